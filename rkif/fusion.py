@@ -1,0 +1,226 @@
+"""One fusion: two task vectors, pruned and merged by importance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rkif_kernels
+from rkif.config import MergeWeights, merge_weights
+from rkif_kernels import Scores
+from rkif_kernels.types import Backend, OuterFrom, Scope
+
+Thresholds = float | dict[str, float]
+CASES = ("inner_only", "outer_only", "both", "neither")
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """What a fusion did.
+
+    Attributes:
+        numel: parameters that took part.
+        thresholds: (inner, outer); each a float, or a dict by parameter name under scope="tensor".
+            A parameter is selected where its score is greater.
+        counts: parameters selected by "inner_only", "outer_only", "both" and "neither".
+        norms: L2 norms of the "inner" and "outer" task vectors and of the "update", result - base.
+        nonfinite: elements whose importance was not finite in some step of the round.
+        applied: False for a fusion that was refused; thresholds and the task vectors' norms are NaN then,
+            the counts and the update zero.
+    """
+
+    numel: int
+    thresholds: tuple[Thresholds, Thresholds]
+    counts: dict[str, int]
+    norms: dict[str, float]
+    nonfinite: int = 0
+    applied: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, ready for JSON."""
+        return {
+            "numel": self.numel,
+            "thresholds": list(self.thresholds),
+            "counts": dict(self.counts),
+            "norms": dict(self.norms),
+            "nonfinite": self.nonfinite,
+            "applied": self.applied,
+        }
+
+
+@dataclass(frozen=True)
+class FusionResult:
+    """``params``, name -> fused tensor, and the ``report``."""
+
+    params: dict[str, Tensor]
+    report: FusionReport
+
+
+def fuse(
+    base: Mapping[str, Tensor],
+    inner: Mapping[str, Tensor],
+    outer: Mapping[str, Tensor],
+    inner_importance: Mapping[str, Tensor],
+    outer_importance: Mapping[str, Tensor],
+    *,
+    density: float = 0.2,
+    rule: str | MergeWeights = "paper",
+    scope: Scope = "global",
+    outer_from: OuterFrom = "inner",
+    out: Mapping[str, Tensor] | None = None,
+    backend: Backend = "auto",
+) -> FusionResult:
+    """Fuse what two learners did to the same parameters (Feng et al., ACL 2025, section 3).
+
+    Each learner selects the parameters whose importance is above the threshold that ``density`` asks for
+    (exactly: the order statistic of rank ``floor((1-density)*(n-1))``, see ``docs/semantics.md``). Then
+
+        ``result = base + w_in*(inner - base) + w_out*(outer - inner)``
+
+    with the weights that ``rule`` gives to the four cases. Parameters are fused as they are named: for LoRA
+    that is factor space, A and B apart.
+
+    Args:
+        base: name -> parameter before the round; any shapes; float32, bfloat16 or float16.
+        inner: the same after the inner learner.
+        outer: the same after the outer learner, who started where the inner one stopped.
+        inner_importance, outer_importance: name -> non-negative scores of the parameter's shape.
+        density: fraction each learner selects, in [0, 1].
+        rule: "paper", "release" or a :class:`rkif.MergeWeights`.
+        scope: one threshold over all parameters ("global") or one for each ("tensor").
+        outer_from: "base" where the outer learner started from ``base`` too: its task vector is then
+            ``outer - base``.
+        out: name -> tensor to write the result to; may be ``base``, ``inner`` or ``outer`` themselves.
+            Without it new tensors are made, with the dtypes of ``base``.
+        backend: "auto", "triton" or "torch"; all give the same bits.
+
+    Returns:
+        The fused parameters (the tensors of ``out`` where given) and the report. Reading the report's
+        values is what makes the host wait for a GPU.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the parameter and the value: not mappings, other names,
+            shapes or devices, unsupported dtypes, no parameters, density outside [0, 1], unknown rule or
+            scope, negative or NaN importance, outputs that share memory. Nothing has been written then.
+    """
+    weights = merge_weights(rule)
+    arguments: dict[str, Mapping[str, Tensor]] = {
+        "base": base,
+        "inner": inner,
+        "outer": outer,
+        "inner_importance": inner_importance,
+        "outer_importance": outer_importance,
+    }
+    if out is not None:
+        arguments["out"] = out
+    names = _common_names(arguments)
+    rows = {argument: [mapping[name] for name in names] for argument, mapping in arguments.items()}
+    fresh = out is None
+    if fresh:
+        rows["out"] = [torch.empty_like(t) if isinstance(t, Tensor) else t for t in rows["base"]]
+
+    check = rkif_kernels.checks.Arguments(names)
+    for argument, tensors in rows.items():
+        check.add(argument, tensors)
+    if sum(tensor.numel() for tensor in rows["base"]) == 0:
+        raise ValueError("base is empty: its parameters have no elements")
+    for argument in ("inner_importance", "outer_importance"):
+        _require_scores(argument, names, rows[argument])
+
+    return FusionResult(
+        dict(zip(names, rows["out"] if fresh or out is None else [out[name] for name in names], strict=True)),
+        fuse_lists(
+            names,
+            rows["base"],
+            rows["inner"],
+            rows["outer"],
+            Scores(rows["inner_importance"]),
+            Scores(rows["outer_importance"]),
+            out=rows["out"],
+            density=density,
+            weights=weights,
+            scope=scope,
+            outer_from=outer_from,
+            backend=backend,
+        ),
+    )
+
+
+def fuse_lists(
+    names: Sequence[str],
+    base: Sequence[Tensor],
+    inner: Sequence[Tensor],
+    outer: Sequence[Tensor],
+    inner_scores: Scores,
+    outer_scores: Scores,
+    *,
+    out: Sequence[Tensor],
+    density: float,
+    weights: MergeWeights,
+    scope: Scope,
+    outer_from: OuterFrom = "inner",
+    backend: Backend = "auto",
+) -> FusionReport:
+    """:func:`fuse` on lists, for callers that hold scores as S and U; scores are not checked for sign."""
+    find = {"density": density, "scope": scope, "names": names, "backend": backend}
+    thresholds = (
+        rkif_kernels.score_thresholds(inner_scores, **find),  # type: ignore[arg-type]
+        rkif_kernels.score_thresholds(outer_scores, **find),  # type: ignore[arg-type]
+    )
+    stats = rkif_kernels.fuse_(
+        out,
+        base,
+        inner,
+        outer,
+        inner_scores,
+        outer_scores,
+        thresholds=thresholds,
+        weights=weights.cases,
+        outer_from=outer_from,
+        names=names,
+        backend=backend,
+    )
+    found: list[Thresholds] = [
+        dict(zip(names, threshold.tolist(), strict=True)) if scope == "tensor" else threshold.item()
+        for threshold in thresholds
+    ]
+    norms = stats.squared_norms.sqrt().tolist()
+    return FusionReport(
+        numel=sum(tensor.numel() for tensor in out),
+        thresholds=(found[0], found[1]),
+        counts=dict(zip(CASES, stats.counts.tolist(), strict=True)),
+        norms=dict(zip(("inner", "outer", "update"), norms, strict=True)),
+    )
+
+
+def _common_names(arguments: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """The parameter names, in the order of ``base``, if all mappings have just these."""
+    for argument, mapping in arguments.items():
+        if not isinstance(mapping, Mapping):
+            raise TypeError(f"{argument} must map names to tensors; got {type(mapping).__name__}")
+    names = list(arguments["base"])
+    if not names:
+        raise ValueError("base is empty: there is nothing to fuse")
+    for argument, mapping in arguments.items():
+        missing = [name for name in names if name not in mapping]
+        extra = [name for name in mapping if name not in arguments["base"]]
+        if missing or extra:
+            parts = [f"lacks {missing[0]!r}"] if missing else []
+            parts += [f"has {extra[0]!r}, which base lacks"] if extra else []
+            count = len(missing) + len(extra)
+            more = f" ({count} names differ in all)" if count > 1 else ""
+            raise ValueError(f"{argument} {' and '.join(parts)}{more}")
+    return names
+
+
+def _require_scores(argument: str, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """Refuse negative and NaN scores; one wait for the device, whatever the number of tensors."""
+    filled = [(name, tensor) for name, tensor in zip(names, tensors, strict=True) if tensor.numel() > 0]
+    lowest = torch.stack([tensor.detach().min().float() for _, tensor in filled]).tolist()
+    for (name, _), low in zip(filled, lowest, strict=True):
+        if not low >= 0:  # a NaN anywhere makes the minimum NaN
+            raise ValueError(f"{argument}[{name!r}] must not be negative or NaN; its minimum is {low}")

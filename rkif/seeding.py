@@ -1,0 +1,28 @@
+"""Seeds that are the same in every process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+
+def derive_seed(*parts: str | int) -> int:
+    """Derives a seed from what the randomness is for.
+
+    Unlike Python's `hash`, the value does not change from process to process. The parts are encoded as
+    a JSON list before they are hashed, so ("ab", "c"), ("a", "bc") and (1,), ("1",) give different seeds.
+
+    Args:
+        *parts: the run's seed and the names of the place it is used in, such as `(seed, "memory", task)`.
+
+    Returns:
+        An integer in [0, 2**63), fit for `random.Random` and `torch.Generator.manual_seed`.
+
+    Raises:
+        TypeError: a part is neither a string nor an integer.
+    """
+    for part in parts:
+        if isinstance(part, bool) or not isinstance(part, str | int):
+            raise TypeError(f"parts of a seed must be strings or integers, got {part!r}")
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,21 @@
+"""Importance, exact selection and fusion over lists of tensors: one set of operations, three implementations.
+
+The operations in :mod:`rkif_kernels.ops` validate their arguments and hand them to one of
+
+* ``kernels``: Triton, one launch for a whole list of tensors;
+* ``torch_backend``: PyTorch, blocked so that temporaries stay in cache;
+* ``reference``: PyTorch without any cleverness; the specification, used by the tests only.
+
+All three give the same bits (see ``docs/semantics.md``).
+"""
+
+from rkif_kernels.ops import (
+    FuseStats,
+    Scores,
+    fuse_,
+    order_statistic_rank,
+    score_thresholds,
+    update_importance_,
+)
+
+__all__ = ["FuseStats", "Scores", "fuse_", "order_statistic_rank", "score_thresholds", "update_importance_"]

@@ -1,0 +1,148 @@
+"""Argument checks shared by the operations. They run before anything is written."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Arguments:
+    """Lists of tensors that belong together, element by element, and the names errors call them by.
+
+    Args:
+        names: one name a tensor (parameter names), or None: errors then give the position in the list.
+    """
+
+    def __init__(self, names: Sequence[str] | None = None) -> None:
+        self._names = names
+        self._first: tuple[str, Sequence[Tensor | None]] | None = None
+
+    def label(self, argument: str, index: int) -> str:
+        return f"{argument}[{self._names[index]!r}]" if self._names is not None else f"{argument}[{index}]"
+
+    def add(
+        self,
+        argument: str,
+        tensors: Sequence[Tensor | None],
+        dtypes: Sequence[torch.dtype] = PARAMETER_DTYPES,
+        *,
+        optional: bool = False,
+    ) -> None:
+        """Check one list against the first one added: length, shapes, devices, and its own dtypes.
+
+        Args:
+            optional: whether single entries may be None (never in the first list).
+
+        Raises:
+            TypeError: an entry is not a dense tensor, or its dtype is not one of ``dtypes``.
+            ValueError: lengths, shapes or devices differ.
+        """
+        if self._first is None:
+            self._first = (argument, tensors)
+        first_name, first = self._first
+        if len(tensors) != len(first):
+            raise ValueError(f"{argument} has {len(tensors)} tensors, {first_name} has {len(first)}")
+        for index, tensor in enumerate(tensors):
+            if tensor is None and optional:
+                continue
+            label = self.label(argument, index)
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{label} must be a tensor; got {type(tensor).__name__}")
+            if tensor.layout is not torch.strided:
+                raise TypeError(f"{label} must be a dense tensor; got layout {tensor.layout}")
+            if tensor.dtype not in dtypes:
+                allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+                got = str(tensor.dtype).removeprefix("torch.")
+                raise TypeError(f"{label} has dtype {got}; supported are {allowed}")
+            other = first[index]
+            assert other is not None  # only later lists are optional
+            if tensor.shape != other.shape:
+                raise ValueError(
+                    f"{label} has shape {tuple(tensor.shape)}, "
+                    f"{self.label(first_name, index)} has {tuple(other.shape)}"
+                )
+            if tensor.device != self.device:
+                raise ValueError(
+                    f"{label} is on {tensor.device}, {self.label(first_name, 0)} is on {self.device}"
+                )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are; the CPU for empty lists."""
+        first = self._first[1][0] if self._first and self._first[1] else None
+        return first.device if first is not None else torch.device("cpu")
+
+
+def require_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{argument} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def require_fraction(argument: str, value: float) -> None:
+    """Raise ValueError unless 0 <= ``value`` <= 1, TypeError unless it is a number."""
+    try:
+        inside = 0 <= value <= 1
+    except TypeError:
+        raise TypeError(f"{argument} must be a number; got {value!r}") from None
+    if not inside:
+        raise ValueError(f"{argument} must be in [0, 1]; got {value!r}")
+
+
+def require_disjoint(
+    arguments: Arguments, out: Sequence[Tensor], inputs: dict[str, Sequence[Tensor]]
+) -> None:
+    """Refuse memory that is written under one name and read or written under another.
+
+    An input that *is* the output of the same name is fine: every element is read before it is written.
+    Anything else would make the result depend on the order of the writes (tied weights listed twice,
+    overlapping views).
+
+    Raises:
+        ValueError: two outputs share memory, an output overlaps itself, or an output overlaps an input
+            that is not exactly its own counterpart.
+    """
+    spans = []
+    for index, tensor in enumerate(out):
+        if tensor.numel() == 0:
+            continue
+        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(
+                f"{arguments.label('out', index)} is an expanded view; its elements share memory"
+            )
+        spans.append((*_span(tensor), index))
+    spans.sort()
+    for (_, end, index), (start, _, other) in itertools.pairwise(spans):
+        if start < end:
+            raise ValueError(
+                f"{arguments.label('out', index)} and {arguments.label('out', other)} share memory "
+                "(tied weights?); give each storage once"
+            )
+    starts = [start for start, _, _ in spans]
+    for argument, tensors in inputs.items():
+        for index, tensor in enumerate(tensors):
+            if tensor.numel() == 0:
+                continue
+            start, end = _span(tensor)
+            at = max(bisect.bisect_right(starts, start) - 1, 0)
+            for out_start, out_end, other in spans[at : at + 2]:
+                same = other == index and start == out_start and tensor.stride() == out[index].stride()
+                if start < out_end and out_start < end and not same:
+                    raise ValueError(
+                        f"{arguments.label(argument, index)} shares memory with "
+                        f"{arguments.label('out', other)}, which would be overwritten while it is read"
+                    )
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The byte addresses that a non-empty tensor's elements lie between."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

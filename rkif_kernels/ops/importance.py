@@ -1,0 +1,85 @@
+"""Importance of parameters, smoothed over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from rkif_kernels.backend import implementation
+from rkif_kernels.checks import STATE_DTYPES, Arguments, require_choice, require_fraction
+from rkif_kernels.types import Backend, Order
+
+
+def update_importance_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    sensitivity: Sequence[Tensor],
+    uncertainty: Sequence[Tensor] | None = None,
+    *,
+    beta1: float,
+    beta2: float = 0.0,
+    order: Order = "first",
+    nonfinite: Tensor,
+    names: Sequence[str] | None = None,
+    backend: Backend = "auto",
+) -> None:
+    r"""Update the smoothed sensitivity, and the uncertainty if there is one, of every parameter, in place.
+
+    Element by element in float32, with one rounding at each store::
+
+        I = |w*g|                 (order="first")
+            (w*g)^2               (order="second")
+            |w*g - (w*g)^2 / 2|   (order="mixed")
+        S <- beta1*S + (1-beta1)*I
+        U <- beta2*U + (1-beta2)*|I - S|      S just updated, before it is rounded to its storage dtype
+
+    An element whose I is not finite keeps its S and U and is counted. The first-order form is the
+    sensitivity of PLATON (Zhang et al., 2022), with its uncertainty as in AdaLoRA (Zhang et al., 2023).
+
+    Args:
+        params: weights, any shapes; float32, bfloat16 or float16, also mixed.
+        grads: their gradients, of the same shapes; None counts as a zero gradient.
+        sensitivity: S, of the same shapes, contiguous, float32 or bfloat16; mutated.
+        uncertainty: U, likewise; mutated. None where only the sensitivity is used.
+        beta1, beta2: smoothing in [0, 1]. ``1 - beta`` is formed in double and rounded to float32 once.
+        order: the form of I.
+        nonfinite: int64 tensor of one element on the same device; the number of elements with a
+            non-finite I is added to it. Nothing is synchronised with the host.
+        names: parameter names, for error messages.
+        backend: "auto", "triton" or "torch"; all give the same bits.
+
+    Raises:
+        TypeError, ValueError: for tensors that do not fit together; nothing has been written then.
+    """
+    arguments = Arguments(names)
+    arguments.add("params", params)
+    arguments.add("grads", grads, optional=True)
+    arguments.add("sensitivity", sensitivity, STATE_DTYPES)
+    if uncertainty is not None:
+        arguments.add("uncertainty", uncertainty, STATE_DTYPES)
+    for argument, states in (("sensitivity", sensitivity), ("uncertainty", uncertainty or ())):
+        for index, state in enumerate(states):
+            if not state.is_contiguous():
+                raise ValueError(f"{arguments.label(argument, index)} must be contiguous")
+    require_fraction("beta1", beta1)
+    require_fraction("beta2", beta2)
+    require_choice("order", order, get_args(Order))
+    if nonfinite.dtype != torch.int64 or nonfinite.numel() != 1 or nonfinite.device != arguments.device:
+        raise ValueError(
+            f"nonfinite must be one int64 on {arguments.device}; "
+            f"got {nonfinite.dtype} {tuple(nonfinite.shape)} on {nonfinite.device}"
+        )
+    with torch.no_grad():
+        implementation(arguments.device, backend).update_importance_(
+            params,
+            grads,
+            sensitivity,
+            uncertainty,
+            beta1=beta1,
+            beta2=beta2,
+            order=order,
+            nonfinite=nonfinite,
+        )

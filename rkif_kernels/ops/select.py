@@ -1,0 +1,89 @@
+"""Exact thresholds: the order statistic that a density asks for, over all tensors or each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from rkif_kernels.backend import implementation
+from rkif_kernels.checks import Arguments, require_choice, require_fraction
+from rkif_kernels.types import Backend, Scope, Scores
+
+
+def order_statistic_rank(numel: int, density: float) -> int:
+    """``floor((1 - density) * (numel - 1))``, exact on the decimal value of the density.
+
+    The threshold is the score of this rank, counted from 0 in ascending order. In float arithmetic
+    ``(1 - 0.2) * 10`` is 8 only by luck; read as the decimal it was written as, 0.2 is one fifth.
+    """
+    return int((1 - Fraction(str(density))) * (numel - 1))
+
+
+def score_thresholds(
+    scores: Scores,
+    *,
+    density: float,
+    scope: Scope = "global",
+    names: Sequence[str] | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The exact threshold above which the fraction ``density`` of the scores lies.
+
+    With n scores the threshold is the order statistic of rank ``floor((1-density)*(n-1))``; the mask it
+    stands for is ``score > threshold``, so ties at the threshold are left out and the mask does not depend
+    on the order or the splitting of the tensors. ``density=1`` gives -inf and ``density=0`` gives inf,
+    without reading the scores.
+
+    Args:
+        scores: non-negative (this is not checked here: a negative or NaN score counts as zero);
+            float32, bfloat16 or float16, formed in float32.
+        density: fraction to keep, in [0, 1].
+        scope: "global", one threshold over all tensors, or "tensor", one for each.
+        names: parameter names, for error messages.
+        backend: "auto", "triton" or "torch"; all give the same bits.
+
+    Returns:
+        float32 [1], or [len(scores.sensitivity)] under scope="tensor" (inf for an empty tensor), on the
+        device of the scores.
+
+    Raises:
+        TypeError, ValueError: for tensors that do not fit together, or where there is no score at all.
+    """
+    arguments = Arguments(names)
+    arguments.add("sensitivity", scores.sensitivity)
+    if scores.uncertainty is not None:
+        arguments.add("uncertainty", scores.uncertainty)
+    require_fraction("density", density)
+    require_choice("scope", scope, get_args(Scope))
+    per_tensor = scope == "tensor"
+    sizes = [tensor.numel() for tensor in scores.sensitivity]
+    if sum(sizes) == 0:
+        raise ValueError("sensitivity holds no element: there is no threshold to find")
+
+    thresholds = torch.full((len(sizes) if per_tensor else 1,), torch.inf, device=arguments.device)
+    if density == 1:
+        return thresholds.neg_()
+    if density == 0:
+        return thresholds
+    # An empty tensor has no order statistic; leaving it out keeps every group of the others non-empty.
+    filled = [index for index, size in enumerate(sizes) if size > 0]
+    kept = Scores(
+        [scores.sensitivity[index] for index in filled],
+        [scores.uncertainty[index] for index in filled] if scores.uncertainty is not None else None,
+    )
+    ranks = [
+        order_statistic_rank(numel, density)
+        for numel in ([sizes[index] for index in filled] if per_tensor else [sum(sizes)])
+    ]
+    with torch.no_grad():
+        found: Tensor = implementation(arguments.device, backend).score_thresholds(
+            kept, ranks=ranks, per_tensor=per_tensor
+        )
+    if per_tensor and len(filled) < len(sizes):
+        thresholds[torch.tensor(filled, device=arguments.device)] = found
+        return thresholds
+    return found

@@ -1,0 +1,42 @@
+"""Importance of parameters, smoothed over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rkif_kernels.numerics import float32
+from rkif_kernels.types import Order
+
+
+def update_importance_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    sensitivity: Sequence[Tensor],
+    uncertainty: Sequence[Tensor] | None,
+    *,
+    beta1: float,
+    beta2: float,
+    order: Order,
+    nonfinite: Tensor,
+) -> None:
+    """See :func:`rkif_kernels.ops.update_importance_`."""
+    for index, (param, grad, s) in enumerate(zip(params, grads, sensitivity, strict=True)):
+        product = param.float() * (torch.zeros_like(param) if grad is None else grad).float()
+        if order == "first":
+            importance = product.abs()
+        elif order == "second":
+            importance = product * product
+        else:
+            importance = (product - product * product / 2).abs()
+        finite = importance.isfinite()
+        nonfinite += (~finite).sum()
+
+        new_s = float32(beta1) * s.float() + float32(1 - beta1) * importance
+        s.copy_(torch.where(finite, new_s.to(s.dtype), s))
+        if uncertainty is not None:
+            u = uncertainty[index]
+            new_u = float32(beta2) * u.float() + float32(1 - beta2) * (importance - new_s).abs()
+            u.copy_(torch.where(finite, new_u.to(u.dtype), u))

@@ -1,0 +1,25 @@
+"""Exact order statistics of scores that are spread over many tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rkif_kernels.types import Scores
+
+
+def score_thresholds(scores: Scores, *, ranks: Sequence[int], per_tensor: bool) -> Tensor:
+    """See :func:`rkif_kernels.ops.score_thresholds`; ``ranks`` holds one rank for each group, from 0."""
+    values = [score.reshape(-1) for score in score_values(scores)]
+    groups = values if per_tensor else [torch.cat(values)]
+    return torch.stack([group.sort().values[rank] for group, rank in zip(groups, ranks, strict=True)])
+
+
+def score_values(scores: Scores) -> list[Tensor]:
+    """The float32 scores themselves. A product that is NaN (inf * 0) counts as zero: it selects nothing."""
+    values = [s.float() for s in scores.sensitivity]
+    if scores.uncertainty is not None:
+        values = [s * u.float() for s, u in zip(values, scores.uncertainty, strict=True)]
+    return [torch.where(score > 0, score, 0.0) for score in values]
