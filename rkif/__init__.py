@@ -1,4 +1,4 @@
-"""Recurrent Knowledge Identification and Fusion: language models that learn task after task without forgetting."""
+"""Recurrent Knowledge Identification and Fusion: models that learn task after task without forgetting."""
 
 from rkif.config import FusionConfig, MergeWeights
 from rkif.fuser import Fuser

@@ -126,13 +126,17 @@ class FusionConfig:
     def uses_uncertainty(self) -> bool:
         return self.importance == "sensitivity_uncertainty"
 
-    @classmethod
-    def paper(cls, **changes: Any) -> FusionConfig:
+    @staticmethod
+    def paper(**changes: Any) -> FusionConfig:
         """The paper's method: smoothed sensitivity, beta 0.55, rule "paper"; with ``changes`` to it."""
-        return cls(**{"importance": "sensitivity", "beta1": 0.55, "beta2": 0.55, "rule": "paper"} | changes)
+        return _preset(changes, importance="sensitivity", beta=0.55, rule="paper")
 
-    @classmethod
-    def release(cls, **changes: Any) -> FusionConfig:
+    @staticmethod
+    def release(**changes: Any) -> FusionConfig:
         """The released code's measure: sensitivity times uncertainty, betas 0.85, rule "release"."""
-        settings = {"importance": "sensitivity_uncertainty", "beta1": 0.85, "beta2": 0.85, "rule": "release"}
-        return cls(**settings | changes)
+        return _preset(changes, importance="sensitivity_uncertainty", beta=0.85, rule="release")
+
+
+def _preset(changes: dict[str, Any], *, importance: Importance, beta: float, rule: str) -> FusionConfig:
+    settings: dict[str, Any] = {"importance": importance, "beta1": beta, "beta2": beta, "rule": rule}
+    return FusionConfig(**settings | changes)

@@ -137,7 +137,10 @@ class Fuser:
 
     @contextmanager
     def outer(self) -> Iterator[Fuser]:
-        """The outer phase as a block; leaving it fuses. An exception in the block leaves the round as it is."""
+        """The outer phase as a block; leaving it fuses.
+
+        An exception in the block leaves the round as it is.
+        """
         self.begin_outer()
         yield self
         self.fuse()

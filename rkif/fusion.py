@@ -12,6 +12,7 @@ from torch import Tensor
 import rkif_kernels
 from rkif.config import MergeWeights, merge_weights
 from rkif_kernels import Scores
+from rkif_kernels.checks import Arguments
 from rkif_kernels.types import Backend, OuterFrom, Scope
 
 Thresholds = float | dict[str, float]
@@ -119,11 +120,10 @@ def fuse(
         arguments["out"] = out
     names = _common_names(arguments)
     rows = {argument: [mapping[name] for name in names] for argument, mapping in arguments.items()}
-    fresh = out is None
-    if fresh:
+    if out is None:
         rows["out"] = [torch.empty_like(t) if isinstance(t, Tensor) else t for t in rows["base"]]
 
-    check = rkif_kernels.checks.Arguments(names)
+    check = Arguments(names)
     for argument, tensors in rows.items():
         check.add(argument, tensors)
     if sum(tensor.numel() for tensor in rows["base"]) == 0:
@@ -132,7 +132,7 @@ def fuse(
         _require_scores(argument, names, rows[argument])
 
     return FusionResult(
-        dict(zip(names, rows["out"] if fresh or out is None else [out[name] for name in names], strict=True)),
+        dict(zip(names, rows["out"], strict=True)),
         fuse_lists(
             names,
             rows["base"],

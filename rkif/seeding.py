@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+from functools import lru_cache
 
 
 def derive_seed(*parts: str | int) -> int:
@@ -26,3 +28,9 @@ def derive_seed(*parts: str | int) -> int:
             raise TypeError(f"parts of a seed must be strings or integers, got {part!r}")
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+@lru_cache(maxsize=8)
+def shuffled(size: int, seed: int) -> tuple[int, ...]:
+    """A random order of ``range(size)``, as a function of the seed; no global generator is touched."""
+    return tuple(random.Random(seed).sample(range(size), size))

@@ -1,63 +1,30 @@
-"""The replay memory: what it keeps, the order in which it gives it back, and its file."""
+"""The replay memory: what it keeps, and its file."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rkif.continual.tasks import Record
 from rkif.memory import ReplayMemory
-from rkif.seeding import derive_seed
 
 
 def records(task: str, outputs: str) -> list[Record]:
     return [Record(task, f"{task}{i}", f"question {i}", output) for i, output in enumerate(outputs)]
 
 
-def filled(sizes: list[int]) -> ReplayMemory:
+def memory_of(*tasks: str, instruction: str = "?") -> ReplayMemory:
     memory = ReplayMemory()
-    for i, size in enumerate(sizes):
-        memory.add(
-            f"task{i}", f"instruction {i}", records(f"task{i}", "ab" * size)[:size], fraction=1, seed=0
-        )
+    for task in tasks:
+        memory.add(task, instruction, records(task, "ab"), fraction=1, seed=0)
     return memory
-
-
-def walk(memory: ReplayMemory, count: int, *, seed: int = 0) -> list[Record]:
-    return [record for _, record in memory.batch(0, count, seed=seed)]
-
-
-# -- seeds
-
-
-def test_seed_is_the_first_63_bits_of_the_parts_digest() -> None:
-    assert (
-        derive_seed(0, "memory", "agnews") == 4908575833615023308
-    )  # by sha256sum of [0, "memory", "agnews"]
-
-
-def test_seeds_differ_where_the_parts_do() -> None:
-    parts: list[tuple[str | int, ...]] = [(1,), ("1",), ("a", "b"), ("ab",), ("a", "b", ""), ("b", "a"), ()]
-    assert len({derive_seed(*p) for p in parts}) == len(parts)
-
-
-@pytest.mark.parametrize("part", [1.0, True, None])
-def test_seed_parts_are_strings_and_integers(part: Any) -> None:
-    with pytest.raises(TypeError, match=f"got {part}"):
-        derive_seed(0, part)
-
-
-# -- what is kept
 
 
 @given(
@@ -93,12 +60,12 @@ def test_free_text_does_not_fill_the_memory() -> None:
 
 
 def test_sample_depends_on_seed_and_task_only() -> None:
-    def kept(task: str, seed: int, *, after: int = 0) -> list[str]:
-        memory = filled([3] * after)
+    def kept(task: str, seed: int, *, after: tuple[str, ...] = ()) -> list[str]:
+        memory = memory_of(*after)
         memory.add(task, "?", records(task, "ab" * 100), seed=seed)
         return [name.removeprefix(task) for name in memory.ids[task]]
 
-    assert kept("t", 0) == kept("t", 0, after=2)
+    assert kept("t", 0) == kept("t", 0, after=("a", "b"))
     assert kept("t", 0) != kept("t", 1)
     assert kept("t", 0) != kept("u", 0)
 
@@ -135,90 +102,6 @@ def test_add_refuses(arguments: dict[str, Any], message: str) -> None:
     assert memory.tasks == ("old",)
 
 
-# -- the walk
-
-
-sizes_strategy = st.lists(st.integers(1, 12), min_size=1, max_size=6)
-
-
-@given(sizes=sizes_strategy, seed=st.integers(0, 3))
-def test_each_epoch_is_one_pass(sizes: list[int], seed: int) -> None:
-    memory = filled(sizes)
-    total = len(memory)
-    seen = walk(memory, 3 * total, seed=seed)
-    everything = Counter(record for _, record in memory.items)
-    for epoch in range(3):
-        assert Counter(seen[epoch * total : (epoch + 1) * total]) == everything
-
-
-@given(sizes=sizes_strategy, seed=st.integers(0, 3))
-def test_tasks_are_interleaved_as_evenly_as_can_be(sizes: list[int], seed: int) -> None:
-    memory = filled(sizes)
-    total = len(memory)
-    seen = walk(memory, 2 * total, seed=seed)
-    for epoch in (seen[:total], seen[total:]):
-        counts: Counter[str] = Counter()
-        for p, record in enumerate(epoch, start=1):
-            counts[record.task] += 1
-            for task, kept in memory.ids.items():
-                assert abs(counts[task] - Fraction(p * len(kept), total)) < 1
-
-
-@given(sizes=sizes_strategy, size=st.integers(1, 40), step=st.integers(0, 20), seed=st.integers(0, 3))
-def test_a_batch_is_a_window_of_the_walk(sizes: list[int], size: int, step: int, seed: int) -> None:
-    memory = filled(sizes)
-    expected = memory.batch(0, (step + 1) * size, seed=seed)[step * size :]
-    assert memory.batch(step, size, seed=seed) == expected
-    assert filled(sizes).batch(step, size, seed=seed) == expected
-
-
-def test_epochs_and_seeds_are_shuffled_apart() -> None:
-    memory = filled([10, 10])
-    seen = walk(memory, 40)
-    assert seen[:20] != seen[20:]
-    assert seen[:20] != walk(memory, 20, seed=1)
-    assert seen[:20] != [record for _, record in memory.items]
-
-
-def test_a_known_walk_over_equal_tasks_takes_turns() -> None:
-    names = [record.task for record in walk(filled([4, 4, 4]), 12)]
-    assert names == names[:3] * 4
-    assert set(names[:3]) == {"task0", "task1", "task2"}
-
-
-def test_items_carry_their_own_instruction() -> None:
-    for instruction, record in filled([2, 3]).batch(1, 4, seed=0):
-        assert instruction == f"instruction {record.task.removeprefix('task')}"
-
-
-def test_adding_a_task_changes_the_next_batch_only_through_the_contents() -> None:
-    grown = filled([5])
-    grown.batch(3, 4, seed=0)
-    grown.add("task1", "instruction 1", records("task1", "ab" * 3)[:5], fraction=1, seed=0)
-    assert grown == filled([5, 5])
-    assert grown.batch(4, 4, seed=0) == filled([5, 5]).batch(4, 4, seed=0)
-
-
-def test_no_global_generator_is_touched() -> None:
-    before = random.getstate(), torch.get_rng_state()
-    filled([5, 7]).batch(2, 8, seed=3)
-    assert random.getstate() == before[0]
-    assert torch.equal(torch.get_rng_state(), before[1])
-
-
-@pytest.mark.parametrize(
-    ("sizes", "step", "size", "message"),
-    [
-        ([], 0, 1, "the memory is empty"),
-        ([2], -1, 1, "step must not be negative, got -1"),
-        ([2], 0, 0, "size must be at least 1, got 0"),
-    ],
-)
-def test_batch_refuses(sizes: list[int], step: int, size: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        filled(sizes).batch(step, size, seed=0)
-
-
 # -- the file
 
 
@@ -244,29 +127,23 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, contents: list[tup
 
 
 def test_equality_sees_contents_and_order() -> None:
-    def memory(*tasks: str, instruction: str = "?") -> ReplayMemory:
-        made = ReplayMemory()
-        for task in tasks:
-            made.add(task, instruction, records(task, "ab"), fraction=1, seed=0)
-        return made
-
-    assert memory("a", "b") == memory("a", "b")
-    assert memory("a", "b") != memory("b", "a")
-    assert memory("a") != memory("a", instruction="!")
-    assert memory("a") != memory("a").items
+    assert memory_of("a", "b") == memory_of("a", "b")
+    assert memory_of("a", "b") != memory_of("b", "a")
+    assert memory_of("a") != memory_of("a", instruction="!")
+    assert memory_of("a") != memory_of("a").items
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "memory.jsonl"
-    filled([2]).save(path)
+    memory_of("a").save(path)
 
     def full(_: int) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
-        filled([9]).save(path)
-    assert ReplayMemory.load(path) == filled([2])
+        memory_of("a", "b").save(path)
+    assert ReplayMemory.load(path) == memory_of("a")
 
 
 LINE = {"task": "t", "instruction": "?", "id": "1", "input": "q", "output": "a"}

@@ -206,7 +206,10 @@ def _sum_log_probs(logits: Tensor, answers: Tensor) -> Tensor:
 
 
 def _greedy(model: Any, encoder: Encoder, prompts: dict[str, Tensor], max_new_tokens: int) -> Tensor:
-    """Returns the tokens the model goes on with, [prompts, at most max_new_tokens], EOS from EOS onwards."""
+    """Returns the tokens the model goes on with, [prompts, at most max_new_tokens].
+
+    What follows a row's EOS means nothing.
+    """
     step: dict[str, Any]
     mask = prompts["attention_mask"]
     if encoder.seq2seq:
@@ -219,7 +222,7 @@ def _greedy(model: Any, encoder: Encoder, prompts: dict[str, Tensor], max_new_to
     written: list[Tensor] = []
     while len(written) < max_new_tokens and not done.all():
         out = model(**step, use_cache=True)
-        token = out.logits[:, -1].argmax(-1).masked_fill(done, encoder.eos_id)
+        token = out.logits[:, -1].argmax(-1)
         written.append(token)
         done |= token == encoder.eos_id
         step["past_key_values"] = out.past_key_values

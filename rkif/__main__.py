@@ -1,0 +1,5 @@
+"""``python -m rkif`` is ``rkif``."""
+
+from rkif.cli import main
+
+main()

@@ -1,0 +1,199 @@
+"""The YAML file that describes a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rkif.config import FusionConfig, MergeWeights
+from rkif.continual.text import TextFormat
+from rkif_kernels.checks import require_choice
+
+
+class Settings(BaseModel):
+    """Unknown keys are errors: a misspelt setting must not silently leave its default in force."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AdapterSettings(Settings):
+    """LoRA (Hu et al., 2021), through peft."""
+
+    r: int = Field(8, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    target_modules: list[str] | Literal["all-linear"] = ["q_proj", "v_proj"]
+
+
+class TaskSettings(Settings):
+    """Where the tasks are, and which of them in which order. A limit is a number of records a task."""
+
+    folder: str
+    order: str | list[str]
+    train_limit: int | None = Field(None, ge=1)
+    dev_limit: int | None = Field(None, ge=1)
+
+
+class TextSettings(Settings):
+    """How records become tokens; a prompt over ``max_length`` tokens (target included) loses its middle."""
+
+    max_length: int = Field(512, ge=32)
+    prompt: str = TextFormat.prompt
+    target: str = TextFormat.target
+
+    @model_validator(mode="after")
+    def _templates(self) -> TextSettings:
+        TextFormat(self.prompt, self.target)
+        return self
+
+
+class TrainingSettings(Settings):
+    """The inner learner. Either ``steps`` or ``epochs`` a task.
+
+    The learning rate rises over ``warmup_steps`` and falls linearly to the end of the task.
+    """
+
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    batch_size: int = Field(8, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1)
+    learning_rate: float = Field(3e-4, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSettings:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        return self
+
+
+class OuterSettings(Settings):
+    """The outer learner: its own optimizer, on the memory; its rate follows the inner one's schedule."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    batch_size: int = Field(8, ge=1)
+
+
+class MemorySettings(Settings):
+    """The share of each task's training records that is remembered, and the most of them."""
+
+    fraction: float = Field(0.02, gt=0, le=1)
+    cap: int | None = Field(None, ge=1)
+
+
+class EvaluationSettings(Settings):
+    """ "likelihood" takes the likeliest label, "generation" what the model writes; both by exact match."""
+
+    scoring: Literal["likelihood", "generation"] = "likelihood"
+    batch_size: int = Field(16, ge=1)
+    max_new_tokens: int = Field(16, ge=1)
+
+
+class RunConfig(Settings):
+    """A task sequence: model, tasks, method, and how to train and measure.
+
+    ``model`` is a folder or a hub name, ``adapter: null`` trains all parameters. Relative folders are meant
+    from the file's own. ``precision: bfloat16`` computes under autocast, and stores frozen weights in it;
+    what is trained stays float32. ``threads`` are PyTorch's on a CPU: their number decides the order of
+    sums, hence the last bits, so a run that is to be repeated exactly should name it.
+    """
+
+    model: str
+    architecture: Literal["causal", "seq2seq"] = "causal"
+    adapter: AdapterSettings | None = AdapterSettings()
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    tasks: TaskSettings
+    text: TextSettings = TextSettings()
+    method: Literal["sequential", "replay", "recurrent_kif"] = "recurrent_kif"
+    fusion: dict[str, Any] = {}
+    training: TrainingSettings
+    outer: OuterSettings = OuterSettings()
+    memory: MemorySettings = MemorySettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint_every: int = Field(50, ge=1)
+    threads: int | None = Field(None, ge=1)
+    seed: int = Field(42, ge=0)
+
+    @field_validator("fusion")
+    @classmethod
+    def _fusion_settings(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            fusion_config(value)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        return value
+
+
+def fusion_config(settings: dict[str, Any]) -> FusionConfig:
+    """The fusion settings that a mapping describes: a ``preset`` ("paper" or "release") and changes to it.
+
+    Raises:
+        ValueError, TypeError: unknown keys or values out of range.
+    """
+    changes = dict(settings)
+    preset = changes.pop("preset", None)
+    known = [field.name for field in fields(FusionConfig)]
+    for key in changes:
+        require_choice("a fusion setting", key, ["preset", *known])
+    if isinstance(changes.get("rule"), dict):
+        changes["rule"] = MergeWeights(**{case: tuple(pair) for case, pair in changes["rule"].items()})
+    if preset is None:
+        return FusionConfig(**changes)
+    require_choice("preset", preset, ["paper", "release"])
+    return FusionConfig.paper(**changes) if preset == "paper" else FusionConfig.release(**changes)
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read and validate a config file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not YAML, or settings that are unknown, missing or out of range; one line that names them.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such config file: {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected settings as `key: value`, got {type(content).__name__}")
+    try:
+        config = RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_one_line(error)}") from None
+    here = path.parent.resolve()
+    tasks = config.tasks.model_copy(update={"folder": str(here / config.tasks.folder)})
+    model = str(here / config.model) if (here / config.model).exists() else config.model
+    return config.model_copy(update={"tasks": tasks, "model": model})
+
+
+def dump_config(config: RunConfig) -> str:
+    """The config as YAML, all defaults and the fusion's settings filled in: what a run records of itself."""
+    content = config.model_dump(mode="json")
+    fusion = asdict(fusion_config(config.fusion))
+    if isinstance(fusion["rule"], dict):
+        fusion["rule"] = {case: list(pair) for case, pair in fusion["rule"].items()}
+    content["fusion"] = fusion | {"state_dtype": str(fusion["state_dtype"]).removeprefix("torch.")}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _one_line(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "unknown setting"
+        elif problem["type"] == "missing":
+            message = "this setting is required"
+        problems.append(f"{where}: {message}" if where else message)
+    return "; ".join(problems)

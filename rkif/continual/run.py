@@ -1,0 +1,190 @@
+"""A task sequence, from the first task to the last, in a folder it can go on from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rkif.continual.config import RunConfig
+from rkif.continual.evaluation import evaluate
+from rkif.continual.methods import METHODS, Context
+from rkif.continual.metrics import backward_transfer, forward_transfer, overall_performance
+from rkif.continual.model import build, device
+from rkif.continual.progress import RunProgress
+from rkif.continual.rundir import Checkpoint, RunFolder
+from rkif.continual.tasks import Task, load_tasks
+from rkif.continual.text import Encoder
+from rkif.memory import ReplayMemory
+from rkif.params import trainable_parameters
+
+
+def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProgress) -> dict[str, Any]:
+    """Learn the tasks of a config one after another, and measure all of them after each.
+
+    Killed at any moment and started again with ``resume`` it ends with the bits of a run that was not: every
+    step is a function of the parameters, the method's state and its own number, and those are checkpointed.
+
+    Args:
+        config: the settings.
+        out: the run's folder; see :mod:`rkif.continual.rundir` for what comes to lie there.
+        resume: go on with the run that is there. A finished one is only read.
+        progress: where progress is shown.
+
+    Returns:
+        The content of ``metrics.json``.
+
+    Raises:
+        ValueError, OSError, ImportError: bad settings, tasks, model or folder, in one line.
+    """
+    _settle(config)
+    tasks = load_tasks(
+        config.tasks.folder,
+        config.tasks.order,
+        train_limit=config.tasks.train_limit,
+        dev_limit=config.tasks.dev_limit,
+        seed=config.seed,
+    )
+    _require_scorable(tasks, config)
+    folder = RunFolder(out, config, resume=resume)
+    with progress.shown(config, tasks):
+        progress.stage("loading the model")
+        model, encoder = build(config)
+        return _Sequence(config, folder, tasks, model, encoder, progress).run()
+
+
+class _Sequence:
+    """The state of a run: the model, how far it has come, and what has been measured."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        tasks: Sequence[Task],
+        model: nn.Module,
+        encoder: Encoder,
+        progress: RunProgress,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.tasks = tasks
+        self.model = model
+        self.encoder = encoder
+        self.progress = progress
+        self.parameters = trainable_parameters(model)
+        self.metrics: dict[str, Any] = folder.read_metrics() or {
+            "method": config.method,
+            "split": "dev",
+            "tasks": [task.name for task in tasks],
+            "records": [len(task.dev) for task in tasks],
+            "trainable": sum(parameter.numel() for parameter in self.parameters.values()),
+            "initial": [],
+            "accuracy": [[] for _ in tasks],
+            "op": None,
+            "bwt": None,
+            "fwt": None,
+            "steps": 0,
+            "samples": 0,
+        }
+
+    def run(self) -> dict[str, Any]:
+        start = self.folder.read_checkpoint() or Checkpoint(0, 0, 0, {}, {})
+        with torch.no_grad():
+            for name, value in start.parameters.items():
+                self.parameters[name].copy_(value)
+        if not self.metrics["initial"]:
+            self.metrics["initial"] = self._evaluate("before training")
+            self.folder.write_metrics(self.metrics)
+        for index in range(len(self.tasks)):
+            if index >= start.task:
+                self._learn(index, start if index == start.task else Checkpoint(index, 0, 0, {}, {}))
+            if len(self.metrics["accuracy"][0]) <= index:
+                self._measure(index)
+        return self.metrics
+
+    def _learn(self, index: int, start: Checkpoint) -> None:
+        """Train task ``index`` from where ``start`` says, and publish what came of it."""
+        task = self.tasks[index]
+        memory = self.folder.read_memory(index - 1, self.tasks[index - 1].name) if index else ReplayMemory()
+        context = Context(self.config, self.model, self.encoder, task, memory)
+        method = METHODS[self.config.method](context)
+        if start.step:
+            method.load_tensors(start.method)
+            method.samples = start.samples
+        self.progress.task(index, context.steps, start.step)
+        for step in range(start.step, context.steps):
+            loss = method.train_step(step)
+            self.progress.advance(loss)
+            if (step + 1) % self.config.checkpoint_every == 0 and step + 1 < context.steps:
+                self._checkpoint(Checkpoint(index, step + 1, method.samples, {}, method.tensors()))
+
+        self.progress.stage("saving")
+        memory.add(
+            task.name,
+            task.instruction,
+            task.train,
+            fraction=self.config.memory.fraction,
+            cap=self.config.memory.cap,
+            seed=self.config.seed,
+        )
+        self.folder.publish_task(
+            index,
+            task.name,
+            save_model=self.model.save_pretrained,  # type: ignore[arg-type]
+            importance=method.importance(),
+            memory=memory,
+            figures={"task": task.name, "steps": context.steps, "samples": method.samples},
+        )
+        self._checkpoint(Checkpoint(index + 1, 0, method.samples, {}, {}))
+
+    def _checkpoint(self, checkpoint: Checkpoint) -> None:
+        parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        self.folder.write_checkpoint(
+            Checkpoint(checkpoint.task, checkpoint.step, checkpoint.samples, parameters, checkpoint.method)
+        )
+
+    def _measure(self, index: int) -> None:
+        """Fill the column of task ``index`` in the accuracy matrix, and the figures that follow from it."""
+        column = self._evaluate(f"after {self.tasks[index].name}")
+        accuracy = self.metrics["accuracy"]
+        for row, value in zip(accuracy, column, strict=True):
+            row.append(value)
+        self.metrics["steps"], self.metrics["samples"] = self._totals(index)
+        if index + 1 == len(self.tasks):
+            self.metrics["op"] = overall_performance(accuracy)
+            self.metrics["bwt"] = backward_transfer(accuracy)
+            self.metrics["fwt"] = forward_transfer(accuracy, self.metrics["initial"])
+        self.folder.write_metrics(self.metrics)
+        self.progress.measured(index, self.metrics)
+
+    def _totals(self, index: int) -> tuple[int, int]:
+        """Inner steps and training samples of the tasks up to ``index``."""
+        figures = [self.folder.read_task(i, self.tasks[i].name) for i in range(index + 1)]
+        return sum(f["steps"] for f in figures), sum(f["samples"] for f in figures)
+
+    def _evaluate(self, when: str) -> list[float]:
+        self.progress.evaluating(when)
+        column = []
+        for task in self.tasks:
+            column.append(evaluate(self.model, self.encoder, task, self.config))
+            self.progress.evaluated()
+        return column
+
+
+def _require_scorable(tasks: Sequence[Task], config: RunConfig) -> None:
+    for task in tasks:
+        if config.evaluation.scoring == "likelihood" and not task.labels:
+            raise ValueError(f"task {task.name!r} has no labels; its evaluation needs scoring: generation")
+
+
+def _settle(config: RunConfig) -> None:
+    """Resuming gives the same bits only if a step does; on GPUs that has to be asked for."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if device(config).type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,0 +1,177 @@
+"""A run on disk. Every file is written under a temporary name and renamed: at any moment all of it is whole.
+
+::
+
+    RUN/config.yaml               the settings, defaults filled in
+    RUN/metrics.json              the accuracy matrix, OP, BWT, FWT
+    RUN/checkpoint.safetensors    where to go on: parameters and the method's state, at (task, step)
+    RUN/tasks/NN-name/            after each task: adapter (or model), importance, memory, figures
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rkif.continual.config import RunConfig, dump_config
+from rkif.memory import ReplayMemory
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``step`` inner steps of task number ``task`` are done, and ``samples`` records have been trained on."""
+
+    task: int
+    step: int
+    samples: int
+    parameters: dict[str, Tensor]
+    method: dict[str, Tensor]
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: the folder; made where it is missing.
+        config: the run's settings.
+        resume: whether to go on with a run that is there already.
+
+    Raises:
+        ValueError: there is a run already and ``resume`` is False, or it has other settings.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, *, resume: bool) -> None:
+        self.path = path
+        settings = path / "config.yaml"
+        text = dump_config(config)
+        if settings.exists():
+            if not resume:
+                raise ValueError(f"{path} holds a run already; go on with --resume, or choose another --out")
+            _require_same(settings, text)
+            return
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise ValueError(f"{path} is not empty, and no run; choose another --out")
+        (path / "tasks").mkdir()
+        _replace(settings, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    def task(self, index: int, name: str) -> Path:
+        """The folder of a task, from 0."""
+        return self.path / "tasks" / f"{index + 1:02d}-{name}"
+
+    def read_metrics(self) -> dict[str, Any]:
+        """What :meth:`write_metrics` wrote last; empty if it never did."""
+        path = self.path / "metrics.json"
+        return _read_json(path) if path.exists() else {}
+
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        _write_json(self.path / "metrics.json", metrics)
+
+    def read_task(self, index: int, name: str) -> dict[str, Any]:
+        """The figures that a task was published with."""
+        return _read_json(self.task(index, name) / "task.json")
+
+    def read_memory(self, index: int, name: str) -> ReplayMemory:
+        """The memory as it was after a task."""
+        return ReplayMemory.load(self.task(index, name) / "memory.jsonl")
+
+    def publish_task(
+        self,
+        index: int,
+        name: str,
+        *,
+        save_model: Callable[[Path], object],
+        importance: Mapping[str, Tensor],
+        memory: ReplayMemory,
+        figures: Mapping[str, Any],
+    ) -> None:
+        """Write a task's folder; one that an interrupted run left is replaced."""
+        final = self.task(index, name)
+        temporary = final.with_name(final.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_model(temporary)
+        if importance:
+            save_file(_storable(importance), temporary / "importance.safetensors")
+        memory.save(temporary / "memory.jsonl")
+        _write_json(temporary / "task.json", figures)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+
+    def write_checkpoint(self, checkpoint: Checkpoint) -> None:
+        tensors = {f"parameters.{name}": tensor for name, tensor in checkpoint.parameters.items()}
+        tensors |= {f"method.{name}": tensor for name, tensor in checkpoint.method.items()}
+        position = {key: str(getattr(checkpoint, key)) for key in ("task", "step", "samples")}
+        _replace(self.path / CHECKPOINT, lambda path: save_file(_storable(tensors), path, metadata=position))
+
+    def read_checkpoint(self) -> Checkpoint | None:
+        """Where the run was last; None if it had not trained yet.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = self.path / CHECKPOINT
+        if not path.exists():
+            return None
+        parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "method": {}}
+        try:
+            with safe_open(path, framework="pt") as file:
+                position = file.metadata()
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    part, _, name = key.partition(".")
+                    parts[part][name] = file.get_tensor(key)
+            task, step, samples = (int(position[key]) for key in ("task", "step", "samples"))
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        return Checkpoint(task, step, samples, parts["parameters"], parts["method"])
+
+
+def _require_same(path: Path, text: str) -> None:
+    """Two sets of settings in one run would make its figures mean nothing."""
+    stored = path.read_text(encoding="utf-8").splitlines()
+    given = text.splitlines()
+    for old, new in zip([*stored, ""], [*given, ""], strict=False):
+        if old != new:
+            raise ValueError(f"{path} has `{old.strip()}` where the config now says `{new.strip()}`")
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors wants contiguous tensors that share no memory."""
+    return {
+        name: t.detach().clone(memory_format=torch.contiguous_format).cpu() for name, t in tensors.items()
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

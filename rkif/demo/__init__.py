@@ -1,0 +1,77 @@
+"""``rkif demo``: three methods side by side on tasks that need neither a download nor a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rkif.continual.config import RunConfig, load_config
+from rkif.continual.methods import METHODS
+from rkif.continual.progress import RunProgress, comparison_table
+from rkif.continual.run import run
+from rkif.demo.model import write_model
+from rkif.demo.sentences import write_tasks
+
+CONFIG = """\
+# The demo, as `rkif run` reads it. All parameters are trained: the model starts from random weights.
+model: model
+adapter: null
+tasks: {folder: tasks, order: demo}
+text: {max_length: 64}
+method: recurrent_kif  # the demo also runs `sequential` and `replay`
+training: {steps: 160, batch_size: 16, learning_rate: 3.0e-3, warmup_steps: 8}
+outer: {learning_rate: 3.0e-3, batch_size: 16}
+memory: {fraction: 0.02}
+evaluation: {scoring: likelihood, batch_size: 50}
+threads: 1  # a model this small is no faster on more
+seed: 0
+"""
+
+
+def demo(out: Path, *, resume: bool, console: Console) -> list[dict[str, Any]]:
+    """Write a model, tasks and a config into ``out``; run every method on them; show the figures.
+
+    Returns:
+        The metrics of the runs, which are in ``out/<method>``.
+
+    Raises:
+        ValueError: ``out`` holds a demo already and ``resume`` is False.
+        OSError, ImportError: the folder cannot be written, or transformers is not installed.
+    """
+    config_path = out / "config.yaml"
+    if config_path.exists():
+        if not resume:
+            raise ValueError(f"{out} holds a demo already; go on with --resume, or choose another --out")
+    else:
+        _write_inputs(out)
+        config_path.write_text(CONFIG, encoding="utf-8")
+    console.print(f"Four small tasks, one after another, by {len(METHODS)} methods; everything is in {out}\n")
+    config = load_config(config_path)
+    runs = [_run(config, method, out, resume, console) for method in METHODS]
+    console.print()
+    console.print(comparison_table(runs))
+    console.print(
+        "OP: mean accuracy at the end. BWT: mean change since a task was learned; below zero is forgetting.\n"
+        "FWT: mean accuracy on a task not learned yet, above that before training.\n"
+        f"Each method's run, with config, accuracy matrix and models, is in {out}/<method>; "
+        f"change {config_path} and try `rkif run {config_path}`."
+    )
+    return runs
+
+
+def _write_inputs(out: Path) -> None:
+    tasks = out / "tasks"
+    write_tasks(tasks, train=600, dev=100, seed=0)
+    records = [json.loads(line) for line in (tasks / "train.jsonl").read_text().splitlines()]
+    table = json.loads((tasks / "tasks.json").read_text())["tasks"].values()
+    texts = [text for record in records for text in (record["input"], record["output"])]
+    write_model(out / "model", texts + [entry["instruction"] for entry in table], seed=0)
+
+
+def _run(config: RunConfig, method: str, out: Path, resume: bool, console: Console) -> dict[str, Any]:
+    chosen = RunConfig.model_validate(config.model_dump() | {"method": method})
+    folder = out / method
+    return run(chosen, folder, resume=resume and folder.exists(), progress=RunProgress(console))

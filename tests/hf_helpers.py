@@ -1,0 +1,206 @@
+"""What the tests of `rkif.hf` share: tiny data, a trainer in one call, and the same training as a plain loop."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import AutocastKwargs
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_llama
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+from transformers import TrainingArguments, default_data_collator, get_scheduler
+
+from rkif import Fuser, FusionConfig
+from rkif.hf import RKIFTrainer
+from rkif.seeding import derive_seed
+
+VOCABULARY = 40
+FUSION = FusionConfig.paper(inner_steps=3, outer_steps=2)
+OUTER_RATE = 3e-3
+
+Rows = list[dict[str, list[int]]]
+
+
+def rows(count: int, seed: int, *, ragged: bool = False) -> Rows:
+    """Random sequences of 6 tokens; if ragged, with 1 to 5 of them as targets, else with 5.
+
+    The first token is never a target: whether it counts as one differs between versions of the Trainer.
+    """
+    rng = random.Random(seed)
+    result = []
+    for _ in range(count):
+        tokens = [rng.randrange(4, VOCABULARY) for _ in range(6)]
+        hidden = rng.randrange(1, 6) if ragged else 1
+        result.append({"input_ids": tokens, "labels": [-100] * hidden + tokens[hidden:]})
+    return result
+
+
+NEW, MEMORY = rows(24, seed=1), rows(5, seed=2)
+
+
+def lora_llama(*, dropout: float = 0.0) -> Any:
+    """A random Llama with LoRA, the same one in every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["q_proj", "v_proj"])
+        return get_peft_model(tiny_llama(VOCABULARY, 0), config)
+
+
+def arguments(folder: Any, **changes: Any) -> TrainingArguments:
+    defaults: dict[str, Any] = {
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 2,
+        "per_device_train_batch_size": 2,
+        "max_steps": 7,
+        "seed": 7,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**defaults, **changes})
+
+
+class InOrder:
+    """A trainer that takes its training data in order."""
+
+    train_dataset: Any
+
+    def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+class InOrderTrainer(InOrder, RKIFTrainer):
+    pass
+
+
+def trainer(folder: Any, *, kind: type = InOrderTrainer, **changes: Any) -> Any:
+    """A trainer of `kind` on the tiny data; `changes` are its arguments or `TrainingArguments`' fields."""
+    own = ("model", "memory_dataset", "fusion", "outer_learning_rate", "train_dataset", "eval_dataset")
+    own += ("optimizers", "optimizer_cls_and_kwargs", "callbacks", "data_collator")
+    given = {name: changes.pop(name) for name in own if name in changes}
+    defaults = {"train_dataset": NEW}
+    if issubclass(kind, RKIFTrainer):
+        defaults |= {"memory_dataset": MEMORY, "fusion": FUSION, "outer_learning_rate": OUTER_RATE}
+    if "model" not in given:
+        defaults["model"] = lora_llama()
+    return kind(args=arguments(folder, **changes), **{**defaults, **given})
+
+
+def scale_losses(trainer: Any, *, autocast: bool) -> Any:
+    """Has accelerate use a gradient scaler (and fp16 autocast) on the CPU, where it refuses to by itself."""
+    accelerator = trainer.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    accelerator.native_amp = True
+    accelerator.state._mixed_precision = "fp16"  # until the next TrainingArguments resets accelerate's state
+    accelerator.autocast_handler = AutocastKwargs(enabled=autocast)
+    return trainer
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def memory_samples(memory: Rows, seed: int) -> Iterator[dict[str, list[int]]]:
+    for epoch in itertools.count():
+        yield from random.Random(derive_seed(seed, "memory order", epoch)).sample(memory, len(memory))
+
+
+def plain_loop(model: Any, args: TrainingArguments, *, overflows: frozenset[int] = frozenset()) -> Fuser:
+    """Trains as `InOrderTrainer` should, with nothing but torch and `rkif.Fuser`.
+
+    Args:
+        model: trained in place.
+        args: the training arguments.
+        overflows: the optimizer steps, counted over both learners, that a gradient scaler skips.
+    """
+    fuser = Fuser(model, FUSION)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    inner = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=0.0)
+    outer = torch.optim.AdamW(trainable, lr=OUTER_RATE, weight_decay=0.0)
+    schedule = get_scheduler("linear", inner, args.get_warmup_steps(args.max_steps), args.max_steps)
+    new, memory = itertools.cycle(NEW), memory_samples(MEMORY, args.seed)
+    attempts = itertools.count()
+    model.train()
+
+    def step(optimizer: torch.optim.Optimizer, samples: Iterator[Any]) -> bool:
+        batches = [
+            default_data_collator([next(samples) for _ in range(args.per_device_train_batch_size)])
+            for _ in range(args.gradient_accumulation_steps)
+        ]
+        targets = sum((batch["labels"] != -100).sum() for batch in batches)
+        for batch in batches:
+            model(**batch, num_items_in_batch=targets).loss.backward()
+        if args.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        taken = next(attempts) not in overflows
+        if taken:
+            fuser.observe()
+            optimizer.step()
+        optimizer.zero_grad()
+        return taken
+
+    for number in range(1, args.max_steps + 1):
+        rate = inner.param_groups[0]["lr"]
+        if step(inner, new):
+            used = rate
+            schedule.step()
+        full = fuser.inner_observed == FUSION.inner_steps
+        if full or (number == args.max_steps and fuser.inner_observed):
+            outer.param_groups[0]["lr"] = OUTER_RATE * (used / args.learning_rate)
+            with fuser.outer():
+                while fuser.outer_observed < FUSION.outer_steps:
+                    step(outer, memory)
+    return fuser
+
+
+def trainable(model: Any) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def assert_at_base(run: Any, model: Any) -> None:
+    """The model is at the fuser's base: going back to it moves nothing."""
+    after = weights(model)
+    run.fuser.rollback()
+    assert_same_bits(weights(model), after)
+
+
+class Stop(TrainerCallback):
+    """Stops training at an event of a step."""
+
+    def __init__(self, event: str, step: int) -> None:
+        def stop(args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop |= state.global_step == step
+
+        setattr(self, event, stop)
+
+
+class RecordingSGD(torch.optim.SGD):
+    """Plain SGD that keeps, for every step of every instance, its learning rate, the weights and gradients."""
+
+    steps: list[tuple[float, list[Tensor], list[Tensor]]]
+
+    def step(self, closure: Any = None) -> Any:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        type(self).steps.append(
+            (
+                self.param_groups[0]["lr"],
+                [p.detach().clone() for p in parameters],
+                [p.grad for p in parameters],
+            )
+        )
+        return super().step(closure)

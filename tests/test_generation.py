@@ -1,0 +1,42 @@
+"""Answers written by tiny random models, against a greedy loop over single sequences."""
+
+from __future__ import annotations
+
+import pytest
+from plain_scoring import both, items, plain_generation, setup
+
+from rkif.continual.scoring import predict_by_generation
+
+
+@both
+@pytest.mark.parametrize("max_length", [48, 24])
+def test_generation_is_greedy(kind: str, max_length: int) -> None:
+    model, encoder = setup(kind, max_length=max_length)
+    expected = [encoder.decode(plain_generation(model, encoder, item, 6)) for item in items()]
+    assert len({len(text.split()) for text in expected}) > 2  # so that some rows end before their neighbours
+    for batch_size in (1, 5, 13):
+        assert (
+            predict_by_generation(model, encoder, items(), batch_size=batch_size, max_new_tokens=6)
+            == expected
+        )
+
+
+@both
+def test_generation_stops_when_every_answer_has_ended(kind: str) -> None:
+    model, encoder = setup(kind)
+    expected = [len(plain_generation(model, encoder, item, 6)) for item in items()]
+    assert min(expected) < 6
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    predict_by_generation(model, encoder, items(), batch_size=1, max_new_tokens=6)
+    assert len(calls) == sum(expected)
+
+
+@both
+def test_generation_ignores_the_models_generation_config(kind: str) -> None:
+    model, encoder = setup(kind)
+    expected = predict_by_generation(model, encoder, items(), batch_size=4, max_new_tokens=5)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.do_sample = True
+    model.generation_config.min_new_tokens = 5
+    assert predict_by_generation(model, encoder, items(), batch_size=4, max_new_tokens=5) == expected

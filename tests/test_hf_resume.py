@@ -1,0 +1,148 @@
+"""`rkif.hf` and checkpoints: a resumed run has the same bits as one that was not interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_helpers import arguments, assert_same_bits, lora_llama, rows, trainer, weights
+from safetensors.torch import load_file
+from tiny import tiny_t5
+from transformers import Trainer
+
+from rkif.hf import RKIFTrainer
+
+# 24 samples by 2 are 12 batches an epoch. Rounds of 3 close at steps 3, 6, 9, 12 and, with the tail, 14.
+STEPS = {"max_steps": 14, "save_strategy": "steps", "save_steps": 1}
+
+
+def state(run: Any) -> dict[str, torch.Tensor]:
+    """Everything that decides how a run goes on, as one flat dict."""
+    tensors = dict(run.fuser.state_dict())
+    for learner, optimizer in (("inner", run.optimizer), ("outer", run._rounds.optimizer)):
+        for number, slots in optimizer.state_dict()["state"].items():
+            tensors |= {f"{learner}.{number}.{name}": value for name, value in slots.items()}
+    tensors["position"] = torch.tensor(run._rounds.batches.position)
+    tensors["random"] = torch.get_rng_state()
+    return weights(run.model) | {f"state.{name}": value for name, value in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """An uninterrupted run with dropout: its checkpoints and its end."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = trainer(folder, kind=RKIFTrainer, model=lora_llama(dropout=0.1), **STEPS)
+    run.train()
+    return folder, state(run)
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 12, 13], ids=["first", "border", "mid-round", "epoch", "tail"])
+def test_resumes_to_the_same_bits(tmp_path: Path, whole: Any, step: int) -> None:
+    folder, end = whole
+    run = trainer(tmp_path, kind=RKIFTrainer, model=lora_llama(dropout=0.1), **STEPS)
+    run.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    assert run.fuser.round == 5
+    assert_same_bits(state(run), end)
+
+
+def test_every_checkpoint_holds_the_round(whole: Any) -> None:
+    folder, _ = whole
+    for step in range(1, 15):
+        fuser = load_file(folder / f"checkpoint-{step}" / "rkif_fuser.safetensors")
+        assert fuser["inner_observed"] == (0 if step == 14 else step % 3)
+        assert fuser["round"] == (5 if step == 14 else step // 3)
+        assert not list((folder / f"checkpoint-{step}").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_resumes_a_full_model_with_accumulation(tmp_path: Path, step: int) -> None:
+    """T5 with its own dropout, two micro-batches a step, evaluated on the way."""
+    ends = []
+    for checkpoint in (None, str(tmp_path / f"checkpoint-{step}")):
+        run = trainer(
+            tmp_path,
+            kind=RKIFTrainer,
+            model=tiny_t5(40, 0),
+            eval_dataset=rows(4, 5),
+            eval_strategy="steps",
+            eval_steps=2,
+            gradient_accumulation_steps=2,
+            **{**STEPS, "max_steps": 7},
+        )
+        run.train(resume_from_checkpoint=checkpoint)
+        ends.append(state(run))
+    assert_same_bits(ends[1], ends[0])
+
+
+def test_evaluation_changes_nothing(tmp_path: Path) -> None:
+    ends = []
+    for evaluation in ({}, {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": rows(4, 5)}):
+        run = trainer(tmp_path, kind=RKIFTrainer, **evaluation)
+        run.train()
+        end = state(run)
+        del end["state.random"]  # the Trainer's evaluation draws from the global random numbers by itself
+        ends.append(end)
+    assert_same_bits(ends[1], ends[0])
+
+
+def test_a_save_from_the_end_of_a_step_resumes_to_the_same_bits(tmp_path: Path, whole: Any) -> None:
+    """As on SIGTERM with enable_jit_checkpoint: the round is full at step 3, and half done at 5."""
+    from transformers import TrainerCallback
+
+    _, end = whole
+
+    class SaveAndStop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == stop_at:
+                control.should_training_stop = True
+                run._save_checkpoint(run.model, trial=None)
+
+    for stop_at in (3, 5):
+        folder = tmp_path / str(stop_at)
+        steps = {**STEPS, "save_steps": 100}
+        run = trainer(folder, kind=RKIFTrainer, model=lora_llama(dropout=0.1), callbacks=[SaveAndStop], **steps)
+        control_saves = run.control
+        run.train()
+        resumed = trainer(folder, kind=RKIFTrainer, model=lora_llama(dropout=0.1), **STEPS)
+        resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{stop_at}"))
+        assert_same_bits(state(resumed), end)
+
+
+def test_resuming_a_finished_run_goes_on_in_a_new_round(tmp_path: Path, whole: Any) -> None:
+    folder, _ = whole
+    run = trainer(tmp_path, kind=RKIFTrainer, model=lora_llama(dropout=0.1), **{**STEPS, "max_steps": 16})
+    run.train(resume_from_checkpoint=str(folder / "checkpoint-14"))
+    assert run.fuser.round == 6
+    assert run.state.global_step == 16
+
+
+@pytest.mark.parametrize("saved_by", ["plain trainer", "save_only_model"])
+def test_refuses_a_checkpoint_without_the_round(tmp_path: Path, saved_by: str) -> None:
+    kind = Trainer if saved_by == "plain trainer" else RKIFTrainer
+    trainer(tmp_path, kind=kind, **STEPS, save_only_model=saved_by == "save_only_model").train()
+    checkpoint = tmp_path / "checkpoint-5"
+    assert not list(checkpoint.glob("rkif*"))
+    with pytest.raises(ValueError, match=r"checkpoint-5 with a memory: it has no rkif_fuser\.safetensors"):
+        trainer(tmp_path, kind=RKIFTrainer, **STEPS).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_plain_trainer_resumes_from_its_own_kind_of_checkpoint(tmp_path: Path, whole: Any) -> None:
+    """Without a memory the checkpoint's round is not looked at."""
+    folder, _ = whole
+    run = trainer(tmp_path, kind=RKIFTrainer, model=lora_llama(dropout=0.1), memory_dataset=None, **STEPS)
+    run.train(resume_from_checkpoint=str(folder / "checkpoint-13"))
+    assert run.fuser is None
+    assert run.state.global_step == 14
+
+
+def test_a_new_run_does_not_resume(tmp_path: Path, whole: Any) -> None:
+    """A second `train` of the same trainer starts its rounds anew, whatever the first one loaded."""
+    folder, _ = whole
+    run = trainer(tmp_path, kind=RKIFTrainer, model=lora_llama(dropout=0.1), **STEPS)
+    run.train(resume_from_checkpoint=str(folder / "checkpoint-13"))
+    run.train()
+    assert run._rounds.batches.position == 5 * 2 * 2
