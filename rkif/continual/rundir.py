@@ -108,6 +108,8 @@ class RunFolder:
             save_file(_storable(importance), temporary / "importance.safetensors")
         memory.save(temporary / "memory.jsonl")
         _write_json(temporary / "task.json", figures)
+        for path in temporary.iterdir():
+            _ordinary_mode(path)
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
@@ -169,9 +171,17 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def _ordinary_mode(path: Path) -> None:
+    """safetensors makes its files readable by their owner alone; a run's are like any other's."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
+    _ordinary_mode(temporary)
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,8 @@ PRAISE = (
 BLAME = ("cold", "rude", "stale", "awful", "slow", "bland", "greedy", "burnt", "gloomy", "terrible")
 
 PEOPLE = (
-    "anna", "ben", "carla", "david", "emma", "felix", "greta", "hugo", "iris", "jonas", "karla", "leo", "mira",
-    "nils", "olga", "paul",
+    "anna", "ben", "carla", "david", "emma", "felix", "greta", "hugo", "iris", "jonas", "karla", "leo",
+    "mira", "nils", "olga", "paul",
 )
 VERBS = ("paint", "repair", "visit", "clean", "open", "carry", "build", "watch", "follow", "count")
 THINGS = (
@@ -37,8 +37,8 @@ TOPICS = {
     ),
     "money": ("bank", "shares", "market", "profit", "tax", "loan", "investor", "price", "budget", "trader"),
     "science": (
-        "laboratory", "atom", "telescope", "genome", "theory", "particle", "fossil", "microscope", "experiment",
-        "planet",
+        "laboratory", "atom", "telescope", "genome", "theory", "particle", "fossil", "microscope",
+        "experiment", "planet",
     ),
     "weather": ("storm", "rain", "snow", "wind", "cloud", "thunder", "fog", "heat", "frost", "drizzle"),
 }
@@ -85,7 +85,7 @@ class Tense(Sentences):
 class Topical(Sentences):
     """Two words of the answer's list among words that tell nothing."""
 
-    lists: dict[str, tuple[str, ...]]
+    lists: Mapping[str, tuple[str, ...]]
 
     def sentence(self, label: str, rng: random.Random) -> str:
         first, second = rng.sample(self.lists[label], 2)
