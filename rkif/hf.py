@@ -79,8 +79,6 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         Raises:
             TypeError: `fusion` is no `FusionConfig`, or the memory has no length or no indexing.
             ValueError: `outer_learning_rate` is not positive and finite, or the optimizer comes ready-made.
-
-        `train` raises RuntimeError if it would spread over several devices or processes with a memory.
         """
         self.fusion = FusionConfig() if fusion is None else fusion
         if not isinstance(self.fusion, FusionConfig):
@@ -114,6 +112,12 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
     def fuser(self) -> Fuser | None:
         """The fuser of the current or last `train`, each of which starts one; None without a memory."""
         return getattr(self._rkif, "fuser", None)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as the trainer does. With a memory it is a RuntimeError to do so on several devices."""
+        if self._rkif is not None:
+            self._rkif.refuse_several_devices()
+        return super().train(*args, **kwargs)
 
     def create_outer_optimizer(self) -> torch.optim.Optimizer:
         """Makes the outer learner's optimizer as `create_optimizer` makes the inner one; override to choose.
@@ -182,9 +186,22 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         self.memory = memory
         self.checkpoint: str | None = None
 
+    def refuse_several_devices(self) -> None:
+        """Raises where gradients or parameters would be spread over devices or processes."""
+        trainer = self.trainer
+        devices = sorted({str(parameter.device) for parameter in trainer.model.parameters()})
+        kinds = {
+            "DeepSpeed": trainer.is_deepspeed_enabled,
+            "FSDP": trainer.is_fsdp_enabled,
+            f"{trainer.accelerator.num_processes} processes": trainer.accelerator.num_processes > 1,
+            f"nn.DataParallel on {trainer.args.n_gpu} GPUs": trainer.args.n_gpu > 1,
+            f"a model on {', '.join(devices)}": len(devices) > 1,
+        }
+        if found := ", ".join(kind for kind, present in kinds.items() if present):
+            raise RuntimeError(f"a memory needs one process on one device so far, found: {found}")
+
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Starts from the weights as they are, or goes on from the checkpoint being resumed."""
-        self._refuse_several_devices()
         self.fuser = Fuser(self.trainer.model, self.trainer.fusion)
         # Not prepared by the accelerator: its clip_grad_norm_ unscales the gradients of every optimizer it
         # knows, so twice those of parameters that two of them share.
@@ -280,24 +297,11 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
             write(temporary)
             os.replace(temporary, Path(folder, name))
 
-    def _refuse_several_devices(self) -> None:
-        trainer = self.trainer
-        devices = sorted({str(parameter.device) for parameter in trainer.model.parameters()})
-        kinds = {
-            "DeepSpeed": trainer.is_deepspeed_enabled,
-            "FSDP": trainer.is_fsdp_enabled,
-            f"{trainer.accelerator.num_processes} processes": trainer.accelerator.num_processes > 1,
-            f"nn.DataParallel on {trainer.args.n_gpu} GPUs": trainer.args.n_gpu > 1,
-            f"a model on {', '.join(devices)}": len(devices) > 1,
-        }
-        if found := ", ".join(kind for kind, present in kinds.items() if present):
-            raise RuntimeError(f"a memory needs one process on one device so far, found: {found}")
-
     def _load(self, folder: Path) -> None:
         if missing := [name for name in (_FUSER_FILE, _OUTER_FILE) if not (folder / name).is_file()]:
             raise ValueError(
-                f"cannot resume from {folder} with a memory: it lacks {' and '.join(missing)}, as checkpoints "
-                "of a trainer without a memory or with save_only_model do"
+                f"cannot resume from {folder} with a memory: it lacks {' and '.join(missing)}, as "
+                "checkpoints of a trainer without a memory or with save_only_model do"
             )
         self.fuser.load_state_dict(load_file(folder / _FUSER_FILE))
         outer = torch.load(folder / _OUTER_FILE, map_location="cpu", weights_only=True)

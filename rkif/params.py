@@ -17,19 +17,18 @@ def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]])
     """
     pairs = source.named_parameters() if isinstance(source, nn.Module) else source
     parameters: dict[str, nn.Parameter] = {}
-    try:
-        for name, parameter in pairs:
-            if not isinstance(name, str) or not isinstance(parameter, Tensor):
-                raise TypeError
-            if name in parameters:
-                raise ValueError(f"the parameter name {name!r} comes twice")
-            if parameter.requires_grad:
-                parameters[name] = parameter
-    except TypeError:
-        raise TypeError(
-            "expected an nn.Module or an iterable of (name, parameter), such as model.named_parameters(); "
-            f"got {type(source).__name__}"
-        ) from None
+    for pair in pairs if isinstance(pairs, Iterable) else [pairs]:
+        match pair:
+            case (str() as name, Tensor() as parameter):
+                if name in parameters:
+                    raise ValueError(f"the parameter name {name!r} comes twice")
+                if parameter.requires_grad:
+                    parameters[name] = parameter
+            case _:
+                raise TypeError(
+                    "expected an nn.Module or an iterable of (name, parameter), such as "
+                    f"model.named_parameters(); got {type(source).__name__} with {type(pair).__name__}"
+                )
     if not parameters:
         raise ValueError(
             "no parameter is trainable (requires_grad): there is nothing to fuse in a frozen model"

@@ -1,4 +1,4 @@
-"""What the tests of `rkif.hf` share: tiny data, a trainer in one call, and the same training as a plain loop."""
+"""What the tests of `rkif.hf` share: tiny data, a trainer in one call, the same training as a plain loop."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import TrainingArguments, default_data_collator, get_scheduler
+from transformers import TrainerCallback, TrainingArguments, default_data_collator, get_scheduler
 
 from rkif import Fuser, FusionConfig
-from rkif.hf import RKIFTrainer
+from rkif.hf import RKIFMixin, RKIFTrainer
 from rkif.seeding import derive_seed
 
 VOCABULARY = 40
@@ -43,12 +43,15 @@ def rows(count: int, seed: int, *, ragged: bool = False) -> Rows:
 NEW, MEMORY = rows(24, seed=1), rows(5, seed=2)
 
 
-def lora_llama(*, dropout: float = 0.0) -> Any:
-    """A random Llama with LoRA, the same one in every call."""
+def lora_llama(*, dropout: float = 0.0, adapter: Any = None) -> Any:
+    """A random Llama with LoRA, the same one in every call, or with the weights of a saved adapter."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["q_proj", "v_proj"])
-        return get_peft_model(tiny_llama(VOCABULARY, 0), config)
+        model = get_peft_model(tiny_llama(VOCABULARY, 0), config)
+    if adapter is not None:
+        model.load_adapter(str(adapter), "default", is_trainable=True)
+    return model
 
 
 def arguments(folder: Any, **changes: Any) -> TrainingArguments:
@@ -63,36 +66,39 @@ def arguments(folder: Any, **changes: Any) -> TrainingArguments:
         "lr_scheduler_type": "linear",
         "warmup_steps": 2,
         "per_device_train_batch_size": 2,
-        "max_steps": 7,
+        "max_steps": 7,  # by rounds of 3 two full ones and a tail
         "seed": 7,
     }
     return TrainingArguments(output_dir=str(folder), **{**defaults, **changes})
 
 
-class InOrder:
-    """A trainer that takes its training data in order."""
-
-    train_dataset: Any
+class InOrderTrainer(RKIFTrainer):
+    """Takes its training data in order."""
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
 
-class InOrderTrainer(InOrder, RKIFTrainer):
-    pass
+def trainer(folder: Any, *, kind: Any = InOrderTrainer, **changes: Any) -> Any:
+    """A trainer of `kind` on the tiny data; `changes` are arguments of it or of `TrainingArguments`."""
+    own = {"model", "memory_dataset", "fusion", "outer_learning_rate", "train_dataset", "eval_dataset"}
+    own |= {"optimizers", "optimizer_cls_and_kwargs", "callbacks", "data_collator"}
+    given: dict[str, Any] = {"train_dataset": NEW}
+    if issubclass(kind, RKIFMixin):
+        given |= {"memory_dataset": MEMORY, "fusion": FUSION, "outer_learning_rate": OUTER_RATE}
+    given |= {name: changes.pop(name) for name in own & changes.keys()}
+    given.setdefault("model", lora_llama())
+    return kind(args=arguments(folder, **changes), **given)
 
 
-def trainer(folder: Any, *, kind: type = InOrderTrainer, **changes: Any) -> Any:
-    """A trainer of `kind` on the tiny data; `changes` are its arguments or `TrainingArguments`' fields."""
-    own = ("model", "memory_dataset", "fusion", "outer_learning_rate", "train_dataset", "eval_dataset")
-    own += ("optimizers", "optimizer_cls_and_kwargs", "callbacks", "data_collator")
-    given = {name: changes.pop(name) for name in own if name in changes}
-    defaults = {"train_dataset": NEW}
-    if issubclass(kind, RKIFTrainer):
-        defaults |= {"memory_dataset": MEMORY, "fusion": FUSION, "outer_learning_rate": OUTER_RATE}
-    if "model" not in given:
-        defaults["model"] = lora_llama()
-    return kind(args=arguments(folder, **changes), **{**defaults, **given})
+class Stop(TrainerCallback):
+    """Stops training at an event of a step."""
+
+    def __init__(self, event: str, step: int) -> None:
+        def stop(args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop |= state.global_step == step
+
+        setattr(self, event, stop)
 
 
 def scale_losses(trainer: Any, *, autocast: bool) -> Any:
@@ -105,6 +111,10 @@ def scale_losses(trainer: Any, *, autocast: bool) -> Any:
     return trainer
 
 
+def trainable(model: Any) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def weights(model: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -115,9 +125,16 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
         assert torch.equal(found[name], tensor), name
 
 
-def memory_samples(memory: Rows, seed: int) -> Iterator[dict[str, list[int]]]:
+def assert_at_base(run: Any) -> None:
+    """The model is where the last fusion put it: going back to the fuser's base moves nothing."""
+    found = weights(run.model)
+    run.fuser.rollback()
+    assert_same_bits(found, weights(run.model))
+
+
+def memory_samples(seed: int) -> Iterator[dict[str, list[int]]]:
     for epoch in itertools.count():
-        yield from random.Random(derive_seed(seed, "memory order", epoch)).sample(memory, len(memory))
+        yield from random.Random(derive_seed(seed, "memory order", epoch)).sample(MEMORY, len(MEMORY))
 
 
 def plain_loop(model: Any, args: TrainingArguments, *, overflows: frozenset[int] = frozenset()) -> Fuser:
@@ -129,11 +146,12 @@ def plain_loop(model: Any, args: TrainingArguments, *, overflows: frozenset[int]
         overflows: the optimizer steps, counted over both learners, that a gradient scaler skips.
     """
     fuser = Fuser(model, FUSION)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    inner = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=0.0)
-    outer = torch.optim.AdamW(trainable, lr=OUTER_RATE, weight_decay=0.0)
+    parameters = trainable(model)
+    fused = args.optim == "adamw_torch_fused"
+    inner = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=fused)
+    outer = torch.optim.AdamW(parameters, lr=OUTER_RATE, weight_decay=0.0, fused=fused)
     schedule = get_scheduler("linear", inner, args.get_warmup_steps(args.max_steps), args.max_steps)
-    new, memory = itertools.cycle(NEW), memory_samples(MEMORY, args.seed)
+    new, memory = itertools.cycle(NEW), memory_samples(args.seed)
     attempts = itertools.count()
     model.train()
 
@@ -156,8 +174,9 @@ def plain_loop(model: Any, args: TrainingArguments, *, overflows: frozenset[int]
 
     for number in range(1, args.max_steps + 1):
         rate = inner.param_groups[0]["lr"]
-        if step(inner, new):
+        if taken := step(inner, new):
             used = rate
+        if taken or fused:  # accelerate does not see that a fused optimizer skips its step
             schedule.step()
         full = fuser.inner_observed == FUSION.inner_steps
         if full or (number == args.max_steps and fuser.inner_observed):
@@ -166,41 +185,3 @@ def plain_loop(model: Any, args: TrainingArguments, *, overflows: frozenset[int]
                 while fuser.outer_observed < FUSION.outer_steps:
                     step(outer, memory)
     return fuser
-
-
-def trainable(model: Any) -> list[Tensor]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def assert_at_base(run: Any, model: Any) -> None:
-    """The model is at the fuser's base: going back to it moves nothing."""
-    after = weights(model)
-    run.fuser.rollback()
-    assert_same_bits(weights(model), after)
-
-
-class Stop(TrainerCallback):
-    """Stops training at an event of a step."""
-
-    def __init__(self, event: str, step: int) -> None:
-        def stop(args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_training_stop |= state.global_step == step
-
-        setattr(self, event, stop)
-
-
-class RecordingSGD(torch.optim.SGD):
-    """Plain SGD that keeps, for every step of every instance, its learning rate, the weights and gradients."""
-
-    steps: list[tuple[float, list[Tensor], list[Tensor]]]
-
-    def step(self, closure: Any = None) -> Any:
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        type(self).steps.append(
-            (
-                self.param_groups[0]["lr"],
-                [p.detach().clone() for p in parameters],
-                [p.grad for p in parameters],
-            )
-        )
-        return super().step(closure)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_helpers import arguments, assert_same_bits, lora_llama, rows, trainer, weights
+from hf_helpers import assert_same_bits, lora_llama, rows, trainer, weights
 from safetensors.torch import load_file
 from tiny import tiny_t5
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from rkif.hf import RKIFTrainer
 
@@ -23,19 +21,23 @@ STEPS = {"max_steps": 14, "save_strategy": "steps", "save_steps": 1}
 def state(run: Any) -> dict[str, torch.Tensor]:
     """Everything that decides how a run goes on, as one flat dict."""
     tensors = dict(run.fuser.state_dict())
-    for learner, optimizer in (("inner", run.optimizer), ("outer", run._rounds.optimizer)):
+    for learner, optimizer in (("inner", run.optimizer), ("outer", run._rkif.optimizer)):
         for number, slots in optimizer.state_dict()["state"].items():
             tensors |= {f"{learner}.{number}.{name}": value for name, value in slots.items()}
-    tensors["position"] = torch.tensor(run._rounds.batches.position)
+    tensors["position"] = torch.tensor(run._rkif.memory_position)
     tensors["random"] = torch.get_rng_state()
     return weights(run.model) | {f"state.{name}": value for name, value in tensors.items()}
+
+
+def dropout_run(folder: Path, **changes: Any) -> Any:
+    return trainer(folder, kind=RKIFTrainer, model=lora_llama(dropout=0.1), **{**STEPS, **changes})
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     """An uninterrupted run with dropout: its checkpoints and its end."""
     folder = tmp_path_factory.mktemp("whole")
-    run = trainer(folder, kind=RKIFTrainer, model=lora_llama(dropout=0.1), **STEPS)
+    run = dropout_run(folder)
     run.train()
     return folder, state(run)
 
@@ -43,7 +45,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tor
 @pytest.mark.parametrize("step", [1, 3, 5, 12, 13], ids=["first", "border", "mid-round", "epoch", "tail"])
 def test_resumes_to_the_same_bits(tmp_path: Path, whole: Any, step: int) -> None:
     folder, end = whole
-    run = trainer(tmp_path, kind=RKIFTrainer, model=lora_llama(dropout=0.1), **STEPS)
+    run = dropout_run(tmp_path)
     run.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
     assert run.fuser.round == 5
     assert_same_bits(state(run), end)
@@ -89,32 +91,34 @@ def test_evaluation_changes_nothing(tmp_path: Path) -> None:
     assert_same_bits(ends[1], ends[0])
 
 
-def test_a_save_from_the_end_of_a_step_resumes_to_the_same_bits(tmp_path: Path, whole: Any) -> None:
-    """As on SIGTERM with enable_jit_checkpoint: the round is full at step 3, and half done at 5."""
-    from transformers import TrainerCallback
+class SaveAndStop(TrainerCallback):
+    """Saves at once, in the midst of a step's callbacks, and stops: as enable_jit_checkpoint on a signal."""
 
+    trainer: Any
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            control.should_training_stop = True
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+
+
+@pytest.mark.parametrize("step", [3, 5], ids=["full round", "mid-round"])
+def test_resumes_from_a_save_amid_a_step(tmp_path: Path, whole: Any, step: int) -> None:
     _, end = whole
-
-    class SaveAndStop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == stop_at:
-                control.should_training_stop = True
-                run._save_checkpoint(run.model, trial=None)
-
-    for stop_at in (3, 5):
-        folder = tmp_path / str(stop_at)
-        steps = {**STEPS, "save_steps": 100}
-        run = trainer(folder, kind=RKIFTrainer, model=lora_llama(dropout=0.1), callbacks=[SaveAndStop], **steps)
-        control_saves = run.control
-        run.train()
-        resumed = trainer(folder, kind=RKIFTrainer, model=lora_llama(dropout=0.1), **STEPS)
-        resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{stop_at}"))
-        assert_same_bits(state(resumed), end)
+    stop = SaveAndStop(step)
+    stop.trainer = dropout_run(tmp_path, callbacks=[stop], save_steps=100)
+    stop.trainer.train()
+    resumed = dropout_run(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert_same_bits(state(resumed), end)
 
 
 def test_resuming_a_finished_run_goes_on_in_a_new_round(tmp_path: Path, whole: Any) -> None:
     folder, _ = whole
-    run = trainer(tmp_path, kind=RKIFTrainer, model=lora_llama(dropout=0.1), **{**STEPS, "max_steps": 16})
+    run = dropout_run(tmp_path, max_steps=16)
     run.train(resume_from_checkpoint=str(folder / "checkpoint-14"))
     assert run.fuser.round == 6
     assert run.state.global_step == 16
@@ -126,14 +130,16 @@ def test_refuses_a_checkpoint_without_the_round(tmp_path: Path, saved_by: str) -
     trainer(tmp_path, kind=kind, **STEPS, save_only_model=saved_by == "save_only_model").train()
     checkpoint = tmp_path / "checkpoint-5"
     assert not list(checkpoint.glob("rkif*"))
-    with pytest.raises(ValueError, match=r"checkpoint-5 with a memory: it has no rkif_fuser\.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-5 with a memory: it lacks rkif_fuser\.safetensors and rkif_outer\.pt"
+    ):
         trainer(tmp_path, kind=RKIFTrainer, **STEPS).train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_a_plain_trainer_resumes_from_its_own_kind_of_checkpoint(tmp_path: Path, whole: Any) -> None:
+def test_without_memory_resumes_as_the_plain_trainer(tmp_path: Path, whole: Any) -> None:
     """Without a memory the checkpoint's round is not looked at."""
     folder, _ = whole
-    run = trainer(tmp_path, kind=RKIFTrainer, model=lora_llama(dropout=0.1), memory_dataset=None, **STEPS)
+    run = dropout_run(tmp_path, memory_dataset=None)
     run.train(resume_from_checkpoint=str(folder / "checkpoint-13"))
     assert run.fuser is None
     assert run.state.global_step == 14
@@ -142,7 +148,7 @@ def test_a_plain_trainer_resumes_from_its_own_kind_of_checkpoint(tmp_path: Path,
 def test_a_new_run_does_not_resume(tmp_path: Path, whole: Any) -> None:
     """A second `train` of the same trainer starts its rounds anew, whatever the first one loaded."""
     folder, _ = whole
-    run = trainer(tmp_path, kind=RKIFTrainer, model=lora_llama(dropout=0.1), **STEPS)
+    run = dropout_run(tmp_path)
     run.train(resume_from_checkpoint=str(folder / "checkpoint-13"))
     run.train()
-    assert run._rounds.batches.position == 5 * 2 * 2
+    assert run._rkif.memory_position == 5 * 2 * 2

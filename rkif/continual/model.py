@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
@@ -87,8 +88,10 @@ def _with_adapter(model: Any, config: RunConfig) -> Any:
         target_modules=config.adapter.target_modules,
         task_type="SEQ_2_SEQ_LM" if config.architecture == "seq2seq" else "CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(derive_seed(config.seed, "adapter"))
+        # peft asks transformers for an attribute by its old name.
+        warnings.simplefilter("ignore", FutureWarning)
         try:
             model = peft.get_peft_model(model, settings)
         except ValueError as error:

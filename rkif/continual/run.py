@@ -16,7 +16,7 @@ from rkif.continual.methods import METHODS, Context
 from rkif.continual.metrics import backward_transfer, forward_transfer, overall_performance
 from rkif.continual.model import build, device
 from rkif.continual.progress import RunProgress
-from rkif.continual.rundir import Checkpoint, RunFolder
+from rkif.continual.rundir import Checkpoint, RunFolder, read_checkpoint
 from rkif.continual.tasks import Task, load_tasks
 from rkif.continual.text import Encoder
 from rkif.memory import ReplayMemory
@@ -42,19 +42,22 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
         ValueError, OSError, ImportError: bad settings, tasks, model or folder, in one line.
     """
     _settle(config)
+    checkpoint = read_checkpoint(out) if resume else None
     tasks = load_tasks(
         config.tasks.folder,
         config.tasks.order,
         train_limit=config.tasks.train_limit,
         dev_limit=config.tasks.dev_limit,
         seed=config.seed,
+        finished=checkpoint.task if checkpoint else 0,
     )
     _require_scorable(tasks, config)
     folder = RunFolder(out, config, resume=resume)
     with progress.shown(config, tasks):
         progress.stage("loading the model")
         model, encoder = build(config)
-        return _Sequence(config, folder, tasks, model, encoder, progress).run()
+        start = checkpoint or Checkpoint(0, 0, 0, {}, {})
+        return _Sequence(config, folder, tasks, model, encoder, progress).run(start)
 
 
 class _Sequence:
@@ -91,8 +94,8 @@ class _Sequence:
             "samples": 0,
         }
 
-    def run(self) -> dict[str, Any]:
-        start = self.folder.read_checkpoint() or Checkpoint(0, 0, 0, {}, {})
+    def run(self, start: Checkpoint) -> dict[str, Any]:
+        """Go on from ``start`` to the end of the last task."""
         with torch.no_grad():
             for name, value in start.parameters.items():
                 self.parameters[name].copy_(value)

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rkif.continual.config import RunConfig, dump_config
@@ -63,9 +63,8 @@ class RunFolder:
             _require_same(settings, text)
             return
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
+        if any(entry.name != "config.yaml.tmp" for entry in path.iterdir()):
             raise ValueError(f"{path} is not empty, and no run; choose another --out")
-        (path / "tasks").mkdir()
         _replace(settings, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def task(self, index: int, name: str) -> Path:
@@ -117,29 +116,29 @@ class RunFolder:
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         tensors = {f"parameters.{name}": tensor for name, tensor in checkpoint.parameters.items()}
         tensors |= {f"method.{name}": tensor for name, tensor in checkpoint.method.items()}
-        position = {key: str(getattr(checkpoint, key)) for key in ("task", "step", "samples")}
-        _replace(self.path / CHECKPOINT, lambda path: save_file(_storable(tensors), path, metadata=position))
+        # As a tensor: safetensors writes metadata in an order that changes from file to file.
+        tensors["position"] = torch.tensor([checkpoint.task, checkpoint.step, checkpoint.samples])
+        _replace(self.path / CHECKPOINT, lambda path: save_file(_storable(tensors), path))
 
-    def read_checkpoint(self) -> Checkpoint | None:
-        """Where the run was last; None if it had not trained yet.
 
-        Raises:
-            ValueError: the file is damaged.
-        """
-        path = self.path / CHECKPOINT
-        if not path.exists():
-            return None
-        parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "method": {}}
-        try:
-            with safe_open(path, framework="pt") as file:
-                position = file.metadata()
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    part, _, name = key.partition(".")
-                    parts[part][name] = file.get_tensor(key)
-            task, step, samples = (int(position[key]) for key in ("task", "step", "samples"))
-        except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        return Checkpoint(task, step, samples, parts["parameters"], parts["method"])
+def read_checkpoint(run: Path) -> Checkpoint | None:
+    """Where a run was last; None if there is none, or it had not trained yet.
+
+    Raises:
+    ValueError: the file is damaged.
+    """
+    path = run / CHECKPOINT
+    if not path.exists():
+        return None
+    parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "method": {}, "position": {}}
+    try:
+        for key, tensor in load_file(path).items():
+            part, _, name = key.partition(".")
+            parts[part][name] = tensor
+        task, step, samples = parts["position"][""].tolist()
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return Checkpoint(task, step, samples, parts["parameters"], parts["method"])
 
 
 def _require_same(path: Path, text: str) -> None:

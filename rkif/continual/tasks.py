@@ -47,6 +47,7 @@ def load_tasks(
     train_limit: int | None = None,
     dev_limit: int | None = None,
     seed: int = 0,
+    finished: int = 0,
 ) -> list[Task]:
     """Reads the tasks of one order.
 
@@ -62,6 +63,8 @@ def load_tasks(
             be, keeps the file's order, and depends on nothing but the seed, the task and the split.
         dev_limit: the same for the dev records.
         seed: the seed of the two subsets.
+        finished: so many tasks at the start of the order have been learned: their training records, which
+            need not be there any more, are not read.
 
     Returns:
         The tasks, in order.
@@ -79,7 +82,8 @@ def load_tasks(
     known, orders = _read_table(folder / "tasks.json")
     names = _resolve_order(order, orders, known, folder / "tasks.json")
     tasks = {name: _describe_task(name, known[name], folder / "tasks.json") for name in names}
-    train = _read_records(_find(folder, "train"), tasks, {})
+    to_learn = {name: tasks[name] for name in names[finished:]}
+    train = _read_records(_find(folder, "train"), to_learn, {}) if to_learn else {}
     dev = _read_records(_find(folder, "dev"), tasks, train)
 
     def limited(records: tuple[Record, ...], limit: int | None, name: str, split: str) -> tuple[Record, ...]:
@@ -91,7 +95,7 @@ def load_tasks(
         Task(
             name,
             *tasks[name],
-            train=limited(train[name], train_limit, name, "train"),
+            train=limited(train.get(name, ()), train_limit, name, "train"),
             dev=limited(dev[name], dev_limit, name, "dev"),
         )
         for name in names

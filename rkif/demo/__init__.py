@@ -46,7 +46,7 @@ def demo(out: Path, *, resume: bool, console: Console) -> list[dict[str, Any]]:
         if not resume:
             raise ValueError(f"{out} holds a demo already; go on with --resume, or choose another --out")
     else:
-        _write_inputs(out)
+        write_inputs(out, train=600, dev=100, seed=0)
         config_path.write_text(CONFIG, encoding="utf-8")
     console.print(f"Four small tasks, one after another, by {len(METHODS)} methods; everything is in {out}\n")
     config = load_config(config_path)
@@ -62,13 +62,14 @@ def demo(out: Path, *, resume: bool, console: Console) -> list[dict[str, Any]]:
     return runs
 
 
-def _write_inputs(out: Path) -> None:
+def write_inputs(out: Path, *, train: int, dev: int, seed: int) -> None:
+    """Write the tasks (``train`` and ``dev`` records each) and a model that knows their words."""
     tasks = out / "tasks"
-    write_tasks(tasks, train=600, dev=100, seed=0)
+    write_tasks(tasks, train=train, dev=dev, seed=seed)
     records = [json.loads(line) for line in (tasks / "train.jsonl").read_text().splitlines()]
     table = json.loads((tasks / "tasks.json").read_text())["tasks"].values()
     texts = [text for record in records for text in (record["input"], record["output"])]
-    write_model(out / "model", texts + [entry["instruction"] for entry in table], seed=0)
+    write_model(out / "model", texts + [entry["instruction"] for entry in table], seed=seed)
 
 
 def _run(config: RunConfig, method: str, out: Path, resume: bool, console: Console) -> dict[str, Any]:

@@ -1,0 +1,62 @@
+"""Kernels run compiled where there is a GPU, and in Triton's interpreter elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+
+# Read when Triton is first imported, hence before anything else is.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from kernel_cases import BLOCK, implementations
+
+# Time limits on an example would fail on a busy machine and prove nothing; CI repeats the same examples.
+settings.register_profile(
+    "rkif",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("rkif")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Results do not depend on the machine's cores, and busy cores do not make tests hang."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=implementations())
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One implementation, cut into small blocks, samples and lists."""
+    monkeypatch.setattr("rkif_kernels.torch_backend.blocks.BLOCK", BLOCK)
+    monkeypatch.setattr("rkif_kernels.torch_backend.select.SHORT", 32)
+    monkeypatch.setattr("rkif_kernels.torch_backend.select.SAMPLE", 16)
+    return request.param
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory is NaN, so that an element nobody wrote cannot pass for a right one."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

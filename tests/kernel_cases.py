@@ -1,0 +1,103 @@
+"""What the kernel tests share: the implementations, in small blocks, and tensors worth trying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rkif_kernels import kernels, torch_backend
+from rkif_kernels.launch import LaunchConfig
+
+# Small enough that a few hundred elements pass every branch: full tiles, tails, several programs a tensor.
+BLOCK, TILES = 64, 2
+CONFIG = LaunchConfig(block=BLOCK, tiles=TILES, num_warps=4)
+CHUNK = CONFIG.chunk
+
+SIZES = {
+    "one": [1],
+    "below a block": [BLOCK - 1],
+    "a block": [BLOCK],
+    "above a block": [BLOCK + 1],
+    "below a chunk": [CHUNK - 1],
+    "a chunk": [CHUNK],
+    "above a chunk": [CHUNK + 1],
+    "empty ones between": [0, 5, 0, CHUNK + 3, 0],
+    "many small and a large": [1, 2, 3, 4, 5, 6, 7, 8, 9, 3 * CHUNK + 17],
+}
+PARAMETER_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+STATE_DTYPES = [torch.float32, torch.bfloat16]
+
+
+def implementations() -> list[Any]:
+    """The implementations that are checked against the reference, with the device their tensors go to."""
+    operations = ("update_importance_", "score_thresholds", "fuse_")
+    triton = {name: partial(getattr(kernels, name), config=CONFIG) for name in operations}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [
+        pytest.param(SimpleNamespace(**triton, device=device), id="triton"),
+        pytest.param(
+            SimpleNamespace(**{name: getattr(torch_backend, name) for name in operations}, device="cpu"),
+            id="torch",
+        ),
+    ]
+
+
+def normal(sizes: Sequence[int], dtype: torch.dtype, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+
+
+def positive(sizes: Sequence[int], dtype: torch.dtype, seed: int) -> list[Tensor]:
+    return [tensor.abs() for tensor in normal(sizes, dtype, seed)]
+
+
+def on(device: str, tensors: Sequence[Tensor | None] | None) -> list[Any] | None:
+    """Copies on a device; the tests give every implementation tensors of its own."""
+    if tensors is None:
+        return None
+    return [None if tensor is None else tensor.clone().to(device) for tensor in tensors]
+
+
+class Guarded:
+    """Tensors inside larger buffers whose edges hold a sentinel, so that a stray write is seen."""
+
+    EDGE = 128  # elements: more than a block, so that a tail without its mask would land here
+
+    def __init__(self, tensors: Sequence[Tensor], device: str) -> None:
+        self.buffers = [
+            torch.full((tensor.numel() + 2 * self.EDGE,), 7.0, dtype=tensor.dtype, device=device)
+            for tensor in tensors
+        ]
+        self.tensors = [
+            buffer[self.EDGE : self.EDGE + tensor.numel()]
+            for buffer, tensor in zip(self.buffers, tensors, strict=True)
+        ]
+        for inside, tensor in zip(self.tensors, tensors, strict=True):
+            inside.copy_(tensor)
+
+    def assert_edges_untouched(self) -> None:
+        for buffer in self.buffers:
+            assert (buffer[: self.EDGE] == 7).all()
+            assert (buffer[-self.EDGE :] == 7).all()
+
+
+def assert_same_bits(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """The same values, zeros of the same sign, NaN where NaN is expected."""
+    assert len(got) == len(expected)
+    for index, (a, b) in enumerate(zip(got, expected, strict=True)):
+        a = a.cpu()
+        assert a.dtype == b.dtype, f"tensor {index}: {a.dtype}, expected {b.dtype}"
+        integers: Callable[[Tensor], Tensor] = lambda t: t.view({4: torch.int32, 2: torch.int16}[t.itemsize])  # noqa: E731
+        same = (integers(a) == integers(b)) | (a.isnan() & b.isnan())
+        if not same.all():
+            at = int((~same).nonzero()[0])
+            raise AssertionError(
+                f"tensor {index}: {int((~same).sum())} of {a.numel()} elements differ, the first at {at}: "
+                f"{a[at].item()!r}, expected {b[at].item()!r}"
+            )

@@ -1,0 +1,383 @@
+"""Every implementation against the reference, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import (
+    CHUNK,
+    PARAMETER_DTYPES,
+    SIZES,
+    STATE_DTYPES,
+    Guarded,
+    assert_same_bits,
+    normal,
+    on,
+    positive,
+)
+from torch import Tensor
+
+from rkif_kernels import Scores, reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+sizes = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+PAPER = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.0, 0.0))
+RELEASE = ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5))
+
+
+def check_update(implementation: Any, params, grads, s, u, order="first", beta1=0.85, beta2=0.55) -> int:
+    """Run one update by the implementation and by the reference; returns the non-finite count."""
+    settings = {"beta1": beta1, "beta2": beta2, "order": order}
+    expected_s, expected_u = on("cpu", s), on("cpu", u)
+    expected_bad = torch.zeros((), dtype=torch.int64)
+    reference.update_importance_(params, grads, expected_s, expected_u, nonfinite=expected_bad, **settings)
+
+    device = implementation.device
+    got_s, got_u = Guarded(s, device), Guarded(u or [], device)
+    bad = torch.zeros((), dtype=torch.int64, device=device)
+    implementation.update_importance_(
+        on(device, params),
+        on(device, grads),
+        got_s.tensors,
+        got_u.tensors if u is not None else None,
+        nonfinite=bad,
+        **settings,
+    )
+    assert_same_bits(got_s.tensors, expected_s)
+    assert_same_bits(got_u.tensors, expected_u or [])
+    got_s.assert_edges_untouched()
+    got_u.assert_edges_untouched()
+    assert bad.item() == expected_bad.item()
+    return int(bad)
+
+
+@sizes
+@pytest.mark.parametrize("order", ["first", "second", "mixed"])
+@pytest.mark.parametrize("with_uncertainty", [True, False], ids=["S and U", "S"])
+def test_update_importance(implementation: Any, sizes: list[int], order: str, with_uncertainty: bool) -> None:
+    params, grads = normal(sizes, torch.float32, 0), normal(sizes, torch.float32, 1)
+    s = positive(sizes, torch.float32, 2)
+    u = positive(sizes, torch.float32, 3) if with_uncertainty else None
+    assert check_update(implementation, params, grads, s, u, order) == 0
+
+
+@pytest.mark.parametrize("dtype", PARAMETER_DTYPES, ids=str)
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
+def test_update_importance_dtypes(implementation: Any, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    sizes = [CHUNK + 7, 3]
+    params, grads = normal(sizes, dtype, 0), normal(sizes, torch.float32, 1)
+    check_update(
+        implementation, params, grads, positive(sizes, state_dtype, 2), positive(sizes, state_dtype, 3)
+    )
+
+
+def test_update_importance_of_mixed_dtypes_and_missing_gradients(implementation: Any) -> None:
+    dtypes = [*PARAMETER_DTYPES, torch.float32, torch.bfloat16]
+    params = [normal([CHUNK + i], dtype, i)[0] for i, dtype in enumerate(dtypes)]
+    grads: list[Tensor | None] = [normal([CHUNK + i], torch.float32, 9 + i)[0] for i in range(len(dtypes))]
+    grads[1] = grads[3] = None
+    s = [positive([p.numel()], torch.float32, 20)[0] for p in params]
+    check_update(implementation, params, grads, s, [t.clone() for t in s])
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.55, 1.0])
+def test_update_importance_keeps_what_is_not_finite(implementation: Any, beta1: float) -> None:
+    sizes = [CHUNK + 5, 2]
+    params, grads = normal(sizes, torch.float32, 0), normal(sizes, torch.float32, 1)
+    grads[0][0], grads[0][CHUNK] = float("nan"), float("inf")
+    params[0][7], grads[0][9] = float("-inf"), -float("inf")
+    params[1][1], grads[1][1] = 1e30, 1e30  # overflows in the product
+    s, u = positive(sizes, torch.float32, 2), positive(sizes, torch.float32, 3)
+    assert check_update(implementation, params, grads, s, u, beta1=beta1) == 5
+
+
+def test_update_importance_keeps_denormals(implementation: Any) -> None:
+    tiny = torch.full((CHUNK + 1,), 1e-41)
+    ones = torch.ones(CHUNK + 1)
+    s = [torch.full((CHUNK + 1,), 3e-42)]
+    check_update(implementation, [tiny], [ones], s, [s[0].clone()])
+    assert (reference.select.score_values(Scores(s))[0] > 0).all()
+
+
+@settings(max_examples=15)
+@given(
+    st.lists(st.integers(0, 2 * CHUNK), min_size=1, max_size=4),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.sampled_from(["first", "second", "mixed"]),
+    st.integers(0, 10**6),
+)
+def test_update_importance_anywhere(
+    implementation: Any,
+    sizes: list[int],
+    beta1: float,
+    beta2: float,
+    order: str,
+    seed: int,
+) -> None:
+    params, grads = normal(sizes, torch.float32, seed), normal(sizes, torch.bfloat16, seed + 1)
+    s, u = positive(sizes, torch.float32, seed + 2), positive(sizes, torch.bfloat16, seed + 3)
+    check_update(implementation, params, grads, s, u, order, beta1, beta2)
+
+
+def check_thresholds(implementation: Any, scores: Scores, ranks: list[int], per_tensor: bool) -> Tensor:
+    expected = reference.score_thresholds(scores, ranks=ranks, per_tensor=per_tensor)
+    device = implementation.device
+    moved = Scores(on(device, scores.sensitivity), on(device, scores.uncertainty))
+    got = implementation.score_thresholds(moved, ranks=ranks, per_tensor=per_tensor)
+    assert got.dtype == torch.float32
+    assert torch.equal(got.cpu(), expected)
+    return expected
+
+
+def ranks_of_interest(numel: int) -> set[int]:
+    return {0, min(1, numel - 1), numel // 2, int(0.8 * (numel - 1)), max(numel - 2, 0), numel - 1}
+
+
+@sizes
+@pytest.mark.parametrize("with_uncertainty", [True, False], ids=["S*U", "S"])
+def test_global_threshold(implementation: Any, sizes: list[int], with_uncertainty: bool) -> None:
+    sizes = [size for size in sizes if size]
+    u = positive(sizes, torch.float32, 1) if with_uncertainty else None
+    scores = Scores(positive(sizes, torch.float32, 0), u)
+    for rank in ranks_of_interest(sum(sizes)):
+        check_thresholds(implementation, scores, [rank], per_tensor=False)
+
+
+def test_thresholds_of_each_tensor(implementation: Any) -> None:
+    sizes = [1, 40, CHUNK + 1, 2 * CHUNK]
+    scores = Scores(positive(sizes, torch.float32, 0), positive(sizes, torch.bfloat16, 1))
+    for pick in (min, max, lambda ranks: sorted(ranks)[len(ranks) // 2]):
+        check_thresholds(implementation, scores, [pick(ranks_of_interest(n)) for n in sizes], per_tensor=True)
+
+
+def hostile(n: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    values = torch.rand(n, generator=generator)
+    mostly_zero = torch.where(values > 0.95, values, 0.0)
+    return {
+        "all zero": torch.zeros(n),
+        "all equal": torch.full((n,), 0.3),
+        "two values": torch.where(values > 0.5, 1.0, 2.0),
+        "95 % zeros": mostly_zero,
+        "bfloat16 ties": values.bfloat16().float(),
+        "few values": (values * 5).floor(),
+        "ascending": values.sort().values,
+        "descending": values.sort(descending=True).values,
+        "one small among large": torch.cat([torch.full((n - 1,), 1e30), torch.tensor([1e-30])]),
+        "denormal": values * 1e-40,
+        "with infinities": torch.where(values > 0.7, torch.inf, values),
+        "period of the sample": torch.arange(n).remainder(4).float() * values,
+        "neighbouring bit patterns": torch.arange(n, dtype=torch.int32).add(0x3F800000).view(torch.float32),
+    }
+
+
+@pytest.mark.parametrize("name", hostile(4).keys())
+def test_threshold_of_hostile_scores(implementation: Any, name: str) -> None:
+    scores = hostile(2 * CHUNK + 9)[name]
+    for rank in ranks_of_interest(scores.numel()):
+        check_thresholds(implementation, Scores([scores]), [rank], per_tensor=False)
+
+
+@pytest.mark.parametrize("dtype", PARAMETER_DTYPES, ids=str)
+def test_threshold_of_other_dtypes(implementation: Any, dtype: torch.dtype) -> None:
+    scores = Scores(positive([CHUNK + 3, 10], dtype, 0), positive([CHUNK + 3, 10], torch.float32, 1))
+    check_thresholds(implementation, scores, [100], per_tensor=False)
+
+
+def test_a_product_that_is_not_a_number_counts_as_zero(implementation: Any) -> None:
+    s = torch.ones(CHUNK)
+    u = torch.ones(CHUNK)
+    s[: CHUNK // 2], u[: CHUNK // 2] = torch.inf, 0.0
+    for rank, value in ((CHUNK // 2 - 1, 0.0), (CHUNK // 2, 1.0)):
+        assert check_thresholds(implementation, Scores([s], [u]), [rank], per_tensor=False).item() == value
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(
+        st.lists(
+            st.sampled_from([0.0, -0.0, 1.0, 1.0000001, 2.0, 1e-45, 3e38, float("inf")])
+            | st.floats(0, 2, width=32),
+            min_size=1,
+            max_size=80,
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    st.floats(0, 1),
+)
+def test_threshold_anywhere(implementation: Any, groups: list[list[float]], fraction: float) -> None:
+    scores = Scores([torch.tensor(group) for group in groups])
+    numel = sum(map(len, groups))
+    check_thresholds(implementation, scores, [int(fraction * (numel - 1))], per_tensor=False)
+    ranks = [int(fraction * (len(group) - 1)) for group in groups]
+    check_thresholds(implementation, scores, ranks, per_tensor=True)
+
+
+def check_fuse(
+    implementation: Any,
+    base: list[Tensor],
+    inner: list[Tensor],
+    outer: list[Tensor],
+    inner_scores: Scores,
+    outer_scores: Scores,
+    thresholds: tuple[Tensor, Tensor],
+    weights: Any = RELEASE,
+    outer_from: str = "inner",
+    out_dtype: torch.dtype | None = None,
+) -> list[int]:
+    device = implementation.device
+    fresh = [torch.full_like(b, torch.nan, dtype=out_dtype or b.dtype) for b in base]
+    expected = on("cpu", fresh)
+    settings = {"weights": weights, "outer_from": outer_from}
+    wanted = reference.fuse_(
+        expected, base, inner, outer, inner_scores, outer_scores, thresholds=thresholds, **settings
+    )
+    got = Guarded(fresh, device)
+    stats = implementation.fuse_(
+        got.tensors,
+        on(device, base),
+        on(device, inner),
+        on(device, outer),
+        Scores(on(device, inner_scores.sensitivity), on(device, inner_scores.uncertainty)),
+        Scores(on(device, outer_scores.sensitivity), on(device, outer_scores.uncertainty)),
+        thresholds=tuple(t.to(device) for t in thresholds),
+        **settings,
+    )
+    assert_same_bits(got.tensors, expected)
+    got.assert_edges_untouched()
+    assert torch.equal(stats.counts.cpu(), wanted.counts)
+    torch.testing.assert_close(stats.squared_norms.cpu(), wanted.squared_norms, rtol=1e-12, atol=0)
+    return wanted.counts.tolist()
+
+
+def fuse_arguments(sizes: list[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
+    return {
+        "base": normal(sizes, dtype, seed),
+        "inner": normal(sizes, dtype, seed + 1),
+        "outer": normal(sizes, dtype, seed + 2),
+        "inner_scores": Scores(positive(sizes, torch.float32, seed + 3), positive(sizes, torch.float32, 4)),
+        "outer_scores": Scores(positive(sizes, torch.bfloat16, seed + 5)),
+        "thresholds": (torch.tensor([0.4]), torch.tensor([0.6])),
+    }
+
+
+@sizes
+@pytest.mark.parametrize("weights", [PAPER, RELEASE], ids=["paper", "release"])
+def test_fuse(implementation: Any, sizes: list[int], weights: Any) -> None:
+    check_fuse(implementation, **fuse_arguments(sizes), weights=weights)
+
+
+@pytest.mark.parametrize("dtype", PARAMETER_DTYPES, ids=str)
+@pytest.mark.parametrize("out_dtype", PARAMETER_DTYPES, ids=str)
+def test_fuse_dtypes(implementation: Any, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    counts = check_fuse(implementation, **fuse_arguments([CHUNK + 7, 3], dtype), out_dtype=out_dtype)
+    assert all(counts), "a case that never comes up is not checked"
+
+
+def test_fuse_of_mixed_dtypes(implementation: Any) -> None:
+    arguments = fuse_arguments([CHUNK + i for i in range(4)])
+    for index, dtype in enumerate([torch.bfloat16, torch.float32, torch.float16, torch.bfloat16]):
+        arguments["base"][index] = arguments["base"][index].to(dtype)
+        arguments["outer"][index] = arguments["outer"][index].to(torch.bfloat16)
+    check_fuse(implementation, **arguments)
+
+
+def test_fuse_with_a_threshold_for_each_tensor_and_outer_from_base(implementation: Any) -> None:
+    arguments = fuse_arguments([CHUNK, 5, CHUNK + 1])
+    arguments["thresholds"] = (torch.tensor([0.1, 0.5, torch.inf]), torch.tensor([-torch.inf, 0.2, 0.3]))
+    check_fuse(implementation, **arguments, outer_from="base")
+
+
+def test_fuse_leaves_out_scores_at_the_threshold(implementation: Any) -> None:
+    arguments = fuse_arguments([CHUNK + 3])
+    arguments["inner_scores"] = Scores([torch.full((CHUNK + 3,), 0.25)])
+    arguments["thresholds"] = (torch.tensor([0.25]), torch.tensor([0.5]))
+    in_only, _, both, _ = check_fuse(implementation, **arguments)
+    assert in_only == both == 0
+
+
+def test_fuse_with_weights_of_ones_own(implementation: Any) -> None:
+    weights = ((0.3, -0.1), (1.5, 0.7), (-2.0, 1 / 3), (0.1, 0.9))
+    check_fuse(implementation, **fuse_arguments([CHUNK + 9]), weights=weights)
+
+
+def test_fuse_of_values_that_are_not_finite(implementation: Any) -> None:
+    arguments = fuse_arguments([CHUNK + 9])
+    special = [torch.inf, -torch.inf, torch.nan, -0.0, 1e-42, 3e38]
+    for position, (a, b) in enumerate(itertools.product(special, special)):
+        arguments["base"][0][position], arguments["inner"][0][position] = a, b
+    device = implementation.device
+    out, expected = [torch.zeros(CHUNK + 9, device=device)], [torch.zeros(CHUNK + 9)]
+    settings = {"weights": PAPER, "outer_from": "inner"}
+    thresholds = arguments.pop("thresholds")
+    reference.fuse_(expected, *arguments.values(), thresholds=thresholds, **settings)
+    moved = [
+        Scores(on(device, a.sensitivity), on(device, a.uncertainty))
+        if isinstance(a, Scores)
+        else on(device, a)
+        for a in arguments.values()
+    ]
+    implementation.fuse_(out, *moved, thresholds=tuple(t.to(device) for t in thresholds), **settings)
+    assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("target", ["base", "inner", "outer"])
+def test_fuse_over_one_of_its_inputs(implementation: Any, target: str) -> None:
+    arguments = fuse_arguments([CHUNK + 9, 4], torch.bfloat16)
+    expected = on("cpu", arguments["base"])
+    settings = {"weights": RELEASE, "outer_from": "inner"}
+    thresholds = arguments.pop("thresholds")
+    reference.fuse_(expected, *arguments.values(), thresholds=thresholds, **settings)
+    device = implementation.device
+    moved = {
+        name: Scores(on(device, a.sensitivity), on(device, a.uncertainty))
+        if isinstance(a, Scores)
+        else on(device, a)
+        for name, a in arguments.items()
+    }
+    implementation.fuse_(
+        moved[target], *moved.values(), thresholds=tuple(t.to(device) for t in thresholds), **settings
+    )
+    assert_same_bits(moved[target], expected)
+
+
+@settings(max_examples=15)
+@given(st.lists(st.integers(0, 2 * CHUNK), min_size=1, max_size=4), st.integers(0, 10**6), st.data())
+def test_splitting_tensors_changes_nothing(
+    implementation: Any,
+    sizes: list[int],
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    """Thresholds, counts and results do not depend on how the parameters are cut into tensors."""
+    numel = sum(sizes) + 1
+    whole = {name: torch.cat(normal([numel], torch.float32, seed + i)) for i, name in enumerate("bio")}
+    s = torch.rand(numel, generator=torch.Generator().manual_seed(seed))
+    rank = data.draw(st.integers(0, numel - 1))
+    device = implementation.device
+    results = []
+    for cut in ([numel], [*sizes, 1]):
+        parts = {name: on(device, tensor.split(cut)) for name, tensor in whole.items()}
+        scores = Scores(list(on(device, s.split(cut))))
+        kept = Scores([part for part in scores.sensitivity if part.numel()])
+        threshold = implementation.score_thresholds(kept, ranks=[rank], per_tensor=False)
+        out = [torch.empty_like(part) for part in parts["b"]]
+        stats = implementation.fuse_(
+            out,
+            *parts.values(),
+            scores,
+            scores,
+            thresholds=(threshold, threshold),
+            weights=RELEASE,
+            outer_from="inner",
+        )
+        results.append((threshold, torch.cat(out), stats.counts))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,262 @@
+"""The public operations: what they refuse, and what they do with awkward but valid tensors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rkif_kernels
+from rkif_kernels import Scores
+from rkif_kernels.backend import resolve_backend
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+backends = pytest.mark.parametrize("backend", ["triton", "torch"])
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WEIGHTS = ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5))
+
+
+def update_arguments(n: int = 5) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.rand(n, generator=generator).to(DEVICE) for _ in range(4)]
+    return {
+        "params": [tensors[0]],
+        "grads": [tensors[1]],
+        "sensitivity": [tensors[2]],
+        "uncertainty": [tensors[3]],
+        "beta1": 0.85,
+        "beta2": 0.5,
+        "nonfinite": torch.zeros((), dtype=torch.int64, device=DEVICE),
+    }
+
+
+def fuse_arguments(n: int = 5) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    out, base, inner, outer, s_in, s_out = ([torch.rand(n, generator=generator).to(DEVICE)] for _ in range(6))
+    half = torch.tensor([0.5], device=DEVICE)
+    return {
+        "out": out,
+        "base": base,
+        "inner": inner,
+        "outer": outer,
+        "inner_scores": Scores(s_in),
+        "outer_scores": Scores(s_out),
+        "thresholds": (half, half),
+        "weights": WEIGHTS,
+    }
+
+
+@backends
+@pytest.mark.parametrize("n", [0, 1, 1023, 1024, 1025, 8191, 8192, 8193])
+def test_default_launch_at_its_boundaries(backend: str, n: int) -> None:
+    """The launch that users get, where its blocks and chunks begin and end."""
+    arguments = update_arguments(n)
+    w, g, s, u = (arguments[key][0].clone() for key in ("params", "grads", "sensitivity", "uncertainty"))
+    rkif_kernels.update_importance_(**arguments, backend=backend)
+    keep1, take1, half = (torch.tensor(v, dtype=torch.float64).float() for v in (0.85, 1 - 0.85, 0.5))
+    expected = keep1.to(DEVICE) * s + take1.to(DEVICE) * (w * g).abs()
+    assert torch.equal(arguments["sensitivity"][0], expected)
+    assert torch.equal(arguments["uncertainty"][0], half * u + half * ((w * g).abs() - expected).abs())
+
+    arguments = fuse_arguments(n)
+    stats = rkif_kernels.fuse_(**arguments, backend=backend)
+    assert stats.counts.sum() == n
+    if n:
+        scores = arguments["inner_scores"]
+        found = rkif_kernels.score_thresholds(scores, density=0.2, backend=backend)
+        rank = rkif_kernels.order_statistic_rank(n, 0.2)
+        assert found.item() == scores.sensitivity[0].sort().values[rank].item()
+
+
+@backends
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize(
+    ("density", "limit"), [(0, torch.inf), (1, -torch.inf), (0.0, torch.inf), (1.0, -torch.inf)]
+)
+def test_density_zero_and_one_read_no_score(backend: str, scope: str, density: float, limit: float) -> None:
+    scores = Scores([torch.full((4,), torch.nan, device=DEVICE), torch.ones(3, device=DEVICE)])
+    found = rkif_kernels.score_thresholds(scores, density=density, scope=scope, backend=backend)
+    assert found.tolist() == [limit] * (2 if scope == "tensor" else 1)
+
+
+@backends
+def test_an_empty_tensor_has_a_threshold_that_selects_nothing(backend: str) -> None:
+    scores = Scores(
+        [torch.ones(0, device=DEVICE), torch.arange(6.0, device=DEVICE), torch.ones(0, device=DEVICE)]
+    )
+    found = rkif_kernels.score_thresholds(scores, density=0.2, scope="tensor", backend=backend)
+    assert found.tolist() == [torch.inf, 4.0, torch.inf]
+    assert rkif_kernels.score_thresholds(scores, density=0.2, backend=backend).tolist() == [4.0]
+    with pytest.raises(ValueError, match="no element"):
+        rkif_kernels.score_thresholds(Scores([torch.ones(0)]), density=0.5)
+
+
+def awkward(kind: str, values: Tensor) -> Tensor:
+    """The same 2-D values in memory that cannot be taken as one aligned run of elements."""
+    if kind == "transposed":
+        return values.t().contiguous().t()
+    if kind == "strided":
+        return torch.stack([values, values], dim=-1)[..., 0]
+    shifted = torch.empty(values.numel() + 1, device=values.device)[1:].view(values.shape)
+    return shifted.copy_(values)
+
+
+@backends
+@pytest.mark.parametrize("kind", ["transposed", "strided", "misaligned"])
+def test_awkward_memory_gives_the_same_values(backend: str, kind: str) -> None:
+    plain = fuse_arguments(24)
+    shaped: dict[str, Any] = {}
+    for key, value in plain.items():
+        if key in ("thresholds", "weights"):
+            shaped[key] = value
+        elif isinstance(value, Scores):
+            shaped[key] = Scores([awkward(kind, value.sensitivity[0].view(4, 6))])
+        else:
+            shaped[key] = [awkward(kind, value[0].view(4, 6))]
+    rkif_kernels.fuse_(**plain, backend=backend)
+    rkif_kernels.fuse_(**shaped, backend=backend)
+    assert torch.equal(shaped["out"][0], plain["out"][0].view(4, 6))
+
+    update, expected = update_arguments(24), update_arguments(24)
+    for key in ("params", "grads"):
+        update[key] = [awkward(kind, update[key][0].view(4, 6))]
+    for key in ("sensitivity", "uncertainty"):
+        tensor = update[key][0].view(4, 6)
+        update[key] = [awkward(kind, tensor) if kind == "misaligned" else tensor]
+    rkif_kernels.update_importance_(**update, backend=backend)
+    rkif_kernels.update_importance_(**expected, backend=backend)
+    for key in ("sensitivity", "uncertainty"):
+        assert torch.equal(update[key][0].reshape(-1), expected[key][0])
+
+
+@backends
+def test_the_same_bits_twice(backend: str) -> None:
+    first, second = fuse_arguments(3000), fuse_arguments(3000)
+    one = rkif_kernels.fuse_(**first, backend=backend)
+    other = rkif_kernels.fuse_(**second, backend=backend)
+    assert torch.equal(first["out"][0], second["out"][0])
+    assert torch.equal(one.squared_norms, other.squared_norms)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"grads": []}, ValueError, "grads has 0 tensors, params has 1"),
+        ({"grads": [torch.ones(4)]}, ValueError, r"grads\['w'\] has shape \(4,\), params\['w'\] has \(5,\)"),
+        ({"grads": [torch.ones(5, dtype=torch.int64)]}, TypeError, r"grads\['w'\] has dtype int64"),
+        ({"grads": [torch.ones(5, dtype=torch.float64)]}, TypeError, r"grads\['w'\] has dtype float64"),
+        ({"grads": [torch.ones(5).to_sparse()]}, TypeError, r"grads\['w'\] must be a dense tensor"),
+        ({"params": [None]}, TypeError, r"params\['w'\] must be a tensor; got NoneType"),
+        ({"grads": [torch.ones(5, device="meta")]}, ValueError, r"grads\['w'\] is on meta"),
+        ({"sensitivity": [torch.ones(5).half()]}, TypeError, r"sensitivity\['w'\] has dtype float16"),
+        ({"uncertainty": [torch.ones(10)[::2]]}, ValueError, r"uncertainty\['w'\] must be contiguous"),
+        ({"beta1": 1.5}, ValueError, "beta1 must be in .*; got 1.5"),
+        ({"beta2": "x"}, TypeError, "beta2 must be a number; got 'x'"),
+        ({"order": "third"}, ValueError, "order must be one of first, second, mixed; got 'third'"),
+        ({"nonfinite": torch.zeros(2, dtype=torch.int64)}, ValueError, "nonfinite must be one int64"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch; got 'cuda'"),
+    ],
+)
+@pytest.mark.skipif(DEVICE == "cuda", reason="the arguments above are on the CPU")
+def test_update_importance_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = update_arguments()
+    before = [arguments[key][0].clone() for key in ("sensitivity", "uncertainty")]
+    kept = [arguments[key][0] for key in ("sensitivity", "uncertainty")]
+    with pytest.raises(error, match=message):
+        rkif_kernels.update_importance_(**arguments | change, names=["w"])
+    assert all(map(torch.equal, kept, before))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"inner": [torch.ones(4)]}, ValueError, r"inner\[0\] has shape \(4,\), out\[0\] has \(5,\)"),
+        ({"inner_scores": Scores([])}, ValueError, "inner_scores has 0 tensors, out has 1"),
+        ({"thresholds": (torch.zeros(1), torch.zeros(2))}, ValueError, "the outer threshold must be float32"),
+        (
+            {"weights": (*WEIGHTS[:3], (1.0, torch.nan))},
+            ValueError,
+            "weights for 'neither' must be two finite",
+        ),
+        ({"outer_from": "outer"}, ValueError, "outer_from must be one of inner, base; got 'outer'"),
+    ],
+)
+@pytest.mark.skipif(DEVICE == "cuda", reason="the arguments above are on the CPU")
+def test_fuse_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = fuse_arguments()
+    before = arguments["out"][0].clone()
+    with pytest.raises(error, match=message):
+        rkif_kernels.fuse_(**arguments | change)
+    assert torch.equal(arguments["out"][0], before)
+
+
+@pytest.mark.parametrize(
+    ("density", "error", "message"),
+    [
+        (-0.1, ValueError, "density must be in .*; got -0.1"),
+        (1.1, ValueError, "density must be in .*; got 1.1"),
+        (float("nan"), ValueError, "density must be in .*; got nan"),
+        (None, TypeError, "density must be a number"),
+    ],
+)
+def test_thresholds_refuse_a_density(density: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        rkif_kernels.score_thresholds(Scores([torch.ones(3)]), density=density)
+
+
+def test_outputs_that_share_memory_are_refused() -> None:
+    memory = torch.zeros(20)
+    arguments = {
+        key: value * 2 if isinstance(value, list) else value for key, value in fuse_arguments(5).items()
+    }
+    for key in ("inner_scores", "outer_scores"):
+        arguments[key] = Scores([torch.ones(5), torch.ones(5)])
+
+    def fuse(**change: Any) -> None:
+        rkif_kernels.fuse_(**arguments | change)
+
+    apart = [memory[:5], memory[5:10]]
+    fuse(out=apart)
+    fuse(out=apart, base=apart)
+    with pytest.raises(ValueError, match=r"out\[0\] and out\[1\] share memory"):
+        fuse(out=[memory[:5], memory[4:9]])
+    with pytest.raises(ValueError, match=r"base\[0\] shares memory with out\[1\]"):
+        fuse(out=apart, base=[memory[5:10], memory[:5]])
+    with pytest.raises(ValueError, match=r"outer\[0\] shares memory with out\[0\]"):
+        fuse(out=apart, outer=[memory[1:6], torch.ones(5)])
+    with pytest.raises(ValueError, match=r"out\[1\] is an expanded view"):
+        fuse(out=[memory[:5], torch.zeros(1).expand(5)])
+
+
+def test_backend_choice() -> None:
+    assert resolve_backend(torch.device("cpu"), "auto") == "torch"
+    assert resolve_backend(torch.device("cuda"), "auto") == "triton"
+    assert resolve_backend(torch.device("cuda"), "torch") == "torch"
+    assert resolve_backend(torch.device("mps"), "auto") == "torch"
+    with pytest.raises(RuntimeError, match="does not support device mps"):
+        resolve_backend(torch.device("mps"), "triton")
+
+
+def test_an_explicit_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="needs TRITON_INTERPRET=1"):
+        resolve_backend(torch.device("cpu"), "triton")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        resolve_backend(torch.device("cuda"), "triton")
+    assert resolve_backend(torch.device("cuda"), "auto") == "torch"
+
+
+@pytest.mark.parametrize("package", ["rkif", "rkif_kernels", "rkif.continual.config", "rkif.cli"])
+def test_import_needs_neither_triton_nor_transformers_nor_peft(package: str) -> None:
+    code = (
+        f"import sys, {package}\n"
+        "heavy = {'triton', 'transformers', 'peft', 'accelerate', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
