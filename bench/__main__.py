@@ -25,6 +25,23 @@ def smollm2_command(
     convert(out)
 
 
+@app.command("aot")
+def aot_command() -> None:
+    """Compile every kernel for GPUs that need not be there; fails if one spills or has narrow accesses."""
+    from bench.aot import check
+
+    if not check(Console(width=130)):
+        raise typer.Exit(1)
+
+
+@app.command("readme")
+def readme_command() -> None:
+    """Write the tables of the committed results into README.md."""
+    from bench.readme import README, with_tables
+
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 @app.command("continual")
 def continual_command(
     config: Annotated[Path, typer.Argument(help="A config of `rkif run`.", metavar="CONFIG.yaml")],

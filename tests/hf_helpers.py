@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -77,6 +78,21 @@ class InOrderTrainer(RKIFTrainer):
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
+
+
+class OverflowingTrainer(InOrderTrainer):
+    """Makes a gradient of some steps infinite or huge; steps are counted over both learners."""
+
+    overflows: frozenset[int] = frozenset()
+    gradient = math.inf
+    calls = 0
+
+    def training_step(self, model: Any, *args: Any) -> Tensor:
+        loss: Tensor = super().training_step(model, *args)
+        if self.calls in self.overflows:
+            trainable(model)[0].grad.view(-1)[0] = self.gradient
+        self.calls += 1
+        return loss
 
 
 def trainer(folder: Any, *, kind: Any = InOrderTrainer, **changes: Any) -> Any:

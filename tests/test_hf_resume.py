@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_helpers import assert_same_bits, lora_llama, rows, trainer, weights
+from hf_helpers import OverflowingTrainer, assert_same_bits, lora_llama, rows, scale_losses, trainer, weights
 from safetensors.torch import load_file
 from tiny import tiny_t5
 from transformers import Trainer, TrainerCallback
@@ -76,6 +76,20 @@ def test_resumes_a_full_model_with_accumulation(tmp_path: Path, step: int) -> No
             **{**STEPS, "max_steps": 7},
         )
         run.train(resume_from_checkpoint=checkpoint)
+        ends.append(state(run))
+    assert_same_bits(ends[1], ends[0])
+
+
+def test_resumes_under_a_gradient_scaler(tmp_path: Path) -> None:
+    """The one step left overflows: the outer learner goes by the rate of the step before the checkpoint."""
+    ends = []
+    for checkpoint, overflow in ((None, 6), (tmp_path / "checkpoint-4", 0)):
+        run = trainer(tmp_path, kind=OverflowingTrainer, **{**STEPS, "max_steps": 5})
+        scale_losses(run, autocast=False)
+        run.overflows = frozenset({overflow})
+        run.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        assert run.fuser.round == 2
+        assert run.accelerator.scaler.get_scale() == 2.0**15
         ends.append(state(run))
     assert_same_bits(ends[1], ends[0])
 

@@ -78,10 +78,17 @@ def test_a_stop_by_an_evaluation(tmp_path: Any, best: bool) -> None:
         assert_at_base(run)
 
 
-def test_nothing_is_fused_into_the_best_model(tmp_path: Any) -> None:
-    rising = {"learning_rate": 0.3, "warmup_steps": 0}  # every step makes it worse
-    run = trainer(tmp_path, **EVALUATED, eval_steps=2, save_steps=2, load_best_model_at_end=True, **rising)
+RISING = {"learning_rate": 0.3, "warmup_steps": 0}  # every step makes it worse
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_nothing_is_fused_into_the_best_model(tmp_path: Any, strategy: str) -> None:
+    """Neither where training ends at its last step, nor where it ends with a round open after an epoch of 4."""
+    kinds = {"eval_strategy": strategy, "save_strategy": strategy, "eval_steps": 2, "save_steps": 2}
+    stop = [Stop("on_save", 4)] if strategy == "epoch" else []
+    accumulation = {"gradient_accumulation_steps": 3, "load_best_model_at_end": True}
+    run = trainer(tmp_path, **EVALUATED | kinds, **accumulation, **RISING, callbacks=stop)
     run.train()
     best = run.state.best_model_checkpoint
-    assert best.endswith("checkpoint-2")
+    assert best.endswith("checkpoint-2" if strategy == "steps" else "checkpoint-4")
     assert_same_bits(weights(run.model), weights(lora_llama(adapter=best)))

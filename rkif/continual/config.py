@@ -17,7 +17,7 @@ from rkif_kernels.checks import require_choice
 class Settings(BaseModel):
     """Unknown keys are errors: a misspelt setting must not silently leave its default in force."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class AdapterSettings(Settings):

@@ -40,11 +40,13 @@ def build(config: RunConfig) -> tuple[nn.Module, Encoder]:
         model: Any = kind.from_pretrained(config.model, dtype=frozen)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {config.model!r} cannot be loaded: {_first_line(error)}") from error
-    if config.training.gradient_checkpointing:
-        model.config.use_cache = False
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.adapter is not None:
-        model = _with_adapter(model, config)
+    with warnings.catch_warnings():
+        # transformers is renaming what these two call; the old names are those of all its supported versions.
+        warnings.simplefilter("ignore", FutureWarning)
+        if config.training.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.adapter is not None:
+            model = _with_adapter(model, config)
     encoder = Encoder(
         tokenizer,
         seq2seq=config.architecture == "seq2seq",
@@ -88,10 +90,8 @@ def _with_adapter(model: Any, config: RunConfig) -> Any:
         target_modules=config.adapter.target_modules,
         task_type="SEQ_2_SEQ_LM" if config.architecture == "seq2seq" else "CAUSAL_LM",
     )
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng():
         torch.manual_seed(derive_seed(config.seed, "adapter"))
-        # peft asks transformers for an attribute by its old name.
-        warnings.simplefilter("ignore", FutureWarning)
         try:
             model = peft.get_peft_model(model, settings)
         except ValueError as error:

@@ -9,10 +9,11 @@ def load_row(pointers_ptr, role, tensor, n_tensors, DTYPE: tl.constexpr):
     """The typed base pointer of ``tensor`` in ``role``; any pointer where the role is not there (None)."""
     if DTYPE is None:
         return pointers_ptr
-    address = tl.load(pointers_ptr + role * n_tensors + tensor)
-    # The alignment must be declared on the typed pointer: on the integer it is lost, and accesses fall to
-    # 32 bits. The table only takes addresses that keep the promise.
-    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+    else:
+        address = tl.load(pointers_ptr + role * n_tensors + tensor)
+        # The alignment must be declared on the typed pointer: on the integer it is lost, and accesses fall
+        # to 32 bits. The table only takes addresses that keep the promise.
+        return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit

@@ -1,0 +1,294 @@
+"""The command line, as a user meets it: what it prints, what it refuses, and with which status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rkif.cli import main
+from rkif.continual.config import RunConfig, dump_config, load_config
+from rkif.demo import write_inputs
+
+Rkif = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder, train=20, dev=4, seed=1)
+    return folder
+
+
+@pytest.fixture
+def settings(inputs: Path) -> dict[str, Any]:
+    return {
+        "model": str(inputs / "model"),
+        "adapter": {"r": 2, "target_modules": ["q_proj"]},
+        "tasks": {"folder": str(inputs / "tasks"), "order": ["review", "tense"]},
+        "text": {"max_length": 64},
+        "training": {"steps": 2, "batch_size": 2},
+        "outer": {"batch_size": 2},
+        "threads": 1,
+    }
+
+
+@pytest.fixture
+def rkif(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Rkif:
+    """Runs a command line; returns status, output and errors. An exception would be a traceback."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rkif", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        captured = capsys.readouterr()
+        return int(exit_info.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def test_run_prints_a_table_and_says_where_the_run_is(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = write(tmp_path / "config.yaml", settings)
+    status, out, _ = rkif("run", config, "--out", tmp_path / "out")
+    assert status == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    for text in ("review", "tense", f"OP {metrics['op']:.1f}", "dev split", str(tmp_path / "out")):
+        assert text in out.replace("\n", "")
+    assert "recurrent_kif after tense:" in out
+
+
+def test_a_second_run_needs_resume_and_the_same_settings(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = write(tmp_path / "config.yaml", settings)
+    out = tmp_path / "out"
+    assert rkif("run", config, "--out", out)[0] == 0
+    status, _, errors = rkif("run", config, "--out", out)
+    assert (status, errors.count("\n")) == (1, 1)
+    assert "holds a run already; go on with --resume" in errors
+    assert rkif("run", config, "--out", out, "--resume")[0] == 0
+    assert rkif("run", out / "config.yaml", "--out", out, "--resume")[0] == 0  # the recorded config is one
+    write(config, settings | {"seed": 7})
+    status, _, errors = rkif("run", config, "--out", out, "--resume")
+    assert status == 1
+    assert "has `seed: 42` where the config now says `seed: 7`" in errors
+
+
+def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    settings = json.loads(json.dumps(settings))
+    *parents, last = path.split(".")
+    inner = settings
+    for parent in parents:
+        inner = inner.setdefault(parent, {})
+    inner[last] = value
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("lerning_rate", 1, "config.yaml: lerning_rate: unknown setting"),
+        ("training.lerning_rate", 1, "config.yaml: training.lerning_rate: unknown setting"),
+        ("training.learning_rate", "fast", "training.learning_rate: Input should be a valid number"),
+        ("training.epochs", 3, "training: give either steps or epochs"),
+        ("training.steps", 0, "training.steps: Input should be greater than or equal to 1"),
+        ("method", "magic", "method: Input should be 'sequential', 'replay' or 'recurrent_kif'"),
+        ("fusion.density", 2, "fusion: density must be in [0, 1]; got 2"),
+        ("fusion.denstiy", 0.2, "fusion: a fusion setting must be one of preset, density"),
+        ("fusion.preset", "papers", "fusion: preset must be one of paper, release; got 'papers'"),
+        ("fusion.rule", {"both": [1, 1]}, "fusion: "),
+        ("text.prompt", "{question}", "text: prompt template '{question}' lacks the placeholder {input}"),
+        ("tasks.folder", "nowhere", "no such folder:"),
+        ("tasks.order", ["review", "sums"], "task 'sums' is not in"),
+        ("tasks.order", "standard-9", "order 'standard-9' is not in"),
+        ("model", "nowhere/at-all", "model 'nowhere/at-all' cannot be loaded:"),
+        ("adapter.target_modules", ["c_attn"], "adapter.target_modules ['c_attn']:"),
+        ("device", "cuda:17", "device 'cuda:17' cannot be used:"),
+        ("device", "toaster", "device 'toaster' cannot be used:"),
+        ("text.max_length", 32, "max_length must hold"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path, path: str, value: Any, message: str
+) -> None:
+    if path == "text.max_length":  # room for nothing but the answer
+        settings["text"] = {"max_length": 32, "target": " {output}" * 20}
+    config = write(tmp_path / "config.yaml", changed(settings, path, value))
+    status, _, errors = rkif("run", config, "--out", tmp_path / "out")
+    assert status == 1
+    assert errors.startswith("rkif: error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1", "expected settings as `key: value`, got list"),
+        ("model: x", "tasks: this setting is required; training: this setting is required"),
+    ],
+)
+def test_bad_files_are_one_clear_line(rkif: Rkif, tmp_path: Path, content: str, message: str) -> None:
+    status, _, errors = rkif("run", write(tmp_path / "config.yaml", content))
+    assert (status, errors.count("\n")) == (1, 1)
+    assert message in errors
+
+
+def test_a_missing_config_is_named(rkif: Rkif, tmp_path: Path) -> None:
+    assert rkif("run", tmp_path / "no.yaml") == (
+        1,
+        "",
+        f"rkif: error: no such config file: {tmp_path / 'no.yaml'}\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"output": "superb"}, "output 'superb' is no label of 'review'; labels: ['good', 'bad']"),
+        ({"output": None}, "'output' must be a string"),
+        ({"id": "review-0"}, "id 'review-0' appears twice in task 'review'"),
+    ],
+)
+def test_bad_records_are_named_with_file_and_line(
+    rkif: Rkif, settings: dict[str, Any], inputs: Path, tmp_path: Path, line: dict[str, Any], message: str
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("tasks.json", "dev.jsonl"):
+        (data / name).write_text((inputs / "tasks" / name).read_text())
+    record = {"task": "review", "id": "new", "input": "a new one", "output": "good"}
+    train = (inputs / "tasks" / "train.jsonl").read_text() + json.dumps(record | line) + "\n"
+    (data / "train.jsonl").write_text(train)
+    config = write(tmp_path / "config.yaml", changed(settings, "tasks.folder", str(data)))
+    status, _, errors = rkif("run", config, "--out", tmp_path / "out")
+    assert (status, errors.count("\n")) == (1, 1)
+    assert f"{data / 'train.jsonl'}:{len(train.splitlines())}: {message}" in errors
+
+
+def test_an_empty_task_is_named(rkif: Rkif, settings: dict[str, Any], inputs: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("tasks.json", "dev.jsonl", "train.jsonl"):
+        lines = (inputs / "tasks" / name).read_text().splitlines(keepends=True)
+        keep = lines if name != "train.jsonl" else [line for line in lines if '"tense"' not in line]
+        (data / name).write_text("".join(keep))
+    config = write(tmp_path / "config.yaml", changed(settings, "tasks.folder", str(data)))
+    status, _, errors = rkif("run", config, "--out", tmp_path / "out")
+    assert status == 1
+    assert "task 'tense' has no train records in" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_free_text_tasks_need_generation(
+    rkif: Rkif, settings: dict[str, Any], inputs: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("dev.jsonl", "train.jsonl"):
+        (data / name).write_text((inputs / "tasks" / name).read_text())
+    table = json.loads((inputs / "tasks" / "tasks.json").read_text())
+    del table["tasks"]["tense"]["labels"]
+    (data / "tasks.json").write_text(json.dumps(table))
+    settings = changed(settings, "tasks.folder", str(data))
+    status, _, errors = rkif("run", write(tmp_path / "config.yaml", settings), "--out", tmp_path / "out")
+    assert status == 1
+    assert "task 'tense' has no labels; its evaluation needs scoring: generation" in errors
+    settings = changed(settings, "evaluation", {"scoring": "generation", "max_new_tokens": 2})
+    assert rkif("run", write(tmp_path / "config.yaml", settings), "--out", tmp_path / "out")[0] == 0
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = write(tmp_path / "config.yaml", settings)
+    occupied = write(tmp_path / "file", "not a folder")
+    for out in (occupied, occupied / "below"):
+        status, _, errors = rkif("run", config, "--out", out)
+        assert (status, errors.count("\n")) == (1, 1)
+        assert str(occupied) in errors
+    (tmp_path / "full").mkdir()
+    write(tmp_path / "full" / "something", "else")
+    status, _, errors = rkif("run", config, "--out", tmp_path / "full")
+    assert status == 1
+    assert "is not empty, and no run" in errors
+
+
+@pytest.mark.parametrize("damage", ["checkpoint.safetensors", "metrics.json"])
+def test_a_damaged_run_is_named(rkif: Rkif, settings: dict[str, Any], tmp_path: Path, damage: str) -> None:
+    config = write(tmp_path / "config.yaml", settings)
+    out = tmp_path / "out"
+    assert rkif("run", config, "--out", out)[0] == 0
+    content = (out / damage).read_bytes()
+    (out / damage).write_bytes(content[: len(content) // 2])
+    status, _, errors = rkif("run", config, "--out", out, "--resume")
+    assert (status, errors.count("\n")) == (1, 1)
+    assert f"{out / damage} is damaged" in errors
+
+
+def test_without_transformers_the_way_to_get_it_is_said(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    status, _, errors = rkif("run", write(tmp_path / "config.yaml", settings), "--out", tmp_path / "out")
+    assert status == 1
+    assert 'pip install "rkif[hf]"' in errors
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["demo"]])
+def test_help(rkif: Rkif, command: list[str]) -> None:
+    status, out, _ = rkif(*command, "--help")
+    assert status == 0
+    assert "Usage:" in out
+
+
+def test_an_unknown_command_is_refused(rkif: Rkif) -> None:
+    status, _, errors = rkif("fly")
+    assert status == 2
+    assert "No such command 'fly'" in errors
+
+
+def test_python_dash_m_is_the_same_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rkif", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "demo" in done.stdout
+
+
+def test_a_config_survives_being_recorded(settings: dict[str, Any], tmp_path: Path) -> None:
+    rule = {"inner_only": [1, 0], "outer_only": [0, 1], "both": [0.3, 0.7], "neither": [0, 0]}
+    settings["fusion"] = {"preset": "paper", "rule": rule, "state_dtype": "bfloat16", "density": 0.1}
+    first = load_config(write(tmp_path / "a.yaml", settings))
+    text = dump_config(first)
+    second = load_config(write(tmp_path / "b.yaml", text))
+    assert dump_config(second) == text
+    assert second.fusion["rule"] == rule
+    assert second.fusion["beta1"] == 0.55
+    assert second.fusion["state_dtype"] == "bfloat16"
+
+
+def test_relative_folders_are_meant_from_the_config(inputs: Path, settings: dict[str, Any]) -> None:
+    relative = settings | {"model": "model", "tasks": {"folder": "tasks", "order": ["review"]}}
+    config = load_config(write(inputs / "relative.yaml", relative))
+    assert config.model == str(inputs / "model")
+    assert config.tasks.folder == str(inputs / "tasks")
+    hub = load_config(write(inputs / "hub.yaml", settings | {"model": "someone/some-model"}))
+    assert hub.model == "someone/some-model"
+    assert isinstance(hub, RunConfig)

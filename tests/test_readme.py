@@ -1,0 +1,67 @@
+"""What the README and the docs say is run, parsed or counted here."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bench.continual import RESULTS
+from bench.readme import README, with_tables
+from rkif.continual.config import RunConfig
+
+TEXT = README.read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def snippets(language: str) -> list[str]:
+    return [code for kind, code in SNIPPETS if kind == language]
+
+
+@pytest.mark.parametrize("code", [code for code in snippets("python") if "RKIFTrainer" not in code])
+def test_python_snippets_run(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+    if "last_report" in code:
+        assert capsys.readouterr().out.count("inner_only") == 3
+
+
+def test_the_trainer_snippet_is_a_valid_call() -> None:
+    from rkif.hf import RKIFTrainer
+
+    (code,) = [code for code in snippets("python") if "RKIFTrainer" in code]
+    with pytest.raises(TypeError, match="fusion must be a FusionConfig, got str"):
+        exec(
+            code.replace("rkif.FusionConfig.paper()", "'x'"),
+            dict.fromkeys(("model", "training_arguments", "new_task", "memory")) | {"rkif": None},
+        )
+    assert RKIFTrainer
+
+
+def test_the_config_is_valid() -> None:
+    (code,) = snippets("yaml")
+    RunConfig.model_validate(yaml.safe_load(code))
+
+
+def test_both_commands_are_single_lines_that_install_first() -> None:
+    demo, tests = snippets("sh")
+    assert demo == "pip install '.[hf]' && rkif demo\n"
+    assert tests == "pip install -e '.[dev]' && pytest\n"
+
+
+def test_figures_are_those_of_the_committed_results() -> None:
+    assert with_tables(TEXT) == TEXT, "run `python -m bench readme`"
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    assert rows
+    for row in rows:
+        size = len(row["tasks"])
+        final = [row["accuracy"][i][-1] for i in range(size)]
+        assert row["op"] == pytest.approx(sum(final) / size)
+
+
+def test_it_is_short_and_its_links_lead_somewhere() -> None:
+    assert len(TEXT.splitlines()) < 150
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", TEXT):
+        assert (Path(README).parent / target).exists(), target
