@@ -37,6 +37,7 @@ class MergeWeights:
                 valid = False
             if not valid:
                 raise ValueError(f"{field.name} must be two finite numbers (inner, outer); got {pair!r}")
+            object.__setattr__(self, field.name, tuple(pair))
 
     @property
     def cases(self) -> CaseWeights:

@@ -111,7 +111,11 @@ def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("fusion.density", 2, "fusion: density must be in [0, 1]; got 2"),
         ("fusion.denstiy", 0.2, "fusion: a fusion setting must be one of preset, density"),
         ("fusion.preset", "papers", "fusion: preset must be one of paper, release; got 'papers'"),
-        ("fusion.rule", {"both": [1, 1]}, "fusion: "),
+        (
+            "fusion.rule",
+            {"both": [1, 1]},
+            "fusion: rule must give weights for inner_only, outer_only, both, neit",
+        ),
         ("text.prompt", "{question}", "text: prompt template '{question}' lacks the placeholder {input}"),
         ("tasks.folder", "nowhere", "no such folder:"),
         ("tasks.order", ["review", "sums"], "task 'sums' is not in"),

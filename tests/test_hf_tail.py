@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_helpers import Stop, assert_at_base, assert_same_bits, lora_llama, rows, trainer, weights
+from hf_helpers import NEW, Stop, assert_at_base, assert_same_bits, lora_llama, rows, trainer, weights
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -81,14 +81,20 @@ def test_a_stop_by_an_evaluation(tmp_path: Any, best: bool) -> None:
 RISING = {"learning_rate": 0.3, "warmup_steps": 0}  # every step makes it worse
 
 
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_nothing_is_fused_into_the_best_model(tmp_path: Any, strategy: str) -> None:
-    """Neither where training ends at its last step, nor where it ends with a round open after an epoch of 4."""
-    kinds = {"eval_strategy": strategy, "save_strategy": strategy, "eval_steps": 2, "save_steps": 2}
-    stop = [Stop("on_save", 4)] if strategy == "epoch" else []
-    accumulation = {"gradient_accumulation_steps": 3, "load_best_model_at_end": True}
-    run = trainer(tmp_path, **EVALUATED | kinds, **accumulation, **RISING, callbacks=stop)
+def test_nothing_is_fused_into_the_best_model(tmp_path: Any) -> None:
+    run = trainer(tmp_path, **EVALUATED, eval_steps=2, save_steps=2, load_best_model_at_end=True, **RISING)
     run.train()
     best = run.state.best_model_checkpoint
-    assert best.endswith("checkpoint-2" if strategy == "steps" else "checkpoint-4")
+    assert best.endswith("checkpoint-2")
+    assert_same_bits(weights(run.model), weights(lora_llama(adapter=best)))
+
+
+def test_nothing_is_fused_into_the_best_model_with_a_round_open(tmp_path: Any) -> None:
+    """An epoch of four steps ends with the stop of training, after all that would close the round."""
+    kinds = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    run = trainer(tmp_path, **EVALUATED | kinds, train_dataset=NEW[:8], callbacks=[Stop("on_save", 4)])
+    run.train()
+    best = run.state.best_model_checkpoint
+    assert best.endswith("checkpoint-4")
+    assert run.fuser.inner_observed == 1
     assert_same_bits(weights(run.model), weights(lora_llama(adapter=best)))

@@ -143,8 +143,14 @@ def fusion_config(settings: dict[str, Any]) -> FusionConfig:
     known = [field.name for field in fields(FusionConfig)]
     for key in changes:
         require_choice("a fusion setting", key, ["preset", *known])
-    if isinstance(changes.get("rule"), dict):
-        changes["rule"] = MergeWeights(**{case: tuple(pair) for case, pair in changes["rule"].items()})
+    rule = changes.get("rule")
+    if isinstance(rule, dict):
+        cases = [field.name for field in fields(MergeWeights)]
+        if sorted(rule) != sorted(cases):
+            raise ValueError(
+                f"rule must give weights for {', '.join(cases)}; got {', '.join(map(str, rule))}"
+            )
+        changes["rule"] = MergeWeights(**rule)
     if preset is None:
         return FusionConfig(**changes)
     require_choice("preset", preset, ["paper", "release"])

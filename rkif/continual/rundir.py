@@ -108,7 +108,7 @@ class RunFolder:
         memory.save(temporary / "memory.jsonl")
         _write_json(temporary / "task.json", figures)
         for path in temporary.iterdir():
-            _ordinary_mode(path)
+            _settle(path)
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
@@ -170,17 +170,17 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _ordinary_mode(path: Path) -> None:
-    """safetensors makes its files readable by their owner alone; a run's are like any other's."""
+def _settle(path: Path) -> None:
+    """Bring a file to disk, with the mode of any other: safetensors makes its own for their owner alone."""
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    path.chmod(0o666 & ~mask)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
-    _ordinary_mode(temporary)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
+    _settle(temporary)
     os.replace(temporary, path)
