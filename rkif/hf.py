@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import random
 from collections.abc import Iterator
 from functools import partial
 from itertools import count, islice
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 from rkif import Fuser, FusionConfig
-from rkif.seeding import derive_seed
+from rkif.seeding import derive_seed, shuffled
 
 # Relied on beyond the Trainer's documented interface (read and run with transformers 5.0.0 and 5.23.0):
 # _maybe_log_save_evaluate (after all callbacks of a step or epoch, before it is logged, measured and saved),
@@ -312,8 +311,7 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
 def memory_walk(size: int, start: int, seed: int) -> Iterator[int]:
     """Endless epochs over `size` samples, each in an order of its own by the seed; from `start` on."""
     for epoch in count(start // size):
-        order = random.Random(derive_seed(seed, "memory order", epoch)).sample(range(size), size)
-        yield from order[max(0, start - epoch * size) :]
+        yield from shuffled(size, derive_seed(seed, "memory order", epoch))[max(0, start - epoch * size) :]
 
 
 def _has_samples(memory: Any) -> bool:

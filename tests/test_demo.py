@@ -30,7 +30,7 @@ def test_demo_compares_the_methods_and_can_be_resumed(tmp_path: Path) -> None:
     shown = (tmp_path / "shown").read_text()
     for metrics in runs:
         assert json.loads((out / metrics["method"] / "metrics.json").read_text()) == metrics
-        row = next(line for line in shown.splitlines() if f"│ {metrics['method']} " in line)
+        row = next(line for line in shown.splitlines() if line.split()[:1] == [metrics["method"]])
         assert f"{metrics['op']:.1f}" in row
     with pytest.raises(ValueError, match="holds a demo already"):
         demo(out, resume=False, console=console)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,6 +20,8 @@ from rich.table import Table
 
 from rkif.continual.config import RunConfig
 from rkif.continual.tasks import Task
+
+MOST_COLUMNS = 6  # tasks whose accuracies fit beside the other figures
 
 
 class RunProgress:
@@ -79,6 +82,7 @@ class RunProgress:
 def run_table(metrics: Mapping[str, Any]) -> Table:
     """One run: each task's accuracy before training, right after learning it, and at the end."""
     table = Table(
+        box=box.SIMPLE_HEAD,
         title=f"{metrics['method']}: accuracy in % ({metrics['split']} split)",
         caption=f"OP {_figure(metrics['op'])}   BWT {_figure(metrics['bwt'], sign=True)}   "
         f"FWT {_figure(metrics['fwt'], sign=True)}   ({metrics['samples']:,} training samples)",
@@ -100,17 +104,26 @@ def run_table(metrics: Mapping[str, Any]) -> Table:
 
 
 def comparison_table(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """Several runs over the same tasks, side by side: accuracy at the end, and the figures over all tasks."""
-    table = Table(title=f"accuracy in % at the end ({runs[0]['split']} split)")
+    """Several runs over the same tasks, side by side: accuracy at the end, and the figures over all tasks.
+
+    Single tasks are left out where there are too many for a terminal's width.
+    """
+    table = Table(
+        title=f"accuracy in % at the end ({runs[0]['split']} split)",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     table.add_column("method", no_wrap=True)
-    for name in runs[0]["tasks"]:
+    shown = len(runs[0]["tasks"]) <= MOST_COLUMNS
+    for name in runs[0]["tasks"] if shown else []:
         table.add_column(name, justify="right")
     for heading in ("OP", "BWT", "FWT", "samples"):
         table.add_column(heading, justify="right", style="bold")
     for metrics in runs:
         table.add_row(
             metrics["method"],
-            *(_figure(row[-1]) for row in metrics["accuracy"]),
+            *(_figure(row[-1]) for row in metrics["accuracy"] if shown),
             _figure(metrics["op"]),
             _figure(metrics["bwt"], sign=True),
             _figure(metrics["fwt"], sign=True),
