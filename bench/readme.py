@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from bench.continual import RESULTS
 
@@ -31,16 +33,15 @@ def with_tables(text: str) -> str:
 def continual_table() -> str:
     """One table for each sequence that was measured; of repeated runs the last counts."""
     rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    groups: dict[str, dict[str, dict[str, object]]] = {}
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         settings = row["settings"]
         training = settings["training"]
         steps = training["steps"] or f"{training['epochs']} epochs of"
         heading = (
-            f"{row['model']}, {row['suite']} order {row['order']}: {' → '.join(row['tasks'])}; "
-            f"{row['trainable']:,} parameters trained, {steps} steps of {training['batch_size']} a task, "
-            f"{'/'.join(map(str, row['records']))} {row['split']} records, seed {row['seed']}. "
-            f"Measured on {row['device']}."
+            f"{row['model']}, order {row['order']}: {' → '.join(row['tasks'])}. {row['trainable']:,} parameters "
+            f"trained, {steps} steps of {training['batch_size']} a task, {sum(row['records'])} {row['split']} "
+            f"records, seed {row['seed']}, on {row['device']}."
         )
         groups.setdefault(heading, {})[row["method"]] = row
     parts = []
@@ -49,8 +50,17 @@ def continual_table() -> str:
         for method, row in methods.items():
             figures = " | ".join(_figure(row[key]) for key in ("op", "bwt", "fwt"))
             lines.append(f"| {method} | {figures} | {row['samples']:,} |")
-        parts.append(f"{heading}\n\n" + "\n".join(lines) + "\n")
+        error = max(_standard_error(row) for row in methods.values())
+        note = f"The standard error of an OP is about {error:.1f} points, from the number of records alone."
+        parts.append(f"{heading}\n\n" + "\n".join(lines) + f"\n\n{note}\n")
     return "\n".join(parts)
+
+
+def _standard_error(row: dict[str, Any]) -> float:
+    """Of the mean over tasks of binomial accuracies, in points."""
+    final = [accuracy[-1] for accuracy in row["accuracy"]]
+    variances = [a * (100 - a) / n for a, n in zip(final, row["records"], strict=True)]
+    return math.sqrt(sum(variances)) / len(final)
 
 
 def _figure(value: object) -> str:
