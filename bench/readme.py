@@ -39,9 +39,9 @@ def continual_table() -> str:
         training = settings["training"]
         steps = training["steps"] or f"{training['epochs']} epochs of"
         heading = (
-            f"{row['model']}, order {row['order']}: {' → '.join(row['tasks'])}. {row['trainable']:,} parameters "
-            f"trained, {steps} steps of {training['batch_size']} a task, {sum(row['records'])} {row['split']} "
-            f"records, seed {row['seed']}, on {row['device']}."
+            f"{row['model']}, order {row['order']}: {' → '.join(row['tasks'])}. "
+            f"{row['trainable']:,} parameters trained, {steps} steps of {training['batch_size']} a task, "
+            f"{sum(row['records'])} {row['split']} records, seed {row['seed']}, on {row['device']}."
         )
         groups.setdefault(heading, {})[row["method"]] = row
     parts = []

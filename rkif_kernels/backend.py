@@ -46,6 +46,11 @@ def resolve_backend(device: torch.device, requested: str) -> str:
     return requested
 
 
+def on_device(device: torch.device) -> torch.cuda.device:
+    """Make ``device`` the current one: kernels are launched there, whatever the addresses they are given."""
+    return torch.cuda.device(device.index if device.type == "cuda" else -1)
+
+
 def implementation(device: torch.device, requested: str) -> ModuleType:
     """The module that implements the operations; the only place from which Triton is ever imported."""
     name = {"triton": "kernels", "torch": "torch_backend"}[resolve_backend(device, requested)]

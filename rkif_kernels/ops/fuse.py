@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from rkif_kernels.backend import implementation
+from rkif_kernels.backend import implementation, on_device
 from rkif_kernels.checks import Arguments, require_choice, require_disjoint
 from rkif_kernels.types import Backend, CaseWeights, FuseStats, OuterFrom, Scores
 
@@ -76,7 +76,7 @@ def fuse_(
         if len(pair) != 2 or not all(math.isfinite(weight) for weight in pair):
             raise ValueError(f"weights for {case!r} must be two finite numbers; got {pair!r}")
     require_choice("outer_from", outer_from, get_args(OuterFrom))
-    with torch.no_grad():
+    with torch.no_grad(), on_device(arguments.device):
         stats: FuseStats = implementation(arguments.device, backend).fuse_(
             out,
             base,

@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from rkif_kernels.backend import implementation
+from rkif_kernels.backend import implementation, on_device
 from rkif_kernels.checks import STATE_DTYPES, Arguments, require_choice, require_fraction
 from rkif_kernels.types import Backend, Order
 
@@ -72,7 +72,7 @@ def update_importance_(
             f"nonfinite must be one int64 on {arguments.device}; "
             f"got {nonfinite.dtype} {tuple(nonfinite.shape)} on {nonfinite.device}"
         )
-    with torch.no_grad():
+    with torch.no_grad(), on_device(arguments.device):
         implementation(arguments.device, backend).update_importance_(
             params,
             grads,

@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from rkif_kernels.backend import implementation
+from rkif_kernels.backend import implementation, on_device
 from rkif_kernels.checks import Arguments, require_choice, require_fraction
 from rkif_kernels.types import Backend, Scope, Scores
 
@@ -79,7 +79,7 @@ def score_thresholds(
         order_statistic_rank(numel, density)
         for numel in ([sizes[index] for index in filled] if per_tensor else [sum(sizes)])
     ]
-    with torch.no_grad():
+    with torch.no_grad(), on_device(arguments.device):
         found: Tensor = implementation(arguments.device, backend).score_thresholds(
             kept, ranks=ranks, per_tensor=per_tensor
         )
