@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from safetensors import SafetensorError
 
 app = typer.Typer(
     help="Recurrent Knowledge Identification and Fusion: learning task after task without forgetting.",
@@ -17,7 +19,7 @@ app = typer.Typer(
 )
 
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is in that folder, if anything is.")]
 
 
 @app.command("run")
@@ -52,9 +54,19 @@ def demo_command(out: Out = None, resume: Resume = False) -> None:
     demo(out or Path("rkif-demo"), resume=resume, console=Console())
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"rkif {importlib.metadata.version('rkif')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
-    """Keeps `rkif run` a command of its own even while there are few."""
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options that belong to no command."""
 
 
 def main() -> None:
@@ -66,12 +78,12 @@ def exit_in_one_line(commands: typer.Typer) -> None:
     """Run commands; what is wrong with the input is said in one line, and the exit status is 1."""
     try:
         commands()
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"rkif: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError, SafetensorError) as error:
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            message = f"{error.strerror}: {error.filename}"
+        print(f"rkif: error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("rkif: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

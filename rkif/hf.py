@@ -82,6 +82,8 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         self.fusion = FusionConfig() if fusion is None else fusion
         if not isinstance(self.fusion, FusionConfig):
             raise TypeError(f"fusion must be a FusionConfig, got {type(fusion).__name__}")
+        if not isinstance(outer_learning_rate, int | float):
+            raise TypeError(f"outer_learning_rate must be a number, got {outer_learning_rate!r}")
         if not 0 < outer_learning_rate < math.inf:
             raise ValueError(f"outer_learning_rate must be positive and finite, got {outer_learning_rate}")
         self.outer_learning_rate = outer_learning_rate

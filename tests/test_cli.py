@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 
 from rkif.cli import main
 from rkif.continual.config import RunConfig, dump_config, load_config
@@ -121,7 +124,9 @@ def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("tasks.order", ["review", "sums"], "task 'sums' is not in"),
         ("tasks.order", "standard-9", "order 'standard-9' is not in"),
         ("model", "nowhere/at-all", "model 'nowhere/at-all' cannot be loaded:"),
-        ("adapter.target_modules", ["c_attn"], "adapter.target_modules ['c_attn']:"),
+        ("adapter.target_modules", ["q_proj", "v_prj"], "target_modules: the model has no module 'v_prj'"),
+        ("model", "../tinyy", "model: no such folder: ../tinyy"),
+        ("architecture", "seq2seq", "it is of architecture 'causal', the config says 'seq2seq'"),
         ("device", "cuda:17", "device 'cuda:17' cannot be used:"),
         ("device", "toaster", "device 'toaster' cannot be used:"),
         ("text.max_length", 32, "max_length must hold"),
@@ -168,6 +173,10 @@ def test_a_missing_config_is_named(rkif: Rkif, tmp_path: Path) -> None:
         ({"output": "superb"}, "output 'superb' is no label of 'review'; labels: ['good', 'bad']"),
         ({"output": None}, "'output' must be a string"),
         ({"id": "review-0"}, "id 'review-0' appears twice in task 'review'"),
+        (
+            {"task": "reviewy"},
+            "task 'reviewy' is not in tasks.json; known tasks: review, topic, tense, place",
+        ),
     ],
 )
 def test_bad_records_are_named_with_file_and_line(
@@ -246,6 +255,67 @@ def test_a_damaged_run_is_named(rkif: Rkif, settings: dict[str, Any], tmp_path: 
     assert f"{out / damage} is damaged" in errors
 
 
+def test_settings_can_be_corrected_until_the_run_has_begun(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = write(tmp_path / "config.yaml", changed(settings, "adapter.target_modules", ["q_prj"]))
+    assert rkif("run", config, "--out", tmp_path / "out")[0] == 1
+    write(config, settings)
+    assert rkif("run", config, "--out", tmp_path / "out")[0] == 0
+
+
+def test_a_resumed_run_wants_the_data_it_began_with(
+    rkif: Rkif, settings: dict[str, Any], inputs: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(inputs / "tasks", data)
+    config = write(tmp_path / "config.yaml", changed(settings, "tasks.folder", str(data)))
+    assert rkif("run", config, "--out", tmp_path / "out")[0] == 0
+    dev = (data / "dev.jsonl").read_text()
+    (data / "dev.jsonl").write_text(dev.replace("Answer:", "answer:"))
+    status, _, errors = rkif("run", config, "--out", tmp_path / "out", "--resume")
+    assert status == 1
+    assert "the dev records of task 'review' have changed since this run began" in errors
+
+
+def test_labels_that_the_tokenizer_confuses_are_refused(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    table = {"tasks": {"parity": {"instruction": "Even?\n", "labels": ["quux", "zork"]}}}
+    (data / "tasks.json").write_text(json.dumps(table))
+    for split in ("train", "dev"):
+        row = {"task": "parity", "id": "1", "input": f"{split}\nAnswer:", "output": "quux"}
+        (data / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    settings["tasks"] = {"folder": str(data), "order": ["parity"]}
+    status, _, errors = rkif("run", write(tmp_path / "config.yaml", settings), "--out", tmp_path / "out")
+    assert (status, errors.count("\n")) == (1, 1)
+    assert "label 'quux' is the same to the tokenizer as another: [1]" in errors
+
+
+def test_a_full_disk_is_one_clear_line(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("rkif.continual.rundir.save_file", full)
+    config = write(tmp_path / "config.yaml", settings)
+    status, _, errors = rkif("run", config, "--out", tmp_path / "out")
+    assert (status, errors) == (1, "rkif: error: No space left on device (os error 28)\n")
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["rkif", "run", str(config), "--out", str(tmp_path / "out"), "--resume"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code
+
+
+def test_version(rkif: Rkif) -> None:
+    status, out, _ = rkif("--version")
+    assert (status, out) == (0, f"rkif {importlib.metadata.version('rkif')}\n")
+
+
 def test_without_transformers_the_way_to_get_it_is_said(
     rkif: Rkif, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +323,10 @@ def test_without_transformers_the_way_to_get_it_is_said(
     status, _, errors = rkif("run", write(tmp_path / "config.yaml", settings), "--out", tmp_path / "out")
     assert status == 1
     assert 'pip install "rkif[hf]"' in errors
+    status, _, errors = rkif("demo", "--out", tmp_path / "demo")
+    assert status == 1
+    assert 'pip install "rkif[hf]"' in errors
+    assert not (tmp_path / "demo").exists()
 
 
 @pytest.mark.parametrize("command", [[], ["run"], ["demo"]])

@@ -27,7 +27,7 @@ def test_demo_compares_the_methods_and_can_be_resumed(tmp_path: Path) -> None:
     runs = demo(out, resume=False, console=console)
     assert [metrics["method"] for metrics in runs] == ["sequential", "replay", "recurrent_kif"]
     console.file.flush()
-    shown = (tmp_path / "shown").read_text()
+    _, _, shown = (tmp_path / "shown").read_text().partition("accuracy in % at the end")
     for metrics in runs:
         assert json.loads((out / metrics["method"] / "metrics.json").read_text()) == metrics
         row = next(line for line in shown.splitlines() if line.split()[:1] == [metrics["method"]])
@@ -35,6 +35,10 @@ def test_demo_compares_the_methods_and_can_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds a demo already"):
         demo(out, resume=False, console=console)
     assert demo(out, resume=True, console=console) == runs
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "file").touch()
+    with pytest.raises(ValueError, match="is not empty, and no demo"):
+        demo(tmp_path / "foreign", resume=False, console=console)
 
 
 def test_demo_forgets_without_a_method_and_not_with_one(tmp_path: Path) -> None:

@@ -429,6 +429,7 @@ def test_calls_out_of_order_are_refused() -> None:
         ([], ValueError, "no parameter is trainable"),
         ([("p", nn.Parameter(torch.ones(1), requires_grad=False))], ValueError, "no parameter is trainable"),
         ([("p", nn.Parameter(torch.ones(1)))] * 2, ValueError, "the parameter name 'p' comes twice"),
+        ([("p", nn.Parameter(torch.ones(1).double()))], TypeError, "parameter 'p' has dtype torch.float64"),
         (
             [("p", nn.Parameter(torch.ones(1))), ("q", nn.Parameter(torch.ones(1, device="meta")))],
             ValueError,

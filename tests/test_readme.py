@@ -11,7 +11,7 @@ import yaml
 
 from bench.continual import RESULTS
 from bench.readme import README, with_tables
-from rkif.continual.config import RunConfig
+from rkif.continual.config import RunConfig, dump_config
 
 TEXT = README.read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
@@ -65,3 +65,15 @@ def test_it_is_short_and_its_links_lead_somewhere() -> None:
     assert len(TEXT.splitlines()) < 150
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", TEXT):
         assert (Path(README).parent / target).exists(), target
+
+
+def test_the_documented_settings_are_all_there_are_with_their_defaults() -> None:
+    text = (README.parent / "docs" / "config.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    documented = yaml.safe_load(code)
+    required = {
+        "model": "some/model",
+        "tasks": {"folder": "my-tasks", "order": ["first", "second"]},
+        "training": {"epochs": 1},
+    }
+    assert documented == yaml.safe_load(dump_config(RunConfig.model_validate(required)))

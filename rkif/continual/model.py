@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ def build(config: RunConfig) -> tuple[nn.Module, Encoder]:
         ImportError: transformers or peft is not installed.
         ValueError: the model cannot be loaded, or lacks the modules that the adapter is for.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError('running tasks needs transformers and peft: pip install "rkif[hf]"') from error
+    transformers = require_transformers()
+    is_path = config.model.startswith((".", "/", "~")) or config.model.count("/") > 1
+    if is_path and not Path(config.model).is_dir():
+        raise ValueError(f"model: no such folder: {config.model}")
 
     # The run has a progress display of its own.
     transformers.utils.logging.disable_progress_bar()
@@ -36,6 +37,10 @@ def build(config: RunConfig) -> tuple[nn.Module, Encoder]:
     }[config.architecture]
     frozen = torch.bfloat16 if config.precision == "bfloat16" and config.adapter else torch.float32
     try:
+        seq2seq = bool(transformers.AutoConfig.from_pretrained(config.model).is_encoder_decoder)
+        if seq2seq != (config.architecture == "seq2seq"):
+            found = "seq2seq" if seq2seq else "causal"
+            raise ValueError(f"it is of architecture {found!r}, the config says {config.architecture!r}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         model: Any = kind.from_pretrained(config.model, dtype=frozen)
     except (OSError, ValueError, KeyError) as error:
@@ -54,6 +59,20 @@ def build(config: RunConfig) -> tuple[nn.Module, Encoder]:
         text=TextFormat(config.text.prompt, config.text.target),
     )
     return model.to(device(config)), encoder
+
+
+def require_transformers() -> Any:
+    """The transformers package, imported here and nowhere before.
+
+    Raises:
+        ImportError: it or peft is not installed; the message says how to get them.
+    """
+    try:
+        import peft  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise ImportError('running tasks needs transformers and peft: pip install "rkif[hf]"') from error
+    return transformers
 
 
 def device(config: RunConfig) -> torch.device:
@@ -83,11 +102,17 @@ def _with_adapter(model: Any, config: RunConfig) -> Any:
     import peft
 
     assert config.adapter is not None
+    targets = config.adapter.target_modules
+    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    # peft is content if one of them is there.
+    for target in targets if isinstance(targets, list) else []:
+        if target.rpartition(".")[2] not in modules:
+            raise ValueError(f"adapter.target_modules: the model has no module {target!r}")
     settings = peft.LoraConfig(
         r=config.adapter.r,
         lora_alpha=config.adapter.alpha,
         lora_dropout=config.adapter.dropout,
-        target_modules=config.adapter.target_modules,
+        target_modules=targets,
         task_type="SEQ_2_SEQ_LM" if config.architecture == "seq2seq" else "CAUSAL_LM",
     )
     with torch.random.fork_rng():
@@ -95,8 +120,7 @@ def _with_adapter(model: Any, config: RunConfig) -> Any:
         try:
             model = peft.get_peft_model(model, settings)
         except ValueError as error:
-            modules = config.adapter.target_modules
-            raise ValueError(f"adapter.target_modules {modules}: {_first_line(error)}") from error
+            raise ValueError(f"adapter.target_modules {targets}: {_first_line(error)}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

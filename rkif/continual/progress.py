@@ -51,7 +51,11 @@ class RunProgress:
         with self._bars:
             self._whole = self._bars.add_task(config.method, total=len(tasks), note="")
             self._part = self._bars.add_task("", total=None, note="")
-            yield
+            try:
+                yield
+            except KeyboardInterrupt:
+                self.console.print("Interrupted; --resume goes on from the last checkpoint.")
+                raise
 
     def stage(self, what: str) -> None:
         self._bars.reset(self._part, description=what, total=None, note="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
     Raises:
         ValueError, OSError, ImportError: bad settings, tasks, model or folder, in one line.
     """
-    _settle(config)
+    _prepare_torch(config)
     checkpoint = read_checkpoint(out) if resume else None
     tasks = load_tasks(
         config.tasks.folder,
@@ -83,6 +84,7 @@ class _Sequence:
             "method": config.method,
             "split": "dev",
             "tasks": [task.name for task in tasks],
+            "data": {task.name: _digests(task) for task in tasks},
             "records": [len(task.dev) for task in tasks],
             "trainable": sum(parameter.numel() for parameter in self.parameters.values()),
             "initial": [],
@@ -96,6 +98,12 @@ class _Sequence:
 
     def run(self, start: Checkpoint) -> dict[str, Any]:
         """Go on from ``start`` to the end of the last task."""
+        for task in self.tasks:
+            for split, digest in _digests(task).items():
+                if self.metrics["data"][task.name][split] != digest:
+                    raise ValueError(
+                        f"the {split} records of task {task.name!r} have changed since this run began"
+                    )
         with torch.no_grad():
             for name, value in start.parameters.items():
                 self.parameters[name].copy_(value)
@@ -137,12 +145,17 @@ class _Sequence:
         self.folder.publish_task(
             index,
             task.name,
-            save_model=self.model.save_pretrained,  # type: ignore[arg-type]
+            save_model=self._save_model,
             importance=method.importance(),
             memory=memory,
             figures={"task": task.name, "steps": context.steps, "samples": method.samples},
         )
         self._checkpoint(Checkpoint(index + 1, 0, method.samples, {}, {}))
+
+    def _save_model(self, folder: Path) -> None:
+        """Adapter or model, with the tokenizer, as ``from_pretrained`` reads them."""
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self.encoder.tokenizer.save_pretrained(folder)
 
     def _checkpoint(self, checkpoint: Checkpoint) -> None:
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
@@ -184,7 +197,17 @@ def _require_scorable(tasks: Sequence[Task], config: RunConfig) -> None:
             raise ValueError(f"task {task.name!r} has no labels; its evaluation needs scoring: generation")
 
 
-def _settle(config: RunConfig) -> None:
+def _digests(task: Task) -> dict[str, str]:
+    """What identifies the records of each split; a task that has been learned has no training records."""
+    splits = {"train": task.train, "dev": task.dev}
+    return {
+        split: hashlib.sha256(repr(records).encode()).hexdigest()
+        for split, records in splits.items()
+        if records
+    }
+
+
+def _prepare_torch(config: RunConfig) -> None:
     """Resuming gives the same bits only if a step does; on GPUs that has to be asked for."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)

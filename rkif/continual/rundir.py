@@ -57,14 +57,15 @@ class RunFolder:
         self.path = path
         settings = path / "config.yaml"
         text = dump_config(config)
-        if settings.exists():
+        path.mkdir(parents=True, exist_ok=True)
+        # With nothing but its settings a run has not begun: they may still be corrected.
+        if {entry.name for entry in path.iterdir()} - {"config.yaml", "config.yaml.tmp"}:
+            if not settings.exists():
+                raise ValueError(f"{path} is not empty, and no run; choose another --out")
             if not resume:
                 raise ValueError(f"{path} holds a run already; go on with --resume, or choose another --out")
             _require_same(settings, text)
             return
-        path.mkdir(parents=True, exist_ok=True)
-        if any(entry.name != "config.yaml.tmp" for entry in path.iterdir()):
-            raise ValueError(f"{path} is not empty, and no run; choose another --out")
         _replace(settings, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def task(self, index: int, name: str) -> Path:
@@ -108,7 +109,7 @@ class RunFolder:
         memory.save(temporary / "memory.jsonl")
         _write_json(temporary / "task.json", figures)
         for path in temporary.iterdir():
-            _settle(path)
+            settle(path)
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
@@ -170,7 +171,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _settle(path: Path) -> None:
+def settle(path: Path) -> None:
     """Bring a file to disk, with the mode of any other: safetensors makes its own for their owner alone."""
     mask = os.umask(0)
     os.umask(mask)
@@ -182,5 +183,5 @@ def _settle(path: Path) -> None:
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
-    _settle(temporary)
+    settle(temporary)
     os.replace(temporary, path)

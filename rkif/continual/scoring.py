@@ -51,7 +51,8 @@ def label_scores(
         fp32 [len(items), len(labels)], on the CPU, in the order of the items.
 
     Raises:
-        ValueError: there are no labels (free text has to be generated), a label has no tokens, `batch_size`
+        ValueError: there are no labels (free text has to be generated), a label has no tokens
+            or those of another, `batch_size`
             is below 1, a prompt does not fit (see `Encoder.prompt`), or a score is NaN.
     """
     if not labels:
@@ -60,6 +61,8 @@ def label_scores(
     for label, target in zip(labels, targets, strict=True):
         if len(target) == 1:
             raise ValueError(f"label {label!r} has no tokens")
+        if targets.count(target) > 1:
+            raise ValueError(f"label {label!r} is the same to the tokenizer as another: {target[:-1]}")
     score = _seq2seq_scores if encoder.seq2seq else _causal_scores
     reserve = max(map(len, targets))
 

@@ -83,8 +83,8 @@ def load_tasks(
     names = _resolve_order(order, orders, known, folder / "tasks.json")
     tasks = {name: _describe_task(name, known[name], folder / "tasks.json") for name in names}
     to_learn = {name: tasks[name] for name in names[finished:]}
-    train = _read_records(_find(folder, "train"), to_learn, {}) if to_learn else {}
-    dev = _read_records(_find(folder, "dev"), tasks, train)
+    train = _read_records(_find(folder, "train"), known, to_learn, {}) if to_learn else {}
+    dev = _read_records(_find(folder, "dev"), known, tasks, train)
 
     def limited(records: tuple[Record, ...], limit: int | None, name: str, split: str) -> tuple[Record, ...]:
         if limit is None:
@@ -165,6 +165,8 @@ def _json_object(text: bytes, where: str) -> dict[str, Any]:
 
 
 def _read_table(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
     table = _json_object(path.read_bytes(), str(path))
     for key in ("tasks", "orders"):
         if not isinstance(table.setdefault(key, {}), dict):
@@ -216,6 +218,7 @@ def _find(folder: Path, split: str) -> Path:
 
 def _read_records(
     path: Path,
+    known: Mapping[str, Any],
     tasks: Mapping[str, tuple[str, tuple[str, ...]]],
     train: Mapping[str, Sequence[Record]],
 ) -> dict[str, tuple[Record, ...]]:
@@ -224,6 +227,8 @@ def _read_records(
     found: dict[str, dict[str, Record]] = {name: {} for name in tasks}
     for where, row in json_lines(path):
         task = string_field(row, "task", where)
+        if task not in known:
+            raise ValueError(f"{where}: task {task!r} is not in tasks.json; known tasks: {', '.join(known)}")
         if task not in tasks:
             continue
         record = Record(task, *(string_field(row, key, where) for key in ("id", "input", "output")))

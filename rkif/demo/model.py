@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rkif.continual.rundir import settle
 from rkif.seeding import derive_seed
 
 
@@ -32,7 +33,9 @@ def word_tokenizer(texts: Iterable[str]) -> Any:
 def write_model(folder: Path, texts: Iterable[str], *, seed: int) -> None:
     """Write a randomly initialised Llama (2 layers of width 64) and its tokenizer in Hugging Face layout."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = word_tokenizer(texts)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -50,3 +53,5 @@ def write_model(folder: Path, texts: Iterable[str], *, seed: int) -> None:
         torch.manual_seed(derive_seed(seed, "demo", "model"))
         LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        settle(path)
