@@ -124,9 +124,7 @@ def compile_case(case: Case, target: str) -> Compiled:
     """Compile one case for one target and look at the outcome."""
     signature = {name: _argument_type(name, case.constants) for name in case.kernel.arg_names}
     source = ASTSource(case.kernel, signature, constexprs=case.constants)
-    made = triton.compile(
-        source, target=TARGETS[target], options={"num_warps": STREAM.num_warps, "enable_fp_fusion": False}
-    )
+    made = triton.compile(source, target=TARGETS[target], options=STREAM.options)
     if target.startswith("gfx"):
         return _inspect_amd(case, target, made.asm["amdgcn"])
     return _inspect_nvidia(case, target, made.asm["ptx"], made.asm["cubin"])

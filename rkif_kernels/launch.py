@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class LaunchConfig:
     @property
     def chunk(self) -> int:
         return self.block * self.tiles
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Compiler options. Without fused multiply-add the results are those of every other backend."""
+        return {"num_warps": self.num_warps, "enable_fp_fusion": False}
 
 
 # 1024 float32 elements over 4 warps are two 16-byte accesses a thread and stream. Several tiles a program

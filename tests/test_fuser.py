@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import rkif
 from rkif import Fuser, FusionConfig
+from rkif.params import arena
+from rkif_kernels import reference
 
 PRESETS = [FusionConfig.paper(), FusionConfig.release()]
 presets = pytest.mark.parametrize("config", PRESETS, ids=["paper", "release"])
@@ -501,3 +503,111 @@ def test_presets() -> None:
     assert FusionConfig(state_dtype="bfloat16").state_dtype == torch.bfloat16
     with pytest.raises(AttributeError):
         paper.density = 0.3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"density": 0.5},
+        {"scope": "tensor"},
+        {"order": "second"},
+        {"order": "mixed"},
+        {"beta1": 0.3},
+        {"beta2": 0.2},
+        {"state_dtype": torch.bfloat16},
+        {"importance": "sensitivity"},
+        {"rule": rkif.MergeWeights(inner_only=(1, 0), outer_only=(0, 1), both=(0.1, 0.2), neither=(0, 0.3))},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_setting_has_its_effect(changes: dict[str, Any]) -> None:
+    config = FusionConfig(**changes)
+    model = make_model()
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fuser = Fuser(model, config)
+
+    def learn(steps: range, sign: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Parameters afterwards, and their scores by the reference."""
+        s = [torch.zeros_like(p, dtype=config.state_dtype) for p in parameters.values()]
+        u = [torch.zeros_like(t) for t in s] if config.uses_uncertainty else None
+        for step in steps:
+            (sign * model(batch(step))).exp().mean().backward()
+            fuser.observe()
+            with torch.no_grad():
+                reference.update_importance_(
+                    list(parameters.values()),
+                    [p.grad for p in parameters.values()],
+                    s,
+                    u,
+                    beta1=config.beta1,
+                    beta2=config.beta2,
+                    order=config.order,
+                    nonfinite=torch.zeros((), dtype=torch.int64),
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+        scores = (
+            [t.float() for t in s]
+            if u is None
+            else [a.float() * b.float() for a, b in zip(s, u, strict=True)]
+        )
+        return {n: p.detach().clone() for n, p in parameters.items()}, dict(
+            zip(parameters, scores, strict=True)
+        )
+
+    base = {name: p.detach().clone() for name, p in parameters.items()}
+    inner, inner_scores = learn(range(4), 1)
+    fuser.begin_outer()
+    outer, outer_scores = learn(range(10, 13), -1)
+    for learner, scores in (("inner", inner_scores), ("outer", outer_scores)):
+        assert all(torch.equal(fuser.scores(learner)[name], scores[name]) for name in scores)
+    settings = {"density": config.density, "rule": config.rule, "scope": config.scope}
+    expected = rkif.fuse(base, inner, outer, inner_scores, outer_scores, **settings)
+    assert fuser.fuse() == expected.report
+    assert all(torch.equal(p, expected.params[name]) for name, p in parameters.items())
+
+
+def test_what_a_round_has_seen_survives_a_resume() -> None:
+    first = poisoned_loop("raise")
+    first.model[0].bias.grad = None
+    second = Loop(FusionConfig())
+    second.fuser.load_state_dict(first.fuser.state_dict())
+    assert (second.fuser.inner_observed, second.fuser.outer_observed) == (3, 2)
+    with pytest.raises(RuntimeError, match="1 elements had a non-finite importance"):
+        second.fuser.fuse()
+
+    partial = Loop(FusionConfig())
+    for p in list(partial.model.parameters())[1:]:
+        p.grad = torch.ones_like(p)
+    partial.fuser.observe()
+    partial.fuser.begin_outer()
+    partial.fuser.observe()
+    resumed = Loop(FusionConfig())
+    resumed.fuser.load_state_dict(partial.fuser.state_dict())
+    with pytest.raises(ValueError, match=r"parameter '0.weight' had no gradient"):
+        resumed.fuser.fuse()
+
+
+def test_a_gradient_of_the_last_round_does_not_count_in_this_one() -> None:
+    loop = Loop(FusionConfig())
+    loop.run(range(7))
+    for phase in ("inner", "outer"):
+        for p in list(loop.model.parameters())[1:]:
+            p.grad = torch.ones_like(p)
+        loop.fuser.observe()
+        if phase == "inner":
+            loop.fuser.begin_outer()
+    with pytest.raises(ValueError, match=r"parameter '0.weight' had no gradient"):
+        loop.fuser.fuse()
+
+
+def test_state_is_aligned_for_wide_accesses() -> None:
+    shapes = [torch.Size(shape) for shape in ((3,), (5, 7), (), (0,), (64,))]
+    for dtype in (torch.float32, torch.bfloat16):
+        flat, views = arena(shapes, dtype, torch.device("cpu"))
+        assert [view.shape for view in views] == shapes
+        assert all((view.data_ptr() - flat.data_ptr()) % 64 == 0 for view in views if view.numel())
+        for index, view in enumerate(views):
+            view.fill_(index + 1)
+        assert [view.unique().tolist() for view in views if view.numel()] == [[1], [2], [3], [5]]

@@ -22,7 +22,8 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from rkif_kernels import Scores, reference
+from rkif_kernels import Scores, reference, torch_backend
+from rkif_kernels.kernels.table import tables
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 sizes = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
@@ -190,6 +191,35 @@ def test_threshold_of_other_dtypes(implementation: Any, dtype: torch.dtype) -> N
     check_thresholds(implementation, scores, [100], per_tensor=False)
 
 
+@pytest.mark.parametrize("name", hostile(4).keys())
+def test_threshold_without_any_luck_in_the_sample(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What is left of the blocked search when its samples are worthless: bisection, which must end."""
+    monkeypatch.setattr("rkif_kernels.torch_backend.select.SHORT", 4)
+    monkeypatch.setattr("rkif_kernels.torch_backend.select.SAMPLED_PASSES", 0)
+    passes = []
+    split = torch_backend.select._split
+    monkeypatch.setattr("rkif_kernels.torch_backend.select._split", lambda *a: passes.append(a) or split(*a))
+    scores = hostile(300)[name]
+    for rank in ranks_of_interest(300):
+        passes.clear()
+        found = torch_backend.score_thresholds(Scores([scores]), ranks=[rank], per_tensor=False)
+        assert found.item() == scores.sort().values[rank].item()
+        assert len(passes) <= 32
+
+
+def test_addresses_are_aligned_and_their_memory_is_kept() -> None:
+    memory = torch.arange(100.0)
+    roles = ([memory[1:40], memory[44:80]], [memory[:39], None])
+    found = list(tables(roles, chunk=16))
+    assert sorted(table.indices for table in found) == [[0], [1]]
+    for table in found:
+        for row, kept in zip(table.pointers.tolist(), table.tensors, strict=True):
+            for address, tensor in zip(row, kept, strict=True):
+                assert address % 16 == 0
+                assert address == (0 if tensor is None else tensor.data_ptr())
+        assert table.chunk_starts.tolist() == [0, 16, 32]
+
+
 def test_a_product_that_is_not_a_number_counts_as_zero(implementation: Any) -> None:
     s = torch.ones(CHUNK)
     u = torch.ones(CHUNK)
@@ -272,6 +302,14 @@ def fuse_arguments(sizes: list[int], dtype: torch.dtype = torch.float32, seed: i
 @pytest.mark.parametrize("weights", [PAPER, RELEASE], ids=["paper", "release"])
 def test_fuse(implementation: Any, sizes: list[int], weights: Any) -> None:
     check_fuse(implementation, **fuse_arguments(sizes), weights=weights)
+
+
+@sizes
+def test_fuse_where_everything_is_selected(implementation: Any, sizes: list[int]) -> None:
+    """Beyond a tensor's end scores are loaded as zero, which is above -inf: the tail must not count them."""
+    arguments = fuse_arguments(sizes)
+    arguments["thresholds"] = (torch.tensor([-torch.inf]), torch.tensor([-torch.inf]))
+    assert check_fuse(implementation, **arguments) == [0, 0, sum(sizes), 0]
 
 
 @pytest.mark.parametrize("dtype", PARAMETER_DTYPES, ids=str)

@@ -28,6 +28,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import rkif
 from rkif.continual.config import RunConfig, load_config
 from rkif.continual.methods import METHODS, Context, RecurrentKIF
 from rkif.continual.model import build
@@ -456,3 +457,90 @@ def test_tokenizer_of_the_inputs_knows_the_answers(inputs: Path) -> None:
     assert (
         tokenizer.unk_token_id not in tokenizer("good bad past present future kitchen Answer:")["input_ids"]
     )
+
+
+def test_recurrent_kif_is_a_plain_loop_with_a_fuser(config: Callable[..., RunConfig], inputs: Path) -> None:
+    """Seven steps against the same written out: batches, rates, clipping, optimizers, rounds."""
+    settings = config(
+        training={"steps": 7, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.1,
+                  "max_grad_norm": 0.5},
+        outer={"batch_size": 3, "learning_rate": 3e-2},
+        fusion={"preset": "paper", "density": 0.3, "inner_steps": 3, "outer_steps": 2, "scope": "tensor"},
+    )  # fmt: skip
+    method = one_task(settings, inputs)
+    plain = one_task(settings, inputs).context
+    model, parameters = plain.model, [p for p in plain.model.parameters() if p.requires_grad]
+    inner = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+    outer = torch.optim.AdamW(parameters, lr=3e-2, weight_decay=0.1)
+    fuser = rkif.Fuser(model, rkif.FusionConfig.paper(density=0.3, scope="tensor"))
+    norms = []
+
+    def step(optimizer: torch.optim.Optimizer, items: Any, rate: float, seed: int) -> None:
+        torch.manual_seed(seed)
+        model.train()
+        model(**plain.encoder.training_batch(items)).loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, 0.5).item())
+        fuser.observe()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+
+    fractions = [1 / 3, 2 / 3, 1.0, 0.8, 0.6, 0.4, 0.2]
+    walk = 0
+    for index, fraction in enumerate(fractions):
+        step(inner, method.batch(index), 1e-2 * fraction, method.seed("inner", index))
+        if index in (2, 5, 6):
+            with fuser.outer():
+                for _ in range(2):
+                    items = plain.memory.batch(walk, 3, seed=method.seed("memory"))
+                    step(outer, items, 3e-2 * fraction, method.seed("outer", walk))
+                    walk += 1
+        method.train_step(index)
+    assert max(norms) > 0.5 > 0  # the clipping did something
+    trained = [p for p in method.context.model.parameters() if p.requires_grad]
+    assert all(map(torch.equal, trained, parameters))
+    assert method.samples == 7 * 4 + 6 * 3
+    scores = fuser.scores("outer")
+    assert all(torch.equal(method.importance()[name], scores[name]) for name in scores)
+
+
+def test_replay_mixes_the_memory_into_every_batch(config: Callable[..., RunConfig], inputs: Path) -> None:
+    settings = config(fusion={"inner_steps": 3, "outer_steps": 2}, outer={"batch_size": 4})
+    context = one_task(settings, inputs).context
+    replay = METHODS["replay"](context)
+    batches = [replay.batch(step) for step in range(6)]
+    remembered = [item for items in batches for item in items[4:]]
+    assert [len(items) for items in batches] == [6, 7, 7] * 2  # 8 memory records in 3 steps
+    assert {record.task for _, record in remembered} == {TASKS[0]}
+    assert sorted(record.id for _, record in remembered[:4]) == sorted(context.memory.ids[TASKS[0]])
+    assert all(record.task == TASKS[1] for items in batches for _, record in items[:4])
+
+
+def test_dropout_differs_from_step_to_step(config: Callable[..., RunConfig], inputs: Path) -> None:
+    method = one_task(config(adapter={"r": 4, "dropout": 0.5}), inputs)
+    items = method.batch(0)
+    seeds = [method.seed("inner", 0), method.seed("inner", 1), method.seed("outer", 0)]
+    assert len(set(seeds)) == 3
+    for _ in range(2):  # B starts at zero: dropout has no effect before it has moved
+        method.inner.step(items, lr_fraction=1.0, seed=0)
+    losses = [method.inner.step(items, lr_fraction=0.0, seed=seed) for seed in (*seeds, seeds[0])]
+    assert losses[0] == losses[3]
+    assert len(set(losses)) == 3
+
+
+def test_autocast_changes_what_is_computed(config: Callable[..., RunConfig], inputs: Path) -> None:
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        method = one_task(config(precision=precision, adapter=None), inputs)
+        losses[precision] = method.inner.step(method.batch(0), lr_fraction=1.0, seed=0)
+        assert all(p.dtype == torch.float32 for p in method.context.model.parameters())
+    assert losses["float32"] != losses["bfloat16"]
+    assert losses["float32"] == pytest.approx(losses["bfloat16"], rel=0.02)
+
+
+def test_limits_of_tasks_and_memory_are_kept(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    tasks = config().tasks.model_dump() | {"train_limit": 20, "dev_limit": 6}
+    metrics = go(config(tasks=tasks, memory={"fraction": 0.5, "cap": 3}), tmp_path)
+    assert metrics["records"] == [6, 6, 6]
+    memory = ReplayMemory.load(tmp_path / "tasks" / "03-place" / "memory.jsonl")
+    assert {task: len(ids) for task, ids in memory.ids.items()} == dict.fromkeys(TASKS, 3)

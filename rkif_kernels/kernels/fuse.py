@@ -229,8 +229,7 @@ def fuse_(
                 BLOCK=config.block,
                 TILES=config.tiles,
                 ROUND_BF16=interpreting(),
-                num_warps=config.num_warps,
-                enable_fp_fusion=False,
+                **config.options,
             )
             squared_norms += partial_norms.sum(0)
     counts[3] = total - counts.sum()

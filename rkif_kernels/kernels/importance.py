@@ -155,6 +155,5 @@ def update_importance_(
                 BLOCK=config.block,
                 TILES=config.tiles,
                 ROUND_BF16=interpreting(),
-                num_warps=config.num_warps,
-                enable_fp_fusion=False,
+                **config.options,
             )

@@ -126,8 +126,7 @@ def score_thresholds(
                 BITS=bits,
                 BLOCK=config.block,
                 TILES=config.tiles,
-                num_warps=config.num_warps,
-                enable_fp_fusion=False,
+                **config.options,
             )
         up_to = histograms.cumsum(1)
         digit = (up_to <= remaining[:, None]).sum(1, keepdim=True)

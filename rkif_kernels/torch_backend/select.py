@@ -46,26 +46,31 @@ def _order_statistic(scores: Scores, rank: int, scratch: Scratch) -> float:
         return _kth(torch.cat([block.clone() for block in _score_blocks(scores, scratch)]), rank)
 
     sample = _sample(scores, numel)
-    low, high, below, passes = LOWEST, HIGHEST, 0, 0  # `below` scores lie at or under `low`
-    inside = numel
+    # The answer's key lies strictly between low and high; `below` keys are <= low, `before` are < high.
+    low, high, below, before, passes = LOWEST, HIGHEST, 0, numel, 0
     while high - low > 2:
         lo, hi = (
-            _bracket(sample, low, high, (rank - below) / inside)
+            _bracket(sample, low, high, (rank - below) / (before - below))
             if passes < SAMPLED_PASSES
             else (_middle(low, high),) * 2
         )
         up_to_lo, before_hi, collected = _split(scores, lo, hi, numel, scratch)
         passes += 1
-        if before_hi <= rank < up_to_lo:  # lo and hi are one key, and it holds the rank
+        # Each outcome leaves fewer keys: lo and hi lie inside, and where they are one key it is excluded.
+        if lo == hi and before_hi <= rank < up_to_lo:
             return _value(lo)
-        if rank < up_to_lo:
-            high, inside = lo + 1, up_to_lo - below
+        if lo == hi and rank < before_hi:
+            high, before = lo, before_hi
+        elif lo == hi:
+            low, below = hi, up_to_lo
+        elif rank < up_to_lo:
+            high, before = lo + 1, up_to_lo
         elif rank >= before_hi:
-            low, inside, below = hi - 1, numel - before_hi, before_hi
+            low, below = hi - 1, before_hi
         elif collected is not None:
             return _kth(collected, rank - up_to_lo)
         else:
-            low, high, inside, below = lo, hi, before_hi - up_to_lo, up_to_lo
+            low, high, below, before = lo, hi, up_to_lo, before_hi
     return _value(low + 1)
 
 
