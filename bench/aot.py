@@ -70,7 +70,7 @@ class Compiled:
 
 
 def cases() -> Iterator[Case]:
-    """Every kernel in the dtypes and variants that the operations launch."""
+    """Every kernel, in all dtypes of parameters and state, with and without uncertainties."""
     common = {"BLOCK": STREAM.block, "TILES": STREAM.tiles}
     for param, state, uncertain in itertools.product(PARAMETERS, STATES, (True, False)):
         extra = (state,) if uncertain else ()

@@ -40,7 +40,7 @@ def run_command(
     folder = out or Path("runs") / config.stem
     metrics = run(load_config(config), folder, resume=resume, progress=RunProgress(console))
     console.print(run_table(metrics))
-    console.print(f"The run is in {folder}")
+    console.print(f"The run is in {folder}", markup=False)
 
 
 @app.command("demo")

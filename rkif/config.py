@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from rkif_kernels.checks import STATE_DTYPES, require_choice, require_fraction
+from rkif_kernels.numerics import float32
 from rkif_kernels.types import CaseWeights, Order, Scope
 
 Importance = Literal["sensitivity", "sensitivity_uncertainty"]
@@ -32,8 +33,8 @@ class MergeWeights:
         for field in fields(self):
             pair = getattr(self, field.name)
             try:
-                valid = len(pair) == 2 and all(math.isfinite(weight) for weight in pair)
-            except TypeError:
+                valid = len(pair) == 2 and all(math.isfinite(float32(weight)) for weight in pair)
+            except (TypeError, ValueError):
                 valid = False
             if not valid:
                 raise ValueError(f"{field.name} must be two finite numbers (inner, outer); got {pair!r}")
@@ -117,6 +118,9 @@ class FusionConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+        for name in ("clear_inner", "clear_outer"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
         if isinstance(self.state_dtype, str):
             object.__setattr__(self, "state_dtype", getattr(torch, self.state_dtype, self.state_dtype))
         if self.state_dtype not in STATE_DTYPES:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rkif.config import FusionConfig, merge_weights
-from rkif.fusion import CASES, FusionReport, fuse_lists
+from rkif.fusion import CASES, FusionReport, Thresholds, fuse_lists
 from rkif.importance import Importance
 from rkif.params import trainable_parameters
 
@@ -172,7 +172,10 @@ class Fuser:
         Returns:
             A flat dict of tensors that share no memory, as safetensors wants them.
         """
-        state = {name: tensor.clone() for name, tensor in self._tensors(with_inner=bool(self._inner)).items()}
+        state = {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in self._tensors(with_inner=bool(self._inner)).items()
+        }
         state["nonfinite"] = self._nonfinite.clone()
         state["phase"] = torch.tensor(["inner", "outer"].index(self.phase))
         state["round"] = torch.tensor(self.round)
@@ -193,6 +196,10 @@ class Fuser:
         scalars = {"nonfinite", "phase", "round", "inner_observed", "outer_observed", "with_gradient"}
         for name in sorted(scalars - set(state)):
             raise ValueError(f"the state lacks {name!r}")
+        for name in sorted(scalars - {"with_gradient"}):
+            number = state[name]
+            if number.numel() != 1 or number.is_floating_point() or int(number) < 0:
+                raise ValueError(f"state[{name!r}] must be one whole number; got {number!r}")
         in_outer = bool(state["phase"])
         if in_outer:
             inner = [torch.empty_like(base) for base in self._base]
@@ -253,9 +260,11 @@ class Fuser:
     def _refused(self, nonfinite: int) -> FusionReport:
         for parameter, base in zip(self._parameters.values(), self._base, strict=True):
             parameter.copy_(base)
+        per_tensor = self.config.scope == "tensor"
+        unknown: Thresholds = dict.fromkeys(self._parameters, math.nan) if per_tensor else math.nan
         return FusionReport(
             numel=sum(base.numel() for base in self._base),
-            thresholds=(math.nan, math.nan),
+            thresholds=(unknown, unknown),
             counts=dict.fromkeys(CASES, 0),
             norms={"inner": math.nan, "outer": math.nan, "update": 0.0},
             nonfinite=nonfinite,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from rkif_kernels.checks import PARAMETER_DTYPES
+from rkif_kernels.checks import Arguments, require_disjoint
 
 
 def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
@@ -16,7 +16,8 @@ def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]])
     Raises:
         TypeError: ``source`` is neither a module nor pairs of a name and a parameter, or a dtype is not one
             that rkif computes with.
-        ValueError: a name comes twice, nothing is trainable, or parameters are on several devices.
+        ValueError: a name comes twice, two parameters share memory, nothing is trainable, or parameters are
+            on several devices.
     """
     pairs = source.named_parameters() if isinstance(source, nn.Module) else source
     parameters: dict[str, nn.Parameter] = {}
@@ -32,10 +33,6 @@ def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]])
                     "expected an nn.Module or an iterable of (name, parameter), such as "
                     f"model.named_parameters(); got {type(source).__name__} with {type(pair).__name__}"
                 )
-    for name, parameter in parameters.items():
-        if parameter.dtype not in PARAMETER_DTYPES:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in PARAMETER_DTYPES)
-            raise TypeError(f"parameter {name!r} has dtype {parameter.dtype}; supported are {allowed}")
     if not parameters:
         raise ValueError(
             "no parameter is trainable (requires_grad): there is nothing to fuse in a frozen model"
@@ -43,6 +40,9 @@ def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]])
     devices = sorted({str(parameter.device) for parameter in parameters.values()})
     if len(devices) > 1:
         raise ValueError(f"trainable parameters must be on one device; found {', '.join(devices)}")
+    arguments = Arguments(list(parameters))
+    arguments.add("parameters", list(parameters.values()))
+    require_disjoint(arguments, list(parameters.values()), {}, argument="parameters")
     return parameters
 
 

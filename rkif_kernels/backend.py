@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -15,7 +16,12 @@ from rkif_kernels.types import Backend
 
 def interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter, on CPU tensors: TRITON_INTERPRET=1 before import."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def resolve_backend(device: torch.device, requested: str) -> str:
@@ -30,17 +36,19 @@ def resolve_backend(device: torch.device, requested: str) -> str:
     """
     if requested not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {requested!r}")
-    installed = importlib.util.find_spec("triton") is not None
     if requested == "auto":
-        return "triton" if device.type == "cuda" and installed else "torch"
+        compiled = device.type == "cuda" and _triton_installed() and not interpreting()
+        return "triton" if compiled else "torch"
     if requested == "triton":
-        if not installed:
+        if not _triton_installed():
             raise RuntimeError("backend='triton' was requested, but triton is not installed")
         if device.type == "cpu" and not interpreting():
             raise RuntimeError(
                 "backend='triton' was requested for CPU tensors; "
                 "that needs TRITON_INTERPRET=1 in the environment"
             )
+        if device.type == "cuda" and interpreting():
+            raise RuntimeError("backend='triton' cannot reach CUDA tensors while TRITON_INTERPRET is set")
         if device.type not in ("cuda", "cpu"):
             raise RuntimeError(f"backend='triton' was requested, but it does not support device {device}")
     return requested

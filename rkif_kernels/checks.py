@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import numbers
 from collections.abc import Sequence
-from typing import Any
+from decimal import Decimal
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -58,6 +61,10 @@ class Arguments:
                 raise TypeError(f"{label} must be a tensor; got {type(tensor).__name__}")
             if tensor.layout is not torch.strided:
                 raise TypeError(f"{label} must be a dense tensor; got layout {tensor.layout}")
+            if is_traceable_wrapper_subclass(cast(Any, tensor)):
+                raise TypeError(
+                    f"{label} is a {type(tensor).__name__}; tensors that wrap others are not supported"
+                )
             if tensor.dtype not in dtypes:
                 allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
                 got = str(tensor.dtype).removeprefix("torch.")
@@ -87,18 +94,19 @@ def require_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{argument} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def require_fraction(argument: str, value: float) -> None:
+def require_fraction(argument: str, value: Any) -> None:
     """Raise ValueError unless 0 <= ``value`` <= 1, TypeError unless it is a number."""
-    try:
-        inside = 0 <= value <= 1
-    except TypeError:
-        raise TypeError(f"{argument} must be a number; got {value!r}") from None
-    if not inside:
+    if not isinstance(value, numbers.Real | Decimal):
+        raise TypeError(f"{argument} must be a number; got {value!r}")
+    if not 0 <= float(value) <= 1:
         raise ValueError(f"{argument} must be in [0, 1]; got {value!r}")
 
 
 def require_disjoint(
-    arguments: Arguments, out: Sequence[Tensor], inputs: dict[str, Sequence[Tensor]]
+    arguments: Arguments,
+    out: Sequence[Tensor],
+    inputs: dict[str, Sequence[Tensor]],
+    argument: str = "out",
 ) -> None:
     """Refuse memory that is written under one name and read or written under another.
 
@@ -116,18 +124,18 @@ def require_disjoint(
             continue
         if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
             raise ValueError(
-                f"{arguments.label('out', index)} is an expanded view; its elements share memory"
+                f"{arguments.label(argument, index)} is an expanded view; its elements share memory"
             )
         spans.append((*_span(tensor), index))
     spans.sort()
     for (_, end, index), (start, _, other) in itertools.pairwise(spans):
         if start < end:
             raise ValueError(
-                f"{arguments.label('out', index)} and {arguments.label('out', other)} share memory "
+                f"{arguments.label(argument, index)} and {arguments.label(argument, other)} share memory "
                 "(tied weights?); give each storage once"
             )
     starts = [start for start, _, _ in spans]
-    for argument, tensors in inputs.items():
+    for input_name, tensors in inputs.items():
         for index, tensor in enumerate(tensors):
             if tensor.numel() == 0:
                 continue
@@ -137,8 +145,8 @@ def require_disjoint(
                 same = other == index and start == out_start and tensor.stride() == out[index].stride()
                 if start < out_end and out_start < end and not same:
                     raise ValueError(
-                        f"{arguments.label(argument, index)} shares memory with "
-                        f"{arguments.label('out', other)}, which would be overwritten while it is read"
+                        f"{arguments.label(input_name, index)} shares memory with "
+                        f"{arguments.label(argument, other)}, which would be overwritten while it is read"
                     )
 
 

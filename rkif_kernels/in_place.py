@@ -25,3 +25,6 @@ def in_place(tensors: Sequence[Tensor], alignment: int = 1) -> Iterator[list[Ten
     for tensor, stand_in in zip(tensors, stand_ins, strict=True):
         if stand_in.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(stand_in)
+        elif not tensor.is_inference():
+            # A write through a raw pointer is one that autograd must know of, too.
+            torch.autograd.graph.increment_version(tensor)

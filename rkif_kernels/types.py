@@ -1,4 +1,4 @@
-"""The two small types that every layer of the package shares."""
+"""Types that every layer of the package shares."""
 
 from __future__ import annotations
 

@@ -261,7 +261,7 @@ def test_parameters_without_elements_are_refused_together_but_not_alone() -> Non
     assert rkif.fuse(some, some, some, some, some, scope="tensor").report.numel == 4
 
 
-@pytest.mark.parametrize("pair", [(1,), (1, float("nan")), "ab", 3])
+@pytest.mark.parametrize("pair", [(1,), (1, float("nan")), (1e39, 0), "ab", 3])
 def test_merge_weights_are_pairs_of_finite_numbers(pair: Any) -> None:
     with pytest.raises(ValueError, match="both must be two finite numbers"):
         rkif.MergeWeights(inner_only=(1, 0), outer_only=(0, 1), both=pair, neither=(0, 0))

@@ -215,6 +215,9 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
         r"state\['base.0.bias'\] is .* \(3,\); this fuser has .* \(9,\)",
     )
     refused(state | {"base.0.bias": torch.ones(9).half()}, r"state\['base.0.bias'\] is torch.float16")
+    three = torch.zeros(3, dtype=torch.int64)
+    refused(state | {"nonfinite": three}, r"state\['nonfinite'\] must be one whole number")
+    refused(state | {"round": torch.tensor(-1)}, r"state\['round'\] must be one whole number")
     refused(state | {"with_gradient": torch.ones(2).bool()}, "'with_gradient'.* must have 4 elements")
     refused(
         Fuser(make_model(), FusionConfig.paper()).state_dict(),
@@ -431,7 +434,7 @@ def test_calls_out_of_order_are_refused() -> None:
         ([], ValueError, "no parameter is trainable"),
         ([("p", nn.Parameter(torch.ones(1), requires_grad=False))], ValueError, "no parameter is trainable"),
         ([("p", nn.Parameter(torch.ones(1)))] * 2, ValueError, "the parameter name 'p' comes twice"),
-        ([("p", nn.Parameter(torch.ones(1).double()))], TypeError, "parameter 'p' has dtype torch.float64"),
+        ([("p", nn.Parameter(torch.ones(1).double()))], TypeError, r"parameters\['p'\] has dtype float64"),
         (
             [("p", nn.Parameter(torch.ones(1))), ("q", nn.Parameter(torch.ones(1, device="meta")))],
             ValueError,
@@ -482,6 +485,7 @@ def test_importance_sees_no_loss_scale_when_gradients_are_unscaled_first() -> No
         ({"inner_steps": 0}, ValueError, "inner_steps must be a whole number of at least 1; got 0"),
         ({"outer_steps": 1.5}, ValueError, "outer_steps must be a whole number"),
         ({"state_dtype": torch.float16}, ValueError, "state_dtype must be one of"),
+        ({"clear_inner": "no"}, TypeError, "clear_inner must be True or False; got 'no'"),
         ({"state_dtype": "float8"}, ValueError, "state_dtype must be one of"),
     ],
 )
@@ -611,3 +615,18 @@ def test_state_is_aligned_for_wide_accesses() -> None:
         for index, view in enumerate(views):
             view.fill_(index + 1)
         assert [view.unique().tolist() for view in views if view.numel()] == [[1], [2], [3], [5]]
+
+
+def test_state_of_parameters_in_other_memory_formats_can_be_saved() -> None:
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    fuser = Fuser(model, FusionConfig())
+    assert not model.weight.is_contiguous()
+    loaded = load(save(fuser.state_dict()))
+    fuser.load_state_dict(loaded)
+    assert torch.equal(loaded["base.weight"], model.weight)
+
+
+def test_parameters_that_share_memory_are_refused() -> None:
+    p = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"parameters\['a'\] and parameters\['b'\] share memory"):
+        Fuser([("a", p), ("b", p)], FusionConfig())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 import rkif_kernels
 from rkif_kernels import Scores
-from rkif_kernels.backend import resolve_backend
+from rkif_kernels.backend import interpreting, resolve_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 backends = pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -201,6 +203,7 @@ def test_fuse_refuses(change: dict[str, Any], error: type[Exception], message: s
         (1.1, ValueError, "density must be in .*; got 1.1"),
         (float("nan"), ValueError, "density must be in .*; got nan"),
         (None, TypeError, "density must be a number"),
+        (torch.tensor(0.2), TypeError, "density must be a number"),
     ],
 )
 def test_thresholds_refuse_a_density(density: Any, error: type[Exception], message: str) -> None:
@@ -232,9 +235,62 @@ def test_outputs_that_share_memory_are_refused() -> None:
         fuse(out=[memory[:5], torch.zeros(1).expand(5)])
 
 
+@backends
+def test_writes_are_known_to_autograd(backend: str) -> None:
+    """A backward pass over a weight that has been fused since must not use the new weight silently."""
+    arguments = fuse_arguments()
+    weight = torch.nn.Parameter(arguments["base"][0].clone())
+    loss = (weight * weight).sum()
+    rkif_kernels.fuse_(**arguments | {"out": [weight]}, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@backends
+def test_everything_is_selected_at_density_one_even_what_is_no_number(backend: str) -> None:
+    s, u = torch.tensor([torch.inf, 1.0], device=DEVICE), torch.tensor([0.0, 1.0], device=DEVICE)
+    arguments = fuse_arguments(2) | {"inner_scores": Scores([s], [u]), "outer_scores": Scores([s], [u])}
+    for density, counts in ((1, [0, 0, 2, 0]), (0, [0, 0, 0, 2])):
+        limit = rkif_kernels.score_thresholds(Scores([s], [u]), density=density, backend=backend)
+        stats = rkif_kernels.fuse_(**arguments | {"thresholds": (limit, limit)}, backend=backend)
+        assert stats.counts.tolist() == counts
+
+
+@backends
+def test_a_negative_zero_weight_is_zero(backend: str) -> None:
+    zeros = [torch.tensor([-0.0], device=DEVICE)]
+    weights = {"weights": ((-0.0, -0.0),) * 4}
+    arguments = fuse_arguments(1) | {"base": zeros, "inner": zeros, "outer": zeros} | weights
+    rkif_kernels.fuse_(**arguments, backend=backend)
+    assert math.copysign(1, arguments["out"][0].item()) == 1
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(backend: str, dtype: torch.dtype) -> None:
+    arguments = fuse_arguments(20)
+    scores = Scores([torch.ones(0, device=DEVICE), *arguments["inner_scores"].sensitivity])
+    expected = rkif_kernels.score_thresholds(scores, density=0.2, scope="tensor", backend=backend)
+    torch.set_default_dtype(dtype)
+    try:
+        found = rkif_kernels.score_thresholds(scores, density=0.2, scope="tensor", backend=backend)
+        all_of_them = rkif_kernels.score_thresholds(scores, density=1, backend=backend)
+        rkif_kernels.fuse_(**arguments, backend=backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+    assert all_of_them.dtype == torch.float32
+
+
+def test_tensors_that_wrap_others_are_refused() -> None:
+    wrapped = TwoTensor(torch.ones(5), torch.ones(5))
+    with pytest.raises(TypeError, match=r"inner\[0\] is a TwoTensor; tensors that wrap others"):
+        rkif_kernels.fuse_(**fuse_arguments() | {"inner": [wrapped]})
+
+
 def test_backend_choice() -> None:
     assert resolve_backend(torch.device("cpu"), "auto") == "torch"
-    assert resolve_backend(torch.device("cuda"), "auto") == "triton"
+    assert resolve_backend(torch.device("cuda"), "auto") == ("torch" if interpreting() else "triton")
     assert resolve_backend(torch.device("cuda"), "torch") == "torch"
     assert resolve_backend(torch.device("mps"), "auto") == "torch"
     with pytest.raises(RuntimeError, match="does not support device mps"):
@@ -242,10 +298,14 @@ def test_backend_choice() -> None:
 
 
 def test_an_explicit_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="cannot reach CUDA tensors while TRITON_INTERPRET is set"):
+        resolve_backend(torch.device("cuda"), "triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert resolve_backend(torch.device("cuda"), "auto") == "triton"
     with pytest.raises(RuntimeError, match="needs TRITON_INTERPRET=1"):
         resolve_backend(torch.device("cpu"), "triton")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("rkif_kernels.backend._triton_installed", lambda: False)
     with pytest.raises(RuntimeError, match="triton is not installed"):
         resolve_backend(torch.device("cuda"), "triton")
     assert resolve_backend(torch.device("cuda"), "auto") == "torch"

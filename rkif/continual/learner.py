@@ -68,12 +68,14 @@ class Learner:
                 loss = self._model(**inputs).loss * (count / sum(tokens))
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(self._parameters, training.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, training.max_grad_norm)
         if before_step is not None:
             before_step()
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate * lr_fraction
-        self._optimizer.step()
+        # A step on what is not finite would leave the moments so for good, whatever the fusion then does.
+        if norm.isfinite():
+            self._optimizer.step()
         self._optimizer.zero_grad()
         return total
 

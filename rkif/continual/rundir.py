@@ -66,7 +66,7 @@ class RunFolder:
                 raise ValueError(f"{path} holds a run already; go on with --resume, or choose another --out")
             _require_same(settings, text)
             return
-        _replace(settings, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(settings, text)
 
     def task(self, index: int, name: str) -> Path:
         """The folder of a task, from 0."""
@@ -167,7 +167,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2) + "\n"
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file, or none."""
     _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

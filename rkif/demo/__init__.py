@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from rkif.continual.config import RunConfig, load_config
 from rkif.continual.methods import METHODS
 from rkif.continual.model import require_transformers
 from rkif.continual.progress import RunProgress, comparison_table
 from rkif.continual.run import run
+from rkif.continual.rundir import write_text
 from rkif.demo.model import write_model
 from rkif.demo.sentences import write_tasks
 
@@ -51,8 +53,11 @@ def demo(out: Path, *, resume: bool, console: Console) -> list[dict[str, Any]]:
     else:
         require_transformers()
         write_inputs(out, train=600, dev=100, seed=0)
-        config_path.write_text(CONFIG, encoding="utf-8")
-    console.print(f"Four small tasks, one after another, by {len(METHODS)} methods; everything is in {out}\n")
+        write_text(config_path, CONFIG)
+    console.print(
+        f"Four small tasks, one after another, by {len(METHODS)} methods; "
+        f"everything is in {escape(str(out))}\n"
+    )
     config = load_config(config_path)
     runs = [_run(config, method, out, resume, console) for method in METHODS]
     console.print()
@@ -60,8 +65,8 @@ def demo(out: Path, *, resume: bool, console: Console) -> list[dict[str, Any]]:
     console.print(
         "OP: mean accuracy at the end. BWT: mean change since a task was learned; below zero is forgetting.\n"
         "FWT: mean accuracy on a task not learned yet, above that before training.\n"
-        f"Each method's run, with config, accuracy matrix and models, is in {out}/<method>; "
-        f"change {config_path} and try `rkif run {config_path}`.\n"
+        f"Each method's run, with config, accuracy matrix and models, is in {escape(str(out))}/<method>; "
+        f"change {escape(str(config_path))} and try `rkif run {escape(str(config_path))}`.\n"
         "Replay and Recurrent-KIF saw the same number of samples. These tasks are small: what they show is "
         "that both keep what fine-tuning alone forgets, not which of the two is better."
     )

@@ -23,7 +23,8 @@ def _selected(s_ptr, u_ptr, threshold, offsets, mask, UNCERTAINTY: tl.constexpr)
     score = load_float32(s_ptr, offsets, mask)
     if UNCERTAINTY is not None:
         score *= load_float32(u_ptr, offsets, mask)
-    return score > threshold
+    # What is not a number counts as zero, here as in the selection.
+    return tl.where(score > 0, score, 0.0) > threshold
 
 
 @triton.jit
@@ -202,7 +203,8 @@ def fuse_(
             outer_scores.sensitivity,
             outer_scores.uncertainty,
         )
-        for table in tables(roles, config.chunk):
+        # All tables before the first launch: what cannot be allocated must fail before anything is written.
+        for table in list(tables(roles, config.chunk)):
             indices = torch.tensor(table.indices, device=device)
             partial_norms = torch.empty((table.programs, 3), dtype=torch.float64, device=device)
             _fuse_kernel[(table.programs,)](

@@ -132,7 +132,8 @@ def update_importance_(
 ) -> None:
     """See :func:`rkif_kernels.ops.update_importance_`."""
     with in_place(sensitivity, ALIGNMENT) as s, in_place(uncertainty or (), ALIGNMENT) as u:
-        for table in tables((params, grads, s, u or None), config.chunk):
+        # All tables before the first launch: what cannot be allocated must fail before anything is written.
+        for table in list(tables((params, grads, s, u or None), config.chunk)):
             _update_importance_kernel[(table.programs,)](
                 # Tensors
                 table.pointers,

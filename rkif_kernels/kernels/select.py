@@ -96,7 +96,7 @@ def score_thresholds(
 ) -> Tensor:
     """See :func:`rkif_kernels.ops.score_thresholds`; ``ranks`` holds one rank for each group, from 0.
 
-    Prefixes and remaining ranks stay on the device: the host waits for nothing.
+    Prefixes and remaining ranks stay on the device: no result is waited for between the passes.
     """
     device = scores.sensitivity[0].device
     groups = torch.arange(len(scores.sensitivity), device=device, dtype=torch.int32)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rkif_kernels.backend import implementation, on_device
 from rkif_kernels.checks import Arguments, require_choice, require_disjoint
+from rkif_kernels.numerics import float32
 from rkif_kernels.types import Backend, CaseWeights, FuseStats, OuterFrom, Scores
 
 
@@ -73,7 +74,7 @@ def fuse_(
                 f"got {threshold.dtype} {tuple(threshold.shape)}"
             )
     for case, pair in zip(("inner_only", "outer_only", "both", "neither"), weights, strict=True):
-        if len(pair) != 2 or not all(math.isfinite(weight) for weight in pair):
+        if len(pair) != 2 or not all(math.isfinite(float32(weight)) for weight in pair):
             raise ValueError(f"weights for {case!r} must be two finite numbers; got {pair!r}")
     require_choice("outer_from", outer_from, get_args(OuterFrom))
     with torch.no_grad(), on_device(arguments.device):

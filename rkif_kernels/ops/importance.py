@@ -47,7 +47,7 @@ def update_importance_(
         beta1, beta2: smoothing in [0, 1]. ``1 - beta`` is formed in double and rounded to float32 once.
         order: the form of I.
         nonfinite: int64 tensor of one element on the same device; the number of elements with a
-            non-finite I is added to it. Nothing is synchronised with the host.
+            non-finite I is added to it, on the device: it is for the caller to read it, when it likes.
         names: parameter names, for error messages.
         backend: "auto", "triton" or "torch"; all give the same bits.
 

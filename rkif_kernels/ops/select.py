@@ -64,7 +64,8 @@ def score_thresholds(
     if sum(sizes) == 0:
         raise ValueError("sensitivity holds no element: there is no threshold to find")
 
-    thresholds = torch.full((len(sizes) if per_tensor else 1,), torch.inf, device=arguments.device)
+    groups = len(sizes) if per_tensor else 1
+    thresholds = torch.full((groups,), torch.inf, dtype=torch.float32, device=arguments.device)
     if density == 1:
         return thresholds.neg_()
     if density == 0:

@@ -70,6 +70,8 @@ def fuse_(
 
 def _mask(s: Tensor | None, u: Tensor | None, threshold: float, scratch: Scratch, slot: int) -> Tensor:
     assert s is not None
+    if threshold == -torch.inf:  # selects everything, a score that is not a number included
+        return scratch(slot, s.numel()).fill_(1)
     score = scratch.float32(s, 5)
     if u is not None:
         score = torch.mul(score, scratch.float32(u, 6), out=scratch(7, s.numel()))

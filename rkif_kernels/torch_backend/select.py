@@ -49,11 +49,12 @@ def _order_statistic(scores: Scores, rank: int, scratch: Scratch) -> float:
     # The answer's key lies strictly between low and high; `below` keys are <= low, `before` are < high.
     low, high, below, before, passes = LOWEST, HIGHEST, 0, numel, 0
     while high - low > 2:
-        lo, hi = (
-            _bracket(sample, low, high, (rank - below) / (before - below))
-            if passes < SAMPLED_PASSES
-            else (_middle(low, high),) * 2
-        )
+        if low >= 0 and before - below <= SHORT:
+            lo, hi = low, high
+        elif passes < SAMPLED_PASSES:
+            lo, hi = _bracket(sample, low, high, (rank - below) / (before - below))
+        else:
+            lo = hi = _middle(low, high)
         up_to_lo, before_hi, collected = _split(scores, lo, hi, numel, scratch)
         passes += 1
         # Each outcome leaves fewer keys: lo and hi lie inside, and where they are one key it is excluded.

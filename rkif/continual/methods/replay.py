@@ -11,8 +11,8 @@ class Replay(Sequential):
     """Every batch of the new task is joined by records from the memory, in one optimizer step.
 
     There are as many of them as Recurrent-KIF's outer learner would see in the same number of inner steps
-    (``outer_steps * outer batch / inner_steps`` a step): both methods take the gradient of the same number
-    of samples, from the same memory.
+    (``outer_steps * outer batch / inner_steps`` a step): over whole rounds both methods take the gradient of
+    the same number of samples, from the same memory.
     """
 
     def batch(self, step: int) -> list[Item]:
