@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -60,3 +62,21 @@ def poisoned() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small tasks, a small Llama and a small T5."""
+    from run_inputs import make_inputs
+
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    return folder
+
+
+@pytest.fixture
+def config(inputs: Path) -> Callable[..., Any]:
+    """Makes configs for these inputs; keywords change single settings."""
+    from run_inputs import make_config
+
+    return partial(make_config, inputs)
