@@ -157,6 +157,21 @@ def test_thresholds_of_each_tensor(implementation: Any) -> None:
         check_thresholds(implementation, scores, [pick(ranks_of_interest(n)) for n in sizes], per_tensor=True)
 
 
+def test_tensors_of_other_dtypes_keep_their_own_threshold(implementation: Any) -> None:
+    """Tensors are grouped by dtype for a launch; each must still find its own rank and its own threshold."""
+    sizes = [CHUNK + 5, 30, CHUNK, 7, 60]
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float16, torch.bfloat16]
+    scores = Scores([positive([n], d, i)[0] for i, (n, d) in enumerate(zip(sizes, dtypes, strict=True))])
+    ranks = [int(0.1 * (i + 1) * (n - 1)) for i, n in enumerate(sizes)]
+    limits = check_thresholds(implementation, scores, ranks, per_tensor=True)
+    assert len(set(limits.tolist())) == 5
+    arguments = fuse_arguments(sizes)
+    for index, dtype in enumerate(dtypes):
+        arguments["base"][index] = arguments["base"][index].to(dtype)
+    arguments |= {"inner_scores": scores, "thresholds": (limits, limits.flip(0))}
+    check_fuse(implementation, **arguments)
+
+
 def hostile(n: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     values = torch.rand(n, generator=generator)
