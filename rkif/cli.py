@@ -84,7 +84,3 @@ def exit_in_one_line(commands: typer.Typer) -> None:
             message = f"{error.strerror}: {error.filename}"
         print(f"rkif: error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(1) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
 
-from rkif_kernels.checks import STATE_DTYPES, require_choice, require_fraction
-from rkif_kernels.numerics import float32
+from rkif_kernels.checks import STATE_DTYPES, require_choice, require_fraction, require_weights
 from rkif_kernels.types import CaseWeights, Order, Scope
 
 Importance = Literal["sensitivity", "sensitivity_uncertainty"]
@@ -32,12 +30,7 @@ class MergeWeights:
     def __post_init__(self) -> None:
         for field in fields(self):
             pair = getattr(self, field.name)
-            try:
-                valid = len(pair) == 2 and all(math.isfinite(float32(weight)) for weight in pair)
-            except (TypeError, ValueError):
-                valid = False
-            if not valid:
-                raise ValueError(f"{field.name} must be two finite numbers (inner, outer); got {pair!r}")
+            require_weights(field.name, pair)
             object.__setattr__(self, field.name, tuple(pair))
 
     @property

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from rkif.config import FusionConfig, merge_weights
-from rkif.fusion import CASES, FusionReport, Thresholds, fuse_lists
+from rkif.fusion import FusionReport, Thresholds, fuse_lists
 from rkif.importance import Importance
 from rkif.params import trainable_parameters
+from rkif_kernels.types import CASES
 
 Learner = Literal["inner", "outer"]
 
@@ -145,15 +146,13 @@ class Fuser:
         yield self
         self.fuse()
 
-    @torch.no_grad()
     def rollback(self) -> None:
         """Give the round up: the parameters return to ``base``, bit for bit, and a new round begins.
 
         What the outer learner has observed stays in its importance, as after a fusion, unless the config
         clears it.
         """
-        for parameter, base in zip(self._parameters.values(), self._base, strict=True):
-            parameter.copy_(base)
+        self._return_to_base()
         self._end_round()
 
     def scores(self, learner: Learner) -> dict[str, Tensor]:
@@ -257,9 +256,12 @@ class Fuser:
         return report
 
     @torch.no_grad()
-    def _refused(self, nonfinite: int) -> FusionReport:
+    def _return_to_base(self) -> None:
         for parameter, base in zip(self._parameters.values(), self._base, strict=True):
             parameter.copy_(base)
+
+    def _refused(self, nonfinite: int) -> FusionReport:
+        self._return_to_base()
         per_tensor = self.config.scope == "tensor"
         unknown: Thresholds = dict.fromkeys(self._parameters, math.nan) if per_tensor else math.nan
         return FusionReport(

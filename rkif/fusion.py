@@ -13,10 +13,9 @@ import rkif_kernels
 from rkif.config import MergeWeights, merge_weights
 from rkif_kernels import Scores
 from rkif_kernels.checks import Arguments
-from rkif_kernels.types import Backend, OuterFrom, Scope
+from rkif_kernels.types import CASES, Backend, OuterFrom, Scope
 
 Thresholds = float | dict[str, float]
-CASES = ("inner_only", "outer_only", "both", "neither")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator
 from functools import partial
 from itertools import count, islice
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 from rkif import Fuser, FusionConfig
+from rkif.files import replace_file
 from rkif.seeding import derive_seed, shuffled
 
 # Relied on beyond the Trainer's documented interface (read and run with transformers 5.0.0 and 5.23.0):
@@ -294,9 +294,7 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         outer |= {"lr_fraction": self.lr_fraction, "memory_position": self.memory_position}
         save_fuser, save_outer = partial(save_file, self.fuser.state_dict()), partial(torch.save, outer)
         for name, write in ((_FUSER_FILE, save_fuser), (_OUTER_FILE, save_outer)):
-            temporary = Path(folder, name + ".tmp")
-            write(temporary)
-            os.replace(temporary, Path(folder, name))
+            replace_file(Path(folder, name), write)
 
     def _load(self, folder: Path) -> None:
         if missing := [name for name in (_FUSER_FILE, _OUTER_FILE) if not (folder / name).is_file()]:

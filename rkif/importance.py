@@ -23,11 +23,11 @@ class Importance:
         self._config = config
         self._names = list(parameters)
         shapes = [parameter.shape for parameter in parameters.values()]
-        self._device = next(iter(parameters.values())).device
+        device = next(iter(parameters.values())).device
         self._flat: dict[str, Tensor] = {}
         self._views: dict[str, list[Tensor]] = {}
         for part in ("sensitivity", "uncertainty") if config.uses_uncertainty else ("sensitivity",):
-            self._flat[part], self._views[part] = arena(shapes, config.state_dtype, self._device)
+            self._flat[part], self._views[part] = arena(shapes, config.state_dtype, device)
 
     def update(
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], nonfinite: Tensor
@@ -57,8 +57,9 @@ class Importance:
     def score_copies(self) -> dict[str, Tensor]:
         """Name -> float32 scores of the parameter's shape, as copies."""
         copies = [s.to(torch.float32, copy=True) for s in self._views["sensitivity"]]
-        for copy, u in zip(copies, self._views.get("uncertainty", []), strict=False):
-            copy.mul_(u.float())
+        if "uncertainty" in self._views:
+            for copy, u in zip(copies, self._views["uncertainty"], strict=True):
+                copy.mul_(u.float())
         return dict(zip(self._names, copies, strict=True))
 
     def tensors(self) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from rkif.continual.tasks import Item, Record, json_lines, stratified_subset, string_field
+from rkif.files import write_text
 from rkif.seeding import derive_seed
 
 
@@ -124,16 +125,10 @@ class ReplayMemory:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the memory as JSON lines: under a temporary name first, so that `path` is always whole."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
         rows: list[dict[str, str | int]] = [{"rkif_memory": 1, "records": len(self)}]
         for instruction, record in self.items:
             rows.append({"instruction": instruction, **asdict(record)})
-        with temporary.open("w", encoding="ascii", newline="\n") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_text(Path(path), "".join(json.dumps(row) + "\n" for row in rows))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ReplayMemory:

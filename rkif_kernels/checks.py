@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 import numbers
 from collections.abc import Sequence
 from decimal import Decimal
@@ -12,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from rkif_kernels.numerics import float32
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -100,6 +103,16 @@ def require_fraction(argument: str, value: Any) -> None:
         raise TypeError(f"{argument} must be a number; got {value!r}")
     if not 0 <= float(value) <= 1:
         raise ValueError(f"{argument} must be in [0, 1]; got {value!r}")
+
+
+def require_weights(argument: str, pair: Any) -> None:
+    """Raise ValueError unless ``pair`` is two numbers that are finite in float32."""
+    try:
+        valid = len(pair) == 2 and all(math.isfinite(float32(weight)) for weight in pair)
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise ValueError(f"{argument} must be two finite numbers (inner, outer); got {pair!r}")
 
 
 def require_disjoint(

@@ -13,7 +13,9 @@ Scope = Literal["global", "tensor"]
 OuterFrom = Literal["inner", "base"]
 Backend = Literal["auto", "triton", "torch"]
 
-# (inner, outer) weights of the four cases, in this order: inner only, outer only, both, neither.
+# Which learners selected an element.
+CASES = ("inner_only", "outer_only", "both", "neither")
+# (inner, outer) weights of the four cases, in this order.
 CaseWeights = tuple[tuple[float, float], tuple[float, float], tuple[float, float], tuple[float, float]]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rkif.continual.config import RunConfig
 from rkif.continual.evaluation import evaluate
@@ -131,7 +131,7 @@ class _Sequence:
             loss = method.train_step(step)
             self.progress.advance(loss)
             if (step + 1) % self.config.checkpoint_every == 0 and step + 1 < context.steps:
-                self._checkpoint(Checkpoint(index, step + 1, method.samples, {}, method.tensors()))
+                self._checkpoint(index, step + 1, method.samples, method.tensors())
 
         self.progress.stage("saving")
         memory.add(
@@ -150,18 +150,16 @@ class _Sequence:
             memory=memory,
             figures={"task": task.name, "steps": context.steps, "samples": method.samples},
         )
-        self._checkpoint(Checkpoint(index + 1, 0, method.samples, {}, {}))
+        self._checkpoint(index + 1, 0, method.samples, {})
 
     def _save_model(self, folder: Path) -> None:
         """Adapter or model, with the tokenizer, as ``from_pretrained`` reads them."""
         self.model.save_pretrained(folder)  # type: ignore[operator]
         self.encoder.tokenizer.save_pretrained(folder)
 
-    def _checkpoint(self, checkpoint: Checkpoint) -> None:
+    def _checkpoint(self, task: int, step: int, samples: int, method: dict[str, Tensor]) -> None:
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        self.folder.write_checkpoint(
-            Checkpoint(checkpoint.task, checkpoint.step, checkpoint.samples, parameters, checkpoint.method)
-        )
+        self.folder.write_checkpoint(Checkpoint(task, step, samples, parameters, method))
 
     def _measure(self, index: int) -> None:
         """Fill the column of task ``index`` in the accuracy matrix, and the figures that follow from it."""

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rkif.continual.config import RunConfig, dump_config
+from rkif.files import replace_file, settle, write_text
 from rkif.memory import ReplayMemory
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -119,14 +120,14 @@ class RunFolder:
         tensors |= {f"method.{name}": tensor for name, tensor in checkpoint.method.items()}
         # As a tensor: safetensors writes metadata in an order that changes from file to file.
         tensors["position"] = torch.tensor([checkpoint.task, checkpoint.step, checkpoint.samples])
-        _replace(self.path / CHECKPOINT, lambda path: save_file(_storable(tensors), path))
+        replace_file(self.path / CHECKPOINT, lambda path: save_file(_storable(tensors), path))
 
 
 def read_checkpoint(run: Path) -> Checkpoint | None:
     """Where a run was last; None if there is none, or it had not trained yet.
 
     Raises:
-    ValueError: the file is damaged.
+        ValueError: the file is damaged.
     """
     path = run / CHECKPOINT
     if not path.exists():
@@ -168,24 +169,3 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file, or none."""
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def settle(path: Path) -> None:
-    """Bring a file to disk, with the mode of any other: safetensors makes its own for their owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    settle(temporary)
-    os.replace(temporary, path)

@@ -14,9 +14,9 @@ from rkif.continual.methods import METHODS
 from rkif.continual.model import require_transformers
 from rkif.continual.progress import RunProgress, comparison_table
 from rkif.continual.run import run
-from rkif.continual.rundir import write_text
 from rkif.demo.model import write_model
 from rkif.demo.sentences import write_tasks
+from rkif.files import write_text
 
 CONFIG = """\
 # The demo, as `rkif run` reads it. All parameters are trained: the model starts from random weights.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rkif.continual.rundir import settle
+from rkif.files import settle
 from rkif.seeding import derive_seed
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import get_args
 
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor
 
 from rkif_kernels.backend import implementation, on_device
-from rkif_kernels.checks import Arguments, require_choice, require_disjoint
-from rkif_kernels.numerics import float32
-from rkif_kernels.types import Backend, CaseWeights, FuseStats, OuterFrom, Scores
+from rkif_kernels.checks import Arguments, require_choice, require_disjoint, require_weights
+from rkif_kernels.types import CASES, Backend, CaseWeights, FuseStats, OuterFrom, Scores
 
 
 def fuse_(
@@ -73,9 +71,8 @@ def fuse_(
                 f"the {side} threshold must be float32 [1] or [{len(out)}]; "
                 f"got {threshold.dtype} {tuple(threshold.shape)}"
             )
-    for case, pair in zip(("inner_only", "outer_only", "both", "neither"), weights, strict=True):
-        if len(pair) != 2 or not all(math.isfinite(float32(weight)) for weight in pair):
-            raise ValueError(f"weights for {case!r} must be two finite numbers; got {pair!r}")
+    for case, pair in zip(CASES, weights, strict=True):
+        require_weights(f"weights for {case!r}", pair)
     require_choice("outer_from", outer_from, get_args(OuterFrom))
     with torch.no_grad(), on_device(arguments.device):
         stats: FuseStats = implementation(arguments.device, backend).fuse_(

@@ -1,0 +1,29 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file under a temporary name, bring it to disk, and give it its own."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    settle(temporary)
+    os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole UTF-8 file, or none; lines end in a line feed on every system."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def settle(path: Path) -> None:
+    """Bring a file to disk, with the mode of any other: safetensors makes its own for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
