@@ -11,6 +11,7 @@ from typing import get_args
 
 import torch
 
+from rkif_kernels.native.library import built
 from rkif_kernels.types import Backend
 
 
@@ -24,34 +25,51 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def resolve_backend(device: torch.device, requested: str) -> str:
-    """Choose "triton" or "torch" for tensors on ``device``.
+def available(device: torch.device) -> list[str]:
+    """The backends that can run on ``device``, the one that "auto" takes first."""
+    backends = []
+    if device.type == "cuda" and _triton_installed() and not interpreting():
+        backends.append("triton")
+    if device.type == "cpu" and built():
+        backends.append("native")
+    backends.append("torch")
+    if device.type == "cpu" and _triton_installed() and interpreting():
+        backends.append("triton")  # to be checked, not to be fast
+    return backends
 
-    "auto" takes Triton for CUDA and ROCm tensors where Triton is installed, and torch for everything else:
-    the results are the same bits, so the choice is one of speed alone.
+
+def resolve_backend(device: torch.device, requested: str) -> str:
+    """Choose "triton", "native" or "torch" for tensors on ``device``.
+
+    "auto" takes Triton for CUDA and ROCm tensors where Triton is installed, the compiled library for CPU
+    tensors where it was built, and torch for everything else: the results are the same bits, so the choice
+    is one of speed alone.
 
     Raises:
         ValueError: ``requested`` is not a backend.
-        RuntimeError: "triton" was asked for and cannot run on ``device``.
+        RuntimeError: the backend was asked for by name and cannot run on ``device``.
     """
     if requested not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {requested!r}")
+    found = available(device)
     if requested == "auto":
-        compiled = device.type == "cuda" and _triton_installed() and not interpreting()
-        return "triton" if compiled else "torch"
-    if requested == "triton":
-        if not _triton_installed():
-            raise RuntimeError("backend='triton' was requested, but triton is not installed")
-        if device.type == "cpu" and not interpreting():
-            raise RuntimeError(
-                "backend='triton' was requested for CPU tensors; "
-                "that needs TRITON_INTERPRET=1 in the environment"
-            )
-        if device.type == "cuda" and interpreting():
-            raise RuntimeError("backend='triton' cannot reach CUDA tensors while TRITON_INTERPRET is set")
-        if device.type not in ("cuda", "cpu"):
-            raise RuntimeError(f"backend='triton' was requested, but it does not support device {device}")
+        return found[0]
+    if requested not in found:
+        raise RuntimeError(f"backend={requested!r} was requested, but {_obstacle(requested, device)}")
     return requested
+
+
+def _obstacle(backend: str, device: torch.device) -> str:
+    """Why ``backend`` is not available on ``device``."""
+    if backend == "triton" and not _triton_installed():
+        return "triton is not installed"
+    if backend == "triton" and device.type == "cpu":
+        return "for CPU tensors it needs TRITON_INTERPRET=1 in the environment"
+    if backend == "triton" and device.type == "cuda":
+        return "it cannot reach CUDA tensors while TRITON_INTERPRET is set"
+    if backend == "native" and device.type == "cpu":
+        return "it was not built: there was no C++ compiler when rkif was installed"
+    return f"it does not support device {device}"
 
 
 def on_device(device: torch.device) -> torch.cuda.device:
@@ -61,5 +79,7 @@ def on_device(device: torch.device) -> torch.cuda.device:
 
 def implementation(device: torch.device, requested: str) -> ModuleType:
     """The module that implements the operations; the only place from which Triton is ever imported."""
-    name = {"triton": "kernels", "torch": "torch_backend"}[resolve_backend(device, requested)]
+    name = {"triton": "kernels", "native": "native", "torch": "torch_backend"}[
+        resolve_backend(device, requested)
+    ]
     return importlib.import_module(f"rkif_kernels.{name}")

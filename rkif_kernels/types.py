@@ -11,7 +11,7 @@ from torch import Tensor
 Order = Literal["first", "second", "mixed"]
 Scope = Literal["global", "tensor"]
 OuterFrom = Literal["inner", "base"]
-Backend = Literal["auto", "triton", "torch"]
+Backend = Literal["auto", "triton", "native", "torch"]
 
 # Which learners selected an element.
 CASES = ("inner_only", "outer_only", "both", "neither")

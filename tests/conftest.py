@@ -50,8 +50,8 @@ def one_thread() -> Iterator[None]:
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """One implementation, cut into small blocks, samples and lists."""
     monkeypatch.setattr("rkif_kernels.torch_backend.blocks.BLOCK", BLOCK)
-    monkeypatch.setattr("rkif_kernels.torch_backend.select.SHORT", 32)
-    monkeypatch.setattr("rkif_kernels.torch_backend.select.SAMPLE", 16)
+    for name, value in {"SHORT": 32, "SMALL": 32, "SAMPLE_LEAST": 16, "SAMPLE_MOST": 16}.items():
+        monkeypatch.setattr(f"rkif_kernels.order_statistics.{name}", value)
     return request.param
 
 

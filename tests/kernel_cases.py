@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rkif_kernels import kernels, torch_backend
+from rkif_kernels import kernels, native, torch_backend
 from rkif_kernels.launch import LaunchConfig
+from rkif_kernels.native.library import built
 
 # Small enough that a few hundred elements pass every branch: full tiles, tails, several programs a tensor.
 BLOCK, TILES = 64, 2
@@ -30,6 +32,10 @@ SIZES = {
     "empty ones between": [0, 5, 0, CHUNK + 3, 0],
     "many small and a large": [1, 2, 3, 4, 5, 6, 7, 8, 9, 3 * CHUNK + 17],
 }
+# Where there is a compiler it must have been built; elsewhere there is nothing to test.
+NATIVE = pytest.mark.skipif(
+    built() is None and shutil.which("c++") is None, reason="no C++ compiler when rkif was installed"
+)
 PARAMETER_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STATE_DTYPES = [torch.float32, torch.bfloat16]
 
@@ -39,13 +45,15 @@ def implementations() -> list[Any]:
     operations = ("update_importance_", "score_thresholds", "fuse_")
     triton = {name: partial(getattr(kernels, name), config=CONFIG) for name in operations}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return [
-        pytest.param(SimpleNamespace(**triton, device=device), id="triton"),
+    on_cpu = [
         pytest.param(
-            SimpleNamespace(**{name: getattr(torch_backend, name) for name in operations}, device="cpu"),
-            id="torch",
-        ),
+            SimpleNamespace(**{name: getattr(module, name) for name in operations}, device="cpu"),
+            id=module.__name__.rpartition(".")[2],
+            marks=marks,
+        )
+        for module, marks in ((torch_backend, ()), (native, NATIVE))
     ]
+    return [pytest.param(SimpleNamespace(**triton, device=device), id="triton"), *on_cpu]
 
 
 def normal(sizes: Sequence[int], dtype: torch.dtype, seed: int) -> list[Tensor]:

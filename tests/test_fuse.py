@@ -238,7 +238,11 @@ def setting(**values: Any) -> Any:
         (setting(scope="layer"), ValueError, "scope must be one of global, tensor; got 'layer'"),
         (setting(outer_from="x"), ValueError, "outer_from must be one of inner, base; got 'x'"),
         (setting(out={"layer.weight": torch.ones(7, 5)}), ValueError, "out lacks 'layer.bias'"),
-        (setting(backend="numpy"), ValueError, "backend must be one of auto, triton, torch; got 'numpy'"),
+        (
+            setting(backend="numpy"),
+            ValueError,
+            "backend must be one of auto, triton, native, torch; got 'nu",
+        ),
     ],
 )
 def test_errors_name_the_argument_and_change_nothing(

@@ -209,8 +209,8 @@ def test_threshold_of_other_dtypes(implementation: Any, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("name", hostile(4).keys())
 def test_threshold_without_any_luck_in_the_sample(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """What is left of the blocked search when its samples are worthless: bisection, which must end."""
-    monkeypatch.setattr("rkif_kernels.torch_backend.select.SHORT", 4)
-    monkeypatch.setattr("rkif_kernels.torch_backend.select.SAMPLED_PASSES", 0)
+    for setting, value in {"SHORT": 4, "SMALL": 4, "SAMPLED_PASSES": 0}.items():
+        monkeypatch.setattr(f"rkif_kernels.order_statistics.{setting}", value)
     passes = []
     split = torch_backend.select._split
     monkeypatch.setattr("rkif_kernels.torch_backend.select._split", lambda *a: passes.append(a) or split(*a))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kernel_cases import NATIVE
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -17,7 +19,10 @@ from rkif_kernels import Scores
 from rkif_kernels.backend import interpreting, resolve_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-backends = pytest.mark.parametrize("backend", ["triton", "torch"])
+CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="the tensors of these tests are on the GPU")
+backends = pytest.mark.parametrize(
+    "backend", ["triton", "torch", pytest.param("native", marks=[NATIVE, CPU_ONLY])]
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WEIGHTS = ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5))
 
@@ -160,7 +165,7 @@ def test_the_same_bits_twice(backend: str) -> None:
         ({"beta2": "x"}, TypeError, "beta2 must be a number; got 'x'"),
         ({"order": "third"}, ValueError, "order must be one of first, second, mixed; got 'third'"),
         ({"nonfinite": torch.zeros(2, dtype=torch.int64)}, ValueError, "nonfinite must be one int64"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch; got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, native, torch; got 'cuda'"),
     ],
 )
 @pytest.mark.skipif(DEVICE == "cuda", reason="the arguments above are on the CPU")
@@ -288,13 +293,20 @@ def test_tensors_that_wrap_others_are_refused() -> None:
         rkif_kernels.fuse_(**fuse_arguments() | {"inner": [wrapped]})
 
 
-def test_backend_choice() -> None:
-    assert resolve_backend(torch.device("cpu"), "auto") == "torch"
-    assert resolve_backend(torch.device("cuda"), "auto") == ("torch" if interpreting() else "triton")
-    assert resolve_backend(torch.device("cuda"), "torch") == "torch"
-    assert resolve_backend(torch.device("mps"), "auto") == "torch"
+def test_backend_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda, mps = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+    assert resolve_backend(cuda, "auto") == ("torch" if interpreting() else "triton")
+    assert resolve_backend(cuda, "torch") == "torch"
+    assert resolve_backend(mps, "auto") == "torch"
     with pytest.raises(RuntimeError, match="does not support device mps"):
-        resolve_backend(torch.device("mps"), "triton")
+        resolve_backend(mps, "triton")
+    with pytest.raises(RuntimeError, match="does not support device cuda"):
+        resolve_backend(cuda, "native")
+    for library, chosen in ((Path("library.so"), "native"), (None, "torch")):
+        monkeypatch.setattr("rkif_kernels.backend.built", lambda library=library: library)
+        assert resolve_backend(cpu, "auto") == chosen
+    with pytest.raises(RuntimeError, match="there was no C\\+\\+ compiler when rkif was installed"):
+        resolve_backend(cpu, "native")
 
 
 def test_an_explicit_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,11 @@
+"""The production path on CPUs: one compiled pass over memory an operation. Arguments have been validated.
+
+It is built from ``kernels.cpp`` when the package is installed, if there is a C++ compiler; without one,
+``torch_backend`` takes its place. The bits are the same.
+"""
+
+from rkif_kernels.native.fuse import fuse_
+from rkif_kernels.native.importance import update_importance_
+from rkif_kernels.native.select import score_thresholds
+
+__all__ = ["fuse_", "score_thresholds", "update_importance_"]

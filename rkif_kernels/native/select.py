@@ -1,0 +1,34 @@
+"""Exact order statistics of scores that are spread over many tensors, in constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rkif_kernels import order_statistics
+from rkif_kernels.native.library import Lists
+from rkif_kernels.types import Scores
+
+
+def score_thresholds(scores: Scores, *, ranks: Sequence[int], per_tensor: bool) -> Tensor:
+    """See :func:`rkif_kernels.ops.score_thresholds`; ``ranks`` holds one rank for each group, from 0."""
+    return order_statistics.score_thresholds(scores, ranks=ranks, per_tensor=per_tensor, split=_split)
+
+
+def _split(scores: Scores, lower: float, upper: float, capacity: int) -> order_statistics.Split:
+    between = np.empty(capacity, np.float32)
+    counts = np.empty(3, np.int64)
+    Lists((scores.sensitivity, scores.uncertainty)).call(
+        "rkif_split",
+        lower,
+        upper,
+        between.ctypes.data,
+        capacity,
+        counts.ctypes.data,
+    )
+    above, reached, found = counts.tolist()
+    collected = torch.from_numpy(between[:found]) if found <= capacity else None
+    return order_statistics.Split(above, reached, collected)

@@ -1,0 +1,137 @@
+"""Exact order statistics of scores that are spread over many tensors, in constant memory.
+
+A sample proposes a narrow bracket around the wanted rank. One pass counts what lies on either side of it
+and collects what lies inside; the counts prove whether the bracket was right. If it was, the answer is an
+order statistic of the few collected scores. If not, the search goes on in the part that the counts point to,
+at worst by bisection of the float's bit pattern: a bad sample costs a pass, never exactness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rkif_kernels.types import Scores
+
+SHORT = 1 << 22  # scores that are collected for a direct selection: 16 MiB
+SMALL = 1 << 17  # so few that no sample is needed
+SAMPLE_SHIFT, SAMPLE_LEAST, SAMPLE_MOST = 8, 1 << 12, 1 << 20  # one score in 256, within these limits
+SIGMAS = 4.5  # half-width of a bracket, in standard deviations of a sample quantile
+SAMPLED_PASSES = 3  # then bisection, which needs no luck
+
+# Positive floats order like their bit patterns, so a key is the pattern, and 0 for what is not positive.
+LOWEST, HIGHEST = -1, 0x7F800001  # open bounds: below zero's key, above infinity's
+
+
+class Split(NamedTuple):
+    """Outcome of one pass over all scores.
+
+    Attributes:
+        above: how many scores are greater than the lower bound.
+        reached: how many are at least the upper bound.
+        between: the scores strictly between the bounds, in any order; None where they are too many.
+    """
+
+    above: int
+    reached: int
+    between: Tensor | None
+
+
+class SplitPass(Protocol):
+    """The pass itself: ``split(scores, lower, upper, capacity)``, bounds as float values."""
+
+    def __call__(self, scores: Scores, lower: float, upper: float, capacity: int) -> Split: ...
+
+
+def score_thresholds(scores: Scores, *, ranks: Sequence[int], per_tensor: bool, split: SplitPass) -> Tensor:
+    """One order statistic for each group of scores; ``ranks`` holds one rank a group, from 0."""
+    groups = _per_tensor(scores) if per_tensor else [scores]
+    found = [_order_statistic(group, rank, split) for group, rank in zip(groups, ranks, strict=True)]
+    return torch.tensor(found, dtype=torch.float32, device=scores.sensitivity[0].device)
+
+
+def _per_tensor(scores: Scores) -> Iterator[Scores]:
+    for index, s in enumerate(scores.sensitivity):
+        yield Scores([s], None if scores.uncertainty is None else [scores.uncertainty[index]])
+
+
+def _order_statistic(scores: Scores, rank: int, split: SplitPass) -> float:
+    numel = sum(s.numel() for s in scores.sensitivity)
+    if numel <= SMALL:
+        return _kth(_every(scores, 1), rank)
+
+    size = min(max(numel >> SAMPLE_SHIFT, SAMPLE_LEAST), SAMPLE_MOST)
+    sample = _positive(_every(scores, -(-numel // size))).view(torch.int32).sort().values
+    # The answer's key lies strictly between low and high; `below` keys are <= low, `before` are < high.
+    low, high, below, before, passes = LOWEST, HIGHEST, 0, numel, 0
+    while high - low > 2:
+        if low >= 0 and before - below <= SHORT:
+            lo, hi = low, high
+        elif passes < SAMPLED_PASSES:
+            lo, hi = _bracket(sample, low, high, (rank - below) / (before - below))
+        else:
+            lo = hi = _middle(low, high)
+        above, reached, between = split(scores, _value(lo), _value(hi), SHORT)
+        up_to_lo, before_hi = numel - above, numel - reached
+        passes += 1
+        # Each outcome leaves fewer keys: lo and hi lie inside, and where they are one key it is excluded.
+        if lo == hi and before_hi <= rank < up_to_lo:
+            return _value(lo)
+        if lo == hi and rank < before_hi:
+            high, before = lo, before_hi
+        elif lo == hi:
+            low, below = hi, up_to_lo
+        elif rank < up_to_lo:
+            high, before = lo + 1, up_to_lo
+        elif rank >= before_hi:
+            low, below = hi - 1, before_hi
+        elif between is not None:
+            return _kth(between, rank - up_to_lo)
+        else:
+            low, high, below, before = lo, hi, up_to_lo, before_hi
+    return _value(low + 1)
+
+
+def _bracket(sample: Tensor, low: int, high: int, quantile: float) -> tuple[int, int]:
+    """Two keys inside (low, high) between which the quantile of the scores in there very probably lies."""
+    part = sample[(sample > low) & (sample < high)]
+    if part.numel() == 0:
+        return (_middle(low, high),) * 2
+    center = quantile * (part.numel() - 1)
+    margin = SIGMAS * (quantile * (1 - quantile) * part.numel()) ** 0.5 + 1
+    last = part.numel() - 1
+    return int(part[max(int(center - margin), 0)]), int(part[min(int(center + margin) + 1, last)])
+
+
+def _middle(low: int, high: int) -> int:
+    return (low + high) // 2
+
+
+def _every(scores: Scores, step: int) -> Tensor:
+    """Every ``step``-th score in float32, counted through all tensors."""
+    picked, offset = [], 0
+    for group in _per_tensor(scores):
+        (s,) = group.sensitivity
+        part = s.detach().reshape(-1)[offset::step].float()
+        if group.uncertainty is not None:
+            part = part * group.uncertainty[0].detach().reshape(-1)[offset::step].float()
+        picked.append(part)
+        offset = (offset - s.numel()) % step
+    return torch.cat(picked)
+
+
+def _kth(values: Tensor, rank: int) -> float:
+    # NumPy's partition is several times faster than PyTorch's kthvalue.
+    return float(np.partition(_positive(values).cpu().numpy(), rank)[rank])
+
+
+def _positive(values: Tensor) -> Tensor:
+    return torch.where(values > 0, values, 0.0)
+
+
+def _value(key: int) -> float:
+    return float(np.int32(key).view(np.float32))
