@@ -15,7 +15,16 @@ from rkif_kernels.ops import (
     fuse_,
     order_statistic_rank,
     score_thresholds,
+    select_and_fuse_,
     update_importance_,
 )
 
-__all__ = ["FuseStats", "Scores", "fuse_", "order_statistic_rank", "score_thresholds", "update_importance_"]
+__all__ = [
+    "FuseStats",
+    "Scores",
+    "fuse_",
+    "order_statistic_rank",
+    "score_thresholds",
+    "select_and_fuse_",
+    "update_importance_",
+]

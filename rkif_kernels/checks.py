@@ -6,7 +6,8 @@ import bisect
 import itertools
 import math
 import numbers
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from decimal import Decimal
 from typing import Any, cast
 
@@ -89,6 +90,45 @@ class Arguments:
         """Where the tensors are; the CPU for empty lists."""
         first = self._first[1][0] if self._first and self._first[1] else None
         return first.device if first is not None else torch.device("cpu")
+
+
+class Verified:
+    """Lists of tensors that have passed the checks, known again by their addresses, dtypes and shapes.
+
+    A training loop passes the same tensors at every step. Checking hundreds of them takes longer than the
+    kernels do; comparing what the checks depend on takes a fraction of that.
+    """
+
+    LIMIT = 64
+
+    def __init__(self) -> None:
+        self._keys: OrderedDict[Hashable, None] = OrderedDict()
+
+    def key(self, **lists: Sequence[Tensor | None] | None) -> Hashable:
+        """What the checks of these lists depend on; None for what has no address, and is never known."""
+        try:
+            return tuple(
+                (argument, None if tensors is None else tuple(map(_properties, tensors)))
+                for argument, tensors in lists.items()
+            )
+        except (AttributeError, RuntimeError, TypeError):
+            return None
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._keys
+
+    def add(self, key: Hashable) -> None:
+        """Remember a key; the oldest is forgotten."""
+        if key is not None:
+            self._keys[key] = None
+            while len(self._keys) > self.LIMIT:
+                self._keys.popitem(last=False)
+
+
+def _properties(tensor: Tensor | None) -> Hashable:
+    if tensor is None:
+        return None
+    return type(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
 def require_choice(argument: str, value: Any, choices: Sequence[str]) -> None:

@@ -37,7 +37,9 @@ class FuseStats(NamedTuple):
         counts: int64 [4], elements selected by the inner learner only, the outer only, both, neither.
         squared_norms: float64 [3], squared L2 norms of the inner task vector, the outer task vector and
             ``out - base`` (with ``out`` as stored).
+        thresholds: (inner, outer), float32 [1], or one for each tensor.
     """
 
     counts: Tensor
     squared_norms: Tensor
+    thresholds: tuple[Tensor, Tensor]

@@ -65,6 +65,27 @@ def positive(sizes: Sequence[int], dtype: torch.dtype, seed: int) -> list[Tensor
     return [tensor.abs() for tensor in normal(sizes, dtype, seed)]
 
 
+def hostile(n: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    values = torch.rand(n, generator=generator)
+    mostly_zero = torch.where(values > 0.95, values, 0.0)
+    return {
+        "all zero": torch.zeros(n),
+        "all equal": torch.full((n,), 0.3),
+        "two values": torch.where(values > 0.5, 1.0, 2.0),
+        "95 % zeros": mostly_zero,
+        "bfloat16 ties": values.bfloat16().float(),
+        "few values": (values * 5).floor(),
+        "ascending": values.sort().values,
+        "descending": values.sort(descending=True).values,
+        "one small among large": torch.cat([torch.full((n - 1,), 1e30), torch.tensor([1e-30])]),
+        "denormal": values * 1e-40,
+        "with infinities": torch.where(values > 0.7, torch.inf, values),
+        "period of the sample": torch.arange(n).remainder(4).float() * values,
+        "neighbouring bit patterns": torch.arange(n, dtype=torch.int32).add(0x3F800000).view(torch.float32),
+    }
+
+
 def on(device: str, tensors: Sequence[Tensor | None] | None) -> list[Any] | None:
     """Copies on a device; the tests give every implementation tensors of its own."""
     if tensors is None:

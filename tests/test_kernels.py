@@ -16,6 +16,7 @@ from kernel_cases import (
     STATE_DTYPES,
     Guarded,
     assert_same_bits,
+    hostile,
     normal,
     on,
     positive,
@@ -23,7 +24,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from rkif_kernels import Scores, reference, torch_backend
-from rkif_kernels.kernels.table import tables
+from rkif_kernels.kernels.table import aligned, tables
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 sizes = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
@@ -172,27 +173,6 @@ def test_tensors_of_other_dtypes_keep_their_own_threshold(implementation: Any) -
     check_fuse(implementation, **arguments)
 
 
-def hostile(n: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    values = torch.rand(n, generator=generator)
-    mostly_zero = torch.where(values > 0.95, values, 0.0)
-    return {
-        "all zero": torch.zeros(n),
-        "all equal": torch.full((n,), 0.3),
-        "two values": torch.where(values > 0.5, 1.0, 2.0),
-        "95 % zeros": mostly_zero,
-        "bfloat16 ties": values.bfloat16().float(),
-        "few values": (values * 5).floor(),
-        "ascending": values.sort().values,
-        "descending": values.sort(descending=True).values,
-        "one small among large": torch.cat([torch.full((n - 1,), 1e30), torch.tensor([1e-30])]),
-        "denormal": values * 1e-40,
-        "with infinities": torch.where(values > 0.7, torch.inf, values),
-        "period of the sample": torch.arange(n).remainder(4).float() * values,
-        "neighbouring bit patterns": torch.arange(n, dtype=torch.int32).add(0x3F800000).view(torch.float32),
-    }
-
-
 @pytest.mark.parametrize("name", hostile(4).keys())
 def test_threshold_of_hostile_scores(implementation: Any, name: str) -> None:
     scores = hostile(2 * CHUNK + 9)[name]
@@ -222,17 +202,31 @@ def test_threshold_without_any_luck_in_the_sample(monkeypatch: pytest.MonkeyPatc
         assert len(passes) <= 32
 
 
-def test_addresses_are_aligned_and_their_memory_is_kept() -> None:
+def test_addresses_are_aligned() -> None:
     memory = torch.arange(100.0)
-    roles = ([memory[1:40], memory[44:80]], [memory[:39], None])
-    found = list(tables(roles, chunk=16))
-    assert sorted(table.indices for table in found) == [[0], [1]]
+    rows = aligned(([memory[1:40], memory[44:80]], [memory[:39], None]))
+    found = tables(rows, chunk=16)
+    assert sorted(table.indices.tolist() for table in found) == [[0], [1]]
     for table in found:
-        for row, kept in zip(table.pointers.tolist(), table.tensors, strict=True):
-            for address, tensor in zip(row, kept, strict=True):
+        for row, tensors in zip(table.pointers.tolist(), rows, strict=True):
+            for address, index in zip(row, table.indices.tolist(), strict=True):
+                tensor = tensors[index]
                 assert address % 16 == 0
                 assert address == (0 if tensor is None else tensor.data_ptr())
-        assert table.chunk_starts.tolist() == [0, 16, 32]
+        assert table.layout.chunk_starts.tolist() == [0, 16, 32]
+
+
+def test_tables_are_made_once_and_anew_for_memory_that_moved() -> None:
+    tensors = [torch.rand(40), torch.rand(9)]
+    (first,) = tables(aligned((tensors,)), chunk=16)
+    assert tables(aligned((tensors,)), chunk=16)[0] is first
+    tensors[1] = tensors[1].clone()
+    (moved,) = tables(aligned((tensors,)), chunk=16)
+    assert moved.pointers.tolist() == [[tensor.data_ptr() for tensor in tensors]]
+    assert moved.pointers.tolist() != first.pointers.tolist()
+    assert moved.layout is first.layout
+    tensors[1] = tensors[1].resize_(20)
+    assert tables(aligned((tensors,)), chunk=16)[0].layout.numels.tolist() == [40, 20]
 
 
 def test_a_product_that_is_not_a_number_counts_as_zero(implementation: Any) -> None:

@@ -1,4 +1,4 @@
-"""Helpers inside kernels: reaching a tensor through the pointer table, and the one rounding at a store."""
+"""Helpers inside kernels: reaching a tensor through the pointer table, scores, and rounding at a store."""
 
 import triton
 import triton.language as tl
@@ -20,6 +20,55 @@ def load_row(pointers_ptr, role, tensor, n_tensors, DTYPE: tl.constexpr):
 def load_float32(row_ptr, offsets, mask):
     """Elements of a row in float32; 0 beyond the mask."""
     return tl.load(row_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY: tl.constexpr):
+    """Scores: S, or S*U. Zero for what is not positive, a NaN product and a negative zero included."""
+    score = load_float32(s_ptr, offsets, mask)
+    if UNCERTAINTY is not None:
+        score *= load_float32(u_ptr, offsets, mask)
+    return tl.where(score > 0, score, 0.0)
+
+
+@triton.jit
+def gather_float32(pointers_ptr, role, tensors, n_tensors, offsets, mask, DTYPE: tl.constexpr):
+    """Single elements of many tensors in float32; 0 beyond the mask."""
+    addresses = tl.load(pointers_ptr + role * n_tensors + tensors, mask=mask, other=0)
+    return tl.load(addresses.to(tl.pointer_type(DTYPE)) + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gather_score(
+    pointers_ptr,
+    s_role,
+    tensors,
+    n_tensors,
+    offsets,
+    mask,
+    SENSITIVITY: tl.constexpr,
+    UNCERTAINTY: tl.constexpr,
+):
+    """Single scores of many tensors; the uncertainty is the role after the sensitivity."""
+    score = gather_float32(pointers_ptr, s_role, tensors, n_tensors, offsets, mask, SENSITIVITY)
+    if UNCERTAINTY is not None:
+        score *= gather_float32(pointers_ptr, s_role + 1, tensors, n_tensors, offsets, mask, UNCERTAINTY)
+    return tl.where(score > 0, score, 0.0)
+
+
+@triton.jit
+def find_tensor(firsts_ptr, n_tensors, positions, mask):
+    """Which tensor holds each position, by bisection of where the tensors begin."""
+    low = tl.zeros_like(positions)
+    high = low + n_tensors
+    width = n_tensors
+    while width > 0:
+        middle = (low + high) // 2
+        begins = tl.load(firsts_ptr + middle, mask=mask, other=0)
+        low = tl.where(begins <= positions, middle, low)
+        high = tl.where(begins <= positions, high, middle)
+        width = width // 2
+    return low
 
 
 @triton.jit

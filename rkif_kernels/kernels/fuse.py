@@ -1,4 +1,4 @@
-"""The masked, weighted merge of two task vectors."""
+"""The masked, weighted merge of two task vectors, thresholds given."""
 
 from __future__ import annotations
 
@@ -11,20 +11,15 @@ from torch import Tensor
 
 from rkif_kernels.backend import interpreting
 from rkif_kernels.in_place import in_place
-from rkif_kernels.kernels.elements import load_float32, load_row, round_to
-from rkif_kernels.kernels.table import ALIGNMENT, tables
+from rkif_kernels.kernels.elements import load_float32, load_row, load_score, round_to
+from rkif_kernels.kernels.table import ALIGNMENT, Rows, Table, aligned, tables
 from rkif_kernels.launch import STREAM, LaunchConfig
 from rkif_kernels.numerics import float32
 from rkif_kernels.types import CaseWeights, FuseStats, OuterFrom, Scores
 
-
-@triton.jit
-def _selected(s_ptr, u_ptr, threshold, offsets, mask, UNCERTAINTY: tl.constexpr):
-    score = load_float32(s_ptr, offsets, mask)
-    if UNCERTAINTY is not None:
-        score *= load_float32(u_ptr, offsets, mask)
-    # What is not a number counts as zero, here as in the selection.
-    return tl.where(score > 0, score, 0.0) > threshold
+# Rows of a table: what is written, what is read, and each learner's scores, S and U.
+ROLES = ("OUT", "BASE", "INNER", "OUTER", "INNER_S", "INNER_U", "OUTER_S", "OUTER_U")
+INNER_SCORE, OUTER_SCORE = ROLES.index("INNER_S"), ROLES.index("OUTER_S")
 
 
 @triton.jit
@@ -33,11 +28,41 @@ def _by_case(m_in, m_out, in_only, out_only, both, neither):
 
 
 @triton.jit
+def merge(
+    base,
+    inner,
+    outer,
+    m_in,
+    m_out,
+    weights,
+    OUT: tl.constexpr,
+    OUTER_FROM_INNER: tl.constexpr,
+    ROUND_BF16: tl.constexpr,
+):
+    """(base + w_in*tau_in) + w_out*tau_out, rounded to what is stored; and the two task vectors."""
+    tau_in = inner - base
+    tau_out = outer - (inner if OUTER_FROM_INNER else base)
+    w_in = _by_case(m_in, m_out, weights[0], weights[2], weights[4], weights[6])
+    w_out = _by_case(m_in, m_out, weights[1], weights[3], weights[5], weights[7])
+    return round_to((base + w_in * tau_in) + w_out * tau_out, OUT, ROUND_BF16), tau_in, tau_out
+
+
+@triton.jit
+def squared_norm(vector):
+    wide = vector.to(tl.float64)
+    return tl.sum(wide * wide)
+
+
+@triton.jit
+def count(condition):
+    return tl.sum(condition.to(tl.int32))
+
+
+@triton.jit
 def _fuse_tile(
     rows,
     thresholds,
-    inner_weights,
-    outer_weights,
+    weights,
     offsets,
     mask,
     OUT: tl.constexpr,
@@ -51,32 +76,21 @@ def _fuse_tile(
     base = load_float32(base_ptr, offsets, mask)
     inner = load_float32(inner_ptr, offsets, mask)
     outer = load_float32(outer_ptr, offsets, mask)
-    m_in = _selected(s_in_ptr, u_in_ptr, thresholds[0], offsets, mask, INNER_U)
-    m_out = _selected(s_out_ptr, u_out_ptr, thresholds[1], offsets, mask, OUTER_U)
-
-    tau_in = inner - base
-    tau_out = outer - (inner if OUTER_FROM_INNER else base)
-    w_in = _by_case(m_in, m_out, inner_weights[0], inner_weights[1], inner_weights[2], inner_weights[3])
-    w_out = _by_case(m_in, m_out, outer_weights[0], outer_weights[1], outer_weights[2], outer_weights[3])
-    fused = round_to((base + w_in * tau_in) + w_out * tau_out, OUT, ROUND_BF16)
-    tl.store(out_ptr + offsets, fused, mask=mask)
-
-    # Beyond the mask everything was loaded as zero, so only the counts need it.
-    update = fused.to(tl.float32) - base
-    return (
-        tl.sum((mask & m_in & (m_out == 0)).to(tl.int32)),
-        tl.sum((mask & m_out & (m_in == 0)).to(tl.int32)),
-        tl.sum((mask & m_in & m_out).to(tl.int32)),
-        _squared_norm(tau_in),
-        _squared_norm(tau_out),
-        _squared_norm(update),
+    m_in = load_score(s_in_ptr, u_in_ptr, offsets, mask, INNER_U) > thresholds[0]
+    m_out = load_score(s_out_ptr, u_out_ptr, offsets, mask, OUTER_U) > thresholds[1]
+    fused, tau_in, tau_out = merge(
+        base, inner, outer, m_in, m_out, weights, OUT, OUTER_FROM_INNER, ROUND_BF16
     )
-
-
-@triton.jit
-def _squared_norm(vector):
-    wide = vector.to(tl.float64)
-    return tl.sum(wide * wide)
+    tl.store(out_ptr + offsets, fused, mask=mask)
+    # Beyond the mask everything was loaded as zero, so only the counts need it.
+    return (
+        count(mask & m_in & (m_out == 0)),
+        count(mask & m_out & (m_in == 0)),
+        count(mask & m_in & m_out),
+        squared_norm(tau_in),
+        squared_norm(tau_out),
+        squared_norm(fused.to(tl.float32) - base),
+    )
 
 
 @triton.jit
@@ -86,12 +100,16 @@ def _fuse_kernel(
     numels_ptr,
     chunk_tensors_ptr,
     chunk_starts_ptr,
+    indices_ptr,
     inner_thresholds_ptr,
     outer_thresholds_ptr,
     counts_ptr,
     partial_norms_ptr,
+    run_ptr,
     # Scalars
     n_tensors,
+    inner_stride,
+    outer_stride,
     in_only_in,
     in_only_out,
     out_only_in,
@@ -110,6 +128,7 @@ def _fuse_kernel(
     OUTER_S: tl.constexpr,
     OUTER_U: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
+    GUARDED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
     ROUND_BF16: tl.constexpr,
@@ -118,7 +137,11 @@ def _fuse_kernel(
 
     A program owns one chunk of one tensor. Float32 with uncertainties: reads 28 bytes an element, writes 4.
     Counts are integer atomics; squared norms go to a slot a program, so that nothing depends on timing.
+    GUARDED: it runs only if ``run_ptr`` says so.
     """
+    if GUARDED:
+        if tl.load(run_ptr) == 0:
+            return
     program = tl.program_id(0)
     tensor = tl.load(chunk_tensors_ptr + program)
     start = tl.multiple_of(tl.load(chunk_starts_ptr + program), BLOCK)
@@ -133,9 +156,14 @@ def _fuse_kernel(
         load_row(pointers_ptr, 6, tensor, n_tensors, OUTER_S),
         load_row(pointers_ptr, 7, tensor, n_tensors, OUTER_U),
     )
-    thresholds = (tl.load(inner_thresholds_ptr + tensor), tl.load(outer_thresholds_ptr + tensor))
-    inner_weights = (in_only_in, out_only_in, both_in, neither_in)
-    outer_weights = (in_only_out, out_only_out, both_out, neither_out)
+    index = tl.load(indices_ptr + tensor)
+    thresholds = (
+        tl.load(inner_thresholds_ptr + index * inner_stride),
+        tl.load(outer_thresholds_ptr + index * outer_stride),
+    )
+    weights = (
+        in_only_in, in_only_out, out_only_in, out_only_out, both_in, both_out, neither_in, neither_out,
+    )  # fmt: skip
 
     in_only, out_only, both = 0, 0, 0
     zero = tl.zeros((), tl.float64)
@@ -147,12 +175,12 @@ def _fuse_kernel(
             # A mask that depends on the size would narrow every access to one element; only the tail has one.
             if first + BLOCK <= numel:
                 a, b, c, x, y, z = _fuse_tile(
-                    rows, thresholds, inner_weights, outer_weights, offsets, tl.zeros((BLOCK,), tl.int1) == 0,
+                    rows, thresholds, weights, offsets, tl.zeros((BLOCK,), tl.int1) == 0,
                     OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, ROUND_BF16,
                 )  # fmt: skip
             else:
                 a, b, c, x, y, z = _fuse_tile(
-                    rows, thresholds, inner_weights, outer_weights, offsets, offsets < numel,
+                    rows, thresholds, weights, offsets, offsets < numel,
                     OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, ROUND_BF16,
                 )  # fmt: skip
             in_only += a
@@ -167,6 +195,81 @@ def _fuse_kernel(
     tl.store(partial_norms_ptr + program * 3, norm_in)
     tl.store(partial_norms_ptr + program * 3 + 1, norm_out)
     tl.store(partial_norms_ptr + program * 3 + 2, norm_update)
+
+
+def fuse_rows(targets: Sequence[Tensor], *inputs: Sequence[Tensor], scores: Sequence[Scores]) -> Rows:
+    """The tensors in the order of :data:`ROLES`."""
+    parts = [part for side in scores for part in (side.sensitivity, side.uncertainty)]
+    return aligned((targets, *inputs, *parts))
+
+
+def scalars(weights: CaseWeights) -> dict[str, float]:
+    """The rule's weights as arguments of a kernel."""
+    return {
+        f"{case}_{side}": float32(weight)
+        for case, pair in zip(("in_only", "out_only", "both", "neither"), weights, strict=True)
+        for side, weight in zip(("in", "out"), pair, strict=True)
+    }
+
+
+def constants(table: Table, outer_from: OuterFrom) -> dict[str, object]:
+    """What the kernels that fuse are compiled for."""
+    return {
+        **dict(zip(ROLES, table.dtypes, strict=True)),
+        "OUTER_FROM_INNER": outer_from == "inner",
+        "ROUND_BF16": interpreting(),
+    }
+
+
+def launch_fuse(
+    grouped: Sequence[Table],
+    partial_norms: Sequence[Tensor],
+    thresholds: tuple[Tensor, Tensor],
+    counts: Tensor,
+    *,
+    weights: CaseWeights,
+    outer_from: OuterFrom,
+    config: LaunchConfig,
+    run: Tensor | None = None,
+) -> None:
+    """One launch a table.
+
+    Args:
+        partial_norms: float64 [programs, 3] for each table; written.
+        counts: int64 [3] or more, added to.
+        run: one int64; where it is zero on the device, nothing is done.
+    """
+    for table, norms in zip(grouped, partial_norms, strict=True):
+        _fuse_kernel[(table.programs,)](
+            # Tensors
+            table.pointers,
+            table.layout.numels,
+            table.layout.chunk_tensors,
+            table.layout.chunk_starts,
+            table.indices,
+            *thresholds,
+            counts,
+            norms,
+            counts if run is None else run,
+            # Scalars
+            n_tensors=table.tensors,
+            inner_stride=int(thresholds[0].numel() > 1),
+            outer_stride=int(thresholds[1].numel() > 1),
+            **scalars(weights),
+            # Constexprs
+            GUARDED=run is not None,
+            BLOCK=config.block,
+            TILES=config.tiles,
+            **constants(table, outer_from),
+            **config.options,
+        )
+
+
+def norms_of(grouped: Sequence[Table], extra: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """Memory for three norms a program, behind it ``extra`` rows for each table; whole and in parts."""
+    sizes = [table.programs for table in grouped] + [extra] * len(grouped)
+    whole = torch.empty((sum(sizes), 3), dtype=torch.float64, device=device)
+    return whole, list(whole.split(sizes))
 
 
 def fuse_(
@@ -185,54 +288,18 @@ def fuse_(
     """See :func:`rkif_kernels.ops.fuse_`."""
     device = thresholds[0].device
     counts = torch.zeros(4, dtype=torch.int64, device=device)
-    squared_norms = torch.zeros(3, dtype=torch.float64, device=device)
-    total = sum(tensor.numel() for tensor in out)
-    scalars = {
-        f"{case}_{side}": float32(weight)
-        for case, pair in zip(("in_only", "out_only", "both", "neither"), weights, strict=True)
-        for side, weight in zip(("in", "out"), pair, strict=True)
-    }
     with in_place(out, ALIGNMENT) as targets:
-        roles = (
-            targets,
-            base,
-            inner,
-            outer,
-            inner_scores.sensitivity,
-            inner_scores.uncertainty,
-            outer_scores.sensitivity,
-            outer_scores.uncertainty,
+        rows = fuse_rows(targets, base, inner, outer, scores=(inner_scores, outer_scores))
+        grouped = tables(rows, config.chunk)
+        norms, parts = norms_of(grouped, 0, device)
+        launch_fuse(
+            grouped,
+            parts[: len(grouped)],
+            thresholds,
+            counts,
+            weights=weights,
+            outer_from=outer_from,
+            config=config,
         )
-        # All tables before the first launch: what cannot be allocated must fail before anything is written.
-        for table in list(tables(roles, config.chunk)):
-            indices = torch.tensor(table.indices, device=device)
-            partial_norms = torch.empty((table.programs, 3), dtype=torch.float64, device=device)
-            _fuse_kernel[(table.programs,)](
-                # Tensors
-                table.pointers,
-                table.numels,
-                table.chunk_tensors,
-                table.chunk_starts,
-                *(threshold.expand(len(out))[indices] for threshold in thresholds),
-                counts,
-                partial_norms,
-                # Scalars
-                n_tensors=len(table.indices),
-                **scalars,
-                # Constexprs
-                **dict(
-                    zip(
-                        ("OUT", "BASE", "INNER", "OUTER", "INNER_S", "INNER_U", "OUTER_S", "OUTER_U"),
-                        table.dtypes,
-                        strict=True,
-                    )
-                ),
-                OUTER_FROM_INNER=outer_from == "inner",
-                BLOCK=config.block,
-                TILES=config.tiles,
-                ROUND_BF16=interpreting(),
-                **config.options,
-            )
-            squared_norms += partial_norms.sum(0)
-    counts[3] = total - counts.sum()
-    return FuseStats(counts, squared_norms)
+    counts[3] = sum(table.numel for table in grouped) - counts.sum()
+    return FuseStats(counts, norms.sum(0), thresholds)

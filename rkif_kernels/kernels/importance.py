@@ -11,7 +11,7 @@ from torch import Tensor
 from rkif_kernels.backend import interpreting
 from rkif_kernels.in_place import in_place
 from rkif_kernels.kernels.elements import load_float32, load_row, round_to
-from rkif_kernels.kernels.table import ALIGNMENT, tables
+from rkif_kernels.kernels.table import ALIGNMENT, aligned, tables
 from rkif_kernels.launch import STREAM, LaunchConfig
 from rkif_kernels.numerics import float32
 from rkif_kernels.types import Order
@@ -132,17 +132,17 @@ def update_importance_(
 ) -> None:
     """See :func:`rkif_kernels.ops.update_importance_`."""
     with in_place(sensitivity, ALIGNMENT) as s, in_place(uncertainty or (), ALIGNMENT) as u:
-        # All tables before the first launch: what cannot be allocated must fail before anything is written.
-        for table in list(tables((params, grads, s, u or None), config.chunk)):
+        rows = aligned((params, grads, s, u or None))
+        for table in tables(rows, config.chunk):
             _update_importance_kernel[(table.programs,)](
                 # Tensors
                 table.pointers,
-                table.numels,
-                table.chunk_tensors,
-                table.chunk_starts,
+                table.layout.numels,
+                table.layout.chunk_tensors,
+                table.layout.chunk_starts,
                 nonfinite,
                 # Scalars
-                n_tensors=len(table.indices),
+                n_tensors=table.tensors,
                 keep1=float32(beta1),
                 take1=float32(1 - beta1),
                 keep2=float32(beta2),

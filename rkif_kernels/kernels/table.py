@@ -1,8 +1,13 @@
-"""The tables by which one launch reaches a whole list of tensors."""
+"""The tables by which one launch reaches a whole list of tensors.
+
+A table is a function of addresses, sizes and dtypes alone, so it is cached by them: while tensors stay where
+they are, a launch uploads nothing, and a tensor that has moved simply asks for another table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,69 +24,149 @@ TRITON_DTYPES = {
     torch.float16: tl.float16,
 }
 
+Dtypes = tuple[torch.dtype | None, ...]
+Rows = list[list[Tensor | None]]
+
 
 @dataclass(frozen=True)
-class Table:
-    """Tensors of one combination of dtypes, and how their elements are shared out to programs.
+class Layout:
+    """How the elements of some tensors are shared out to programs; all on the device.
 
     Attributes:
-        indices: positions of these tensors in the caller's lists.
-        dtypes: Triton dtype of each role; None for a role that these tensors lack.
-        pointers: int64 [roles, tensors], addresses; 0 for a role that is lacking.
         numels: int64 [tensors].
         chunk_tensors: int32 [programs], which of these tensors a program works on.
         chunk_starts: int64 [programs], and from which element.
-        tensors: keeps the memory behind the addresses alive.
     """
 
-    indices: list[int]
-    dtypes: list[tl.dtype | None]
-    pointers: Tensor
     numels: Tensor
     chunk_tensors: Tensor
     chunk_starts: Tensor
-    tensors: list[list[Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Tensors of one combination of dtypes.
+
+    Attributes:
+        dtypes: Triton dtype of each role; None for a role that these tensors lack.
+        pointers: int64 [roles, tensors], addresses; 0 for a role that is lacking.
+        indices: int32 [tensors], their positions in the caller's lists.
+        firsts: int64 [tensors + 1], where their elements begin if all tensors of all tables are laid end to
+            end, this table's after those of the tables before it.
+        start, numel: where this table's elements begin, and how many they are.
+        layout: how they are shared out.
+    """
+
+    dtypes: tuple[tl.dtype | None, ...]
+    pointers: Tensor
+    indices: Tensor
+    firsts: Tensor
+    start: int
+    numel: int
+    layout: Layout
 
     @property
     def programs(self) -> int:
-        return self.chunk_starts.numel()
+        return self.layout.chunk_starts.numel()
+
+    @property
+    def tensors(self) -> int:
+        return self.indices.numel()
 
 
-def tables(roles: Sequence[Sequence[Tensor | None] | None], chunk: int) -> Iterator[Table]:
-    """One table for each combination of dtypes, or of lacking entries, among the lists in ``roles``.
-
-    Empty tensors are left out.
+def aligned(roles: Sequence[Sequence[Tensor | None] | None]) -> Rows:
+    """The roles' tensors as kernels can address them; the caller keeps them until its last launch.
 
     Tensors that are not contiguous, or not aligned, are replaced by copies: what is to be written comes
-    through ``in_place`` with :data:`ALIGNMENT`.
+    through ``in_place`` with :data:`ALIGNMENT`. A role that is None lacks every tensor.
     """
     first = roles[0]
     assert first is not None
-    groups: dict[tuple[torch.dtype | None, ...], list[int]] = {}
-    for index, tensor in enumerate(first):
-        assert tensor is not None
-        if tensor.numel() > 0:
-            entries = (None if role is None else role[index] for role in roles)
-            key = tuple(None if entry is None else entry.dtype for entry in entries)
+    return [
+        [None] * len(first)
+        if role is None
+        else [None if tensor is None else dense(tensor, ALIGNMENT) for tensor in role]
+        for role in roles
+    ]
+
+
+def tables(rows: Rows, chunk: int) -> tuple[Table, ...]:
+    """One table for each combination of dtypes, or of lacking entries, among ``rows``; from :func:`aligned`.
+
+    Empty tensors are left out.
+    """
+    first = [tensor for tensor in rows[0] if tensor is not None]
+    return _tables(
+        first[0].device if first else torch.device("cpu"),
+        tuple(tuple(0 if tensor is None else tensor.data_ptr() for tensor in row) for row in rows),
+        tuple(tuple(None if tensor is None else tensor.dtype for tensor in row) for row in rows),
+        tuple(tensor.numel() for tensor in first),
+        chunk,
+    )
+
+
+# Gradients may alternate between a few places, and inner and outer learner have states of their own.
+@functools.lru_cache(maxsize=64)
+def _tables(
+    device: torch.device,
+    addresses: tuple[tuple[int, ...], ...],
+    dtypes: tuple[Dtypes, ...],
+    numels: tuple[int, ...],
+    chunk: int,
+) -> tuple[Table, ...]:
+    groups: dict[Dtypes, list[int]] = {}
+    for index, key in enumerate(zip(*dtypes, strict=True)):
+        if numels[index] > 0:
             groups.setdefault(key, []).append(index)
-    for dtypes, indices in groups.items():
-        kept = [[_stand_in(role, index) for index in indices] for role in roles]
-        device = first[indices[0]].device  # type: ignore[union-attr]
-        numels = torch.tensor([first[index].numel() for index in indices])  # type: ignore[union-attr]
-        pieces = (numels + chunk - 1) // chunk
-        chunk_tensors = torch.repeat_interleave(torch.arange(len(indices)), pieces)
-        chunk_starts = (torch.arange(len(chunk_tensors)) - (pieces.cumsum(0) - pieces)[chunk_tensors]) * chunk
-        yield Table(
-            indices,
-            [None if dtype is None else TRITON_DTYPES[dtype] for dtype in dtypes],
-            torch.tensor([[0 if t is None else t.data_ptr() for t in row] for row in kept]).to(device),
-            numels.to(device),
-            chunk_tensors.int().to(device),
-            chunk_starts.to(device),
-            kept,
+    made, start = [], 0
+    for key, indices in groups.items():
+        sizes = tuple(numels[index] for index in indices)
+        ends = _host([0, *sizes]).cumsum(0) + start
+        made.append(
+            Table(
+                tuple(None if dtype is None else TRITON_DTYPES[dtype] for dtype in key),
+                upload(_host([[row[index] for index in indices] for row in addresses]), device),
+                upload(_host(indices).int(), device),
+                upload(ends, device),
+                start,
+                sum(sizes),
+                _layout(device, sizes, chunk),
+            )
         )
+        start += sum(sizes)
+    return tuple(made)
 
 
-def _stand_in(role: Sequence[Tensor | None] | None, index: int) -> Tensor | None:
-    tensor = None if role is None else role[index]
-    return None if tensor is None else dense(tensor, ALIGNMENT)
+@functools.lru_cache(maxsize=16)
+def _layout(device: torch.device, numels: tuple[int, ...], chunk: int) -> Layout:
+    sizes = _host(numels)
+    pieces = (sizes + chunk - 1) // chunk
+    tensors = torch.repeat_interleave(pieces)
+    starts = (torch.arange(len(tensors), device="cpu") - (pieces.cumsum(0) - pieces)[tensors]) * chunk
+    return Layout(upload(sizes, device), upload(tensors.int(), device), upload(starts, device))
+
+
+def _host(values: Sequence[object]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")  # whatever the defaults are
+
+
+@functools.lru_cache(maxsize=64)
+def constant(device: torch.device, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """A small read-only tensor on the device, made once."""
+    return upload(torch.tensor(values, dtype=dtype, device="cpu"), device)
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for it.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured: the copy would become part of it, its source not.
+    """
+    if device.type != "cuda":
+        return host.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "these tensors are new to rkif, and their addresses cannot be uploaded while a CUDA graph is "
+            "captured; make the same call once before the capture"
+        )
+    return host.pin_memory().to(device, non_blocking=True)

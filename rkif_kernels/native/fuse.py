@@ -56,4 +56,4 @@ def fuse_(
     inner_all, outer_all, both = selected.tolist()
     total = sum(tensor.numel() for tensor in out)
     counts = [inner_all - both, outer_all - both, both, total - inner_all - outer_all + both]
-    return FuseStats(torch.tensor(counts, device="cpu"), torch.from_numpy(squared_norms))
+    return FuseStats(torch.tensor(counts, device="cpu"), torch.from_numpy(squared_norms), thresholds)

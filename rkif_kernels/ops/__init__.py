@@ -1,8 +1,16 @@
 """The public operations: they validate, choose the implementation and call it."""
 
-from rkif_kernels.ops.fuse import fuse_
+from rkif_kernels.ops.fuse import fuse_, select_and_fuse_
 from rkif_kernels.ops.importance import update_importance_
 from rkif_kernels.ops.select import order_statistic_rank, score_thresholds
 from rkif_kernels.types import FuseStats, Scores
 
-__all__ = ["FuseStats", "Scores", "fuse_", "order_statistic_rank", "score_thresholds", "update_importance_"]
+__all__ = [
+    "FuseStats",
+    "Scores",
+    "fuse_",
+    "order_statistic_rank",
+    "score_thresholds",
+    "select_and_fuse_",
+    "update_importance_",
+]

@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 
 from rkif_kernels.backend import implementation, on_device
-from rkif_kernels.checks import Arguments, require_choice, require_disjoint, require_weights
-from rkif_kernels.types import CASES, Backend, CaseWeights, FuseStats, OuterFrom, Scores
+from rkif_kernels.checks import (
+    Arguments,
+    Verified,
+    require_choice,
+    require_disjoint,
+    require_fraction,
+    require_weights,
+)
+from rkif_kernels.ops.select import order_statistic_rank, score_thresholds
+from rkif_kernels.types import CASES, Backend, CaseWeights, FuseStats, OuterFrom, Scope, Scores
+
+_verified = Verified()
 
 
 def fuse_(
@@ -41,41 +51,25 @@ def fuse_(
         weights: (w_in, w_out) for the cases inner only, outer only, both, neither.
         outer_from: "inner", or "base" for ``outer - base`` as the second task vector.
         names: parameter names, for error messages.
-        backend: "auto", "triton" or "torch"; all give the same bits in ``out`` and in the counts.
+        backend: "auto", "triton", "native" or "torch"; all give the same bits in ``out`` and in the counts.
 
     Returns:
-        Counts of the four cases and the squared norms of the two task vectors and of ``out - base``.
+        Counts of the four cases, the squared norms of the two task vectors and of ``out - base``, and the
+        thresholds.
 
     Raises:
         TypeError, ValueError: for tensors that do not fit together, or outputs that overlap each other or
             another parameter's input; nothing has been written then.
     """
-    arguments = Arguments(names)
-    inputs: dict[str, Sequence[Tensor]] = {
-        "base": base,
-        "inner": inner,
-        "outer": outer,
-        "inner_scores": inner_scores.sensitivity,
-        "inner_scores.uncertainty": inner_scores.uncertainty or (),
-        "outer_scores": outer_scores.sensitivity,
-        "outer_scores.uncertainty": outer_scores.uncertainty or (),
-    }
-    arguments.add("out", out)
-    for argument, tensors in inputs.items():
-        if tensors or not argument.endswith("uncertainty"):
-            arguments.add(argument, tensors)
-    require_disjoint(arguments, out, inputs)
+    device = _require_fusion(out, base, inner, outer, inner_scores, outer_scores, weights, outer_from, names)
     for side, threshold in zip(("inner", "outer"), thresholds, strict=True):
         if threshold.dtype != torch.float32 or threshold.shape not in ((1,), (len(out),)):
             raise ValueError(
                 f"the {side} threshold must be float32 [1] or [{len(out)}]; "
                 f"got {threshold.dtype} {tuple(threshold.shape)}"
             )
-    for case, pair in zip(CASES, weights, strict=True):
-        require_weights(f"weights for {case!r}", pair)
-    require_choice("outer_from", outer_from, get_args(OuterFrom))
-    with torch.no_grad(), on_device(arguments.device):
-        stats: FuseStats = implementation(arguments.device, backend).fuse_(
+    with torch.no_grad(), on_device(device):
+        stats: FuseStats = implementation(device, backend).fuse_(
             out,
             base,
             inner,
@@ -87,3 +81,117 @@ def fuse_(
             outer_from=outer_from,
         )
     return stats
+
+
+def select_and_fuse_(
+    out: Sequence[Tensor],
+    base: Sequence[Tensor],
+    inner: Sequence[Tensor],
+    outer: Sequence[Tensor],
+    inner_scores: Scores,
+    outer_scores: Scores,
+    *,
+    density: float,
+    scope: Scope = "global",
+    weights: CaseWeights,
+    outer_from: OuterFrom = "inner",
+    names: Sequence[str] | None = None,
+    backend: Backend = "auto",
+) -> FuseStats:
+    """:func:`score_thresholds` for both learners and :func:`fuse_`, with less reading.
+
+    The Triton backend does all of it in one pass over memory where there is one threshold a side and ``out``
+    is memory of its own; over one of its inputs, and under scope="tensor", the thresholds come first.
+
+    Args and Raises:
+        As there. Fails, too, where there is no element at all.
+
+    Returns:
+        As :func:`fuse_`, with the thresholds that were found.
+    """
+    device = _require_fusion(out, base, inner, outer, inner_scores, outer_scores, weights, outer_from, names)
+    require_fraction("density", density)
+    require_choice("scope", scope, get_args(Scope))
+    module = implementation(device, backend)
+    numel = sum(tensor.numel() for tensor in out)
+    inputs = _inputs(base, inner, outer, inner_scores, outer_scores).values()
+    read = {tensor.data_ptr() for tensors in inputs for tensor in tensors if tensor.numel()}
+    apart = all(tensor.data_ptr() not in read for tensor in out)
+    if hasattr(module, "select_and_fuse_") and scope == "global" and 0 < density < 1 and numel and apart:
+        with torch.no_grad(), on_device(device):
+            stats: FuseStats = module.select_and_fuse_(
+                out,
+                base,
+                inner,
+                outer,
+                inner_scores,
+                outer_scores,
+                rank=order_statistic_rank(numel, density),
+                weights=weights,
+                outer_from=outer_from,
+            )
+        return stats
+    inner_threshold, outer_threshold = (
+        score_thresholds(scores, density=density, scope=scope, names=names, backend=backend)
+        for scores in (inner_scores, outer_scores)
+    )
+    return fuse_(
+        out,
+        base,
+        inner,
+        outer,
+        inner_scores,
+        outer_scores,
+        thresholds=(inner_threshold, outer_threshold),
+        weights=weights,
+        outer_from=outer_from,
+        names=names,
+        backend=backend,
+    )
+
+
+def _inputs(
+    base: Sequence[Tensor],
+    inner: Sequence[Tensor],
+    outer: Sequence[Tensor],
+    inner_scores: Scores,
+    outer_scores: Scores,
+) -> dict[str, Sequence[Tensor]]:
+    """What is read, by the name that errors give it."""
+    inputs = {
+        "base": base,
+        "inner": inner,
+        "outer": outer,
+        "inner_scores": inner_scores.sensitivity,
+        "inner_scores.uncertainty": inner_scores.uncertainty,
+        "outer_scores": outer_scores.sensitivity,
+        "outer_scores.uncertainty": outer_scores.uncertainty,
+    }
+    return {argument: tensors for argument, tensors in inputs.items() if tensors is not None}
+
+
+def _require_fusion(
+    out: Sequence[Tensor],
+    base: Sequence[Tensor],
+    inner: Sequence[Tensor],
+    outer: Sequence[Tensor],
+    inner_scores: Scores,
+    outer_scores: Scores,
+    weights: CaseWeights,
+    outer_from: OuterFrom,
+    names: Sequence[str] | None,
+) -> torch.device:
+    """Check everything that both fusions share; returns the device."""
+    inputs = _inputs(base, inner, outer, inner_scores, outer_scores)
+    arguments = Arguments(names)
+    key = _verified.key(out=out, **inputs)
+    if key not in _verified:
+        arguments.add("out", out)
+        for argument, tensors in inputs.items():
+            arguments.add(argument, tensors)
+        require_disjoint(arguments, out, inputs)
+        _verified.add(key)
+    for case, pair in zip(CASES, weights, strict=True):
+        require_weights(f"weights for {case!r}", pair)
+    require_choice("outer_from", outer_from, get_args(OuterFrom))
+    return out[0].device if out else torch.device("cpu")

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from rkif_kernels.backend import implementation, on_device
-from rkif_kernels.checks import STATE_DTYPES, Arguments, require_choice, require_fraction
+from rkif_kernels.checks import STATE_DTYPES, Arguments, Verified, require_choice, require_fraction
 from rkif_kernels.types import Backend, Order
+
+_verified = Verified()
 
 
 def update_importance_(
@@ -49,31 +51,35 @@ def update_importance_(
         nonfinite: int64 tensor of one element on the same device; the number of elements with a
             non-finite I is added to it, on the device: it is for the caller to read it, when it likes.
         names: parameter names, for error messages.
-        backend: "auto", "triton" or "torch"; all give the same bits.
+        backend: "auto", "triton", "native" or "torch"; all give the same bits.
 
     Raises:
         TypeError, ValueError: for tensors that do not fit together; nothing has been written then.
     """
     arguments = Arguments(names)
-    arguments.add("params", params)
-    arguments.add("grads", grads, optional=True)
-    arguments.add("sensitivity", sensitivity, STATE_DTYPES)
-    if uncertainty is not None:
-        arguments.add("uncertainty", uncertainty, STATE_DTYPES)
-    for argument, states in (("sensitivity", sensitivity), ("uncertainty", uncertainty or ())):
-        for index, state in enumerate(states):
-            if not state.is_contiguous():
-                raise ValueError(f"{arguments.label(argument, index)} must be contiguous")
+    key = _verified.key(params=params, grads=grads, sensitivity=sensitivity, uncertainty=uncertainty)
+    if key not in _verified:
+        arguments.add("params", params)
+        arguments.add("grads", grads, optional=True)
+        arguments.add("sensitivity", sensitivity, STATE_DTYPES)
+        if uncertainty is not None:
+            arguments.add("uncertainty", uncertainty, STATE_DTYPES)
+        for argument, states in (("sensitivity", sensitivity), ("uncertainty", uncertainty or ())):
+            for index, state in enumerate(states):
+                if not state.is_contiguous():
+                    raise ValueError(f"{arguments.label(argument, index)} must be contiguous")
+        _verified.add(key)
+    device = params[0].device if params else torch.device("cpu")
     require_fraction("beta1", beta1)
     require_fraction("beta2", beta2)
     require_choice("order", order, get_args(Order))
-    if nonfinite.dtype != torch.int64 or nonfinite.numel() != 1 or nonfinite.device != arguments.device:
+    if nonfinite.dtype != torch.int64 or nonfinite.numel() != 1 or nonfinite.device != device:
         raise ValueError(
-            f"nonfinite must be one int64 on {arguments.device}; "
+            f"nonfinite must be one int64 on {device}; "
             f"got {nonfinite.dtype} {tuple(nonfinite.shape)} on {nonfinite.device}"
         )
-    with torch.no_grad(), on_device(arguments.device):
-        implementation(arguments.device, backend).update_importance_(
+    with torch.no_grad(), on_device(device):
+        implementation(device, backend).update_importance_(
             params,
             grads,
             sensitivity,

@@ -44,7 +44,7 @@ def score_thresholds(
         density: fraction to keep, in [0, 1].
         scope: "global", one threshold over all tensors, or "tensor", one for each.
         names: parameter names, for error messages.
-        backend: "auto", "triton" or "torch"; all give the same bits.
+        backend: "auto", "triton", "native" or "torch"; all give the same bits.
 
     Returns:
         float32 [1], or [len(scores.sensitivity)] under scope="tensor" (inf for an empty tensor), on the

@@ -48,4 +48,4 @@ def fuse_(
         update = fused.float() - b
         target.copy_(fused)
         squared_norms += torch.stack([v.double().square().sum() for v in (tau_in, tau_out, update)])
-    return FuseStats(counts, squared_norms)
+    return FuseStats(counts, squared_norms, thresholds)

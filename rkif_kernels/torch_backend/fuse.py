@@ -65,7 +65,7 @@ def fuse_(
             stored = scratch.float32(fused.to(target.dtype), 5)
             squared_norms[2] += _squared_norm(torch.sub(stored, b, out=scratch(4, size)), scratch)
             target.copy_(fused)
-    return FuseStats(counts, squared_norms)
+    return FuseStats(counts, squared_norms, thresholds)
 
 
 def _mask(s: Tensor | None, u: Tensor | None, threshold: float, scratch: Scratch, slot: int) -> Tensor:
