@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from rkif.cli import exit_in_one_line
+
+if TYPE_CHECKING:
+    from bench.rows import Row
+    from bench.run import Selection
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -30,7 +36,7 @@ def aot_command() -> None:
     """Compile every kernel for GPUs that need not be there; fails if one spills or has narrow accesses."""
     from bench.aot import check
 
-    if not check(Console(width=130)):
+    if not check(Console(width=170)):
         raise typer.Exit(1)
 
 
@@ -53,6 +59,175 @@ def continual_command(
     from rkif.continual.methods import METHODS
 
     compare(config, method or list(METHODS), out or Path("runs") / config.stem, Console())
+
+
+Only = Annotated[
+    list[str] | None, typer.Option("--only", help="observe, threshold or fuse; may be given several times.")
+]
+Shapes = Annotated[list[str] | None, typer.Option("--shape", help="A name in bench/shapes.py; likewise.")]
+DtypeNames = Annotated[
+    list[str] | None, typer.Option("--dtype", help="A name in bench/operations.py; likewise.")
+]
+Ways = Annotated[str, typer.Option("--implementation", help="Only those whose name begins so.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Two shapes, few rounds.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of the processor.")]
+Memory = Annotated[float | None, typer.Option("--memory", help="GiB for inputs: models are cut to it.")]
+Rows = Annotated[Path | None, typer.Option("--out", help="File of rows.", show_default="of the device")]
+Results = Annotated[Path | None, typer.Argument(metavar="ROWS", help="File of rows.", show_default="all")]
+
+
+@app.command("run")
+def run_command(
+    only: Only = None,
+    shape: Shapes = None,
+    dtype: DtypeNames = None,
+    implementation: Ways = "",
+    device: Device = "auto",
+    quick: Quick = False,
+    threads: Threads = None,
+    memory: Memory = None,
+    out: Rows = None,
+) -> None:
+    """Measure the kernels and what they are compared with; nothing wrong is timed."""
+    from bench.run import run
+
+    print(run(_selection(only, shape, dtype, implementation, device, quick, threads, memory), out))
+
+
+@app.command("compare")
+def compare_command(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="A commit.")],
+    only: Only = None,
+    shape: Shapes = None,
+    dtype: DtypeNames = None,
+    implementation: Ways = "rkif.",
+    device: Device = "auto",
+    quick: Quick = False,
+    threads: Threads = None,
+    memory: Memory = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Of each, in turn.")] = 2,
+) -> None:
+    """Measure another commit and this checkout in turn, side by side."""
+    from bench.compare import compare
+
+    selection = _selection(only, shape, dtype, implementation, device, quick, threads, memory)
+    Console(width=150).print(compare(ref, selection, rounds))
+
+
+@app.command("table")
+def table_command(results: Results = None) -> None:
+    """Show rows as a table."""
+    from bench.kernels import rich_table
+
+    Console(width=150).print(rich_table(_rows(results)))
+
+
+@app.command("plot")
+def plot_command(
+    results: Results = None,
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", help="As in the rows.", show_default="smallest and largest")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="A PNG file.")] = Path("docs/kernels.png"),
+) -> None:
+    """Draw rows as a figure."""
+    from bench.kernels import plot
+
+    plot(_rows(results), out, shape or ())
+    print(out)
+
+
+@app.command("goals")
+def goals_command(results: Results = None) -> None:
+    """Say of each goal for GPUs whether the rows reach it."""
+    from bench.goals import table
+
+    Console(width=160).print(table(_rows(results)))
+
+
+@app.command("profile-13b")
+def profile_command(
+    layers: Annotated[int, typer.Option("--layers", help="Of 40; all: embedding, norm and head too.")] = 1,
+    dtype: Annotated[str, typer.Option("--dtype", help="A name in bench/operations.py.")] = "float32",
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows, not words.")] = False,
+    out: Rows = None,
+) -> None:
+    """Merge throughput on LLaMA-2-13B's shapes: the adapter, and all parameters layer by layer."""
+    import torch
+
+    from bench import rows
+    from bench.profile import profile_13b, report
+
+    chosen = _selection(device=device).resolved_device()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    found = profile_13b(torch.device(chosen), layers, dtype)
+    for row in found:
+        rows.write(out or rows.results_file(chosen), row)
+    for line in map(json.dumps, found) if as_json else report(found):
+        print(line)
+
+
+@app.command("sweep")
+def sweep_command(
+    seconds: Annotated[float, typer.Option("--seconds", help="For how long.")] = 60,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the first case.", show_default="any")] = None,
+    cases: Annotated[int | None, typer.Option("--cases", help="How many at most.")] = None,
+    backend: Annotated[list[str] | None, typer.Option("--backend", help="Likewise several.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Compare every operation and backend with the reference, bit for bit, on random inputs."""
+    import torch
+
+    from bench.sweep import sweep
+
+    first = random.SystemRandom().randrange(2**31) if seed is None else seed
+    chosen = torch.device(_selection(device=device).resolved_device())
+    print(f"from seed {first} on {chosen}", flush=True)
+    done, wrong = sweep(chosen, backend or [], seconds, cases, first)
+    if wrong:
+        raise RuntimeError(f"after {done} right cases: {wrong}")
+    print(f"{done} cases right")
+
+
+def _selection(
+    only: list[str] | None = None,
+    shape: list[str] | None = None,
+    dtype: list[str] | None = None,
+    implementation: str = "",
+    device: str = "auto",
+    quick: bool = False,
+    threads: int | None = None,
+    memory: float | None = None,
+) -> Selection:
+    from bench.run import Selection
+
+    return Selection(
+        device=device,
+        ops=tuple(only or ()),
+        shapes=tuple(shape or ()),
+        dtypes=tuple(dtype or ()),
+        implementation=implementation,
+        quick=quick,
+        threads=threads,
+        memory=memory,
+    )
+
+
+def _rows(results: Path | None) -> list[Row]:
+    """Of a file, or of all that were committed."""
+    from bench import rows
+
+    if results is not None:
+        return rows.read(results)
+    files = [rows.results_file(device) for device in ("cuda", "cpu")]
+    found = [row for file in files if file.exists() for row in rows.read(file)]
+    if not found:
+        raise ValueError("nothing has been measured yet: python -m bench run")
+    return found
 
 
 if __name__ == "__main__":

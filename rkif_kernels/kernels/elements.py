@@ -32,6 +32,34 @@ def load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY: tl.constexpr):
 
 
 @triton.jit
+def in_lanes(values, BLOCK: tl.constexpr):
+    """Sums of four neighbours. One thread holds them, so that adding up over tiles needs no other thread."""
+    return tl.sum(tl.reshape(values, (BLOCK // 4, 4)), axis=1)
+
+
+@triton.jit
+def squares(vector, BLOCK: tl.constexpr):
+    wide = vector.to(tl.float64)
+    return in_lanes(wide * wide, BLOCK)
+
+
+@triton.jit
+def packed(a, b, c, d, BLOCK: tl.constexpr):
+    """How many of each of four conditions hold, 8 bits each: a lane has four elements a tile."""
+    low = a.to(tl.int32) | (b.to(tl.int32) << 8)
+    return in_lanes(low | (c.to(tl.int32) << 16) | (d.to(tl.int32) << 24), BLOCK)
+
+
+@triton.jit
+def add_packed(counts_ptr, lanes):
+    """Add the four counts of a program to four in memory."""
+    for field in tl.static_range(4):
+        total = tl.sum((lanes >> (8 * field)) & 0xFF)
+        if total > 0:
+            tl.atomic_add(counts_ptr + field, total.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
 def gather_float32(pointers_ptr, role, tensors, n_tensors, offsets, mask, DTYPE: tl.constexpr):
     """Single elements of many tensors in float32; 0 beyond the mask."""
     addresses = tl.load(pointers_ptr + role * n_tensors + tensors, mask=mask, other=0)

@@ -11,9 +11,17 @@ from torch import Tensor
 
 from rkif_kernels.backend import interpreting
 from rkif_kernels.in_place import in_place
-from rkif_kernels.kernels.elements import load_float32, load_row, load_score, round_to
+from rkif_kernels.kernels.elements import (
+    add_packed,
+    load_float32,
+    load_row,
+    load_score,
+    packed,
+    round_to,
+    squares,
+)
 from rkif_kernels.kernels.table import ALIGNMENT, Rows, Table, aligned, tables
-from rkif_kernels.launch import STREAM, LaunchConfig
+from rkif_kernels.launch import FUSE, LaunchConfig
 from rkif_kernels.numerics import float32
 from rkif_kernels.types import CaseWeights, FuseStats, OuterFrom, Scores
 
@@ -48,14 +56,18 @@ def merge(
 
 
 @triton.jit
-def squared_norm(vector):
-    wide = vector.to(tl.float64)
-    return tl.sum(wide * wide)
+def cases(m_in, m_out, mask):
+    """Whether an element is selected by the inner learner only, the outer only, both, neither."""
+    m_in, others = mask & m_in, mask & (m_in == 0)
+    return m_in & (m_out == 0), others & m_out, m_in & m_out, others & (m_out == 0)
 
 
 @triton.jit
-def count(condition):
-    return tl.sum(condition.to(tl.int32))
+def store_norms(partial_norms_ptr, row, inner, outer, update):
+    """A program's three squared norms, from lanes to its row."""
+    tl.store(partial_norms_ptr + row * 3, tl.sum(inner))
+    tl.store(partial_norms_ptr + row * 3 + 1, tl.sum(outer))
+    tl.store(partial_norms_ptr + row * 3 + 2, tl.sum(update))
 
 
 @triton.jit
@@ -69,9 +81,10 @@ def _fuse_tile(
     INNER_U: tl.constexpr,
     OUTER_U: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
+    BLOCK: tl.constexpr,
     ROUND_BF16: tl.constexpr,
 ):
-    """Fuse one block; returns its counts (inner only, outer only, both) and three squared norms."""
+    """Fuse one block; returns its counts of the cases and three squared norms, in lanes."""
     out_ptr, base_ptr, inner_ptr, outer_ptr, s_in_ptr, u_in_ptr, s_out_ptr, u_out_ptr = rows
     base = load_float32(base_ptr, offsets, mask)
     inner = load_float32(inner_ptr, offsets, mask)
@@ -84,12 +97,10 @@ def _fuse_tile(
     tl.store(out_ptr + offsets, fused, mask=mask)
     # Beyond the mask everything was loaded as zero, so only the counts need it.
     return (
-        count(mask & m_in & (m_out == 0)),
-        count(mask & m_out & (m_in == 0)),
-        count(mask & m_in & m_out),
-        squared_norm(tau_in),
-        squared_norm(tau_out),
-        squared_norm(fused.to(tl.float32) - base),
+        packed(*cases(m_in, m_out, mask), BLOCK),
+        squares(tau_in, BLOCK),
+        squares(tau_out, BLOCK),
+        squares(fused.to(tl.float32) - base, BLOCK),
     )
 
 
@@ -165,36 +176,30 @@ def _fuse_kernel(
         in_only_in, in_only_out, out_only_in, out_only_out, both_in, both_out, neither_in, neither_out,
     )  # fmt: skip
 
-    in_only, out_only, both = 0, 0, 0
-    zero = tl.zeros((), tl.float64)
-    norm_in, norm_out, norm_update = zero, zero, zero
+    selected = tl.zeros((BLOCK // 4,), tl.int32)
+    norm_in = tl.zeros((BLOCK // 4,), tl.float64)
+    norm_out, norm_update = norm_in, norm_in
     for tile in range(TILES):
         first = start + tile * BLOCK
         offsets = first + tl.arange(0, BLOCK)
         if first < numel:
             # A mask that depends on the size would narrow every access to one element; only the tail has one.
             if first + BLOCK <= numel:
-                a, b, c, x, y, z = _fuse_tile(
+                n, x, y, z = _fuse_tile(
                     rows, thresholds, weights, offsets, tl.zeros((BLOCK,), tl.int1) == 0,
-                    OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, ROUND_BF16,
+                    OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
                 )  # fmt: skip
             else:
-                a, b, c, x, y, z = _fuse_tile(
+                n, x, y, z = _fuse_tile(
                     rows, thresholds, weights, offsets, offsets < numel,
-                    OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, ROUND_BF16,
+                    OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
                 )  # fmt: skip
-            in_only += a
-            out_only += b
-            both += c
+            selected += n
             norm_in += x
             norm_out += y
             norm_update += z
-    tl.atomic_add(counts_ptr, in_only.to(tl.int64), sem="relaxed")
-    tl.atomic_add(counts_ptr + 1, out_only.to(tl.int64), sem="relaxed")
-    tl.atomic_add(counts_ptr + 2, both.to(tl.int64), sem="relaxed")
-    tl.store(partial_norms_ptr + program * 3, norm_in)
-    tl.store(partial_norms_ptr + program * 3 + 1, norm_out)
-    tl.store(partial_norms_ptr + program * 3 + 2, norm_update)
+    add_packed(counts_ptr, selected)
+    store_norms(partial_norms_ptr, program, norm_in, norm_out, norm_update)
 
 
 def fuse_rows(targets: Sequence[Tensor], *inputs: Sequence[Tensor], scores: Sequence[Scores]) -> Rows:
@@ -236,7 +241,7 @@ def launch_fuse(
 
     Args:
         partial_norms: float64 [programs, 3] for each table; written.
-        counts: int64 [3] or more, added to.
+        counts: int64 [4], added to.
         run: one int64; where it is zero on the device, nothing is done.
     """
     for table, norms in zip(grouped, partial_norms, strict=True):
@@ -283,7 +288,7 @@ def fuse_(
     thresholds: tuple[Tensor, Tensor],
     weights: CaseWeights,
     outer_from: OuterFrom,
-    config: LaunchConfig = STREAM,
+    config: LaunchConfig = FUSE,
 ) -> FuseStats:
     """See :func:`rkif_kernels.ops.fuse_`."""
     device = thresholds[0].device
@@ -301,5 +306,4 @@ def fuse_(
             outer_from=outer_from,
             config=config,
         )
-    counts[3] = sum(table.numel for table in grouped) - counts.sum()
     return FuseStats(counts, norms.sum(0), thresholds)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rkif_kernels.backend import interpreting
 from rkif_kernels.in_place import in_place
-from rkif_kernels.kernels.elements import load_float32, load_row, round_to
+from rkif_kernels.kernels.elements import in_lanes, load_float32, load_row, round_to
 from rkif_kernels.kernels.table import ALIGNMENT, aligned, tables
 from rkif_kernels.launch import STREAM, LaunchConfig
 from rkif_kernels.numerics import float32
@@ -33,9 +33,10 @@ def _update_tile(
     SENSITIVITY: tl.constexpr,
     UNCERTAINTY: tl.constexpr,
     ORDER: tl.constexpr,
+    BLOCK: tl.constexpr,
     ROUND_BF16: tl.constexpr,
 ):
-    """Update one block; returns how many of its elements have a non-finite importance."""
+    """Update one block; returns how many of its elements have a non-finite importance, in lanes."""
     product = load_float32(w_ptr, offsets, mask)
     if GRAD is None:
         product *= 0.0
@@ -57,7 +58,7 @@ def _update_tile(
         u = load_float32(u_ptr, offsets, mask)
         new_u = keep2 * u + take2 * tl.abs(importance - new_s)
         tl.store(u_ptr + offsets, round_to(tl.where(finite, new_u, u), UNCERTAINTY, ROUND_BF16), mask=mask)
-    return tl.sum((mask & (finite == 0)).to(tl.int32))
+    return in_lanes((mask & (finite == 0)).to(tl.int32), BLOCK)
 
 
 @triton.jit
@@ -98,7 +99,7 @@ def _update_importance_kernel(
     s_ptr = load_row(pointers_ptr, 2, tensor, n_tensors, SENSITIVITY)
     u_ptr = load_row(pointers_ptr, 3, tensor, n_tensors, UNCERTAINTY)
 
-    bad = 0
+    bad = tl.zeros((BLOCK // 4,), tl.int32)
     for tile in range(TILES):
         first = start + tile * BLOCK
         offsets = first + tl.arange(0, BLOCK)
@@ -107,15 +108,16 @@ def _update_importance_kernel(
             mask = tl.zeros((BLOCK,), tl.int1) == 0
             bad += _update_tile(
                 w_ptr, g_ptr, s_ptr, u_ptr, offsets, mask, keep1, take1, keep2, take2,
-                GRAD, SENSITIVITY, UNCERTAINTY, ORDER, ROUND_BF16,
+                GRAD, SENSITIVITY, UNCERTAINTY, ORDER, BLOCK, ROUND_BF16,
             )  # fmt: skip
         elif first < numel:
             bad += _update_tile(
                 w_ptr, g_ptr, s_ptr, u_ptr, offsets, offsets < numel, keep1, take1, keep2, take2,
-                GRAD, SENSITIVITY, UNCERTAINTY, ORDER, ROUND_BF16,
+                GRAD, SENSITIVITY, UNCERTAINTY, ORDER, BLOCK, ROUND_BF16,
             )  # fmt: skip
-    if bad > 0:
-        tl.atomic_add(nonfinite_ptr, bad.to(tl.int64), sem="relaxed")
+    total = tl.sum(bad)
+    if total > 0:
+        tl.atomic_add(nonfinite_ptr, total.to(tl.int64), sem="relaxed")
 
 
 def update_importance_(

@@ -24,36 +24,39 @@ from torch import Tensor
 
 from rkif_kernels.in_place import in_place
 from rkif_kernels.kernels.elements import (
+    add_packed,
     find_tensor,
     gather_float32,
     gather_score,
     load_float32,
     load_row,
     load_score,
+    packed,
+    squares,
 )
 from rkif_kernels.kernels.fuse import (
     INNER_SCORE,
     OUTER_SCORE,
     ROLES,
+    cases,
     constants,
-    count,
     fuse_rows,
     launch_fuse,
     merge,
     norms_of,
     scalars,
-    squared_norm,
+    store_norms,
 )
 from rkif_kernels.kernels.select import select_from_lists, select_from_tables
 from rkif_kernels.kernels.table import ALIGNMENT, Table, constant, tables
-from rkif_kernels.launch import BRACKETING, STREAM, Bracketing, LaunchConfig
+from rkif_kernels.launch import BRACKETING, FUSE, Bracketing, LaunchConfig
 from rkif_kernels.types import CaseWeights, FuseStats, OuterFrom, Scores
 
-# What the pass leaves behind in one int64 array: the four cases' counts, how many elements were listed, how
-# many of the list count, whether the brackets failed; then for each learner the scores < lo, <= lo, and in
-# the bracket.
-LISTED, LENGTH, FAILED, SIDES = (tl.constexpr(place) for place in (4, 5, 6, 7))
-TALLIES = 13
+# What the pass leaves behind in one int64 array: the four cases' counts; for each learner the scores < lo,
+# <= lo, and in the bracket, and one unused; how many elements were listed, how many entries of the list
+# count, and whether the brackets failed.
+SIDES, LISTED, LENGTH, FAILED = (tl.constexpr(place) for place in (4, 12, 13, 14))
+TALLIES = 15
 
 
 @triton.jit
@@ -116,9 +119,10 @@ def _pass_tile(
     INNER_U: tl.constexpr,
     OUTER_U: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
+    BLOCK: tl.constexpr,
     ROUND_BF16: tl.constexpr,
 ):
-    """Fuse what the brackets decide, list what they do not; returns counts of cases and sides, and norms."""
+    """Fuse what the brackets decide, list what they do not; returns counts and squared norms, in lanes."""
     out_ptr, base_ptr, inner_ptr, outer_ptr, s_in_ptr, u_in_ptr, s_out_ptr, u_out_ptr = rows
     base = load_float32(base_ptr, offsets, mask)
     inner = load_float32(inner_ptr, offsets, mask)
@@ -137,30 +141,26 @@ def _pass_tile(
     )
     tl.store(out_ptr + offsets, fused, mask=mask)
 
-    n_listed = count(listed)
+    n_listed = tl.sum(listed.to(tl.int32))
     if n_listed > 0:
         first = tl.atomic_add(tally_ptr + LISTED, n_listed.to(tl.int64), sem="relaxed")
-        place = first + tl.cumsum(listed.to(tl.int32)) - 1
-        keep = listed & (place < capacity)
-        tl.store(positions_ptr + place, position + offsets, mask=keep)
+        place = tl.cumsum(listed.to(tl.int32)) - 1
+        keep = listed & (place < capacity - first)
+        tl.store(positions_ptr + first + place, position + offsets, mask=keep)
         # Infinity on a side that is decided: it comes after all that the side's rank can fall on.
-        tl.store(values_ptr + place, tl.where(open_in, score_in, float("inf")), mask=keep)
-        tl.store(values_ptr + capacity + place, tl.where(open_out, score_out, float("inf")), mask=keep)
+        tl.store(values_ptr + first + place, tl.where(open_in, score_in, float("inf")), mask=keep)
+        tl.store(
+            values_ptr + capacity + first + place, tl.where(open_out, score_out, float("inf")), mask=keep
+        )
 
-    final = mask & (listed == 0)
+    none = tl.zeros_like(mask)
     return (
-        count(final & m_in & (m_out == 0)),
-        count(final & m_out & (m_in == 0)),
-        count(final & m_in & m_out),
-        count(mask & (score_in < brackets[0])),
-        count(mask & (m_in == 0)),
-        count(open_in),
-        count(mask & (score_out < brackets[2])),
-        count(mask & (m_out == 0)),
-        count(open_out),
-        squared_norm(tau_in),
-        squared_norm(tau_out),
-        squared_norm(tl.where(listed, 0.0, fused.to(tl.float32) - base)),
+        packed(*cases(m_in, m_out, mask & (listed == 0)), BLOCK),
+        packed(mask & (score_in < brackets[0]), mask & (m_in == 0), open_in, none, BLOCK),
+        packed(mask & (score_out < brackets[2]), mask & (m_out == 0), open_out, none, BLOCK),
+        squares(tau_in, BLOCK),
+        squares(tau_out, BLOCK),
+        squares(tl.where(listed, 0.0, fused.to(tl.float32) - base), BLOCK),
     )
 
 
@@ -232,52 +232,37 @@ def _pass_kernel(
         in_only_in, in_only_out, out_only_in, out_only_out, both_in, both_out, neither_in, neither_out,
     )  # fmt: skip
 
-    in_only, out_only, both = 0, 0, 0
-    below_in, upto_in, open_in = 0, 0, 0
-    below_out, upto_out, open_out = 0, 0, 0
-    zero = tl.zeros((), tl.float64)
-    norm_in, norm_out, norm_update = zero, zero, zero
+    selected = tl.zeros((BLOCK // 4,), tl.int32)
+    inner_side, outer_side = selected, selected
+    norm_in = tl.zeros((BLOCK // 4,), tl.float64)
+    norm_out, norm_update = norm_in, norm_in
     for tile in range(TILES):
         first = start + tile * BLOCK
         offsets = first + tl.arange(0, BLOCK)
         if first < numel:
             # A mask that depends on the size would narrow every access to one element; only the tail has one.
             if first + BLOCK <= numel:
-                a, b, c, d, e, f, g, h, i, x, y, z = _pass_tile(
+                a, b, c, x, y, z = _pass_tile(
                     rows, brackets, weights, position, offsets, tl.zeros((BLOCK,), tl.int1) == 0,
                     tally_ptr, positions_ptr, values_ptr, capacity,
-                    OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, ROUND_BF16,
+                    OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
                 )  # fmt: skip
             else:
-                a, b, c, d, e, f, g, h, i, x, y, z = _pass_tile(
+                a, b, c, x, y, z = _pass_tile(
                     rows, brackets, weights, position, offsets, offsets < numel,
                     tally_ptr, positions_ptr, values_ptr, capacity,
-                    OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, ROUND_BF16,
+                    OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
                 )  # fmt: skip
-            in_only += a
-            out_only += b
-            both += c
-            below_in += d
-            upto_in += e
-            open_in += f
-            below_out += g
-            upto_out += h
-            open_out += i
+            selected += a
+            inner_side += b
+            outer_side += c
             norm_in += x
             norm_out += y
             norm_update += z
-    tl.atomic_add(tally_ptr, in_only.to(tl.int64), sem="relaxed")
-    tl.atomic_add(tally_ptr + 1, out_only.to(tl.int64), sem="relaxed")
-    tl.atomic_add(tally_ptr + 2, both.to(tl.int64), sem="relaxed")
-    tl.atomic_add(tally_ptr + SIDES, below_in.to(tl.int64), sem="relaxed")
-    tl.atomic_add(tally_ptr + SIDES + 1, upto_in.to(tl.int64), sem="relaxed")
-    tl.atomic_add(tally_ptr + SIDES + 2, open_in.to(tl.int64), sem="relaxed")
-    tl.atomic_add(tally_ptr + SIDES + 3, below_out.to(tl.int64), sem="relaxed")
-    tl.atomic_add(tally_ptr + SIDES + 4, upto_out.to(tl.int64), sem="relaxed")
-    tl.atomic_add(tally_ptr + SIDES + 5, open_out.to(tl.int64), sem="relaxed")
-    tl.store(partial_norms_ptr + program * 3, norm_in)
-    tl.store(partial_norms_ptr + program * 3 + 1, norm_out)
-    tl.store(partial_norms_ptr + program * 3 + 2, norm_update)
+    add_packed(tally_ptr, selected)
+    add_packed(tally_ptr + SIDES, inner_side)
+    add_packed(tally_ptr + SIDES + 4, outer_side)
+    store_norms(partial_norms_ptr, program, norm_in, norm_out, norm_update)
 
 
 @triton.jit
@@ -300,19 +285,19 @@ def _decide_kernel(
     failed = listed > capacity
     for side in tl.static_range(2):
         rank = tl.load(ranks_ptr + side)
-        below = tl.load(tally_ptr + SIDES + 3 * side)
-        upto = tl.load(tally_ptr + SIDES + 3 * side + 1)
-        inside = tl.load(tally_ptr + SIDES + 3 * side + 2)
+        below = tl.load(tally_ptr + SIDES + 4 * side)
+        upto = tl.load(tally_ptr + SIDES + 4 * side + 1)
+        inside = tl.load(tally_ptr + SIDES + 4 * side + 2)
         failed = failed | (rank < below) | (rank >= upto + inside)
         tl.store(thresholds_ptr + side, tl.load(brackets_ptr + 2 * side))
     for side in tl.static_range(2):
         rank = tl.load(ranks_ptr + side)
-        upto = tl.load(tally_ptr + SIDES + 3 * side + 1)
+        upto = tl.load(tally_ptr + SIDES + 4 * side + 1)
         tl.store(in_list_ptr + side, tl.where(failed | (rank < upto), -1, rank - upto))
         tl.store(in_all_ptr + side, tl.where(failed, rank, -1))
     tl.store(tally_ptr + LENGTH, tl.where(failed, 0, listed))
     tl.store(tally_ptr + FAILED, failed.to(tl.int64))
-    for case in tl.static_range(3):  # the second fusion counts again
+    for case in tl.static_range(4):  # the second fusion counts again
         tl.store(tally_ptr + case, tl.where(failed, 0, tl.load(tally_ptr + case)))
 
 
@@ -371,16 +356,9 @@ def _fix_up_kernel(
     fused, _, _ = merge(base, inner, outer, m_in, m_out, weights, OUT, OUTER_FROM_INNER, ROUND_BF16)
     targets = tl.load(pointers_ptr + tensors, mask=mask, other=0).to(tl.pointer_type(OUT))
     tl.store(targets + offsets, fused, mask=mask)
-    in_only, out_only, both = (
-        count(mask & m_in & (m_out == 0)), count(mask & m_out & (m_in == 0)), count(mask & m_in & m_out),
-    )  # fmt: skip
-    if in_only + out_only + both > 0:
-        tl.atomic_add(tally_ptr, in_only.to(tl.int64), sem="relaxed")
-        tl.atomic_add(tally_ptr + 1, out_only.to(tl.int64), sem="relaxed")
-        tl.atomic_add(tally_ptr + 2, both.to(tl.int64), sem="relaxed")
-    tl.store(partial_norms_ptr + program * 3, tl.zeros((), tl.float64))
-    tl.store(partial_norms_ptr + program * 3 + 1, tl.zeros((), tl.float64))
-    tl.store(partial_norms_ptr + program * 3 + 2, squared_norm(fused.to(tl.float32) - base))
+    add_packed(tally_ptr, packed(*cases(m_in, m_out, mask), BLOCK))
+    zero = tl.zeros((BLOCK // 4,), tl.float64)
+    store_norms(partial_norms_ptr, program, zero, zero, squares(fused.to(tl.float32) - base, BLOCK))
 
 
 def select_and_fuse_(
@@ -394,7 +372,7 @@ def select_and_fuse_(
     rank: int,
     weights: CaseWeights,
     outer_from: OuterFrom,
-    config: LaunchConfig = STREAM,
+    config: LaunchConfig = FUSE,
     bracketing: Bracketing = BRACKETING,
 ) -> FuseStats:
     """See :func:`rkif_kernels.ops.select_and_fuse_`, for one threshold a side.
@@ -452,7 +430,8 @@ def select_and_fuse_(
                 tally, brackets, constant(device, (rank, rank), torch.int64), thresholds, in_list, in_all,
                 capacity=capacity, **config.options,
             )  # fmt: skip
-            select_from_lists(values, tally[5:6], in_list, thresholds, config=config)
+            length, failed = (tally[place.value : place.value + 1] for place in (LENGTH, FAILED))
+            select_from_lists(values, length, in_list, thresholds, config=config)
             for table, partial in zip(grouped, fixed, strict=True):
                 _fix_up_kernel[(lists,)](
                     # Tensors
@@ -473,10 +452,8 @@ def select_and_fuse_(
                     **config.options,
                 )
             select_from_tables(grouped, remaining=in_all, found=thresholds, **sides)
-            launch_fuse(grouped, first, thresholds.split(1), tally, run=tally[6:7], **fusion)
-    counts = tally[:4]
-    counts[3] = numel - counts[:3].sum()
-    return FuseStats(counts, norms.sum(0), thresholds.split(1))
+            launch_fuse(grouped, first, thresholds.split(1), tally, run=failed, **fusion)
+    return FuseStats(tally[:4], norms.sum(0), thresholds.split(1))
 
 
 def _brackets(
