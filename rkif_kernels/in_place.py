@@ -10,11 +10,10 @@ from torch import Tensor
 
 
 def dense(tensor: Tensor, alignment: int = 1) -> Tensor:
-    """``tensor`` without gradient tracking, or a copy where it is not contiguous or not aligned (bytes)."""
-    contiguous = tensor.detach().contiguous()
-    if contiguous.data_ptr() % alignment == 0:
-        return contiguous
-    return contiguous.clone(memory_format=torch.contiguous_format)
+    """``tensor`` itself, or a copy where it is not contiguous or not aligned (bytes)."""
+    if tensor.is_contiguous() and tensor.data_ptr() % alignment == 0:
+        return tensor
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 @contextmanager
@@ -23,8 +22,7 @@ def in_place(tensors: Sequence[Tensor], alignment: int = 1) -> Iterator[list[Ten
     stand_ins = [dense(tensor, alignment) for tensor in tensors]
     yield stand_ins
     for tensor, stand_in in zip(tensors, stand_ins, strict=True):
-        if stand_in.data_ptr() != tensor.data_ptr():
+        if stand_in is not tensor:
             tensor.detach().copy_(stand_in)
-        elif not tensor.is_inference():
-            # A write through a raw pointer is one that autograd must know of, too.
-            torch.autograd.graph.increment_version(tensor)
+    # A write through a raw pointer is one that autograd must know of, too.
+    torch.autograd.graph.increment_version(tensors)

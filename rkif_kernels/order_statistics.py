@@ -41,31 +41,37 @@ class Split(NamedTuple):
     between: Tensor | None
 
 
-class SplitPass(Protocol):
-    """The pass itself: ``split(scores, lower, upper, capacity)``, bounds as float values."""
+class Reader(Protocol):
+    """How an implementation reads scores."""
 
-    def __call__(self, scores: Scores, lower: float, upper: float, capacity: int) -> Split: ...
+    def sample(self, scores: Scores, step: int) -> Tensor:
+        """Every ``step``-th score in float32, counted through all tensors."""
+        ...
+
+    def split(self, scores: Scores, lower: float, upper: float, capacity: int) -> Split:
+        """One pass over all scores; at most ``capacity`` are collected. Nothing reaches an upper NaN."""
+        ...
 
 
-def score_thresholds(scores: Scores, *, ranks: Sequence[int], per_tensor: bool, split: SplitPass) -> Tensor:
+def score_thresholds(scores: Scores, *, ranks: Sequence[int], per_tensor: bool, read: Reader) -> Tensor:
     """One order statistic for each group of scores; ``ranks`` holds one rank a group, from 0."""
-    groups = _per_tensor(scores) if per_tensor else [scores]
-    found = [_order_statistic(group, rank, split) for group, rank in zip(groups, ranks, strict=True)]
+    groups = per_tensor_scores(scores) if per_tensor else [scores]
+    found = [_order_statistic(group, rank, read) for group, rank in zip(groups, ranks, strict=True)]
     return torch.tensor(found, dtype=torch.float32, device=scores.sensitivity[0].device)
 
 
-def _per_tensor(scores: Scores) -> Iterator[Scores]:
+def per_tensor_scores(scores: Scores) -> Iterator[Scores]:
     for index, s in enumerate(scores.sensitivity):
         yield Scores([s], None if scores.uncertainty is None else [scores.uncertainty[index]])
 
 
-def _order_statistic(scores: Scores, rank: int, split: SplitPass) -> float:
+def _order_statistic(scores: Scores, rank: int, read: Reader) -> float:
     numel = sum(s.numel() for s in scores.sensitivity)
     if numel <= SMALL:
-        return _kth(_every(scores, 1), rank)
+        return _kth(read.sample(scores, 1), rank)
 
     size = min(max(numel >> SAMPLE_SHIFT, SAMPLE_LEAST), SAMPLE_MOST)
-    sample = _positive(_every(scores, -(-numel // size))).view(torch.int32).sort().values
+    sample = _positive(read.sample(scores, -(-numel // size))).view(torch.int32).sort().values
     # The answer's key lies strictly between low and high; `below` keys are <= low, `before` are < high.
     low, high, below, before, passes = LOWEST, HIGHEST, 0, numel, 0
     while high - low > 2:
@@ -75,7 +81,7 @@ def _order_statistic(scores: Scores, rank: int, split: SplitPass) -> float:
             lo, hi = _bracket(sample, low, high, (rank - below) / (before - below))
         else:
             lo = hi = _middle(low, high)
-        above, reached, between = split(scores, _value(lo), _value(hi), SHORT)
+        above, reached, between = read.split(scores, _value(lo), _value(hi), SHORT)
         up_to_lo, before_hi = numel - above, numel - reached
         passes += 1
         # Each outcome leaves fewer keys: lo and hi lie inside, and where they are one key it is excluded.
@@ -109,19 +115,6 @@ def _bracket(sample: Tensor, low: int, high: int, quantile: float) -> tuple[int,
 
 def _middle(low: int, high: int) -> int:
     return (low + high) // 2
-
-
-def _every(scores: Scores, step: int) -> Tensor:
-    """Every ``step``-th score in float32, counted through all tensors."""
-    picked, offset = [], 0
-    for group in _per_tensor(scores):
-        (s,) = group.sensitivity
-        part = s.detach().reshape(-1)[offset::step].float()
-        if group.uncertainty is not None:
-            part = part * group.uncertainty[0].detach().reshape(-1)[offset::step].float()
-        picked.append(part)
-        offset = (offset - s.numel()) % step
-    return torch.cat(picked)
 
 
 def _kth(values: Tensor, rank: int) -> float:

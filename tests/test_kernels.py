@@ -192,8 +192,9 @@ def test_threshold_without_any_luck_in_the_sample(monkeypatch: pytest.MonkeyPatc
     for setting, value in {"SHORT": 4, "SMALL": 4, "SAMPLED_PASSES": 0}.items():
         monkeypatch.setattr(f"rkif_kernels.order_statistics.{setting}", value)
     passes = []
-    split = torch_backend.select._split
-    monkeypatch.setattr("rkif_kernels.torch_backend.select._split", lambda *a: passes.append(a) or split(*a))
+    reader = torch_backend.select._BlockReader
+    split = reader.split
+    monkeypatch.setattr(reader, "split", lambda *a: passes.append(a) or split(*a))
     scores = hostile(300)[name]
     for rank in ranks_of_interest(300):
         passes.clear()
@@ -334,6 +335,14 @@ def test_fuse_of_mixed_dtypes(implementation: Any) -> None:
         arguments["base"][index] = arguments["base"][index].to(dtype)
         arguments["outer"][index] = arguments["outer"][index].to(torch.bfloat16)
     check_fuse(implementation, **arguments)
+
+
+@pytest.mark.parametrize("dtype", PARAMETER_DTYPES, ids=str)
+def test_fuse_by_sensitivities_alone(implementation: Any, dtype: torch.dtype) -> None:
+    arguments = fuse_arguments([CHUNK + 1, 7])
+    arguments["inner_scores"] = Scores(positive([CHUNK + 1, 7], dtype, 7))
+    arguments["outer_scores"] = Scores(positive([CHUNK + 1, 7], dtype, 8))
+    assert all(check_fuse(implementation, **arguments)), "a case that never comes up is not checked"
 
 
 def test_fuse_with_a_threshold_for_each_tensor_and_outer_from_base(implementation: Any) -> None:

@@ -23,6 +23,13 @@
 #define VECTORISED
 #endif
 
+// Inlined into each of those.
+#if defined(__GNUC__)
+#define INLINED inline __attribute__((always_inline))
+#else
+#define INLINED inline
+#endif
+
 namespace {
 
 constexpr int64_t TILE = 1024;
@@ -107,9 +114,14 @@ struct Role {
         return buffer;
     }
 
+    // The same, to be changed and then written.
+    float* edit(int64_t tensor, int64_t start, int64_t size, float* buffer) const {
+        return const_cast<float*>(read(tensor, start, size, buffer));
+    }
+
     void write(int64_t tensor, int64_t start, int64_t size, const float* values) const {
         void* target = at(tensor, start);
-        if (dtypes[tensor] == FLOAT32) std::memcpy(target, values, size * sizeof(float));
+        if (dtypes[tensor] == FLOAT32 && target != values) std::memcpy(target, values, size * sizeof(float));
         if (dtypes[tensor] == BFLOAT16) round_bfloat16(values, static_cast<uint16_t*>(target), size);
         if (dtypes[tensor] == FLOAT16) round_half(values, static_cast<uint16_t*>(target), size);
     }
@@ -143,52 +155,39 @@ void for_tiles(int64_t tensors, const int64_t* numels, int threads, Body body) {
     for (std::thread& other : others) other.join();
 }
 
-VECTORISED void importance_tile(const float* __restrict w, const float* __restrict g,
-                                float* __restrict importance, int64_t size, int order) {
-    if (order == FIRST)
-        for (int64_t i = 0; i < size; ++i) importance[i] = std::fabs(w[i] * g[i]);
-    if (order == SECOND)
-        for (int64_t i = 0; i < size; ++i) {
-            const float product = w[i] * g[i];
-            importance[i] = product * product;
-        }
-    if (order == MIXED)
-        for (int64_t i = 0; i < size; ++i) {
-            const float product = w[i] * g[i];
-            importance[i] = std::fabs(product - product * product * 0.5f);
-        }
-}
-
 struct Smoothing {
     float keep1, take1, keep2, take2;
 };
 
-// New states beside the old ones; returns how many importances are not finite. Those keep their states.
-VECTORISED int64_t smooth_tile(const float* __restrict importance, const float* __restrict s,
-                               float* __restrict new_s, int64_t size, Smoothing b) {
+// Updates s, and u if there is one; returns how many importances are not finite. Those keep their states.
+template <int ORDER, bool WITH_UNCERTAINTY>
+INLINED int64_t update(const float* __restrict w, const float* __restrict g, float* __restrict s,
+                       float* __restrict u, int64_t size, Smoothing b) {
     int32_t bad = 0;
     for (int64_t i = 0; i < size; ++i) {
-        const bool finite = importance[i] < std::numeric_limits<float>::infinity();
-        const float next = b.keep1 * s[i] + b.take1 * importance[i];
-        new_s[i] = finite ? next : s[i];
+        const float product = w[i] * g[i], square = product * product;
+        const float importance = ORDER == FIRST    ? std::fabs(product)
+                                 : ORDER == SECOND ? square
+                                                   : std::fabs(product - square * 0.5f);
+        const bool finite = importance < std::numeric_limits<float>::infinity();
+        const float next_s = b.keep1 * s[i] + b.take1 * importance;
+        s[i] = finite ? next_s : s[i];
+        if (WITH_UNCERTAINTY) {
+            const float next_u = b.keep2 * u[i] + b.take2 * std::fabs(importance - next_s);
+            u[i] = finite ? next_u : u[i];
+        }
         bad += !finite;
     }
     return bad;
 }
 
-VECTORISED int64_t smooth_both_tile(const float* __restrict importance, const float* __restrict s,
-                                    const float* __restrict u, float* __restrict new_s,
-                                    float* __restrict new_u, int64_t size, Smoothing b) {
-    int32_t bad = 0;
-    for (int64_t i = 0; i < size; ++i) {
-        const bool finite = importance[i] < std::numeric_limits<float>::infinity();
-        const float next_s = b.keep1 * s[i] + b.take1 * importance[i];
-        const float next_u = b.keep2 * u[i] + b.take2 * std::fabs(importance[i] - next_s);
-        new_s[i] = finite ? next_s : s[i];
-        new_u[i] = finite ? next_u : u[i];
-        bad += !finite;
-    }
-    return bad;
+VECTORISED int64_t update_tile(const float* w, const float* g, float* s, float* u, int64_t size, Smoothing b,
+                               int order) {
+    if (order == FIRST)
+        return u ? update<FIRST, true>(w, g, s, u, size, b) : update<FIRST, false>(w, g, s, u, size, b);
+    if (order == SECOND)
+        return u ? update<SECOND, true>(w, g, s, u, size, b) : update<SECOND, false>(w, g, s, u, size, b);
+    return u ? update<MIXED, true>(w, g, s, u, size, b) : update<MIXED, false>(w, g, s, u, size, b);
 }
 
 VECTORISED void multiply_tile(const float* __restrict a, const float* __restrict b, float* __restrict product,
@@ -198,14 +197,12 @@ VECTORISED void multiply_tile(const float* __restrict a, const float* __restrict
 
 // Scores of a tile: the sensitivity where it lies, or its product with the uncertainty.
 const float* read_scores(const Role& s, const Role& u, int64_t tensor, int64_t start, int64_t size,
-                         float* buffer_s, float* buffer_u) {
+                         float* buffer_s, float* buffer_u, float* product) {
     const float* sensitivity = s.read(tensor, start, size, buffer_s);
     if (!u.present(tensor)) return sensitivity;
     const float* uncertainty = u.read(tensor, start, size, buffer_u);
-    alignas(64) float product[TILE];
     multiply_tile(sensitivity, uncertainty, product, size);
-    std::memcpy(buffer_s, product, size * sizeof(float));
-    return buffer_s;
+    return product;
 }
 
 struct Rule {
@@ -265,16 +262,39 @@ VECTORISED double squared_distance(const float* __restrict a, const float* __res
     return squared_norm(difference, size);
 }
 
-VECTORISED int64_t count_above(const float* __restrict values, float limit, int64_t size) {
-    int32_t count = 0;
-    for (int64_t i = 0; i < size; ++i) count += values[i] > limit;
-    return count;
-}
+struct Sides {
+    int64_t above, reached;  // scores > lower, scores >= upper (nothing reaches a NaN)
+};
 
-VECTORISED int64_t count_from(const float* __restrict values, float limit, int64_t size) {
-    int32_t count = 0;
-    for (int64_t i = 0; i < size; ++i) count += values[i] >= limit;
-    return count;
+constexpr int64_t GROUP = 64;  // scores looked at together: few groups hold one that lies between
+
+// Count both sides and gather what lies between them: above - reached scores, in room for one more.
+VECTORISED Sides split_tile(const float* __restrict scores, float lower, float upper,
+                            float* __restrict between, int64_t size) {
+    Sides total{0, 0};
+    int64_t found = 0;
+    for (int64_t start = 0; start < size; start += GROUP) {
+        const int64_t end = std::min(start + GROUP, size);
+        int32_t above = 0, reached = 0;
+        if (end - start == GROUP)
+            for (int64_t i = 0; i < GROUP; ++i) {
+                above += scores[start + i] > lower;
+                reached += scores[start + i] >= upper;
+            }
+        else
+            for (int64_t i = start; i < end; ++i) {
+                above += scores[i] > lower;
+                reached += scores[i] >= upper;
+            }
+        total.above += above;
+        total.reached += reached;
+        if (above > reached)
+            for (int64_t i = start; i < end; ++i) {
+                between[found] = scores[i];
+                found += (scores[i] > lower) & !(scores[i] >= upper);
+            }
+    }
+    return total;
 }
 
 // A cache line a thread.
@@ -297,29 +317,39 @@ int64_t rkif_update_importance(int64_t tensors, const int64_t* numels, const int
     const Smoothing smoothing{keep1, take1, keep2, take2};
     std::vector<Tally> tallies(std::max(threads, 1));
     for_tiles(tensors, numels, threads, [&](int thread, int64_t tensor, int64_t start, int64_t size) {
-        alignas(64) float buffers[4][TILE], importance[TILE], new_s[TILE], new_u[TILE];
+        alignas(64) float buffers[4][TILE];
         const float* w = params.read(tensor, start, size, buffers[0]);
         const float* g = buffers[1];
         if (grads.present(tensor))
             g = grads.read(tensor, start, size, buffers[1]);
         else
             std::fill_n(buffers[1], size, 0.0f);
-        importance_tile(w, g, importance, size, order);
-        const float* s = sensitivity.read(tensor, start, size, buffers[2]);
-        int64_t bad;
-        if (uncertainty.present(tensor)) {
-            const float* u = uncertainty.read(tensor, start, size, buffers[3]);
-            bad = smooth_both_tile(importance, s, u, new_s, new_u, size, smoothing);
-            uncertainty.write(tensor, start, size, new_u);
-        } else {
-            bad = smooth_tile(importance, s, new_s, size, smoothing);
-        }
-        sensitivity.write(tensor, start, size, new_s);
+        float* s = sensitivity.edit(tensor, start, size, buffers[2]);
+        float* u = uncertainty.present(tensor) ? uncertainty.edit(tensor, start, size, buffers[3]) : nullptr;
+        const int64_t bad = update_tile(w, g, s, u, size, smoothing, order);
+        sensitivity.write(tensor, start, size, s);
+        if (u) uncertainty.write(tensor, start, size, u);
         tallies[thread].counts[0] += bad;
     });
     int64_t bad = 0;
     for (const Tally& tally : tallies) bad += tally.counts[0];
     return bad;
+}
+
+// Roles: sensitivity, uncertainty. Writes every step-th score, counted through all tensors, to `sample`.
+void rkif_sample(int64_t tensors, const int64_t* numels, const int64_t* addresses, const int32_t* dtypes,
+                 int64_t step, float* sample, int32_t threads) {
+    const Role s{addresses, dtypes}, u{addresses + tensors, dtypes + tensors};
+    std::vector<int64_t> firsts(tensors + 1, 0);
+    for (int64_t t = 0; t < tensors; ++t) firsts[t + 1] = firsts[t] + numels[t];
+    for_tiles(tensors, numels, threads, [&](int, int64_t tensor, int64_t start, int64_t size) {
+        const int64_t first = firsts[tensor] + start;
+        for (int64_t place = (first + step - 1) / step; place * step < first + size; ++place) {
+            float buffers[3];
+            const int64_t at = place * step - firsts[tensor];
+            sample[place] = *read_scores(s, u, tensor, at, 1, buffers, buffers + 1, buffers + 2);
+        }
+    });
 }
 
 // Roles: sensitivity, uncertainty. Counts the scores > lower and those >= upper into counts[0] and [1], and
@@ -330,17 +360,13 @@ void rkif_split(int64_t tensors, const int64_t* numels, const int64_t* addresses
     std::vector<Tally> tallies(std::max(threads, 1));
     std::atomic<int64_t> found{0};
     for_tiles(tensors, numels, threads, [&](int thread, int64_t tensor, int64_t start, int64_t size) {
-        alignas(64) float buffers[2][TILE], inside[TILE + 1];
-        const float* scores = read_scores(s, u, tensor, start, size, buffers[0], buffers[1]);
-        const int64_t above = count_above(scores, lower, size), from = count_from(scores, upper, size);
-        tallies[thread].counts[0] += above;
-        tallies[thread].counts[1] += from;
-        if (above <= from) return;
-        int64_t n = 0;
-        for (int64_t i = 0; i < size; ++i) {
-            inside[n] = scores[i];
-            n += scores[i] > lower && !(scores[i] >= upper);  // nothing reaches an upper bound of NaN
-        }
+        alignas(64) float buffers[3][TILE], inside[TILE + 1];
+        const float* scores = read_scores(s, u, tensor, start, size, buffers[0], buffers[1], buffers[2]);
+        const Sides sides = split_tile(scores, lower, upper, inside, size);
+        tallies[thread].counts[0] += sides.above;
+        tallies[thread].counts[1] += sides.reached;
+        if (sides.above <= sides.reached) return;
+        const int64_t n = sides.above - sides.reached;
         const int64_t first = found.fetch_add(n, std::memory_order_relaxed);
         if (first + n <= capacity) std::memcpy(between + first, inside, n * sizeof(float));
     });
@@ -367,12 +393,12 @@ void rkif_fuse(int64_t tensors, const int64_t* numels, const int64_t* addresses,
     rule.from_inner = outer_from_inner != 0;
     std::vector<Tally> tallies(std::max(threads, 1));
     for_tiles(tensors, numels, threads, [&](int thread, int64_t tensor, int64_t start, int64_t size) {
-        alignas(64) float buffers[7][TILE], tau_in[TILE], tau_out[TILE], fused[TILE];
+        alignas(64) float buffers[9][TILE], tau_in[TILE], tau_out[TILE], fused[TILE];
         const float* b = base.read(tensor, start, size, buffers[0]);
         const float* i = inner.read(tensor, start, size, buffers[1]);
         const float* o = outer.read(tensor, start, size, buffers[2]);
-        const float* score_in = read_scores(s_in, u_in, tensor, start, size, buffers[3], buffers[4]);
-        const float* score_out = read_scores(s_out, u_out, tensor, start, size, buffers[5], buffers[6]);
+        const float* score_in = read_scores(s_in, u_in, tensor, start, size, buffers[3], buffers[4], buffers[5]);
+        const float* score_out = read_scores(s_out, u_out, tensor, start, size, buffers[6], buffers[7], buffers[8]);
         const Counts selected =
             fuse_tile(b, i, o, score_in, score_out, inner_thresholds[tensor], outer_thresholds[tensor], rule,
                       tau_in, tau_out, fused, size);

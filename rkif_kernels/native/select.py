@@ -15,20 +15,28 @@ from rkif_kernels.types import Scores
 
 def score_thresholds(scores: Scores, *, ranks: Sequence[int], per_tensor: bool) -> Tensor:
     """See :func:`rkif_kernels.ops.score_thresholds`; ``ranks`` holds one rank for each group, from 0."""
-    return order_statistics.score_thresholds(scores, ranks=ranks, per_tensor=per_tensor, split=_split)
+    return order_statistics.score_thresholds(scores, ranks=ranks, per_tensor=per_tensor, read=_NativeReader())
 
 
-def _split(scores: Scores, lower: float, upper: float, capacity: int) -> order_statistics.Split:
-    between = np.empty(capacity, np.float32)
-    counts = np.empty(3, np.int64)
-    Lists((scores.sensitivity, scores.uncertainty)).call(
-        "rkif_split",
-        lower,
-        upper,
-        between.ctypes.data,
-        capacity,
-        counts.ctypes.data,
-    )
-    above, reached, found = counts.tolist()
-    collected = torch.from_numpy(between[:found]) if found <= capacity else None
-    return order_statistics.Split(above, reached, collected)
+class _NativeReader:
+    def sample(self, scores: Scores, step: int) -> Tensor:
+        numel = sum(tensor.numel() for tensor in scores.sensitivity)
+        picked = np.empty(-(-numel // step), np.float32)
+        lists = Lists((scores.sensitivity, scores.uncertainty))
+        lists.call("rkif_sample", step, picked.ctypes.data)
+        return torch.from_numpy(picked)
+
+    def split(self, scores: Scores, lower: float, upper: float, capacity: int) -> order_statistics.Split:
+        between = np.empty(capacity, np.float32)
+        counts = np.empty(3, np.int64)
+        Lists((scores.sensitivity, scores.uncertainty)).call(
+            "rkif_split",
+            lower,
+            upper,
+            between.ctypes.data,
+            capacity,
+            counts.ctypes.data,
+        )
+        above, reached, found = counts.tolist()
+        collected = torch.from_numpy(between[:found]) if found <= capacity else None
+        return order_statistics.Split(above, reached, collected)

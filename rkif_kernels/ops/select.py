@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from rkif_kernels.backend import implementation, on_device
-from rkif_kernels.checks import Arguments, require_choice, require_fraction
+from rkif_kernels.checks import Arguments, Verified, require_choice, require_fraction
 from rkif_kernels.types import Backend, Scope, Scores
+
+_verified = Verified()
 
 
 def order_statistic_rank(numel: int, density: float) -> int:
@@ -54,9 +56,13 @@ def score_thresholds(
         TypeError, ValueError: for tensors that do not fit together, or where there is no score at all.
     """
     arguments = Arguments(names)
-    arguments.add("sensitivity", scores.sensitivity)
-    if scores.uncertainty is not None:
-        arguments.add("uncertainty", scores.uncertainty)
+    key = _verified.key(sensitivity=scores.sensitivity, uncertainty=scores.uncertainty)
+    if key not in _verified:
+        arguments.add("sensitivity", scores.sensitivity)
+        if scores.uncertainty is not None:
+            arguments.add("uncertainty", scores.uncertainty)
+        _verified.add(key)
+    device = scores.sensitivity[0].device if scores.sensitivity else torch.device("cpu")
     require_fraction("density", density)
     require_choice("scope", scope, get_args(Scope))
     per_tensor = scope == "tensor"
@@ -65,7 +71,7 @@ def score_thresholds(
         raise ValueError("sensitivity holds no element: there is no threshold to find")
 
     groups = len(sizes) if per_tensor else 1
-    thresholds = torch.full((groups,), torch.inf, dtype=torch.float32, device=arguments.device)
+    thresholds = torch.full((groups,), torch.inf, dtype=torch.float32, device=device)
     if density == 1:
         return thresholds.neg_()
     if density == 0:
@@ -80,11 +86,11 @@ def score_thresholds(
         order_statistic_rank(numel, density)
         for numel in ([sizes[index] for index in filled] if per_tensor else [sum(sizes)])
     ]
-    with torch.no_grad(), on_device(arguments.device):
-        found: Tensor = implementation(arguments.device, backend).score_thresholds(
+    with torch.no_grad(), on_device(device):
+        found: Tensor = implementation(device, backend).score_thresholds(
             kept, ranks=ranks, per_tensor=per_tensor
         )
     if per_tensor and len(filled) < len(sizes):
-        thresholds[torch.tensor(filled, device=arguments.device)] = found
+        thresholds[torch.tensor(filled, device=device)] = found
         return thresholds
     return found

@@ -14,24 +14,36 @@ from rkif_kernels.types import Scores
 
 def score_thresholds(scores: Scores, *, ranks: Sequence[int], per_tensor: bool) -> Tensor:
     """See :func:`rkif_kernels.ops.score_thresholds`; ``ranks`` holds one rank for each group, from 0."""
-    return order_statistics.score_thresholds(scores, ranks=ranks, per_tensor=per_tensor, split=_split)
+    return order_statistics.score_thresholds(scores, ranks=ranks, per_tensor=per_tensor, read=_BlockReader())
 
 
-def _split(scores: Scores, lower: float, upper: float, capacity: int) -> order_statistics.Split:
-    scratch = Scratch(scores.sensitivity[0].device)
-    above = reached = 0
-    between: list[Tensor] = []
-    for block in _score_blocks(scores, scratch):
-        # Masks of 0 and 1 in float32: PyTorch's comparisons into bool are several times slower on CPUs.
-        over = torch.gt(block, lower, out=scratch(3, block.numel()))
-        beyond = torch.ge(block, upper, out=scratch(4, block.numel()))
-        n_over, n_beyond = int(over.sum()), int(beyond.sum())
-        above += n_over
-        reached += n_beyond
-        if 0 <= above - reached <= capacity and n_over > n_beyond:
-            between.append(block[over.sub_(beyond).bool()])
-    complete = 0 <= above - reached <= capacity and between
-    return order_statistics.Split(above, reached, torch.cat(between) if complete else None)
+class _BlockReader:
+    def sample(self, scores: Scores, step: int) -> Tensor:
+        picked, offset = [], 0
+        for group in order_statistics.per_tensor_scores(scores):
+            (s,) = group.sensitivity
+            part = s.detach().reshape(-1)[offset::step].float()
+            if group.uncertainty is not None:
+                part = part * group.uncertainty[0].detach().reshape(-1)[offset::step].float()
+            picked.append(part)
+            offset = (offset - s.numel()) % step
+        return torch.cat(picked)
+
+    def split(self, scores: Scores, lower: float, upper: float, capacity: int) -> order_statistics.Split:
+        scratch = Scratch(scores.sensitivity[0].device)
+        above = reached = 0
+        between: list[Tensor] = []
+        for block in _score_blocks(scores, scratch):
+            # Masks of 0 and 1 in float32: PyTorch's comparisons into bool are several times slower on CPUs.
+            over = torch.gt(block, lower, out=scratch(3, block.numel()))
+            beyond = torch.ge(block, upper, out=scratch(4, block.numel()))
+            n_over, n_beyond = int(over.sum()), int(beyond.sum())
+            above += n_over
+            reached += n_beyond
+            if 0 <= above - reached <= capacity and n_over > n_beyond:
+                between.append(block[over.sub_(beyond).bool()])
+        complete = 0 <= above - reached <= capacity and between
+        return order_statistics.Split(above, reached, torch.cat(between) if complete else None)
 
 
 def _score_blocks(scores: Scores, scratch: Scratch) -> Iterator[Tensor]:
