@@ -26,7 +26,13 @@ from triton.compiler import ASTSource
 
 from rkif_kernels.kernels.fuse import INNER_SCORE, OUTER_SCORE, _fuse_kernel
 from rkif_kernels.kernels.importance import _update_importance_kernel
-from rkif_kernels.kernels.select import DIGITS, _histogram_kernel, _list_histogram_kernel, _pick_kernel
+from rkif_kernels.kernels.select import (
+    DIGITS,
+    _histogram_kernel,
+    _invalid_kernel,
+    _list_histogram_kernel,
+    _pick_kernel,
+)
 from rkif_kernels.kernels.single_pass import _decide_kernel, _fix_up_kernel, _pass_kernel, _sample_kernel
 from rkif_kernels.launch import FUSE, STREAM, LaunchConfig
 
@@ -173,6 +179,8 @@ def cases() -> Iterator[Case]:
         yield Case(f"histogram of a list bits {shift}+{bits}", _list_histogram_kernel, digit)
         yield Case(f"pick bits {shift}+{bits}", _pick_kernel, digit)
     yield Case("decide", _decide_kernel, {})
+    for dtype in PARAMETERS:
+        yield Case(f"all valid {dtype}", _invalid_kernel, {"SENSITIVITY": dtype}, (dtype,))
 
 
 # Constants that are the same for every case, where a kernel has them.

@@ -31,7 +31,8 @@ class Fuser:
                 loss.backward(); fuser.observe(); outer_optimizer.step(); outer_optimizer.zero_grad()
 
     Gradients must be those the step will use: accumulated, unscaled, clipped. Memory beside the model: a copy
-    of the parameters from the start, a second one in the outer phase, and S (and U) for either learner.
+    of the parameters from the start, a second one in the outer phase, a third while they are fused; and S,
+    perhaps U, for either learner.
 
     Args:
         parameters: a module, or an iterable of (name, parameter); the trainable ones take part.
@@ -239,6 +240,8 @@ class Fuser:
 
     def _fused(self) -> FusionReport:
         parameters = [parameter.detach() for parameter in self._parameters.values()]
+        # Into memory of its own, which is the next base: so one pass over memory is enough.
+        fused = [torch.empty_like(base) for base in self._base]
         report = fuse_lists(
             list(self._parameters),
             self._base,
@@ -246,13 +249,13 @@ class Fuser:
             parameters,
             self._importance["inner"].scores,
             self._importance["outer"].scores,
-            out=parameters,
+            out=fused,
             density=self.config.density,
             weights=merge_weights(self.config.rule),
             scope=self.config.scope,
         )
-        for base, parameter in zip(self._base, parameters, strict=True):
-            base.copy_(parameter)
+        torch._foreach_copy_(parameters, fused)
+        self._base = fused
         return report
 
     @torch.no_grad()

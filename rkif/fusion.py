@@ -96,7 +96,7 @@ def fuse(
             ``outer - base``.
         out: name -> tensor to write the result to; may be ``base``, ``inner`` or ``outer`` themselves.
             Without it new tensors are made, with the dtypes of ``base``.
-        backend: "auto", "triton" or "torch"; all give the same bits.
+        backend: "auto", "triton", "native" or "torch"; all give the same bits.
 
     Returns:
         The fused parameters (the tensors of ``out`` where given) and the report. Reading the report's
@@ -128,7 +128,7 @@ def fuse(
     if sum(tensor.numel() for tensor in rows["base"]) == 0:
         raise ValueError("base is empty: its parameters have no elements")
     for argument in ("inner_importance", "outer_importance"):
-        _require_scores(argument, names, rows[argument])
+        _require_scores(argument, names, rows[argument], backend)
 
     return FusionResult(
         dict(zip(names, rows["out"], strict=True)),
@@ -165,19 +165,15 @@ def fuse_lists(
     backend: Backend = "auto",
 ) -> FusionReport:
     """:func:`fuse` on lists, for callers that hold scores as S and U; scores are not checked for sign."""
-    find = {"density": density, "scope": scope, "names": names, "backend": backend}
-    thresholds = (
-        rkif_kernels.score_thresholds(inner_scores, **find),  # type: ignore[arg-type]
-        rkif_kernels.score_thresholds(outer_scores, **find),  # type: ignore[arg-type]
-    )
-    stats = rkif_kernels.fuse_(
+    stats = rkif_kernels.select_and_fuse_(
         out,
         base,
         inner,
         outer,
         inner_scores,
         outer_scores,
-        thresholds=thresholds,
+        density=density,
+        scope=scope,
         weights=weights.cases,
         outer_from=outer_from,
         names=names,
@@ -185,7 +181,7 @@ def fuse_lists(
     )
     found: list[Thresholds] = [
         dict(zip(names, threshold.tolist(), strict=True)) if scope == "tensor" else threshold.item()
-        for threshold in thresholds
+        for threshold in stats.thresholds
     ]
     norms = stats.squared_norms.sqrt().tolist()
     return FusionReport(
@@ -216,10 +212,11 @@ def _common_names(arguments: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
     return names
 
 
-def _require_scores(argument: str, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-    """Refuse negative and NaN scores; one wait for the device, whatever the number of tensors."""
-    filled = [(name, tensor) for name, tensor in zip(names, tensors, strict=True) if tensor.numel() > 0]
-    lowest = torch.stack([tensor.detach().min().float() for _, tensor in filled]).tolist()
-    for (name, _), low in zip(filled, lowest, strict=True):
+def _require_scores(argument: str, names: Sequence[str], tensors: Sequence[Tensor], backend: Backend) -> None:
+    """Refuse negative and NaN scores."""
+    if rkif_kernels.all_valid_scores(tensors, names=names, backend=backend):
+        return
+    for name, tensor in zip(names, tensors, strict=True):
+        low = tensor.detach().min().item() if tensor.numel() else 0.0
         if not low >= 0:  # a NaN anywhere makes the minimum NaN
             raise ValueError(f"{argument}[{name!r}] must not be negative or NaN; its minimum is {low}")

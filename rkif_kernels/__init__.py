@@ -12,6 +12,7 @@ All three give the same bits (see ``docs/semantics.md``).
 from rkif_kernels.ops import (
     FuseStats,
     Scores,
+    all_valid_scores,
     fuse_,
     order_statistic_rank,
     score_thresholds,
@@ -22,6 +23,7 @@ from rkif_kernels.ops import (
 __all__ = [
     "FuseStats",
     "Scores",
+    "all_valid_scores",
     "fuse_",
     "order_statistic_rank",
     "score_thresholds",

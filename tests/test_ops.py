@@ -332,3 +332,15 @@ def test_import_needs_neither_triton_nor_transformers_nor_peft(package: str) -> 
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@backends
+@pytest.mark.parametrize("n", [0, 1, 1023, 1024, 1025, 8191, 8193])
+def test_scores_that_are_negative_or_no_number_are_found(backend: str, n: int) -> None:
+    fine = [torch.rand(n, device=DEVICE), torch.tensor([0.0, -0.0, torch.inf], device=DEVICE).bfloat16()]
+    assert rkif_kernels.all_valid_scores(fine, backend=backend)
+    for bad in (-1e-45, torch.nan, -torch.inf):
+        for position in {0, n - 1} if n else ():
+            wrong = fine[0].clone()
+            wrong[position] = bad
+            assert not rkif_kernels.all_valid_scores([fine[1], wrong], backend=backend)

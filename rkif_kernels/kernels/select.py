@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rkif_kernels.kernels.elements import load_row, load_score
+from rkif_kernels.kernels.elements import in_lanes, load_float32, load_row, load_score
 from rkif_kernels.kernels.table import Table, aligned, constant, tables
 from rkif_kernels.launch import STREAM, LaunchConfig
 from rkif_kernels.types import Scores
@@ -244,6 +244,66 @@ def select_from_lists(
         )
 
     _radix_select(remaining, found, config, count)
+
+
+@triton.jit
+def _invalid_kernel(
+    # Tensors
+    pointers_ptr,
+    numels_ptr,
+    chunk_tensors_ptr,
+    chunk_starts_ptr,
+    invalid_ptr,
+    # Scalars
+    n_tensors,
+    # Constexprs
+    SENSITIVITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Count the values that are negative or not a number. Float32: reads 4 bytes an element."""
+    program = tl.program_id(0)
+    tensor = tl.load(chunk_tensors_ptr + program)
+    start = tl.multiple_of(tl.load(chunk_starts_ptr + program), BLOCK)
+    numel = tl.load(numels_ptr + tensor)
+    row_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, SENSITIVITY)
+    invalid = tl.zeros((BLOCK // 4,), tl.int32)
+    for tile in range(TILES):
+        first = start + tile * BLOCK
+        offsets = first + tl.arange(0, BLOCK)
+        # A mask that depends on the size would narrow every access to one element; only the tail has one.
+        if first + BLOCK <= numel:
+            values = load_float32(row_ptr, offsets, tl.zeros((BLOCK,), tl.int1) == 0)
+            invalid += in_lanes((values >= 0).to(tl.int32) ^ 1, BLOCK)
+        elif first < numel:
+            values = load_float32(row_ptr, offsets, offsets < numel)
+            invalid += in_lanes((values >= 0).to(tl.int32) ^ 1, BLOCK)
+    total = tl.sum(invalid)
+    if total > 0:
+        tl.atomic_add(invalid_ptr, total.to(tl.int64), sem="relaxed")
+
+
+def all_valid(tensors: Sequence[Tensor], config: LaunchConfig = STREAM) -> bool:
+    """See :func:`rkif_kernels.ops.all_valid_scores`."""
+    invalid = torch.zeros(1, dtype=torch.int64, device=tensors[0].device)
+    rows = aligned((tensors,))
+    for table in tables(rows, config.chunk):
+        _invalid_kernel[(table.programs,)](
+            # Tensors
+            table.pointers,
+            table.layout.numels,
+            table.layout.chunk_tensors,
+            table.layout.chunk_starts,
+            invalid,
+            # Scalars
+            n_tensors=table.tensors,
+            # Constexprs
+            SENSITIVITY=table.dtypes[0],
+            BLOCK=config.block,
+            TILES=config.tiles,
+            **config.options,
+        )
+    return int(invalid) == 0
 
 
 def score_thresholds(

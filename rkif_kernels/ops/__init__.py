@@ -2,12 +2,13 @@
 
 from rkif_kernels.ops.fuse import fuse_, select_and_fuse_
 from rkif_kernels.ops.importance import update_importance_
-from rkif_kernels.ops.select import order_statistic_rank, score_thresholds
+from rkif_kernels.ops.select import all_valid_scores, order_statistic_rank, score_thresholds
 from rkif_kernels.types import FuseStats, Scores
 
 __all__ = [
     "FuseStats",
     "Scores",
+    "all_valid_scores",
     "fuse_",
     "order_statistic_rank",
     "score_thresholds",

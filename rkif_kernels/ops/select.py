@@ -25,6 +25,25 @@ def order_statistic_rank(numel: int, density: float) -> int:
     return int((1 - Fraction(str(density))) * (numel - 1))
 
 
+def all_valid_scores(
+    tensors: Sequence[Tensor], *, names: Sequence[str] | None = None, backend: Backend = "auto"
+) -> bool:
+    """Whether no score is negative or NaN. Waits for the device, once.
+
+    Raises:
+        TypeError, ValueError: for tensors that do not fit together.
+    """
+    key = _verified.key(sensitivity=tensors)
+    if key not in _verified:
+        Arguments(names).add("scores", tensors)
+        _verified.add(key)
+    if not tensors:
+        return True
+    with torch.no_grad(), on_device(tensors[0].device):
+        valid: bool = implementation(tensors[0].device, backend).all_valid(tensors)
+    return valid
+
+
 def score_thresholds(
     scores: Scores,
     *,

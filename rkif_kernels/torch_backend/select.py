@@ -17,6 +17,13 @@ def score_thresholds(scores: Scores, *, ranks: Sequence[int], per_tensor: bool) 
     return order_statistics.score_thresholds(scores, ranks=ranks, per_tensor=per_tensor, read=_BlockReader())
 
 
+def all_valid(tensors: Sequence[Tensor]) -> bool:
+    """See :func:`rkif_kernels.ops.all_valid_scores`."""
+    filled = [tensor.detach().min().float() for tensor in tensors if tensor.numel()]
+    # A NaN anywhere makes the minimum NaN, and is not >= 0.
+    return not filled or bool((torch.stack(filled) >= 0).all())
+
+
 class _BlockReader:
     def sample(self, scores: Scores, step: int) -> Tensor:
         picked, offset = [], 0
