@@ -159,35 +159,53 @@ struct Smoothing {
     float keep1, take1, keep2, take2;
 };
 
-// Updates s, and u if there is one; returns how many importances are not finite. Those keep their states.
-template <int ORDER, bool WITH_UNCERTAINTY>
-INLINED int64_t update(const float* __restrict w, const float* __restrict g, float* __restrict s,
-                       float* __restrict u, int64_t size, Smoothing b) {
+template <int ORDER>
+INLINED float importance_of(float w, float g) {
+    const float product = w * g, square = product * product;
+    return ORDER == FIRST ? std::fabs(product) : ORDER == SECOND ? square : std::fabs(product - square * 0.5f);
+}
+
+template <int ORDER>
+INLINED int64_t count_nonfinite(const float* __restrict w, const float* __restrict g, int64_t size) {
     int32_t bad = 0;
+    for (int64_t i = 0; i < size; ++i)
+        bad += !(importance_of<ORDER>(w[i], g[i]) < std::numeric_limits<float>::infinity());
+    return bad;
+}
+
+// Updates s, and u if there is one. CHECKED: what has a non-finite importance keeps its states.
+template <int ORDER, bool WITH_UNCERTAINTY, bool CHECKED>
+INLINED void update(const float* __restrict w, const float* __restrict g, float* __restrict s,
+                    float* __restrict u, int64_t size, Smoothing b) {
     for (int64_t i = 0; i < size; ++i) {
-        const float product = w[i] * g[i], square = product * product;
-        const float importance = ORDER == FIRST    ? std::fabs(product)
-                                 : ORDER == SECOND ? square
-                                                   : std::fabs(product - square * 0.5f);
-        const bool finite = importance < std::numeric_limits<float>::infinity();
+        const float importance = importance_of<ORDER>(w[i], g[i]);
+        const bool keep = CHECKED && !(importance < std::numeric_limits<float>::infinity());
         const float next_s = b.keep1 * s[i] + b.take1 * importance;
-        s[i] = finite ? next_s : s[i];
+        s[i] = keep ? s[i] : next_s;
         if (WITH_UNCERTAINTY) {
             const float next_u = b.keep2 * u[i] + b.take2 * std::fabs(importance - next_s);
-            u[i] = finite ? next_u : u[i];
+            u[i] = keep ? u[i] : next_u;
         }
-        bad += !finite;
     }
+}
+
+// Returns how many importances are not finite. To count them first costs less than a choice at every element:
+// the second reading of w and g is from the cache, and almost never is there anything to choose.
+template <int ORDER>
+INLINED int64_t update_order(const float* w, const float* g, float* s, float* u, int64_t size, Smoothing b) {
+    const int64_t bad = count_nonfinite<ORDER>(w, g, size);
+    if (bad)
+        u ? update<ORDER, true, true>(w, g, s, u, size, b) : update<ORDER, false, true>(w, g, s, u, size, b);
+    else
+        u ? update<ORDER, true, false>(w, g, s, u, size, b) : update<ORDER, false, false>(w, g, s, u, size, b);
     return bad;
 }
 
 VECTORISED int64_t update_tile(const float* w, const float* g, float* s, float* u, int64_t size, Smoothing b,
                                int order) {
-    if (order == FIRST)
-        return u ? update<FIRST, true>(w, g, s, u, size, b) : update<FIRST, false>(w, g, s, u, size, b);
-    if (order == SECOND)
-        return u ? update<SECOND, true>(w, g, s, u, size, b) : update<SECOND, false>(w, g, s, u, size, b);
-    return u ? update<MIXED, true>(w, g, s, u, size, b) : update<MIXED, false>(w, g, s, u, size, b);
+    if (order == FIRST) return update_order<FIRST>(w, g, s, u, size, b);
+    if (order == SECOND) return update_order<SECOND>(w, g, s, u, size, b);
+    return update_order<MIXED>(w, g, s, u, size, b);
 }
 
 VECTORISED void multiply_tile(const float* __restrict a, const float* __restrict b, float* __restrict product,
