@@ -96,13 +96,15 @@ def tables(rows: Rows, chunk: int) -> tuple[Table, ...]:
     Empty tensors are left out.
     """
     first = [tensor for tensor in rows[0] if tensor is not None]
-    return _tables(
+    found = _tables(
         first[0].device if first else torch.device("cpu"),
         tuple(tuple(0 if tensor is None else tensor.data_ptr() for tensor in row) for row in rows),
         tuple(tuple(None if tensor is None else tensor.dtype for tensor in row) for row in rows),
         tuple(tensor.numel() for tensor in first),
         chunk,
     )
+    _keep_for_graph(found, found[0].pointers if found else None)
+    return found
 
 
 # Gradients may alternate between a few places, and inner and outer learner have states of their own.
@@ -150,10 +152,25 @@ def _host(values: Sequence[object]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")  # whatever the defaults are
 
 
-@functools.lru_cache(maxsize=64)
 def constant(device: torch.device, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """A small read-only tensor on the device, made once."""
+    found = _constant(device, values, dtype)
+    _keep_for_graph(found, found)
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(device: torch.device, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     return upload(torch.tensor(values, dtype=dtype, device="cpu"), device)
+
+
+# What a CUDA graph was captured with: it reads the memory at every replay, long after the caches forgot it.
+_captured: list[object] = []
+
+
+def _keep_for_graph(used: object, memory: Tensor | None) -> None:
+    if memory is not None and memory.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured.append(used)
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
