@@ -97,8 +97,15 @@ def run(selection: Selection, out: Path | None, root: Path = ROOT) -> Path:
 
 
 def _environment(inherited: Mapping[str, str], selection: Selection) -> dict[str, str]:
-    """Without Triton's interpreter, which nobody wants timed, and with the number of threads."""
-    kept = {name: value for name, value in inherited.items() if name != "TRITON_INTERPRET"}
+    """Without Triton's interpreter, which nobody wants timed, and with the number of threads.
+
+    And without what a pytest around this one says of itself: it would be taken for its own.
+    """
+    kept = {
+        name: value
+        for name, value in inherited.items()
+        if name != "TRITON_INTERPRET" and not name.startswith("PYTEST_")
+    }
     if selection.threads is not None:
         kept["OMP_NUM_THREADS"] = str(selection.threads)
     return kept

@@ -62,7 +62,8 @@ def test_figures_are_those_of_the_committed_results() -> None:
 
 
 def test_it_is_short_and_its_links_lead_somewhere() -> None:
-    assert len(TEXT.splitlines()) < 150
+    written = re.sub(r"<!-- results: .*?<!-- end -->", "", TEXT, flags=re.DOTALL)
+    assert len(written.splitlines()) < 150
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", TEXT):
         assert (Path(README).parent / target).exists(), target
 
