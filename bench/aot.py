@@ -123,14 +123,14 @@ def _update_case(
 
 def _fuse_case(
     kernel: Any, param: tl.dtype, state: tl.dtype, *, out: tl.dtype | None = None, uncertain: bool = True,
-    from_inner: bool = True,
+    from_inner: bool = True, guarded: bool = False,
 ) -> Case:  # fmt: skip
     scores = (state,) * (1 + uncertain)
     name = {_fuse_kernel: "fuse", _pass_kernel: "single pass", _fix_up_kernel: "fix up"}[kernel]
     bulk = kernel is not _fix_up_kernel
     return Case(
         f"{name} {param}{f' into {out}' if out else ''}, {'S*U' if uncertain else 'S'} {state}"
-        f"{'' if from_inner else ', from base'}",
+        f"{'' if from_inner else ', from base'}{', guarded' if guarded else ''}",
         kernel,
         {
             **dict.fromkeys(("BASE", "INNER", "OUTER"), param),
@@ -138,7 +138,7 @@ def _fuse_case(
             **dict.fromkeys(("INNER_U", "OUTER_U"), state if uncertain else None),
             "OUT": out or param,
             "OUTER_FROM_INNER": from_inner,
-            "GUARDED": False,
+            "GUARDED": guarded,
         },
         (param, param, param, *scores, *scores) if bulk else (),
         (out or param,) if bulk else (),
@@ -164,29 +164,58 @@ def cases() -> Iterator[Case]:
         yield _fuse_case(kernel, f32, f32, from_inner=False)
         for param, out in ((bf16, f32), (f32, bf16), (f16, f32)):
             yield _fuse_case(kernel, param, f32, out=out)
+    for param, state in itertools.product(PARAMETERS, STATES):
+        yield _fuse_case(_fuse_kernel, param, state, guarded=True)
+    # Selection is launched by itself and by the single pass, which has a configuration of its own.
+    for config in (STREAM, FUSE):
+        yield from _selection_cases(config)
     for state, uncertain in itertools.product(STATES, (True, False)):
-        scores = {"SENSITIVITY": state, "UNCERTAINTY": state if uncertain else None}
-        sides = {f"{side}_{part}": dtype for side in ("INNER", "OUTER")
-                 for part, dtype in zip("SU", scores.values(), strict=True)}  # fmt: skip
-        name = f"{'S*U' if uncertain else 'S'} {state}"
-        yield Case(f"sample {name}", _sample_kernel, sides)
-        for shift, bits in DIGITS:
-            digit = {"SHIFT": shift, "BITS": bits}
-            streams = (state,) * (1 + uncertain)
-            yield Case(f"histogram {name} bits {shift}+{bits}", _histogram_kernel, scores | digit, streams)
-    for shift, bits in DIGITS:
-        digit = {"SHIFT": shift, "BITS": bits, "LAST": shift == 0}
-        yield Case(f"histogram of a list bits {shift}+{bits}", _list_histogram_kernel, digit)
-        yield Case(f"pick bits {shift}+{bits}", _pick_kernel, digit)
-    yield Case("decide", _decide_kernel, {})
+        parts = (state, state if uncertain else None)
+        sides = {
+            f"{side}_{part}": dtype
+            for side in ("INNER", "OUTER")
+            for part, dtype in zip("SU", parts, strict=True)
+        }
+        yield Case(f"sample {'S*U' if uncertain else 'S'} {state}", _sample_kernel, sides, config=FUSE)
+    yield Case("decide", _decide_kernel, {}, config=FUSE)
     for dtype in PARAMETERS:
         yield Case(f"all valid {dtype}", _invalid_kernel, {"SENSITIVITY": dtype}, (dtype,))
+
+
+def _selection_cases(config: LaunchConfig) -> Iterator[Case]:
+    name = f"by {config.block}"
+    for state, uncertain, (shift, bits) in itertools.product(STATES, (True, False), DIGITS):
+        streams = (state,) * (1 + uncertain)
+        yield Case(
+            f"histogram {'S*U' if uncertain else 'S'} {state} bits {shift}+{bits}, {name}",
+            _histogram_kernel,
+            {
+                "SENSITIVITY": state,
+                "UNCERTAINTY": state if uncertain else None,
+                "SHIFT": shift,
+                "BITS": bits,
+            },
+            streams,
+            config=config,
+        )
+    for shift, bits in DIGITS:
+        digit = {"SHIFT": shift, "BITS": bits}
+        yield Case(
+            f"pick bits {shift}+{bits}, {name}", _pick_kernel, digit | {"LAST": shift == 0}, config=config
+        )
+        if config is FUSE:
+            for groups in (1, 2):
+                yield Case(
+                    f"histogram of lists bits {shift}+{bits}, groups {groups}",
+                    _list_histogram_kernel,
+                    digit | {"GROUPS_A_LIST": groups},
+                    config=config,
+                )
 
 
 # Constants that are the same for every case, where a kernel has them.
 COMMON = {
     "ROUND_BF16": False,
-    "GROUPS_A_LIST": 1,
     "INNER_ROLE": INNER_SCORE,
     "OUTER_ROLE": OUTER_SCORE,
 }

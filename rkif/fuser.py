@@ -103,7 +103,8 @@ class Fuser:
             raise RuntimeError(
                 "begin_outer() was called twice in a round; end the round with fuse() or rollback()"
             )
-        self._inner = [parameter.detach().clone() for parameter in self._parameters.values()]
+        with torch.inference_mode(False):
+            self._inner = [parameter.detach().clone() for parameter in self._parameters.values()]
         self.phase = "outer"
 
     def fuse(self) -> FusionReport:
@@ -241,7 +242,8 @@ class Fuser:
     def _fused(self) -> FusionReport:
         parameters = [parameter.detach() for parameter in self._parameters.values()]
         # Into memory of its own, which is the next base: so one pass over memory is enough.
-        fused = [torch.empty_like(base) for base in self._base]
+        with torch.inference_mode(False):  # whatever the caller's mode is, later rounds write to it
+            fused = [torch.empty_like(base) for base in self._base]
         report = fuse_lists(
             list(self._parameters),
             self._base,

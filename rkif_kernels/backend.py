@@ -11,7 +11,7 @@ from typing import get_args
 
 import torch
 
-from rkif_kernels.native.library import built
+from rkif_kernels.native.library import library
 from rkif_kernels.types import Backend
 
 
@@ -30,7 +30,7 @@ def available(device: torch.device) -> list[str]:
     backends = []
     if device.type == "cuda" and _triton_installed() and not interpreting():
         backends.append("triton")
-    if device.type == "cpu" and built():
+    if device.type == "cpu" and library() is not None:
         backends.append("native")
     backends.append("torch")
     if device.type == "cpu" and _triton_installed() and interpreting():
@@ -68,7 +68,10 @@ def _obstacle(backend: str, device: torch.device) -> str:
     if backend == "triton" and device.type == "cuda":
         return "it cannot reach CUDA tensors while TRITON_INTERPRET is set"
     if backend == "native" and device.type == "cpu":
-        return "it was not built: there was no C++ compiler when rkif was installed"
+        return (
+            "its library was not built (was there a C++ compiler when rkif was installed?), "
+            "or cannot be loaded, or is of another version: install rkif again"
+        )
     return f"it does not support device {device}"
 
 

@@ -7,7 +7,7 @@ import itertools
 import math
 import numbers
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, cast
 
@@ -99,7 +99,7 @@ class Verified:
     kernels do; comparing what the checks depend on takes a fraction of that.
     """
 
-    LIMIT = 64
+    LIMIT = 16
 
     def __init__(self) -> None:
         self._keys: OrderedDict[Hashable, None] = OrderedDict()
@@ -107,7 +107,7 @@ class Verified:
     def key(self, **lists: Sequence[Tensor | None] | None) -> Hashable:
         """What the checks of these lists depend on; None for what has no address, and is never known."""
         try:
-            return tuple(
+            return torch.is_inference_mode_enabled(), tuple(
                 (argument, None if tensors is None else tuple(map(_properties, tensors)))
                 for argument, tensors in lists.items()
             )
@@ -115,10 +115,13 @@ class Verified:
             return None
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._keys
+        if key not in self._keys:
+            return False
+        self._keys.move_to_end(key)
+        return True
 
     def add(self, key: Hashable) -> None:
-        """Remember a key; the oldest is forgotten."""
+        """Remember a key; the one not seen for longest is forgotten."""
         if key is not None:
             self._keys[key] = None
             while len(self._keys) > self.LIMIT:
@@ -128,7 +131,28 @@ class Verified:
 def _properties(tensor: Tensor | None) -> Hashable:
     if tensor is None:
         return None
-    return type(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+    return (
+        type(tensor),
+        tensor.data_ptr(),
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride(),
+        tensor.device,
+        tensor.is_inference(),
+    )
+
+
+def require_writable(arguments: Arguments, argument: str, tensors: Sequence[Tensor]) -> None:
+    """Refuse what PyTorch would refuse to write to, and before anything is written.
+
+    Raises:
+        ValueError: a tensor was made in inference mode, and this is not inference mode.
+    """
+    for index, tensor in enumerate(tensors):
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{arguments.label(argument, index)} was made in inference mode and cannot be written outside"
+            )
 
 
 def require_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
@@ -158,14 +182,16 @@ def require_weights(argument: str, pair: Any) -> None:
 def require_disjoint(
     arguments: Arguments,
     out: Sequence[Tensor],
-    inputs: dict[str, Sequence[Tensor]],
+    inputs: Mapping[str, Sequence[Tensor | None]],
     argument: str = "out",
+    *,
+    counterparts: bool = True,
 ) -> None:
     """Refuse memory that is written under one name and read or written under another.
 
-    An input that *is* the output of the same name is fine: every element is read before it is written.
-    Anything else would make the result depend on the order of the writes (tied weights listed twice,
-    overlapping views).
+    An input that *is* the output of the same name is fine, unless ``counterparts`` is False: every element
+    is read before it is written. Anything else would make the result depend on the order of the writes (tied
+    weights listed twice, overlapping views).
 
     Raises:
         ValueError: two outputs share memory, an output overlaps itself, or an output overlaps an input
@@ -189,13 +215,19 @@ def require_disjoint(
             )
     starts = [start for start, _, _ in spans]
     for input_name, tensors in inputs.items():
-        for index, tensor in enumerate(tensors):
-            if tensor.numel() == 0:
+        for index, tensor in enumerate(tensors):  # type: ignore[assignment]
+            if tensor is None or tensor.numel() == 0:
                 continue
             start, end = _span(tensor)
             at = max(bisect.bisect_right(starts, start) - 1, 0)
             for out_start, out_end, other in spans[at : at + 2]:
-                same = other == index and start == out_start and tensor.stride() == out[index].stride()
+                same = (
+                    counterparts
+                    and other == index
+                    and start == out_start
+                    and tensor.dtype == out[index].dtype
+                    and tensor.stride() == out[index].stride()
+                )
                 if start < out_end and out_start < end and not same:
                     raise ValueError(
                         f"{arguments.label(input_name, index)} shares memory with "

@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def dense(tensor: Tensor, alignment: int = 1) -> Tensor:
-    """``tensor`` itself, or a copy where it is not contiguous or not aligned (bytes)."""
-    if tensor.is_contiguous() and tensor.data_ptr() % alignment == 0:
+    """``tensor`` itself, or a copy where it is not contiguous, not aligned (bytes), or a negated view."""
+    if tensor.is_contiguous() and tensor.data_ptr() % alignment == 0 and not tensor.is_neg():
         return tensor
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 

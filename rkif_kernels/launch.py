@@ -51,33 +51,38 @@ class Bracketing:
         one_in: one score in so many is sampled,
         most: but not more than these.
         sigmas: half-width of a bracket, in standard deviations of a quantile of the sample.
-        list_share: room for undecided elements, one in so many.
+        room: length of the list, in times of what a perfect sample would leave undecided.
     """
 
     least: int
     one_in: int
     most: int
     sigmas: float
-    list_share: int
+    room: float
 
     def step(self, numel: int) -> int:
         """One score is sampled from so many neighbours."""
         return max(self.one_in, -(-numel // self.most))
 
-    def capacity(self, numel: int) -> int:
-        """Elements that can be listed as undecided."""
-        return -(-numel // self.list_share)
+    def capacity(self, rank: int, numel: int, sampled: int) -> int:
+        """Elements that can be listed as undecided: both brackets' share of all, and room to spare."""
+        undecided = 2 * 2 * self._margin(rank / max(numel - 1, 1), sampled) / sampled * numel
+        return min(max(math.ceil(self.room * undecided), 1), numel)
 
     def sample_ranks(self, rank: int, numel: int, sampled: int) -> tuple[int, int]:
         """Ranks in the sample of the bracket's two sides; -1 for one that lies beyond the sample."""
         fraction = rank / max(numel - 1, 1)
-        centre = fraction * (sampled - 1)
-        margin = self.sigmas * math.sqrt(fraction * (1 - fraction) * sampled) + 1
+        centre, margin = fraction * (sampled - 1), self._margin(fraction, sampled)
         low, high = math.floor(centre - margin), math.ceil(centre + margin)
         return max(low, -1), high if high < sampled else -1
 
+    def _margin(self, fraction: float, sampled: int) -> float:
+        """Half-width of a bracket, in ranks of the sample."""
+        return self.sigmas * math.sqrt(fraction * (1 - fraction) * sampled) + 1
+
 
 # The sample costs 32 bytes and more a score and the bracket's width falls with its square root: a million
-# leave 0.35 % of the elements undecided on a side. Below four million elements the extra launches take
-# longer than reading the scores again. Neither is measured yet.
-BRACKETING = Bracketing(least=1 << 22, one_in=64, most=1 << 20, sigmas=4.5, list_share=16)
+# leave 0.35 % of the elements undecided on a side. An entry of the list takes 16 bytes: with room for twice
+# as many, 0.2 bytes a parameter for billions, 0.9 for four million. Below four million elements the extra
+# launches take longer than reading the scores again. Neither is measured yet.
+BRACKETING = Bracketing(least=1 << 22, one_in=64, most=1 << 20, sigmas=4.5, room=2.0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rkif_kernels import kernels, native, torch_backend
 from rkif_kernels.launch import LaunchConfig
-from rkif_kernels.native.library import built
+from rkif_kernels.native.library import library
 
 # Small enough that a few hundred elements pass every branch: full tiles, tails, several programs a tensor.
 BLOCK, TILES = 64, 2
@@ -34,7 +34,7 @@ SIZES = {
 }
 # Where there is a compiler it must have been built; elsewhere there is nothing to test.
 NATIVE = pytest.mark.skipif(
-    built() is None and shutil.which("c++") is None, reason="no C++ compiler when rkif was installed"
+    library() is None and shutil.which("c++") is None, reason="no C++ compiler when rkif was installed"
 )
 PARAMETER_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STATE_DTYPES = [torch.float32, torch.bfloat16]

@@ -390,3 +390,19 @@ def test_parameters_that_share_memory_are_refused() -> None:
     p = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"parameters\['a'\] and parameters\['b'\] share memory"):
         Fuser([("a", p), ("b", p)], FusionConfig())
+
+
+def test_a_fusion_in_inference_mode_leaves_a_fuser_that_goes_on() -> None:
+    model = torch.nn.Linear(3, 2)
+    fuser = rkif.Fuser(model, rkif.FusionConfig.paper())
+    for _ in range(2):
+        for phase in ("inner", "outer"):
+            if phase == "outer":
+                fuser.begin_outer()
+            model(torch.ones(1, 3)).sum().backward()
+            fuser.observe()
+        with torch.inference_mode():
+            fuser.fuse()
+    fuser.load_state_dict(fuser.state_dict())
+    fuser.rollback()
+    assert fuser.round == 3

@@ -19,7 +19,7 @@ from rkif_kernels.launch import BRACKETING
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = replace(BRACKETING, least=1, one_in=2, list_share=3)
+SMALL = replace(BRACKETING, least=1, one_in=2)
 RULE = {"weights": ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5)), "outer_from": "inner"}
 
 

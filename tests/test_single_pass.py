@@ -19,8 +19,8 @@ from rkif_kernels.launch import BRACKETING, Bracketing
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Half of a few hundred elements is sampled, and a third of them can be listed.
-SMALL = Bracketing(least=1, one_in=2, most=1 << 20, sigmas=2.5, list_share=3)
+# Half of a few hundred elements is sampled, and brackets are narrow enough to leave most of them decided.
+SMALL = Bracketing(least=1, one_in=2, most=1 << 20, sigmas=2.5, room=1.5)
 RELEASE = ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5))
 
 
@@ -121,9 +121,9 @@ def test_single_pass_over_mixed_dtypes(dtype: torch.dtype, fell_back: list[Tenso
     [
         ("no width", replace(SMALL, sigmas=-0.5)),
         ("a sample of one", replace(SMALL, most=1, sigmas=0.0)),
-        ("no room", replace(SMALL, list_share=10**6)),
-        ("room for almost all", replace(SMALL, sigmas=10.0, list_share=2)),
-        ("everything undecided", replace(SMALL, sigmas=1e9, list_share=1)),
+        ("no room", replace(SMALL, room=0.0)),
+        ("room for almost all", replace(SMALL, sigmas=10.0, room=0.5)),
+        ("everything undecided", replace(SMALL, sigmas=1e9)),
     ],
 )
 @pytest.mark.parametrize("fraction", [0.0, 0.31, 0.8, 1.0])
@@ -137,9 +137,9 @@ def test_brackets_that_fail_cost_time_only(name: str, bracketing: Bracketing, fr
 @pytest.mark.parametrize(
     ("bracketing", "failed"),
     [
-        (replace(SMALL, list_share=10**6), 1),
-        (replace(SMALL, sigmas=1e9, list_share=1), 0),
-        (replace(SMALL, sigmas=1e9, list_share=2), 1),
+        (replace(SMALL, room=0.0), 1),
+        (replace(SMALL, sigmas=1e9), 0),
+        (replace(SMALL, sigmas=1e9, room=3e-10), 1),
     ],
     ids=["no room", "everything listed", "room for half"],
 )
@@ -175,13 +175,13 @@ def test_ties_at_the_lower_end_need_no_list(fell_back: list[Tensor]) -> None:
     st.lists(st.integers(0, 2 * CHUNK), min_size=1, max_size=4).filter(sum),
     st.floats(0, 1),
     st.floats(0, 5),
-    st.integers(1, 20),
+    st.floats(0, 2),
     st.integers(0, 10**6),
 )
 def test_single_pass_anywhere(
-    sizes: list[int], fraction: float, sigmas: float, list_share: int, seed: int
+    sizes: list[int], fraction: float, sigmas: float, room: float, seed: int
 ) -> None:
-    bracketing = replace(SMALL, sigmas=sigmas, list_share=list_share)
+    bracketing = replace(SMALL, sigmas=sigmas, room=room)
     few = [t.mul(3).floor() for t in positive(sizes, torch.float32, seed)]
     inner, outer = Scores(positive(sizes, torch.bfloat16, seed + 1)), Scores(few)
     check(models(sizes), inner, outer, int(fraction * (sum(sizes) - 1)), bracketing)
@@ -243,4 +243,5 @@ def test_a_bracket_is_where_the_sample_says() -> None:
     assert replace(SMALL, sigmas=1.0).sample_ranks(100, 101, 25) == (23, -1)
     assert BRACKETING.step(64 << 20) == 64
     assert BRACKETING.step(64 << 21) == 128
-    assert SMALL.capacity(7) == 3
+    # 4 * 3 / 25 of 101 elements lie in the two brackets: 48.48, and half as many again: 72.7.
+    assert replace(SMALL, sigmas=1.0).capacity(80, 101, 25) == 73

@@ -204,8 +204,8 @@ def _pass_kernel(
 ):
     """The pass over everything. Float32 with uncertainties: reads 28 bytes an element, writes 4.
 
-    A program owns one chunk of one tensor. Beside the list, whose order depends on timing and does not
-    matter, counts are integer atomics, and squared norms go to a slot a program.
+    A program owns one chunk of one tensor. Counts are integer atomics, squared norms go to a slot a program.
+    The list's order depends on timing; it matters to the last bits of the update's norm alone.
     """
     program = tl.program_id(0)
     tensor = tl.load(chunk_tensors_ptr + program)
@@ -394,7 +394,9 @@ def select_and_fuse_(
             select_from_tables(grouped, remaining=ranks, found=thresholds, **sides)
             launch_fuse(grouped, parts[: len(grouped)], thresholds.split(1), tally, **fusion)
         else:
-            capacity = bracketing.capacity(numel)
+            step = bracketing.step(numel)
+            cells = [triton.cdiv(table.numel, step) for table in grouped]
+            capacity = bracketing.capacity(rank, numel, sum(cells))
             lists = triton.cdiv(capacity, config.block)
             norms, parts = norms_of(grouped, lists, device)
             first, fixed = parts[: len(grouped)], parts[len(grouped) :]
@@ -402,7 +404,8 @@ def select_and_fuse_(
             values = torch.empty((2, capacity), dtype=torch.float32, device=device)
             in_list, in_all = torch.empty((2, 2), dtype=torch.int64, device=device)
 
-            brackets = _brackets(grouped, rank, numel, config, bracketing, device)
+            ends = bracketing.sample_ranks(rank, numel, sum(cells))
+            brackets = _brackets(grouped, step, cells, ends, config, device)
             for table, partial in zip(grouped, first, strict=True):
                 _pass_kernel[(table.programs,)](
                     # Tensors
@@ -458,15 +461,19 @@ def select_and_fuse_(
 
 def _brackets(
     grouped: Sequence[Table],
-    rank: int,
-    numel: int,
+    step: int,
+    cells: Sequence[int],
+    ends: tuple[int, int],
     config: LaunchConfig,
-    bracketing: Bracketing,
     device: torch.device,
 ) -> Tensor:
-    """float32 [4]: lo and hi for the inner learner, then for the outer one."""
-    step = bracketing.step(numel)
-    cells = [triton.cdiv(table.numel, step) for table in grouped]
+    """float32 [4]: lo and hi for the inner learner, then for the outer one.
+
+    Args:
+        step: neighbours that one score is sampled from.
+        cells: scores sampled from each table.
+        ends: ranks of lo and hi in the sample; -1 for a side that lies beyond it, and excludes nothing.
+    """
     samples = torch.empty((2, sum(cells)), dtype=torch.float32, device=device)
     for index, (table, here) in enumerate(zip(grouped, cells, strict=True)):
         _sample_kernel[(triton.cdiv(here, config.block),)](
@@ -489,13 +496,11 @@ def _brackets(
             BLOCK=config.block,
             **config.options,
         )
-    # A side of the bracket that lies beyond the sample excludes nothing.
-    low, high = bracketing.sample_ranks(rank, numel, sum(cells))
     brackets = constant(device, (-1.0, float("inf")) * 2, torch.float32).clone()
     select_from_lists(
         samples,
         constant(device, (sum(cells),), torch.int64),
-        constant(device, (low, high) * 2, torch.int64).clone(),
+        constant(device, ends * 2, torch.int64).clone(),
         brackets,
         config=config,
     )

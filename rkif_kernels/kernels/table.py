@@ -184,6 +184,7 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "these tensors are new to rkif, and their addresses cannot be uploaded while a CUDA graph is "
-            "captured; make the same call once before the capture"
+            "captured; make the same call, with the same tensors, once before the capture (tensors made in "
+            "the capture itself, such as gradients, must be allocated before it)"
         )
     return host.pin_memory().to(device, non_blocking=True)

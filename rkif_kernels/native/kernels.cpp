@@ -51,11 +51,13 @@ uint32_t as_bits(float value) {
 }
 
 inline float from_half(uint16_t half) {
-    // The exponent's bias differs by 112; scaling a float whose exponent field holds the half's is exact,
-    // subnormals included.
+    // The exponents' biases differ by 112. A subnormal half, a count of 2^-24, is added to 2^-14 by its bits and
+    // left over exactly when 2^-14 is taken away: no operand is a subnormal float32, which might be flushed.
     const uint32_t magnitude = half & 0x7fffu;
-    const uint32_t finite = as_bits(as_float(magnitude << 13) * 0x1p112f);
-    const uint32_t bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : finite;
+    const uint32_t subnormal = as_bits(as_float(0x38800000u | (magnitude << 13)) - 0x1p-14f);
+    const uint32_t normal = (magnitude << 13) + 0x38000000u;
+    const uint32_t special = (magnitude << 13) | 0x7f800000u;
+    const uint32_t bits = magnitude < 0x0400u ? subnormal : magnitude >= 0x7c00u ? special : normal;
     return as_float(bits | (static_cast<uint32_t>(half & 0x8000u) << 16));
 }
 
@@ -325,6 +327,9 @@ struct alignas(64) Tally {
 
 // Arrays of addresses and dtypes hold one row a role, `tensors` entries each. Lists have been validated.
 extern "C" {
+
+// What the callers of this library expect of it; to be raised with every change of a signature below.
+int32_t rkif_abi() { return 1; }
 
 // Roles: parameter, gradient, sensitivity, uncertainty. Returns the number of non-finite importances.
 int64_t rkif_update_importance(int64_t tensors, const int64_t* numels, const int64_t* addresses,

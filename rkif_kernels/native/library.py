@@ -26,19 +26,24 @@ _SIGNATURES = {
 }
 
 
-def built() -> Path | None:
-    """The library's file, if the package was installed where there is a C++ compiler."""
-    folder = Path(__file__).parent
-    paths = (folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES)
-    return next((path for path in paths if path.exists()), None)
+ABI = 1  # of the signatures above; rkif_abi() in kernels.cpp
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The loaded library; its calls release the interpreter's lock."""
-    path = built()
-    assert path is not None  # the backend is not chosen otherwise
-    loaded = ctypes.CDLL(str(path))
+def library() -> ctypes.CDLL | None:
+    """The loaded library, whose calls release the interpreter's lock.
+
+    None where there is none, where it cannot be loaded, or where it was built from another version.
+    """
+    folder = Path(__file__).parent
+    paths = (folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES)
+    path = next((path for path in paths if path.exists()), None)
+    try:
+        loaded = ctypes.CDLL(str(path)) if path else None
+        if loaded is None or loaded.rkif_abi() != ABI:
+            return None
+    except (OSError, AttributeError):
+        return None
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments

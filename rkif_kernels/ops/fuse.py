@@ -16,6 +16,7 @@ from rkif_kernels.checks import (
     require_disjoint,
     require_fraction,
     require_weights,
+    require_writable,
 )
 from rkif_kernels.ops.select import order_statistic_rank, score_thresholds
 from rkif_kernels.types import CASES, Backend, CaseWeights, FuseStats, OuterFrom, Scope, Scores
@@ -63,10 +64,11 @@ def fuse_(
     """
     device = _require_fusion(out, base, inner, outer, inner_scores, outer_scores, weights, outer_from, names)
     for side, threshold in zip(("inner", "outer"), thresholds, strict=True):
-        if threshold.dtype != torch.float32 or threshold.shape not in ((1,), (len(out),)):
+        right = threshold.dtype == torch.float32 and threshold.shape in ((1,), (len(out),))
+        if not right or threshold.device != device:
             raise ValueError(
-                f"the {side} threshold must be float32 [1] or [{len(out)}]; "
-                f"got {threshold.dtype} {tuple(threshold.shape)}"
+                f"the {side} threshold must be float32 [1] or [{len(out)}] on {device}; "
+                f"got {threshold.dtype} {tuple(threshold.shape)} on {threshold.device}"
             )
     with torch.no_grad(), on_device(device):
         stats: FuseStats = implementation(device, backend).fuse_(
@@ -76,7 +78,7 @@ def fuse_(
             outer,
             inner_scores,
             outer_scores,
-            thresholds=thresholds,
+            thresholds=(thresholds[0].contiguous(), thresholds[1].contiguous()),
             weights=weights,
             outer_from=outer_from,
         )
@@ -100,8 +102,8 @@ def select_and_fuse_(
 ) -> FuseStats:
     """:func:`score_thresholds` for both learners and :func:`fuse_`, with less reading.
 
-    The Triton backend does all of it in one pass over memory where there is one threshold a side and ``out``
-    is memory of its own; over one of its inputs, and under scope="tensor", the thresholds come first.
+    The Triton backend does all of it in one pass over memory where there is one threshold a side, ``out`` is
+    memory of its own, and the elements are millions. Elsewhere the thresholds come first.
 
     Args and Raises:
         As there. Fails, too, where there is no element at all.
@@ -190,6 +192,7 @@ def _require_fusion(
         for argument, tensors in inputs.items():
             arguments.add(argument, tensors)
         require_disjoint(arguments, out, inputs)
+        require_writable(arguments, "out", out)
         _verified.add(key)
     for case, pair in zip(CASES, weights, strict=True):
         require_weights(f"weights for {case!r}", pair)

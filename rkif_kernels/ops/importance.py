@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from rkif_kernels.backend import implementation, on_device
-from rkif_kernels.checks import STATE_DTYPES, Arguments, Verified, require_choice, require_fraction
+from rkif_kernels.checks import (
+    STATE_DTYPES,
+    Arguments,
+    Verified,
+    require_choice,
+    require_disjoint,
+    require_fraction,
+    require_writable,
+)
 from rkif_kernels.types import Backend, Order
 
 _verified = Verified()
@@ -68,6 +76,12 @@ def update_importance_(
             for index, state in enumerate(states):
                 if not state.is_contiguous():
                     raise ValueError(f"{arguments.label(argument, index)} must be contiguous")
+        others = {"params": params, "grads": grads}
+        written = {"sensitivity": sensitivity, "uncertainty": uncertainty or ()}
+        for argument, states in written.items():
+            rest = {name: tensors for name, tensors in written.items() if name != argument}
+            require_disjoint(arguments, states, others | rest, argument, counterparts=False)
+            require_writable(arguments, argument, states)
         _verified.add(key)
     device = params[0].device if params else torch.device("cpu")
     require_fraction("beta1", beta1)
@@ -78,6 +92,7 @@ def update_importance_(
             f"nonfinite must be one int64 on {device}; "
             f"got {nonfinite.dtype} {tuple(nonfinite.shape)} on {nonfinite.device}"
         )
+    require_writable(Arguments(), "nonfinite", [nonfinite])
     with torch.no_grad(), on_device(device):
         implementation(device, backend).update_importance_(
             params,
