@@ -28,6 +28,7 @@ from rkif_kernels.kernels.fuse import INNER_SCORE, OUTER_SCORE, _fuse_kernel
 from rkif_kernels.kernels.importance import _update_importance_kernel
 from rkif_kernels.kernels.select import (
     DIGITS,
+    _count_kernel,
     _histogram_kernel,
     _invalid_kernel,
     _list_histogram_kernel,
@@ -178,6 +179,10 @@ def cases() -> Iterator[Case]:
         }
         yield Case(f"sample {'S*U' if uncertain else 'S'} {state}", _sample_kernel, sides, config=FUSE)
     yield Case("decide", _decide_kernel, {}, config=FUSE)
+    for dtype, uncertain in itertools.product(PARAMETERS, (True, False)):
+        roles = {"SENSITIVITY": dtype, "UNCERTAINTY": dtype if uncertain else None}
+        name = f"count {'S*U' if uncertain else 'S'} {dtype}"
+        yield Case(name, _count_kernel, roles, (dtype,) * (1 + uncertain))
     for dtype in PARAMETERS:
         yield Case(f"all valid {dtype}", _invalid_kernel, {"SENSITIVITY": dtype}, (dtype,))
 

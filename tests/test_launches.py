@@ -92,6 +92,9 @@ def everything(a: dict[str, Any]) -> None:
     kernels.fuse_(*a.values(), thresholds=limits, config=CONFIG, **RULE)
     for bracketing in (SMALL, BRACKETING):
         kernels.select_and_fuse_(*a.values(), rank=numel // 2, config=CONFIG, bracketing=bracketing, **RULE)
+    kernels.count_scores_(
+        torch.zeros(6, dtype=torch.int64, device=DEVICE), a["s_in"], low=0, shift=9, config=CONFIG
+    )
     assert kernels.all_valid(s, config=CONFIG)
 
 

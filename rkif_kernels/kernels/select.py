@@ -247,6 +247,85 @@ def select_from_lists(
 
 
 @triton.jit
+def _count_kernel(
+    # Tensors
+    pointers_ptr,
+    numels_ptr,
+    chunk_tensors_ptr,
+    chunk_starts_ptr,
+    counts_ptr,
+    # Scalars
+    n_tensors,
+    low,
+    shift,
+    bins,
+    # Constexprs
+    SENSITIVITY: tl.constexpr,
+    UNCERTAINTY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Count the scores below a window of keys, in each of its bins, and beyond it.
+
+    A program owns one chunk of one tensor. Float32: reads 8 bytes an element (S, U). Only what lies inside
+    the window, a few per cent, is counted in memory one by one.
+    """
+    program = tl.program_id(0)
+    tensor = tl.load(chunk_tensors_ptr + program)
+    start = tl.multiple_of(tl.load(chunk_starts_ptr + program), BLOCK)
+    numel = tl.load(numels_ptr + tensor)
+    s_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, SENSITIVITY)
+    u_ptr = load_row(pointers_ptr, 1, tensor, n_tensors, UNCERTAINTY)
+    below = tl.zeros((BLOCK // 4,), tl.int32)
+    beyond = tl.zeros((BLOCK // 4,), tl.int32)
+    for tile in range(TILES):
+        first = start + tile * BLOCK
+        offsets = first + tl.arange(0, BLOCK)
+        if first < numel:
+            mask = offsets < numel
+            # A mask that depends on the size would narrow every access to one element; only the tail has one.
+            if first + BLOCK <= numel:
+                score = load_score(s_ptr, u_ptr, offsets, tl.zeros((BLOCK,), tl.int1) == 0, UNCERTAINTY)
+            else:
+                score = load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY)
+            distance = score.to(tl.int32, bitcast=True) - low
+            place = distance >> shift
+            inside = mask & (distance >= 0) & (place < bins)
+            tl.atomic_add(counts_ptr + 1 + place, (place * 0 + 1).to(tl.int64), mask=inside, sem="relaxed")
+            below += in_lanes((mask & (distance < 0)).to(tl.int32), BLOCK)
+            beyond += in_lanes((mask & (place >= bins)).to(tl.int32), BLOCK)
+    tl.atomic_add(counts_ptr, tl.sum(below).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts_ptr + bins + 1, tl.sum(beyond).to(tl.int64), sem="relaxed")
+
+
+def count_scores_(
+    counts: Tensor, scores: Scores, *, low: int, shift: int, config: LaunchConfig = STREAM
+) -> None:
+    """See :func:`rkif_kernels.ops.count_scores_`."""
+    rows = aligned((scores.sensitivity, scores.uncertainty))
+    for table in tables(rows, config.chunk):
+        _count_kernel[(table.programs,)](
+            # Tensors
+            table.pointers,
+            table.layout.numels,
+            table.layout.chunk_tensors,
+            table.layout.chunk_starts,
+            counts,
+            # Scalars
+            n_tensors=table.tensors,
+            low=low,
+            shift=shift,
+            bins=counts.numel() - 2,
+            # Constexprs
+            SENSITIVITY=table.dtypes[0],
+            UNCERTAINTY=table.dtypes[1],
+            BLOCK=config.block,
+            TILES=config.tiles,
+            **config.options,
+        )
+
+
+@triton.jit
 def _invalid_kernel(
     # Tensors
     pointers_ptr,

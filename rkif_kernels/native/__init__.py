@@ -6,7 +6,7 @@ It is built from ``kernels.cpp`` when the package is installed, if there is a C+
 
 from rkif_kernels.native.fuse import fuse_
 from rkif_kernels.native.importance import update_importance_
-from rkif_kernels.native.select import score_thresholds
+from rkif_kernels.native.select import count_scores_, score_thresholds
 from rkif_kernels.torch_backend.select import all_valid
 
-__all__ = ["all_valid", "fuse_", "score_thresholds", "update_importance_"]
+__all__ = ["all_valid", "count_scores_", "fuse_", "score_thresholds", "update_importance_"]

@@ -317,6 +317,38 @@ VECTORISED Sides split_tile(const float* __restrict scores, float lower, float u
     return total;
 }
 
+// The bit patterns of positive floats order like their values. What is not positive, a NaN too, counts as zero.
+INLINED uint32_t key_of(float score) { return score > 0 ? as_bits(score) : 0; }
+
+constexpr int64_t FEW = 32;  // scores looked at together: few such groups have one inside the window
+
+// Write the bins of the scores whose keys lie in the window to `inside`, in room for one more, and return how
+// many they are; adds those below it to `below`.
+VECTORISED int64_t bin_tile(const float* __restrict scores, uint32_t low, int32_t shift, uint32_t bins,
+                            uint32_t* __restrict inside, int64_t size, int64_t& below) {
+    // Distances wrap: a key below the window is at least 2^31 from its beginning.
+    const uint32_t width = static_cast<uint32_t>(
+        std::min<uint64_t>(static_cast<uint64_t>(bins) << shift, uint64_t{1} << 31));
+    int64_t found = 0;
+    for (int64_t start = 0; start < size; start += FEW) {
+        const int64_t end = std::min(start + FEW, size);
+        int32_t under = 0, within = 0;
+        for (int64_t i = start; i < end; ++i) {
+            const uint32_t key = key_of(scores[i]);
+            under += key < low;
+            within += key - low < width;
+        }
+        below += under;
+        if (within)
+            for (int64_t i = start; i < end; ++i) {
+                const uint32_t distance = key_of(scores[i]) - low;
+                inside[found] = distance >> shift;
+                found += distance < width;
+            }
+    }
+    return found;
+}
+
 // A cache line a thread.
 struct alignas(64) Tally {
     int64_t counts[3] = {};
@@ -329,7 +361,7 @@ struct alignas(64) Tally {
 extern "C" {
 
 // What the callers of this library expect of it; to be raised with every change of a signature below.
-int32_t rkif_abi() { return 1; }
+int32_t rkif_abi() { return 2; }
 
 // Roles: parameter, gradient, sensitivity, uncertainty. Returns the number of non-finite importances.
 int64_t rkif_update_importance(int64_t tensors, const int64_t* numels, const int64_t* addresses,
@@ -399,6 +431,33 @@ void rkif_split(int64_t tensors, const int64_t* numels, const int64_t* addresses
         counts[1] += tally.counts[1];
     }
     counts[2] = found;
+}
+
+// Roles: sensitivity, uncertainty. Adds the scores to `counts`: [0] keys below the window that begins at `low`,
+// then its `bins` bins of 2^shift keys each, then all the others.
+void rkif_count(int64_t tensors, const int64_t* numels, const int64_t* addresses, const int32_t* dtypes,
+                int64_t low, int32_t shift, int64_t bins, int64_t* counts, int32_t threads) {
+    const Role s{addresses, dtypes}, u{addresses + tensors, dtypes + tensors};
+    std::vector<Tally> tallies(std::max(threads, 1));
+    for_tiles(tensors, numels, threads, [&](int thread, int64_t tensor, int64_t start, int64_t size) {
+        alignas(64) float buffers[3][TILE];
+        alignas(64) uint32_t inside[TILE + 1];
+        const float* scores = read_scores(s, u, tensor, start, size, buffers[0], buffers[1], buffers[2]);
+        Tally& tally = tallies[thread];
+        const int64_t found = bin_tile(scores, static_cast<uint32_t>(low), shift, static_cast<uint32_t>(bins),
+                                       inside, size, tally.counts[0]);
+        tally.counts[1] += found;
+        tally.counts[2] += size;
+        // Equal neighbours together: ties by the million would have the threads fight for one address.
+        for (int64_t i = 0, next; i < found; i = next) {
+            for (next = i + 1; next < found && inside[next] == inside[i];) ++next;
+            __atomic_fetch_add(counts + 1 + inside[i], next - i, __ATOMIC_RELAXED);
+        }
+    });
+    for (const Tally& tally : tallies) {
+        counts[0] += tally.counts[0];
+        counts[bins + 1] += tally.counts[2] - tally.counts[0] - tally.counts[1];
+    }
 }
 
 // Roles: out, base, inner, outer, inner sensitivity and uncertainty, outer sensitivity and uncertainty.

@@ -22,11 +22,12 @@ _SIGNATURES = {
     "rkif_update_importance": (_long, [*_LISTS, _float, _float, _float, _float, _int, _int]),
     "rkif_sample": (None, [*_LISTS, _long, _pointer, _int]),
     "rkif_split": (None, [*_LISTS, _float, _float, _pointer, _long, _pointer, _int]),
+    "rkif_count": (None, [*_LISTS, _long, _int, _long, _pointer, _int]),
     "rkif_fuse": (None, [*_LISTS, *[_pointer] * 4, _int, _pointer, _pointer, _int]),
 }
 
 
-ABI = 1  # of the signatures above; rkif_abi() in kernels.cpp
+ABI = 2  # of the signatures above; rkif_abi() in kernels.cpp
 
 
 @functools.cache

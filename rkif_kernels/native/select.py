@@ -18,6 +18,12 @@ def score_thresholds(scores: Scores, *, ranks: Sequence[int], per_tensor: bool) 
     return order_statistics.score_thresholds(scores, ranks=ranks, per_tensor=per_tensor, read=_NativeReader())
 
 
+def count_scores_(counts: Tensor, scores: Scores, *, low: int, shift: int) -> None:
+    """See :func:`rkif_kernels.ops.count_scores_`."""
+    lists = Lists((scores.sensitivity, scores.uncertainty))
+    lists.call("rkif_count", low, shift, counts.numel() - 2, counts.data_ptr())
+
+
 class _NativeReader:
     def sample(self, scores: Scores, step: int) -> Tensor:
         numel = sum(tensor.numel() for tensor in scores.sensitivity)

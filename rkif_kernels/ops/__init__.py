@@ -2,13 +2,14 @@
 
 from rkif_kernels.ops.fuse import fuse_, select_and_fuse_
 from rkif_kernels.ops.importance import update_importance_
-from rkif_kernels.ops.select import all_valid_scores, order_statistic_rank, score_thresholds
+from rkif_kernels.ops.select import all_valid_scores, count_scores_, order_statistic_rank, score_thresholds
 from rkif_kernels.types import FuseStats, Scores
 
 __all__ = [
     "FuseStats",
     "Scores",
     "all_valid_scores",
+    "count_scores_",
     "fuse_",
     "order_statistic_rank",
     "score_thresholds",

@@ -44,6 +44,55 @@ def all_valid_scores(
     return valid
 
 
+def count_scores_(
+    counts: Tensor,
+    scores: Scores,
+    *,
+    low: int,
+    shift: int,
+    names: Sequence[str] | None = None,
+    backend: Backend = "auto",
+) -> None:
+    """Add scores to the counts of a window of keys: a selection over more than memory holds, or many devices.
+
+    A score's key is the bit pattern of its float32 value, which orders like the values themselves; a score
+    that is negative or NaN counts as zero, key 0. Counts of several calls add up, in any order.
+
+    Args:
+        counts: int64 [bins + 2], contiguous, on the scores' device; mutated. ``counts[0]`` gains the scores
+            with keys below ``low``, ``counts[1 + j]`` the ``1 << shift`` keys from ``low + (j << shift)``
+            on, the last element all others.
+        scores: non-negative; float32, bfloat16 or float16, formed in float32.
+        low: first key of the window, in [0, 2^31).
+        shift: log2 of the keys in a bin, in [0, 31).
+        names: parameter names, for error messages.
+        backend: "auto", "triton", "native" or "torch"; all count the same.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit together; nothing has been counted then.
+    """
+    key = _verified.key(sensitivity=scores.sensitivity, uncertainty=scores.uncertainty)
+    if key not in _verified:
+        arguments = Arguments(names)
+        arguments.add("sensitivity", scores.sensitivity)
+        if scores.uncertainty is not None:
+            arguments.add("uncertainty", scores.uncertainty)
+        _verified.add(key)
+    if not scores.sensitivity:
+        return
+    device = scores.sensitivity[0].device
+    right = counts.dtype == torch.int64 and counts.dim() == 1 and counts.numel() >= 3
+    if not right or not counts.is_contiguous() or counts.device != device:
+        raise ValueError(
+            f"counts must be contiguous int64 of at least 3 elements on {device}; "
+            f"got {counts.dtype} {tuple(counts.shape)} on {counts.device}"
+        )
+    if not 0 <= low < 2**31 or not 0 <= shift < 31:
+        raise ValueError(f"low must be in [0, 2^31) and shift in [0, 31); got {low!r} and {shift!r}")
+    with torch.no_grad(), on_device(device):
+        implementation(device, backend).count_scores_(counts, scores, low=low, shift=shift)
+
+
 def score_thresholds(
     scores: Scores,
     *,

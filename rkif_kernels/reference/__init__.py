@@ -2,6 +2,6 @@
 
 from rkif_kernels.reference.fuse import fuse_
 from rkif_kernels.reference.importance import update_importance_
-from rkif_kernels.reference.select import score_thresholds
+from rkif_kernels.reference.select import count_scores_, score_thresholds
 
-__all__ = ["fuse_", "score_thresholds", "update_importance_"]
+__all__ = ["count_scores_", "fuse_", "score_thresholds", "update_importance_"]

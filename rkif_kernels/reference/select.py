@@ -17,6 +17,15 @@ def score_thresholds(scores: Scores, *, ranks: Sequence[int], per_tensor: bool) 
     return torch.stack([group.sort().values[rank] for group, rank in zip(groups, ranks, strict=True)])
 
 
+def count_scores_(counts: Tensor, scores: Scores, *, low: int, shift: int) -> None:
+    """See :func:`rkif_kernels.ops.count_scores_`."""
+    bins = counts.numel() - 2
+    edges = low + (torch.arange(bins + 1) << shift)
+    for score in score_values(scores):
+        keys = score.reshape(-1).view(torch.int32).long()
+        counts += torch.bincount(torch.searchsorted(edges, keys, right=True), minlength=bins + 2)
+
+
 def score_values(scores: Scores) -> list[Tensor]:
     """The float32 scores themselves. A product that is NaN (inf * 0) counts as zero: it selects nothing."""
     values = [s.float() for s in scores.sensitivity]

@@ -24,6 +24,16 @@ def all_valid(tensors: Sequence[Tensor]) -> bool:
     return not filled or bool((torch.stack(filled) >= 0).all())
 
 
+def count_scores_(counts: Tensor, scores: Scores, *, low: int, shift: int) -> None:
+    """See :func:`rkif_kernels.ops.count_scores_`."""
+    bins = counts.numel() - 2
+    one = torch.ones((), dtype=torch.int64, device=counts.device)
+    for score in _score_blocks(scores, Scratch(counts.device)):
+        distance = torch.where(score > 0, score, 0.0).view(torch.int32) - low
+        place = torch.where(distance < 0, 0, (distance >> shift).clamp_(max=bins) + 1)
+        counts.index_add_(0, place, one.expand(place.numel()))
+
+
 class _BlockReader:
     def sample(self, scores: Scores, step: int) -> Tensor:
         picked, offset = [], 0

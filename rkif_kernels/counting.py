@@ -1,0 +1,82 @@
+"""Exact order statistics from counts alone: for scores that are never in memory together.
+
+A float's bit pattern orders like its value, so the search narrows an interval of patterns ("keys"). Each pass
+counts all scores in a window of the interval, one bin a key where the window is narrow enough; the bin that
+the rank falls into is the next interval. Counts add up, so a pass may go over chunks of a file or over
+several machines, in any order, and its memory does not depend on how many scores there are, or are equal.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+BINS = 1 << 18  # 2 MiB of counts; as keys, 3 % of a value on either side where bins hold one key each
+KEYS = 0x7F800001  # of all scores: zero's is 0, infinity's the last
+
+
+class Window(NamedTuple):
+    """Keys from ``low`` on, ``1 << shift`` in each of :data:`BINS` bins."""
+
+    low: int
+    shift: int
+
+
+class CountingSearch:
+    """Finds the ``rank``-th smallest score: while not :attr:`done`, count in :attr:`window`, :meth:`narrow`.
+
+    It ends after one pass where the guess holds the answer in at most BINS keys, and after three at worst.
+
+    Args:
+        rank: from 0, below the number of scores.
+        guess: two scores between which the answer probably lies, if any are known.
+    """
+
+    def __init__(self, rank: int, guess: tuple[float, float] | None = None) -> None:
+        self.rank = rank
+        self._low, self._high = 0, KEYS
+        first, last = (_key(score) for score in guess) if guess else (0, KEYS - 1)
+        shift = _shift(last + 1 - first)
+        low = (first + last + 1 - (BINS << shift)) // 2
+        self.window = Window(max(0, min(low, KEYS - (BINS << shift))), shift)
+
+    @property
+    def done(self) -> bool:
+        return self._high - self._low == 1
+
+    @property
+    def value(self) -> float:
+        """The order statistic, once it is found."""
+        return float(np.int32(self._low).view(np.float32))
+
+    def narrow(self, counts: npt.NDArray[np.int64]) -> None:
+        """Take the counts of all scores in :attr:`window`, from :func:`rkif_kernels.count_scores_`."""
+        low, shift = self.window
+        bin_ = int(np.searchsorted(np.cumsum(counts), self.rank, side="right")) - 1  # -1: below the window
+        if bin_ >= 0:
+            self._low = max(self._low, low + (bin_ << shift))
+        if bin_ < BINS:
+            self._high = min(self._high, low + ((bin_ + 1) << shift))
+        self.window = Window(self._low, _shift(self._high - self._low))
+
+    def state(self) -> list[int]:
+        """What :meth:`restored` needs."""
+        return [self.rank, self._low, self._high, *self.window]
+
+    @classmethod
+    def restored(cls, state: list[int]) -> CountingSearch:
+        search = cls(state[0])
+        search._low, search._high = state[1:3]
+        search.window = Window(*state[3:])
+        return search
+
+
+def _shift(keys: int) -> int:
+    """The least shift with which the bins cover so many keys."""
+    return max((keys - 1).bit_length() - BINS.bit_length() + 1, 0)
+
+
+def _key(score: float) -> int:
+    return int(np.float32(score).view(np.int32)) if score > 0 else 0
