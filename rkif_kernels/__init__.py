@@ -17,6 +17,7 @@ from rkif_kernels.ops import (
     fuse_,
     order_statistic_rank,
     score_thresholds,
+    scores_at_ranks,
     select_and_fuse_,
     update_importance_,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "fuse_",
     "order_statistic_rank",
     "score_thresholds",
+    "scores_at_ranks",
     "select_and_fuse_",
     "update_importance_",
 ]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-BINS = 1 << 18  # 2 MiB of counts; as keys, 3 % of a value on either side where bins hold one key each
+BINS = 1 << 19  # 4 MiB of counts; where a bin is one key, 3 % of a value to either side
 KEYS = 0x7F800001  # of all scores: zero's is 0, infinity's the last
 
 

@@ -2,7 +2,13 @@
 
 from rkif_kernels.ops.fuse import fuse_, select_and_fuse_
 from rkif_kernels.ops.importance import update_importance_
-from rkif_kernels.ops.select import all_valid_scores, count_scores_, order_statistic_rank, score_thresholds
+from rkif_kernels.ops.select import (
+    all_valid_scores,
+    count_scores_,
+    order_statistic_rank,
+    score_thresholds,
+    scores_at_ranks,
+)
 from rkif_kernels.types import FuseStats, Scores
 
 __all__ = [
@@ -13,6 +19,7 @@ __all__ = [
     "fuse_",
     "order_statistic_rank",
     "score_thresholds",
+    "scores_at_ranks",
     "select_and_fuse_",
     "update_importance_",
 ]

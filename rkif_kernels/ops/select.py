@@ -71,16 +71,9 @@ def count_scores_(
     Raises:
         TypeError, ValueError: for arguments that do not fit together; nothing has been counted then.
     """
-    key = _verified.key(sensitivity=scores.sensitivity, uncertainty=scores.uncertainty)
-    if key not in _verified:
-        arguments = Arguments(names)
-        arguments.add("sensitivity", scores.sensitivity)
-        if scores.uncertainty is not None:
-            arguments.add("uncertainty", scores.uncertainty)
-        _verified.add(key)
+    device = _require_scores(scores, names)
     if not scores.sensitivity:
         return
-    device = scores.sensitivity[0].device
     right = counts.dtype == torch.int64 and counts.dim() == 1 and counts.numel() >= 3
     if not right or not counts.is_contiguous() or counts.device != device:
         raise ValueError(
@@ -123,14 +116,7 @@ def score_thresholds(
     Raises:
         TypeError, ValueError: for tensors that do not fit together, or where there is no score at all.
     """
-    arguments = Arguments(names)
-    key = _verified.key(sensitivity=scores.sensitivity, uncertainty=scores.uncertainty)
-    if key not in _verified:
-        arguments.add("sensitivity", scores.sensitivity)
-        if scores.uncertainty is not None:
-            arguments.add("uncertainty", scores.uncertainty)
-        _verified.add(key)
-    device = scores.sensitivity[0].device if scores.sensitivity else torch.device("cpu")
+    device = _require_scores(scores, names)
     require_fraction("density", density)
     require_choice("scope", scope, get_args(Scope))
     per_tensor = scope == "tensor"
@@ -154,11 +140,53 @@ def score_thresholds(
         order_statistic_rank(numel, density)
         for numel in ([sizes[index] for index in filled] if per_tensor else [sum(sizes)])
     ]
-    with torch.no_grad(), on_device(device):
-        found: Tensor = implementation(device, backend).score_thresholds(
-            kept, ranks=ranks, per_tensor=per_tensor
-        )
+    found = scores_at_ranks(kept, ranks=ranks, scope=scope, names=names, backend=backend)
     if per_tensor and len(filled) < len(sizes):
         thresholds[torch.tensor(filled, device=device)] = found
         return thresholds
     return found
+
+
+def scores_at_ranks(
+    scores: Scores,
+    *,
+    ranks: Sequence[int],
+    scope: Scope = "global",
+    names: Sequence[str] | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The scores of the given ranks, counted from 0 in ascending order: one of all, or one of each tensor.
+
+    Args:
+        scores, scope, names, backend: as for :func:`score_thresholds`; no tensor may be empty.
+        ranks: one rank below the number of scores, or one for each tensor under scope="tensor".
+
+    Returns:
+        float32 [len(ranks)] on the device of the scores.
+
+    Raises:
+        TypeError, ValueError: for tensors that do not fit together, or a rank that there is not.
+    """
+    device = _require_scores(scores, names)
+    require_choice("scope", scope, get_args(Scope))
+    sizes = [tensor.numel() for tensor in scores.sensitivity]
+    groups = sizes if scope == "tensor" else [sum(sizes)]
+    if len(ranks) != len(groups) or not all(0 <= r < size for r, size in zip(ranks, groups, strict=True)):
+        raise ValueError(f"ranks must be {len(groups)}, each from 0 to below {groups[:3]}...; got {ranks}")
+    with torch.no_grad(), on_device(device):
+        found: Tensor = implementation(device, backend).score_thresholds(
+            scores, ranks=ranks, per_tensor=scope == "tensor"
+        )
+    return found
+
+
+def _require_scores(scores: Scores, names: Sequence[str] | None) -> torch.device:
+    """Check that the tensors fit together; returns their device."""
+    key = _verified.key(sensitivity=scores.sensitivity, uncertainty=scores.uncertainty)
+    if key not in _verified:
+        arguments = Arguments(names)
+        arguments.add("sensitivity", scores.sensitivity)
+        if scores.uncertainty is not None:
+            arguments.add("uncertainty", scores.uncertainty)
+        _verified.add(key)
+    return scores.sensitivity[0].device if scores.sensitivity else torch.device("cpu")

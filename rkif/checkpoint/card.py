@@ -1,0 +1,113 @@
+"""What a person, and the hub, should know of an output."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from rkif.checkpoint.source import Checkpoint
+from rkif.files import settle, write_text
+
+# What a loader needs beside the weights, and what says on which terms they may be used.
+_COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".py"}
+_TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_LEFT = ("trainer_state.json", "rkif-manifest.json")  # of how the base came to be
+
+
+def copy_companions(base: Checkpoint, folder: Path) -> None:
+    """Copy tokenizer, configs, chat templates and terms of use from the base's folder."""
+    if base.folder is None:
+        return
+    for source in sorted(base.folder.rglob("*")):
+        name = source.relative_to(base.folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        deep = len(name.parts) > 1 and name.parts[0] != "additional_chat_templates"
+        wanted = source.suffix in _COPIED or source.name.upper().startswith(_TERMS)
+        index = source.name.endswith(".index.json")
+        if source.is_file() and wanted and not (hidden or deep or index or source.name in _LEFT):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+            settle(target)
+
+
+def write_card(
+    folder: Path,
+    base: Checkpoint,
+    inputs: Mapping[str, Mapping[str, str]],
+    method: str,
+    settings: Mapping[str, Any],
+    report: Mapping[str, Any],
+    content: str,
+) -> None:
+    """Write README.md: inputs, method, settings, what it did, and digests.
+
+    Args:
+        inputs: argument -> "name" and "content_sha256".
+        content: digest of the output's tensors.
+    """
+    models = [about["name"] for argument, about in inputs.items() if not argument.startswith("--")]
+    adapter = base.stem == "adapter_model"
+    data = ModelCardData(
+        base_model=models,
+        base_model_relation="merge",
+        library_name="peft" if adapter else "transformers",
+        license=_license(base),
+        tags=["merge", "rkif", method.replace("_", "-")],
+    )
+    rows = [
+        f"| {argument} | `{about['name']}` | `{about['content_sha256']}` |"
+        for argument, about in inputs.items()
+    ]
+    counts, norms = report["counts"], report["norms"]
+    total = max(sum(counts.values()), 1)
+    selected = [f"| {case.replace('_', ' ')} | {n:,} | {n / total:.2%} |" for case, n in counts.items()]
+    version = importlib.metadata.version("rkif")
+    text = f"""---
+{data.to_yaml()}
+---
+
+# A fusion of {models[1]} and {models[2]} on {models[0]}
+
+Made by rkif {version} with the method `{method}`.
+
+| input | name | SHA-256 of its tensors |
+| --- | --- | --- |
+{chr(10).join(rows)}
+
+The tensors here have the SHA-256 `{content}`; `rkif verify` checks all files against `rkif-manifest.json`.
+
+## Settings
+
+```json
+{json.dumps({"method": method, **settings}, indent=1)}
+```
+
+## What it did
+
+{report["numel"]:,} parameters. L2 norms of the inner task vector {norms["inner"]:.6g},
+of the outer {norms["outer"]:.6g}, of the update {norms["update"]:.6g}.
+
+| selected by | parameters | share |
+| --- | ---: | ---: |
+{chr(10).join(selected)}
+"""
+    write_text(folder / "README.md", text)
+
+
+def _license(base: Checkpoint) -> str | None:
+    """As the base's own card has it."""
+    card = base.path / "README.md"
+    if base.folder is None or not card.exists():
+        return None
+    try:
+        found = ModelCard.load(card).data.to_dict().get("license")
+    except (ValueError, OSError):
+        return None
+    return found if isinstance(found, str) else None

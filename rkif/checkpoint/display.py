@@ -1,0 +1,135 @@
+"""What a fusion of checkpoints shows in the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from rkif.checkpoint.fuse import Summary
+from rkif.checkpoint.methods import settings_of
+from rkif.checkpoint.preflight import MIB, Plan
+
+
+class Bar:
+    """A progress bar with throughput and time left; a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=None),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Bar:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def stage(self, what: str, total: int) -> None:
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        self._task = self._bars.add_task(what, total=total)
+
+    def advance(self, size: int) -> None:
+        assert self._task is not None
+        self._bars.advance(self._task, size)
+
+
+def plan_table(plan: Plan) -> Table:
+    """What was found and what would be done."""
+    request, layout = plan.request, plan.layout
+    table = _table("Pre-flight: no problem found")
+    for argument, checkpoint in plan.checkpoints.items():
+        size = sum(entry.nbytes for entry in checkpoint.tensors.values())
+        dtypes = ", ".join(sorted({entry.dtype for entry in checkpoint.tensors.values()}))
+        table.add_row(
+            argument, f"{checkpoint.path}: {len(checkpoint.tensors)} tensors, {_gb(size)}, {dtypes}"
+        )
+    files = f"{len(layout.sizes)} file{'s' if len(layout.sizes) > 1 else ''}"
+    table.add_row("output", f"{request.out}: {files}, {_gb(plan.written)}")
+    table.add_row("method", _settings(request.method.name, settings_of(request.method)))
+    table.add_row("parameters", f"{layout.numel:,}")
+    table.add_row("memory", f"{plan.memory / MIB:,.0f} MiB at most, Python and PyTorch included")
+    table.add_row("time", f"about {_duration(plan.seconds)}, to read {_gb(plan.read)}")
+    for note in plan.notes:
+        table.add_row("note", note)
+    return table
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """The same for machines."""
+    return {
+        "problems": [],
+        "notes": plan.notes,
+        "tensors": len(plan.layout.tensors),
+        "parameters": plan.layout.numel,
+        "files": plan.layout.sizes,
+        "read": plan.read,
+        "written": plan.written,
+        "memory": plan.memory,
+        "seconds": plan.seconds,
+        "method": plan.request.method.name,
+        "settings": settings_of(plan.request.method),
+    }
+
+
+def summary_table(summary: Summary) -> Table:
+    """What was done."""
+    report = summary.report
+    total = max(sum(report["counts"].values()), 1)
+    table = _table(f"Fused into {summary.out}{', resumed' if summary.resumed else ''}")
+    table.add_row("method", _settings(summary.method, summary.settings))
+    table.add_row("parameters", f"{report['numel']:,} in {summary.tensors} tensors, {summary.files} files")
+    cases = ", ".join(f"{case.replace('_', ' ')} {n / total:.1%}" for case, n in report["counts"].items())
+    table.add_row("selected by", cases)
+    for side, threshold in zip(("inner", "outer"), report["thresholds"], strict=True):
+        if isinstance(threshold, float):
+            table.add_row(f"threshold, {side}", f"{threshold:.6g}")
+    norms = ", ".join(f"{name} {norm:.6g}" for name, norm in report["norms"].items())
+    table.add_row("L2 norms", norms)
+    speed = summary.read / summary.seconds / 1e6 if summary.seconds else 0.0
+    took = f"{_duration(summary.seconds)} ({summary.cpu_seconds:.1f} s of CPU): {_gb(summary.read)} read"
+    table.add_row("time", f"{took} at {speed:,.0f} MB/s, {_gb(summary.written)} written")
+    table.add_row("memory", f"{summary.memory / MIB:,.0f} MiB")
+    table.add_row("SHA-256", summary.content_sha256)
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _settings(method: str, settings: dict[str, Any]) -> str:
+    return ", ".join([method, *(f"{name} {value}" for name, value in settings.items())])
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 10**8 else f"{size / 1e6:.2f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,364 @@
+"""The fusion of checkpoints: scan, fuse chunk by chunk, publish."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rkif.checkpoint.card import copy_companions, write_card
+from rkif.checkpoint.digests import EMPTY, Digests
+from rkif.checkpoint.layout import Chunk
+from rkif.checkpoint.manifest import MANIFEST, content_digest, read_manifest, write_manifest
+from rkif.checkpoint.memory import anonymous_memory
+from rkif.checkpoint.methods import Known, settings_of
+from rkif.checkpoint.preflight import Plan
+from rkif.checkpoint.scan import make_scan
+from rkif.checkpoint.scores import ROLES, Scorer, guess_thresholds
+from rkif.checkpoint.stream import IN_FLIGHT, Buffers, Loader, as_bytes, parts
+from rkif.checkpoint.tiles import tiles
+from rkif.checkpoint.workdir import Workdir
+from rkif.files import settle, write_text
+from rkif_kernels.types import CASES
+
+OUT = "OUT"  # the output's name among the arguments
+
+
+class Progress(Protocol):
+    """Who is told how far the work has come."""
+
+    def stage(self, what: str, total: int) -> None:
+        """Something begins that goes over so many bytes."""
+
+    def advance(self, size: int) -> None:
+        """So many more of them are done."""
+
+
+class Silent:
+    def stage(self, what: str, total: int) -> None: ...
+
+    def advance(self, size: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was done, ready for JSON.
+
+    Attributes:
+        out: the folder.
+        tensors, files: of weights.
+        method, settings, report: as in the manifest; ``report`` has the fields of :class:`rkif.FusionReport`,
+            with None for thresholds that are infinite or that the method has not.
+        content_sha256: digest of the output's tensors.
+        seconds, cpu_seconds: of this process's work, 0 where all was done before.
+        read, written: bytes.
+        memory: most bytes of anonymous memory seen, what Python and PyTorch take themselves included.
+        resumed: whether a part had been done before.
+    """
+
+    out: str
+    tensors: int
+    files: int
+    method: str
+    settings: dict[str, Any]
+    report: dict[str, Any]
+    content_sha256: str
+    seconds: float
+    cpu_seconds: float
+    read: int
+    written: int
+    memory: int
+    resumed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fuse_checkpoints(plan: Plan, progress: Progress | None = None) -> Summary:
+    """Do what :func:`preflight` has planned.
+
+    ``request.out`` is made in one step when everything is complete; until then the work is in
+    ``OUT.partial``, from where an interrupted fusion is resumed with the same bytes as result.
+
+    Raises:
+        ValueError: the inputs are not finite, or the output exists.
+        RuntimeError: another process writes it, or there is work that cannot be resumed.
+        OSError: reading or writing failed; what was done is kept, to be resumed.
+    """
+    begun, cpu = time.perf_counter(), time.process_time()
+    out = plan.request.out
+    if plan.request.resume and (out / MANIFEST).exists():
+        manifest = read_manifest(out)
+        if manifest["identity_sha256"] == plan.identity:
+            return _summary(plan, manifest, 0.0, 0.0, 0, 0, resumed=True)
+    with Workdir(out, plan.journal_identity, resume=plan.request.resume) as work:
+        resumed = bool(work.records)
+        fusion = _Fusion(plan, work, progress or Silent())
+        try:
+            fusion.fuse(fusion.scan())
+            fusion.finish()
+        finally:
+            fusion.close()
+        manifest = read_manifest(work.data)
+        work.publish()
+    taken, cpu_taken = time.perf_counter() - begun, time.process_time() - cpu
+    return _summary(plan, manifest, taken, cpu_taken, fusion.read, fusion.memory, resumed=resumed)
+
+
+def _summary(
+    plan: Plan,
+    manifest: dict[str, Any],
+    seconds: float,
+    cpu_seconds: float,
+    read: int,
+    memory: int,
+    *,
+    resumed: bool,
+) -> Summary:
+    return Summary(
+        out=str(plan.request.out),
+        tensors=len(plan.layout.tensors),
+        files=len(plan.layout.sizes),
+        method=manifest["method"],
+        settings=manifest["settings"],
+        report=manifest["report"],
+        content_sha256=manifest["content_sha256"],
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
+        read=read,
+        written=plan.written,
+        memory=memory,
+        resumed=resumed,
+    )
+
+
+class _Fusion:
+    """The work on one plan in one folder."""
+
+    def __init__(self, plan: Plan, work: Workdir, progress: Progress) -> None:
+        self._plan, self._work, self._progress = plan, work, progress
+        self._method, self._tensors = plan.request.method, plan.layout.tensors
+        self._device = plan.request.device
+        self._chunks = [*plan.chunks, *plan.copies]
+        self.read = 0
+        self.memory = 0
+        work.allocate(plan.layout.sizes)
+        self._files = {name: os.open(work.data / name, os.O_WRONLY) for name in plan.layout.sizes}
+        for name, header in plan.layout.headers.items():
+            os.pwrite(self._files[name], header, 0)
+        slots = [Buffers(len(plan.checkpoints), plan.slot, self._device) for _ in range(IN_FLIGHT)]
+        self._loader = Loader(self._tensors, self._chunks, slots)
+
+    def close(self) -> None:
+        self._loader.close()
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+    def scan(self) -> Known:
+        """Find out what the method must know of all elements, or go on with it."""
+        scan = make_scan(
+            self._method,
+            self._tensors,
+            self._plan.chunks,
+            lambda: guess_thresholds(self._method, self._tensors),
+        )
+        begin = None
+        if recorded := self._work.recorded_scan():
+            state, position = recorded
+            scan.restore(state)
+            begin = position["next"]
+        score = Scorer(self._method, self._tensors, self._plan.scan_tile, self._device)
+        while chunks := scan.next_pass():
+            left = range(chunks.start if begin is None else begin, chunks.stop)
+            self._progress.stage("scanning", sum(map(self._bytes, left)))
+            for number, buffers, _ in self._loader.load(left, lambda number, rows: None):
+                rows = self._loader.inputs(number, buffers.arrived())
+                for tile in tiles(self._chunks[number], rows, None, self._plan.scan_tile):
+                    scan.observe(tile, score(tile))
+                self._work.record_scan(scan.state(), {"next": number + 1})
+                self._done(number)
+            scan.end_pass()
+            begin = None
+            self._work.record_scan(scan.state(), {"next": None})
+        return scan.known()
+
+    def fuse(self, known: Known) -> None:
+        """Compute, write and record chunk by chunk."""
+        if known.thresholds is not None:
+            known = known._replace(thresholds=known.thresholds.to(self._device))
+        self._known = known
+        arguments = list(self._plan.checkpoints)
+        first = self._fused["chunks"]
+        of_inputs, of_output = Digests(self._tensors), Digests(self._tensors)
+        if first < len(self._chunks) and self._chunks[first][0].start > 0:
+            tensor, numel = self._tensors[self._chunks[first][0].tensor], self._chunks[first][0].start
+            of_inputs.take_up(tensor.inputs, numel)
+            of_output.take_up([tensor.target], numel)
+        score = Scorer(self._method, self._tensors, self._plan.fuse_tile, self._device)
+        outs = [Buffers(1, self._plan.slot, self._device) for _ in range(IN_FLIGHT)]
+
+        def digest(number: int, rows: list[list[Tensor]]) -> list[dict[str, str]]:
+            return of_inputs.add(self._chunks[number], rows)
+
+        def write(number: int, out: Buffers, found: list[dict[str, str]], stats: dict[str, Any]) -> None:
+            row = self._write(number, out.host[0])
+            found += of_output.add(self._chunks[number], [row])
+            names = [*arguments[: len(found) - 1], OUT]
+            self._work.record(
+                {"chunks": number + 1, **stats, "digests": dict(zip(names, found, strict=True))}
+            )
+
+        self._progress.stage("fusing", sum(map(self._bytes, range(first, len(self._chunks)))))
+        with ThreadPoolExecutor(1, "rkif-write") as writer:
+            writing: deque[Future[None]] = deque()
+            for number, buffers, found in self._loader.load(range(first, len(self._chunks)), digest):
+                if len(writing) == IN_FLIGHT:
+                    writing.popleft().result()  # whose buffer is used again
+                out = outs[number % IN_FLIGHT]
+                stats = self._compute(number, buffers, out, score)
+                writing.append(writer.submit(write, number, out, found, stats))
+                self._done(number)
+            for waiting in writing:
+                waiting.result()
+
+    @property
+    def _fused(self) -> dict[str, Any]:
+        """The sum of what was recorded of the fusion."""
+        total: dict[str, Any] = {
+            "chunks": 0,
+            "counts": [0] * len(CASES),
+            "squared_norms": [0.0] * 3,
+            "digests": {},
+        }
+        for record in self._work.records:
+            if "chunks" in record:
+                total["chunks"] = record["chunks"]
+                for key in ("counts", "squared_norms"):
+                    total[key] = [a + b for a, b in zip(total[key], record[key], strict=True)]
+                for argument, found in record["digests"].items():
+                    total["digests"].setdefault(argument, {}).update(found)
+        return total
+
+    def _compute(self, number: int, buffers: Buffers, out: Buffers, score: Scorer) -> dict[str, Any]:
+        """Fill a chunk's output; what is counted and summed on the way."""
+        chunk = self._chunks[number]
+        rows = self._loader.inputs(number, buffers.arrived())
+        targets = parts(chunk, [self._tensors[piece.tensor].target for piece in chunk], out.here()[0])
+        counts, norms = [0] * len(CASES), [0.0] * 3
+        if number >= len(self._plan.chunks):
+            self._copy(chunk, rows, targets)
+        else:
+            for tile in tiles(chunk, rows, targets, self._plan.fuse_tile):
+                stats = self._method.fuse(tile, score(tile), self._known)
+                squared = stats.squared_norms.tolist()
+                if not all(map(math.isfinite, squared)):  # nor is an input, or a result
+                    raise score.unfit(tile)
+                counts = [a + b for a, b in zip(counts, stats.counts.tolist(), strict=True)]
+                norms = [a + b for a, b in zip(norms, squared, strict=True)]
+        out.fetch()
+        return {"counts": counts, "squared_norms": norms}
+
+    def _copy(self, chunk: Chunk, rows: list[list[Tensor]], targets: list[Tensor]) -> None:
+        for position, piece in enumerate(chunk):
+            base, *others = (row[position] for row in rows)
+            for argument, other in zip(ROLES[1:], others, strict=False):
+                if not torch.equal(base, other):
+                    tensor = self._tensors[piece.tensor]
+                    raise ValueError(
+                        f"{tensor.name!r} is {tensor.target.dtype}, which is copied, not fused, but "
+                        f"{argument} has other values in it than BASE; nothing was published"
+                    )
+            targets[position].copy_(base)
+
+    def _write(self, number: int, buffer: Tensor) -> list[Tensor]:
+        """Bring a chunk's output to disk; returns its parts."""
+        chunk = self._chunks[number]
+        entries = [self._tensors[piece.tensor].target for piece in chunk]
+        row = parts(chunk, entries, buffer)
+        for piece, entry, part in zip(chunk, entries, row, strict=True):
+            content, done = as_bytes(part), 0
+            at = entry.offset + piece.start * entry.itemsize
+            try:
+                while done < len(content):
+                    done += os.pwrite(self._files[entry.file.name], content[done:], at + done)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(entry.file)) from error
+        for name in {entry.file.name for entry in entries}:
+            os.fsync(self._files[name])
+        return row
+
+    def _bytes(self, number: int) -> int:
+        """Bytes of a chunk's inputs."""
+        chunk = self._chunks[number]
+        return sum(
+            piece.numel * entry.itemsize for piece in chunk for entry in self._tensors[piece.tensor].inputs
+        )
+
+    def _done(self, number: int) -> None:
+        size = self._bytes(number)
+        self.read += size
+        self.memory = max(self.memory, anonymous_memory())
+        self._progress.advance(size)
+
+    def finish(self) -> None:
+        """Write what belongs beside the weights."""
+        folder, base = self._work.data, self._plan.checkpoints["BASE"]
+        for name in self._files:
+            settle(folder / name)
+        if self._plan.layout.index is not None:
+            write_text(
+                folder / f"{base.stem}.safetensors.index.json", json.dumps(self._plan.layout.index, indent=2)
+            )
+        copy_companions(base, folder)
+        fused = self._fused
+        contents = {
+            argument: {
+                name: (entry, fused["digests"].get(argument, {}).get(name, EMPTY))
+                for name, entry in checkpoint.tensors.items()
+            }
+            for argument, checkpoint in self._plan.checkpoints.items()
+        }
+        inputs = {
+            argument: {"name": checkpoint.name, "content_sha256": content_digest(contents[argument])}
+            for argument, checkpoint in self._plan.checkpoints.items()
+        }
+        tensors = {
+            tensor.name: (tensor.target, fused["digests"].get(OUT, {}).get(tensor.name, EMPTY))
+            for tensor in self._tensors
+        }
+        method, settings, report = self._method.name, settings_of(self._method), self._report(fused)
+        write_card(folder, base, inputs, method, settings, report, content_digest(tensors))
+        about = {
+            "rkif": importlib.metadata.version("rkif"),
+            "method": method,
+            "settings": settings,
+            "inputs": inputs,
+            "report": report,
+            "identity_sha256": self._plan.identity,
+        }
+        write_manifest(folder, tensors, about)
+
+    def _report(self, fused: dict[str, Any]) -> dict[str, Any]:
+        """A :class:`rkif.FusionReport` as JSON has it; norms to six digits: the last depend on the chunks."""
+        sides: list[Any] = [None, None]
+        if self._known.thresholds is not None:
+            for side, row in enumerate(self._known.thresholds.tolist()):
+                values = [value if math.isfinite(value) else None for value in row]
+                named = dict(zip((tensor.name for tensor in self._tensors), values, strict=False))
+                sides[side] = values[0] if self._method.scope == "global" else named
+        norms = [float(f"{math.sqrt(value):.6g}") for value in fused["squared_norms"]]
+        return {
+            "numel": self._plan.layout.numel,
+            "thresholds": sides,
+            "counts": dict(zip(CASES, fused["counts"], strict=True)),
+            "norms": dict(zip(("inner", "outer", "update"), norms, strict=True)),
+        }

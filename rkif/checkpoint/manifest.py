@@ -1,0 +1,146 @@
+"""A digest of every byte of an output, and the check against it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rkif.checkpoint.source import Entry, Reader, open_checkpoint
+from rkif.files import write_text
+
+MANIFEST = "rkif-manifest.json"
+_BLOCK = 1 << 22  # bytes that are read at a time
+
+Progress = Callable[[int], object]
+
+
+def content_digest(tensors: Mapping[str, tuple[Entry, str]]) -> str:
+    """SHA-256 over the names, dtypes, shapes and digests of tensors: the same however they share files."""
+    digest = hashlib.sha256()
+    for name, (entry, sha256) in sorted(tensors.items()):
+        line = json.dumps([name, entry.dtype, entry.shape, sha256], separators=(",", ":"))
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, tensors: Mapping[str, tuple[Entry, str]], about: Mapping[str, Any]) -> None:
+    """Write down the digests of a folder's tensors, given, and of all else in it, computed here.
+
+    Args:
+        about: what else the manifest is to say.
+    """
+    weights = {entry.file.name for entry, _ in tensors.values()}
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file():
+            continue
+        name = path.relative_to(folder).as_posix()
+        digest = _header_digest(path) if name in weights else _file_digest(path, lambda size: None)
+        files[name] = {"bytes": path.stat().st_size, "sha256": digest}
+    content = {
+        **about,
+        "content_sha256": content_digest(tensors),
+        "files": files,  # for files of weights, the digest of the header
+        "tensors": {
+            name: {"file": entry.file.name, "dtype": entry.dtype, "shape": entry.shape, "sha256": sha256}
+            for name, (entry, sha256) in sorted(tensors.items())
+        },
+    }
+    text = {**content, "manifest_sha256": _own_digest(content)}
+    write_text(folder / MANIFEST, json.dumps(text, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder.
+
+    Raises:
+        ValueError: there is none, or it is not as it was written.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {MANIFEST}: it is not a finished output of rkif fuse")
+    try:
+        manifest = dict(json.loads(path.read_text(encoding="utf-8")))
+        written = manifest.pop("manifest_sha256")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if written != _own_digest(manifest):
+        raise ValueError(f"{path} is damaged: its content does not have its digest")
+    return manifest
+
+
+def verify(folder: Path, progress: Progress = lambda size: None) -> list[str]:
+    """Read every byte of an output of ``rkif fuse``; what is not as it was written, a line each.
+
+    Args:
+        progress: called with the number of bytes just read.
+
+    Raises:
+        ValueError: there is no manifest, or it is damaged itself.
+        OSError: a file cannot be read.
+    """
+    manifest = read_manifest(folder)
+    weights = {about["file"] for about in manifest["tensors"].values()}
+    problems, damaged = [], set()
+    for name, about in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != about["bytes"]:
+            problems.append(f"{name} has {path.stat().st_size:,} bytes; it had {about['bytes']:,}")
+        elif name in weights and _header_digest(path) != about["sha256"]:
+            problems.append(f"{name}: its header was changed")
+        elif name not in weights and _file_digest(path, progress) != about["sha256"]:
+            problems.append(f"{name} was changed")
+        else:
+            continue
+        damaged.add(name)
+    for file in sorted(weights - damaged):
+        checkpoint = open_checkpoint(folder / file, file, problems)
+        if checkpoint is not None:
+            problems += _changed(checkpoint.tensors, manifest["tensors"], progress)
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    unknown = sorted(present - manifest["files"].keys() - {MANIFEST})
+    problems += [f"{name} was not there" for name in unknown if name.endswith((".safetensors", ".json"))]
+    return problems
+
+
+def _changed(entries: Mapping[str, Entry], tensors: Mapping[str, Any], progress: Progress) -> list[str]:
+    reader = Reader()
+    buffer = memoryview(bytearray(_BLOCK))
+    problems = []
+    try:
+        for name, entry in entries.items():
+            digest = hashlib.sha256()
+            for at in range(0, entry.nbytes, _BLOCK):
+                part = buffer[: min(_BLOCK, entry.nbytes - at)]
+                reader.read(entry, at // entry.itemsize, part)
+                digest.update(part)
+                progress(len(part))
+            if digest.hexdigest() != tensors[name]["sha256"]:
+                problems.append(f"{entry.file.name}: {name!r} was changed")
+    finally:
+        reader.close()
+    return problems
+
+
+def _header_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        size = file.read(8)
+        return hashlib.sha256(size + file.read(int.from_bytes(size, "little"))).hexdigest()
+
+
+def _file_digest(path: Path, progress: Progress) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
+
+
+def _own_digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -1,0 +1,290 @@
+"""What can be done to three checkpoints: Recurrent-KIF, and the merges it is compared with.
+
+The merges have mergekit's names, parameters and defaults. They see two models fine-tuned from one base, so
+both task vectors start from the base.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import rkif_kernels
+from rkif.checkpoint.tiles import Tile
+from rkif.config import MergeWeights, merge_weights
+from rkif_kernels import FuseStats, Scores
+from rkif_kernels.checks import require_choice, require_fraction, require_weights
+from rkif_kernels.types import OuterFrom, Scope
+
+EVERYTHING, NOTHING = -torch.inf, torch.inf  # thresholds that need no search
+
+
+class Method(Protocol):
+    """What the loop over chunks asks of a method.
+
+    Attributes:
+        name: as on the command line.
+        density: fraction that each side selects or keeps.
+        scope: "global" or "tensor" where it selects by thresholds, else None.
+        outer_from: where the outer task vector starts.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def density(self) -> float: ...
+    @property
+    def scope(self) -> Scope | None: ...
+    @property
+    def outer_from(self) -> OuterFrom: ...
+
+    def rank(self, numel: int) -> int | None:
+        """The order statistic that is the threshold among so many scores; None for no search."""
+
+    def fuse(self, tile: Tile, scores: tuple[Sequence[Tensor], Sequence[Tensor]], known: Known) -> FuseStats:
+        """Write the tile's ``out``; ``scores`` are empty where the method has no thresholds."""
+
+
+class Known(NamedTuple):
+    """What was found out before the fusion.
+
+    Attributes:
+        thresholds: float32 [2, 1] or [2, tensors], of inner and outer.
+        scales: float64 [2, tensors], by which task vectors are multiplied after dropping a part.
+    """
+
+    thresholds: Tensor | None = None
+    scales: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RecurrentKIF:
+    """``base + w_in*(inner - base) + w_out*(outer - inner)``, weights by who selects; see rkif.fuse."""
+
+    density: float = 0.2
+    rule: str | MergeWeights = "paper"
+    scope: Scope = "global"
+    outer_from: OuterFrom = "inner"
+
+    name: ClassVar[str] = "recurrent_kif"
+
+    def __post_init__(self) -> None:
+        require_fraction("density", self.density)
+        merge_weights(self.rule)
+        require_choice("scope", self.scope, get_args(Scope))
+        require_choice("outer_from", self.outer_from, get_args(OuterFrom))
+
+    def rank(self, numel: int) -> int | None:
+        if self.density in (0, 1):
+            return None
+        return rkif_kernels.order_statistic_rank(numel, self.density)
+
+    def fuse(self, tile: Tile, scores: tuple[Sequence[Tensor], Sequence[Tensor]], known: Known) -> FuseStats:
+        assert known.thresholds is not None
+        thresholds = known.thresholds
+        if thresholds.shape[1] > 1:
+            thresholds = thresholds[:, list(tile.tensors)]
+        return rkif_kernels.fuse_(
+            tile.out,
+            tile.base,
+            tile.inner,
+            tile.outer,
+            Scores(scores[0]),
+            Scores(scores[1]),
+            thresholds=(thresholds[0].contiguous(), thresholds[1].contiguous()),
+            weights=merge_weights(self.rule).cases,
+            outer_from=self.outer_from,
+        )
+
+
+@dataclass(frozen=True)
+class TaskArithmetic:
+    """``base + lambda * sum_i w_i * tau_i``, the task vectors thinned out first, and freed of conflicts.
+
+    Ilharco et al. 2023 (task arithmetic), Yadav et al. 2023 (TIES), Yu et al. 2024 (DARE). By magnitude
+    ``floor(density * n)`` elements of each tensor are kept, at least one, and those tied with the first that
+    is dropped are dropped, too; at random each element is kept with probability ``density``.
+
+    Attributes:
+        weight: of the inner and of the outer task vector.
+        density: fraction that is kept.
+        normalize: divide by the sum of the weights (of those that agree on the sign, for TIES).
+        lambda_: factor of the merged task vector.
+        rescale: bring a thinned task vector's L1 norm back to what it was, tensor by tensor.
+        seed: of what is dropped at random.
+    """
+
+    name: str
+    sparsification: Literal["magnitude", "random"] | None
+    consensus: bool
+    weight: tuple[float, float] = (1.0, 1.0)
+    density: float = 1.0
+    normalize: bool = False
+    lambda_: float = 1.0
+    rescale: bool = False
+    seed: int = 0
+    scope: Scope | None = None
+
+    outer_from: ClassVar[OuterFrom] = "base"
+
+    def __post_init__(self) -> None:
+        require_weights("weight", self.weight)
+        require_fraction("density", self.density)
+        if self.scope is not None:
+            require_choice("scope", self.scope, get_args(Scope))
+
+    def rank(self, numel: int) -> int | None:
+        if self.sparsification != "magnitude" or self.density in (0, 1):
+            return None
+        return numel - max(1, int(Fraction(str(self.density)) * numel)) - 1
+
+    def keeps(self, tile: Tile, position: int, side: int) -> Tensor:
+        """Which elements of a part are kept at random: by seed, tensor, side and place, however it is cut."""
+        start, numel = tile.starts[position], tile.base[position].numel()
+        key = [self.seed, 2 * tile.tensors[position] + side]
+        generator = np.random.Generator(np.random.Philox(key=key, counter=start // DRAWS))
+        skipped = start % DRAWS
+        drawn = generator.random(skipped + numel, dtype=np.float32)[skipped:]
+        return torch.from_numpy(drawn).to(tile.base[position].device) < self.density
+
+    def fuse(self, tile: Tile, scores: tuple[Sequence[Tensor], Sequence[Tensor]], known: Known) -> FuseStats:
+        counts = torch.zeros(4, dtype=torch.int64)
+        norms = torch.zeros(3, dtype=torch.float64)
+        for position, base in enumerate(tile.base):
+            start = base.float()
+            task_vectors = [tile.inner[position].float() - start, tile.outer[position].float() - start]
+            norms[:2] += torch.stack([vector.double().square().sum() for vector in task_vectors]).cpu()
+            masks = [self._mask(tile, position, side, scores, known) for side in range(2)]
+            n_in, n_out, both = (int(mask.sum()) for mask in (*masks, masks[0] & masks[1]))
+            counts += torch.tensor([n_in - both, n_out - both, both, base.numel() - n_in - n_out + both])
+            merged = self._merge(tile, position, task_vectors, masks, known)
+            stored = (start + merged).to(tile.out[position].dtype)
+            tile.out[position].copy_(stored)
+            norms[2] += (stored.float() - start).double().square().sum().cpu()
+        return FuseStats(counts, norms, (torch.empty(0), torch.empty(0)))
+
+    def _mask(
+        self,
+        tile: Tile,
+        position: int,
+        side: int,
+        scores: tuple[Sequence[Tensor], Sequence[Tensor]],
+        known: Known,
+    ) -> Tensor:
+        if self.sparsification == "random" and self.density < 1:
+            return self.keeps(tile, position, side)
+        if known.thresholds is not None:
+            thresholds = known.thresholds[side]
+            return scores[side][position] > thresholds[tile.tensors[position] if len(thresholds) > 1 else 0]
+        return torch.ones_like(tile.base[position], dtype=torch.bool)
+
+    def _merge(
+        self,
+        tile: Tile,
+        position: int,
+        task_vectors: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        known: Known,
+    ) -> Tensor:
+        weighted = []
+        for side, (vector, mask) in enumerate(zip(task_vectors, masks, strict=True)):
+            kept = torch.where(mask, vector, 0.0)
+            if known.scales is not None:
+                kept *= float(known.scales[side, tile.tensors[position]])
+            weighted.append(kept.mul_(self.weight[side]))
+        if not self.consensus:
+            divisor = sum(self.weight) if self.normalize else 1.0
+            return (weighted[0] + weighted[1]).mul_(self.lambda_ / (divisor if abs(divisor) >= 1e-8 else 1.0))
+        positive = weighted[0] + weighted[1] >= 0
+        first, second = (torch.where(positive, vector > 0, vector < 0) for vector in weighted)
+        merged = torch.where(first, weighted[0], 0.0) + torch.where(second, weighted[1], 0.0)
+        if self.normalize:
+            divisors = first * self.weight[0] + second * self.weight[1]
+            merged /= torch.where(divisors == 0, 1.0, divisors)
+        return merged.mul_(self.lambda_)
+
+
+DRAWS = 8  # float32 numbers that one step of Philox's counter gives
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The weighted mean, or sum, of inner and outer (Wortsman et al. 2022); the base lends its layout."""
+
+    weight: tuple[float, float] = (1.0, 1.0)
+    normalize: bool = True
+
+    name: ClassVar[str] = "linear"
+    density: ClassVar[float] = 1.0
+    scope: ClassVar[Scope | None] = None
+    outer_from: ClassVar[OuterFrom] = "base"
+
+    def __post_init__(self) -> None:
+        require_weights("weight", self.weight)
+        if self.normalize and sum(self.weight) == 0:
+            raise ValueError(f"weight must not sum to zero if it is normalized; got {self.weight}")
+
+    def rank(self, numel: int) -> int | None:
+        return None
+
+    def fuse(self, tile: Tile, scores: tuple[Sequence[Tensor], Sequence[Tensor]], known: Known) -> FuseStats:
+        counts = torch.tensor([0, 0, sum(part.numel() for part in tile.base), 0])
+        norms = torch.zeros(3, dtype=torch.float64)
+        total = sum(self.weight) if self.normalize else 1.0
+        for out, base, inner, outer in zip(tile.out, tile.base, tile.inner, tile.outer, strict=True):
+            b, i, o = base.float(), inner.float(), outer.float()
+            out.copy_(i.mul(self.weight[0]).add_(o * self.weight[1]).div_(total))
+            norms += torch.stack([(part.float() - b).double().square().sum() for part in (i, o, out)]).cpu()
+        return FuseStats(counts, norms, (torch.empty(0), torch.empty(0)))
+
+
+_MERGE = ("weight", "normalize", "lambda")
+_THINNED: dict[str, dict[str, Any]] = {
+    "ties": {"sparsification": "magnitude", "consensus": True, "normalize": True, "scope": "tensor"},
+    "magnitude_prune": {"sparsification": "magnitude", "consensus": False, "scope": "tensor"},
+    "dare_linear": {"sparsification": "random", "consensus": False, "rescale": True},
+    "dare_ties": {"sparsification": "random", "consensus": True, "rescale": True},
+}
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "recurrent_kif": ("density", "rule", "scope", "outer_from"),
+    "linear": ("weight", "normalize"),
+    "task_arithmetic": _MERGE,
+    "ties": (*_MERGE, "density", "scope"),
+    "magnitude_prune": (*_MERGE, "density", "scope"),
+    "dare_linear": (*_MERGE, "density", "rescale", "seed"),
+    "dare_ties": (*_MERGE, "density", "rescale", "seed"),
+}
+
+
+def make_method(name: str, settings: Mapping[str, Any]) -> Method:
+    """The method of that name; its defaults where ``settings`` is silent.
+
+    Raises:
+        TypeError, ValueError: an unknown name, a setting that the method does not have, or a wrong value.
+    """
+    require_choice("method", name, list(SETTINGS))
+    for setting in settings:
+        if setting not in SETTINGS[name]:
+            raise ValueError(f"{setting} is not a setting of {name}, which has {', '.join(SETTINGS[name])}")
+    given = {"lambda_" if setting == "lambda" else setting: value for setting, value in settings.items()}
+    if name == "recurrent_kif":
+        return RecurrentKIF(**given)
+    if name == "linear":
+        return Linear(**given)
+    if name == "task_arithmetic":
+        return TaskArithmetic(name, None, consensus=False, **given)
+    return TaskArithmetic(name, **{"density": 0.2, **_THINNED[name], **given})
+
+
+def settings_of(method: Method) -> dict[str, Any]:
+    """The values of the method's settings, ready for JSON."""
+    values = dataclasses.asdict(method)  # type: ignore[call-overload]
+    names = SETTINGS[method.name]
+    return {name: values["lambda_" if name == "lambda" else name] for name in names}

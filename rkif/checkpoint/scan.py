@@ -1,0 +1,257 @@
+"""What a method has to know of all elements before it can fuse one: found in passes over the chunks.
+
+Every scan can be written down after any chunk and taken up again, and holds memory that does not depend on
+how many elements there are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+import rkif_kernels
+from rkif.checkpoint import layout
+from rkif.checkpoint.layout import Chunk
+from rkif.checkpoint.methods import EVERYTHING, NOTHING, Known, Method, TaskArithmetic
+from rkif.checkpoint.tiles import Tile
+from rkif_kernels import Scores
+from rkif_kernels.counting import BINS, CountingSearch
+
+Sides = tuple[Sequence[Tensor], Sequence[Tensor]]
+Guess = Callable[[], tuple[tuple[float, float], tuple[float, float]]]
+
+
+class Scan(Protocol):
+    """Passes over chunks: ``while (chunks := next_pass()): for each: observe it; end_pass()``."""
+
+    def next_pass(self) -> range:
+        """The chunks to go over next; empty when everything is known."""
+
+    def observe(self, tile: Tile, scores: Sides) -> None:
+        """Take in a part of a chunk."""
+
+    def end_pass(self) -> None:
+        """All of the pass's chunks have been observed."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of what :meth:`restore` needs."""
+
+    def restore(self, state: dict[str, Tensor]) -> None: ...
+
+    def known(self) -> Known: ...
+
+
+def make_scan(
+    method: Method, tensors: Sequence[layout.Tensor], chunks: Sequence[Chunk], guess: Guess
+) -> Scan:
+    """The scan that a method needs.
+
+    Args:
+        guess: for each side two scores between which a global threshold probably lies.
+    """
+    if method.scope == "global" and method.rank(2) is not None:
+        return GlobalThresholds(method, sum(t.target.numel for t in tensors if t.fused), len(chunks), guess)
+    if method.scope is not None:
+        return TensorThresholds(method, tensors, chunks)
+    if isinstance(method, TaskArithmetic) and method.sparsification == "random" and method.rescale:
+        return Scales(method, len(tensors), len(chunks))
+    return Nothing()
+
+
+class Nothing:
+    """For a method that needs to know nothing."""
+
+    def next_pass(self) -> range:
+        return range(0)
+
+    def observe(self, tile: Tile, scores: Sides) -> None:
+        raise AssertionError("there is no pass to observe in")
+
+    def end_pass(self) -> None: ...
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None: ...
+
+    def known(self) -> Known:
+        return Known()
+
+
+class _Searches:
+    """Two order statistics, inner and outer, from counts."""
+
+    def __init__(self, ranks: int, guesses: Sequence[tuple[float, float] | None]) -> None:
+        self._searches = [CountingSearch(ranks, guess) for guess in guesses]
+        self._counts = [torch.zeros(BINS + 2, dtype=torch.int64) for _ in self._searches]
+
+    @property
+    def done(self) -> bool:
+        return all(search.done for search in self._searches)
+
+    def count(self, scores: Sides) -> None:
+        for side, (search, values) in enumerate(zip(self._searches, scores, strict=True)):
+            if not search.done and values:
+                counts = self._counts[side] = self._counts[side].to(values[0].device)
+                rkif_kernels.count_scores_(counts, Scores(values), **search.window._asdict())
+
+    def narrow(self) -> None:
+        for search, counts in zip(self._searches, self._counts, strict=True):
+            if not search.done:
+                search.narrow(counts.cpu().numpy())
+            counts.zero_()
+
+    def values(self) -> Tensor:
+        return torch.tensor([search.value for search in self._searches], dtype=torch.float32)
+
+    def state(self) -> dict[str, Tensor]:
+        searches = [search.state() for search in self._searches]
+        return {"searches": torch.tensor(searches), "counts": torch.stack(self._counts).cpu()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self._searches = [CountingSearch.restored(row) for row in state["searches"].tolist()]
+        self._counts = list(state["counts"].clone())
+
+
+class GlobalThresholds:
+    """One threshold a side, over all tensors."""
+
+    def __init__(self, method: Method, numel: int, chunks: int, guess: Guess) -> None:
+        rank = method.rank(numel)
+        assert rank is not None
+        self._chunks = range(chunks)
+        self._searches = _Searches(rank, guess())
+
+    def next_pass(self) -> range:
+        return range(0) if self._searches.done else self._chunks
+
+    def observe(self, tile: Tile, scores: Sides) -> None:
+        self._searches.count(scores)
+
+    def end_pass(self) -> None:
+        self._searches.narrow()
+
+    def state(self) -> dict[str, Tensor]:
+        return self._searches.state()
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self._searches.restore(state)
+
+    def known(self) -> Known:
+        return Known(thresholds=self._searches.values()[:, None])
+
+
+class TensorThresholds:
+    """Thresholds for each tensor: of those in one chunk at once, of a larger one by counting over its chunks.
+
+    Also the trivial thresholds, where everything or nothing is selected, of either scope.
+    """
+
+    def __init__(self, method: Method, tensors: Sequence[layout.Tensor], chunks: Sequence[Chunk]) -> None:
+        self._method, self._tensors, self._chunks = method, tensors, chunks
+        searched = method.rank(2) is not None
+        trivial = EVERYTHING if method.density == 1 else NOTHING
+        size = len(tensors) if method.scope == "tensor" else 1
+        self._thresholds = torch.full((2, size), NOTHING if searched else trivial)
+        self._runs = _runs(chunks) if searched else []
+        self._begin(0)
+
+    def _begin(self, run: int) -> None:
+        self._at = run
+        self._searches = None
+        if run < len(self._runs) and len(self._runs[run]) > 1:
+            self._searches = _Searches(self._rank(self._large), (None, None))
+
+    @property
+    def _large(self) -> int:
+        """The tensor that the run's chunks are parts of."""
+        return self._chunks[self._runs[self._at].start][0].tensor
+
+    def _rank(self, tensor: int) -> int:
+        rank = self._method.rank(self._tensors[tensor].target.numel)
+        assert rank is not None
+        return rank
+
+    def next_pass(self) -> range:
+        return self._runs[self._at] if self._at < len(self._runs) else range(0)
+
+    def observe(self, tile: Tile, scores: Sides) -> None:
+        if self._searches is not None:
+            self._searches.count(scores)
+            return
+        numbers = list(tile.tensors)
+        ranks = [self._rank(number) for number in numbers]
+        for side, values in enumerate(scores):
+            found = rkif_kernels.scores_at_ranks(
+                Scores(values), ranks=[max(rank, 0) for rank in ranks], scope="tensor"
+            ).cpu()
+            # What has a rank below the first score keeps all of them.
+            self._thresholds[side, numbers] = torch.where(torch.tensor(ranks) < 0, EVERYTHING, found)
+
+    def end_pass(self) -> None:
+        if self._searches is not None:
+            self._searches.narrow()
+            if not self._searches.done:
+                return
+            self._thresholds[:, self._large] = self._searches.values()
+        self._begin(self._at + 1)
+
+    def state(self) -> dict[str, Tensor]:
+        searches = {} if self._searches is None else self._searches.state()
+        return {"thresholds": self._thresholds.clone(), "at": torch.tensor(self._at), **searches}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self._thresholds = state["thresholds"].clone()
+        self._begin(int(state["at"]))
+        if self._searches is not None:
+            self._searches.restore(state)
+
+    def known(self) -> Known:
+        return Known(thresholds=self._thresholds)
+
+
+def _runs(chunks: Sequence[Chunk]) -> list[range]:
+    """The chunks of each large tensor together, all others one by one."""
+    starts = [number for number, pieces in enumerate(chunks) if pieces[0].start == 0]
+    return [range(*ends) for ends in itertools.pairwise([*starts, len(chunks)])]
+
+
+class Scales:
+    """The factors that give task vectors thinned at random the L1 norm they had."""
+
+    LEAST = 1e-7  # norms below it are left alone, as in mergekit
+
+    def __init__(self, method: TaskArithmetic, tensors: int, chunks: int) -> None:
+        self._method = method
+        self._chunks = range(chunks)
+        self._norms = torch.zeros(2, 2, tensors, dtype=torch.float64)  # [whole or kept, side, tensor]
+
+    def next_pass(self) -> range:
+        return self._chunks
+
+    def observe(self, tile: Tile, scores: Sides) -> None:
+        for position, number in enumerate(tile.tensors):
+            base = tile.base[position].float()
+            for side, end in enumerate((tile.inner[position], tile.outer[position])):
+                distance = (end.float() - base).abs_()
+                self._norms[0, side, number] += float(distance.double().sum())
+                kept = distance.mul_(self._method.keeps(tile, position, side))
+                self._norms[1, side, number] += float(kept.double().sum())
+
+    def end_pass(self) -> None:
+        self._chunks = range(0)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"norms": self._norms.clone(), "left": torch.tensor(len(self._chunks))}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self._norms, self._chunks = state["norms"].clone(), range(int(state["left"]))
+
+    def known(self) -> Known:
+        whole, kept = self._norms
+        small = (whole < self.LEAST) | (kept < self.LEAST)
+        return Known(scales=torch.where(small, 1.0, whole / kept))

@@ -1,0 +1,70 @@
+"""Parts of tensors that are computed on together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rkif.checkpoint.layout import Chunk, Piece
+
+
+class Tile(NamedTuple):
+    """Parts of some tensors, on the device that computes.
+
+    Attributes:
+        tensors: their numbers in the layout.
+        starts: the element of each tensor at which its part begins.
+        out, base, inner, outer: the parts, flat.
+        importance: of the inner learner and of the outer; None where there is none, for magnitudes.
+    """
+
+    tensors: Sequence[int]
+    starts: Sequence[int]
+    out: Sequence[Tensor]
+    base: Sequence[Tensor]
+    inner: Sequence[Tensor]
+    outer: Sequence[Tensor]
+    importance: tuple[Sequence[Tensor], Sequence[Tensor]] | None
+
+
+def tiles(
+    chunk: Chunk, rows: Sequence[Sequence[Tensor]], targets: Sequence[Tensor] | None, largest: int
+) -> Iterator[Tile]:
+    """The parts of a chunk in groups of at most ``largest`` elements; larger parts are cut."""
+    pending: list[tuple[int, Piece]] = []  # position in the chunk, and what of its tensor
+    taken = 0
+    for position, piece in enumerate(chunk):
+        for start in range(piece.start, piece.stop, largest):
+            part = Piece(piece.tensor, start, min(start + largest, piece.stop))
+            if pending and taken + part.numel > largest:
+                yield _tile(chunk, rows, targets, pending)
+                pending, taken = [], 0
+            pending.append((position, part))
+            taken += part.numel
+    yield _tile(chunk, rows, targets, pending)
+
+
+def _tile(
+    chunk: Chunk,
+    rows: Sequence[Sequence[Tensor]],
+    targets: Sequence[Tensor] | None,
+    chosen: Sequence[tuple[int, Piece]],
+) -> Tile:
+    def cut(row: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            row[position][part.start - chunk[position].start : part.stop - chunk[position].start]
+            for position, part in chosen
+        ]
+
+    base, inner, outer, *importance = map(cut, rows)
+    return Tile(
+        [part.tensor for _, part in chosen],
+        [part.start for _, part in chosen],
+        [] if targets is None else cut(targets),
+        base,
+        inner,
+        outer,
+        (importance[0], importance[1]) if importance else None,
+    )

@@ -1,0 +1,159 @@
+"""The folder in which an output grows: locked, resumable, and published by one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rkif.files import replace_file
+
+
+class Workdir:
+    """``OUT.partial``, beside ``OUT``: the files to be in ``data/``, and how far the work has come.
+
+    ``OUT`` itself does not exist until it is complete. Use as a context manager: it holds a lock, and what is
+    left behind when the block fails can be resumed; nothing is left where no work was done yet.
+
+    Args:
+        out: the folder to be; its parents are made.
+        plan: digest of everything that decides the output; work done for another is not resumed.
+        resume: go on with what is there.
+
+    Raises:
+        ValueError: ``out`` exists, or there is work that must not be resumed (on entering).
+        RuntimeError: another process works on it.
+    """
+
+    def __init__(self, out: Path, plan: str, *, resume: bool) -> None:
+        self._out, self._plan, self._resume = out, plan, resume
+        self._path = out.with_name(out.name + ".partial")
+        self._lock = FileLock(self._path / "lock")
+        self.data = self._path / "data"
+        self.records: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Workdir:
+        self._path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise RuntimeError(f"another process is writing {self._out} (in {self._path})") from None
+        try:
+            self._require_free()
+            if self._journal.exists():
+                self._take_up()
+            self.data.mkdir(exist_ok=True)
+        except BaseException:
+            if not self._journal.exists():
+                self.remove()
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.records or isinstance(error, ValueError):
+            self.remove()  # nothing in it is of use: no chunk was done, or the inputs are not fit for any
+        self._lock.release()
+
+    def _require_free(self) -> None:
+        if self._out.exists() and (not self._out.is_dir() or any(self._out.iterdir())):
+            raise ValueError(f"{self._out} exists; name another folder, or remove it")
+
+    def _take_up(self) -> None:
+        content = self._journal.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]  # a kill may have torn the last line
+        try:
+            plan, *records = [json.loads(line) for line in whole.splitlines()] or [None]
+        except ValueError as error:
+            raise RuntimeError(f"{self._journal} is damaged ({error}); remove {self._path}") from error
+        if not records:
+            return
+        if not self._resume:
+            raise RuntimeError(
+                f"{self._path} holds an interrupted fusion; --resume goes on with it, or remove it"
+            )
+        if plan != {"plan": self._plan}:
+            raise RuntimeError(
+                f"{self._path} is from other inputs or settings: it cannot be resumed; remove it"
+            )
+        os.truncate(self._journal, len(whole))
+        self.records = records
+
+    @property
+    def _journal(self) -> Path:
+        return self._path / "journal.jsonl"
+
+    @property
+    def _state(self) -> Path:
+        return self._path / "scan.safetensors"
+
+    def allocate(self, sizes: dict[str, int]) -> None:
+        """Make files of their full sizes, so that a full disk is found out before the work.
+
+        Raises:
+            OSError: there is no room.
+        """
+        for name, size in sizes.items():
+            path = self.data / name
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+            try:
+                os.ftruncate(descriptor, size)
+                if size and hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(descriptor, 0, size)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            finally:
+                os.close(descriptor)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Append a line on how far the work has come; what it speaks of must be on disk already."""
+        lines = [record] if self.records else [{"plan": self._plan}, record]
+        with self._journal.open("ab" if self.records else "wb") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.append(record)
+
+    def record_scan(self, state: dict[str, Tensor], position: dict[str, Any]) -> None:
+        """The same while scanning: state and position in one file, so that they are of one moment."""
+        text = {"position": json.dumps(position)}
+        replace_file(self._state, lambda path: save_file(state, path, metadata=text))
+        if not self.records:
+            self.record({"scanning": True})
+
+    def recorded_scan(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What was recorded last, if anything was."""
+        if not self.records or not self._state.exists():
+            return None
+        with safe_open(self._state, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            return state, json.loads(file.metadata()["position"])
+
+    def publish(self) -> None:
+        """Give the finished files their place, all at once."""
+        _sync_folder(self.data)
+        os.rename(self.data, self._out)
+        _sync_folder(self._out.parent)
+        self.remove()
+
+    def remove(self) -> None:
+        """Leave nothing behind."""
+        shutil.rmtree(self._path, ignore_errors=True)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
