@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ TARGETS = {
 BYTES = {tl.float32: 4, tl.bfloat16: 2, tl.float16: 2}
 PARAMETERS = (tl.float32, tl.bfloat16, tl.float16)
 STATES = (tl.float32, tl.bfloat16)
+# Forms of scores: their name, how many streams they read, and whether they are distances.
+SCORES = (("S*U", 2, False), ("S", 1, False), ("|a-b|", 2, True))
 
 
 @dataclass(frozen=True)
@@ -179,28 +181,40 @@ def cases() -> Iterator[Case]:
         }
         yield Case(f"sample {'S*U' if uncertain else 'S'} {state}", _sample_kernel, sides, config=FUSE)
     yield Case("decide", _decide_kernel, {}, config=FUSE)
-    for dtype, uncertain in itertools.product(PARAMETERS, (True, False)):
-        roles = {"SENSITIVITY": dtype, "UNCERTAINTY": dtype if uncertain else None}
-        name = f"count {'S*U' if uncertain else 'S'} {dtype}"
-        yield Case(name, _count_kernel, roles, (dtype,) * (1 + uncertain))
+    for dtype, (kind, streams, distance) in itertools.product(PARAMETERS, SCORES):
+        roles = {"SENSITIVITY": dtype, "UNCERTAINTY": dtype if streams == 2 else None, "DISTANCE": distance}
+        yield Case(f"count {kind} {dtype}", _count_kernel, roles, (dtype,) * streams)
+    for dtype in PARAMETERS:
+        magnitudes = dict.fromkeys(("INNER_S", "INNER_U", "OUTER_S", "OUTER_U"), dtype)
+        magnitudes |= {"INNER_DISTANCE": True, "OUTER_DISTANCE": True}
+        case = _fuse_case(_fuse_kernel, dtype, dtype)
+        # The scores' four streams are those of the parameters, from the cache.
+        yield replace(
+            case,
+            name=f"fuse by magnitudes {dtype}",
+            constants=case.constants | magnitudes,
+            loads=(dtype,) * 3,
+        )
     for dtype in PARAMETERS:
         yield Case(f"all valid {dtype}", _invalid_kernel, {"SENSITIVITY": dtype}, (dtype,))
 
 
 def _selection_cases(config: LaunchConfig) -> Iterator[Case]:
     name = f"by {config.block}"
-    for state, uncertain, (shift, bits) in itertools.product(STATES, (True, False), DIGITS):
-        streams = (state,) * (1 + uncertain)
+    for state, (kind, streams, distance), (shift, bits) in itertools.product(STATES, SCORES, DIGITS):
+        if distance and config is FUSE:
+            continue  # the single pass has none
         yield Case(
-            f"histogram {'S*U' if uncertain else 'S'} {state} bits {shift}+{bits}, {name}",
+            f"histogram {kind} {state} bits {shift}+{bits}, {name}",
             _histogram_kernel,
             {
                 "SENSITIVITY": state,
-                "UNCERTAINTY": state if uncertain else None,
+                "UNCERTAINTY": state if streams == 2 else None,
+                "DISTANCE": distance,
                 "SHIFT": shift,
                 "BITS": bits,
             },
-            streams,
+            (state,) * streams,
             config=config,
         )
     for shift, bits in DIGITS:
@@ -221,6 +235,8 @@ def _selection_cases(config: LaunchConfig) -> Iterator[Case]:
 # Constants that are the same for every case, where a kernel has them.
 COMMON = {
     "ROUND_BF16": False,
+    "INNER_DISTANCE": False,
+    "OUTER_DISTANCE": False,
     "INNER_ROLE": INNER_SCORE,
     "OUTER_ROLE": OUTER_SCORE,
 }

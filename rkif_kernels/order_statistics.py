@@ -62,7 +62,9 @@ def score_thresholds(scores: Scores, *, ranks: Sequence[int], per_tensor: bool, 
 
 def per_tensor_scores(scores: Scores) -> Iterator[Scores]:
     for index, s in enumerate(scores.sensitivity):
-        yield Scores([s], None if scores.uncertainty is None else [scores.uncertainty[index]])
+        yield Scores(
+            [s], None if scores.uncertainty is None else [scores.uncertainty[index]], scores.distance
+        )
 
 
 def _order_statistic(scores: Scores, rank: int, read: Reader) -> float:

@@ -23,11 +23,18 @@ CaseWeights = tuple[tuple[float, float], tuple[float, float], tuple[float, float
 class Scores:
     """Importance scores of a list of tensors: ``sensitivity``, or ``sensitivity * uncertainty`` in float32.
 
-    The product is never stored: every reader forms it from the two where it needs it.
+    The product is never stored: every reader forms it from the two where it needs it. With ``distance`` it is
+    ``|sensitivity - uncertainty|`` instead, see :func:`magnitudes`.
     """
 
     sensitivity: Sequence[Tensor]
     uncertainty: Sequence[Tensor] | None = None
+    distance: bool = False
+
+
+def magnitudes(ends: Sequence[Tensor], starts: Sequence[Tensor]) -> Scores:
+    """The magnitudes of a task vector, ``|end - start|`` in float32, as scores; never stored either."""
+    return Scores(ends, starts, distance=True)
 
 
 class FuseStats(NamedTuple):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rkif_kernels import kernels, native, torch_backend
+from rkif_kernels import Scores, kernels, native, torch_backend
 from rkif_kernels.launch import LaunchConfig
 from rkif_kernels.native.library import library
 
@@ -91,6 +91,11 @@ def on(device: str, tensors: Sequence[Tensor | None] | None) -> list[Any] | None
     if tensors is None:
         return None
     return [None if tensor is None else tensor.clone().to(device) for tensor in tensors]
+
+
+def scores_on(device: str, scores: Scores) -> Scores:
+    """A copy on a device."""
+    return Scores(on(device, scores.sensitivity), on(device, scores.uncertainty), scores.distance)
 
 
 class Guarded:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import CHUNK, SIZES, hostile, implementations, on, positive
+from kernel_cases import CHUNK, SIZES, hostile, implementations, on, positive, scores_on
 
 import rkif_kernels
 from rkif_kernels import Scores, reference
@@ -18,10 +18,10 @@ def search(scores: list[torch.Tensor], rank: int, guess: tuple[float, float] | N
     """The order statistic, and how many passes over the tensors it took."""
     found, passes = CountingSearch(rank, guess), 0
     while not found.done:
-        counts = torch.zeros(BINS + 2, dtype=torch.int64)
+        counts = torch.zeros(BINS + 3, dtype=torch.int64)
         for part in scores:
             rkif_kernels.count_scores_(counts, Scores([part]), low=found.window.low, shift=found.window.shift)
-        assert counts.sum() == sum(part.numel() for part in scores)
+        assert counts[:-1].sum() == sum(part.numel() for part in scores)
         found = CountingSearch.restored(found.state())  # at any point
         found.narrow(counts.numpy())
         passes += 1
@@ -64,31 +64,31 @@ def test_search_anywhere(values: list[float], fraction: float, guess: list[float
 @pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 @pytest.mark.parametrize("bins", [1, 64])
-def test_counts(implementation: object, sizes: list[int], bins: int) -> None:
+@pytest.mark.parametrize("distance", [False, True], ids=["S*U", "distance"])
+def test_counts(implementation: object, sizes: list[int], bins: int, distance: bool) -> None:
     device = implementation.device
-    scores = Scores(positive(sizes, torch.float32, 0), positive(sizes, torch.bfloat16, 1))
+    scores = Scores(positive(sizes, torch.float32, 0), positive(sizes, torch.bfloat16, 1), distance)
     key = int(np.float32(0.4).view(np.int32))
     for low, shift in ((0, 0), (0, 30), (key, 0), (key, 17), (key, 24), (KEYS - 1, 5), (2**31 - 1, 30)):
-        expected, got = torch.ones(2, bins + 2, dtype=torch.int64)
+        expected, got = torch.ones(2, bins + 3, dtype=torch.int64)
         reference.count_scores_(expected, scores, low=low, shift=shift)
         got = got.to(device)
-        moved = Scores(on(device, scores.sensitivity), on(device, scores.uncertainty))
-        implementation.count_scores_(got, moved, low=low, shift=shift)
+        implementation.count_scores_(got, scores_on(device, scores), low=low, shift=shift)
         assert torch.equal(got.cpu(), expected)
-        assert expected.sum() == sum(sizes) + bins + 2
+        assert expected.sum() == sum(sizes) + bins + 3
 
 
 @pytest.mark.parametrize("implementation", implementations())
 def test_counts_of_what_is_no_score_and_of_ties(implementation: object) -> None:
     values = torch.tensor([torch.nan, -1.0, -0.0, 0.0, 1e-45, 1.0, torch.inf, *[0.25] * (2 * CHUNK)])
     for low, shift, expected in (
-        (0, 0, [0, 4, 1, 2 * CHUNK + 2]),
-        (1, 0, [4, 1, 0, 2 * CHUNK + 2]),
-        (0x3E800000, 0, [5, 2 * CHUNK, 0, 2]),
-        (0x3E800000, 23, [5, 2 * CHUNK, 0, 2]),
-        (0x3E800000, 24, [5, 2 * CHUNK, 1, 1]),
+        (0, 0, [0, 4, 1, 2 * CHUNK + 2, 3]),
+        (1, 0, [4, 1, 0, 2 * CHUNK + 2, 3]),
+        (0x3E800000, 0, [5, 2 * CHUNK, 0, 2, 3]),
+        (0x3E800000, 23, [5, 2 * CHUNK, 0, 2, 3]),
+        (0x3E800000, 24, [5, 2 * CHUNK, 1, 1, 3]),
     ):
-        counts = torch.zeros(4, dtype=torch.int64, device=implementation.device)
+        counts = torch.zeros(5, dtype=torch.int64, device=implementation.device)
         implementation.count_scores_(counts, Scores(on(counts.device, [values])), low=low, shift=shift)
         assert counts.tolist() == expected
 

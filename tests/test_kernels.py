@@ -20,10 +20,11 @@ from kernel_cases import (
     normal,
     on,
     positive,
+    scores_on,
 )
 from torch import Tensor
 
-from rkif_kernels import Scores, reference, torch_backend
+from rkif_kernels import Scores, magnitudes, reference, torch_backend
 from rkif_kernels.kernels.table import aligned, tables
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -130,8 +131,7 @@ def test_update_importance_anywhere(
 def check_thresholds(implementation: Any, scores: Scores, ranks: list[int], per_tensor: bool) -> Tensor:
     expected = reference.score_thresholds(scores, ranks=ranks, per_tensor=per_tensor)
     device = implementation.device
-    moved = Scores(on(device, scores.sensitivity), on(device, scores.uncertainty))
-    got = implementation.score_thresholds(moved, ranks=ranks, per_tensor=per_tensor)
+    got = implementation.score_thresholds(scores_on(device, scores), ranks=ranks, per_tensor=per_tensor)
     assert got.dtype == torch.float32
     assert torch.equal(got.cpu(), expected)
     return expected
@@ -149,6 +149,19 @@ def test_global_threshold(implementation: Any, sizes: list[int], with_uncertaint
     scores = Scores(positive(sizes, torch.float32, 0), u)
     for rank in ranks_of_interest(sum(sizes)):
         check_thresholds(implementation, scores, [rank], per_tensor=False)
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(PARAMETER_DTYPES, repeat=2)), ids=str)
+def test_threshold_of_magnitudes(implementation: Any, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    sizes = [CHUNK + 3, 1, 40]
+    scores = magnitudes(normal(sizes, dtypes[0], 0), normal(sizes, dtypes[1], 1))
+    for rank in ranks_of_interest(sum(sizes)):
+        found = check_thresholds(implementation, scores, [rank], per_tensor=False)
+        distances = [
+            (a.float() - b.float()).abs() for a, b in zip(scores.sensitivity, scores.uncertainty, strict=True)
+        ]
+        assert found.item() == torch.cat(distances).sort().values[rank].item()
+    check_thresholds(implementation, scores, [CHUNK // 2, 0, 30], per_tensor=True)
 
 
 def test_thresholds_of_each_tensor(implementation: Any) -> None:
@@ -285,8 +298,8 @@ def check_fuse(
         on(device, base),
         on(device, inner),
         on(device, outer),
-        Scores(on(device, inner_scores.sensitivity), on(device, inner_scores.uncertainty)),
-        Scores(on(device, outer_scores.sensitivity), on(device, outer_scores.uncertainty)),
+        scores_on(device, inner_scores),
+        scores_on(device, outer_scores),
         thresholds=tuple(t.to(device) for t in thresholds),
         **settings,
     )
@@ -312,6 +325,16 @@ def fuse_arguments(sizes: list[int], dtype: torch.dtype = torch.float32, seed: i
 @pytest.mark.parametrize("weights", [PAPER, RELEASE], ids=["paper", "release"])
 def test_fuse(implementation: Any, sizes: list[int], weights: Any) -> None:
     check_fuse(implementation, **fuse_arguments(sizes), weights=weights)
+
+
+@pytest.mark.parametrize("dtype", PARAMETER_DTYPES, ids=str)
+@pytest.mark.parametrize("both", [True, False], ids=["both sides", "outer side"])
+def test_fuse_by_magnitudes(implementation: Any, dtype: torch.dtype, both: bool) -> None:
+    arguments = fuse_arguments([CHUNK + 7, 3], dtype)
+    arguments["outer_scores"] = magnitudes(arguments["outer"], arguments["inner"])
+    if both:
+        arguments["inner_scores"] = magnitudes(arguments["inner"], arguments["base"])
+    assert min(check_fuse(implementation, **arguments)) > 0
 
 
 @sizes

@@ -23,7 +23,7 @@ from rkif.checkpoint.memory import anonymous_memory
 from rkif.checkpoint.methods import Known, settings_of
 from rkif.checkpoint.preflight import Plan
 from rkif.checkpoint.scan import make_scan
-from rkif.checkpoint.scores import ROLES, Scorer, guess_thresholds
+from rkif.checkpoint.scores import ROLES, guess_thresholds, scores_of, unfit
 from rkif.checkpoint.stream import IN_FLIGHT, Buffers, Loader, as_bytes, parts
 from rkif.checkpoint.tiles import tiles
 from rkif.checkpoint.workdir import Workdir
@@ -176,14 +176,14 @@ class _Fusion:
             state, position = recorded
             scan.restore(state)
             begin = position["next"]
-        score = Scorer(self._method, self._tensors, self._plan.scan_tile, self._device)
         while chunks := scan.next_pass():
             left = range(chunks.start if begin is None else begin, chunks.stop)
             self._progress.stage("scanning", sum(map(self._bytes, left)))
             for number, buffers, _ in self._loader.load(left, lambda number, rows: None):
                 rows = self._loader.inputs(number, buffers.arrived())
                 for tile in tiles(self._chunks[number], rows, None, self._plan.scan_tile):
-                    scan.observe(tile, score(tile))
+                    if not scan.observe(tile, scores_of(self._method, tile)):
+                        raise unfit(self._tensors, tile)
                 self._work.record_scan(scan.state(), {"next": number + 1})
                 self._done(number)
             scan.end_pass()
@@ -203,7 +203,6 @@ class _Fusion:
             tensor, numel = self._tensors[self._chunks[first][0].tensor], self._chunks[first][0].start
             of_inputs.take_up(tensor.inputs, numel)
             of_output.take_up([tensor.target], numel)
-        score = Scorer(self._method, self._tensors, self._plan.fuse_tile, self._device)
         outs = [Buffers(1, self._plan.slot, self._device) for _ in range(IN_FLIGHT)]
 
         def digest(number: int, rows: list[list[Tensor]]) -> list[dict[str, str]]:
@@ -224,7 +223,7 @@ class _Fusion:
                 if len(writing) == IN_FLIGHT:
                     writing.popleft().result()  # whose buffer is used again
                 out = outs[number % IN_FLIGHT]
-                stats = self._compute(number, buffers, out, score)
+                stats = self._compute(number, buffers, out)
                 writing.append(writer.submit(write, number, out, found, stats))
                 self._done(number)
             for waiting in writing:
@@ -248,7 +247,7 @@ class _Fusion:
                     total["digests"].setdefault(argument, {}).update(found)
         return total
 
-    def _compute(self, number: int, buffers: Buffers, out: Buffers, score: Scorer) -> dict[str, Any]:
+    def _compute(self, number: int, buffers: Buffers, out: Buffers) -> dict[str, Any]:
         """Fill a chunk's output; what is counted and summed on the way."""
         chunk = self._chunks[number]
         rows = self._loader.inputs(number, buffers.arrived())
@@ -257,11 +256,11 @@ class _Fusion:
         if number >= len(self._plan.chunks):
             self._copy(chunk, rows, targets)
         else:
-            for tile in tiles(chunk, rows, targets, self._plan.fuse_tile):
-                stats = self._method.fuse(tile, score(tile), self._known)
+            for tile in tiles(chunk, rows, targets, self._plan.tile):
+                stats = self._method.fuse(tile, scores_of(self._method, tile), self._known)
                 squared = stats.squared_norms.tolist()
                 if not all(map(math.isfinite, squared)):  # nor is an input, or a result
-                    raise score.unfit(tile)
+                    raise unfit(self._tensors, tile)
                 counts = [a + b for a, b in zip(counts, stats.counts.tolist(), strict=True)]
                 norms = [a + b for a, b in zip(norms, squared, strict=True)]
         out.fetch()

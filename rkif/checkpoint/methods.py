@@ -48,8 +48,8 @@ class Method(Protocol):
     def rank(self, numel: int) -> int | None:
         """The order statistic that is the threshold among so many scores; None for no search."""
 
-    def fuse(self, tile: Tile, scores: tuple[Sequence[Tensor], Sequence[Tensor]], known: Known) -> FuseStats:
-        """Write the tile's ``out``; ``scores`` are empty where the method has no thresholds."""
+    def fuse(self, tile: Tile, scores: tuple[Scores, Scores], known: Known) -> FuseStats:
+        """Write the tile's ``out``; ``scores`` are compared with the thresholds, where there are any."""
 
 
 class Known(NamedTuple):
@@ -86,7 +86,7 @@ class RecurrentKIF:
             return None
         return rkif_kernels.order_statistic_rank(numel, self.density)
 
-    def fuse(self, tile: Tile, scores: tuple[Sequence[Tensor], Sequence[Tensor]], known: Known) -> FuseStats:
+    def fuse(self, tile: Tile, scores: tuple[Scores, Scores], known: Known) -> FuseStats:
         assert known.thresholds is not None
         thresholds = known.thresholds
         if thresholds.shape[1] > 1:
@@ -96,8 +96,7 @@ class RecurrentKIF:
             tile.base,
             tile.inner,
             tile.outer,
-            Scores(scores[0]),
-            Scores(scores[1]),
+            *scores,
             thresholds=(thresholds[0].contiguous(), thresholds[1].contiguous()),
             weights=merge_weights(self.rule).cases,
             outer_from=self.outer_from,
@@ -154,7 +153,7 @@ class TaskArithmetic:
         drawn = generator.random(skipped + numel, dtype=np.float32)[skipped:]
         return torch.from_numpy(drawn).to(tile.base[position].device) < self.density
 
-    def fuse(self, tile: Tile, scores: tuple[Sequence[Tensor], Sequence[Tensor]], known: Known) -> FuseStats:
+    def fuse(self, tile: Tile, scores: tuple[Scores, Scores], known: Known) -> FuseStats:
         counts = torch.zeros(4, dtype=torch.int64)
         norms = torch.zeros(3, dtype=torch.float64)
         for position, base in enumerate(tile.base):
@@ -175,14 +174,15 @@ class TaskArithmetic:
         tile: Tile,
         position: int,
         side: int,
-        scores: tuple[Sequence[Tensor], Sequence[Tensor]],
+        scores: tuple[Scores, Scores],
         known: Known,
     ) -> Tensor:
         if self.sparsification == "random" and self.density < 1:
             return self.keeps(tile, position, side)
         if known.thresholds is not None:
             thresholds = known.thresholds[side]
-            return scores[side][position] > thresholds[tile.tensors[position] if len(thresholds) > 1 else 0]
+            magnitude = (scores[side].sensitivity[position].float() - tile.base[position].float()).abs_()
+            return magnitude > thresholds[tile.tensors[position] if len(thresholds) > 1 else 0]
         return torch.ones_like(tile.base[position], dtype=torch.bool)
 
     def _merge(
@@ -234,7 +234,7 @@ class Linear:
     def rank(self, numel: int) -> int | None:
         return None
 
-    def fuse(self, tile: Tile, scores: tuple[Sequence[Tensor], Sequence[Tensor]], known: Known) -> FuseStats:
+    def fuse(self, tile: Tile, scores: tuple[Scores, Scores], known: Known) -> FuseStats:
         counts = torch.tensor([0, 0, sum(part.numel() for part in tile.base), 0])
         norms = torch.zeros(3, dtype=torch.float64)
         total = sum(self.weight) if self.normalize else 1.0

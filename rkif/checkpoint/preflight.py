@@ -17,6 +17,7 @@ import torch
 from rkif.checkpoint.layout import ALIGNMENT, Chunk, Layout, plan_chunks, plan_layout
 from rkif.checkpoint.memory import anonymous_memory
 from rkif.checkpoint.methods import Known, Method, RecurrentKIF, TaskArithmetic, settings_of
+from rkif.checkpoint.scores import scores_of
 from rkif.checkpoint.source import DTYPES, FUSED, Checkpoint, open_checkpoint
 from rkif.checkpoint.stream import IN_FLIGHT
 from rkif.checkpoint.tiles import Tile
@@ -28,7 +29,7 @@ OVERHEAD = 56 * MIB
 SLOT_MOST = 16 * MIB  # of one input: larger chunks are no faster
 SLOT_LEAST = MIB
 TILE = 1 << 17  # elements that the CPU computes on at a time, in cache
-TILE_BUFFERS = 8  # float32 values an element that a method makes of them at most
+TILE_BUFFERS = 12  # float32 values an element that a method makes of them at most
 SHOWN = 5  # names in a message
 
 
@@ -105,14 +106,15 @@ class Plan:
     identity: str
 
     @property
-    def fuse_tile(self) -> int:
-        """Elements that are fused at a time: as many as stay in cache, or a whole chunk on a GPU."""
-        return self.slot if self.request.device.type != "cpu" else TILE
+    def tile(self) -> int:
+        """Elements that are fused at a time: a chunk where kernels stream, else what stays in cache."""
+        streams = isinstance(self.request.method, RecurrentKIF) or self.request.device.type != "cpu"
+        return self.slot if streams else TILE
 
     @property
     def scan_tile(self) -> int:
-        """Elements that are scanned at a time; tensors must be whole where each has its own threshold."""
-        return self.slot if self.request.method.scope == "tensor" else self.fuse_tile
+        """Elements that are scanned at a time: counting streams, too."""
+        return self.slot if self.request.method.scope is not None else self.tile
 
     @property
     def journal_identity(self) -> str:
@@ -321,14 +323,9 @@ def _fit(request: Request, layout: Layout, inputs: int, problems: list[str]) -> 
     widest = max((tensor.widest for tensor in layout.tensors), default=4)
     narrowest = min((tensor.target.itemsize for tensor in layout.tensors if tensor.fused), default=4)
     shares = (inputs + 1) * IN_FLIGHT
-    method = request.method
-    scratch = 0
-    if request.device.type != "cpu":
-        shares += (TILE_BUFFERS + 2) * 4 // narrowest  # a chunk is computed on whole
-    else:
-        scratch = TILE * 4 * (TILE_BUFFERS + 2)
-        if method.scope == "tensor":
-            shares += 2 * 4 // narrowest  # the scores of a chunk
+    scratch = TILE * 4 * TILE_BUFFERS
+    if request.device.type != "cpu" and not isinstance(request.method, RecurrentKIF):
+        shares += TILE_BUFFERS * 4 // narrowest  # a chunk is computed on whole
     fixed = anonymous_memory() + OVERHEAD + scratch
     largest = max((tensor.target.numel * tensor.widest for tensor in layout.tensors), default=0)
     total = sum(tensor.target.numel * tensor.widest + ALIGNMENT for tensor in layout.tensors)
@@ -373,7 +370,7 @@ def _estimate(request: Request, numel: int, read: int, written: int) -> float:
     taken = []
     for _ in range(3):
         start = time.perf_counter()
-        request.method.fuse(tile, ([part[1]], [part[2]]), known)
+        request.method.fuse(tile, scores_of(request.method, tile), known)
         taken.append(time.perf_counter() - start)
     computing = min(taken) / TILE * numel * 1.5  # with the scores and their counts
     block = bytes(8 * MIB)

@@ -21,7 +21,7 @@ from rkif.checkpoint.tiles import Tile
 from rkif_kernels import Scores
 from rkif_kernels.counting import BINS, CountingSearch
 
-Sides = tuple[Sequence[Tensor], Sequence[Tensor]]
+Sides = tuple[Scores, Scores]
 Guess = Callable[[], tuple[tuple[float, float], tuple[float, float]]]
 
 
@@ -31,8 +31,8 @@ class Scan(Protocol):
     def next_pass(self) -> range:
         """The chunks to go over next; empty when everything is known."""
 
-    def observe(self, tile: Tile, scores: Sides) -> None:
-        """Take in a part of a chunk."""
+    def observe(self, tile: Tile, scores: Sides) -> bool:
+        """Take in a part of a chunk; returns whether all of its values are fit: finite, no score negative."""
 
     def end_pass(self) -> None:
         """All of the pass's chunks have been observed."""
@@ -68,7 +68,7 @@ class Nothing:
     def next_pass(self) -> range:
         return range(0)
 
-    def observe(self, tile: Tile, scores: Sides) -> None:
+    def observe(self, tile: Tile, scores: Sides) -> bool:
         raise AssertionError("there is no pass to observe in")
 
     def end_pass(self) -> None: ...
@@ -87,17 +87,18 @@ class _Searches:
 
     def __init__(self, ranks: int, guesses: Sequence[tuple[float, float] | None]) -> None:
         self._searches = [CountingSearch(ranks, guess) for guess in guesses]
-        self._counts = [torch.zeros(BINS + 2, dtype=torch.int64) for _ in self._searches]
+        self._counts = [torch.zeros(BINS + 3, dtype=torch.int64) for _ in self._searches]
 
     @property
     def done(self) -> bool:
         return all(search.done for search in self._searches)
 
-    def count(self, scores: Sides) -> None:
-        for side, (search, values) in enumerate(zip(self._searches, scores, strict=True)):
-            if not search.done and values:
-                counts = self._counts[side] = self._counts[side].to(values[0].device)
-                rkif_kernels.count_scores_(counts, Scores(values), **search.window._asdict())
+    def count(self, scores: Sides) -> bool:
+        for side, search in enumerate(self._searches):
+            if not search.done:
+                counts = self._counts[side] = self._counts[side].to(scores[side].sensitivity[0].device)
+                rkif_kernels.count_scores_(counts, scores[side], **search.window._asdict())
+        return not any(counts[-1] for counts in self._counts)
 
     def narrow(self) -> None:
         for search, counts in zip(self._searches, self._counts, strict=True):
@@ -129,8 +130,8 @@ class GlobalThresholds:
     def next_pass(self) -> range:
         return range(0) if self._searches.done else self._chunks
 
-    def observe(self, tile: Tile, scores: Sides) -> None:
-        self._searches.count(scores)
+    def observe(self, tile: Tile, scores: Sides) -> bool:
+        return self._searches.count(scores)
 
     def end_pass(self) -> None:
         self._searches.narrow()
@@ -179,18 +180,20 @@ class TensorThresholds:
     def next_pass(self) -> range:
         return self._runs[self._at] if self._at < len(self._runs) else range(0)
 
-    def observe(self, tile: Tile, scores: Sides) -> None:
+    def observe(self, tile: Tile, scores: Sides) -> bool:
         if self._searches is not None:
-            self._searches.count(scores)
-            return
+            return self._searches.count(scores)
         numbers = list(tile.tensors)
         ranks = [self._rank(number) for number in numbers]
         for side, values in enumerate(scores):
+            if not _fit(values):
+                return False
             found = rkif_kernels.scores_at_ranks(
-                Scores(values), ranks=[max(rank, 0) for rank in ranks], scope="tensor"
+                values, ranks=[max(r, 0) for r in ranks], scope="tensor"
             ).cpu()
             # What has a rank below the first score keeps all of them.
             self._thresholds[side, numbers] = torch.where(torch.tensor(ranks) < 0, EVERYTHING, found)
+        return True
 
     def end_pass(self) -> None:
         if self._searches is not None:
@@ -214,6 +217,12 @@ class TensorThresholds:
         return Known(thresholds=self._thresholds)
 
 
+def _fit(scores: Scores) -> bool:
+    counts = torch.zeros(4, dtype=torch.int64, device=scores.sensitivity[0].device)
+    rkif_kernels.count_scores_(counts, scores, low=0, shift=0)
+    return int(counts[-1]) == 0
+
+
 def _runs(chunks: Sequence[Chunk]) -> list[range]:
     """The chunks of each large tensor together, all others one by one."""
     starts = [number for number, pieces in enumerate(chunks) if pieces[0].start == 0]
@@ -233,7 +242,7 @@ class Scales:
     def next_pass(self) -> range:
         return self._chunks
 
-    def observe(self, tile: Tile, scores: Sides) -> None:
+    def observe(self, tile: Tile, scores: Sides) -> bool:
         for position, number in enumerate(tile.tensors):
             base = tile.base[position].float()
             for side, end in enumerate((tile.inner[position], tile.outer[position])):
@@ -241,6 +250,7 @@ class Scales:
                 self._norms[0, side, number] += float(distance.double().sum())
                 kept = distance.mul_(self._method.keeps(tile, position, side))
                 self._norms[1, side, number] += float(kept.double().sum())
+        return bool(self._norms.isfinite().all())
 
     def end_pass(self) -> None:
         self._chunks = range(0)

@@ -13,10 +13,10 @@ from torch import Tensor
 from rkif.checkpoint import layout
 from rkif.checkpoint.layout import Piece
 from rkif.checkpoint.methods import Method
-from rkif.checkpoint.scan import Sides
 from rkif.checkpoint.source import DTYPES, Reader
 from rkif.checkpoint.stream import as_bytes
 from rkif.checkpoint.tiles import Tile
+from rkif_kernels import Scores, magnitudes
 
 ROLES = ("BASE", "INNER", "OUTER", "--inner-importance", "--outer-importance")
 BLOCKS, BLOCK = 4096, 256  # elements in a row, at so many places, are a sample
@@ -24,70 +24,32 @@ SIGMAS = 5.0  # half-width of a guess, in standard deviations of a quantile of t
 RESEMBLANCE = 4.0  # by which the variance is larger than that of an independent sample: neighbours are alike
 
 
-class Scorer:
-    """Scores of tiles, both sides, and the check that they are scores.
+def scores_of(method: Method, tile: Tile) -> tuple[Scores, Scores]:
+    """What the two sides of a tile select by; without given importance the magnitudes of the task vectors."""
+    if tile.importance is not None:
+        return Scores(tile.importance[0]), Scores(tile.importance[1])
+    start = tile.base if method.outer_from == "base" else tile.inner
+    return magnitudes(tile.inner, tile.base), magnitudes(tile.outer, start)
 
-    Args:
-        largest: elements of a tile at most; there is memory for so many.
-    """
 
-    def __init__(
-        self, method: Method, tensors: Sequence[layout.Tensor], largest: int, device: torch.device
-    ) -> None:
-        self._method, self._tensors = method, tensors
-        self._largest, self._device = largest, device
-        self._memory: list[Tensor] = []
-
-    def __call__(self, tile: Tile) -> Sides:
-        """The scores of a tile, valid until the next call; empty where the method has no use for them.
-
-        Raises:
-            ValueError: a value of the inputs is not finite, or importance is negative.
-        """
-        if self._method.scope is None:
-            return (), ()
-        sides: Sides
-        if tile.importance is None:
-            start = tile.base if self._method.outer_from == "base" else tile.inner
-            sides = (self._magnitudes(0, tile.inner, tile.base), self._magnitudes(1, tile.outer, start))
-        else:
-            sides = tile.importance
-        for values in sides:
-            for part in values:
-                least, most = torch.aminmax(part)
-                if not (least >= 0 and most < math.inf):  # nor if they are NaN
-                    raise self.unfit(tile)
-        return sides
-
-    def _magnitudes(self, side: int, ends: Sequence[Tensor], starts: Sequence[Tensor]) -> list[Tensor]:
-        if not self._memory:
-            self._memory = [torch.empty(self._largest, device=self._device) for _ in range(2)]
-        found, at = [], 0
-        for end, start in zip(ends, starts, strict=True):
-            part = self._memory[side][at : at + end.numel()]
-            # In float32 whatever the two dtypes are: PyTorch widens the operand to that of the target.
-            found.append(part.copy_(end).sub_(start).abs_())
-            at += end.numel()
-        return found
-
-    def unfit(self, tile: Tile) -> ValueError:
-        """What is wrong with a tile whose values are not all finite, or whose importance is negative."""
-        rows = [tile.base, tile.inner, tile.outer, *(tile.importance or ())]
-        for role, (argument, row) in enumerate(zip(ROLES, rows, strict=False)):
-            for position, part in enumerate(row):
-                tensor = self._tensors[tile.tensors[position]]
-                wrong = ~part.isfinite() if role < 3 else ~(part.isfinite() & (part >= 0))
-                if wrong.any():
-                    index = int(wrong.nonzero()[0])
-                    return ValueError(
-                        f"{argument}: {tensor.inputs[role].file} has {float(part[index])} in "
-                        f"{tensor.name!r}, element {tile.starts[position] + index:,}; nothing was published"
-                    )
-        names = [self._tensors[number].name for number in tile.tensors]
-        return ValueError(
-            f"the fusion of {names[0]!r}{' or its neighbours' if len(names) > 1 else ''} exceeds its dtype's "
-            "range; nothing was published"
-        )
+def unfit(tensors: Sequence[layout.Tensor], tile: Tile) -> ValueError:
+    """What is wrong with a tile whose values are not all finite, or whose importance is negative."""
+    rows = [tile.base, tile.inner, tile.outer, *(tile.importance or ())]
+    for role, (argument, row) in enumerate(zip(ROLES, rows, strict=False)):
+        for position, part in enumerate(row):
+            tensor = tensors[tile.tensors[position]]
+            wrong = ~part.isfinite() if role < 3 else ~(part.isfinite() & (part >= 0))
+            if wrong.any():
+                index = int(wrong.nonzero()[0])
+                return ValueError(
+                    f"{argument}: {tensor.inputs[role].file} has {float(part[index])} in "
+                    f"{tensor.name!r}, element {tile.starts[position] + index:,}; nothing was published"
+                )
+    names = [tensors[number].name for number in tile.tensors]
+    return ValueError(
+        f"the fusion of {names[0]!r}{' or its neighbours' if len(names) > 1 else ''} exceeds its dtype's "
+        "range; nothing was published"
+    )
 
 
 def guess_thresholds(
@@ -99,7 +61,6 @@ def guess_thresholds(
     numel = ends[-1]
     rank = method.rank(numel)
     assert rank is not None
-    scorer = Scorer(method, tensors, BLOCK, torch.device("cpu"))
     reader = Reader()
     picked: tuple[list[Tensor], list[Tensor]] = ([], [])
     try:
@@ -108,12 +69,15 @@ def guess_thresholds(
             number = fused[place]
             start = at - (ends[place] - tensors[number].target.numel)
             piece = Piece(number, start, min(start + BLOCK, tensors[number].target.numel))
-            for found, scores in zip(picked, scorer(_read(reader, tensors[number], piece)), strict=True):
-                found.append(scores[0].float().clone())
+            for found, scores in zip(
+                picked, scores_of(method, _read(reader, tensors[number], piece)), strict=True
+            ):
+                first = scores.sensitivity[0].float()
+                found.append((first - scores.uncertainty[0].float()).abs() if scores.uncertainty else first)
     finally:
         reader.close()
-    first, second = (_bracket(torch.cat(found), rank / max(numel - 1, 1)) for found in picked)
-    return first, second
+    inner, outer = (_bracket(torch.cat(found), rank / max(numel - 1, 1)) for found in picked)
+    return inner, outer
 
 
 def _read(reader: Reader, tensor: layout.Tensor, piece: Piece) -> Tile:
@@ -128,7 +92,7 @@ def _read(reader: Reader, tensor: layout.Tensor, piece: Piece) -> Tile:
 
 
 def _bracket(sample: Tensor, quantile: float) -> tuple[float, float]:
-    values = sample.sort().values
+    values = torch.where(sample > 0, sample, 0.0).sort().values  # what is no number is found later
     last = len(values) - 1
     margin = SIGMAS * math.sqrt(quantile * (1 - quantile) * len(values) * RESEMBLANCE) + 1
     low, high = math.floor(quantile * last - margin), math.ceil(quantile * last + margin)

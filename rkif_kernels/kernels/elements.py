@@ -23,11 +23,20 @@ def load_float32(row_ptr, offsets, mask):
 
 
 @triton.jit
-def load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY: tl.constexpr):
-    """Scores: S, or S*U. Zero for what is not positive, a NaN product and a negative zero included."""
+def load_raw_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY: tl.constexpr, DISTANCE: tl.constexpr):
+    """Scores as they are: S, S*U, or the DISTANCE |S-U|."""
     score = load_float32(s_ptr, offsets, mask)
-    if UNCERTAINTY is not None:
+    if DISTANCE:
+        score = tl.abs(score - load_float32(u_ptr, offsets, mask))
+    elif UNCERTAINTY is not None:
         score *= load_float32(u_ptr, offsets, mask)
+    return score
+
+
+@triton.jit
+def load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY: tl.constexpr, DISTANCE: tl.constexpr = False):
+    """Scores. Zero for what is not positive, a NaN product and a negative zero included."""
+    score = load_raw_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY, DISTANCE)
     return tl.where(score > 0, score, 0.0)
 
 

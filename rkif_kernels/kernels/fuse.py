@@ -80,6 +80,8 @@ def _fuse_tile(
     OUT: tl.constexpr,
     INNER_U: tl.constexpr,
     OUTER_U: tl.constexpr,
+    INNER_DISTANCE: tl.constexpr,
+    OUTER_DISTANCE: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
     BLOCK: tl.constexpr,
     ROUND_BF16: tl.constexpr,
@@ -89,8 +91,8 @@ def _fuse_tile(
     base = load_float32(base_ptr, offsets, mask)
     inner = load_float32(inner_ptr, offsets, mask)
     outer = load_float32(outer_ptr, offsets, mask)
-    m_in = load_score(s_in_ptr, u_in_ptr, offsets, mask, INNER_U) > thresholds[0]
-    m_out = load_score(s_out_ptr, u_out_ptr, offsets, mask, OUTER_U) > thresholds[1]
+    m_in = load_score(s_in_ptr, u_in_ptr, offsets, mask, INNER_U, INNER_DISTANCE) > thresholds[0]
+    m_out = load_score(s_out_ptr, u_out_ptr, offsets, mask, OUTER_U, OUTER_DISTANCE) > thresholds[1]
     fused, tau_in, tau_out = merge(
         base, inner, outer, m_in, m_out, weights, OUT, OUTER_FROM_INNER, ROUND_BF16
     )
@@ -138,6 +140,8 @@ def _fuse_kernel(
     INNER_U: tl.constexpr,
     OUTER_S: tl.constexpr,
     OUTER_U: tl.constexpr,
+    INNER_DISTANCE: tl.constexpr,
+    OUTER_DISTANCE: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
     GUARDED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -187,12 +191,14 @@ def _fuse_kernel(
             if first + BLOCK <= numel:
                 n, x, y, z = _fuse_tile(
                     rows, thresholds, weights, offsets, tl.zeros((BLOCK,), tl.int1) == 0,
-                    OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
+                    OUT, INNER_U, OUTER_U, INNER_DISTANCE, OUTER_DISTANCE, OUTER_FROM_INNER,
+                    BLOCK, ROUND_BF16,
                 )  # fmt: skip
             else:
                 n, x, y, z = _fuse_tile(
                     rows, thresholds, weights, offsets, offsets < numel,
-                    OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
+                    OUT, INNER_U, OUTER_U, INNER_DISTANCE, OUTER_DISTANCE, OUTER_FROM_INNER,
+                    BLOCK, ROUND_BF16,
                 )  # fmt: skip
             selected += n
             norm_in += x
@@ -235,6 +241,7 @@ def launch_fuse(
     weights: CaseWeights,
     outer_from: OuterFrom,
     config: LaunchConfig,
+    distances: tuple[bool, bool] = (False, False),
     run: Tensor | None = None,
 ) -> None:
     """One launch a table.
@@ -242,6 +249,7 @@ def launch_fuse(
     Args:
         partial_norms: float64 [programs, 3] for each table; written.
         counts: int64 [4], added to.
+        distances: whether the scores of inner and outer are distances.
         run: one int64; where it is zero on the device, nothing is done.
     """
     for table, norms in zip(grouped, partial_norms, strict=True):
@@ -262,6 +270,8 @@ def launch_fuse(
             outer_stride=int(thresholds[1].numel() > 1),
             **scalars(weights),
             # Constexprs
+            INNER_DISTANCE=distances[0],
+            OUTER_DISTANCE=distances[1],
             GUARDED=run is not None,
             BLOCK=config.block,
             TILES=config.tiles,
@@ -305,5 +315,6 @@ def fuse_(
             weights=weights,
             outer_from=outer_from,
             config=config,
+            distances=(inner_scores.distance, outer_scores.distance),
         )
     return FuseStats(counts, norms.sum(0), thresholds)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rkif_kernels.kernels.elements import in_lanes, load_float32, load_row, load_score
+from rkif_kernels.kernels.elements import in_lanes, load_float32, load_raw_score, load_row, load_score
 from rkif_kernels.kernels.table import Table, aligned, constant, tables
 from rkif_kernels.launch import STREAM, LaunchConfig
 from rkif_kernels.types import Scores
@@ -49,6 +49,7 @@ def _histogram_kernel(
     # Constexprs
     SENSITIVITY: tl.constexpr,
     UNCERTAINTY: tl.constexpr,
+    DISTANCE: tl.constexpr,
     SHIFT: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -77,11 +78,11 @@ def _histogram_kernel(
             # A mask that depends on the size would narrow every access to one element; only the tail has one.
             if first + BLOCK <= numel:
                 mask = tl.zeros((BLOCK,), tl.int1) == 0
-                score = load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY)
+                score = load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY, DISTANCE)
                 histogram += _count_digits(score, mask, prefix, SHIFT, BITS)
             elif first < numel:
                 mask = offsets < numel
-                score = load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY)
+                score = load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY, DISTANCE)
                 histogram += _count_digits(score, mask, prefix, SHIFT, BITS)
         bins = histograms_ptr + group.to(tl.int64) * BINS + tl.arange(0, BINS)
         tl.atomic_add(bins, histogram.to(tl.int64), mask=histogram > 0, sem="relaxed")
@@ -175,6 +176,7 @@ def select_from_tables(
     found: Tensor,
     *,
     per_tensor: bool,
+    distance: bool = False,
     config: LaunchConfig,
 ) -> None:
     """Order statistics of tensors: one for each role of scores, or one for each tensor of the only role."""
@@ -200,6 +202,7 @@ def select_from_tables(
                     # Constexprs
                     SENSITIVITY=table.dtypes[s_role],
                     UNCERTAINTY=table.dtypes[s_role + 1],
+                    DISTANCE=distance,
                     BLOCK=config.block,
                     TILES=config.tiles,
                     **digit,
@@ -262,10 +265,11 @@ def _count_kernel(
     # Constexprs
     SENSITIVITY: tl.constexpr,
     UNCERTAINTY: tl.constexpr,
+    DISTANCE: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Count the scores below a window of keys, in each of its bins, and beyond it.
+    """Count the scores below a window of keys, in each of its bins, beyond it, and those that are no scores.
 
     A program owns one chunk of one tensor. Float32: reads 8 bytes an element (S, U). Only what lies inside
     the window, a few per cent, is counted in memory one by one.
@@ -278,6 +282,7 @@ def _count_kernel(
     u_ptr = load_row(pointers_ptr, 1, tensor, n_tensors, UNCERTAINTY)
     below = tl.zeros((BLOCK // 4,), tl.int32)
     beyond = tl.zeros((BLOCK // 4,), tl.int32)
+    unfit = tl.zeros((BLOCK // 4,), tl.int32)
     for tile in range(TILES):
         first = start + tile * BLOCK
         offsets = first + tl.arange(0, BLOCK)
@@ -285,9 +290,13 @@ def _count_kernel(
             mask = offsets < numel
             # A mask that depends on the size would narrow every access to one element; only the tail has one.
             if first + BLOCK <= numel:
-                score = load_score(s_ptr, u_ptr, offsets, tl.zeros((BLOCK,), tl.int1) == 0, UNCERTAINTY)
+                everywhere = tl.zeros((BLOCK,), tl.int1) == 0
+                score = load_raw_score(s_ptr, u_ptr, offsets, everywhere, UNCERTAINTY, DISTANCE)
             else:
-                score = load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY)
+                score = load_raw_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY, DISTANCE)
+            fit = (score >= 0) & (score < float("inf"))
+            unfit += in_lanes((mask & (fit == 0)).to(tl.int32), BLOCK)
+            score = tl.where(score > 0, score, 0.0)
             distance = score.to(tl.int32, bitcast=True) - low
             place = distance >> shift
             inside = mask & (distance >= 0) & (place < bins)
@@ -296,6 +305,7 @@ def _count_kernel(
             beyond += in_lanes((mask & (place >= bins)).to(tl.int32), BLOCK)
     tl.atomic_add(counts_ptr, tl.sum(below).to(tl.int64), sem="relaxed")
     tl.atomic_add(counts_ptr + bins + 1, tl.sum(beyond).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts_ptr + bins + 2, tl.sum(unfit).to(tl.int64), sem="relaxed")
 
 
 def count_scores_(
@@ -315,10 +325,11 @@ def count_scores_(
             n_tensors=table.tensors,
             low=low,
             shift=shift,
-            bins=counts.numel() - 2,
+            bins=counts.numel() - 3,
             # Constexprs
             SENSITIVITY=table.dtypes[0],
             UNCERTAINTY=table.dtypes[1],
+            DISTANCE=scores.distance,
             BLOCK=config.block,
             TILES=config.tiles,
             **config.options,
@@ -398,6 +409,7 @@ def score_thresholds(
         constant(device, tuple(ranks), torch.int64).clone(),
         found,
         per_tensor=per_tensor,
+        distance=scores.distance,
         config=config,
     )
     return found

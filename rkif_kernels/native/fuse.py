@@ -50,6 +50,8 @@ def fuse_(
             "rkif_fuse",
             *(array.ctypes.data for array in (*limits, *by_side)),
             outer_from == "inner",
+            inner_scores.distance,
+            outer_scores.distance,
             selected.ctypes.data,
             squared_norms.ctypes.data,
         )

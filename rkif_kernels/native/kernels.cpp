@@ -215,15 +215,25 @@ VECTORISED void multiply_tile(const float* __restrict a, const float* __restrict
     for (int64_t i = 0; i < size; ++i) product[i] = a[i] * b[i];
 }
 
-// Scores of a tile: the sensitivity where it lies, or its product with the uncertainty.
-const float* read_scores(const Role& s, const Role& u, int64_t tensor, int64_t start, int64_t size,
-                         float* buffer_s, float* buffer_u, float* product) {
-    const float* sensitivity = s.read(tensor, start, size, buffer_s);
-    if (!u.present(tensor)) return sensitivity;
-    const float* uncertainty = u.read(tensor, start, size, buffer_u);
-    multiply_tile(sensitivity, uncertainty, product, size);
-    return product;
+VECTORISED void distance_tile(const float* __restrict a, const float* __restrict b, float* __restrict distance,
+                              int64_t size) {
+    for (int64_t i = 0; i < size; ++i) distance[i] = std::fabs(a[i] - b[i]);
 }
+
+// Scores of a tile: the sensitivity where it lies, its product with the uncertainty, or their distance.
+struct Scores {
+    Role s, u;
+    bool distance;
+
+    const float* read(int64_t tensor, int64_t start, int64_t size, float* buffer_s, float* buffer_u,
+                      float* combined) const {
+        const float* sensitivity = s.read(tensor, start, size, buffer_s);
+        if (!u.present(tensor)) return sensitivity;
+        const float* uncertainty = u.read(tensor, start, size, buffer_u);
+        (distance ? distance_tile : multiply_tile)(sensitivity, uncertainty, combined, size);
+        return combined;
+    }
+};
 
 struct Rule {
     float inner[4], outer[4];  // weights of: inner only, outer only, both, neither
@@ -323,22 +333,24 @@ INLINED uint32_t key_of(float score) { return score > 0 ? as_bits(score) : 0; }
 constexpr int64_t FEW = 32;  // scores looked at together: few such groups have one inside the window
 
 // Write the bins of the scores whose keys lie in the window to `inside`, in room for one more, and return how
-// many they are; adds those below it to `below`.
+// many they are; adds those below it to `below`, and those that are no scores to `unfit`.
 VECTORISED int64_t bin_tile(const float* __restrict scores, uint32_t low, int32_t shift, uint32_t bins,
-                            uint32_t* __restrict inside, int64_t size, int64_t& below) {
+                            uint32_t* __restrict inside, int64_t size, int64_t& below, int64_t& unfit) {
     // Distances wrap: a key below the window is at least 2^31 from its beginning.
     const uint32_t width = static_cast<uint32_t>(
         std::min<uint64_t>(static_cast<uint64_t>(bins) << shift, uint64_t{1} << 31));
     int64_t found = 0;
     for (int64_t start = 0; start < size; start += FEW) {
         const int64_t end = std::min(start + FEW, size);
-        int32_t under = 0, within = 0;
+        int32_t under = 0, within = 0, fit = 0;
         for (int64_t i = start; i < end; ++i) {
             const uint32_t key = key_of(scores[i]);
             under += key < low;
             within += key - low < width;
+            fit += (scores[i] >= 0) & (scores[i] < std::numeric_limits<float>::infinity());
         }
         below += under;
+        unfit += end - start - fit;
         if (within)
             for (int64_t i = start; i < end; ++i) {
                 const uint32_t distance = key_of(scores[i]) - low;
@@ -393,8 +405,8 @@ int64_t rkif_update_importance(int64_t tensors, const int64_t* numels, const int
 
 // Roles: sensitivity, uncertainty. Writes every step-th score, counted through all tensors, to `sample`.
 void rkif_sample(int64_t tensors, const int64_t* numels, const int64_t* addresses, const int32_t* dtypes,
-                 int64_t step, float* sample, int32_t threads) {
-    const Role s{addresses, dtypes}, u{addresses + tensors, dtypes + tensors};
+                 int32_t distance, int64_t step, float* sample, int32_t threads) {
+    const Scores scores{{addresses, dtypes}, {addresses + tensors, dtypes + tensors}, distance != 0};
     std::vector<int64_t> firsts(tensors + 1, 0);
     for (int64_t t = 0; t < tensors; ++t) firsts[t + 1] = firsts[t] + numels[t];
     for_tiles(tensors, numels, threads, [&](int, int64_t tensor, int64_t start, int64_t size) {
@@ -402,7 +414,7 @@ void rkif_sample(int64_t tensors, const int64_t* numels, const int64_t* addresse
         for (int64_t place = (first + step - 1) / step; place * step < first + size; ++place) {
             float buffers[3];
             const int64_t at = place * step - firsts[tensor];
-            sample[place] = *read_scores(s, u, tensor, at, 1, buffers, buffers + 1, buffers + 2);
+            sample[place] = *scores.read(tensor, at, 1, buffers, buffers + 1, buffers + 2);
         }
     });
 }
@@ -410,13 +422,14 @@ void rkif_sample(int64_t tensors, const int64_t* numels, const int64_t* addresse
 // Roles: sensitivity, uncertainty. Counts the scores > lower and those >= upper into counts[0] and [1], and
 // gathers those between them; counts[2] is how many, which may be more than the `capacity` of `between`.
 void rkif_split(int64_t tensors, const int64_t* numels, const int64_t* addresses, const int32_t* dtypes,
-                float lower, float upper, float* between, int64_t capacity, int64_t* counts, int32_t threads) {
-    const Role s{addresses, dtypes}, u{addresses + tensors, dtypes + tensors};
+                int32_t distance, float lower, float upper, float* between, int64_t capacity, int64_t* counts,
+                int32_t threads) {
+    const Scores source{{addresses, dtypes}, {addresses + tensors, dtypes + tensors}, distance != 0};
     std::vector<Tally> tallies(std::max(threads, 1));
     std::atomic<int64_t> found{0};
     for_tiles(tensors, numels, threads, [&](int thread, int64_t tensor, int64_t start, int64_t size) {
         alignas(64) float buffers[3][TILE], inside[TILE + 1];
-        const float* scores = read_scores(s, u, tensor, start, size, buffers[0], buffers[1], buffers[2]);
+        const float* scores = source.read(tensor, start, size, buffers[0], buffers[1], buffers[2]);
         const Sides sides = split_tile(scores, lower, upper, inside, size);
         tallies[thread].counts[0] += sides.above;
         tallies[thread].counts[1] += sides.reached;
@@ -434,20 +447,19 @@ void rkif_split(int64_t tensors, const int64_t* numels, const int64_t* addresses
 }
 
 // Roles: sensitivity, uncertainty. Adds the scores to `counts`: [0] keys below the window that begins at `low`,
-// then its `bins` bins of 2^shift keys each, then all the others.
+// then its `bins` bins of 2^shift keys each, then all the others; last, those that are no scores.
 void rkif_count(int64_t tensors, const int64_t* numels, const int64_t* addresses, const int32_t* dtypes,
-                int64_t low, int32_t shift, int64_t bins, int64_t* counts, int32_t threads) {
-    const Role s{addresses, dtypes}, u{addresses + tensors, dtypes + tensors};
+                int32_t distance, int64_t low, int32_t shift, int64_t bins, int64_t* counts, int32_t threads) {
+    const Scores source{{addresses, dtypes}, {addresses + tensors, dtypes + tensors}, distance != 0};
     std::vector<Tally> tallies(std::max(threads, 1));
     for_tiles(tensors, numels, threads, [&](int thread, int64_t tensor, int64_t start, int64_t size) {
         alignas(64) float buffers[3][TILE];
         alignas(64) uint32_t inside[TILE + 1];
-        const float* scores = read_scores(s, u, tensor, start, size, buffers[0], buffers[1], buffers[2]);
+        const float* scores = source.read(tensor, start, size, buffers[0], buffers[1], buffers[2]);
         Tally& tally = tallies[thread];
         const int64_t found = bin_tile(scores, static_cast<uint32_t>(low), shift, static_cast<uint32_t>(bins),
-                                       inside, size, tally.counts[0]);
-        tally.counts[1] += found;
-        tally.counts[2] += size;
+                                       inside, size, tally.counts[0], tally.counts[2]);
+        tally.counts[1] += size - found;
         // Equal neighbours together: ties by the million would have the threads fight for one address.
         for (int64_t i = 0, next; i < found; i = next) {
             for (next = i + 1; next < found && inside[next] == inside[i];) ++next;
@@ -456,7 +468,8 @@ void rkif_count(int64_t tensors, const int64_t* numels, const int64_t* addresses
     });
     for (const Tally& tally : tallies) {
         counts[0] += tally.counts[0];
-        counts[bins + 1] += tally.counts[2] - tally.counts[0] - tally.counts[1];
+        counts[bins + 1] += tally.counts[1] - tally.counts[0];
+        counts[bins + 2] += tally.counts[2];
     }
 }
 
@@ -464,11 +477,11 @@ void rkif_count(int64_t tensors, const int64_t* numels, const int64_t* addresses
 // counts: selected by the inner learner, the outer one, both. norms: squared, of the task vectors, the update.
 void rkif_fuse(int64_t tensors, const int64_t* numels, const int64_t* addresses, const int32_t* dtypes,
                const float* inner_thresholds, const float* outer_thresholds, const float* inner_weights,
-               const float* outer_weights, int32_t outer_from_inner, int64_t* counts, double* norms,
-               int32_t threads) {
+               const float* outer_weights, int32_t outer_from_inner, int32_t inner_distance,
+               int32_t outer_distance, int64_t* counts, double* norms, int32_t threads) {
     auto role = [&](int row) { return Role{addresses + row * tensors, dtypes + row * tensors}; };
     const Role out = role(0), base = role(1), inner = role(2), outer = role(3);
-    const Role s_in = role(4), u_in = role(5), s_out = role(6), u_out = role(7);
+    const Scores of_inner{role(4), role(5), inner_distance != 0}, of_outer{role(6), role(7), outer_distance != 0};
     Rule rule;
     std::copy_n(inner_weights, 4, rule.inner);
     std::copy_n(outer_weights, 4, rule.outer);
@@ -479,8 +492,8 @@ void rkif_fuse(int64_t tensors, const int64_t* numels, const int64_t* addresses,
         const float* b = base.read(tensor, start, size, buffers[0]);
         const float* i = inner.read(tensor, start, size, buffers[1]);
         const float* o = outer.read(tensor, start, size, buffers[2]);
-        const float* score_in = read_scores(s_in, u_in, tensor, start, size, buffers[3], buffers[4], buffers[5]);
-        const float* score_out = read_scores(s_out, u_out, tensor, start, size, buffers[6], buffers[7], buffers[8]);
+        const float* score_in = of_inner.read(tensor, start, size, buffers[3], buffers[4], buffers[5]);
+        const float* score_out = of_outer.read(tensor, start, size, buffers[6], buffers[7], buffers[8]);
         const Counts selected =
             fuse_tile(b, i, o, score_in, score_out, inner_thresholds[tensor], outer_thresholds[tensor], rule,
                       tau_in, tau_out, fused, size);

@@ -20,10 +20,10 @@ _pointer, _float, _int, _long = ctypes.c_void_p, ctypes.c_float, ctypes.c_int32,
 _LISTS = [_long, _pointer, _pointer, _pointer]  # tensors, numels, addresses, dtypes
 _SIGNATURES = {
     "rkif_update_importance": (_long, [*_LISTS, _float, _float, _float, _float, _int, _int]),
-    "rkif_sample": (None, [*_LISTS, _long, _pointer, _int]),
-    "rkif_split": (None, [*_LISTS, _float, _float, _pointer, _long, _pointer, _int]),
-    "rkif_count": (None, [*_LISTS, _long, _int, _long, _pointer, _int]),
-    "rkif_fuse": (None, [*_LISTS, *[_pointer] * 4, _int, _pointer, _pointer, _int]),
+    "rkif_sample": (None, [*_LISTS, _int, _long, _pointer, _int]),
+    "rkif_split": (None, [*_LISTS, _int, _float, _float, _pointer, _long, _pointer, _int]),
+    "rkif_count": (None, [*_LISTS, _int, _long, _int, _long, _pointer, _int]),
+    "rkif_fuse": (None, [*_LISTS, *[_pointer] * 4, _int, _int, _int, _pointer, _pointer, _int]),
 }
 
 

@@ -21,7 +21,7 @@ def score_thresholds(scores: Scores, *, ranks: Sequence[int], per_tensor: bool) 
 def count_scores_(counts: Tensor, scores: Scores, *, low: int, shift: int) -> None:
     """See :func:`rkif_kernels.ops.count_scores_`."""
     lists = Lists((scores.sensitivity, scores.uncertainty))
-    lists.call("rkif_count", low, shift, counts.numel() - 2, counts.data_ptr())
+    lists.call("rkif_count", scores.distance, low, shift, counts.numel() - 3, counts.data_ptr())
 
 
 class _NativeReader:
@@ -29,7 +29,7 @@ class _NativeReader:
         numel = sum(tensor.numel() for tensor in scores.sensitivity)
         picked = np.empty(-(-numel // step), np.float32)
         lists = Lists((scores.sensitivity, scores.uncertainty))
-        lists.call("rkif_sample", step, picked.ctypes.data)
+        lists.call("rkif_sample", scores.distance, step, picked.ctypes.data)
         return torch.from_numpy(picked)
 
     def split(self, scores: Scores, lower: float, upper: float, capacity: int) -> order_statistics.Split:
@@ -37,6 +37,7 @@ class _NativeReader:
         counts = np.empty(3, np.int64)
         Lists((scores.sensitivity, scores.uncertainty)).call(
             "rkif_split",
+            scores.distance,
             lower,
             upper,
             between.ctypes.data,

@@ -9,7 +9,7 @@ from rkif_kernels.ops.select import (
     score_thresholds,
     scores_at_ranks,
 )
-from rkif_kernels.types import FuseStats, Scores
+from rkif_kernels.types import FuseStats, Scores, magnitudes
 
 __all__ = [
     "FuseStats",
@@ -17,6 +17,7 @@ __all__ = [
     "all_valid_scores",
     "count_scores_",
     "fuse_",
+    "magnitudes",
     "order_statistic_rank",
     "score_thresholds",
     "scores_at_ranks",

@@ -103,7 +103,8 @@ def select_and_fuse_(
     """:func:`score_thresholds` for both learners and :func:`fuse_`, with less reading.
 
     The Triton backend does all of it in one pass over memory where there is one threshold a side, ``out`` is
-    memory of its own, and the elements are millions. Elsewhere the thresholds come first.
+    memory of its own, no scores are distances, and the elements are millions. Elsewhere the thresholds come
+    first.
 
     Args and Raises:
         As there. Fails, too, where there is no element at all.
@@ -119,6 +120,7 @@ def select_and_fuse_(
     inputs = _inputs(base, inner, outer, inner_scores, outer_scores).values()
     read = {tensor.data_ptr() for tensors in inputs for tensor in tensors if tensor.numel()}
     apart = all(tensor.data_ptr() not in read for tensor in out)
+    apart &= not (inner_scores.distance or outer_scores.distance)
     if hasattr(module, "select_and_fuse_") and scope == "global" and 0 < density < 1 and numel and apart:
         with torch.no_grad(), on_device(device):
             stats: FuseStats = module.select_and_fuse_(

@@ -59,9 +59,10 @@ def count_scores_(
     that is negative or NaN counts as zero, key 0. Counts of several calls add up, in any order.
 
     Args:
-        counts: int64 [bins + 2], contiguous, on the scores' device; mutated. ``counts[0]`` gains the scores
+        counts: int64 [bins + 3], contiguous, on the scores' device; mutated. ``counts[0]`` gains the scores
             with keys below ``low``, ``counts[1 + j]`` the ``1 << shift`` keys from ``low + (j << shift)``
-            on, the last element all others.
+            on, ``counts[1 + bins]`` all others, and the last element those that are no scores (negative, NaN
+            or infinite), which are counted in their places too.
         scores: non-negative; float32, bfloat16 or float16, formed in float32.
         low: first key of the window, in [0, 2^31).
         shift: log2 of the keys in a bin, in [0, 31).
@@ -74,10 +75,10 @@ def count_scores_(
     device = _require_scores(scores, names)
     if not scores.sensitivity:
         return
-    right = counts.dtype == torch.int64 and counts.dim() == 1 and counts.numel() >= 3
+    right = counts.dtype == torch.int64 and counts.dim() == 1 and counts.numel() >= 4
     if not right or not counts.is_contiguous() or counts.device != device:
         raise ValueError(
-            f"counts must be contiguous int64 of at least 3 elements on {device}; "
+            f"counts must be contiguous int64 of at least 4 elements on {device}; "
             f"got {counts.dtype} {tuple(counts.shape)} on {counts.device}"
         )
     if not 0 <= low < 2**31 or not 0 <= shift < 31:
@@ -135,6 +136,7 @@ def score_thresholds(
     kept = Scores(
         [scores.sensitivity[index] for index in filled],
         [scores.uncertainty[index] for index in filled] if scores.uncertainty is not None else None,
+        scores.distance,
     )
     ranks = [
         order_statistic_rank(numel, density)
@@ -189,4 +191,6 @@ def _require_scores(scores: Scores, names: Sequence[str] | None) -> torch.device
         if scores.uncertainty is not None:
             arguments.add("uncertainty", scores.uncertainty)
         _verified.add(key)
+    if scores.distance and scores.uncertainty is None:
+        raise ValueError("scores that are distances need two lists")
     return scores.sensitivity[0].device if scores.sensitivity else torch.device("cpu")

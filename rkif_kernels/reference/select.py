@@ -19,16 +19,25 @@ def score_thresholds(scores: Scores, *, ranks: Sequence[int], per_tensor: bool) 
 
 def count_scores_(counts: Tensor, scores: Scores, *, low: int, shift: int) -> None:
     """See :func:`rkif_kernels.ops.count_scores_`."""
-    bins = counts.numel() - 2
+    bins = counts.numel() - 3
     edges = low + (torch.arange(bins + 1) << shift)
     for score in score_values(scores):
         keys = score.reshape(-1).view(torch.int32).long()
-        counts += torch.bincount(torch.searchsorted(edges, keys, right=True), minlength=bins + 2)
+        counts[:-1] += torch.bincount(torch.searchsorted(edges, keys, right=True), minlength=bins + 2)
+    for score in raw_values(scores):
+        counts[-1] += (~((score >= 0) & (score < torch.inf))).sum()
 
 
 def score_values(scores: Scores) -> list[Tensor]:
     """The float32 scores themselves. A product that is NaN (inf * 0) counts as zero: it selects nothing."""
+    return [torch.where(score > 0, score, 0.0) for score in raw_values(scores)]
+
+
+def raw_values(scores: Scores) -> list[Tensor]:
+    """The same before what is not positive counts as zero."""
     values = [s.float() for s in scores.sensitivity]
+    if scores.uncertainty is not None and scores.distance:
+        return [(s - u.float()).abs() for s, u in zip(values, scores.uncertainty, strict=True)]
     if scores.uncertainty is not None:
-        values = [s * u.float() for s, u in zip(values, scores.uncertainty, strict=True)]
-    return [torch.where(score > 0, score, 0.0) for score in values]
+        return [s * u.float() for s, u in zip(values, scores.uncertainty, strict=True)]
+    return values

@@ -10,6 +10,7 @@ from torch import Tensor
 from rkif_kernels.in_place import in_place
 from rkif_kernels.numerics import float32
 from rkif_kernels.torch_backend.blocks import Scratch, blocks
+from rkif_kernels.torch_backend.select import block_score
 from rkif_kernels.types import CaseWeights, FuseStats, OuterFrom, Scores
 
 
@@ -48,8 +49,8 @@ def fuse_(
             target, b, i, o, *scores = block
             assert target is not None
             size = target.numel()
-            m_in = _mask(scores[0], scores[1], limits[0][index], scratch, 8)
-            m_out = _mask(scores[2], scores[3], limits[1][index], scratch, 9)
+            m_in = _mask(scores[0], scores[1], inner_scores.distance, limits[0][index], scratch, 8)
+            m_out = _mask(scores[2], scores[3], outer_scores.distance, limits[1][index], scratch, 9)
             cases = _cases(m_in, m_out, scratch)
             counts += torch.stack([mask.sum() for mask in cases]).long()
 
@@ -68,13 +69,13 @@ def fuse_(
     return FuseStats(counts, squared_norms, thresholds)
 
 
-def _mask(s: Tensor | None, u: Tensor | None, threshold: float, scratch: Scratch, slot: int) -> Tensor:
+def _mask(
+    s: Tensor | None, u: Tensor | None, distance: bool, threshold: float, scratch: Scratch, slot: int
+) -> Tensor:
     assert s is not None
     if threshold == -torch.inf:  # selects everything, a score that is not a number included
         return scratch(slot, s.numel()).fill_(1)
-    score = scratch.float32(s, 5)
-    if u is not None:
-        score = torch.mul(score, scratch.float32(u, 6), out=scratch(7, s.numel()))
+    score = block_score(s, u, distance, scratch, (5, 6, 7))
     # 0 and 1 in float32: PyTorch's comparisons into bool, and its where, are several times slower on CPUs.
     return torch.gt(score, threshold, out=scratch(slot, s.numel()))
 

@@ -26,9 +26,10 @@ def all_valid(tensors: Sequence[Tensor]) -> bool:
 
 def count_scores_(counts: Tensor, scores: Scores, *, low: int, shift: int) -> None:
     """See :func:`rkif_kernels.ops.count_scores_`."""
-    bins = counts.numel() - 2
+    bins = counts.numel() - 3
     one = torch.ones((), dtype=torch.int64, device=counts.device)
     for score in _score_blocks(scores, Scratch(counts.device)):
+        counts[-1] += score.numel() - ((score >= 0) & (score < torch.inf)).sum()
         distance = torch.where(score > 0, score, 0.0).view(torch.int32) - low
         place = torch.where(distance < 0, 0, (distance >> shift).clamp_(max=bins) + 1)
         counts.index_add_(0, place, one.expand(place.numel()))
@@ -41,7 +42,8 @@ class _BlockReader:
             (s,) = group.sensitivity
             part = s.detach().reshape(-1)[offset::step].float()
             if group.uncertainty is not None:
-                part = part * group.uncertainty[0].detach().reshape(-1)[offset::step].float()
+                other = group.uncertainty[0].detach().reshape(-1)[offset::step].float()
+                part = (part - other).abs() if scores.distance else part * other
             picked.append(part)
             offset = (offset - s.numel()) % step
         return torch.cat(picked)
@@ -67,7 +69,15 @@ def _score_blocks(scores: Scores, scratch: Scratch) -> Iterator[Tensor]:
     """float32 scores, block by block; each is valid until the next one is asked for, and read only."""
     for _, (s, u) in blocks(scores.sensitivity, scores.uncertainty):
         assert s is not None
-        score = scratch.float32(s, 0)
-        if u is not None:
-            score = torch.mul(score, scratch.float32(u, 1), out=scratch(2, s.numel()))
-        yield score
+        yield block_score(s, u, scores.distance, scratch, (0, 1, 2))
+
+
+def block_score(
+    s: Tensor, u: Tensor | None, distance: bool, scratch: Scratch, slots: tuple[int, int, int]
+) -> Tensor:
+    """float32 scores of a block; read only."""
+    score = scratch.float32(s, slots[0])
+    if u is None:
+        return score
+    other, out = scratch.float32(u, slots[1]), scratch(slots[2], s.numel())
+    return torch.sub(score, other, out=out).abs_() if distance else torch.mul(score, other, out=out)
