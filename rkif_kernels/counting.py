@@ -13,15 +13,16 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-BINS = 1 << 19  # 4 MiB of counts; where a bin is one key, 3 % of a value to either side
+BINS = 1 << 19  # at most: 4 MiB of counts; where a bin is one key, 6 % of a value
 KEYS = 0x7F800001  # of all scores: zero's is 0, infinity's the last
 
 
 class Window(NamedTuple):
-    """Keys from ``low`` on, ``1 << shift`` in each of :data:`BINS` bins."""
+    """Keys from ``low`` on, ``1 << shift`` in each of so many bins."""
 
     low: int
     shift: int
+    bins: int
 
 
 class CountingSearch:
@@ -38,9 +39,7 @@ class CountingSearch:
         self.rank = rank
         self._low, self._high = 0, KEYS
         first, last = (_key(score) for score in guess) if guess else (0, KEYS - 1)
-        shift = _shift(last + 1 - first)
-        low = (first + last + 1 - (BINS << shift)) // 2
-        self.window = Window(max(0, min(low, KEYS - (BINS << shift))), shift)
+        self.window = _window(first, last + 1)
 
     @property
     def done(self) -> bool:
@@ -53,13 +52,13 @@ class CountingSearch:
 
     def narrow(self, counts: npt.NDArray[np.int64]) -> None:
         """Take the counts of all scores in :attr:`window`, from :func:`rkif_kernels.count_scores_`."""
-        low, shift = self.window
+        low, shift, bins = self.window
         bin_ = int(np.searchsorted(np.cumsum(counts), self.rank, side="right")) - 1  # -1: below the window
         if bin_ >= 0:
             self._low = max(self._low, low + (bin_ << shift))
-        if bin_ < BINS:
+        if bin_ < bins:
             self._high = min(self._high, low + ((bin_ + 1) << shift))
-        self.window = Window(self._low, _shift(self._high - self._low))
+        self.window = _window(self._low, self._high)
 
     def state(self) -> list[int]:
         """What :meth:`restored` needs."""
@@ -73,9 +72,10 @@ class CountingSearch:
         return search
 
 
-def _shift(keys: int) -> int:
-    """The least shift with which the bins cover so many keys."""
-    return max((keys - 1).bit_length() - BINS.bit_length() + 1, 0)
+def _window(low: int, high: int) -> Window:
+    """The keys from ``low`` to below ``high`` in bins as narrow as :data:`BINS` of them allow."""
+    shift = max((high - low - 1).bit_length() - BINS.bit_length() + 1, 0)
+    return Window(low, shift, -(-(high - low) // (1 << shift)))
 
 
 def _key(score: float) -> int:

@@ -292,7 +292,7 @@ class _Fusion:
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(entry.file)) from error
         for name in {entry.file.name for entry in entries}:
-            os.fsync(self._files[name])
+            os.fdatasync(self._files[name])
         return row
 
     def _bytes(self, number: int) -> int:

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import split_state_dict_into_shards_factory
 
-from rkif.checkpoint.source import DTYPES, FUSED, Checkpoint, Entry
+from rkif.checkpoint.source import FUSED, Checkpoint, Entry
 
 ALIGNMENT = 64  # bytes: where a tensor's part begins in a buffer
 
@@ -87,12 +86,11 @@ def plan_layout(
         others: entries of the other inputs, by the same names; importances may lack what is not fused.
         folder: where the targets lie.
     """
-    meta = {
-        name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
-        for name, entry in base.tensors.items()
-    }
-    split = split_torch_state_dict_into_shards(
-        meta, filename_pattern=f"{base.stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
+    split = split_state_dict_into_shards_factory(
+        base.tensors,
+        get_storage_size=lambda entry: entry.nbytes,
+        filename_pattern=f"{base.stem}{{suffix}}.safetensors",
+        max_shard_size=max_shard_size,
     )
     headers, sizes, tensors = {}, {}, []
     for file, names in split.filename_to_tensors.items():

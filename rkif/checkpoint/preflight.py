@@ -26,7 +26,7 @@ MIB = 1 << 20
 # Beside the buffers: counts of both searches and their sums, a sample, the collected scores of an in-memory
 # selection, threads' stacks, the tables of names and digests.
 OVERHEAD = 56 * MIB
-SLOT_MOST = 16 * MIB  # of one input: larger chunks are no faster
+SLOT_MOST = 8 * MIB  # of one input: larger chunks are no faster
 SLOT_LEAST = MIB
 TILE = 1 << 17  # elements that the CPU computes on at a time, in cache
 TILE_BUFFERS = 12  # float32 values an element that a method makes of them at most

@@ -19,7 +19,7 @@ from rkif.checkpoint.layout import Chunk
 from rkif.checkpoint.methods import EVERYTHING, NOTHING, Known, Method, TaskArithmetic
 from rkif.checkpoint.tiles import Tile
 from rkif_kernels import Scores
-from rkif_kernels.counting import BINS, CountingSearch
+from rkif_kernels.counting import CountingSearch
 
 Sides = tuple[Scores, Scores]
 Guess = Callable[[], tuple[tuple[float, float], tuple[float, float]]]
@@ -87,7 +87,11 @@ class _Searches:
 
     def __init__(self, ranks: int, guesses: Sequence[tuple[float, float] | None]) -> None:
         self._searches = [CountingSearch(ranks, guess) for guess in guesses]
-        self._counts = [torch.zeros(BINS + 3, dtype=torch.int64) for _ in self._searches]
+        self._begin()
+
+    def _begin(self) -> None:
+        sizes = [1 if search.done else search.window.bins for search in self._searches]
+        self._counts = [torch.zeros(size + 3, dtype=torch.int64) for size in sizes]
 
     @property
     def done(self) -> bool:
@@ -97,25 +101,27 @@ class _Searches:
         for side, search in enumerate(self._searches):
             if not search.done:
                 counts = self._counts[side] = self._counts[side].to(scores[side].sensitivity[0].device)
-                rkif_kernels.count_scores_(counts, scores[side], **search.window._asdict())
+                low, shift, _ = search.window
+                rkif_kernels.count_scores_(counts, scores[side], low=low, shift=shift)
         return not any(counts[-1] for counts in self._counts)
 
     def narrow(self) -> None:
         for search, counts in zip(self._searches, self._counts, strict=True):
             if not search.done:
                 search.narrow(counts.cpu().numpy())
-            counts.zero_()
+        self._begin()
 
     def values(self) -> Tensor:
         return torch.tensor([search.value for search in self._searches], dtype=torch.float32)
 
     def state(self) -> dict[str, Tensor]:
         searches = [search.state() for search in self._searches]
-        return {"searches": torch.tensor(searches), "counts": torch.stack(self._counts).cpu()}
+        counts = {f"counts.{side}": counts.cpu().clone() for side, counts in enumerate(self._counts)}
+        return {"searches": torch.tensor(searches), **counts}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self._searches = [CountingSearch.restored(row) for row in state["searches"].tolist()]
-        self._counts = list(state["counts"].clone())
+        self._counts = [state[f"counts.{side}"] for side in range(len(self._searches))]
 
 
 class GlobalThresholds:

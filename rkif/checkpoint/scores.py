@@ -19,7 +19,7 @@ from rkif.checkpoint.tiles import Tile
 from rkif_kernels import Scores, magnitudes
 
 ROLES = ("BASE", "INNER", "OUTER", "--inner-importance", "--outer-importance")
-BLOCKS, BLOCK = 4096, 256  # elements in a row, at so many places, are a sample
+BLOCKS, BLOCK = 1024, 1024  # elements in a row, at so many places, are a sample
 SIGMAS = 5.0  # half-width of a guess, in standard deviations of a quantile of the sample
 RESEMBLANCE = 4.0  # by which the variance is larger than that of an independent sample: neighbours are alike
 

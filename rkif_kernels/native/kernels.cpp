@@ -296,7 +296,7 @@ struct Sides {
     int64_t above, reached;  // scores > lower, scores >= upper (nothing reaches a NaN)
 };
 
-constexpr int64_t GROUP = 64;  // scores looked at together: few groups hold one that lies between
+constexpr int64_t GROUP = 64;  // scores looked at together: few groups hold one that is looked for
 
 // Count both sides and gather what lies between them: above - reached scores, in room for one more.
 VECTORISED Sides split_tile(const float* __restrict scores, float lower, float upper,
@@ -330,32 +330,37 @@ VECTORISED Sides split_tile(const float* __restrict scores, float lower, float u
 // The bit patterns of positive floats order like their values. What is not positive, a NaN too, counts as zero.
 INLINED uint32_t key_of(float score) { return score > 0 ? as_bits(score) : 0; }
 
-constexpr int64_t FEW = 32;  // scores looked at together: few such groups have one inside the window
+constexpr int64_t FEW = 16;  // fewer, where more of them are looked for
 
 // Write the bins of the scores whose keys lie in the window to `inside`, in room for one more, and return how
 // many they are; adds those below it to `below`, and those that are no scores to `unfit`.
 VECTORISED int64_t bin_tile(const float* __restrict scores, uint32_t low, int32_t shift, uint32_t bins,
-                            uint32_t* __restrict inside, int64_t size, int64_t& below, int64_t& unfit) {
+                            uint32_t* __restrict distances, uint32_t* __restrict inside, int64_t size,
+                            int64_t& below, int64_t& unfit) {
     // Distances wrap: a key below the window is at least 2^31 from its beginning.
     const uint32_t width = static_cast<uint32_t>(
         std::min<uint64_t>(static_cast<uint64_t>(bins) << shift, uint64_t{1} << 31));
+    int32_t under = 0, fit = 0;
+    for (int64_t i = 0; i < size; ++i) {
+        const uint32_t key = key_of(scores[i]);
+        distances[i] = key - low;
+        under += key < low;
+        fit += (scores[i] >= 0) & (scores[i] < std::numeric_limits<float>::infinity());
+    }
+    below += under;
+    unfit += size - fit;
     int64_t found = 0;
     for (int64_t start = 0; start < size; start += FEW) {
         const int64_t end = std::min(start + FEW, size);
-        int32_t under = 0, within = 0, fit = 0;
-        for (int64_t i = start; i < end; ++i) {
-            const uint32_t key = key_of(scores[i]);
-            under += key < low;
-            within += key - low < width;
-            fit += (scores[i] >= 0) & (scores[i] < std::numeric_limits<float>::infinity());
-        }
-        below += under;
-        unfit += end - start - fit;
-        if (within)
+        uint32_t nearest = ~uint32_t{0};
+        if (end - start == FEW)
+            for (int64_t i = 0; i < FEW; ++i) nearest = std::min(nearest, distances[start + i]);
+        else
+            nearest = 0;
+        if (nearest < width)
             for (int64_t i = start; i < end; ++i) {
-                const uint32_t distance = key_of(scores[i]) - low;
-                inside[found] = distance >> shift;
-                found += distance < width;
+                inside[found] = distances[i] >> shift;
+                found += distances[i] < width;
             }
     }
     return found;
@@ -454,11 +459,11 @@ void rkif_count(int64_t tensors, const int64_t* numels, const int64_t* addresses
     std::vector<Tally> tallies(std::max(threads, 1));
     for_tiles(tensors, numels, threads, [&](int thread, int64_t tensor, int64_t start, int64_t size) {
         alignas(64) float buffers[3][TILE];
-        alignas(64) uint32_t inside[TILE + 1];
+        alignas(64) uint32_t distances[TILE], inside[TILE + 1];
         const float* scores = source.read(tensor, start, size, buffers[0], buffers[1], buffers[2]);
         Tally& tally = tallies[thread];
         const int64_t found = bin_tile(scores, static_cast<uint32_t>(low), shift, static_cast<uint32_t>(bins),
-                                       inside, size, tally.counts[0], tally.counts[2]);
+                                       distances, inside, size, tally.counts[0], tally.counts[2]);
         tally.counts[1] += size - found;
         // Equal neighbours together: ties by the million would have the threads fight for one address.
         for (int64_t i = 0, next; i < found; i = next) {
