@@ -4,9 +4,3 @@
 by chunk, first for what a method has to know of all of them (exact thresholds, mostly), then for the fusion;
 ``manifest`` tells later whether a byte has changed.
 """
-
-from rkif.checkpoint.fuse import Summary, fuse_checkpoints
-from rkif.checkpoint.manifest import verify
-from rkif.checkpoint.preflight import PreflightError, Request, preflight
-
-__all__ = ["PreflightError", "Request", "Summary", "fuse_checkpoints", "preflight", "verify"]

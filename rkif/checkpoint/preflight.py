@@ -327,17 +327,16 @@ def _fit(request: Request, layout: Layout, inputs: int, problems: list[str]) -> 
     if request.device.type != "cpu" and not isinstance(request.method, RecurrentKIF):
         shares += TILE_BUFFERS * 4 // narrowest  # a chunk is computed on whole
     fixed = anonymous_memory() + OVERHEAD + scratch
-    largest = max((tensor.target.numel * tensor.widest for tensor in layout.tensors), default=0)
-    total = sum(tensor.target.numel * tensor.widest + ALIGNMENT for tensor in layout.tensors)
-    slot = min((request.max_memory - fixed) // shares, SLOT_MOST, max(total, largest))
-    slot = slot // (ALIGNMENT * widest) * (ALIGNMENT * widest)
-    if slot < min(SLOT_LEAST, total // (ALIGNMENT * widest) * (ALIGNMENT * widest)):
+    grain = ALIGNMENT * widest
+    whole = sum(-(-tensor.target.numel * tensor.widest // grain) * grain for tensor in layout.tensors)
+    affordable = (request.max_memory - fixed) // shares
+    slot = max(min(affordable, SLOT_MOST, whole) // grain * grain, grain)
+    if affordable < min(SLOT_LEAST, whole):
         least = fixed + shares * SLOT_LEAST
         problems.append(
             f"--max-memory: {request.max_memory / MIB:.0f} MiB are too few; with {inputs} inputs and what "
             f"Python and PyTorch take themselves it needs {least / MIB:.0f} MiB"
         )
-    slot = max(slot, ALIGNMENT * widest)
     return slot, fixed + shares * slot
 
 

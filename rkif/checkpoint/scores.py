@@ -45,11 +45,20 @@ def unfit(tensors: Sequence[layout.Tensor], tile: Tile) -> ValueError:
                     f"{argument}: {tensor.inputs[role].file} has {float(part[index])} in "
                     f"{tensor.name!r}, element {tile.starts[position] + index:,}; nothing was published"
                 )
-    names = [tensors[number].name for number in tile.tensors]
-    return ValueError(
-        f"the fusion of {names[0]!r}{' or its neighbours' if len(names) > 1 else ''} exceeds its dtype's "
-        "range; nothing was published"
-    )
+    beyond = [
+        tensors[number].name
+        for position, number in enumerate(tile.tensors)
+        if not all(row[position].isfinite().all() for row in (tile.out, *_differences(tile)) if row)
+    ]
+    return ValueError(f"the fusion of {beyond[0]!r} exceeds the range of its dtype; nothing was published")
+
+
+def _differences(tile: Tile) -> list[list[Tensor]]:
+    pairs = ((tile.inner, tile.base), (tile.outer, tile.base), (tile.outer, tile.inner))
+    return [
+        [end.float() - start.float() for end, start in zip(ends, starts, strict=True)]
+        for ends, starts in pairs
+    ]
 
 
 def guess_thresholds(

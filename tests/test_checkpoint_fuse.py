@@ -1,0 +1,201 @@
+"""Fusing checkpoints on disk gives what fusing them in memory gives, bit for bit, however they are cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import Triple, floats, load_folder, same, split_folder
+
+import rkif
+from rkif.checkpoint import preflight as planning
+from rkif.checkpoint.fuse import fuse_checkpoints
+from rkif.checkpoint.manifest import content_digest, read_manifest
+from rkif.checkpoint.preflight import Request, preflight
+
+
+@pytest.fixture
+def triple(tmp_path: Path) -> Triple:
+    return Triple(tmp_path)
+
+
+@pytest.fixture(params=[None, 256, 8192], ids=["one chunk", "chunks of 256 B", "chunks of 8 KiB"])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """How finely the work is cut: 256 bytes of the widest input leave tensors of 64 elements whole."""
+    if request.param is not None:
+        monkeypatch.setattr(planning, "SLOT_MOST", request.param)
+        monkeypatch.setattr(planning, "SLOT_LEAST", 64)
+        monkeypatch.setattr(planning, "TILE", 48)
+    return request.param
+
+
+def in_memory(triple: Triple, importance: bool, **settings: Any) -> rkif.fusion.FusionResult:
+    base, inner, outer = floats(triple.base), floats(triple.inner), floats(triple.outer)
+    if importance:
+        sides = (triple.inner_scores, triple.outer_scores)
+    else:
+        start = base if settings.get("outer_from") == "base" else inner
+        sides = tuple(
+            {name: (end[name].float() - begin[name].float()).abs() for name in base}
+            for end, begin in ((inner, base), (outer, start))
+        )
+    return rkif.fuse(base, inner, outer, *sides, **settings)
+
+
+@pytest.mark.parametrize("importance", [True, False], ids=["importance", "magnitudes"])
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"rule": "release", "density": 0.7}, {"outer_from": "base"}, {"density": 1}, {"density": 0}],
+    ids=str,
+)
+def test_as_in_memory(
+    triple: Triple, chunks: Any, importance: bool, scope: str, settings: dict[str, Any]
+) -> None:
+    summary = triple.fuse(importance=importance, scope=scope, **settings)
+    expected = in_memory(triple, importance, scope=scope, **settings)
+    same(load_folder(triple.folder / "out"), expected.params | {"positions": triple.base["positions"]})
+    report = expected.report.to_dict()
+    assert summary.report["counts"] == report["counts"]
+    assert summary.report["numel"] == report["numel"]
+    for name, norm in report["norms"].items():
+        assert summary.report["norms"][name] == pytest.approx(norm, rel=1e-5)
+    for side, thresholds in enumerate(report["thresholds"]):
+        found = summary.report["thresholds"][side]
+        if scope == "global":
+            assert found == (thresholds if settings.get("density") not in (0, 1) else None)
+        elif settings.get("density") not in (0, 1):
+            assert {name: found[name] for name in thresholds if found[name] is not None} == {
+                name: value for name, value in thresholds.items() if value != torch.inf
+            }
+
+
+def test_folders_shards_and_files_may_be_mixed(triple: Triple) -> None:
+    split_folder(triple.folder / "B", triple.base, 3)
+    split_folder(triple.folder / "O", dict(reversed(triple.outer.items())), 2)
+    out = triple.folder / "out"
+    plan = preflight(
+        Request(
+            triple.folder / "B",
+            triple.path("inner"),
+            triple.folder / "O",
+            out,
+            triple.request().method,
+            max_shard_size=20_000,
+        )
+    )
+    summary = fuse_checkpoints(plan)
+    assert summary.files > 1
+    expected = in_memory(triple, False).params | {"positions": triple.base["positions"]}
+    same(load_folder(out), expected)
+
+
+def test_dtypes_may_differ_between_the_inputs(triple: Triple) -> None:
+    triple.inner["layer.0.weight"] = triple.inner["layer.0.weight"].float() * 1.001
+    triple.outer["layer.0.norm"] = triple.outer["layer.0.norm"].half()
+    for name in ("inner", "outer"):
+        triple.save(name)
+    triple.fuse()
+    got = load_folder(triple.folder / "out")
+    same(floats(got), in_memory(triple, False).params)
+    assert got["layer.0.weight"].dtype == torch.bfloat16
+
+
+def test_digests_do_not_depend_on_the_cut(triple: Triple, monkeypatch: pytest.MonkeyPatch) -> None:
+    triple.fuse()
+    first = read_manifest(triple.folder / "out")
+    monkeypatch.setattr(planning, "SLOT_MOST", 320)
+    monkeypatch.setattr(planning, "SLOT_LEAST", 64)
+    triple.fuse(out=triple.folder / "again", max_shard_size=9_000)
+    second = read_manifest(triple.folder / "again")
+    for key in ("inputs", "content_sha256", "report"):
+        assert first[key] == second[key]
+    assert len(second["files"]) > len(first["files"])
+
+
+def test_the_content_digest_of_an_output_is_that_of_an_input(triple: Triple) -> None:
+    """So that a card's digests can be followed back: fuse the output again, and it is there as input."""
+    triple.fuse()
+    made = read_manifest(triple.folder / "out")["content_sha256"]
+    request = triple.request(out=triple.folder / "next")
+    fuse_checkpoints(preflight(Request(triple.folder / "out", *_ends(request), request.out, request.method)))
+    assert read_manifest(request.out)["inputs"]["BASE"]["content_sha256"] == made
+    assert content_digest({}) != made
+
+
+def _ends(request: Request) -> tuple[Path, Path]:
+    return request.inner, request.outer
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("which", ["base", "inner", "outer", "inner_scores", "outer_scores"])
+@pytest.mark.parametrize("density", [0.2, 1], ids=["scanned", "not scanned"])
+def test_what_is_not_finite_is_named_and_nothing_is_published(
+    triple: Triple, chunks: Any, which: str, value: float, density: float
+) -> None:
+    getattr(triple, which)["layer.1.weight"].view(-1)[777] = value
+    triple.save(which)
+    if density == 1 and which.endswith("scores"):
+        triple.fuse(importance=True, density=density)  # where all are selected importance is not used
+        return
+    with pytest.raises(ValueError, match=r"'layer.1.weight', element 777") as caught:
+        triple.fuse(importance=which.endswith("scores"), density=density)
+    assert str(triple.path(which)) in str(caught.value)
+    assert not (triple.folder / "out").exists()
+    assert not (triple.folder / "out.partial").exists()
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_negative_importance_is_refused(triple: Triple, chunks: Any, scope: str) -> None:
+    triple.outer_scores["layer.2.scalar"].fill_(-0.5)
+    triple.save("outer_scores")
+    with pytest.raises(ValueError, match=r"--outer-importance: .*-0.5 in 'layer.2.scalar'"):
+        triple.fuse(importance=True, scope=scope)
+    assert not (triple.folder / "out").exists()
+
+
+def test_a_result_beyond_its_dtype_is_refused(triple: Triple) -> None:
+    for name, value in (("base", 6e4), ("inner", 6.5e4), ("outer", 6.5e4)):
+        getattr(triple, name)["layer.1.weight"].fill_(value)
+        triple.save(name)
+    with pytest.raises(ValueError, match=r"'layer.1.weight'.* exceeds the range of its dtype"):
+        triple.fuse(outer_from="base", density=1)
+    assert not (triple.folder / "out").exists()
+
+
+def test_what_is_copied_must_agree(triple: Triple) -> None:
+    triple.outer["positions"][3] = 7
+    triple.save("outer")
+    with pytest.raises(
+        ValueError, match="'positions' is I64, which is copied, not fused, but OUTER has other"
+    ):
+        triple.fuse()
+    assert not (triple.folder / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["all equal", "all zero", "95 % zeros"])
+def test_ties(triple: Triple, chunks: Any, name: str) -> None:
+    """Millions of equal magnitudes at the threshold are what bfloat16 gives; here all, or nearly all, are."""
+    for end in (triple.inner, triple.outer):
+        for key, value in triple.base.items():
+            if value.is_floating_point():
+                generator = torch.Generator().manual_seed(len(key))
+                step = {"all equal": 0.5, "all zero": 0.0, "95 % zeros": 0.5}[name] * torch.ones_like(value)
+                if name == "95 % zeros":
+                    step *= torch.rand(value.shape, generator=generator) > 0.95
+                end[key] = value + step
+    triple.base = {key: torch.zeros_like(value) for key, value in triple.base.items()} | {
+        "positions": triple.base["positions"]
+    }
+    for which in ("base", "inner", "outer"):
+        triple.save(which)
+    triple.fuse()
+    same(floats(load_folder(triple.folder / "out")), in_memory(triple, False).params)
+
+
+def test_a_bad_sample_costs_a_pass_and_nothing_else(triple: Triple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rkif.checkpoint.fuse.guess_thresholds", lambda *_: ((5.0, 6.0), (0.0, 1e-9)))
+    triple.fuse()
+    same(floats(load_folder(triple.folder / "out")), in_memory(triple, False).params)
