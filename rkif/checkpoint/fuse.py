@@ -6,8 +6,8 @@ import importlib.metadata
 import json
 import math
 import os
+import shutil
 import time
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -218,16 +218,16 @@ class _Fusion:
 
         self._progress.stage("fusing", sum(map(self._bytes, range(first, len(self._chunks)))))
         with ThreadPoolExecutor(1, "rkif-write") as writer:
-            writing: deque[Future[None]] = deque()
+            writing: Future[None] | None = None
             for number, buffers, found in self._loader.load(range(first, len(self._chunks)), digest):
-                if len(writing) == IN_FLIGHT:
-                    writing.popleft().result()  # whose buffer is used again
                 out = outs[number % IN_FLIGHT]
                 stats = self._compute(number, buffers, out)
-                writing.append(writer.submit(write, number, out, found, stats))
+                if writing is not None:
+                    writing.result()  # so that a kill undoes no more than one chunk that was computed
+                writing = writer.submit(write, number, out, found, stats)
                 self._done(number)
-            for waiting in writing:
-                waiting.result()
+            if writing is not None:
+                writing.result()
 
     @property
     def _fused(self) -> dict[str, Any]:
@@ -311,8 +311,13 @@ class _Fusion:
     def finish(self) -> None:
         """Write what belongs beside the weights."""
         folder, base = self._work.data, self._plan.checkpoints["BASE"]
-        for name in self._files:
-            settle(folder / name)
+        for path in folder.iterdir():
+            if path.name in self._files:
+                settle(path)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()  # of an earlier try, perhaps half a file
         if self._plan.layout.index is not None:
             write_text(
                 folder / f"{base.stem}.safetensors.index.json", json.dumps(self._plan.layout.index, indent=2)

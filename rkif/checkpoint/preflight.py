@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -373,7 +375,8 @@ def _estimate(request: Request, numel: int, read: int, written: int) -> float:
         taken.append(time.perf_counter() - start)
     computing = min(taken) / TILE * numel * 1.5  # with the scores and their counts
     block = bytes(8 * MIB)
-    with tempfile.TemporaryFile(dir=_existing(request.out)) as file:
+    rate = math.inf
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=_existing(request.out)) as file:
         start = time.perf_counter()
         file.write(block)
         file.flush()

@@ -105,13 +105,17 @@ class Workdir:
         """
         for name, size in sizes.items():
             path = self.data / name
+            if any("chunks" in record for record in self.records) and (
+                not path.exists() or path.stat().st_size != size
+            ):
+                raise RuntimeError(f"{path} is not what was written; remove {self._path}")
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
                 os.ftruncate(descriptor, size)
                 if size and hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(descriptor, 0, size)
             except OSError as error:
-                raise OSError(error.errno, error.strerror, str(path)) from error
+                raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
             finally:
                 os.close(descriptor)
 

@@ -1,0 +1,326 @@
+"""Killed at any moment, a fusion leaves nothing or all, and goes on to the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_files import Triple, files_of
+
+from rkif.checkpoint import fuse as fusing
+from rkif.checkpoint import preflight as planning
+from rkif.checkpoint.manifest import verify
+from rkif.checkpoint.workdir import Workdir
+
+CHUNK = 16_384  # bytes: some dozen chunks
+
+# The command line with small chunks: what a machine with little memory does with a large model. It forks for
+# every command, so that Python and PyTorch are there and only the work itself is interrupted.
+SERVER = f"""
+import json, os, sys
+from rkif.checkpoint import display, fuse, manifest, preflight
+from rkif.cli import main
+preflight.SLOT_MOST, preflight.SLOT_LEAST = {CHUNK}, 64
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        sys.argv = ["rkif", *json.loads(line)]
+        try:
+            main()
+        finally:
+            os._exit(sys.exc_info()[1].code if isinstance(sys.exc_info()[1], SystemExit) else 99)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Killed(BaseException):
+    """What stands for the death of the process: nobody catches it, and nobody cleans up after it."""
+
+
+@pytest.fixture(scope="module")
+def triple(tmp_path_factory: pytest.TempPathFactory) -> Triple:
+    return Triple(tmp_path_factory.mktemp("triple"), scale=3)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "SLOT_MOST", CHUNK)
+    monkeypatch.setattr(planning, "SLOT_LEAST", 64)
+
+
+@pytest.fixture(scope="module", params=["recurrent_kif", "ties", "dare_ties"])
+def method(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def whole(triple: Triple, out: Path, method: str) -> dict[str, bytes]:
+    triple.fuse(out=out, method=method)
+    return files_of(out)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_every_record_is_a_point_of_death(
+    triple: Triple, tmp_path: Path, method: str, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dies right before or after anything is written down; resumed, it ends with the same bytes."""
+    expected = whole(triple, tmp_path / "whole", method)
+    events: list[str] = []
+    computed: list[int] = []
+    dies_at = 0
+
+    def dying(name: str) -> Any:
+        original = getattr(Workdir, name)
+
+        def call(self: Workdir, *arguments: Any) -> Any:
+            events.append(name)
+            dies = len(events) == dies_at
+            if dies and not after:
+                raise Killed
+            result = original(self, *arguments)
+            if dies:
+                raise Killed
+            return result
+
+        return call
+
+    compute = fusing._Fusion._compute
+    monkeypatch.setattr(
+        fusing._Fusion,
+        "_compute",
+        lambda self, number, *a: computed.append(number) or compute(self, number, *a),
+    )
+    for name in ("record", "record_scan", "publish"):
+        monkeypatch.setattr(Workdir, name, dying(name))
+    triple.fuse(out=tmp_path / "counted", method=method)
+    points, chunks = len(events), len(computed)
+    assert points > chunks > 8
+    for point in range(1, points + 1):
+        out = tmp_path / f"out{point}"
+        events.clear()
+        computed.clear()
+        dies_at = point
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Workdir, "__exit__", lambda self, *_: self._lock.release()
+            )  # the dead remove nothing
+            with pytest.raises(Killed):
+                triple.fuse(out=out, method=method)
+        dies_at = 0
+        assert out.exists() == (after and events[-1] == "publish")
+        triple.fuse(out=out, method=method, resume=True)
+        # One that was computed but not recorded, and one that was being computed.
+        assert len(computed) <= chunks + 2
+        assert files_of(out) == expected
+        assert not out.with_name(out.name + ".partial").exists()
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_kill_at_random_moments(triple: Triple, tmp_path: Path) -> None:
+    """SIGKILL, dozens of times, at any moment of one fusion after another."""
+    expected = whole(triple, tmp_path / "whole", "recurrent_kif")
+    inputs = [str(triple.path(name)) for name in ("base", "inner", "outer")]
+    generator = random.Random(0)
+    statuses = Counter()
+    completed = 0
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+
+        def run(out: Path, seconds: float | None) -> int:
+            server.stdin.write(json.dumps(["fuse", *inputs, "--out", str(out), "--resume"]).encode() + b"\n")
+            server.stdin.flush()
+            child = int(server.stdout.readline())
+            if seconds is not None:
+                time.sleep(seconds)
+                with contextlib.suppress(ProcessLookupError):  # it was faster
+                    os.kill(child, signal.SIGKILL)
+            while (line := server.stdout.readline()) and not line.strip().lstrip(b"-").isdigit():
+                pass  # what the command prints
+            return int(line)
+
+        begun = time.perf_counter()
+        assert run(tmp_path / "timed", None) == 0
+        longest = time.perf_counter() - begun
+        while statuses[-signal.SIGKILL] < 40:
+            out = tmp_path / f"out{completed}"
+            statuses[run(out, generator.uniform(0, longest))] += 1
+            if out.exists():
+                assert files_of(out) == expected
+                assert verify(out) == []
+                completed += 1
+        assert run(tmp_path / "last", None) == 0
+        server.stdin.close()
+    assert set(statuses) <= {0, -signal.SIGKILL}
+    assert completed > 1
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_work_is_resumed_only_for_the_same(triple: Triple, tmp_path: Path, monkeypatch: Any) -> None:
+    out = tmp_path / "out"
+    stopped = []
+
+    def stop(self: Workdir, record: dict[str, Any]) -> None:
+        if record.get("chunks") == 5:
+            stopped.append(record)
+            raise OSError(errno.EIO, "Input/output error", "disk")
+        keep(self, record)
+
+    keep = Workdir.record
+    with monkeypatch.context() as patch:
+        patch.setattr(Workdir, "record", stop)
+        with pytest.raises(OSError, match="Input/output error"):
+            triple.fuse(out=out)
+    assert stopped
+    assert not out.exists()
+    with pytest.raises(RuntimeError, match="holds an interrupted fusion; --resume goes on with it"):
+        triple.fuse(out=out)
+    with pytest.raises(RuntimeError, match="is from other inputs or settings"):
+        triple.fuse(out=out, resume=True, density=0.3)
+    triple.path("outer").touch()
+    with pytest.raises(RuntimeError, match="is from other inputs or settings"):
+        triple.fuse(out=out, resume=True)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_torn_line_is_done_again(triple: Triple, tmp_path: Path, monkeypatch: Any) -> None:
+    expected = whole(triple, tmp_path / "whole", "recurrent_kif")
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Workdir, "publish", lambda self: (_ for _ in ()).throw(Killed()))
+        patch.setattr(Workdir, "__exit__", lambda self, *_: self._lock.release())
+        with pytest.raises(Killed):
+            triple.fuse(out=out)
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    content = journal.read_bytes()
+    for cut in (len(content) - 1, len(content) - 40, content.index(b"\n") + 1, 3, 0):
+        journal.write_bytes(content[:cut])
+        shutil.copytree(tmp_path / "out.partial", tmp_path / f"cut{cut}.partial")
+        triple.fuse(out=tmp_path / f"cut{cut}", resume=True)
+        assert files_of(tmp_path / f"cut{cut}") == expected
+    journal.write_bytes(content)
+    (tmp_path / "out.partial" / "data" / "model.safetensors").unlink()
+    with pytest.raises(RuntimeError, match=r"model.safetensors is not what was written; remove"):
+        triple.fuse(out=out, resume=True)
+    journal.write_text('{"plan"\n{}\n')
+    with pytest.raises(RuntimeError, match="is damaged"):
+        triple.fuse(out=out, resume=True)
+
+
+def test_what_is_complete_stays(triple: Triple, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    expected = whole(triple, out, "recurrent_kif")
+    again = triple.fuse(out=out, resume=True)
+    assert again.resumed
+    assert again.read == 0
+    with pytest.raises(ValueError, match="exists; name another folder"):
+        triple.fuse(out=out)
+    with pytest.raises(ValueError, match="exists; name another folder"):
+        triple.fuse(out=out, density=0.5, resume=True)
+    assert files_of(out) == expected
+
+
+def test_an_empty_folder_is_filled_and_parents_are_made(triple: Triple, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    triple.fuse(out=tmp_path / "there")
+    triple.fuse(out=tmp_path / "a" / "b" / "c")
+    assert files_of(tmp_path / "there") == files_of(tmp_path / "a" / "b" / "c")
+
+
+def test_two_processes_do_not_write_one_output(triple: Triple, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Workdir(out, "of the first", resume=False) as first:
+        first.record({"scanning": True})
+        inputs = [str(triple.path(name)) for name in ("base", "inner", "outer")]
+        command = [sys.executable, "-m", "rkif", "fuse", *inputs, "--out", str(out), "--resume"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"rkif: error: another process is writing {out}")
+        assert first.records == [{"scanning": True}]
+        assert (tmp_path / "out.partial" / "journal.jsonl").exists()
+
+
+def test_a_full_disk_is_found_out_before_the_work(triple: Triple, tmp_path: Path) -> None:
+    """A limit on the size of files is as good as a full disk: the system refuses to make room."""
+    inputs = [str(triple.path(name)) for name in ("base", "inner", "outer")]
+    limited = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "from rkif.cli import main; main()"
+    )
+    command = [sys.executable, "-c", limited, "fuse", *inputs, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("rkif: error: File too large: ")
+    assert "model.safetensors" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_disk_that_fills_up_later_loses_nothing(triple: Triple, tmp_path: Path, monkeypatch: Any) -> None:
+    expected = whole(triple, tmp_path / "whole", "recurrent_kif")
+    out = tmp_path / "out"
+    written = []
+
+    def pwrite(*arguments: Any) -> int:
+        written.append(arguments)
+        if len(written) == 9:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)
+
+    real = os.pwrite
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            triple.fuse(out=out)
+    assert caught.value.filename.endswith("model.safetensors")
+    assert not out.exists()
+    assert triple.fuse(out=out, resume=True).resumed
+    assert files_of(out) == expected
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_an_input_that_shrinks_meanwhile_is_named(triple: Triple, tmp_path: Path, monkeypatch: Any) -> None:
+    plan = planning.preflight(triple.request(out=tmp_path / "out"))
+    content = triple.path("inner").read_bytes()
+    try:
+        triple.path("inner").write_bytes(content[:-1000])
+        with pytest.raises(OSError, match="the file ends before its last tensor does") as caught:
+            fusing.fuse_checkpoints(plan)
+        assert caught.value.filename == str(triple.path("inner"))
+    finally:
+        triple.path("inner").write_bytes(content)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_journal_is_lines_of_json(triple: Triple, tmp_path: Path, monkeypatch: Any) -> None:
+    """What is appended is a line a chunk: no rewriting of what was said before."""
+    monkeypatch.setattr(planning, "SLOT_MOST", CHUNK)
+    lines = []
+    publish = Workdir.publish
+    monkeypatch.setattr(
+        Workdir,
+        "publish",
+        lambda self: lines.extend(self._journal.read_text().splitlines()) or publish(self),
+    )
+    triple.fuse(out=tmp_path / "out")
+    records = [json.loads(line) for line in lines]
+    assert records[1] == {"scanning": True}
+    assert [record["chunks"] for record in records[2:]] == list(range(1, len(records) - 1))

@@ -1,0 +1,225 @@
+"""What an output is to others: loaders, people, and whoever checks it later."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import Triple, files_of, load_folder
+from safetensors import safe_open
+
+from rkif.checkpoint.fuse import fuse_checkpoints
+from rkif.checkpoint.manifest import MANIFEST, read_manifest, verify
+from rkif.checkpoint.methods import make_method
+from rkif.checkpoint.preflight import Request, preflight
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small language models with tied embeddings, and what lies beside the weights of one."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlamaForCausalLM(config).bfloat16()
+    for name in ("base", "inner", "outer"):
+        model.save_pretrained(folder / name, max_shard_size="20KB")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    extra = {
+        "tokenizer.json": json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": []}),
+        "chat_template.jinja": "{{ messages }}",
+        "LICENSE": "do what you like",
+        "README.md": "---\nlicense: mit\n---\n# Base\n",
+        "trainer_state.json": "{}",
+        "pytorch_model.bin": "left alone",
+        ".hidden.json": "{}",
+    }
+    for name, content in extra.items():
+        (folder / "base" / name).write_text(content)
+    return folder
+
+
+def fuse(folder: Path, out: Path, **more: Any) -> Path:
+    settings = more.pop("settings", {})
+    request = Request(
+        *(folder / n for n in ("base", "inner", "outer")),
+        out,
+        make_method("recurrent_kif", settings),
+        **more,
+    )
+    fuse_checkpoints(preflight(request))
+    return out
+
+
+@pytest.mark.parametrize("shard", [30_000, 10**9], ids=["sharded", "one file"])
+def test_transformers_loads_it(models: Path, tmp_path: Path, shard: int) -> None:
+    import transformers
+
+    out = fuse(models, tmp_path / "out", max_shard_size=shard)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        out, dtype="auto", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    saved = load_folder(out)
+    assert "lm_head.weight" not in saved
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in saved.items())
+    assert len(list(out.glob("*.safetensors"))) == (
+        1 if shard == 10**9 else len(read_manifest(out)["files"]) - 7
+    )
+
+
+def test_the_index_is_true_to_the_byte(models: Path, tmp_path: Path) -> None:
+    out = fuse(models, tmp_path / "out", max_shard_size=30_000)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    saved = load_folder(out)
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in saved.values())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{n + 1:05}-of-{len(files):05}.safetensors" for n in range(len(files))]
+    for file in files:
+        with safe_open(out / file, framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            names = set(opened.keys())
+        assert names == {name for name, place in index["weight_map"].items() if place == file}
+        assert sum(saved[name].nbytes for name in names) <= 30_000 or len(names) == 1
+
+
+def test_companions_are_copied_and_the_rest_is_not(models: Path, tmp_path: Path) -> None:
+    out = fuse(models, tmp_path / "out")
+    expected = {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "LICENSE",
+        "README.md",
+        "model.safetensors",
+        MANIFEST,
+    }
+    assert set(files_of(out)) == expected
+    for name in ("config.json", "tokenizer.json", "LICENSE"):
+        assert (out / name).read_bytes() == (models / "base" / name).read_bytes()
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in out.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, path.name
+
+
+def test_the_card_says_what_was_done(models: Path, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    out = fuse(models, tmp_path / "out", settings={"density": 0.3})
+    card = ModelCard.load(out / "README.md")
+    data = card.data.to_dict()
+    assert data["base_model"] == ["base", "inner", "outer"]
+    assert data["base_model_relation"] == "merge"
+    assert data["license"] == "mit"
+    assert data["library_name"] == "transformers"
+    manifest = read_manifest(out)
+    for digest in (
+        manifest["content_sha256"],
+        *(about["content_sha256"] for about in manifest["inputs"].values()),
+    ):
+        assert digest in card.text
+    assert '"density": 0.3' in card.text
+    assert str(models) not in card.content
+
+
+def test_adapters_stay_adapters(tmp_path: Path) -> None:
+    """PEFT loads the fusion of three of its adapters."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    lora = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=False)
+    for name in ("base", "inner", "outer"):
+        peft.get_peft_model(transformers.LlamaForCausalLM(config), lora).save_pretrained(tmp_path / name)
+    out = fuse(tmp_path, tmp_path / "out")
+    loaded = peft.PeftModel.from_pretrained(model, out)
+    state = peft.get_peft_model_state_dict(loaded)
+    saved = load_folder(out)
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(state[name], value) for name, value in saved.items())
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= set(files_of(out))
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    triple = Triple(tmp_path)
+    triple.fuse(max_shard_size=40_000)
+    return tmp_path / "out"
+
+
+def test_every_flipped_byte_is_found(output: Path) -> None:
+    assert verify(output) == []
+    for path in sorted(output.iterdir()):
+        content = path.read_bytes()
+        size = len(content)
+        for position in {0, 9, size // 3, size // 2, size - 2}:
+            flipped = bytearray(content)
+            flipped[position] ^= 1
+            path.write_bytes(flipped)
+            if path.name == MANIFEST:
+                with pytest.raises(ValueError, match="is damaged"):
+                    verify(output)
+            else:
+                problems = verify(output)
+                assert len(problems) >= 1
+                assert path.name in problems[0]
+        path.write_bytes(content)
+    assert verify(output) == []
+
+
+def test_a_tensor_that_was_changed_is_named(output: Path) -> None:
+    file = next(output.glob("*.safetensors"))
+    with safe_open(file, framework="pt") as opened:
+        names = list(opened.keys())
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    (problem,) = verify(output)
+    assert problem.startswith(f"{file.name}: ")
+    assert any(repr(name) in problem for name in names)
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "longer", "foreign"])
+def test_other_harm_is_found(output: Path, harm: str) -> None:
+    file = sorted(output.glob("*.safetensors"))[-1]
+    content = file.read_bytes()
+    if harm == "missing":
+        file.unlink()
+    elif harm == "foreign":
+        (output / "model-99999.safetensors").write_bytes(content)
+    else:
+        file.write_bytes(content[:-5] if harm == "truncated" else content + b"x")
+    (problem,) = verify(output)
+    wanted = {"missing": "is missing", "foreign": "was not there"}.get(harm, f"it had {len(content):,}")
+    assert wanted in problem
+
+
+def test_what_is_no_output_cannot_be_verified(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"has no {MANIFEST}"):
+        verify(tmp_path)
+    with pytest.raises(ValueError, match=f"has no {MANIFEST}"):
+        verify(tmp_path / "nowhere")

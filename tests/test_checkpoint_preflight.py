@@ -1,0 +1,225 @@
+"""All that is wrong is said at once, before a weight is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import Triple, noisy, scores, split_folder, tensors
+
+from rkif.checkpoint import preflight as planning
+from rkif.checkpoint.methods import make_method
+from rkif.checkpoint.preflight import PreflightError, Request, preflight
+from rkif.checkpoint.source import Reader
+
+
+@pytest.fixture(autouse=True)
+def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(Reader, "read", refuse)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """Three folders with configs."""
+    base = tensors()
+    for name, values in {"base": base, "inner": noisy(base, 1), "outer": noisy(base, 2)}.items():
+        split_folder(tmp_path / name, values, 2)
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300}))
+    return tmp_path
+
+
+def problems(folder: Path, **more: Any) -> list[str]:
+    request = Request(
+        *(folder / name for name in ("base", "inner", "outer")),
+        **{"out": folder / "out", "method": make_method("recurrent_kif", {}), **more},
+    )
+    with pytest.raises(PreflightError) as caught:
+        preflight(request)
+    assert not (folder / "out").exists()
+    assert not (folder / "out.partial").exists()
+    return caught.value.problems
+
+
+def change(folder: Path, name: str, **values: Any) -> None:
+    """Save a checkpoint anew, with other tensors; None takes one away."""
+    merged = {key: value for key, value in {**tensors(), **values}.items() if value is not None}
+    for file in (folder / name).glob("model*"):
+        file.unlink()
+    config = (folder / name / "config.json").read_text()
+    (folder / name / "config.json").unlink()
+    (folder / name).rmdir()
+    split_folder(folder / name, merged, 2)
+    (folder / name / "config.json").write_text(config)
+
+
+def set_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def test_a_sound_plan(folders: Path) -> None:
+    plan = preflight(
+        Request(
+            *(folders / name for name in ("base", "inner", "outer")),
+            folders / "out",
+            make_method("recurrent_kif", {}),
+        )
+    )
+    assert plan.layout.numel == sum(v.numel() for v in tensors().values() if v.is_floating_point())
+    assert plan.notes == []
+    assert 0 < plan.seconds < 60
+    assert not (folders / "out").exists()
+    assert not (folders / "out.partial").exists()
+
+
+def test_all_problems_in_one_report(folders: Path) -> None:
+    change(
+        folders,
+        "inner",
+        **{"layer.1.bias": None, "more": torch.ones(2), "embed.weight": torch.ones(301, 32).bfloat16()},
+    )
+    change(
+        folders,
+        "outer",
+        **{"positions": torch.ones(20), "layer.0.norm": torch.ones(32).to(torch.float8_e5m2)},
+    )
+    set_config(folders / "inner", vocab_size=301, tie_word_embeddings=True)
+    found = problems(folders)
+    wanted = [
+        "INNER lacks 'layer.1.bias'",
+        "INNER has 'more', which BASE lacks",
+        "INNER: 'embed.weight' has shape [301, 32]; in BASE it has [300, 32] (another vocabulary?)",
+        "INNER: vocab_size is 301 in its config; in BASE it is 300",
+        "INNER: tie_word_embeddings is True in its config; in BASE it is None",
+        "OUTER: 'layer.0.norm' of dtype F8_E5M2, which cannot be fused; F32, BF16, F16 can",
+        "OUTER: 'positions' is F32; in BASE it is I64",
+    ]
+    for problem in wanted:
+        assert problem in found, found
+
+
+def test_a_head_that_one_of_them_has_not_tied(folders: Path) -> None:
+    set_config(folders / "base", tie_word_embeddings=True)
+    change(folders, "outer", **{"lm_head.weight": torch.ones(300, 32).bfloat16()})
+    found = problems(folders)
+    assert any(
+        "OUTER has 'lm_head.weight', which BASE lacks; BASE ties its head" in problem for problem in found
+    )
+
+
+def test_tokenizers_that_number_tokens_otherwise(folders: Path) -> None:
+    for name, vocabulary in (("base", {"a": 0, "b": 1}), ("inner", {"a": 1, "b": 0}), ("outer", {"a": 0})):
+        content = {"model": {"vocab": vocabulary}, "added_tokens": [{"content": "<s>", "id": 9}]}
+        (folders / name / "tokenizer.json").write_text(json.dumps(content))
+    (problem,) = problems(folders)
+    assert problem == "INNER: its tokenizer numbers 2 tokens otherwise: 'a' is 1, in BASE 0"
+
+
+@pytest.mark.parametrize(
+    ("harm", "wanted"),
+    [
+        ("missing shard", "INNER: .* lacks model-00002-of-00002.safetensors, which its index names"),
+        ("truncated shard", "INNER: .*model-00002-of-00002.safetensors cannot be read: .*"),
+        ("no index", "INNER: .* is not an index: .*"),
+        ("wrong index", "INNER: the index has 'embed.weight' in model-00002.*but it is in model-00001.*"),
+        ("nothing there", "INNER: there is no .*"),
+        ("only pickles", "INNER: .* has neither model.safetensors.*it has pytorch_model.bin.*not read"),
+        ("quantised", "INNER is quantised .*"),
+        ("an adapter", "INNER is an adapter, BASE a model"),
+    ],
+)
+def test_inputs_that_cannot_be_used(folders: Path, harm: str, wanted: str) -> None:
+    inner = folders / "inner"
+    index = inner / "model.safetensors.index.json"
+    second = inner / "model-00002-of-00002.safetensors"
+    if harm == "missing shard":
+        second.unlink()
+    elif harm == "truncated shard":
+        second.write_bytes(second.read_bytes()[:-7])
+    elif harm == "no index":
+        index.write_text("[]")
+    elif harm == "wrong index":
+        content = json.loads(index.read_text())
+        content["weight_map"]["embed.weight"] = second.name
+        index.write_text(json.dumps(content))
+    elif harm in ("nothing there", "only pickles", "an adapter"):
+        inner.rename(folders / "elsewhere")
+        if harm == "only pickles":
+            inner.mkdir()
+            (inner / "pytorch_model.bin").touch()
+        if harm == "an adapter":
+            split_folder(inner, noisy(tensors(), 1), 1, stem="adapter_model")
+    elif harm == "quantised":
+        set_config(inner, quantization_config={"bits": 4})
+    import re
+
+    found = problems(folders)
+    assert any(re.fullmatch(wanted, problem) for problem in found), found
+
+
+def test_adapters_must_agree_in_what_scales_them(tmp_path: Path) -> None:
+    for name, alpha in (("base", 16), ("inner", 16), ("outer", 32)):
+        split_folder(tmp_path / name, noisy(tensors(), 1), 1, stem="adapter_model")
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": alpha}))
+    assert problems(tmp_path) == ["OUTER: lora_alpha is 32 in its config; in BASE it is 16"]
+
+
+def test_importance_must_fit(tmp_path: Path) -> None:
+    triple = Triple(tmp_path)
+    triple.inner_scores.pop("layer.1.bias")
+    triple.inner_scores["layer.0.norm"] = torch.ones(31)
+    triple.inner_scores["positions"] = torch.ones(20)
+    triple.save("inner_scores")
+    with pytest.raises(PreflightError) as caught:
+        preflight(triple.request(importance=True))
+    assert caught.value.problems == [
+        "--inner-importance lacks scores of 'layer.1.bias'",
+        "--inner-importance has scores of 'positions', which is no floating-point tensor of BASE",
+        "--inner-importance: 'layer.0.norm' is F32 [31]; scores must be floating-point of shape [32]",
+    ]
+    triple.inner_scores = scores(triple.base, 3)
+    triple.save("inner_scores")
+    for method, wanted in (("ties", "importance is used by recurrent_kif only"), (None, "belong together")):
+        request = triple.request(importance=True, method=method or "recurrent_kif")
+        if method is None:
+            request = Request(
+                request.base,
+                request.inner,
+                request.outer,
+                request.out,
+                request.method,
+                request.inner_importance,
+            )
+        with pytest.raises(PreflightError, match=wanted):
+            preflight(request)
+
+
+def test_where_the_output_cannot_go(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folders / "file").touch()
+    assert problems(folders, out=folders / "file") == [f"--out: {folders / 'file'} is a file"]
+    assert problems(folders, out=folders / "file" / "x") == [f"--out: {folders / 'file'} is not a folder"]
+    assert problems(folders, out=folders / "base") == [f"--out: {folders / 'base'} is BASE"]
+    usage = planning.shutil.disk_usage(folders)
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    (problem,) = problems(folders)
+    assert "0.00 GB are free" in problem
+
+
+def test_too_little_memory_is_said_with_what_is_needed(folders: Path) -> None:
+    (problem,) = problems(folders, max_memory=50 << 20)
+    assert problem.startswith("--max-memory: 50 MiB are too few")
+    needed = int(problem.split()[-2])
+    assert 100 < needed < 1000
+    request = Request(
+        *(folders / name for name in ("base", "inner", "outer")),
+        folders / "out",
+        make_method("recurrent_kif", {}),
+        max_memory=(needed + 40) << 20,
+    )
+    assert preflight(request).memory <= request.max_memory
