@@ -61,6 +61,23 @@ def continual_command(
     compare(config, method or list(METHODS), out or Path("runs") / config.stem, Console())
 
 
+@app.command("checkpoints")
+def checkpoints_command(
+    folder: Annotated[Path, typer.Option("--folder", help="For three checkpoints, 1.3 GB.")] = Path(
+        "data/checkpoints"
+    ),
+    peers: Annotated[
+        Path | None,
+        typer.Option("--peers", help="Python of an environment with mergekit and peft.", show_default="none"),
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of each, in turn.")] = 3,
+) -> None:
+    """Measure `rkif fuse` beside mergekit and peft on three checkpoints of 220 million parameters."""
+    from bench.checkpoints import compare
+
+    compare(folder, peers, rounds, Console())
+
+
 Only = Annotated[
     list[str] | None, typer.Option("--only", help="observe, threshold or fuse; may be given several times.")
 ]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import kernels
+from bench import checkpoints, kernels
 from bench.continual import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -68,4 +68,8 @@ def _figure(value: object) -> str:
     return "-" if not isinstance(value, float | int) else f"{value:.1f}"
 
 
-TABLES: dict[str, Callable[[], str]] = {"continual": continual_table, "kernels": kernels.markdown}
+TABLES: dict[str, Callable[[], str]] = {
+    "checkpoints": checkpoints.markdown,
+    "continual": continual_table,
+    "kernels": kernels.markdown,
+}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import math
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -100,7 +102,9 @@ def fuse_checkpoints(plan: Plan, progress: Progress | None = None) -> Summary:
         manifest = read_manifest(out)
         if manifest["identity_sha256"] == plan.identity:
             return _summary(plan, manifest, 0.0, 0.0, 0, 0, resumed=True)
-    with Workdir(out, plan.journal_identity, resume=plan.request.resume) as work:
+    # PyTorch's threads spin while they wait for the next small tile; kernels that stream have their own.
+    threads = _threads(None if plan.streams else 1)
+    with threads, Workdir(out, plan.journal_identity, resume=plan.request.resume) as work:
         resumed = bool(work.records)
         fusion = _Fusion(plan, work, progress or Silent())
         try:
@@ -112,6 +116,17 @@ def fuse_checkpoints(plan: Plan, progress: Progress | None = None) -> Summary:
         work.publish()
     taken, cpu_taken = time.perf_counter() - begun, time.process_time() - cpu
     return _summary(plan, manifest, taken, cpu_taken, fusion.read, fusion.memory, resumed=resumed)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """PyTorch computes on so many inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _summary(

@@ -138,6 +138,8 @@ class TaskArithmetic:
         require_fraction("density", self.density)
         if self.scope is not None:
             require_choice("scope", self.scope, get_args(Scope))
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2^64); got {self.seed}")
 
     def rank(self, numel: int) -> int | None:
         if self.sparsification != "magnitude" or self.density in (0, 1):

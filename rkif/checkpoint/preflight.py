@@ -108,10 +108,14 @@ class Plan:
     identity: str
 
     @property
+    def streams(self) -> bool:
+        """Whether the method's kernels go over memory once, whatever its size."""
+        return isinstance(self.request.method, RecurrentKIF)
+
+    @property
     def tile(self) -> int:
         """Elements that are fused at a time: a chunk where kernels stream, else what stays in cache."""
-        streams = isinstance(self.request.method, RecurrentKIF) or self.request.device.type != "cpu"
-        return self.slot if streams else TILE
+        return self.slot if self.streams or self.request.device.type != "cpu" else TILE
 
     @property
     def scan_tile(self) -> int:
