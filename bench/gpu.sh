@@ -70,7 +70,7 @@ WORKERS=()
 "$PYTHON" -c 'import xdist' 2>/dev/null && WORKERS=(-n 6)
 
 TAIL=12 stage environment 60 bash -c environment
-stage kernel-tests 150 "$PYTHON" -m pytest -x -q "${WORKERS[@]}" tests/test_kernels.py tests/test_ops.py \
+stage kernel-tests 150 "$PYTHON" -m pytest -x -q "${WORKERS[@]}" tests/test_kernels.py tests/test_counting.py tests/test_ops.py \
     tests/test_single_pass.py tests/test_launches.py
 stage sweep 90 "$PYTHON" -m bench sweep --device cuda --seconds 60
 TAIL=3 stage suite-large 110 "$PYTHON" -m bench run --device cuda --dtype float32 --implementation rkif. --out "$ROWS"
@@ -87,7 +87,7 @@ for tool in memcheck racecheck; do
             "$PYTHON" -m bench sweep --device cuda --backend triton --cases 3 --seed 1
     fi
 done
-stage other-tests 120 "$PYTHON" -m pytest -q "${WORKERS[@]}" tests/test_fuser.py tests/test_fuse.py tests/test_bench.py
+stage other-tests 120 "$PYTHON" -m pytest -q "${WORKERS[@]}" tests/test_fuser.py tests/test_fuse.py tests/test_bench.py tests/test_checkpoint_fuse.py
 
 echo
 if [ -f "$ROWS" ]; then

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,19 @@ def test_a_bad_sample_costs_a_pass_and_nothing_else(triple: Triple, monkeypatch:
     monkeypatch.setattr("rkif.checkpoint.fuse.guess_thresholds", lambda *_: ((5.0, 6.0), (0.0, 1e-9)))
     triple.fuse()
     same(floats(load_folder(triple.folder / "out")), in_memory(triple, False).params)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize("method", ["recurrent_kif", "ties", "dare_ties"])
+def test_on_a_gpu(triple: Triple, chunks: Any, method: str, scope: str) -> None:
+    """Pinned, double-buffered transfers and Triton kernels give the bytes of the CPU."""
+    settings = {} if method == "dare_ties" else {"scope": scope}
+    triple.fuse(method=method, **settings)
+    there = triple.request(method=method, out=triple.folder / "there", **settings)
+    fuse_checkpoints(preflight(replace(there, device=torch.device("cuda"))))
+    got, expected = load_folder(triple.folder / "there"), load_folder(triple.folder / "out")
+    if method == "recurrent_kif":
+        same(got, expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value)

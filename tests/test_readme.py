@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from checkpoint_files import Triple, split_folder
 
 from bench.continual import RESULTS
 from bench.readme import README, with_tables
+from rkif.cli import main
 from rkif.continual.config import RunConfig, dump_config
 
 TEXT = README.read_text(encoding="utf-8")
@@ -46,9 +49,24 @@ def test_the_config_is_valid() -> None:
 
 
 def test_both_commands_are_single_lines_that_install_first() -> None:
-    demo, tests = snippets("sh")
+    demo, tests, *_ = snippets("sh")
     assert demo == "pip install '.[hf]' && rkif demo\n"
     assert tests == "pip install -e '.[dev]' && pytest\n"
+
+
+def test_checkpoints_are_fused_as_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    triple = Triple(tmp_path)
+    for name in ("base", "inner", "outer"):
+        split_folder(tmp_path / name, getattr(triple, name), 2)
+    monkeypatch.chdir(tmp_path)
+    (_, _, commands) = snippets("sh")
+    for command in commands.splitlines():
+        monkeypatch.setattr(sys, "argv", command.split())
+        with pytest.raises(SystemExit) as caught:
+            main()
+        assert not caught.value.code, capsys.readouterr().err
 
 
 def test_figures_are_those_of_the_committed_results() -> None:
