@@ -247,7 +247,7 @@ def test_an_empty_folder_is_filled_and_parents_are_made(triple: Triple, tmp_path
 
 def test_two_processes_do_not_write_one_output(triple: Triple, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with Workdir(out, "of the first", resume=False) as first:
+    with Workdir(out, "of the first", 64, resume=False) as first:
         first.record({"scanning": True})
         inputs = [str(triple.path(name)) for name in ("base", "inner", "outer")]
         command = [sys.executable, "-m", "rkif", "fuse", *inputs, "--out", str(out), "--resume"]
@@ -324,3 +324,47 @@ def test_a_journal_is_lines_of_json(triple: Triple, tmp_path: Path, monkeypatch:
     records = [json.loads(line) for line in lines]
     assert records[1] == {"scanning": True}
     assert [record["chunks"] for record in records[2:]] == list(range(1, len(records) - 1))
+
+
+def test_an_output_of_other_weights_is_not_taken_for_the_wanted(tmp_path: Path) -> None:
+    triple = Triple(tmp_path)
+    triple.fuse()
+    triple.inner["layer.0.norm"] += 1.0
+    triple.save("inner")
+    with pytest.raises(ValueError, match="exists; name another folder"):
+        triple.fuse(resume=True)
+
+
+def test_inputs_that_change_meanwhile_are_noticed(tmp_path: Path) -> None:
+    triple = Triple(tmp_path)
+    plan = planning.preflight(triple.request())
+    triple.outer["layer.0.norm"] += 1.0
+    triple.save("outer")
+    with pytest.raises(ValueError, match=r"OUTER: .* was changed meanwhile; nothing was published"):
+        fusing.fuse_checkpoints(plan)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_work_is_resumed_by_the_cut_it_was_begun_with(tmp_path: Path, monkeypatch: Any) -> None:
+    """How much memory Python takes, and with it the size of a chunk, is not the same every time."""
+    triple = Triple(tmp_path, scale=3)
+    expected = whole(triple, tmp_path / "whole", "recurrent_kif")
+    with monkeypatch.context() as patch:
+        patch.setattr(Workdir, "publish", lambda *_: (_ for _ in ()).throw(Killed()))
+        patch.setattr(Workdir, "__exit__", lambda self, *_: self._lock.release())
+        with pytest.raises(Killed):
+            triple.fuse(out=tmp_path / "out")
+    monkeypatch.setattr(planning, "SLOT_MOST", CHUNK // 4)
+    assert planning.preflight(triple.request(out=tmp_path / "out", resume=True)).slot == CHUNK
+    triple.fuse(out=tmp_path / "out", resume=True)
+    assert files_of(tmp_path / "out") == expected
+
+
+def test_what_a_kill_after_the_publication_leaves_is_removed(tmp_path: Path) -> None:
+    triple = Triple(tmp_path)
+    triple.fuse()
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "journal.jsonl").write_text("{}\n")
+    assert triple.fuse(resume=True).resumed
+    assert not (tmp_path / "out.partial").exists()

@@ -120,11 +120,18 @@ def test_what_is_dropped_does_not_depend_on_the_cut() -> None:
 
     def keeps(start: int, stop: int) -> Tensor:
         part = [torch.zeros(stop - start)]
-        return method.keeps(Tile([3], [start], part, part, part, part, None), 0, 0)
+        return method.keeps(Tile([3], [start], part, part, part, part, None, ["x"]), 0, 0)
 
     whole = keeps(0, 1000)
     for start, stop in ((0, 1), (1, 17), (7, 8), (8, 16), (500, 1000), (333, 777)):
         assert torch.equal(keeps(start, stop), whole[start:stop])
+
+
+def test_what_is_dropped_does_not_depend_on_the_files(triple: Triple) -> None:
+    for out, size in (("one", 10**9), ("many", 5_000)):
+        triple.fuse(method="dare_linear", out=triple.folder / out, max_shard_size=size)
+    one, many = (load_folder(triple.folder / out) for out in ("one", "many"))
+    assert all(torch.equal(one[name], many[name]) for name in one)
 
 
 def test_ties_at_the_threshold_are_dropped(triple: Triple) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,27 @@ def test_what_is_no_output_cannot_be_verified(tmp_path: Path) -> None:
         verify(tmp_path)
     with pytest.raises(ValueError, match=f"has no {MANIFEST}"):
         verify(tmp_path / "nowhere")
+
+
+def test_a_changed_length_of_a_header_and_other_spellings_of_the_manifest_are_found(output: Path) -> None:
+    file = sorted(output.glob("*.safetensors"))[0]
+    content = file.read_bytes()
+    for length in (2**40, 2**63):
+        file.write_bytes(length.to_bytes(8, "little") + content[8:])
+        assert f"{file.name}: its header was changed" in verify(output)
+    file.write_bytes(content)
+    manifest = output / MANIFEST
+    manifest.write_text(manifest.read_text().replace('": ', '":  ', 1))
+    with pytest.raises(ValueError, match="is damaged"):
+        verify(output)
+
+
+def test_what_lies_beside_the_base_does_not_stop_a_fusion(models: Path, tmp_path: Path) -> None:
+    """A card that is no YAML, and a name that is no UTF-8."""
+    for name in ("base", "inner", "outer"):
+        shutil.copytree(models / name, tmp_path / name)
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: [mit\n---\n")
+    Path(os.fsdecode(os.fsencode(tmp_path / "base") + b"/r\xe9.txt")).write_text("resume")
+    out = fuse(tmp_path, tmp_path / "out")
+    assert verify(out) == []
+    assert "license" not in (out / "README.md").read_text()

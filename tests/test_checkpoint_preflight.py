@@ -89,6 +89,7 @@ def test_all_problems_in_one_report(folders: Path) -> None:
         "outer",
         **{"positions": torch.ones(20), "layer.0.norm": torch.ones(32).to(torch.float8_e5m2)},
     )
+    set_config(folders / "base", tie_word_embeddings=False)
     set_config(folders / "inner", vocab_size=301, tie_word_embeddings=True)
     found = problems(folders)
     wanted = [
@@ -96,7 +97,7 @@ def test_all_problems_in_one_report(folders: Path) -> None:
         "INNER has 'more', which BASE lacks",
         "INNER: 'embed.weight' has shape [301, 32]; in BASE it has [300, 32] (another vocabulary?)",
         "INNER: vocab_size is 301 in its config; in BASE it is 300",
-        "INNER: tie_word_embeddings is True in its config; in BASE it is None",
+        "INNER: tie_word_embeddings is True in its config; in BASE it is False",
         "OUTER: 'layer.0.norm' of dtype F8_E5M2, which cannot be fused; F32, BF16, F16 can",
         "OUTER: 'positions' is F32; in BASE it is I64",
     ]
@@ -204,7 +205,10 @@ def test_where_the_output_cannot_go(folders: Path, monkeypatch: pytest.MonkeyPat
     (folders / "file").touch()
     assert problems(folders, out=folders / "file") == [f"--out: {folders / 'file'} is a file"]
     assert problems(folders, out=folders / "file" / "x") == [f"--out: {folders / 'file'} is not a folder"]
-    assert problems(folders, out=folders / "base") == [f"--out: {folders / 'base'} is BASE"]
+    assert f"--out: {folders / 'base'} is BASE" in problems(folders, out=folders / "base")
+    (folders / "link").symlink_to(folders / "elsewhere")
+    (problem,) = problems(folders, out=folders / "link")
+    assert "is a link or a mount point" in problem
     usage = planning.shutil.disk_usage(folders)
     monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     (problem,) = problems(folders)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from rkif.checkpoint.source import Checkpoint
@@ -22,19 +23,23 @@ _LEFT = ("trainer_state.json", "rkif-manifest.json")  # of how the base came to 
 
 def copy_companions(base: Checkpoint, folder: Path) -> None:
     """Copy tokenizer, configs, chat templates and terms of use from the base's folder."""
-    if base.folder is None:
-        return
-    for source in sorted(base.folder.rglob("*")):
-        name = source.relative_to(base.folder)
+    for source in companions(base):
+        target = folder / source.relative_to(base.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+        settle(target)
+
+
+def companions(base: Checkpoint) -> Iterator[Path]:
+    """The files that are copied."""
+    for source in sorted(base.folder.rglob("*")) if base.folder is not None else ():
+        name = source.relative_to(base.path)
         hidden = any(part.startswith(".") for part in name.parts)
         deep = len(name.parts) > 1 and name.parts[0] != "additional_chat_templates"
         wanted = source.suffix in _COPIED or source.name.upper().startswith(_TERMS)
         index = source.name.endswith(".index.json")
         if source.is_file() and wanted and not (hidden or deep or index or source.name in _LEFT):
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-            settle(target)
+            yield source
 
 
 def write_card(
@@ -108,6 +113,6 @@ def _license(base: Checkpoint) -> str | None:
         return None
     try:
         found = ModelCard.load(card).data.to_dict().get("license")
-    except (ValueError, OSError):
-        return None
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return None  # a card that cannot be read is no reason not to fuse
     return found if isinstance(found, str) else None

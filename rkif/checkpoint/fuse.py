@@ -24,11 +24,12 @@ from rkif.checkpoint.manifest import MANIFEST, content_digest, read_manifest, wr
 from rkif.checkpoint.memory import anonymous_memory
 from rkif.checkpoint.methods import Known, settings_of
 from rkif.checkpoint.preflight import Plan
-from rkif.checkpoint.scan import make_scan
+from rkif.checkpoint.scan import fit, make_scan
 from rkif.checkpoint.scores import ROLES, guess_thresholds, scores_of, unfit
+from rkif.checkpoint.source import UnfitError, changes
 from rkif.checkpoint.stream import IN_FLIGHT, Buffers, Loader, as_bytes, parts
 from rkif.checkpoint.tiles import tiles
-from rkif.checkpoint.workdir import Workdir
+from rkif.checkpoint.workdir import Workdir, clear
 from rkif.files import settle, write_text
 from rkif_kernels.types import CASES
 
@@ -100,11 +101,13 @@ def fuse_checkpoints(plan: Plan, progress: Progress | None = None) -> Summary:
     out = plan.request.out
     if plan.request.resume and (out / MANIFEST).exists():
         manifest = read_manifest(out)
-        if manifest["identity_sha256"] == plan.identity:
+        made = (out / MANIFEST).stat().st_mtime_ns
+        if manifest["identity_sha256"] == plan.identity and plan.last_change <= made:
+            clear(out)
             return _summary(plan, manifest, 0.0, 0.0, 0, 0, resumed=True)
     # PyTorch's threads spin while they wait for the next small tile; kernels that stream have their own.
     threads = _threads(None if plan.streams else 1)
-    with threads, Workdir(out, plan.journal_identity, resume=plan.request.resume) as work:
+    with threads, Workdir(out, plan.journal_identity, plan.slot, resume=plan.request.resume) as work:
         resumed = bool(work.records)
         fusion = _Fusion(plan, work, progress or Silent())
         try:
@@ -113,9 +116,16 @@ def fuse_checkpoints(plan: Plan, progress: Progress | None = None) -> Summary:
         finally:
             fusion.close()
         manifest = read_manifest(work.data)
-        work.publish()
+        _require_unchanged(plan)
+        work.publish(plan.layout.sizes)
     taken, cpu_taken = time.perf_counter() - begun, time.process_time() - cpu
     return _summary(plan, manifest, taken, cpu_taken, fusion.read, fusion.memory, resumed=resumed)
+
+
+def _require_unchanged(plan: Plan) -> None:
+    for argument, checkpoint in plan.checkpoints.items():
+        if changes(checkpoint.files) != checkpoint.changed:
+            raise UnfitError(f"{argument}: {checkpoint.path} was changed meanwhile; nothing was published")
 
 
 @contextlib.contextmanager
@@ -162,6 +172,7 @@ class _Fusion:
     def __init__(self, plan: Plan, work: Workdir, progress: Progress) -> None:
         self._plan, self._work, self._progress = plan, work, progress
         self._method, self._tensors = plan.request.method, plan.layout.tensors
+        self._names = [tensor.name for tensor in self._tensors]
         self._device = plan.request.device
         self._chunks = [*plan.chunks, *plan.copies]
         self.read = 0
@@ -196,7 +207,7 @@ class _Fusion:
             self._progress.stage("scanning", sum(map(self._bytes, left)))
             for number, buffers, _ in self._loader.load(left, lambda number, rows: None):
                 rows = self._loader.inputs(number, buffers.arrived())
-                for tile in tiles(self._chunks[number], rows, None, self._plan.scan_tile):
+                for tile in tiles(self._chunks[number], rows, None, self._plan.scan_tile, self._names):
                     if not scan.observe(tile, scores_of(self._method, tile)):
                         raise unfit(self._tensors, tile)
                 self._work.record_scan(scan.state(), {"next": number + 1})
@@ -271,8 +282,11 @@ class _Fusion:
         if number >= len(self._plan.chunks):
             self._copy(chunk, rows, targets)
         else:
-            for tile in tiles(chunk, rows, targets, self._plan.tile):
-                stats = self._method.fuse(tile, scores_of(self._method, tile), self._known)
+            for tile in tiles(chunk, rows, targets, self._plan.tile, self._names):
+                scores = scores_of(self._method, tile)
+                if tile.importance is not None and self._method.rank(2) is None and not all(map(fit, scores)):
+                    raise unfit(self._tensors, tile)  # no scan has looked at them
+                stats = self._method.fuse(tile, scores, self._known)
                 squared = stats.squared_norms.tolist()
                 if not all(map(math.isfinite, squared)):  # nor is an input, or a result
                     raise unfit(self._tensors, tile)
@@ -287,7 +301,7 @@ class _Fusion:
             for argument, other in zip(ROLES[1:], others, strict=False):
                 if not torch.equal(base, other):
                     tensor = self._tensors[piece.tensor]
-                    raise ValueError(
+                    raise UnfitError(
                         f"{tensor.name!r} is {tensor.target.dtype}, which is copied, not fused, but "
                         f"{argument} has other values in it than BASE; nothing was published"
                     )

@@ -49,8 +49,7 @@ def write_manifest(folder: Path, tensors: Mapping[str, tuple[Entry, str]], about
             for name, (entry, sha256) in sorted(tensors.items())
         },
     }
-    text = {**content, "manifest_sha256": _own_digest(content)}
-    write_text(folder / MANIFEST, json.dumps(text, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / MANIFEST, _text(content, _own_digest(content)))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -63,11 +62,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} has no {MANIFEST}: it is not a finished output of rkif fuse")
     try:
-        manifest = dict(json.loads(path.read_text(encoding="utf-8")))
+        text = path.read_bytes().decode()
+        manifest = dict(json.loads(text))
         written = manifest.pop("manifest_sha256")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if written != _own_digest(manifest):
+    # The text itself, too: another one may say the same.
+    if written != _own_digest(manifest) or text != _text(manifest, written):
         raise ValueError(f"{path} is damaged: its content does not have its digest")
     return manifest
 
@@ -130,7 +131,8 @@ def _changed(entries: Mapping[str, Entry], tensors: Mapping[str, Any], progress:
 def _header_digest(path: Path) -> str:
     with path.open("rb") as file:
         size = file.read(8)
-        return hashlib.sha256(size + file.read(int.from_bytes(size, "little"))).hexdigest()
+        length = min(int.from_bytes(size, "little"), path.stat().st_size)  # which may have been changed
+        return hashlib.sha256(size + file.read(length)).hexdigest()
 
 
 def _file_digest(path: Path, progress: Progress) -> str:
@@ -142,5 +144,9 @@ def _file_digest(path: Path, progress: Progress) -> str:
     return digest.hexdigest()
 
 
+def _text(content: Mapping[str, Any], digest: str) -> str:
+    return json.dumps({**content, "manifest_sha256": digest}, indent=1) + "\n"
+
+
 def _own_digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

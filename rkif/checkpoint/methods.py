@@ -7,6 +7,7 @@ both task vectors start from the base.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -149,7 +150,8 @@ class TaskArithmetic:
     def keeps(self, tile: Tile, position: int, side: int) -> Tensor:
         """Which elements of a part are kept at random: by seed, tensor, side and place, however it is cut."""
         start, numel = tile.starts[position], tile.base[position].numel()
-        key = [self.seed, 2 * tile.tensors[position] + side]
+        name = hashlib.sha256(tile.names[position].encode()).digest()  # whatever file it is in
+        key = [self.seed, int.from_bytes(name[:7], "little") * 2 + side]
         generator = np.random.Generator(np.random.Philox(key=key, counter=start // DRAWS))
         skipped = start % DRAWS
         drawn = generator.random(skipped + numel, dtype=np.float32)[skipped:]

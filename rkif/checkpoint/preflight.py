@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -16,13 +18,16 @@ from typing import Any
 
 import torch
 
+from rkif.checkpoint.card import companions
 from rkif.checkpoint.layout import ALIGNMENT, Chunk, Layout, plan_chunks, plan_layout
+from rkif.checkpoint.manifest import MANIFEST
 from rkif.checkpoint.memory import anonymous_memory
 from rkif.checkpoint.methods import Known, Method, RecurrentKIF, TaskArithmetic, settings_of
 from rkif.checkpoint.scores import scores_of
-from rkif.checkpoint.source import DTYPES, FUSED, Checkpoint, open_checkpoint
+from rkif.checkpoint.source import DTYPES, FUSED, Checkpoint, changes, open_checkpoint
 from rkif.checkpoint.stream import IN_FLIGHT
 from rkif.checkpoint.tiles import Tile
+from rkif.checkpoint.workdir import partial_folder, recorded_slot
 
 MIB = 1 << 20
 # Beside the buffers: counts of both searches and their sums, a sample, the collected scores of an in-memory
@@ -76,6 +81,9 @@ class Request:
     device: torch.device = CPU
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(os.path.abspath(self.out)))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -124,9 +132,15 @@ class Plan:
 
     @property
     def journal_identity(self) -> str:
-        """Of the work: what is resumed must have been cut the same way, from files unchanged since."""
+        """Of the work: it is resumed only where all that goes into the output is unchanged since."""
         changed = [checkpoint.changed for checkpoint in self.checkpoints.values()]
-        return _digest([self.identity, self.slot, changed])
+        beside = [[path.name, *changes([path])[0]] for path in companions(self.checkpoints["BASE"])]
+        return _digest([self.identity, importlib.metadata.version("rkif"), changed, beside])
+
+    @property
+    def last_change(self) -> int:
+        """When an input was last changed, in nanoseconds."""
+        return max(max(file[1:]) for checkpoint in self.checkpoints.values() for file in checkpoint.changed)
 
 
 def preflight(request: Request) -> Plan:
@@ -166,7 +180,7 @@ def preflight(request: Request) -> Plan:
     if problems or base is None:
         raise PreflightError(problems)
 
-    data = request.out.with_name(request.out.name + ".partial") / "data"
+    data = partial_folder(request.out) / "data"
     others = [checkpoints[argument].tensors for argument in checkpoints if argument != "BASE"]
     layout = plan_layout(base, others, data, request.max_shard_size)
     slot, memory = _fit(request, layout, len(checkpoints), problems)
@@ -259,8 +273,18 @@ def _require_dtypes(checkpoints: Mapping[str, Checkpoint], problems: list[str]) 
 
 
 # Settings in which checkpoints that are to be fused must agree, and those that are worth a note.
+# An absent one has the default, where there is one.
 _MODEL = ("model_type", "vocab_size", "tie_word_embeddings")
-_ADAPTER = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "fan_in_fan_out")
+_ADAPTER = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "fan_in_fan_out",
+    "alpha_pattern",
+    "rank_pattern",
+)
 
 
 def _compare_configs(
@@ -273,7 +297,8 @@ def _compare_configs(
     if base.config and other.config:
         for setting in _MODEL if base.stem == "model" else _ADAPTER:
             ours, theirs = base.config.get(setting), other.config.get(setting)
-            if ours != theirs:
+            absent = setting == "tie_word_embeddings" and None in (ours, theirs)  # each model has its default
+            if (ours or None) != (theirs or None) and not absent:
                 problems.append(f"{argument}: {setting} is {theirs!r} in its config; in BASE it is {ours!r}")
         ours, theirs = (c.config.get("base_model_name_or_path") for c in (base, other))
         if base.stem == "adapter_model" and ours != theirs:
@@ -309,8 +334,13 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
 
 def _require_out(request: Request, problems: list[str]) -> None:
     out = request.out
-    if out.exists() and not out.is_dir():
+    finished = request.resume and (out / MANIFEST).exists()
+    if out.is_symlink() or os.path.ismount(out):
+        problems.append(f"--out: {out} is a link or a mount point, which no folder can be renamed to")
+    elif out.exists() and not out.is_dir():
         problems.append(f"--out: {out} is a file")
+    elif out.is_dir() and any(out.iterdir()) and not finished:
+        problems.append(f"--out: {out} exists; name another folder, or remove it")
     for argument, path in (("BASE", request.base), ("INNER", request.inner), ("OUTER", request.outer)):
         if path.exists() and out.resolve() == path.resolve():
             problems.append(f"--out: {out} is {argument}")
@@ -337,7 +367,16 @@ def _fit(request: Request, layout: Layout, inputs: int, problems: list[str]) -> 
     whole = sum(-(-tensor.target.numel * tensor.widest // grain) * grain for tensor in layout.tensors)
     affordable = (request.max_memory - fixed) // shares
     slot = max(min(affordable, SLOT_MOST, whole) // grain * grain, grain)
-    if affordable < min(SLOT_LEAST, whole):
+    recorded = recorded_slot(request.out) if request.resume else None
+    # What Python and PyTorch take is not the same every time; the overhead has room for that.
+    if recorded is not None and recorded <= affordable + OVERHEAD // 4 // shares:
+        slot = recorded
+    elif recorded is not None:
+        problems.append(
+            f"--max-memory: the interrupted fusion needs {(fixed + shares * recorded) / MIB:.0f} MiB; "
+            "resume it with as much as it was begun with"
+        )
+    if recorded is None and affordable < min(SLOT_LEAST, whole):
         least = fixed + shares * SLOT_LEAST
         problems.append(
             f"--max-memory: {request.max_memory / MIB:.0f} MiB are too few; with {inputs} inputs and what "
@@ -348,7 +387,7 @@ def _fit(request: Request, layout: Layout, inputs: int, problems: list[str]) -> 
 
 def _require_space(request: Request, written: int, problems: list[str]) -> None:
     free = shutil.disk_usage(_existing(request.out)).free
-    partial = request.out.with_name(request.out.name + ".partial")
+    partial = partial_folder(request.out)
     taken = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
     if free + taken < written:
         problems.append(
@@ -370,7 +409,7 @@ def _scanned(method: Method, checkpoints: Mapping[str, Checkpoint], whole: int) 
 def _estimate(request: Request, numel: int, read: int, written: int) -> float:
     """Seconds, from computing on a made-up tile and writing a few MiB where the output will lie."""
     part = [torch.rand(TILE, device=request.device) for _ in range(4)]
-    tile = Tile([0], [0], part[:1], part[1:2], part[2:3], part[3:4], None)
+    tile = Tile([0], [0], part[:1], part[1:2], part[2:3], part[3:4], None, ["tile"])
     known = Known(torch.full((2, 1), 0.5), torch.ones(2, 1, dtype=torch.float64))
     taken = []
     for _ in range(3):

@@ -192,7 +192,7 @@ class TensorThresholds:
         numbers = list(tile.tensors)
         ranks = [self._rank(number) for number in numbers]
         for side, values in enumerate(scores):
-            if not _fit(values):
+            if not fit(values):
                 return False
             found = rkif_kernels.scores_at_ranks(
                 values, ranks=[max(r, 0) for r in ranks], scope="tensor"
@@ -223,7 +223,8 @@ class TensorThresholds:
         return Known(thresholds=self._thresholds)
 
 
-def _fit(scores: Scores) -> bool:
+def fit(scores: Scores) -> bool:
+    """Whether all are scores: finite, and not negative."""
     counts = torch.zeros(4, dtype=torch.int64, device=scores.sensitivity[0].device)
     rkif_kernels.count_scores_(counts, scores, low=0, shift=0)
     return int(counts[-1]) == 0

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ class Checkpoint:
         metadata: of the first file's header.
         config: of config.json or adapter_config.json; empty where there is none.
         headers: digest of the files' names, sizes and headers.
-        changed: when its files were last changed, in nanoseconds.
+        files: all of them.
+        changed: of each file which it is and when it was changed; see :func:`changes`.
     """
 
     path: Path
@@ -68,7 +70,8 @@ class Checkpoint:
     metadata: dict[str, str]
     config: dict[str, Any] = field(default_factory=dict)
     headers: str = ""
-    changed: tuple[int, ...] = ()
+    files: tuple[Path, ...] = ()
+    changed: tuple[tuple[int, ...], ...] = ()
 
     @property
     def folder(self) -> Path | None:
@@ -80,7 +83,17 @@ class Checkpoint:
         parts = self.path.resolve().parts
         if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
             return parts[-3].removeprefix("models--").replace("--", "/")
-        return parts[-1]
+        return parts[-1].encode("utf-8", "replace").decode()
+
+
+class UnfitError(ValueError):
+    """What is in the inputs cannot be fused: nothing that was made of them is of use."""
+
+
+def changes(files: Sequence[Path]) -> tuple[tuple[int, ...], ...]:
+    """Inode, nanoseconds of the last change of content and of anything, of each file."""
+    found = [file.stat() for file in files]
+    return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) for stat in found)
 
 
 def open_checkpoint(path: Path, argument: str, problems: list[str]) -> Checkpoint | None:
@@ -99,16 +112,15 @@ def open_checkpoint(path: Path, argument: str, problems: list[str]) -> Checkpoin
 
     tensors: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
-    headers, changed = hashlib.sha256(), []
+    headers = hashlib.sha256()
     for number, file in enumerate(files):
         try:
             entries, about, header = _read_header(file)
-            stat = file.stat()
+            size = file.stat().st_size
         except (OSError, ValueError) as error:
             problems.append(f"{argument}: {file} cannot be read: {_reason(error)}")
             return None
-        headers.update(f"{file.name} {stat.st_size} {header}\n".encode())
-        changed.append(stat.st_mtime_ns)
+        headers.update(f"{file.name} {size} {header}\n".encode())
         twice = sorted(entries.keys() & tensors.keys())
         if twice:
             problems.append(f"{argument}: {twice[0]!r} is in {file.name} and in another file")
@@ -125,7 +137,9 @@ def open_checkpoint(path: Path, argument: str, problems: list[str]) -> Checkpoin
     if not tensors:
         problems.append(f"{argument}: {path} holds no tensor")
     config = _config(path, stem, problems)
-    return Checkpoint(path, stem, tensors, metadata, config, headers.hexdigest(), tuple(changed))
+    return Checkpoint(
+        path, stem, tensors, metadata, config, headers.hexdigest(), tuple(files), changes(files)
+    )
 
 
 def _files_of(

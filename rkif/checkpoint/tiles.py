@@ -17,6 +17,7 @@ class Tile(NamedTuple):
         tensors: their numbers in the layout.
         starts: the element of each tensor at which its part begins.
         out, base, inner, outer: the parts, flat.
+        names: of the tensors.
         importance: of the inner learner and of the outer; None where there is none, for magnitudes.
     """
 
@@ -27,10 +28,15 @@ class Tile(NamedTuple):
     inner: Sequence[Tensor]
     outer: Sequence[Tensor]
     importance: tuple[Sequence[Tensor], Sequence[Tensor]] | None
+    names: Sequence[str] = ()
 
 
 def tiles(
-    chunk: Chunk, rows: Sequence[Sequence[Tensor]], targets: Sequence[Tensor] | None, largest: int
+    chunk: Chunk,
+    rows: Sequence[Sequence[Tensor]],
+    targets: Sequence[Tensor] | None,
+    largest: int,
+    names: Sequence[str],
 ) -> Iterator[Tile]:
     """The parts of a chunk in groups of at most ``largest`` elements; larger parts are cut."""
     pending: list[tuple[int, Piece]] = []  # position in the chunk, and what of its tensor
@@ -39,11 +45,11 @@ def tiles(
         for start in range(piece.start, piece.stop, largest):
             part = Piece(piece.tensor, start, min(start + largest, piece.stop))
             if pending and taken + part.numel > largest:
-                yield _tile(chunk, rows, targets, pending)
+                yield _tile(chunk, rows, targets, pending, names)
                 pending, taken = [], 0
             pending.append((position, part))
             taken += part.numel
-    yield _tile(chunk, rows, targets, pending)
+    yield _tile(chunk, rows, targets, pending, names)
 
 
 def _tile(
@@ -51,6 +57,7 @@ def _tile(
     rows: Sequence[Sequence[Tensor]],
     targets: Sequence[Tensor] | None,
     chosen: Sequence[tuple[int, Piece]],
+    names: Sequence[str],
 ) -> Tile:
     def cut(row: Sequence[Tensor]) -> list[Tensor]:
         return [
@@ -67,4 +74,5 @@ def _tile(
         inner,
         outer,
         (importance[0], importance[1]) if importance else None,
+        [names[part.tensor] for _, part in chosen],
     )

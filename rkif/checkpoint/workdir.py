@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rkif.checkpoint.source import UnfitError
 from rkif.files import replace_file
 
 
@@ -26,6 +28,7 @@ class Workdir:
     Args:
         out: the folder to be; its parents are made.
         plan: digest of everything that decides the output; work done for another is not resumed.
+        slot: bytes of a chunk's buffer, by which the work is cut.
         resume: go on with what is there.
 
     Raises:
@@ -33,9 +36,10 @@ class Workdir:
         RuntimeError: another process works on it.
     """
 
-    def __init__(self, out: Path, plan: str, *, resume: bool) -> None:
-        self._out, self._plan, self._resume = out, plan, resume
-        self._path = out.with_name(out.name + ".partial")
+    def __init__(self, out: Path, plan: str, slot: int, *, resume: bool) -> None:
+        self._out, self._resume = out, resume
+        self._plan = {"plan": plan, "slot": slot}
+        self._path = partial_folder(out)
         self._lock = FileLock(self._path / "lock")
         self.data = self._path / "data"
         self.records: list[dict[str, Any]] = []
@@ -61,7 +65,7 @@ class Workdir:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.records or isinstance(error, ValueError):
+        if not self.records or isinstance(error, UnfitError):
             self.remove()  # nothing in it is of use: no chunk was done, or the inputs are not fit for any
         self._lock.release()
 
@@ -82,7 +86,7 @@ class Workdir:
             raise RuntimeError(
                 f"{self._path} holds an interrupted fusion; --resume goes on with it, or remove it"
             )
-        if plan != {"plan": self._plan}:
+        if plan != self._plan:
             raise RuntimeError(
                 f"{self._path} is from other inputs or settings: it cannot be resumed; remove it"
             )
@@ -121,7 +125,7 @@ class Workdir:
 
     def record(self, record: dict[str, Any]) -> None:
         """Append a line on how far the work has come; what it speaks of must be on disk already."""
-        lines = [record] if self.records else [{"plan": self._plan}, record]
+        lines = [record] if self.records else [self._plan, record]
         with self._journal.open("ab" if self.records else "wb") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             file.flush()
@@ -143,16 +147,52 @@ class Workdir:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
             return state, json.loads(file.metadata()["position"])
 
-    def publish(self) -> None:
-        """Give the finished files their place, all at once."""
-        _sync_folder(self.data)
+    def publish(self, sizes: dict[str, int]) -> None:
+        """Give the finished files their place, all at once.
+
+        Raises:
+            RuntimeError: a file of these sizes is not there.
+        """
+        for name, size in sizes.items():
+            path = self.data / name
+            if not path.exists() or path.stat().st_size != size:
+                raise RuntimeError(f"{path} is not what was written; remove {self._path}")
+        for folder in (*(path for path in self.data.rglob("*") if path.is_dir()), self.data):
+            _sync_folder(folder)
         os.rename(self.data, self._out)
         _sync_folder(self._out.parent)
         self.remove()
 
     def remove(self) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind; the lock goes last, or another process could begin amid the ruins."""
+        for path in self._path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
         shutil.rmtree(self._path, ignore_errors=True)
+
+
+def partial_folder(out: Path) -> Path:
+    """Where the work on an output is until it is complete."""
+    return out.with_name(out.name + ".partial")
+
+
+def recorded_slot(out: Path) -> int | None:
+    """By what the interrupted work on an output was cut, if there is any."""
+    try:
+        with (partial_folder(out) / "journal.jsonl").open("rb") as file:
+            return int(json.loads(file.readline())["slot"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def clear(out: Path) -> None:
+    """Remove what a kill right after the publication of a finished output has left."""
+    partial = partial_folder(out)
+    if partial.exists():
+        with contextlib.suppress(Timeout), FileLock(partial / "lock", blocking=False):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sync_folder(path: Path) -> None:
