@@ -368,6 +368,8 @@ def _fit(request: Request, layout: Layout, inputs: int, problems: list[str]) -> 
     affordable = (request.max_memory - fixed) // shares
     slot = max(min(affordable, SLOT_MOST, whole) // grain * grain, grain)
     recorded = recorded_slot(request.out) if request.resume else None
+    if recorded is not None and (recorded <= 0 or recorded % grain):
+        recorded = None  # of other inputs
     # What Python and PyTorch take is not the same every time; the overhead has room for that.
     if recorded is not None and recorded <= affordable + OVERHEAD // 4 // shares:
         slot = recorded
