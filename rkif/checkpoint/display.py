@@ -64,8 +64,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(
             argument, f"{checkpoint.path}: {len(checkpoint.tensors)} tensors, {_gb(size)}, {dtypes}"
         )
-    files = f"{len(layout.sizes)} file{'s' if len(layout.sizes) > 1 else ''}"
-    table.add_row("output", f"{request.out}: {files}, {_gb(plan.written)}")
+    table.add_row("output", f"{request.out}: {_files(len(layout.sizes))}, {_gb(plan.written)}")
     table.add_row("method", _settings(request.method.name, settings_of(request.method)))
     table.add_row("parameters", f"{layout.numel:,}")
     table.add_row("memory", f"{plan.memory / MIB:,.0f} MiB at most, Python and PyTorch included")
@@ -98,7 +97,7 @@ def summary_table(summary: Summary) -> Table:
     total = max(sum(report["counts"].values()), 1)
     table = _table(f"Fused into {summary.out}{', resumed' if summary.resumed else ''}")
     table.add_row("method", _settings(summary.method, summary.settings))
-    table.add_row("parameters", f"{report['numel']:,} in {summary.tensors} tensors, {summary.files} files")
+    table.add_row("parameters", f"{report['numel']:,} in {summary.tensors} tensors, {_files(summary.files)}")
     cases = ", ".join(f"{case.replace('_', ' ')} {n / total:.1%}" for case, n in report["counts"].items())
     table.add_row("selected by", cases)
     for side, threshold in zip(("inner", "outer"), report["thresholds"], strict=True):
@@ -123,6 +122,10 @@ def _table(title: str) -> Table:
 
 def _settings(method: str, settings: dict[str, Any]) -> str:
     return ", ".join([method, *(f"{name} {value}" for name, value in settings.items())])
+
+
+def _files(count: int) -> str:
+    return f"{count} file{'s' if count > 1 else ''}"
 
 
 def _gb(size: int) -> str:
