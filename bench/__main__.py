@@ -42,10 +42,11 @@ def aot_command() -> None:
 
 @app.command("readme")
 def readme_command() -> None:
-    """Write the tables of the committed results into README.md."""
-    from bench.readme import README, with_tables
+    """Write the tables of the committed results into README.md and the docs."""
+    from bench.readme import FILES, with_tables
 
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for file in FILES:
+        file.write_text(with_tables(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 @app.command("continual")

@@ -13,6 +13,7 @@ from bench import checkpoints, kernels
 from bench.continual import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
+FILES = (README, README.parent / "docs" / "checkpoints.md")  # that have tables
 
 
 def with_tables(text: str) -> str:

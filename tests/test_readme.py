@@ -12,7 +12,7 @@ import yaml
 from checkpoint_files import Triple, split_folder
 
 from bench.continual import RESULTS
-from bench.readme import README, with_tables
+from bench.readme import FILES, README, with_tables
 from rkif.cli import main
 from rkif.continual.config import RunConfig, dump_config
 
@@ -70,7 +70,9 @@ def test_checkpoints_are_fused_as_it_says(
 
 
 def test_figures_are_those_of_the_committed_results() -> None:
-    assert with_tables(TEXT) == TEXT, "run `python -m bench readme`"
+    for file in FILES:
+        text = file.read_text(encoding="utf-8")
+        assert with_tables(text) == text, f"{file.name}: run `python -m bench readme`"
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     assert rows
     for row in rows:
