@@ -14,7 +14,6 @@ from rkif.checkpoint.source import Entry, Reader
 from rkif.checkpoint.stream import as_bytes
 
 EMPTY = hashlib.sha256().hexdigest()  # of a tensor without elements
-BLOCK = 1 << 20  # elements that are read at a time to take up a digest
 
 
 class Digests:
@@ -43,9 +42,7 @@ class Digests:
         reader = Reader()
         try:
             for running, entry in zip(self._running, entries, strict=True):
-                for start in range(0, numel, BLOCK):
-                    block = bytearray(min(BLOCK, numel - start) * entry.itemsize)
-                    reader.read(entry, start, memoryview(block))
+                for block in reader.blocks(entry, numel):
                     running.update(block)
         finally:
             reader.close()

@@ -111,16 +111,13 @@ def verify(folder: Path, progress: Progress = lambda size: None) -> list[str]:
 
 def _changed(entries: Mapping[str, Entry], tensors: Mapping[str, Any], progress: Progress) -> list[str]:
     reader = Reader()
-    buffer = memoryview(bytearray(_BLOCK))
     problems = []
     try:
         for name, entry in entries.items():
             digest = hashlib.sha256()
-            for at in range(0, entry.nbytes, _BLOCK):
-                part = buffer[: min(_BLOCK, entry.nbytes - at)]
-                reader.read(entry, at // entry.itemsize, part)
-                digest.update(part)
-                progress(len(part))
+            for block in reader.blocks(entry, entry.numel):
+                digest.update(block)
+                progress(len(block))
             if digest.hexdigest() != tensors[name]["sha256"]:
                 problems.append(f"{entry.file.name}: {name!r} was changed")
     finally:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 FUSED = ("F32", "BF16", "F16")
+BLOCK = 1 << 20  # elements that are read at a time where nothing is computed on them
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,14 @@ class Reader:
             if count == 0:
                 raise OSError(0, "the file ends before its last tensor does", str(entry.file))
             done += count
+
+    def blocks(self, entry: Entry, numel: int) -> Iterator[memoryview]:
+        """The bytes of the tensor's first ``numel`` elements, in memory that the next block uses again."""
+        buffer = memoryview(bytearray(min(BLOCK, numel) * entry.itemsize))
+        for start in range(0, numel, BLOCK):
+            block = buffer[: min(BLOCK, numel - start) * entry.itemsize]
+            self.read(entry, start, block)
+            yield block
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():

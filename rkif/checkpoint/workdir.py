@@ -107,12 +107,10 @@ class Workdir:
         Raises:
             OSError: there is no room.
         """
+        if any("chunks" in record for record in self.records):
+            self._require_written(sizes)
         for name, size in sizes.items():
             path = self.data / name
-            if any("chunks" in record for record in self.records) and (
-                not path.exists() or path.stat().st_size != size
-            ):
-                raise RuntimeError(f"{path} is not what was written; remove {self._path}")
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
                 os.ftruncate(descriptor, size)
@@ -122,6 +120,12 @@ class Workdir:
                 raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
             finally:
                 os.close(descriptor)
+
+    def _require_written(self, sizes: dict[str, int]) -> None:
+        for name, size in sizes.items():
+            path = self.data / name
+            if not path.exists() or path.stat().st_size != size:
+                raise RuntimeError(f"{path} is not what was written; remove {self._path}")
 
     def record(self, record: dict[str, Any]) -> None:
         """Append a line on how far the work has come; what it speaks of must be on disk already."""
@@ -153,10 +157,7 @@ class Workdir:
         Raises:
             RuntimeError: a file of these sizes is not there.
         """
-        for name, size in sizes.items():
-            path = self.data / name
-            if not path.exists() or path.stat().st_size != size:
-                raise RuntimeError(f"{path} is not what was written; remove {self._path}")
+        self._require_written(sizes)
         for folder in (*(path for path in self.data.rglob("*") if path.is_dir()), self.data):
             _sync_folder(folder)
         os.rename(self.data, self._out)
