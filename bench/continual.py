@@ -3,54 +3,122 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
 from rich.console import Console
 
 from bench.machine import commit, device_name
 from rkif.continual.config import RunConfig, load_config
+from rkif.continual.methods import METHODS, RecurrentKIF
 from rkif.continual.model import device
-from rkif.continual.progress import RunProgress, comparison_table
+from rkif.continual.progress import RunProgress
 from rkif.continual.run import run
 
 RESULTS = Path(__file__).parent / "results" / "continual.jsonl"
+CONFIGS = Path(__file__).parent / "configs"
+SUITES = {suite: tuple(f"{suite}-{number}" for number in (1, 2, 3)) for suite in ("standard", "long")}
+MAIN = (
+    "sequential",
+    "replay",
+    "replay_equal_steps",
+    "ewc",
+    "o_lora",
+    "tasl",
+    "average",
+    "ties",
+    "dare",
+    "per_task",
+    "multi_task",
+    "recurrent_kif",
+    "recurrent_kif_paper",
+    "recurrent_kif_release",
+)
 
 
-def compare(config_path: Path, methods: Sequence[str], out: Path, console: Console) -> None:
-    """Run methods on a config and append a row for each to the results.
+@dataclass(frozen=True)
+class Job:
+    """One run: a config file, and what is changed in it."""
 
-    Interrupted and called again it goes on: finished runs are read, a half-finished one is resumed (its row
-    then has no wall time).
+    config: Path
+    suite: str
+    order: str
+    method: str
+    seed: int
+    out: Path
 
-    Args:
-        config_path: a config of ``rkif run``; its ``method`` is replaced.
-        methods: names of methods.
-        out: folder for the runs, ``out/<method>``.
-        console: where to show progress and the table.
+    def settings(self) -> RunConfig:
+        """The config with the order, the seed and the method's or variant's settings put in.
+
+        Raises:
+            ValueError: no method and no variant has that name.
+        """
+        variants: dict[str, Any] = yaml.safe_load((CONFIGS / "variants.yaml").read_text(encoding="utf-8"))
+        if self.method not in METHODS and self.method not in variants:
+            raise ValueError(f"no such method or variant: {self.method!r}; see {CONFIGS / 'variants.yaml'}")
+        changes = variants.get(self.method, {"method": self.method})
+        base = load_config(self.config).model_dump()
+        base["tasks"]["order"] = self.order
+        return RunConfig.model_validate(_merged(base, {**changes, "seed": self.seed}))
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.config.stem / self.order / f"{self.method}-{self.seed}"
+
+
+def compare(jobs: Sequence[Job], processes: int, console: Console) -> None:
+    """Do runs, each in a process of its own, and write a row for each.
+
+    Interrupted and called again it goes on: what has a row is passed over, half-finished runs are resumed
+    (their rows then have no wall time).
     """
-    config = load_config(config_path)
-    finished = []
-    for method in methods:
-        chosen = RunConfig.model_validate(config.model_dump() | {"method": method})
-        folder = out / method
-        resumed = folder.exists()
-        started = time.monotonic()
-        metrics = run(chosen, folder, resume=resumed, progress=RunProgress(console))
-        _record(_row(chosen, metrics, None if resumed else time.monotonic() - started))
-        finished.append(metrics)
-    console.print(comparison_table(finished))
+    for job in jobs:
+        job.settings()
+    todo = [job for job in jobs if not _has_row(job)]
+    console.print(f"{len(jobs) - len(todo)} of {len(jobs)} runs have been done")
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=spawn, max_tasks_per_child=1) as pool:
+        futures = {pool.submit(_run, job): job for job in todo}
+        for done in as_completed(futures):
+            row = done.result()
+            write(row)
+            console.print(
+                f"{row['order']} {row['method']} seed {row['seed']}: OP {row['op']} BWT {row['bwt']}"
+                f" ({row['wall_s']} s)",
+                highlight=False,
+            )
 
 
-def _row(config: RunConfig, metrics: dict[str, Any], wall: float | None) -> dict[str, Any]:
-    order = config.tasks.order
+def _run(job: Job) -> dict[str, Any]:
+    config = job.settings()
+    resumed = job.folder.exists()
+    started = time.monotonic()
+    with _timed_fuser() as spent, open(os.devnull, "w") as nowhere:
+        metrics = run(config, job.folder, resume=resumed, progress=RunProgress(Console(file=nowhere)))
+    wall = None if resumed else time.monotonic() - started
+    return _row(job, config, metrics, wall, spent)
+
+
+def _row(
+    job: Job, config: RunConfig, metrics: Mapping[str, Any], wall: float | None, spent: Mapping[str, float]
+) -> dict[str, Any]:
+    on = device(config)
+    peak = torch.cuda.max_memory_allocated(on) if on.type == "cuda" else _peak_of_process()
     return {
-        "suite": order.partition("-")[0] if isinstance(order, str) else "custom",
-        "order": order,
-        "method": metrics["method"],
-        "seed": config.seed,
+        "suite": job.suite,
+        "order": job.order,
+        "method": job.method,
+        "seed": job.seed,
         **{
             key: metrics[key] if metrics[key] is None else round(metrics[key], 3)
             for key in ("op", "bwt", "fwt")
@@ -61,8 +129,12 @@ def _row(config: RunConfig, metrics: dict[str, Any], wall: float | None) -> dict
         "model": Path(config.model).name,
         "trainable": metrics["trainable"],
         "split": metrics["split"],
-        "device": device_name(device(config)),
+        "device": device_name(on),
         "commit": commit(),
+        "config": job.config.stem,
+        "peak_mib": round(peak / 2**20),
+        # Of the time that steps on the new task and on the memory take, what is spent in rkif.Fuser.
+        "rkif_share": round(spent["fuser"] / spent["steps"], 5) if spent["fuser"] else None,
         "tasks": metrics["tasks"],
         "records": metrics["records"],
         "initial": metrics["initial"],
@@ -71,11 +143,73 @@ def _row(config: RunConfig, metrics: dict[str, Any], wall: float | None) -> dict
     }
 
 
-def _record(row: dict[str, Any]) -> None:
-    """Append a row; one with the same figures from the same settings is there already after a second call."""
+def _peak_of_process() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def _timed_fuser() -> Iterator[dict[str, float]]:
+    """Add up the seconds that Recurrent-KIF's rounds take, and those of them that the fuser takes."""
+    spent = {"fuser": 0.0, "steps": 0.0}
+    names = {"observe": "fuser", "begin_outer": "fuser", "end_round": "fuser", "train_step": "steps"}
+    originals = {name: getattr(RecurrentKIF, name) for name in names}
+    for name, part in names.items():
+        setattr(RecurrentKIF, name, _timed(originals[name], spent, part))
+    try:
+        yield spent
+    finally:
+        for name, original in originals.items():
+            setattr(RecurrentKIF, name, original)
+
+
+def _timed(call: Callable[..., Any], spent: dict[str, float], part: str) -> Callable[..., Any]:
+    def timed(method: RecurrentKIF, *arguments: Any) -> Any:
+        if not method.has_memory:  # fine-tuning has no rounds
+            return call(method, *arguments)
+        _synchronize()
+        started = time.perf_counter()
+        result = call(method, *arguments)
+        _synchronize()
+        spent[part] += time.perf_counter() - started
+        return result
+
+    return timed
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` with ``changes`` put in, section by section."""
+    merged = dict(settings)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def rows() -> list[dict[str, Any]]:
+    """What has been measured."""
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+
+
+def _has_row(job: Job) -> bool:
+    config = job.settings()
+    settings = config.model_dump(mode="json", exclude={"model", "tasks", "method", "seed"})
+    wanted = (job.config.stem, job.order, job.method, job.seed, settings)
+    keys = ("config", "order", "method", "seed", "settings")
+    return any(tuple(row.get(key) for key in keys) == wanted for row in rows())
+
+
+def write(row: Mapping[str, Any]) -> None:
+    """Put a row in place of the one of the same run, or at the end."""
+    keys = ("config", "order", "method", "seed")
+    kept = [old for old in rows() if any(old.get(key) != row[key] for key in keys)]
     RESULTS.parent.mkdir(exist_ok=True)
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    same = ("suite", "order", "method", "seed", "model", "accuracy", "settings")
-    if not any(all(old[key] == row[key] for key in same) for old in rows):
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    temporary = RESULTS.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(item) + "\n" for item in [*kept, row]), encoding="utf-8")
+    temporary.replace(RESULTS)

@@ -77,6 +77,8 @@ class FusionConfig:
         beta1, beta2: smoothing of S and of U, in [0, 1].
         inner_steps, outer_steps: Q and M, optimizer steps of the two learners in a round.
         clear_inner, clear_outer: whether a learner's importance starts from zero in the next round.
+        refresh_outer: whether every round re-estimates the outer importance, or only a fuser's first does,
+            and the others go by what the old tasks needed at that point (an ablation: static importance).
         nonfinite: a round that saw a non-finite importance is an error at its fusion ("raise"), or its
             fusion is refused and the parameters return to the round's start ("skip").
         state_dtype: storage of S and U, torch.float32 or torch.bfloat16 (or its name).
@@ -96,6 +98,7 @@ class FusionConfig:
     outer_steps: int = 4
     clear_inner: bool = True
     clear_outer: bool = False
+    refresh_outer: bool = True
     nonfinite: Nonfinite = "raise"
     state_dtype: torch.dtype = torch.float32
 
@@ -111,7 +114,7 @@ class FusionConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
-        for name in ("clear_inner", "clear_outer"):
+        for name in ("clear_inner", "clear_outer", "refresh_outer"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
         if isinstance(self.state_dtype, str):

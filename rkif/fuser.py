@@ -84,7 +84,8 @@ class Fuser:
         gradient. Elements with a non-finite importance are left as they were, and counted.
         """
         gradients = [parameter.grad for parameter in self._parameters.values()]
-        self._importance[self.phase].update(list(self._parameters.values()), gradients, self._nonfinite)
+        if self.phase == "inner" or self.config.refresh_outer or self.round == 0:
+            self._importance[self.phase].update(list(self._parameters.values()), gradients, self._nonfinite)
         self._observed[self.phase] += 1
         if len(self._with_gradient) < len(self._parameters):
             self._with_gradient.update(

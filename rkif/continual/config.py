@@ -96,6 +96,52 @@ class EvaluationSettings(Settings):
     max_new_tokens: int = Field(16, ge=1)
 
 
+class RoundsSettings(Settings):
+    """The recurrent loop, beside what the fusion's settings say of it.
+
+    ``observe``: importance is taken from a gradient before the step that uses it, or after. ``optimizers``:
+    the two learners keep their moments when a round has been merged, or start anew.
+    """
+
+    observe: Literal["before", "after"] = "before"
+    optimizers: Literal["keep", "reset"] = "keep"
+
+
+class EwcSettings(Settings):
+    """The spring's strength where the Fisher information is average."""
+
+    strength: float = Field(1.0, ge=0)
+
+
+class OLoraSettings(Settings):
+    """The weight of the overlap between the tasks' subspaces in the loss."""
+
+    strength: float = Field(0.5, ge=0)
+
+
+class AdaptiveSettings(Settings):
+    """The temperature of the softmax over the two importances, which are in [0, 1]."""
+
+    temperature: float = Field(0.1, gt=0)
+
+
+Method = Literal[
+    "sequential",
+    "replay",
+    "replay_equal_steps",
+    "ewc",
+    "o_lora",
+    "tasl",
+    "average",
+    "ties",
+    "dare",
+    "adaptive",
+    "per_task",
+    "multi_task",
+    "recurrent_kif",
+]
+
+
 class RunConfig(Settings):
     """A task sequence: model, tasks, method, and how to train and measure.
 
@@ -106,17 +152,21 @@ class RunConfig(Settings):
     """
 
     model: str
-    architecture: Literal["causal", "seq2seq"] = "causal"
+    architecture: Literal["causal", "seq2seq", "encoder"] = "causal"
     adapter: AdapterSettings | None = AdapterSettings()
     precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     tasks: TaskSettings
     text: TextSettings = TextSettings()
-    method: Literal["sequential", "replay", "recurrent_kif"] = "recurrent_kif"
+    method: Method = "recurrent_kif"
     fusion: dict[str, Any] = {}
     training: TrainingSettings
     outer: OuterSettings = OuterSettings()
     memory: MemorySettings = MemorySettings()
+    rounds: RoundsSettings = RoundsSettings()
+    ewc: EwcSettings = EwcSettings()
+    o_lora: OLoraSettings = OLoraSettings()
+    adaptive: AdaptiveSettings = AdaptiveSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint_every: int = Field(50, ge=1)
     threads: int | None = Field(None, ge=1)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from rkif.continual.config import RunConfig
 from rkif.continual.model import autocast
+from rkif.continual.objective import Objective
 from rkif.continual.tasks import Item
-from rkif.continual.text import IGNORED, Encoder
+from rkif.params import trainable_parameters
 
 
 class Learner:
@@ -18,18 +19,26 @@ class Learner:
 
     The inner and the outer learner are two of these over the same parameters: neither sees the other's
     moments or learning rate.
+
+    Attributes:
+        parameters: name -> trainable parameter.
     """
 
     def __init__(
-        self, model: nn.Module, encoder: Encoder, config: RunConfig, *, learning_rate: float
+        self, model: nn.Module, objective: Objective, config: RunConfig, *, learning_rate: float
     ) -> None:
         self._model = model
-        self._encoder = encoder
+        self._objective = objective
         self._config = config
         self._learning_rate = learning_rate
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.parameters = trainable_parameters(model)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the optimizer's moments."""
+        decay = self._config.training.weight_decay
         self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=learning_rate, weight_decay=config.training.weight_decay
+            self.parameters.values(), lr=self._learning_rate, weight_decay=decay
         )
 
     def step(
@@ -39,8 +48,9 @@ class Learner:
         lr_fraction: float,
         seed: int,
         before_step: Callable[[], None] | None = None,
+        after_step: Callable[[], None] | None = None,
     ) -> float:
-        """Take one optimizer step on the mean loss of all answer tokens in a batch.
+        """Take one optimizer step on the mean loss of a batch.
 
         Args:
             items: the batch. Micro-batches change its gradient by rounding at most.
@@ -48,27 +58,14 @@ class Learner:
             seed: of everything random in the step (dropout). A step is thus a function of the parameters,
                 the optimizer's state and the arguments, and a resumed run needs no generator's state.
             before_step: called when the gradient is final: accumulated and clipped.
+            after_step: called when the step has been taken, with the same gradient.
 
         Returns:
             The loss.
         """
-        training = self._config.training
-        size = training.micro_batch_size or len(items)
-        batches = [
-            self._encoder.training_batch(items[start : start + size]) for start in range(0, len(items), size)
-        ]
-        tokens = [int((batch["labels"] != IGNORED).sum()) for batch in batches]
-        torch.manual_seed(seed)
-        self._model.train()
-        total = 0.0
-        for batch, count in zip(batches, tokens, strict=True):
-            with autocast(self._config):
-                inputs = {name: tensor.to(self._parameters[0].device) for name, tensor in batch.items()}
-                # The model's loss is a mean over a micro-batch's tokens; the batch's is one over all of them.
-                loss = self._model(**inputs).loss * (count / sum(tokens))
-            loss.backward()
-            total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, training.max_grad_norm)
+        total = self.gradient(items, seed=seed)
+        parameters = list(self.parameters.values())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._config.training.max_grad_norm)
         if before_step is not None:
             before_step()
         for group in self._optimizer.param_groups:
@@ -76,8 +73,32 @@ class Learner:
         # A step on what is not finite would leave the moments so for good, whatever the fusion then does.
         if norm.isfinite():
             self._optimizer.step()
+        if after_step is not None:
+            after_step()
         self._optimizer.zero_grad()
         return total
+
+    def gradient(self, items: Sequence[Item], *, seed: int) -> float:
+        """Leave the gradient of a batch's mean loss in the parameters; returns the loss."""
+        size = self._config.training.micro_batch_size or len(items)
+        objective = self._objective
+        batches = [objective.batch(items[start : start + size]) for start in range(0, len(items), size)]
+        weights = [objective.weight(batch) for batch in batches]
+        torch.manual_seed(seed)
+        self._model.train()
+        device = next(iter(self.parameters.values())).device
+        total = 0.0
+        for batch, weight in zip(batches, weights, strict=True):
+            with autocast(self._config):
+                inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+                # A mean over the whole batch's terms, not one of the micro-batches' means.
+                loss = objective.loss(self._model, inputs) * (weight / sum(weights))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        return total
+
+    def zero_grad(self) -> None:
+        self._optimizer.zero_grad()
 
     def tensors(self) -> dict[str, Tensor]:
         """The optimizer's state, "parameter's position.key" -> tensor."""

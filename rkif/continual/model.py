@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ import torch
 from torch import nn
 
 from rkif.continual.config import RunConfig
+from rkif.continual.matching import Matching
+from rkif.continual.objective import Objective, Writing
+from rkif.continual.tasks import Task
 from rkif.continual.text import Encoder, TextFormat
 from rkif.seeding import derive_seed
 
 
-def build(config: RunConfig) -> tuple[nn.Module, Encoder]:
-    """Load the model and its tokenizer, and put the adapter on.
+def build(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> tuple[nn.Module, Objective]:
+    """Load the model and its tokenizer, put the adapter on, and say what the model is to do with the tasks.
 
-    The adapter's initial values depend on the run's seed alone.
+    The adapter has ``slices`` times the rank that the config says. Its initial values depend on the run's
+    seed alone.
 
     Raises:
         ImportError: transformers or peft is not installed.
@@ -34,15 +39,17 @@ def build(config: RunConfig) -> tuple[nn.Module, Encoder]:
     kind = {
         "causal": transformers.AutoModelForCausalLM,
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
+        "encoder": transformers.AutoModel,
     }[config.architecture]
+    # On CPUs the fused attention is the slower one in bfloat16: half the speed of a small encoder's step.
+    attention = "eager" if device(config).type == "cpu" and config.precision == "bfloat16" else None
     frozen = torch.bfloat16 if config.precision == "bfloat16" and config.adapter else torch.float32
     try:
-        seq2seq = bool(transformers.AutoConfig.from_pretrained(config.model).is_encoder_decoder)
-        if seq2seq != (config.architecture == "seq2seq"):
-            found = "seq2seq" if seq2seq else "causal"
+        found = _architecture(transformers, config.model)
+        if found != config.architecture:
             raise ValueError(f"it is of architecture {found!r}, the config says {config.architecture!r}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-        model: Any = kind.from_pretrained(config.model, dtype=frozen)
+        model: Any = kind.from_pretrained(config.model, dtype=frozen, attn_implementation=attention)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {config.model!r} cannot be loaded: {_first_line(error)}") from error
     with warnings.catch_warnings():
@@ -51,14 +58,27 @@ def build(config: RunConfig) -> tuple[nn.Module, Encoder]:
         if config.training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.adapter is not None:
-            model = _with_adapter(model, config)
-    encoder = Encoder(
-        tokenizer,
-        seq2seq=config.architecture == "seq2seq",
-        max_length=config.text.max_length,
-        text=TextFormat(config.text.prompt, config.text.target),
-    )
-    return model.to(device(config)), encoder
+            model = _with_adapter(model, config, slices)
+    return model.to(device(config)), _objective(config, tokenizer, tasks)
+
+
+def _objective(config: RunConfig, tokenizer: Any, tasks: Sequence[Task]) -> Objective:
+    text, length = TextFormat(config.text.prompt, config.text.target), config.text.max_length
+    if config.architecture == "encoder":
+        labels = {task.name: task.labels for task in tasks}
+        size = config.evaluation.batch_size
+        return Matching(tokenizer, text=text, max_length=length, labels=labels, batch_size=size)
+    seq2seq = config.architecture == "seq2seq"
+    return Writing(Encoder(tokenizer, seq2seq=seq2seq, max_length=length, text=text), config.evaluation)
+
+
+def _architecture(transformers: Any, model: str) -> str:
+    """What the model's own config says it is: an encoder-decoder, a causal language model, or an encoder."""
+    settings = transformers.AutoConfig.from_pretrained(model)
+    if settings.is_encoder_decoder:
+        return "seq2seq"
+    causal = any("CausalLM" in name or "LMHead" in name for name in settings.architectures or ["CausalLM"])
+    return "causal" if causal else "encoder"
 
 
 def require_transformers() -> Any:
@@ -98,7 +118,7 @@ def autocast(config: RunConfig) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device(config).type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def _with_adapter(model: Any, config: RunConfig) -> Any:
+def _with_adapter(model: Any, config: RunConfig, slices: int) -> Any:
     import peft
 
     assert config.adapter is not None
@@ -109,11 +129,13 @@ def _with_adapter(model: Any, config: RunConfig) -> Any:
         if target.rpartition(".")[2] not in modules:
             raise ValueError(f"adapter.target_modules: the model has no module {target!r}")
     settings = peft.LoraConfig(
-        r=config.adapter.r,
-        lora_alpha=config.adapter.alpha,
+        r=config.adapter.r * slices,
+        lora_alpha=config.adapter.alpha * slices,  # what is trained is scaled by alpha / r
         lora_dropout=config.adapter.dropout,
         target_modules=targets,
-        task_type="SEQ_2_SEQ_LM" if config.architecture == "seq2seq" else "CAUSAL_LM",
+        task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}[
+            config.architecture
+        ],
     )
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(config.seed, "adapter"))

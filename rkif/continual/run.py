@@ -16,10 +16,10 @@ from rkif.continual.evaluation import evaluate
 from rkif.continual.methods import METHODS, Context
 from rkif.continual.metrics import backward_transfer, forward_transfer, overall_performance
 from rkif.continual.model import build, device
+from rkif.continual.objective import Objective
 from rkif.continual.progress import RunProgress
 from rkif.continual.rundir import Checkpoint, RunFolder, read_checkpoint
 from rkif.continual.tasks import Task, load_tasks
-from rkif.continual.text import Encoder
 from rkif.memory import ReplayMemory
 from rkif.params import trainable_parameters
 
@@ -43,6 +43,8 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
         ValueError, OSError, ImportError: bad settings, tasks, model or folder, in one line.
     """
     _prepare_torch(config)
+    method = METHODS[config.method]
+    method.require(config)
     checkpoint = read_checkpoint(out) if resume else None
     tasks = load_tasks(
         config.tasks.folder,
@@ -50,15 +52,15 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
         train_limit=config.tasks.train_limit,
         dev_limit=config.tasks.dev_limit,
         seed=config.seed,
-        finished=checkpoint.task if checkpoint else 0,
+        finished=checkpoint.task if checkpoint and not method.needs_all else 0,
     )
     _require_scorable(tasks, config)
     folder = RunFolder(out, config, resume=resume)
     with progress.shown(config, tasks):
         progress.stage("loading the model")
-        model, encoder = build(config)
+        model, objective = build(config, tasks, slices=len(tasks) if method.slices else 1)
         start = checkpoint or Checkpoint(0, 0, 0, {}, {})
-        return _Sequence(config, folder, tasks, model, encoder, progress).run(start)
+        return _Sequence(config, folder, tasks, model, objective, progress).run(start)
 
 
 class _Sequence:
@@ -70,16 +72,17 @@ class _Sequence:
         folder: RunFolder,
         tasks: Sequence[Task],
         model: nn.Module,
-        encoder: Encoder,
+        objective: Objective,
         progress: RunProgress,
     ) -> None:
         self.config = config
         self.folder = folder
         self.tasks = tasks
         self.model = model
-        self.encoder = encoder
+        self.objective = objective
         self.progress = progress
         self.parameters = trainable_parameters(model)
+        self.initial = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.metrics: dict[str, Any] = folder.read_metrics() or {
             "method": config.method,
             "split": "dev",
@@ -120,8 +123,18 @@ class _Sequence:
     def _learn(self, index: int, start: Checkpoint) -> None:
         """Train task ``index`` from where ``start`` says, and publish what came of it."""
         task = self.tasks[index]
-        memory = self.folder.read_memory(index - 1, self.tasks[index - 1].name) if index else ReplayMemory()
-        context = Context(self.config, self.model, self.encoder, task, memory)
+        before = (index - 1, self.tasks[index - 1].name)
+        context = Context(
+            self.config,
+            self.model,
+            self.objective,
+            self.tasks,
+            index,
+            memory=self.folder.read_memory(*before) if index else ReplayMemory(),
+            handed_on=self.folder.read_handed_on(*before) if index else {},
+            initial=self.initial,
+        )
+        memory = context.memory
         method = METHODS[self.config.method](context)
         if start.step:
             method.load_tensors(start.method)
@@ -134,6 +147,7 @@ class _Sequence:
                 self._checkpoint(index, step + 1, method.samples, method.tensors())
 
         self.progress.stage("saving")
+        method.finish()
         memory.add(
             task.name,
             task.instruction,
@@ -147,6 +161,7 @@ class _Sequence:
             task.name,
             save_model=self._save_model,
             importance=method.importance(),
+            handed_on=method.hand_on(),
             memory=memory,
             figures={"task": task.name, "steps": context.steps, "samples": method.samples},
         )
@@ -155,7 +170,7 @@ class _Sequence:
     def _save_model(self, folder: Path) -> None:
         """Adapter or model, with the tokenizer, as ``from_pretrained`` reads them."""
         self.model.save_pretrained(folder)  # type: ignore[operator]
-        self.encoder.tokenizer.save_pretrained(folder)
+        self.objective.tokenizer.save_pretrained(folder)
 
     def _checkpoint(self, task: int, step: int, samples: int, method: dict[str, Tensor]) -> None:
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
@@ -163,15 +178,22 @@ class _Sequence:
 
     def _measure(self, index: int) -> None:
         """Fill the column of task ``index`` in the accuracy matrix, and the figures that follow from it."""
+        accuracy, method = self.metrics["accuracy"], METHODS[self.config.method]
         column = self._evaluate(f"after {self.tasks[index].name}")
-        accuracy = self.metrics["accuracy"]
+        if method.knows_task:
+            others = [
+                row[-1] if row else before
+                for row, before in zip(accuracy, self.metrics["initial"], strict=True)
+            ]
+            column = [*others[:index], column[index], *others[index + 1 :]]
         for row, value in zip(accuracy, column, strict=True):
             row.append(value)
         self.metrics["steps"], self.metrics["samples"] = self._totals(index)
         if index + 1 == len(self.tasks):
             self.metrics["op"] = overall_performance(accuracy)
-            self.metrics["bwt"] = backward_transfer(accuracy)
-            self.metrics["fwt"] = forward_transfer(accuracy, self.metrics["initial"])
+            if method.in_sequence:
+                self.metrics["bwt"] = backward_transfer(accuracy)
+                self.metrics["fwt"] = forward_transfer(accuracy, self.metrics["initial"])
         self.folder.write_metrics(self.metrics)
         self.progress.measured(index, self.metrics)
 
@@ -184,7 +206,7 @@ class _Sequence:
         self.progress.evaluating(when)
         column = []
         for task in self.tasks:
-            column.append(evaluate(self.model, self.encoder, task, self.config))
+            column.append(evaluate(self.model, self.objective, task, self.config))
             self.progress.evaluated()
         return column
 

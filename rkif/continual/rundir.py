@@ -5,7 +5,8 @@
     RUN/config.yaml               the settings, defaults filled in
     RUN/metrics.json              the accuracy matrix, OP, BWT, FWT
     RUN/checkpoint.safetensors    where to go on: parameters and the method's state, at (task, step)
-    RUN/tasks/NN-name/            after each task: adapter (or model), importance, memory, figures
+    RUN/tasks/NN-name/            after each task: adapter (or model), importance, memory, figures,
+                                  and what the method hands on to the next
 """
 
 from __future__ import annotations
@@ -89,6 +90,11 @@ class RunFolder:
         """The memory as it was after a task."""
         return ReplayMemory.load(self.task(index, name) / "memory.jsonl")
 
+    def read_handed_on(self, index: int, name: str) -> dict[str, Tensor]:
+        """What the method handed on after a task; empty for most methods."""
+        path = self.task(index, name) / "handed_on.safetensors"
+        return load_file(path) if path.exists() else {}
+
     def publish_task(
         self,
         index: int,
@@ -96,6 +102,7 @@ class RunFolder:
         *,
         save_model: Callable[[Path], object],
         importance: Mapping[str, Tensor],
+        handed_on: Mapping[str, Tensor],
         memory: ReplayMemory,
         figures: Mapping[str, Any],
     ) -> None:
@@ -105,8 +112,9 @@ class RunFolder:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_model(temporary)
-        if importance:
-            save_file(_storable(importance), temporary / "importance.safetensors")
+        for file, tensors in (("importance", importance), ("handed_on", handed_on)):
+            if tensors:
+                save_file(_storable(tensors), temporary / f"{file}.safetensors")
         memory.save(temporary / "memory.jsonl")
         _write_json(temporary / "task.json", figures)
         for path in temporary.iterdir():

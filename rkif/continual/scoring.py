@@ -70,7 +70,7 @@ def label_scores(
         rows: list[list[float]] = score(model, _prompts(model, encoder, chunk, reserve), targets).tolist()
         return rows
 
-    scores = torch.tensor(_in_batches(model, items, batch_size, run)).reshape(len(items), len(labels))
+    scores = torch.tensor(in_batches(model, items, batch_size, run)).reshape(len(items), len(labels))
     for (_, record), bad in zip(items, scores.isnan().any(1).tolist(), strict=True):
         if bad:
             raise ValueError(f"model gives NaN for record {record.id!r} of task {record.task!r}")
@@ -105,7 +105,7 @@ def predict_by_generation(
         tokens = _greedy(model, encoder, _prompts(model, encoder, chunk, max_new_tokens), max_new_tokens)
         return [encoder.decode(row) for row in tokens.tolist()]
 
-    return _in_batches(model, items, batch_size, run)
+    return in_batches(model, items, batch_size, run)
 
 
 def exact_match(prediction: str, output: str) -> bool:
@@ -127,7 +127,7 @@ def accuracy(predictions: Sequence[str], records: Sequence[Record]) -> float:
     return 100.0 * right / len(records)
 
 
-def _in_batches(
+def in_batches(
     model: nn.Module, items: Sequence[Item], batch_size: int, run: Callable[[Sequence[Item]], list[T]]
 ) -> list[T]:
     """Runs `run` over batches of similar length and returns its results in the order of the items."""

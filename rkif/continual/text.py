@@ -96,7 +96,7 @@ class Encoder:
         tokens = [*self._before, *_encode(self.tokenizer, filled), *self._after]
         if not tokens:
             raise ValueError(f"prompt has no tokens: {filled!r}")
-        return tokens if len(tokens) <= room else tokens[: room - _TAIL] + tokens[-_TAIL:]
+        return cut(tokens, room)
 
     def target(self, output: str) -> list[int]:
         """Encodes an answer: its tokens and EOS, and no other special token."""
@@ -160,6 +160,11 @@ class Encoder:
             "input_ids": pad(rows, self.pad_id, side),
             "attention_mask": pad([[1] * len(row) for row in rows], 0, side),
         }
+
+
+def cut(tokens: list[int], room: int) -> list[int]:
+    """At most `room` tokens (more than 16): where there are more the middle goes, the last 16 stay."""
+    return tokens if len(tokens) <= room else tokens[: room - _TAIL] + tokens[-_TAIL:]
 
 
 def pad(rows: Sequence[list[int]], value: int, side: Literal["left", "right"]) -> Tensor:

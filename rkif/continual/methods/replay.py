@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rkif.continual.config import fusion_config
 from rkif.continual.methods.sequential import Sequential
 from rkif.continual.tasks import Item
@@ -10,20 +12,26 @@ from rkif.continual.tasks import Item
 class Replay(Sequential):
     """Every batch of the new task is joined by records from the memory, in one optimizer step.
 
-    There are as many of them as Recurrent-KIF's outer learner would see in the same number of inner steps
-    (``outer_steps * outer batch / inner_steps`` a step): over whole rounds both methods take the gradient of
-    the same number of samples, from the same memory.
+    There are as many of them in a task as Recurrent-KIF's outer learner sees in the same number of inner
+    steps, spread evenly: both methods take the gradient of the same number of samples, from the same memory.
     """
 
     def batch(self, step: int) -> list[Item]:
-        items = super().batch(step)
-        if len(self.context.memory):
-            walk = range(self._replayed(step), self._replayed(step + 1))
-            seed = self.seed("memory")
-            items += [self.context.memory.batch(position, 1, seed=seed)[0] for position in walk]
-        return items
+        steps = self.context.steps
+        return super().batch(step) + self.remembered(
+            step * self.share // steps, (step + 1) * self.share // steps
+        )
 
-    def _replayed(self, steps: int) -> int:
-        """Memory records seen in so many steps."""
+    @property
+    def share(self) -> int:
+        """Memory records that a task sees."""
         fusion = fusion_config(self.context.config.fusion)
-        return steps * fusion.outer_steps * self.context.config.outer.batch_size // fusion.inner_steps
+        rounds = math.ceil(self.context.steps / fusion.inner_steps)
+        return rounds * fusion.outer_steps * self.context.config.outer.batch_size
+
+    def remembered(self, start: int, stop: int) -> list[Item]:
+        """A stretch of the walk over the memory; nothing while it is empty."""
+        if not len(self.context.memory):
+            return []
+        seed = self.seed("memory")
+        return [self.context.memory.batch(position, 1, seed=seed)[0] for position in range(start, stop)]

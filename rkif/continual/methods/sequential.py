@@ -3,29 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from rkif.continual.config import RunConfig
 from rkif.continual.learner import Learner
+from rkif.continual.objective import Objective
 from rkif.continual.tasks import Item, Task
-from rkif.continual.text import Encoder
 from rkif.memory import ReplayMemory
 from rkif.seeding import derive_seed, shuffled
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a method gets to learn one task: ``memory`` holds the earlier ones, and is empty for the first."""
+    """What a method gets to learn one task.
+
+    Attributes:
+        config: the run's settings.
+        model: to be trained, as the task before left it.
+        objective: what the model is to do with records.
+        tasks: all of the run's. Those that have been learned may lack their training records.
+        index: which of them is to be learned.
+        memory: holds records of the earlier tasks, and is empty for the first.
+        handed_on: what the method :meth:`handed on <Sequential.hand_on>` after the task before; empty for
+            the first.
+        initial: trainable parameters by name as they were before the first task.
+    """
 
     config: RunConfig
     model: nn.Module
-    encoder: Encoder
-    task: Task
+    objective: Objective
+    tasks: Sequence[Task]
+    index: int
     memory: ReplayMemory
+    handed_on: Mapping[str, Tensor] = field(default_factory=dict)
+    initial: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def task(self) -> Task:
+        """The task to be learned."""
+        return self.tasks[self.index]
 
     @property
     def steps(self) -> int:
@@ -40,18 +61,31 @@ class Sequential:
     """One inner learner on the new task. Other methods are this one and what they add.
 
     Attributes:
+        knows_task: each task is asked of the model as it was when the task had been learned.
+        in_sequence: the tasks come one after another, so that backward and forward transfer mean something.
+        needs_all: the training records of all tasks are needed for each.
+        slices: the adapter has ranks of its own for every task.
         samples: records that went through the model in training so far, this task's and the memory's.
     """
+
+    knows_task: ClassVar[bool] = False
+    in_sequence: ClassVar[bool] = True
+    needs_all: ClassVar[bool] = False
+    slices: ClassVar[bool] = False
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.samples = 0
         self.inner = self.learner(context.config.training.learning_rate)
 
+    @staticmethod
+    def require(config: RunConfig) -> None:
+        """Raise ValueError where the method cannot work with these settings."""
+
     def learner(self, learning_rate: float) -> Learner:
         """A new learner over the model's trainable parameters."""
         context = self.context
-        return Learner(context.model, context.encoder, context.config, learning_rate=learning_rate)
+        return Learner(context.model, context.objective, context.config, learning_rate=learning_rate)
 
     def train_step(self, step: int) -> float:
         """Take inner step ``step``, from 0, and whatever the method does after it; returns the inner loss."""
@@ -60,10 +94,14 @@ class Sequential:
         return self.inner.step(items, lr_fraction=self.lr_fraction(step), seed=self.seed("inner", step))
 
     def batch(self, step: int) -> list[Item]:
-        """The records of an inner step: the task's training records, reshuffled every epoch."""
-        size, records = self.context.config.training.batch_size, self.context.task.train
-        walk = (divmod(position, len(records)) for position in range(step * size, (step + 1) * size))
-        instruction = self.context.task.instruction
+        """The records of an inner step."""
+        size = self.context.config.training.batch_size
+        return self.records(step * size, (step + 1) * size)
+
+    def records(self, start: int, stop: int) -> list[Item]:
+        """A stretch of the walk over the task's training records, which are reshuffled every epoch."""
+        instruction, records = self.context.task.instruction, self.context.task.train
+        walk = (divmod(position, len(records)) for position in range(start, stop))
         return [
             (instruction, records[shuffled(len(records), self.seed("epoch", epoch))[place]])
             for epoch, place in walk
@@ -87,6 +125,13 @@ class Sequential:
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up the state that :meth:`tensors` gave."""
         self.inner.load_tensors(strip_prefix(tensors, "inner."))
+
+    def finish(self) -> None:
+        """What is left to do when the last step of the task has been taken."""
+
+    def hand_on(self) -> dict[str, Tensor]:
+        """What the method needs to know when it learns the next task, beside parameters and memory."""
+        return {}
 
     def importance(self) -> dict[str, Tensor]:
         """What the method knows about the parameters' importance after the task; empty for most methods."""

@@ -1,0 +1,53 @@
+"""Merges of the two task vectors of a round that know nothing of importance."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rkif.continual.methods.rounds import Rounds
+from rkif.continual.methods.sequential import Context, strip_prefix
+
+
+class Merging(Rounds):
+    """The recurrent loop with another merge: ``theta = base + merge(inner - base, outer - inner)``."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.parameters = self.inner.parameters
+        self.base = self._snapshot()
+        self.stopped: dict[str, Tensor] = {}  # where the inner learner stopped; set in the outer phase alone
+        self.round = 0
+
+    @abstractmethod
+    def merge(self, name: str, inner: Tensor, outer: Tensor) -> Tensor:
+        """What is added to a parameter of that name, from what either learner added to it."""
+
+    def observe(self) -> None:
+        """Nothing is learned from gradients."""
+
+    def begin_outer(self) -> None:
+        self.stopped = self._snapshot()
+
+    @torch.no_grad()
+    def end_round(self) -> None:
+        for name, parameter in self.parameters.items():
+            base, stopped = self.base[name], self.stopped[name]
+            parameter.copy_(base + self.merge(name, stopped - base, parameter - stopped))
+        self.base = self._snapshot()
+        self.round += 1
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        state = {f"base.{name}": tensor for name, tensor in self.base.items()}
+        return super().tensors() | state | {"round": torch.tensor(self.round)}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load_tensors(tensors)
+        self.base = strip_prefix(tensors, "base.")
+        self.round = int(tensors["round"])

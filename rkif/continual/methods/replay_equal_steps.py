@@ -1,0 +1,28 @@
+"""Replay mix with as many optimizer steps as Recurrent-KIF takes, on as many samples."""
+
+from __future__ import annotations
+
+from rkif.continual.methods.replay import Replay
+
+
+class ReplayEqualSteps(Replay):
+    """The new records and the memory's of a task are spread over Q + M steps a round, where replay takes Q.
+
+    So the batches are smaller, and neither method can owe its result to the number of its steps.
+    """
+
+    def train_step(self, step: int) -> float:
+        if not len(self.context.memory):
+            return super().train_step(step)
+        outer_batch = self.context.config.outer.batch_size
+        inner = self.context.steps
+        records = inner * self.context.config.training.batch_size
+        total = inner + self.share // outer_batch
+        losses = []
+        for part in range(step * total // inner, (step + 1) * total // inner):
+            items = self.records(part * records // total, (part + 1) * records // total)
+            items += self.remembered(part * self.share // total, (part + 1) * self.share // total)
+            self.samples += len(items)
+            seed = self.seed("inner", part)
+            losses.append(self.inner.step(items, lr_fraction=self.lr_fraction(step), seed=seed))
+        return sum(losses) / len(losses)

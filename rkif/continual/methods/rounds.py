@@ -1,0 +1,80 @@
+"""The loop of the recurrent methods: an inner learner, an outer learner, a merge; and again."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from rkif.continual.config import fusion_config
+from rkif.continual.methods.sequential import Context, Sequential, strip_prefix
+
+
+class Rounds(Sequential):
+    """Q inner steps on the new task, M outer steps on the memory, then what a subclass makes of the two.
+
+    The outer learner has an optimizer of its own, kept over the rounds of a task; its learning rate follows
+    the inner schedule. The last round of a task ends with however many inner steps it has. The first task
+    has no memory and is fine-tuned.
+    """
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.fusion = fusion_config(context.config.fusion)
+        self.outer = self.learner(context.config.outer.learning_rate)
+        self.has_memory = len(context.memory) > 0
+
+    @abstractmethod
+    def observe(self) -> None:
+        """Either learner's gradient is final, its step not yet taken."""
+
+    @abstractmethod
+    def begin_outer(self) -> None:
+        """The inner learner has taken its last step of the round."""
+
+    @abstractmethod
+    def end_round(self) -> None:
+        """The outer learner has, too: merge, and begin the next round."""
+
+    def train_step(self, step: int) -> float:
+        if not self.has_memory:
+            return super().train_step(step)
+        items = self.batch(step)
+        self.samples += len(items)
+        loss = self.inner.step(
+            items, lr_fraction=self.lr_fraction(step), seed=self.seed("inner", step), **self._observed()
+        )
+        if (step + 1) % self.fusion.inner_steps == 0 or step + 1 == self.context.steps:
+            self.begin_outer()
+            self._learn_memory(step)
+            self.end_round()
+            if self.context.config.rounds.optimizers == "reset":
+                self.inner.reset()
+                self.outer.reset()
+        return loss
+
+    def _learn_memory(self, step: int) -> None:
+        """The outer learner's steps after inner step ``step``."""
+        size = self.context.config.outer.batch_size
+        first = step // self.fusion.inner_steps * self.fusion.outer_steps
+        for outer_step in range(first, first + self.fusion.outer_steps):
+            items = self.context.memory.batch(outer_step, size, seed=self.seed("memory"))
+            self.samples += len(items)
+            self.outer.step(
+                items,
+                lr_fraction=self.lr_fraction(step),
+                seed=self.seed("outer", outer_step),
+                **self._observed(),
+            )
+
+    def _observed(self) -> dict[str, Callable[[], None]]:
+        return {f"{self.context.config.rounds.observe}_step": self.observe}
+
+    def tensors(self) -> dict[str, Tensor]:
+        outer = self.outer.tensors() if self.has_memory else {}
+        return super().tensors() | {f"outer.{name}": tensor for name, tensor in outer.items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load_tensors(tensors)
+        self.outer.load_tensors(strip_prefix(tensors, "outer."))
