@@ -36,14 +36,45 @@ def run_command(
     The run's folder is runs/<name of the config> unless --out names another.
     """
     from rkif.continual.config import load_config
-    from rkif.continual.progress import RunProgress, run_table
+    from rkif.continual.progress import RunProgress, run_tables
     from rkif.continual.run import run
 
     console = Console()
     folder = out or Path("runs") / config.stem
     metrics = run(load_config(config), folder, resume=resume, progress=RunProgress(console))
-    console.print(run_table(metrics))
+    for table in run_tables(metrics):
+        console.print(table)
     console.print(f"The run is in {folder}", markup=False)
+
+
+@app.command("report")
+def report_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+) -> None:
+    """Write a run's report: one HTML page with its figures and pictures, for any browser."""
+    from rkif.report import write_report
+
+    print(write_report(run))
+
+
+@app.command("tune")
+def tune_command(
+    config: Annotated[Path, typer.Argument(help="A config of `rkif run`.", metavar="CONFIG.yaml")],
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Runs that it may take, in all.")] = 20,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the study.", show_default="tune/CONFIG")
+    ] = None,
+    resume: Resume = False,
+) -> None:
+    """Search density, Q, M and the outer learning rate for the best OP on the dev split."""
+    from rkif.continual.config import load_config
+    from rkif.continual.tune import best_table, tune
+
+    console = Console()
+    folder = out or Path("tune") / config.stem
+    study = tune(load_config(config), folder, trials=trials, resume=resume, console=console)
+    console.print(best_table(study))
+    console.print(f"The trials are in {folder}", markup=False)
 
 
 @app.command("demo")

@@ -66,7 +66,7 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with small tasks, a small Llama and a small T5."""
+    """A folder with small tasks, a small Llama, a small T5 and a small BERT."""
     from run_inputs import make_inputs
 
     folder = tmp_path_factory.mktemp("inputs")

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
+    BertConfig,
+    BertModel,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from rkif.continual.config import RunConfig
-from rkif.continual.methods import Context, RecurrentKIF
+from rkif.continual.methods import Context, RecurrentKIF, Sequential
 from rkif.continual.model import build
 from rkif.continual.progress import RunProgress
 from rkif.continual.run import run
@@ -25,11 +27,13 @@ from rkif.continual.tasks import load_tasks
 from rkif.demo import write_inputs
 from rkif.memory import ReplayMemory
 
+M = TypeVar("M", bound=Sequential)
+
 TASKS = ["review", "tense", "place"]
 
 
 def make_inputs(folder: Path) -> None:
-    """Write small tasks, a small Llama and a small T5."""
+    """Write small tasks, a small Llama, a small T5 and a small BERT."""
     write_inputs(folder, train=40, dev=8, seed=1)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     torch.manual_seed(0)
@@ -47,6 +51,16 @@ def make_inputs(folder: Path) -> None:
     )
     T5ForConditionalGeneration(t5).save_pretrained(folder / "t5")
     tokenizer.save_pretrained(folder / "t5")
+    bert = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+    )
+    BertModel(bert).save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
 
 
 def make_config(inputs: Path, **changes: Any) -> RunConfig:
@@ -93,10 +107,10 @@ def read_parameters(folder: Path) -> dict[str, torch.Tensor]:
     return {n.removeprefix("parameters."): t for n, t in stored.items() if n.startswith("parameters.")}
 
 
-def one_task(settings: RunConfig, inputs: Path) -> RecurrentKIF:
-    """Recurrent-KIF at the start of its second task."""
+def one_task(settings: RunConfig, inputs: Path, method: type[M] = RecurrentKIF, **more: Any) -> M:
+    """A method at the start of its second task."""
     tasks = load_tasks(inputs / "tasks", TASKS)
     memory = ReplayMemory()
     memory.add(TASKS[0], tasks[0].instruction, tasks[0].train, fraction=0.1, seed=0)
-    model, encoder = build(settings)
-    return RecurrentKIF(Context(settings, model, encoder, tasks[1], memory))
+    model, objective = build(settings, tasks, slices=len(tasks) if method.slices else 1)
+    return method(Context(settings, model, objective, tasks, 1, memory, **more))

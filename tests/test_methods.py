@@ -148,7 +148,7 @@ def test_recurrent_kif_is_a_plain_loop_with_a_fuser(config: Callable[..., RunCon
     def step(optimizer: torch.optim.Optimizer, items: Any, rate: float, seed: int) -> None:
         torch.manual_seed(seed)
         model.train()
-        model(**plain.encoder.training_batch(items)).loss.backward()
+        model(**plain.objective.batch(items)).loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, 0.5).item())
         fuser.observe()
         optimizer.param_groups[0]["lr"] = rate
@@ -175,7 +175,7 @@ def test_recurrent_kif_is_a_plain_loop_with_a_fuser(config: Callable[..., RunCon
 
 
 def test_replay_mixes_the_memory_into_every_batch(config: Callable[..., RunConfig], inputs: Path) -> None:
-    settings = config(fusion={"inner_steps": 3, "outer_steps": 2}, outer={"batch_size": 4})
+    settings = config(training={"steps": 6, "batch_size": 4}, outer={"batch_size": 4})
     context = one_task(settings, inputs).context
     replay = METHODS["replay"](context)
     batches = [replay.batch(step) for step in range(6)]

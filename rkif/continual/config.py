@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rkif.config import FusionConfig, MergeWeights
+from rkif.continual.kpi import locate, metric_name
 from rkif.continual.text import TextFormat
 from rkif_kernels.checks import require_choice
 
@@ -148,7 +150,8 @@ class RunConfig(Settings):
     ``model`` is a folder or a hub name, ``adapter: null`` trains all parameters. Relative folders are meant
     from the file's own. ``precision: bfloat16`` computes under autocast, and stores frozen weights in it;
     what is trained stays float32. ``threads`` are PyTorch's on a CPU: their number decides the order of
-    sums, hence the last bits, so a run that is to be repeated exactly should name it.
+    sums, hence the last bits, so a run that is to be repeated exactly should name it. ``metrics`` are
+    ``module:function``, the module importable or a file beside the config; see :mod:`rkif.continual.kpi`.
     """
 
     model: str
@@ -168,9 +171,23 @@ class RunConfig(Settings):
     o_lora: OLoraSettings = OLoraSettings()
     adaptive: AdaptiveSettings = AdaptiveSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    metrics: list[str] = []
     checkpoint_every: int = Field(50, ge=1)
     threads: int | None = Field(None, ge=1)
     seed: int = Field(42, ge=0)
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _metrics(cls, value: Any) -> Any:
+        specs = [value] if isinstance(value, str) else value
+        if isinstance(specs, list):
+            names = [metric_name(str(spec)) for spec in specs]
+            for spec, name in zip(specs, names, strict=True):
+                if not re.fullmatch(r".+:[A-Za-z_]\w*", str(spec)):
+                    raise ValueError(f"expected module:function, got {spec!r}")
+                if names.count(name) > 1 or name == "accuracy":
+                    raise ValueError(f"two metrics are called {name!r}")
+        return specs
 
     @field_validator("fusion")
     @classmethod
@@ -229,7 +246,8 @@ def load_config(path: Path) -> RunConfig:
     here = path.parent.resolve()
     tasks = config.tasks.model_copy(update={"folder": str(here / config.tasks.folder)})
     model = str(here / config.model) if (here / config.model).exists() else config.model
-    return config.model_copy(update={"tasks": tasks, "model": model})
+    metrics = [locate(spec, here) for spec in config.metrics]
+    return config.model_copy(update={"tasks": tasks, "model": model, "metrics": metrics})
 
 
 def dump_config(config: RunConfig) -> str:

@@ -36,6 +36,9 @@ def build(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> tuple
 
     # The run has a progress display of its own.
     transformers.utils.logging.disable_progress_bar()
+    if config.architecture == "encoder":
+        # It would warn of a pooler without weights, which nobody asks.
+        transformers.utils.logging.set_verbosity_error()
     kind = {
         "causal": transformers.AutoModelForCausalLM,
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
@@ -52,6 +55,10 @@ def build(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> tuple
         model: Any = kind.from_pretrained(config.model, dtype=frozen, attn_implementation=attention)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {config.model!r} cannot be loaded: {_first_line(error)}") from error
+    if config.architecture == "encoder":
+        for name, parameter in model.named_parameters():
+            # Answers are found by token vectors: what pools them is not asked, and must not be fused.
+            parameter.requires_grad_("pooler" not in name)
     with warnings.catch_warnings():
         # transformers is renaming what these two call; the old names are those of all its supported versions.
         warnings.simplefilter("ignore", FutureWarning)

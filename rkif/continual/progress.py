@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,28 +83,55 @@ class RunProgress:
         self.console.print(f"[bold]{metrics['method']}[/] after {self._tasks[index].name}: {shown}")
 
 
-def run_table(metrics: Mapping[str, Any]) -> Table:
-    """One run: each task's accuracy before training, right after learning it, and at the end."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"{metrics['method']}: accuracy in % ({metrics['split']} split)",
-        caption=f"OP {_figure(metrics['op'])}   BWT {_figure(metrics['bwt'], sign=True)}   "
-        f"FWT {_figure(metrics['fwt'], sign=True)}   ({metrics['samples']:,} training samples)",
+def run_tables(metrics: Mapping[str, Any]) -> list[Table]:
+    """One run: each task's accuracy before training, right after learning it, and at the end.
+
+    A metric of the user's gets such a table, too.
+    """
+    accuracy = _run_table(
+        f"{metrics['method']}: accuracy in % ({metrics['split']} split)",
+        metrics,
+        metrics["accuracy"],
+        metrics["initial"],
+        figure,
     )
+    accuracy.caption = (
+        f"OP {figure(metrics['op'])}   BWT {figure(metrics['bwt'], sign=True)}   "
+        f"FWT {figure(metrics['fwt'], sign=True)}   ({metrics['samples']:,} training samples)"
+    )
+    own = [
+        _run_table(f"{metrics['method']}: {name}", metrics, part["matrix"], part["initial"], _any_figure)
+        for name, part in metrics["metrics"].items()
+    ]
+    return [accuracy, *own]
+
+
+def _run_table(
+    title: str,
+    metrics: Mapping[str, Any],
+    matrix: Sequence[Sequence[float]],
+    initial: Sequence[float],
+    write: Callable[..., str],
+) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title)
     table.add_column("task")
     for heading in ("records", "before", "learned", "at the end", "change"):
         table.add_column(heading, justify="right")
-    for i, name in enumerate(metrics["tasks"]):
-        row = metrics["accuracy"][i]
+    for i, (name, row) in enumerate(zip(metrics["tasks"], matrix, strict=True)):
         table.add_row(
             name,
             str(metrics["records"][i]),
-            _figure(metrics["initial"][i]),
-            _figure(row[i]),
-            _figure(row[-1]),
-            _figure(row[-1] - row[i], sign=True),
+            write(initial[i]),
+            write(row[i]),
+            write(row[-1]),
+            write(row[-1] - row[i], sign=True),
         )
     return table
+
+
+def _any_figure(value: float, *, sign: bool = False) -> str:
+    """A number of unknown size."""
+    return f"{value:{'+' if sign else ''}.4g}"
 
 
 def comparison_table(runs: Sequence[Mapping[str, Any]]) -> Table:
@@ -127,16 +154,17 @@ def comparison_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     for metrics in runs:
         table.add_row(
             metrics["method"],
-            *(_figure(row[-1]) for row in metrics["accuracy"] if shown),
-            _figure(metrics["op"]),
-            _figure(metrics["bwt"], sign=True),
-            _figure(metrics["fwt"], sign=True),
+            *(figure(row[-1]) for row in metrics["accuracy"] if shown),
+            figure(metrics["op"]),
+            figure(metrics["bwt"], sign=True),
+            figure(metrics["fwt"], sign=True),
             f"{metrics['samples']:,}",
         )
     return table
 
 
-def _figure(value: float | None, *, sign: bool = False) -> str:
+def figure(value: float | None, *, sign: bool = False) -> str:
+    """A number with one decimal place; a dash for none."""
     if value is None:
         return "-"
     return f"{value:+.1f}" if sign else f"{value:.1f}"

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rkif.continual.config import RunConfig
-from rkif.continual.evaluation import evaluate
+from rkif.continual.evaluation import ACCURACY, evaluate
+from rkif.continual.kpi import load_metric, metric_name
 from rkif.continual.methods import METHODS, Context
 from rkif.continual.metrics import backward_transfer, forward_transfer, overall_performance
 from rkif.continual.model import build, device
@@ -81,6 +82,7 @@ class _Sequence:
         self.model = model
         self.objective = objective
         self.progress = progress
+        self.own = {metric_name(spec): load_metric(spec) for spec in config.metrics}
         self.parameters = trainable_parameters(model)
         self.initial = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.metrics: dict[str, Any] = folder.read_metrics() or {
@@ -92,6 +94,7 @@ class _Sequence:
             "trainable": sum(parameter.numel() for parameter in self.parameters.values()),
             "initial": [],
             "accuracy": [[] for _ in tasks],
+            "metrics": {name: {"initial": [], "matrix": [[] for _ in tasks]} for name in self.own},
             "op": None,
             "bwt": None,
             "fwt": None,
@@ -111,7 +114,10 @@ class _Sequence:
             for name, value in start.parameters.items():
                 self.parameters[name].copy_(value)
         if not self.metrics["initial"]:
-            self.metrics["initial"] = self._evaluate("before training")
+            before = self._evaluate("before training")
+            self.metrics["initial"] = before[ACCURACY]
+            for name, figures in self.metrics["metrics"].items():
+                figures["initial"] = before[name]
             self.folder.write_metrics(self.metrics)
         for index in range(len(self.tasks)):
             if index >= start.task:
@@ -139,6 +145,8 @@ class _Sequence:
         if start.step:
             method.load_tensors(start.method)
             method.samples = start.samples
+        else:
+            method.begin()
         self.progress.task(index, context.steps, start.step)
         for step in range(start.step, context.steps):
             loss = method.train_step(step)
@@ -160,8 +168,11 @@ class _Sequence:
             index,
             task.name,
             save_model=self._save_model,
-            importance=method.importance(),
-            handed_on=method.hand_on(),
+            state={
+                "importance": method.importance(),
+                "handed_on": method.hand_on(),
+                "rounds": method.rounds(),
+            },
             memory=memory,
             figures={"task": task.name, "steps": context.steps, "samples": method.samples},
         )
@@ -179,15 +190,15 @@ class _Sequence:
     def _measure(self, index: int) -> None:
         """Fill the column of task ``index`` in the accuracy matrix, and the figures that follow from it."""
         accuracy, method = self.metrics["accuracy"], METHODS[self.config.method]
-        column = self._evaluate(f"after {self.tasks[index].name}")
-        if method.knows_task:
-            others = [
-                row[-1] if row else before
-                for row, before in zip(accuracy, self.metrics["initial"], strict=True)
-            ]
-            column = [*others[:index], column[index], *others[index + 1 :]]
-        for row, value in zip(accuracy, column, strict=True):
-            row.append(value)
+        columns = self._evaluate(f"after {self.tasks[index].name}")
+        matrices = {ACCURACY: (accuracy, self.metrics["initial"])}
+        for name, figures in self.metrics["metrics"].items():
+            matrices[name] = (figures["matrix"], figures["initial"])
+        for name, (matrix, initial) in matrices.items():
+            for i, (row, before) in enumerate(zip(matrix, initial, strict=True)):
+                # A method that knows the task answers with what it had made for it, if it has come to it yet.
+                kept = method.knows_task and i != index
+                row.append((row[-1] if row else before) if kept else columns[name][i])
         self.metrics["steps"], self.metrics["samples"] = self._totals(index)
         if index + 1 == len(self.tasks):
             self.metrics["op"] = overall_performance(accuracy)
@@ -202,13 +213,15 @@ class _Sequence:
         figures = [self.folder.read_task(i, self.tasks[i].name) for i in range(index + 1)]
         return sum(f["steps"] for f in figures), sum(f["samples"] for f in figures)
 
-    def _evaluate(self, when: str) -> list[float]:
+    def _evaluate(self, when: str) -> dict[str, list[float]]:
+        """Name of a metric -> its value on every task."""
         self.progress.evaluating(when)
-        column = []
+        columns: dict[str, list[float]] = {ACCURACY: [], **{name: [] for name in self.own}}
         for task in self.tasks:
-            column.append(evaluate(self.model, self.objective, task, self.config))
+            for name, value in evaluate(self.model, self.objective, task, self.config, self.own).items():
+                columns[name].append(value)
             self.progress.evaluated()
-        return column
+        return columns
 
 
 def _require_scorable(tasks: Sequence[Task], config: RunConfig) -> None:

@@ -6,7 +6,7 @@
     RUN/metrics.json              the accuracy matrix, OP, BWT, FWT
     RUN/checkpoint.safetensors    where to go on: parameters and the method's state, at (task, step)
     RUN/tasks/NN-name/            after each task: adapter (or model), importance, memory, figures,
-                                  and what the method hands on to the next
+                                  its rounds, and what the method hands on to the next
 """
 
 from __future__ import annotations
@@ -40,6 +40,47 @@ class Checkpoint:
     samples: int
     parameters: dict[str, Tensor]
     method: dict[str, Tensor]
+
+
+class RunReader:
+    """What a run's folder holds, for those who only look at it.
+
+    Raises:
+        ValueError: there is no run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "config.yaml").is_file():
+            raise ValueError(f"{path} is no run: it has no config.yaml")
+
+    def config_text(self) -> str:
+        return (self.path / "config.yaml").read_text(encoding="utf-8")
+
+    def metrics(self) -> dict[str, Any]:
+        """The content of ``metrics.json``; empty where nothing has been measured."""
+        path = self.path / "metrics.json"
+        return _read_json(path) if path.exists() else {}
+
+    def rounds(self) -> dict[str, dict[str, Tensor]]:
+        """Task -> what its rounds did, in the order of learning; only tasks that had rounds."""
+        found = {}
+        for file in sorted(self.path.glob("tasks/*/rounds.safetensors")):
+            found[file.parent.name.partition("-")[2]] = load_tensors(file)
+        return found
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return tensors
 
 
 class RunFolder:
@@ -76,8 +117,7 @@ class RunFolder:
 
     def read_metrics(self) -> dict[str, Any]:
         """What :meth:`write_metrics` wrote last; empty if it never did."""
-        path = self.path / "metrics.json"
-        return _read_json(path) if path.exists() else {}
+        return RunReader(self.path).metrics()
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         _write_json(self.path / "metrics.json", metrics)
@@ -93,7 +133,7 @@ class RunFolder:
     def read_handed_on(self, index: int, name: str) -> dict[str, Tensor]:
         """What the method handed on after a task; empty for most methods."""
         path = self.task(index, name) / "handed_on.safetensors"
-        return load_file(path) if path.exists() else {}
+        return load_tensors(path) if path.exists() else {}
 
     def publish_task(
         self,
@@ -101,18 +141,20 @@ class RunFolder:
         name: str,
         *,
         save_model: Callable[[Path], object],
-        importance: Mapping[str, Tensor],
-        handed_on: Mapping[str, Tensor],
+        state: Mapping[str, Mapping[str, Tensor]],
         memory: ReplayMemory,
         figures: Mapping[str, Any],
     ) -> None:
-        """Write a task's folder; one that an interrupted run left is replaced."""
+        """Write a task's folder; one that an interrupted run left is replaced.
+
+        ``state`` maps the name of a safetensors file, without its suffix, to its tensors; none, no file.
+        """
         final = self.task(index, name)
         temporary = final.with_name(final.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_model(temporary)
-        for file, tensors in (("importance", importance), ("handed_on", handed_on)):
+        for file, tensors in state.items():
             if tensors:
                 save_file(_storable(tensors), temporary / f"{file}.safetensors")
         memory.save(temporary / "memory.jsonl")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rkif.continual.methods.sequential import Context, Sequential
+from rkif.continual.methods.sequential import Sequential
 
 
 class PerTask(Sequential):
@@ -13,8 +13,7 @@ class PerTask(Sequential):
     knows_task = True
     in_sequence = False
 
-    def __init__(self, context: Context) -> None:
-        super().__init__(context)
-        with torch.no_grad():
-            for name, parameter in self.inner.parameters.items():
-                parameter.copy_(context.initial[name])
+    @torch.no_grad()
+    def begin(self) -> None:
+        for name, parameter in self.inner.parameters.items():
+            parameter.copy_(self.context.initial[name])

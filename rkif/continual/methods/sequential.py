@@ -87,6 +87,9 @@ class Sequential:
         context = self.context
         return Learner(context.model, context.objective, context.config, learning_rate=learning_rate)
 
+    def begin(self) -> None:
+        """The task begins; not called where one that was begun goes on."""
+
     def train_step(self, step: int) -> float:
         """Take inner step ``step``, from 0, and whatever the method does after it; returns the inner loss."""
         items = self.batch(step)
@@ -131,6 +134,10 @@ class Sequential:
 
     def hand_on(self) -> dict[str, Tensor]:
         """What the method needs to know when it learns the next task, beside parameters and memory."""
+        return {}
+
+    def rounds(self) -> dict[str, Tensor]:
+        """What the task's rounds did, see :class:`~rkif.continual.history.RoundHistory`; empty for none."""
         return {}
 
     def importance(self) -> dict[str, Tensor]:

@@ -1,0 +1,49 @@
+"""What the rounds of a task did, tensor by tensor: what pictures of a run are drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rkif.fusion import FusionReport
+from rkif_kernels.types import CASES
+
+
+class RoundHistory:
+    """One line a round, kept as tensors so that a checkpoint can hold them.
+
+    After R rounds :meth:`tensors` has ``norms``, float64 [R, 3] (L2 of inner and outer task vectors and
+    of the update), and for each parameter ``importance.NAME``, float32 [R, 2] (mean score of both sides),
+    and ``counts.NAME``, int64 [R, 4] (elements selected by inner only, outer only, both, neither).
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+
+    def add(self, inner: Mapping[str, Tensor], outer: Mapping[str, Tensor], report: FusionReport) -> None:
+        """Take in a round: name -> scores as they were when it was fused, and the fusion's report."""
+        self._append("norms", torch.tensor(list(report.norms.values()), dtype=torch.float64))
+        for name in inner:
+            scores = (inner[name], outer[name])
+            self._append(f"importance.{name}", torch.stack([score.mean() for score in scores]).cpu())
+            counts = torch.zeros(len(CASES), dtype=torch.int64)
+            if report.applied:
+                first, second = (
+                    score > (limit[name] if isinstance(limit, dict) else limit)
+                    for score, limit in zip(scores, report.thresholds, strict=True)
+                )
+                n_in, n_out, both = int(first.sum()), int(second.sum()), int((first & second).sum())
+                counts = torch.tensor([n_in - both, n_out - both, both, first.numel() - n_in - n_out + both])
+            self._append(f"counts.{name}", counts)
+
+    def _append(self, name: str, line: Tensor) -> None:
+        lines = self._tensors.get(name, line.new_empty((0, *line.shape)))
+        self._tensors[name] = torch.cat([lines, line[None]])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self._tensors)
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)

@@ -1,0 +1,158 @@
+"""The report's pictures, as SVG text."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Rounds = Mapping[str, Mapping[str, Tensor]]
+"""Task -> what its rounds did, see rkif.continual.history; tasks without rounds are left out."""
+
+SIDES = ("inner", "outer")
+
+
+def forgetting_curves(
+    tasks: Sequence[str], matrix: Sequence[Sequence[float]], initial: Sequence[float]
+) -> str:
+    """One small panel a task: its accuracy before training and after each task."""
+    columns = min(4, len(tasks))
+    lines = -(-len(tasks) // columns)
+    figure = _figure(10.5, 2.1 * lines + 0.5)
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    for i, panel in enumerate(panels):
+        if i >= len(tasks):
+            panel.set_axis_off()
+            continue
+        values = [initial[i], *matrix[i]]
+        panel.plot(range(len(values)), values, color="#1f5f99", linewidth=1.8)
+        panel.axvspan(0, min(i + 1, len(values) - 1), color="#eef1f5", linewidth=0)  # not learned yet
+        if i + 1 < len(values):
+            panel.plot(i + 1, values[i + 1], "o", color="#c8421f", markersize=6)
+        panel.set_title(tasks[i], fontsize=10, loc="left")
+        panel.set_ylim(0, 102)
+        panel.set_xticks(range(0, len(tasks) + 1, max(1, len(tasks) // 5)))
+        panel.grid(axis="y", color="#e3e8ee", linewidth=0.7)
+    figure.supxlabel("tasks learned", fontsize=9)
+    return _svg(figure)
+
+
+def importance_maps(rounds: Rounds) -> str:
+    """Layers and modules from top to bottom, rounds from left to right, one map for each learner."""
+    names = [
+        key.removeprefix("importance.")
+        for key in next(iter(rounds.values()))
+        if key.startswith("importance.")
+    ]
+    names.sort(key=_natural)
+    values = torch.cat(
+        [torch.stack([parts[f"importance.{name}"] for name in names]) for parts in rounds.values()], dim=1
+    )  # [tensors, rounds, 2]
+    figure = _figure(10.5, min(14.0, 1.6 + 0.17 * len(names)))
+    panels = figure.subplots(1, 2, sharey=True)
+    for side, panel in enumerate(panels):
+        image = values[:, :, side].double().clamp(min=1e-30).log10()
+        shown = image[values[:, :, side] > 0]
+        low = float(shown.min()) if len(shown) else 0.0
+        drawn = panel.imshow(image.clamp(min=low), aspect="auto", cmap="magma", interpolation="nearest")
+        figure.colorbar(drawn, ax=panel, label="log10 of mean importance", shrink=0.8)
+        panel.set_title(f"{SIDES[side]} learner", fontsize=10, loc="left", pad=16)
+        panel.set_xlabel("round", fontsize=9)
+        _mark_tasks(panel, rounds)
+    step = max(1, len(names) // 60)
+    panels[0].set_yticks(range(0, len(names), step), [_short(name) for name in names[::step]], fontsize=6)
+    return _svg(figure)
+
+
+def mask_overlap(rounds: Rounds) -> str:
+    """Shares selected by inner, by outer, and the intersection over the union."""
+    counts = torch.cat([_total(parts, "counts.") for parts in rounds.values()]).double()  # [rounds, 4]
+    inner_only, outer_only, both = counts.T[:3]
+    numel = counts.sum(1).clamp(min=1)
+    figure = _figure(10.5, 3.0)
+    panel = figure.subplots()
+    panel.plot((100 * (inner_only + both) / numel).tolist(), label="selected by inner", color="#1f5f99")
+    panel.plot((100 * (outer_only + both) / numel).tolist(), label="selected by outer", color="#c8421f")
+    overlap = 100 * both / (inner_only + outer_only + both).clamp(min=1)
+    panel.plot(overlap.tolist(), label="overlap", color="#3b7d4f")
+    return _finished(figure, panel, "% of parameters", rounds)
+
+
+def movement(rounds: Rounds) -> str:
+    """Norms of the task vectors and of the update."""
+    norms = torch.cat([parts["norms"] for parts in rounds.values()])  # [rounds, 3]
+    figure = _figure(10.5, 3.0)
+    panel = figure.subplots()
+    for column, (name, color) in enumerate(
+        (("inner", "#1f5f99"), ("outer", "#c8421f"), ("update", "#3b7d4f"))
+    ):
+        panel.plot(norms[:, column].tolist(), label=name, color=color)
+    return _finished(figure, panel, "L2 norm", rounds)
+
+
+def _total(parts: Mapping[str, Tensor], prefix: str) -> Tensor:
+    return torch.stack([tensor for name, tensor in parts.items() if name.startswith(prefix)]).sum(0)
+
+
+def _finished(figure: Figure, panel: Any, label: str, rounds: Rounds) -> str:
+    panel.set_ylim(bottom=0)
+    panel.set_ylabel(label, fontsize=9)
+    panel.set_xlabel("round", fontsize=9)
+    panel.grid(axis="y", color="#e3e8ee", linewidth=0.7)
+    panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _mark_tasks(panel, rounds)
+    return _svg(figure)
+
+
+def _mark_tasks(panel: Any, rounds: Rounds) -> None:
+    """A line where each task begins, and its name above."""
+    start = 0
+    for task, parts in rounds.items():
+        panel.axvline(start - 0.5, color="#8896a5", linewidth=0.6)
+        panel.text(
+            start - 0.4,
+            1.01,
+            task,
+            fontsize=7,
+            rotation=0 if len(rounds) <= 4 else 60,
+            transform=panel.get_xaxis_transform(),
+            color="#5d6b7a",
+        )
+        start += len(parts["norms"])
+    # Rounds are counted from 1, with at most some ten labels.
+    step = max(1, -(-start // 10))
+    panel.set_xticks(range(0, start, step), [str(number + 1) for number in range(0, start, step)])
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """layers.2 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _short(name: str) -> str:
+    return re.sub(r"^(base_model\.model\.|model\.)+|(\.default)?\.weight$", "", name)
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('the report draws with matplotlib: pip install "rkif[report]"') from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Figure) -> str:
+    import matplotlib
+
+    text = io.StringIO()
+    # Without a date, and with ids that do not change: the same run gives the same page.
+    with matplotlib.rc_context({"svg.hashsalt": "rkif", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
