@@ -23,13 +23,13 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with "-dirty" where files differ from it."""
+    """The checkout's commit, with "-dirty" where files differ from it; those of figures do not count."""
+    described = _git("describe", "--always", "--abbrev=12", "--exclude=*")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)bench/results")
+    return f"{described}{'-dirty' if changed else ''}" if described else "unknown"
+
+
+def _git(*arguments: str) -> str:
     here = Path(__file__).parent
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or "unknown"
+    done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip()

@@ -90,6 +90,7 @@ def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Co
             f"trial {trial.number}: OP {figure(metrics['op'])}, BWT {figure(metrics['bwt'], sign=True)}, "
             f"{_described(trial.params)}",
             highlight=False,
+            soft_wrap=True,
         )
         shutil.rmtree(folder)
         return float(metrics["op"])

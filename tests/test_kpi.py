@@ -1,0 +1,79 @@
+"""Metrics of one's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from run_inputs import TASKS, go
+from typer.testing import CliRunner
+
+from rkif.cli import app
+from rkif.continual.config import RunConfig, load_config
+
+OWN = """
+def share_of_first(predictions, records):
+    '''How often the answer is that of the first record.'''
+    assert len(predictions) == len(records)
+    return sum(answer == records[0].output for answer in predictions) / len(records)
+
+def wrong(predictions, records):
+    return float("nan")
+
+constant = 3
+"""
+
+
+def written(config: Callable[..., RunConfig], folder: Path, metrics: Any) -> Path:
+    (folder / "own.py").write_text(OWN)
+    settings = config().model_dump(mode="json") | {"metrics": metrics}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "config.yaml"
+
+
+def test_a_metric_beside_the_config_is_computed_kept_and_shown(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    path = written(config, tmp_path, "own:share_of_first")
+    done = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.exception
+    assert "recurrent_kif: share_of_first" in done.output
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    own = metrics["metrics"]["share_of_first"]
+    assert len(own["initial"]) == len(TASKS)
+    assert [len(row) for row in own["matrix"]] == [3, 3, 3]
+    assert all(0 <= value <= 1 for row in own["matrix"] for value in row)
+    # The run's own config names the file, so that it can be resumed from anywhere.
+    assert load_config(tmp_path / "run" / "config.yaml").metrics == [f"{tmp_path / 'own.py'}:share_of_first"]
+    assert go(load_config(tmp_path / "run" / "config.yaml"), tmp_path / "run", resume=True) == metrics
+
+
+def test_a_metric_that_can_be_imported(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    metrics = go(config(metrics=["kpi_of_the_tests:words"], method="sequential"), tmp_path)
+    assert metrics["metrics"]["words"]["initial"] == [8.0, 8.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ("own:wrong", "metric 'wrong' must return a finite number; got nan for task 'review'"),
+        ("own:missing", "has no function 'missing'"),
+        ("own:constant", "has no function 'constant'"),
+        ("nowhere:f", "'nowhere:f' cannot be imported: No module named 'nowhere'"),
+        ("own", "expected module:function, got 'own'"),
+        (["own:wrong", "other:wrong"], "two metrics are called 'wrong'"),
+        ("own:accuracy", "two metrics are called 'accuracy'"),
+    ],
+)
+def test_what_is_wrong_with_a_metric_is_said_in_one_line(
+    config: Callable[..., RunConfig], tmp_path: Path, metrics: Any, message: str
+) -> None:
+    path = written(config, tmp_path, metrics)
+    failed = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "run")])
+    assert failed.exit_code == 1
+    assert isinstance(failed.exception, ValueError)
+    assert message in str(failed.exception)

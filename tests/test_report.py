@@ -1,0 +1,126 @@
+"""The page of a run: whole, self-contained, and with the run's own figures."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from run_inputs import TASKS, go
+from typer.testing import CliRunner
+
+from rkif.cli import app
+from rkif.continual.config import RunConfig
+from rkif.continual.history import RoundHistory
+from rkif.continual.rundir import RunReader
+from rkif.fusion import FusionReport
+from rkif.report import write_report
+
+VOID = {"meta", "br", "path", "use", "image"}
+
+
+class Page(HTMLParser):
+    """Collects text and attributes, and sees that every element is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_the_page_has_everything_in_it(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def right(predictions, records):\n    return 41.5 + len(records)\n")
+    metrics = go(config(metrics=[f"{tmp_path / 'own.py'}:right"]), tmp_path / "run")
+    written = CliRunner().invoke(app, ["report", str(tmp_path / "run")])
+    assert written.exit_code == 0
+    path = Path(written.output.strip())
+    assert path == tmp_path / "run" / "report.html"
+    page = Page()
+    page.feed(path.read_text())
+    assert page.open == []
+    assert all(link.startswith(("#", "data:image/png")) for link in page.links)  # nothing is fetched
+    text = " ".join(page.text)
+    assert f"{metrics['op']:.1f}" in text
+    for task in TASKS:
+        assert task in text
+    assert text.count("49.5") == len(TASKS) * (len(TASKS) + 1)  # the user's metric, everywhere
+    assert path.read_text().count("<svg") == 4  # curves, importance, masks, movement
+    first = path.read_bytes()
+    write_report(tmp_path / "run")
+    assert path.read_bytes() == first
+
+
+def test_methods_without_rounds_and_unfinished_runs_have_a_page(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    go(config(method="multi_task"), tmp_path / "run")
+    assert write_report(tmp_path / "run").read_text().count("<svg") == 1
+    (tmp_path / "begun").mkdir()
+    shutil.copy(tmp_path / "run" / "config.yaml", tmp_path / "begun")
+    for folder, message in (("begun", "has measured nothing yet"), ("nowhere", "is no run")):
+        failed = CliRunner().invoke(app, ["report", str(tmp_path / folder)])
+        assert message in str(failed.exception)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_shows_the_page(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    go(config(), tmp_path / "run")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    shown = subprocess.run(
+        [*command, write_report(tmp_path / "run").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    assert shown.count("<svg") == 4
+    assert re.search(r"<h2>Importance</h2>", shown)
+
+
+def test_history_counts_by_hand() -> None:
+    inner = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([[5.0]])}
+    outer = {"a": torch.tensor([4.0, 3.0, 2.0, 1.0]), "b": torch.tensor([[0.0]])}
+    norms = {"inner": 1.0, "outer": 2.0, "update": 3.0}
+    history = RoundHistory()
+    history.add(inner, outer, FusionReport(5, (2.0, 1.5), {}, norms))
+    history.add(inner, outer, FusionReport(5, ({"a": 2.0, "b": 9.0}, {"a": 0.0, "b": -1.0}), {}, norms))
+    history.add(inner, outer, FusionReport(5, (0.0, 0.0), {}, norms, applied=False))
+    tensors = history.tensors()
+    #                                    inner only, outer only, both, neither
+    assert tensors["counts.a"].tolist() == [[1, 2, 1, 0], [0, 2, 2, 0], [0, 0, 0, 0]]
+    assert tensors["counts.b"].tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert tensors["importance.a"].tolist() == [[2.5, 2.5]] * 3
+    assert tensors["norms"].tolist() == [[1.0, 2.0, 3.0]] * 3
+
+
+def test_history_adds_up_to_the_reports(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    metrics = go(config(), tmp_path)
+    rounds = RunReader(tmp_path).rounds()
+    assert list(rounds) == TASKS[1:]
+    for parts in rounds.values():
+        counts = torch.stack([tensor for name, tensor in parts.items() if name.startswith("counts.")]).sum(0)
+        assert counts.shape == (3, 4)  # 7 steps of Q = 3: three rounds
+        assert counts.sum(1).tolist() == [metrics["trainable"]] * 3
+        for side in (0, 1):  # density 0.2: of n scores n - 1 - floor(0.8 (n - 1)) are above, ties apart
+            selected = counts[:, side] + counts[:, 2]
+            n = metrics["trainable"]
+            assert (selected <= n - 1 - (n - 1) * 4 // 5).all()
+            assert (selected > 0).all()
