@@ -89,6 +89,17 @@ for tool in memcheck racecheck; do
 done
 stage other-tests 120 "$PYTHON" -m pytest -q "${WORKERS[@]}" tests/test_fuser.py tests/test_fuse.py tests/test_bench.py tests/test_checkpoint_fuse.py
 
+# The long suite, where its model and tasks were brought along; it goes on where it was cut off.
+if [ -d models/smollm2 ] && [ -d data/cl15 ]; then
+    for suite in long standard; do
+        stage "continual-$suite" "${CONTINUAL:-240}" "$PYTHON" -m bench continual --suite "$suite" \
+            --config "bench/configs/$suite-smollm2.yaml" --jobs 4 --out "$OUT/continual"
+    done
+    cp bench/results/continual.jsonl "$OUT/"
+else
+    skip continual "no models/smollm2 or no data/cl15"
+fi
+
 echo
 if [ -f "$ROWS" ]; then
     "$PYTHON" -m bench goals "$ROWS" | tee "$OUT/goals.txt"
