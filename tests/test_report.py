@@ -71,7 +71,8 @@ def test_the_page_has_everything_in_it(config: Callable[..., RunConfig], tmp_pat
 def test_methods_without_rounds_and_unfinished_runs_have_a_page(
     config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    go(config(method="multi_task"), tmp_path / "run")
+    run = go(config(method="multi_task"), tmp_path / "run")
+    assert run["bwt"] is None
     assert write_report(tmp_path / "run").read_text().count("<svg") == 1
     (tmp_path / "begun").mkdir()
     shutil.copy(tmp_path / "run" / "config.yaml", tmp_path / "begun")

@@ -36,7 +36,7 @@ def forgetting_curves(
         panel.axvspan(0, min(i + 1, len(values) - 1), color="#eef1f5", linewidth=0)  # not learned yet
         if i + 1 < len(values):
             panel.plot(i + 1, values[i + 1], "o", color="#c8421f", markersize=6)
-        panel.set_title(tasks[i], fontsize=10, loc="left")
+        panel.set_title(_plain(tasks[i]), fontsize=10, loc="left")
         panel.set_ylim(0, 102)
         panel.set_xticks(range(0, len(tasks) + 1, max(1, len(tasks) // 5)))
         panel.grid(axis="y", color="#e3e8ee", linewidth=0.7)
@@ -67,7 +67,9 @@ def importance_maps(rounds: Rounds) -> str:
         panel.set_xlabel("round", fontsize=9)
         _mark_tasks(panel, rounds)
     step = max(1, len(names) // 60)
-    panels[0].set_yticks(range(0, len(names), step), [_short(name) for name in names[::step]], fontsize=6)
+    panels[0].set_yticks(
+        range(0, len(names), step), [_plain(_short(name)) for name in names[::step]], fontsize=6
+    )
     return _svg(figure)
 
 
@@ -119,7 +121,7 @@ def _mark_tasks(panel: Any, rounds: Rounds) -> None:
         panel.text(
             start - 0.4,
             1.01,
-            task,
+            _plain(task),
             fontsize=7,
             rotation=0 if len(rounds) <= 4 else 60,
             transform=panel.get_xaxis_transform(),
@@ -138,6 +140,11 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _short(name: str) -> str:
     return re.sub(r"^(base_model\.model\.|model\.)+|(\.default)?\.weight$", "", name)
+
+
+def _plain(text: str) -> str:
+    """A dollar sign begins no formula."""
+    return text.replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -5,23 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rkif.continual.config import RunConfig, fusion_config
 from rkif.continual.methods.merging import Merging
-from rkif.continual.methods.sequential import Context
 
 
 class Dare(Merging):
     """Each element of a task vector is kept with probability ``fusion.density`` and divided by it.
 
     What is left of the two vectors is averaged.
-
-    Raises:
-        ValueError: density 0, which leaves nothing to rescale.
     """
 
-    def __init__(self, context: Context) -> None:
-        super().__init__(context)
-        if self.fusion.density == 0:
-            raise ValueError("dare needs a density above 0")
+    @staticmethod
+    def require(config: RunConfig) -> None:
+        if fusion_config(config.fusion).density == 0:
+            raise ValueError("method dare divides by fusion.density, which is 0")
 
     def merge(self, name: str, inner: Tensor, outer: Tensor) -> Tensor:
         kept = [

@@ -49,5 +49,6 @@ class Merging(Rounds):
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         super().load_tensors(tensors)
-        self.base = strip_prefix(tensors, "base.")
+        for name, tensor in strip_prefix(tensors, "base.").items():
+            self.base[name].copy_(tensor)
         self.round = int(tensors["round"])

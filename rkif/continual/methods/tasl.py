@@ -69,7 +69,8 @@ class Tasl(Sequential):
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         super().load_tensors(tensors)
-        self._before = strip_prefix(tensors, "before.")
+        for name, tensor in strip_prefix(tensors, "before.").items():
+            self._before[name].copy_(tensor)
         stored = strip_prefix(tensors, "importance.")
         for name, tensor in self._importance.tensors().items():
             tensor.copy_(stored[name])
