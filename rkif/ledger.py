@@ -1,0 +1,150 @@
+"""An append-only record of what was done to a model: JSON lines, each bound to the one before by its hash.
+
+A line is a JSON object with the keys "seq" (from 0), "previous" (the hash of the line before; of the first,
+64 zeros), the record's own, and "hash": the SHA-256 of the object without it, in canonical form. To change a
+line, all that follow must be made anew, and whoever has noted a later hash will see it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+START = "0" * 64
+OWN = ("seq", "previous", "hash")
+
+
+class LedgerError(ValueError):
+    """A ledger that does not hold together; names the first bad record."""
+
+
+class Ledger:
+    """The ledger in a file, for one writer.
+
+    Args:
+        path: the file; made by the first record.
+
+    Raises:
+        LedgerError: a line that is whole is not what was written. A last line that is not whole, as a kill
+            leaves it, is moved to ``PATH.torn``, and :attr:`torn` says how many bytes it had.
+
+    Attributes:
+        records: what has been written, oldest first.
+        torn: bytes of an unfinished last line that were moved away when the ledger was opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.torn = 0
+        if path.exists():
+            self._repair()
+        self.records = list(read_ledger(path)) if path.exists() else []
+
+    @property
+    def head(self) -> str:
+        """The hash of the last record."""
+        return str(self.records[-1]["hash"]) if self.records else START
+
+    def append(self, content: Mapping[str, Any]) -> Record:
+        """Write a record, and bring it to disk before returning.
+
+        Args:
+            content: JSON values. The keys "seq", "previous" and "hash" are the ledger's.
+
+        Returns:
+            The record as written.
+        """
+        for key in OWN:
+            if key in content:
+                raise ValueError(f"{key!r} is a key of the ledger's own")
+        record = {"seq": len(self.records), "previous": self.head, **content}
+        record = {**record, "hash": digest(record)}
+        line = canonical(record) + b"\n"
+        new = not self.path.exists()
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(descriptor, line[written:])
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if new:
+            _sync_folder(self.path.parent)
+        self.records.append(json.loads(line))
+        return self.records[-1]
+
+    def _repair(self) -> None:
+        """Move away what a kill left of a line; a line ends with its line feed."""
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        rest = content[whole:]
+        if not rest:
+            return
+        self.torn = len(rest)
+        with self.path.with_name(self.path.name + ".torn").open("ab") as torn:
+            torn.write(rest + b"\n")
+            torn.flush()
+            os.fsync(torn.fileno())
+        with self.path.open("rb+") as file:
+            file.truncate(whole)
+            os.fsync(file.fileno())
+
+
+def read_ledger(path: Path) -> Iterator[Record]:
+    """The records of a ledger, each checked against the chain before it is given.
+
+    Raises:
+        LedgerError: at the first record that is not as it was written.
+    """
+    previous = START
+    content = path.read_bytes()
+    lines = content.split(b"\n")
+    for seq, line in enumerate(lines[:-1]):
+        where = f"{path}: record {seq}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise LedgerError(f"{where} is not JSON") from error
+        if not isinstance(record, dict) or any(key not in record for key in OWN):
+            raise LedgerError(f"{where} lacks its place in the chain")
+        if record["seq"] != seq:
+            raise LedgerError(f"{where} says that it is record {record['seq']!r}")
+        if record["previous"] != previous:
+            raise LedgerError(f"{where} does not follow the record before it")
+        stated = record["hash"]
+        if stated != digest({key: value for key, value in record.items() if key != "hash"}):
+            raise LedgerError(f"{where} was changed: its hash is another")
+        if canonical(record) != line:
+            raise LedgerError(f"{where} was written anew: the same content in other characters")
+        previous = stated
+        yield record
+    if lines[-1]:
+        raise LedgerError(f"{path}: record {len(lines) - 1} is torn: it has no end")
+
+
+def digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a record in canonical form."""
+    return hashlib.sha256(canonical(record)).hexdigest()
+
+
+def canonical(record: Mapping[str, Any]) -> bytes:
+    """One line of ASCII with sorted keys and no spaces; the same for equal records.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON has no name for.
+    """
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
