@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from rkif.config import FusionConfig, merge_weights
 from rkif.fusion import FusionReport, Thresholds, fuse_lists
+from rkif.gate import Gate, Gatekeeper
 from rkif.importance import Importance
 from rkif.params import trainable_parameters
 from rkif_kernels.types import CASES
@@ -37,6 +39,8 @@ class Fuser:
     Args:
         parameters: a module, or an iterable of (name, parameter); the trainable ones take part.
         config: settings; the default is :class:`FusionConfig`'s.
+        gate: what every fusion is checked by before it is kept; see :mod:`rkif.gate`. After a verdict of
+            "undo" or "stop" the parameters are ``base`` again; the optimizers' state is the caller's.
 
     Attributes:
         config: the settings.
@@ -50,11 +54,18 @@ class Fuser:
     """
 
     def __init__(
-        self, parameters: nn.Module | Iterable[tuple[str, nn.Parameter]], config: FusionConfig | None = None
+        self,
+        parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
+        config: FusionConfig | None = None,
+        *,
+        gate: Gate | None = None,
     ) -> None:
         self.config = FusionConfig() if config is None else config
         if not isinstance(self.config, FusionConfig):
             raise TypeError(f"config must be a FusionConfig; got {type(config).__name__}")
+        if gate is not None and not isinstance(gate, Gate):
+            raise TypeError(f"gate must be a Gate; got {type(gate).__name__}")
+        self._gatekeeper = None if gate is None else Gatekeeper(gate)
         self._parameters = trainable_parameters(parameters)
         self._importance: dict[Learner, Importance] = {
             "inner": Importance(self._parameters, self.config),
@@ -178,6 +189,8 @@ class Fuser:
             name: tensor.clone(memory_format=torch.contiguous_format)
             for name, tensor in self._tensors(with_inner=bool(self._inner)).items()
         }
+        if self._gatekeeper is not None:
+            state |= {f"gate.{name}": tensor for name, tensor in self._gatekeeper.tensors().items()}
         state["nonfinite"] = self._nonfinite.clone()
         state["phase"] = torch.tensor(["inner", "outer"].index(self.phase))
         state["round"] = torch.tensor(self.round)
@@ -196,7 +209,8 @@ class Fuser:
             ValueError: other names, shapes or dtypes than this fuser's; nothing has been changed then.
         """
         scalars = {"nonfinite", "phase", "round", "inner_observed", "outer_observed", "with_gradient"}
-        for name in sorted(scalars - set(state)):
+        gate = {"gate.counters", "gate.known"} if self._gatekeeper is not None else set()
+        for name in sorted((scalars | gate) - set(state)):
             raise ValueError(f"the state lacks {name!r}")
         for name in sorted(scalars - {"with_gradient"}):
             number = state[name]
@@ -208,7 +222,7 @@ class Fuser:
         expected = self._tensors(with_inner=False)
         if in_outer:
             expected |= {f"inner.{name}": t for name, t in zip(self._parameters, inner, strict=True)}
-        for name in sorted(set(state) - scalars ^ set(expected)):
+        for name in sorted(set(state) - scalars - gate ^ set(expected)):
             which = "lacks" if name in expected else "has, unlike this fuser,"
             raise ValueError(f"the state {which} {name!r}")
         for name, tensor in expected.items():
@@ -221,6 +235,9 @@ class Fuser:
         if state["with_gradient"].shape != (len(self._parameters),):
             raise ValueError(f"state['with_gradient'] must have {len(self._parameters)} elements")
 
+        if self._gatekeeper is not None:
+            stored = {name: state[f"gate.{name}"] for name in ("counters", "known")}
+            self._gatekeeper.load_tensors(stored)
         for name, tensor in expected.items():
             tensor.copy_(state[name])
         self._inner = inner if in_outer else []
@@ -257,9 +274,39 @@ class Fuser:
             weights=merge_weights(self.config.rule),
             scope=self.config.scope,
         )
-        torch._foreach_copy_(parameters, fused)
+        if self._gatekeeper is None:
+            torch._foreach_copy_(parameters, fused)
+            self._base = fused
+            return report
+        return self._gated(self._gatekeeper, parameters, fused, report)
+
+    def _gated(
+        self, gatekeeper: Gatekeeper, parameters: list[Tensor], fused: list[Tensor], report: FusionReport
+    ) -> FusionReport:
+        """Let the gate decide how much of the step from base to ``fused`` is taken."""
+
+        @torch.no_grad()
+        def take(factor: float) -> None:
+            for parameter, base, end in zip(parameters, self._base, fused, strict=True):
+                if factor in (0.0, 1.0):
+                    parameter.copy_(end if factor else base)
+                else:
+                    start = base.float()
+                    parameter.copy_(start + factor * (end.float() - start))
+
+        # The criteria may fail: then nothing has been fused, and the round can be given up.
+        outer, state = [parameter.clone() for parameter in parameters], gatekeeper.tensors()
+        try:
+            verdict = gatekeeper.judge(take)
+        except BaseException:
+            torch._foreach_copy_(parameters, outer)
+            gatekeeper.load_tensors(state)
+            raise
+        moved = [(p.float() - b.float()).norm().double() for p, b in zip(parameters, self._base, strict=True)]
+        norms = report.norms | {"update": float(torch.stack(moved).norm())}
+        torch._foreach_copy_(fused, parameters)
         self._base = fused
-        return report
+        return replace(report, norms=norms, applied=verdict.factor > 0, gate=verdict)
 
     @torch.no_grad()
     def _return_to_base(self) -> None:

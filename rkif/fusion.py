@@ -11,6 +11,7 @@ from torch import Tensor
 
 import rkif_kernels
 from rkif.config import MergeWeights, merge_weights
+from rkif.gate import GateReport
 from rkif_kernels import Scores
 from rkif_kernels.checks import Arguments
 from rkif_kernels.types import CASES, Backend, OuterFrom, Scope
@@ -30,7 +31,8 @@ class FusionReport:
         norms: L2 norms of the "inner" and "outer" task vectors and of the "update", result - base.
         nonfinite: elements whose importance was not finite in some step of the round.
         applied: False for a fusion that was refused; thresholds and the task vectors' norms are NaN then,
-            the counts and the update zero.
+            the counts and the update zero. Also False for one that the gate undid.
+        gate: what the gate made of it; None without one. The update is what was left of the step.
     """
 
     numel: int
@@ -39,6 +41,7 @@ class FusionReport:
     norms: dict[str, float]
     nonfinite: int = 0
     applied: bool = True
+    gate: GateReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
@@ -49,6 +52,7 @@ class FusionReport:
             "norms": dict(self.norms),
             "nonfinite": self.nonfinite,
             "applied": self.applied,
+            "gate": None if self.gate is None else self.gate.to_dict(),
         }
 
 

@@ -1,0 +1,247 @@
+"""The gate: a fusion is kept only while figures of the user's choice are no worse than before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rkif_kernels.checks import require_choice
+
+Verdict = Literal["keep", "damp", "undo", "stop", "unchecked"]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A figure that a fusion must not make worse: the loss on the memory, or a KPI on held-out records.
+
+    Attributes:
+        name: what it is called in reports.
+        evaluate: measures it on the model as it is when called; it must leave the model as it was.
+        higher_is_better: of two values the better one.
+        floor: the worst value that is acceptable at all (a ceiling where lower is better); None for none.
+        tolerance: by how much a fusion may worsen it, at least 0; None for any amount.
+        samples: records that a measurement takes, for the gate's budget.
+
+    Raises:
+        ValueError, TypeError: a setting outside its range, or neither floor nor tolerance is given.
+    """
+
+    name: str
+    evaluate: Callable[[], float]
+    higher_is_better: bool = True
+    floor: float | None = None
+    tolerance: float | None = 0.0
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        if not callable(self.evaluate):
+            raise TypeError(f"evaluate of criterion {self.name!r} must be callable; got {self.evaluate!r}")
+        if self.floor is None and self.tolerance is None:
+            raise ValueError(
+                f"criterion {self.name!r} has neither floor nor tolerance: nothing could fail it"
+            )
+        if self.floor is not None and not math.isfinite(self.floor):
+            raise ValueError(f"floor of criterion {self.name!r} must be finite; got {self.floor}")
+        if self.tolerance is not None and not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"tolerance of criterion {self.name!r} must be at least 0; got {self.tolerance}")
+        if self.samples < 0:
+            raise ValueError(f"samples of criterion {self.name!r} must be at least 0; got {self.samples}")
+
+    def objection(self, before: float, after: float) -> str | None:
+        """Why ``after`` is not acceptable; None where it is. What is no number never is."""
+        if math.isnan(after):
+            return f"{self.name} is not a number"
+        sign = 1.0 if self.higher_is_better else -1.0
+        if self.floor is not None and sign * after < sign * self.floor:
+            side = "below" if self.higher_is_better else "above"
+            return f"{self.name} {after:.6g} is {side} {self.floor:.6g}"
+        worse = sign * (before - after)
+        if self.tolerance is not None and worse > self.tolerance:
+            return f"{self.name} went from {before:.6g} to {after:.6g}; tolerated: {self.tolerance:.6g}"
+        return None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """When to check fusions, and what becomes of one that fails.
+
+    Attributes:
+        criteria: all must be content.
+        ladder: shares of the fusion's step that are tried, in this order, when the whole step fails; each in
+            (0, 1) and smaller than the one before.
+        otherwise: "undo" (the parameters return to the round's base, training goes on) or "stop" (the same,
+            and training ends).
+        every: check one of so many rounds.
+        budget: the most samples that all measurements together may take; None for any number. A round whose
+            check might exceed it is not checked.
+
+    Raises:
+        ValueError: a setting outside its range, or two criteria of one name.
+    """
+
+    criteria: Sequence[Criterion]
+    ladder: tuple[float, ...] = (0.5, 0.25)
+    otherwise: Literal["undo", "stop"] = "undo"
+    every: int = 1
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        names = [criterion.name for criterion in self.criteria]
+        if not names:
+            raise ValueError("a gate needs at least one criterion")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two criteria are called {name!r}")
+        steps = (1.0, *self.ladder)
+        if any(not 0 < second < first for first, second in pairwise(steps)):
+            raise ValueError(f"ladder must fall from below 1 to above 0; got {self.ladder}")
+        require_choice("otherwise", self.otherwise, ["undo", "stop"])
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1; got {self.every}")
+        if self.budget is not None and self.budget < 0:
+            raise ValueError(f"budget must be at least 0; got {self.budget}")
+
+    @property
+    def names(self) -> list[str]:
+        return [criterion.name for criterion in self.criteria]
+
+    @property
+    def samples(self) -> int:
+        """Records that measuring all criteria once takes."""
+        return sum(criterion.samples for criterion in self.criteria)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A share of a fusion's step, the figures it led to, and what speaks against them."""
+
+    factor: float
+    figures: dict[str, float]
+    objections: list[str]
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What the gate made of a round.
+
+    Attributes:
+        verdict: "keep" the whole step, "damp" it to ``factor``, "undo" it, "stop" (undone, too), or
+            "unchecked".
+        factor: the share of the step that was taken: 1, one of the ladder's, or 0.
+        before: figures at the round's base; empty where nothing was checked.
+        attempts: what was tried, in order.
+        samples: records that the measurements took.
+    """
+
+    verdict: Verdict
+    factor: float
+    before: dict[str, float] = field(default_factory=dict)
+    attempts: list[Attempt] = field(default_factory=list)
+    samples: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, ready for JSON; figures that are not finite as words."""
+        return {
+            "verdict": self.verdict,
+            "factor": self.factor,
+            "before": _plain(self.before),
+            "attempts": [
+                {
+                    "factor": attempt.factor,
+                    "figures": _plain(attempt.figures),
+                    "objections": list(attempt.objections),
+                }
+                for attempt in self.attempts
+            ],
+            "samples": self.samples,
+        }
+
+
+class Gatekeeper:
+    """Applies a gate round after round.
+
+    Attributes:
+        gate: the settings.
+        samples: records that measurements have taken so far.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.samples = 0
+        self._rounds = 0
+        # Figures of the parameters that the next round starts from; known if the last round was checked.
+        self._known: dict[str, float] | None = None
+
+    def judge(self, take: Callable[[float], None]) -> GateReport:
+        """Decide on a round's step.
+
+        Args:
+            take: gives the parameters the value that a share of the step leads to: 1 for the fusion, 0 for
+                the round's base, bit for bit. Its last call has the verdict's factor.
+        """
+        gate, spent = self.gate, self.samples
+        self._rounds += 1
+        most = gate.samples * (1 + len(gate.ladder) + (self._known is None))
+        if self._rounds % gate.every or (gate.budget is not None and spent + most > gate.budget):
+            self._known = None
+            take(1.0)
+            return GateReport("unchecked", 1.0)
+        if self._known is None:
+            take(0.0)
+            self._known = self._measure()
+        before, attempts = self._known, []
+        for factor in (1.0, *gate.ladder):
+            take(factor)
+            figures = self._measure()
+            objections = [
+                objection
+                for criterion in gate.criteria
+                if (objection := criterion.objection(before[criterion.name], figures[criterion.name]))
+            ]
+            attempts.append(Attempt(factor, figures, objections))
+            if not objections:
+                self._known = figures
+                verdict: Verdict = "keep" if factor == 1 else "damp"
+                return GateReport(verdict, factor, before, attempts, self.samples - spent)
+        take(0.0)
+        return GateReport(gate.otherwise, 0.0, before, attempts, self.samples - spent)
+
+    def forget(self) -> None:
+        """The parameters have been changed by others: what is known of them holds no more."""
+        self._known = None
+
+    def _measure(self) -> dict[str, float]:
+        self.samples += self.gate.samples
+        return {criterion.name: float(criterion.evaluate()) for criterion in self.gate.criteria}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state, by name."""
+        known = self._known or {}
+        return {
+            "counters": torch.tensor([self._rounds, self.samples]),
+            "known": torch.tensor([known[name] for name in self.gate.names if known], dtype=torch.float64),
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up the state that :meth:`tensors` gave.
+
+        Raises:
+            ValueError: it is of a gate with another number of criteria.
+        """
+        known = tensors["known"].tolist()
+        if known and len(known) != len(self.gate.criteria):
+            raise ValueError(
+                f"the state is of a gate with {len(known)} criteria, not {len(self.gate.criteria)}"
+            )
+        self._rounds, self.samples = tensors["counters"].tolist()
+        self._known = dict(zip(self.gate.names, known, strict=True)) if known else None
+
+
+def _plain(figures: Mapping[str, float]) -> dict[str, float | str]:
+    return {name: value if math.isfinite(value) else str(value) for name, value in figures.items()}

@@ -1,0 +1,265 @@
+"""The gate: what is let through, damped, undone; and that nothing is left half done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rkif
+from rkif.gate import Criterion, Gate, Gatekeeper
+
+CONFIG = rkif.FusionConfig.paper(density=1.0)  # the whole of both task vectors
+
+
+class Scripted:
+    """Figures by the share of the step that has been taken."""
+
+    def __init__(self, figures: dict[float, float]) -> None:
+        self.figures, self.taken, self.measured = figures, [], 0
+        self.at = 1.0
+
+    def take(self, factor: float) -> None:
+        self.at = factor
+        self.taken.append(factor)
+
+    def __call__(self) -> float:
+        self.measured += 1
+        return self.figures[self.at]
+
+
+def judged(figures: dict[float, float], **settings: Any) -> tuple[Any, Scripted]:
+    script = Scripted(figures)
+    criterion = {
+        key: settings.pop(key) for key in ("higher_is_better", "floor", "tolerance") if key in settings
+    }
+    gate = Gate([Criterion("kpi", script, samples=10, **criterion)], **settings)
+    return Gatekeeper(gate).judge(script.take), script
+
+
+@pytest.mark.parametrize(
+    ("figures", "settings", "verdict", "factor"),
+    [
+        ({0: 5, 1: 5}, {}, "keep", 1.0),
+        ({0: 5, 1: 4.99, 0.5: 5}, {}, "damp", 0.5),
+        ({0: 5, 1: 4.99}, {"tolerance": 0.02}, "keep", 1.0),
+        ({0: 5, 1: 4, 0.5: 4, 0.25: 5.5}, {}, "damp", 0.25),
+        ({0: 5, 1: 4, 0.5: 4, 0.25: 4}, {}, "undo", 0.0),
+        ({0: 5, 1: 4, 0.5: 4, 0.25: 4}, {"otherwise": "stop"}, "stop", 0.0),
+        ({0: 5, 1: 4}, {"ladder": ()}, "undo", 0.0),
+        ({0: 5, 1: 5.1, 0.5: 4.9}, {"higher_is_better": False}, "damp", 0.5),
+        ({0: 5, 1: 4}, {"higher_is_better": False}, "keep", 1.0),
+        ({0: 5, 1: 3, 0.5: 4}, {"tolerance": None, "floor": 3.5}, "damp", 0.5),
+        ({0: 2, 1: 3, 0.5: 3, 0.25: 3}, {"floor": 3.5}, "undo", 0.0),  # better than before, not good enough
+        ({0: 5, 1: 3.4, 0.5: 3.6}, {"tolerance": None, "floor": 3.5, "higher_is_better": False}, "keep", 1.0),
+        ({0: 5, 1: math.nan, 0.5: math.nan, 0.25: 5}, {}, "damp", 0.25),
+        ({0: 5, 1: math.nan}, {"tolerance": None, "floor": -9, "ladder": ()}, "undo", 0.0),
+        ({0: math.inf, 1: 4}, {"higher_is_better": False}, "keep", 1.0),
+    ],
+)
+def test_verdicts(figures: dict[float, float], settings: dict[str, Any], verdict: str, factor: float) -> None:
+    report, script = judged(figures, **settings)
+    assert (report.verdict, report.factor) == (verdict, factor)
+    assert script.taken[-1] == factor
+    assert [attempt.factor for attempt in report.attempts] == [t for t in script.taken[1:] if t > 0]
+    assert report.samples == 10 * script.measured
+    for attempt in report.attempts:
+        assert bool(attempt.objections) == (attempt.factor != factor)
+
+
+def test_all_criteria_must_be_content_and_the_reasons_are_given() -> None:
+    loss = Scripted({0: 1.0, 1: 2.0, 0.5: 1.2})
+    accuracy = Scripted({0: 80.0, 1: 85.0, 0.5: 70.0})
+    gate = Gate(
+        [
+            Criterion("loss", loss, higher_is_better=False, tolerance=0.5),
+            Criterion("accuracy", accuracy, floor=75),
+        ],
+        ladder=(0.5,),
+    )
+
+    def take(factor: float) -> None:
+        loss.take(factor)
+        accuracy.take(factor)
+
+    report = Gatekeeper(gate).judge(take)
+    assert report.verdict == "undo"
+    assert report.attempts[0].objections == ["loss went from 1 to 2; tolerated: 0.5"]
+    assert report.attempts[1].objections == ["accuracy 70 is below 75"]
+    assert report.to_dict()["before"] == {"loss": 1.0, "accuracy": 80.0}
+
+
+def test_what_was_measured_at_the_end_of_a_round_is_not_measured_again() -> None:
+    script = Scripted({0: 5.0, 1: 5.0})
+    keeper = Gatekeeper(Gate([Criterion("kpi", script, samples=7)]))
+    for _ in range(3):
+        assert keeper.judge(script.take).verdict == "keep"
+    assert script.measured == 4
+    assert keeper.samples == 28
+    keeper.forget()
+    keeper.judge(script.take)
+    assert script.measured == 6
+
+
+def test_frequency_and_budget() -> None:
+    script = Scripted({0: 5.0, 1: 5.0})
+    keeper = Gatekeeper(Gate([Criterion("kpi", script, samples=10)], every=2, ladder=()))
+    assert [keeper.judge(script.take).verdict for _ in range(5)] == [
+        "unchecked",
+        "keep",
+        "unchecked",
+        "keep",
+        "unchecked",
+    ]
+    keeper = Gatekeeper(Gate([Criterion("kpi", script, samples=10)], budget=45, ladder=(0.5,)))
+    verdicts = [keeper.judge(script.take).verdict for _ in range(4)]
+    # At most 30 of 45, 20 spent; at most 20 more, 30 spent; then 20 more would be too many.
+    assert verdicts == ["keep", "keep", "unchecked", "unchecked"]
+    assert keeper.samples == 30
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Criterion("x", float, tolerance=None), "neither floor nor tolerance"),
+        (
+            lambda: Criterion("x", float, tolerance=-1),
+            "tolerance of criterion 'x' must be at least 0; got -1",
+        ),
+        (lambda: Criterion("x", float, floor=math.nan), "floor of criterion 'x' must be finite"),
+        (lambda: Gate([]), "at least one criterion"),
+        (lambda: Gate([Criterion("x", float)] * 2), "two criteria are called 'x'"),
+        (lambda: Gate([Criterion("x", float)], ladder=(0.5, 0.5)), "ladder must fall"),
+        (lambda: Gate([Criterion("x", float)], ladder=(1.0,)), "ladder must fall"),
+        (lambda: Gate([Criterion("x", float)], ladder=(0.5, 0.0)), "ladder must fall"),
+        (lambda: Gate([Criterion("x", float)], every=0), "every must be at least 1"),
+        (lambda: Gate([Criterion("x", float)], otherwise="shrug"), "otherwise must be"),
+    ],
+)
+def test_settings_are_checked(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def one_round(fuser: rkif.Fuser, model: nn.Module, change: float) -> Any:
+    """Inner and outer each move every parameter by ``change``."""
+    for phase in ("inner", "outer"):
+        if phase == "outer":
+            fuser.begin_outer()
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        fuser.observe()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(change)
+    return fuser.fuse()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fuser_takes_as_much_of_the_step_as_the_gate_lets_it(dtype: torch.dtype) -> None:
+    model = nn.Linear(3, 2).to(dtype)
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    limit = [math.inf]
+
+    def moved() -> float:
+        return max(
+            float((p.float() - s.float()).abs().max()) for p, s in zip(model.parameters(), start, strict=True)
+        )
+
+    def beyond() -> float:
+        return max(0.0, moved() - limit[0])
+
+    gate = Gate([Criterion("movement", beyond, higher_is_better=False)])
+    fuser = rkif.Fuser(model, CONFIG, gate=gate)
+    report = one_round(fuser, model, 0.5)
+    assert report.gate.verdict == "keep"
+    free = nn.Linear(3, 2).to(dtype)
+    with torch.no_grad():
+        for parameter, value in zip(free.parameters(), start, strict=True):
+            parameter.copy_(value)
+    expected = one_round(rkif.Fuser(free, CONFIG), free, 0.5)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), free.parameters(), strict=True))
+    assert report.norms["update"] == pytest.approx(expected.norms["update"], rel=1e-6)
+
+    base = [parameter.detach().clone() for parameter in model.parameters()]
+    limit[0] = 1.6  # of 2 that it would be: half of the step is let through
+    report = one_round(fuser, model, 0.5)
+    assert (report.gate.verdict, report.gate.factor, report.applied) == ("damp", 0.5, True)
+    for parameter, value in zip(model.parameters(), base, strict=True):
+        torch.testing.assert_close(parameter.detach().float(), value.float() + 0.5, rtol=1e-2, atol=1e-2)
+    assert report.norms["update"] == pytest.approx(0.5 * math.sqrt(8), rel=2e-2)
+
+    base = [parameter.detach().clone() for parameter in model.parameters()]
+    limit[0] = 1.5
+    report = one_round(fuser, model, 4.0)
+    assert (report.gate.verdict, report.applied, report.norms["update"]) == ("undo", False, 0.0)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), base, strict=True))
+    assert fuser.round == 3
+    limit[0] = math.inf
+    assert one_round(fuser, model, 0.5).gate.verdict == "keep"  # training goes on
+
+
+def test_a_criterion_that_fails_leaves_the_round_as_it_was() -> None:
+    model = nn.Linear(3, 2)
+    broken = [True]
+
+    def figure() -> float:
+        if broken[0]:
+            raise OSError("no validation set")
+        return 1.0
+
+    fuser = rkif.Fuser(model, CONFIG, gate=Gate([Criterion("figure", figure, samples=5)]))
+    with pytest.raises(OSError, match="no validation set"):
+        one_round(fuser, model, 0.5)
+    assert (fuser.phase, fuser.round, fuser.last_report) == ("outer", 0, None)
+    ended = [parameter.detach().clone() for parameter in model.parameters()]
+    broken[0] = False
+    report = fuser.fuse()
+    assert report.gate.verdict == "keep"
+    assert report.gate.samples == 10
+    # Density 1 and the paper's rule: the fusion is where the outer learner stopped.
+    for parameter, value in zip(model.parameters(), ended, strict=True):
+        torch.testing.assert_close(parameter.detach(), value)
+
+
+def test_a_gate_goes_on_from_its_state() -> None:
+    def made() -> tuple[nn.Module, rkif.Fuser, list[int]]:
+        torch.manual_seed(0)
+        model, calls = nn.Linear(3, 2), [0]
+
+        def figure() -> float:
+            calls[0] += 1
+            return float(model.weight.sum())
+
+        return (
+            model,
+            rkif.Fuser(model, CONFIG, gate=Gate([Criterion("sum", figure, samples=3)], every=2)),
+            calls,
+        )
+
+    model, fuser, calls = made()
+    for _ in range(3):
+        one_round(fuser, model, 0.25)
+    state, values = fuser.state_dict(), [p.detach().clone() for p in model.parameters()]
+    other, resumed, counted = made()
+    with torch.no_grad():
+        for parameter, value in zip(other.parameters(), values, strict=True):
+            parameter.copy_(value)
+    resumed.load_state_dict(state)
+    before = calls[0]
+    reports = [one_round(fuser, model, 0.25).to_dict(), one_round(resumed, other, 0.25).to_dict()]
+    assert reports[0] == reports[1]
+    assert calls[0] - before == counted[0] > 0
+    with pytest.raises(ValueError, match="the state lacks 'gate"):
+        made()[1].load_state_dict({k: v for k, v in state.items() if not k.startswith("gate.")})
+    with pytest.raises(ValueError, match="unlike this fuser"):
+        rkif.Fuser(made()[0], CONFIG).load_state_dict(state)
+
+
+def test_only_a_gate_is_a_gate() -> None:
+    with pytest.raises(TypeError, match="gate must be a Gate; got function"):
+        rkif.Fuser(nn.Linear(2, 2), gate=lambda: True)  # type: ignore[arg-type]
