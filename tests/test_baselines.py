@@ -110,7 +110,7 @@ def test_ewc_pulls_by_the_fisher_information(config: Config, inputs: Path) -> No
     expected = torch.autograd.grad(1.5 * energy, [values[name] for name in names])
     for name in names:
         values[name].grad = torch.zeros_like(values[name])
-    method._pull()
+    method.before_step()
     for name, gradient in zip(names, expected, strict=True):
         torch.testing.assert_close(values[name].grad, gradient)
 
@@ -152,7 +152,7 @@ def test_o_lora_repels_by_the_gradient_of_the_overlap(config: Config, inputs: Pa
             overlap = (leaf[:4].detach() @ leaf[4:8].T).abs().sum()
             (expected,) = torch.autograd.grad(0.25 * overlap, leaf)
             parameter.grad = torch.zeros_like(parameter)
-            method._repel()
+            method.before_step()
             torch.testing.assert_close(parameter.grad, expected)
             assert expected.norm() > 0
 

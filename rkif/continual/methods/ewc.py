@@ -27,19 +27,13 @@ class Ewc(Sequential):
         for part in (self._fisher, self._anchor):
             part.update({name: tensor.to(device) for name, tensor in part.items()})
 
-    def train_step(self, step: int) -> float:
-        items = self.batch(step)
-        self.samples += len(items)
-        seed = self.seed("inner", step)
-        return self.inner.step(items, lr_fraction=self.lr_fraction(step), seed=seed, before_step=self._pull)
-
     @torch.no_grad()
-    def _pull(self) -> None:
+    def before_step(self) -> None:
         for name, fisher in self._fisher.items():
             parameter = self.inner.parameters[name]
-            assert parameter.grad is not None
-            pull = fisher * (parameter - self._anchor[name])
-            parameter.grad.add_(pull, alpha=self.context.config.ewc.strength)
+            if parameter.grad is not None:  # or it does not move anyway
+                pull = fisher * (parameter - self._anchor[name])
+                parameter.grad.add_(pull, alpha=self.context.config.ewc.strength)
 
     def finish(self) -> None:
         squares = {name: torch.zeros_like(p) for name, p in self.inner.parameters.items()}

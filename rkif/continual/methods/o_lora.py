@@ -43,14 +43,8 @@ class OLora(Sequential):
         r, start = self.context.config.adapter.r, self.context.index * self.context.config.adapter.r
         return tensor[start : start + r] if "lora_A" in name else tensor[:, start : start + r]
 
-    def train_step(self, step: int) -> float:
-        items = self.batch(step)
-        self.samples += len(items)
-        seed = self.seed("inner", step)
-        return self.inner.step(items, lr_fraction=self.lr_fraction(step), seed=seed, before_step=self._repel)
-
     @torch.no_grad()
-    def _repel(self) -> None:
+    def before_step(self) -> None:
         """Add the gradient of the overlap with earlier slices: ``sign(A_new A_old^T) A_old``."""
         assert self.context.config.adapter is not None
         learned = self.context.index * self.context.config.adapter.r

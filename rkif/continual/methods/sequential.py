@@ -94,7 +94,15 @@ class Sequential:
         """Take inner step ``step``, from 0, and whatever the method does after it; returns the inner loss."""
         items = self.batch(step)
         self.samples += len(items)
-        return self.inner.step(items, lr_fraction=self.lr_fraction(step), seed=self.seed("inner", step))
+        return self.inner.step(
+            items,
+            lr_fraction=self.lr_fraction(step),
+            seed=self.seed("inner", step),
+            before_step=self.before_step,
+        )
+
+    def before_step(self) -> None:
+        """The gradient of an inner step is final, clipped; it may still be looked at, or added to."""
 
     def batch(self, step: int) -> list[Item]:
         """The records of an inner step."""

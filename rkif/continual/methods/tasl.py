@@ -32,15 +32,7 @@ class Tasl(Sequential):
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=next(iter(self._before.values())).device)
         self._history = context.handed_on.get("history")
 
-    def train_step(self, step: int) -> float:
-        items = self.batch(step)
-        self.samples += len(items)
-        seed = self.seed("inner", step)
-        return self.inner.step(
-            items, lr_fraction=self.lr_fraction(step), seed=seed, before_step=self._observe
-        )
-
-    def _observe(self) -> None:
+    def before_step(self) -> None:
         values = list(self.inner.parameters.values())
         self._importance.update(values, [value.grad for value in values], self._nonfinite)
 
