@@ -179,6 +179,10 @@ class Fuser:
             raise ValueError(f"learner must be 'inner' or 'outer'; got {learner!r}")
         return self._importance[learner].score_copies()
 
+    def base(self) -> dict[str, Tensor]:
+        """Name -> the parameters at the start of the round, as copies."""
+        return {name: t.clone() for name, t in zip(self._parameters, self._base, strict=True)}
+
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on from here, at any point of a round, beside the parameters themselves.
 

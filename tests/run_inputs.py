@@ -22,6 +22,7 @@ from rkif.continual.config import RunConfig
 from rkif.continual.methods import Context, RecurrentKIF, Sequential
 from rkif.continual.model import build
 from rkif.continual.progress import RunProgress
+from rkif.continual.recorder import NOT_REPRODUCED
 from rkif.continual.run import run
 from rkif.continual.tasks import load_tasks
 from rkif.demo import write_inputs
@@ -88,12 +89,18 @@ def go(config: RunConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What a run left, byte for byte, but for peft's files: it lists modules in another order each time."""
+    """What a run left, byte for byte, but for peft's files, which list modules in another order each time,
+    and the ledger's times, with the hashes that follow from them.
+    """
     found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     for name in [name for name in found if name.endswith("adapter_config.json")]:
         settings = json.loads(found[name])
         settings["target_modules"].sort()
         found[name] = json.dumps(settings, sort_keys=True).encode()
+    for name in [name for name in found if name.endswith("ledger.jsonl")]:
+        records = [json.loads(line) for line in found[name].splitlines()]
+        kept = [{k: v for k, v in r.items() if k not in NOT_REPRODUCED} for r in records]
+        found[name] = json.dumps(kept).encode()
     return {name: content for name, content in found.items() if not name.endswith("README.md")}
 
 

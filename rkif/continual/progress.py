@@ -57,6 +57,9 @@ class RunProgress:
                 self.console.print("Interrupted; --resume goes on from the last checkpoint.")
                 raise
 
+    def warn(self, what: str) -> None:
+        self.console.print(f"[yellow]warning:[/] {what}")
+
     def stage(self, what: str) -> None:
         self._bars.reset(self._part, description=what, total=None, note="")
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from rkif.checkpoint.stream import as_bytes
 from rkif.fusion import FusionReport
 from rkif.ledger import OWN, Ledger, LedgerError
 
@@ -65,7 +65,7 @@ def parameter_digest(parameters: Mapping[str, Tensor]) -> str:
     for name in sorted(parameters):
         tensor = parameters[name].detach()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy()))
+        digest.update(as_bytes(tensor.contiguous().cpu().view(-1)))
     return digest.hexdigest()
 
 

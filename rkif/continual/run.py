@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rkif.continual.config import RunConfig
+from rkif.continual.config import RunConfig, dump_config
 from rkif.continual.evaluation import ACCURACY, evaluate
 from rkif.continual.kpi import load_metric, metric_name
 from rkif.continual.methods import METHODS, Context
@@ -19,6 +20,7 @@ from rkif.continual.metrics import backward_transfer, forward_transfer, overall_
 from rkif.continual.model import build, device
 from rkif.continual.objective import Objective
 from rkif.continual.progress import RunProgress
+from rkif.continual.recorder import Recorder, parameter_digest
 from rkif.continual.rundir import Checkpoint, RunFolder, read_checkpoint
 from rkif.continual.tasks import Task, load_tasks
 from rkif.memory import ReplayMemory
@@ -60,7 +62,7 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
     with progress.shown(config, tasks):
         progress.stage("loading the model")
         model, objective = build(config, tasks, slices=len(tasks) if method.slices else 1)
-        start = checkpoint or Checkpoint(0, 0, 0, {}, {})
+        start = checkpoint or Checkpoint(0, 0, 0, 0, {}, {})
         return _Sequence(config, folder, tasks, model, objective, progress).run(start)
 
 
@@ -110,6 +112,22 @@ class _Sequence:
                     raise ValueError(
                         f"the {split} records of task {task.name!r} have changed since this run began"
                     )
+        self.recorder = Recorder(self.folder.path / "ledger.jsonl", start.recorded)
+        if self.recorder.ledger.torn:
+            self.progress.warn(
+                f"the ledger's last line was torn ({self.recorder.ledger.torn} bytes): it is now in "
+                "ledger.jsonl.torn, and its round is done again"
+            )
+        if not start.recorded:
+            self._record(
+                {
+                    "event": "begin",
+                    "method": self.config.method,
+                    "tasks": [task.name for task in self.tasks],
+                    "versions": {name: importlib.metadata.version(name) for name in ("rkif", "torch")},
+                    "parameters": {"after": parameter_digest(self.parameters)},
+                }
+            )
         with torch.no_grad():
             for name, value in start.parameters.items():
                 self.parameters[name].copy_(value)
@@ -121,7 +139,9 @@ class _Sequence:
             self.folder.write_metrics(self.metrics)
         for index in range(len(self.tasks)):
             if index >= start.task:
-                self._learn(index, start if index == start.task else Checkpoint(index, 0, 0, {}, {}))
+                self._learn(
+                    index, start if index == start.task else Checkpoint(index, 0, 0, start.recorded, {}, {})
+                )
             if len(self.metrics["accuracy"][0]) <= index:
                 self._measure(index)
         return self.metrics
@@ -139,6 +159,7 @@ class _Sequence:
             memory=self.folder.read_memory(*before) if index else ReplayMemory(),
             handed_on=self.folder.read_handed_on(*before) if index else {},
             initial=self.initial,
+            record=self._record,
         )
         memory = context.memory
         method = METHODS[self.config.method](context)
@@ -176,7 +197,21 @@ class _Sequence:
             memory=memory,
             figures={"task": task.name, "steps": context.steps, "samples": method.samples},
         )
+        self._record(
+            {
+                "event": "task",
+                "task": task.name,
+                "steps": context.steps,
+                "samples": method.samples,
+                "memory": {name: list(ids) for name, ids in memory.ids.items()},
+                "parameters": {"after": parameter_digest(self.parameters)},
+            }
+        )
         self._checkpoint(index + 1, 0, method.samples, {})
+
+    def _record(self, content: Mapping[str, Any]) -> None:
+        settings = hashlib.sha256(dump_config(self.config).encode()).hexdigest()
+        self.recorder.record({**content, "config": settings, "seed": self.config.seed})
 
     def _save_model(self, folder: Path) -> None:
         """Adapter or model, with the tokenizer, as ``from_pretrained`` reads them."""
@@ -185,7 +220,9 @@ class _Sequence:
 
     def _checkpoint(self, task: int, step: int, samples: int, method: dict[str, Tensor]) -> None:
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        self.folder.write_checkpoint(Checkpoint(task, step, samples, parameters, method))
+        self.folder.write_checkpoint(
+            Checkpoint(task, step, samples, self.recorder.position, parameters, method)
+        )
 
     def _measure(self, index: int) -> None:
         """Fill the column of task ``index`` in the accuracy matrix, and the figures that follow from it."""

@@ -4,6 +4,7 @@
 
     RUN/config.yaml               the settings, defaults filled in
     RUN/metrics.json              the accuracy matrix, OP, BWT, FWT
+    RUN/ledger.jsonl              what every round did, see rkif.ledger
     RUN/checkpoint.safetensors    where to go on: parameters and the method's state, at (task, step)
     RUN/tasks/NN-name/            after each task: adapter (or model), importance, memory, figures,
                                   its rounds, and what the method hands on to the next
@@ -33,11 +34,15 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``step`` inner steps of task number ``task`` are done, and ``samples`` records have been trained on."""
+    """``step`` inner steps of task number ``task`` are done, and ``samples`` records have been trained on.
+
+    ``recorded`` of the ledger's records account for them.
+    """
 
     task: int
     step: int
     samples: int
+    recorded: int
     parameters: dict[str, Tensor]
     method: dict[str, Tensor]
 
@@ -169,7 +174,9 @@ class RunFolder:
         tensors = {f"parameters.{name}": tensor for name, tensor in checkpoint.parameters.items()}
         tensors |= {f"method.{name}": tensor for name, tensor in checkpoint.method.items()}
         # As a tensor: safetensors writes metadata in an order that changes from file to file.
-        tensors["position"] = torch.tensor([checkpoint.task, checkpoint.step, checkpoint.samples])
+        tensors["position"] = torch.tensor(
+            [checkpoint.task, checkpoint.step, checkpoint.samples, checkpoint.recorded]
+        )
         replace_file(self.path / CHECKPOINT, lambda path: save_file(_storable(tensors), path))
 
 
@@ -187,10 +194,10 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
         for key, tensor in load_file(path).items():
             part, _, name = key.partition(".")
             parts[part][name] = tensor
-        task, step, samples = parts["position"][""].tolist()
+        task, step, samples, recorded = parts["position"][""].tolist()
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    return Checkpoint(task, step, samples, parts["parameters"], parts["method"])
+    return Checkpoint(task, step, samples, recorded, parts["parameters"], parts["method"])
 
 
 def _require_same(path: Path, text: str) -> None:

@@ -31,11 +31,11 @@ class Adaptive(Merging):
         side = self._importance[1 if self.stopped else 0]
         side.update(values, [value.grad for value in values], self._nonfinite)
 
-    def end_round(self) -> None:
+    def end_round(self, steps: range) -> None:
         inner, outer = (_normalised(side.score_copies()) for side in self._importance)
         temperature = self.context.config.adaptive.temperature
         self._weights = {name: ((inner[name] - outer[name]) / temperature).sigmoid() for name in inner}
-        super().end_round()
+        super().end_round(steps)
         self.stopped = {}
         if self.fusion.clear_inner:
             self._importance[0].clear()

@@ -33,7 +33,7 @@ class Merging(Rounds):
         self.stopped = self._snapshot()
 
     @torch.no_grad()
-    def end_round(self) -> None:
+    def end_round(self, steps: range) -> None:
         for name, parameter in self.parameters.items():
             base, stopped = self.base[name], self.stopped[name]
             parameter.copy_(base + self.merge(name, stopped - base, parameter - stopped))

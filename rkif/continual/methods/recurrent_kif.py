@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from rkif.continual.history import RoundHistory
 from rkif.continual.methods.rounds import Rounds
 from rkif.continual.methods.sequential import Context, strip_prefix
+from rkif.continual.recorder import movement, parameter_digest, report_values
 from rkif.fuser import Fuser
+from rkif.fusion import FusionReport
 
 
 class RecurrentKIF(Rounds):
@@ -28,10 +31,44 @@ class RecurrentKIF(Rounds):
         assert self.fuser is not None
         self.fuser.begin_outer()
 
-    def end_round(self) -> None:
+    def end_round(self, steps: range) -> None:
         assert self.fuser is not None
+        number, base = self.fuser.round, self.fuser.base()
         inner, outer = self.fuser.scores("inner"), self.fuser.scores("outer")
-        self.history.add(inner, outer, self.fuser.fuse())
+        report = self.fuser.fuse()
+        self.history.add(inner, outer, report)
+        self.context.record(self._round_record(number, steps, base, report))
+
+    def _round_record(
+        self, number: int, steps: range, base: Mapping[str, Tensor], report: FusionReport
+    ) -> dict[str, Any]:
+        """What the ledger keeps of a round."""
+        after = {name: parameter.detach() for name, parameter in self.inner.parameters.items()}
+        moved, rounds = movement(base, after), self.history.tensors()
+        modules = {
+            name: {
+                "counts": rounds[f"counts.{name}"][-1].tolist(),
+                "importance": rounds[f"importance.{name}"][-1].tolist(),
+                "moved": moved[name],
+            }
+            for name in base
+        }
+        outer = self.outer_steps(steps[-1])
+        return {
+            "event": "round",
+            "task": self.context.task.name,
+            "round": number,
+            "steps": [steps.start, steps.stop],
+            "data": {
+                "inner": [record.id for step in steps for _, record in self.batch(step)],
+                "outer": [
+                    f"{record.task}/{record.id}" for step in outer for _, record in self.outer_batch(step)
+                ],
+            },
+            **report_values(report),
+            "modules": modules,
+            "parameters": {"before": parameter_digest(base), "after": parameter_digest(after)},
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         state = {} if self.fuser is None else self.fuser.state_dict()

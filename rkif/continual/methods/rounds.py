@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rkif.continual.config import fusion_config
 from rkif.continual.methods.sequential import Context, Sequential, strip_prefix
+from rkif.continual.tasks import Item
 
 
 class Rounds(Sequential):
@@ -34,8 +35,11 @@ class Rounds(Sequential):
         """The inner learner has taken its last step of the round."""
 
     @abstractmethod
-    def end_round(self) -> None:
-        """The outer learner has, too: merge, and begin the next round."""
+    def end_round(self, steps: range) -> None:
+        """The outer learner has, too: merge, and begin the next round.
+
+        ``steps`` are the round's inner steps.
+        """
 
     def train_step(self, step: int) -> float:
         if not self.has_memory:
@@ -48,7 +52,7 @@ class Rounds(Sequential):
         if (step + 1) % self.fusion.inner_steps == 0 or step + 1 == self.context.steps:
             self.begin_outer()
             self._learn_memory(step)
-            self.end_round()
+            self.end_round(range(step // self.fusion.inner_steps * self.fusion.inner_steps, step + 1))
             if self.context.config.rounds.optimizers == "reset":
                 self.inner.reset()
                 self.outer.reset()
@@ -56,10 +60,8 @@ class Rounds(Sequential):
 
     def _learn_memory(self, step: int) -> None:
         """The outer learner's steps after inner step ``step``."""
-        size = self.context.config.outer.batch_size
-        first = step // self.fusion.inner_steps * self.fusion.outer_steps
-        for outer_step in range(first, first + self.fusion.outer_steps):
-            items = self.context.memory.batch(outer_step, size, seed=self.seed("memory"))
+        for outer_step in self.outer_steps(step):
+            items = self.outer_batch(outer_step)
             self.samples += len(items)
             self.outer.step(
                 items,
@@ -67,6 +69,16 @@ class Rounds(Sequential):
                 seed=self.seed("outer", outer_step),
                 **self._observed(),
             )
+
+    def outer_steps(self, step: int) -> range:
+        """The outer learner's steps in the round of inner step ``step``."""
+        first = step // self.fusion.inner_steps * self.fusion.outer_steps
+        return range(first, first + self.fusion.outer_steps)
+
+    def outer_batch(self, outer_step: int) -> list[Item]:
+        """The memory's records of an outer step."""
+        size = self.context.config.outer.batch_size
+        return self.context.memory.batch(outer_step, size, seed=self.seed("memory"))
 
     def _observed(self) -> dict[str, Callable[[], None]]:
         return {f"{self.context.config.rounds.observe}_step": self.observe}

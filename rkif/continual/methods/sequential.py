@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -16,6 +16,10 @@ from rkif.continual.objective import Objective
 from rkif.continual.tasks import Item, Task
 from rkif.memory import ReplayMemory
 from rkif.seeding import derive_seed, shuffled
+
+
+def _unrecorded(content: Mapping[str, Any]) -> None:
+    """For methods outside of a run."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Context:
         handed_on: what the method :meth:`handed on <Sequential.hand_on>` after the task before; empty for
             the first.
         initial: trainable parameters by name as they were before the first task.
+        record: takes a record for the run's ledger.
     """
 
     config: RunConfig
@@ -42,6 +47,7 @@ class Context:
     memory: ReplayMemory
     handed_on: Mapping[str, Tensor] = field(default_factory=dict)
     initial: Mapping[str, Tensor] = field(default_factory=dict)
+    record: Callable[[Mapping[str, Any]], None] = _unrecorded
 
     @property
     def task(self) -> Task:
