@@ -111,7 +111,7 @@ def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("training.learning_rate", "fast", "training.learning_rate: Input should be a valid number"),
         ("training.epochs", 3, "training: give either steps or epochs"),
         ("training.steps", 0, "training.steps: Input should be greater than or equal to 1"),
-        ("method", "magic", "method: Input should be 'sequential', 'replay' or 'recurrent_kif'"),
+        ("method", "magic", "method: Input should be 'sequential', 'replay', 'replay_equal_steps', "),
         ("fusion.density", 2, "fusion: density must be in [0, 1]; got 2"),
         ("fusion.denstiy", 0.2, "fusion: a fusion setting must be one of preset, density"),
         ("fusion.preset", "papers", "fusion: preset must be one of paper, release; got 'papers'"),
