@@ -3,5 +3,16 @@
 from rkif.config import FusionConfig, MergeWeights
 from rkif.fuser import Fuser
 from rkif.fusion import FusionReport, FusionResult, fuse
+from rkif.gate import Criterion, Gate, GateReport
 
-__all__ = ["Fuser", "FusionConfig", "FusionReport", "FusionResult", "MergeWeights", "fuse"]
+__all__ = [
+    "Criterion",
+    "Fuser",
+    "FusionConfig",
+    "FusionReport",
+    "FusionResult",
+    "Gate",
+    "GateReport",
+    "MergeWeights",
+    "fuse",
+]

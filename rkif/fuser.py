@@ -40,7 +40,8 @@ class Fuser:
         parameters: a module, or an iterable of (name, parameter); the trainable ones take part.
         config: settings; the default is :class:`FusionConfig`'s.
         gate: what every fusion is checked by before it is kept; see :mod:`rkif.gate`. After a verdict of
-            "undo" or "stop" the parameters are ``base`` again; the optimizers' state is the caller's.
+            "undo" or "stop" parameters and importance are as at the start of the round (which takes a copy
+            of the importance); the optimizers' state is the caller's.
 
     Attributes:
         config: the settings.
@@ -73,6 +74,8 @@ class Fuser:
         }
         self._base = [parameter.detach().clone() for parameter in self._parameters.values()]
         self._inner: list[Tensor] = []  # parameters where the inner learner stopped; only in the outer phase
+        # Importance at the start of the round, which a gate may return to; empty without one.
+        self._start = {name: t.clone() for name, t in self._known_importance().items() if gate is not None}
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=self._base[0].device)
         self._with_gradient: set[str] = set()
         self._observed: dict[Learner, int] = {"inner": 0, "outer": 0}
@@ -257,9 +260,14 @@ class Fuser:
         tensors = {f"base.{name}": t for name, t in zip(self._parameters, self._base, strict=True)}
         if with_inner:
             tensors |= {f"inner.{name}": t for name, t in zip(self._parameters, self._inner, strict=True)}
-        for learner, importance in self._importance.items():
-            tensors |= {f"{learner}_importance.{name}": t for name, t in importance.tensors().items()}
-        return tensors
+        return tensors | self._known_importance() | {f"start.{name}": t for name, t in self._start.items()}
+
+    def _known_importance(self) -> dict[str, Tensor]:
+        return {
+            f"{learner}_importance.{name}": tensor
+            for learner, importance in self._importance.items()
+            for name, tensor in importance.tensors().items()
+        }
 
     def _fused(self) -> FusionReport:
         parameters = [parameter.detach() for parameter in self._parameters.values()]
@@ -306,6 +314,9 @@ class Fuser:
             torch._foreach_copy_(parameters, outer)
             gatekeeper.load_tensors(state)
             raise
+        if verdict.factor == 0:
+            for name, tensor in self._known_importance().items():
+                tensor.copy_(self._start[name])
         moved = [(p.float() - b.float()).norm().double() for p, b in zip(parameters, self._base, strict=True)]
         norms = report.norms | {"update": float(torch.stack(moved).norm())}
         torch._foreach_copy_(fused, parameters)
@@ -335,6 +346,8 @@ class Fuser:
             self._importance["inner"].clear()
         if self.config.clear_outer:
             self._importance["outer"].clear()
+        for name, tensor in self._start.items():
+            tensor.copy_(self._known_importance()[name])
         self._inner = []
         self._nonfinite.zero_()
         self._with_gradient.clear()

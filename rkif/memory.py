@@ -83,6 +83,11 @@ class ReplayMemory:
         return tuple(self._tasks)
 
     @property
+    def by_task(self) -> dict[str, tuple[Item, ...]]:
+        """Task -> every (instruction, record) kept of it, in order of addition."""
+        return dict(self._tasks)
+
+    @property
     def ids(self) -> dict[str, tuple[str, ...]]:
         """The ids of the records kept of each task."""
         return {task: tuple(record.id for _, record in items) for task, items in self._tasks.items()}

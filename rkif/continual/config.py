@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rkif.config import FusionConfig, MergeWeights
 from rkif.continual.kpi import locate, metric_name
 from rkif.continual.text import TextFormat
+from rkif.gate import Criterion, Gate
 from rkif_kernels.checks import require_choice
 
 
@@ -109,6 +110,61 @@ class RoundsSettings(Settings):
     optimizers: Literal["keep", "reset"] = "keep"
 
 
+class CriterionSettings(Settings):
+    """A figure that a fusion must not make worse.
+
+    ``metric`` is "memory_loss", "accuracy", or a ``module:function`` as under ``metrics``. The loss is better
+    when lower, the others when higher, unless ``higher_is_better`` says otherwise. ``tolerance``: by how much
+    a fusion may worsen it; ``floor``: the worst acceptable value (a ceiling where lower is better).
+    """
+
+    metric: str
+    higher_is_better: bool | None = None
+    floor: float | None = None
+    tolerance: float | None = 0.0
+
+    @property
+    def name(self) -> str:
+        return metric_name(self.metric)
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in ("memory_loss", "accuracy"):
+            require_function(value)
+        return value
+
+
+class GateSettings(Settings):
+    """What a round's fusion is checked by before it is kept; see :mod:`rkif.gate`.
+
+    ``records``: that a measurement takes of each earlier task. For the loss they are the memory's; for
+    accuracy and metrics of one's own they are training records, set aside before the task is learned.
+    ``budget``: the most records that all measurements of a task may take.
+    """
+
+    criteria: list[CriterionSettings] = Field(min_length=1)
+    records: int = Field(16, ge=1)
+    ladder: list[float] = [0.5, 0.25]
+    otherwise: Literal["undo", "stop"] = "undo"
+    every: int = Field(1, ge=1)
+    budget: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _possible(self) -> GateSettings:
+        criteria = [
+            Criterion(one.name, lambda: 0.0, floor=one.floor, tolerance=one.tolerance)
+            for one in self.criteria
+        ]
+        Gate(criteria, ladder=tuple(self.ladder))
+        return self
+
+    @property
+    def validates(self) -> bool:
+        """Whether records have to be set aside."""
+        return any(one.metric != "memory_loss" for one in self.criteria)
+
+
 class EwcSettings(Settings):
     """The spring's strength where the Fisher information is average."""
 
@@ -152,6 +208,7 @@ class RunConfig(Settings):
     what is trained stays float32. ``threads`` are PyTorch's on a CPU: their number decides the order of
     sums, hence the last bits, so a run that is to be repeated exactly should name it. ``metrics`` are
     ``module:function``, the module importable or a file beside the config; see :mod:`rkif.continual.kpi`.
+    ``gate`` is for the method recurrent_kif; null for none.
     """
 
     model: str
@@ -167,6 +224,7 @@ class RunConfig(Settings):
     outer: OuterSettings = OuterSettings()
     memory: MemorySettings = MemorySettings()
     rounds: RoundsSettings = RoundsSettings()
+    gate: GateSettings | None = None
     ewc: EwcSettings = EwcSettings()
     o_lora: OLoraSettings = OLoraSettings()
     adaptive: AdaptiveSettings = AdaptiveSettings()
@@ -176,6 +234,12 @@ class RunConfig(Settings):
     threads: int | None = Field(None, ge=1)
     seed: int = Field(42, ge=0)
 
+    @model_validator(mode="after")
+    def _gated(self) -> RunConfig:
+        if self.gate is not None and self.method != "recurrent_kif":
+            raise ValueError(f"gate: only the fusions of recurrent_kif can be gated, not {self.method}")
+        return self
+
     @field_validator("metrics", mode="before")
     @classmethod
     def _metrics(cls, value: Any) -> Any:
@@ -183,8 +247,7 @@ class RunConfig(Settings):
         if isinstance(specs, list):
             names = [metric_name(str(spec)) for spec in specs]
             for spec, name in zip(specs, names, strict=True):
-                if not re.fullmatch(r".+:[A-Za-z_]\w*", str(spec)):
-                    raise ValueError(f"expected module:function, got {spec!r}")
+                require_function(str(spec))
                 if names.count(name) > 1 or name == "accuracy":
                     raise ValueError(f"two metrics are called {name!r}")
         return specs
@@ -197,6 +260,12 @@ class RunConfig(Settings):
         except TypeError as error:
             raise ValueError(str(error)) from error
         return value
+
+
+def require_function(spec: str) -> None:
+    """Raises ValueError for what is not written as ``module:function``."""
+    if not re.fullmatch(r".+:[A-Za-z_]\w*", spec):
+        raise ValueError(f"expected module:function, got {spec!r}")
 
 
 def fusion_config(settings: dict[str, Any]) -> FusionConfig:
@@ -247,7 +316,12 @@ def load_config(path: Path) -> RunConfig:
     tasks = config.tasks.model_copy(update={"folder": str(here / config.tasks.folder)})
     model = str(here / config.model) if (here / config.model).exists() else config.model
     metrics = [locate(spec, here) for spec in config.metrics]
-    return config.model_copy(update={"tasks": tasks, "model": model, "metrics": metrics})
+    gate = config.gate
+    if gate is not None:
+        located = [one.model_copy(update={"metric": locate(one.metric, here)}) for one in gate.criteria]
+        gate = gate.model_copy(update={"criteria": located})
+    changed = {"tasks": tasks, "model": model, "metrics": metrics, "gate": gate}
+    return config.model_copy(update=changed)
 
 
 def dump_config(config: RunConfig) -> str:

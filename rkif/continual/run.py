@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rkif.continual.config import RunConfig, dump_config
 from rkif.continual.evaluation import ACCURACY, evaluate
+from rkif.continual.gating import hold_out
 from rkif.continual.kpi import load_metric, metric_name
 from rkif.continual.methods import METHODS, Context
 from rkif.continual.metrics import backward_transfer, forward_transfer, overall_performance
@@ -80,7 +81,9 @@ class _Sequence:
     ) -> None:
         self.config = config
         self.folder = folder
-        self.tasks = tasks
+        split = [hold_out(task, config) for task in tasks]
+        self.tasks = [task for task, _ in split]
+        self.held_out = [records for _, records in split]
         self.model = model
         self.objective = objective
         self.progress = progress
@@ -90,13 +93,13 @@ class _Sequence:
         self.metrics: dict[str, Any] = folder.read_metrics() or {
             "method": config.method,
             "split": "dev",
-            "tasks": [task.name for task in tasks],
-            "data": {task.name: _digests(task) for task in tasks},
-            "records": [len(task.dev) for task in tasks],
+            "tasks": [task.name for task in self.tasks],
+            "data": {task.name: _digests(task) for task in self.tasks},
+            "records": [len(task.dev) for task in self.tasks],
             "trainable": sum(parameter.numel() for parameter in self.parameters.values()),
             "initial": [],
-            "accuracy": [[] for _ in tasks],
-            "metrics": {name: {"initial": [], "matrix": [[] for _ in tasks]} for name in self.own},
+            "accuracy": [[] for _ in self.tasks],
+            "metrics": {name: {"initial": [], "matrix": [[] for _ in self.tasks]} for name in self.own},
             "op": None,
             "bwt": None,
             "fwt": None,
@@ -157,11 +160,12 @@ class _Sequence:
             self.tasks,
             index,
             memory=self.folder.read_memory(*before) if index else ReplayMemory(),
+            validation=self.folder.read_validation(*before) if index else ReplayMemory(),
             handed_on=self.folder.read_handed_on(*before) if index else {},
             initial=self.initial,
             record=self._record,
         )
-        memory = context.memory
+        memory, validation = context.memory, context.validation
         method = METHODS[self.config.method](context)
         if start.step:
             method.load_tensors(start.method)
@@ -185,6 +189,8 @@ class _Sequence:
             cap=self.config.memory.cap,
             seed=self.config.seed,
         )
+        if held_out := self.held_out[index]:
+            validation.add(task.name, task.instruction, held_out, fraction=1.0, seed=self.config.seed)
         self.folder.publish_task(
             index,
             task.name,
@@ -195,6 +201,7 @@ class _Sequence:
                 "rounds": method.rounds(),
             },
             memory=memory,
+            validation=validation,
             figures={"task": task.name, "steps": context.steps, "samples": method.samples},
         )
         self._record(

@@ -7,7 +7,8 @@
     RUN/ledger.jsonl              what every round did, see rkif.ledger
     RUN/checkpoint.safetensors    where to go on: parameters and the method's state, at (task, step)
     RUN/tasks/NN-name/            after each task: adapter (or model), importance, memory, figures,
-                                  its rounds, and what the method hands on to the next
+                                  its rounds, what the method hands on to the next, and the records that
+                                  a gate measures on
 """
 
 from __future__ import annotations
@@ -135,6 +136,11 @@ class RunFolder:
         """The memory as it was after a task."""
         return ReplayMemory.load(self.task(index, name) / "memory.jsonl")
 
+    def read_validation(self, index: int, name: str) -> ReplayMemory:
+        """The records that a gate may measure tasks on, as they were after a task; empty for no gate."""
+        path = self.task(index, name) / "validation.jsonl"
+        return ReplayMemory.load(path) if path.exists() else ReplayMemory()
+
     def read_handed_on(self, index: int, name: str) -> dict[str, Tensor]:
         """What the method handed on after a task; empty for most methods."""
         path = self.task(index, name) / "handed_on.safetensors"
@@ -148,11 +154,13 @@ class RunFolder:
         save_model: Callable[[Path], object],
         state: Mapping[str, Mapping[str, Tensor]],
         memory: ReplayMemory,
+        validation: ReplayMemory,
         figures: Mapping[str, Any],
     ) -> None:
         """Write a task's folder; one that an interrupted run left is replaced.
 
         ``state`` maps the name of a safetensors file, without its suffix, to its tensors; none, no file.
+        An empty ``validation`` is no file either.
         """
         final = self.task(index, name)
         temporary = final.with_name(final.name + ".tmp")
@@ -163,6 +171,8 @@ class RunFolder:
             if tensors:
                 save_file(_storable(tensors), temporary / f"{file}.safetensors")
         memory.save(temporary / "memory.jsonl")
+        if len(validation):
+            validation.save(temporary / "validation.jsonl")
         _write_json(temporary / "task.json", figures)
         for path in temporary.iterdir():
             settle(path)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rkif.continual.gating import GateStopped, make_gate
 from rkif.continual.history import RoundHistory
 from rkif.continual.methods.rounds import Rounds
 from rkif.continual.methods.sequential import Context, strip_prefix
@@ -21,7 +22,25 @@ class RecurrentKIF(Rounds):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.history = RoundHistory()
-        self.fuser = Fuser(context.model, self.fusion) if self.has_memory else None
+        settings = context.config.gate
+        gate = None
+        if settings is not None and self.has_memory:
+            gate = make_gate(
+                settings,
+                context.config,
+                context.model,
+                context.objective,
+                context.tasks,
+                context.memory,
+                context.validation,
+            )
+        self.fuser = Fuser(context.model, self.fusion, gate=gate) if self.has_memory else None
+        # The learners' moments at the start of the round, for a gate to return to; None without one.
+        self.start: dict[str, Tensor] | None = None if gate is None else {}
+
+    def begin_round(self) -> None:
+        if self.start is not None:
+            self.start = {name: tensor.clone() for name, tensor in self.moments().items()}
 
     def observe(self) -> None:
         assert self.fuser is not None
@@ -38,6 +57,13 @@ class RecurrentKIF(Rounds):
         report = self.fuser.fuse()
         self.history.add(inner, outer, report)
         self.context.record(self._round_record(number, steps, base, report))
+        if report.gate is not None and report.gate.factor == 0:
+            assert self.start is not None
+            self.load_moments(self.start)
+            if report.gate.verdict == "stop":
+                where = f"round {number} of task {self.context.task.name!r}"
+                reasons = "; ".join(report.gate.attempts[-1].objections)
+                raise GateStopped(f"the gate stopped the run in {where}: {reasons}")
 
     def _round_record(
         self, number: int, steps: range, base: Mapping[str, Tensor], report: FusionReport
@@ -77,6 +103,7 @@ class RecurrentKIF(Rounds):
             super().tensors()
             | {f"fuser.{name}": tensor for name, tensor in state.items()}
             | {f"rounds.{name}": tensor for name, tensor in rounds.items()}
+            | {f"start.{name}": tensor for name, tensor in (self.start or {}).items()}
         )
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -84,6 +111,8 @@ class RecurrentKIF(Rounds):
         if self.fuser is not None:
             self.fuser.load_state_dict(strip_prefix(tensors, "fuser."))
             self.history.load_tensors(strip_prefix(tensors, "rounds."))
+        if self.start is not None:
+            self.start = strip_prefix(tensors, "start.")
 
     def rounds(self) -> dict[str, Tensor]:
         return self.history.tensors()

@@ -26,6 +26,9 @@ class Rounds(Sequential):
         self.outer = self.learner(context.config.outer.learning_rate)
         self.has_memory = len(context.memory) > 0
 
+    def begin_round(self) -> None:
+        """The inner learner's first step of a round comes next."""
+
     @abstractmethod
     def observe(self) -> None:
         """Either learner's gradient is final, its step not yet taken."""
@@ -44,6 +47,8 @@ class Rounds(Sequential):
     def train_step(self, step: int) -> float:
         if not self.has_memory:
             return super().train_step(step)
+        if step % self.fusion.inner_steps == 0:
+            self.begin_round()
         items = self.batch(step)
         self.samples += len(items)
         loss = self.inner.step(
@@ -57,6 +62,20 @@ class Rounds(Sequential):
                 self.inner.reset()
                 self.outer.reset()
         return loss
+
+    def moments(self) -> dict[str, Tensor]:
+        """Both learners' optimizer state, not copies."""
+        learners = {"inner": self.inner} | ({"outer": self.outer} if self.has_memory else {})
+        return {
+            f"{learner}.{name}": tensor
+            for learner, one in learners.items()
+            for name, tensor in one.tensors().items()
+        }
+
+    def load_moments(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`moments` gave; other names are passed over."""
+        self.inner.load_tensors(strip_prefix(tensors, "inner."))
+        self.outer.load_tensors(strip_prefix(tensors, "outer."))
 
     def _learn_memory(self, step: int) -> None:
         """The outer learner's steps after inner step ``step``."""
@@ -84,9 +103,8 @@ class Rounds(Sequential):
         return {f"{self.context.config.rounds.observe}_step": self.observe}
 
     def tensors(self) -> dict[str, Tensor]:
-        outer = self.outer.tensors() if self.has_memory else {}
-        return super().tensors() | {f"outer.{name}": tensor for name, tensor in outer.items()}
+        return super().tensors() | self.moments()
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         super().load_tensors(tensors)
-        self.outer.load_tensors(strip_prefix(tensors, "outer."))
+        self.load_moments(tensors)

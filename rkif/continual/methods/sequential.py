@@ -33,6 +33,7 @@ class Context:
         tasks: all of the run's. Those that have been learned may lack their training records.
         index: which of them is to be learned.
         memory: holds records of the earlier tasks, and is empty for the first.
+        validation: the same with the records that a gate measures on; empty where none does.
         handed_on: what the method :meth:`handed on <Sequential.hand_on>` after the task before; empty for
             the first.
         initial: trainable parameters by name as they were before the first task.
@@ -45,6 +46,7 @@ class Context:
     tasks: Sequence[Task]
     index: int
     memory: ReplayMemory
+    validation: ReplayMemory = field(default_factory=ReplayMemory)
     handed_on: Mapping[str, Tensor] = field(default_factory=dict)
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     record: Callable[[Mapping[str, Any]], None] = _unrecorded
