@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
-from rkif import Fuser, FusionConfig
+from rkif import Fuser, FusionConfig, Gate
 from rkif.files import replace_file
 from rkif.seeding import derive_seed, shuffled
 
@@ -64,6 +65,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         memory_dataset: Any = None,
         fusion: FusionConfig | None = None,
         outer_learning_rate: float = 1e-3,
+        gate: Gate | None = None,
         eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -74,9 +76,13 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
                 length and indexing. None or empty: plain training.
             fusion: settings of the method, by default `FusionConfig()`.
             outer_learning_rate: base learning rate of the outer learner.
+            gate: what every fusion is checked by before it is kept. Where it undoes one, parameters,
+                importance and both optimizers' state are as at the start of the round (they are copied for
+                that), and training goes on with the next batch; "stop" ends training after that step.
 
         Raises:
-            TypeError: `fusion` is no `FusionConfig`, or the memory has no length or no indexing.
+            TypeError: `fusion` is no `FusionConfig`, `gate` no `Gate`, or the memory has no length or no
+                indexing.
             ValueError: `outer_learning_rate` is not positive and finite, or the optimizer comes ready-made.
         """
         self.fusion = FusionConfig() if fusion is None else fusion
@@ -87,6 +93,9 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         if not 0 < outer_learning_rate < math.inf:
             raise ValueError(f"outer_learning_rate must be positive and finite, got {outer_learning_rate}")
         self.outer_learning_rate = outer_learning_rate
+        if gate is not None and not isinstance(gate, Gate):
+            raise TypeError(f"gate must be a Gate, got {type(gate).__name__}")
+        self.gate = gate
         self._rkif: _Rounds | None = None
 
         # What evaluates without a dataset is for the trainer to refuse: a memory in its place would hide it.
@@ -141,6 +150,8 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
             logs["rkif/round"] = self.fuser.round
             logs |= {f"rkif/share_{case}": report.counts[case] / report.numel for case in ("both", "neither")}
             logs |= {f"rkif/norm_{name}": norm for name, norm in report.norms.items()}
+            if report.gate is not None:
+                logs["rkif/gate_factor"] = report.gate.factor
         super().log(logs, *args, **kwargs)
 
     def _close_round(self, *, tail: bool) -> None:
@@ -203,7 +214,7 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Starts from the weights as they are, or goes on from the checkpoint being resumed."""
-        self.fuser = Fuser(self.trainer.model, self.trainer.fusion)
+        self.fuser = Fuser(self.trainer.model, self.trainer.fusion, gate=self.trainer.gate)
         # Not prepared by the accelerator: its clip_grad_norm_ unscales the gradients of every optimizer it
         # knows, so twice those of parameters that two of them share.
         self.optimizer = self.trainer.create_outer_optimizer()
@@ -212,6 +223,7 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         self.lr_fraction = 1.0
         self.memory_position = 0
         checkpoint, self.checkpoint = self.checkpoint, None
+        self.start = self._moments()
         if checkpoint is not None:
             self._load(Path(checkpoint))
 
@@ -245,6 +257,30 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
                 skipped += not self._outer_step()
                 if skipped > _MAX_SKIPPED:
                     raise RuntimeError(f"{skipped} outer steps of a round had gradients that are not finite")
+        self._heed_gate()
+
+    def _heed_gate(self) -> None:
+        """Does to the optimizers and to training what the gate did to the parameters."""
+        report = self.fuser.last_report
+        assert report is not None
+        if report.gate is None:
+            return
+        if report.gate.factor == 0:
+            for optimizer, state in zip(self._optimizers(), self.start, strict=True):
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if report.gate.verdict == "stop":
+            self.trainer.control.should_training_stop = True
+        self.start = self._moments()
+
+    def _optimizers(self) -> tuple[Any, Any]:
+        return self.trainer.optimizer, self.optimizer
+
+    def _moments(self) -> list[Any]:
+        """Copies of both optimizers' state; none without a gate, which alone needs them."""
+        if self.trainer.gate is None:
+            return []
+        return [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in self._optimizers()]
 
     def _outer_step(self) -> bool:
         """Takes one optimizer step on the memory; returns False if the gradient scaler skipped it."""
@@ -292,6 +328,7 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         """Adds the state to a checkpoint."""
         outer: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
         outer |= {"lr_fraction": self.lr_fraction, "memory_position": self.memory_position}
+        outer["start"] = self.start
         save_fuser, save_outer = partial(save_file, self.fuser.state_dict()), partial(torch.save, outer)
         for name, write in ((_FUSER_FILE, save_fuser), (_OUTER_FILE, save_outer)):
             replace_file(Path(folder, name), write)
@@ -306,6 +343,7 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         outer = torch.load(folder / _OUTER_FILE, map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(outer["optimizer"])
         self.lr_fraction, self.memory_position = outer["lr_fraction"], outer["memory_position"]
+        self.start = outer["start"]
 
 
 def memory_walk(size: int, start: int, seed: int) -> Iterator[int]:

@@ -1,0 +1,115 @@
+"""A gate in a Trainer: what it undoes leaves nothing behind, and training goes on or stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_helpers import assert_same_bits, lora_llama, trainable, trainer, weights
+
+from rkif import Criterion, Gate
+from rkif.hf import RKIFTrainer
+
+
+def state(run: Any) -> dict[str, torch.Tensor]:
+    tensors = dict(run.fuser.state_dict())
+    for learner, optimizer in (("inner", run.optimizer), ("outer", run._rkif.optimizer)):
+        for number, slots in optimizer.state_dict()["state"].items():
+            tensors |= {f"{learner}.{number}.{name}": value for name, value in slots.items()}
+    return weights(run.model) | {f"state.{name}": value for name, value in tensors.items()}
+
+
+def size(model: Any) -> float:
+    return float(sum(parameter.detach().abs().sum() for parameter in trainable(model)))
+
+
+def gated(folder: Path, *, dropout: float = 0.0, gate: dict[str, Any], **changes: Any) -> Any:
+    """A trainer whose gate measures the size of the weights."""
+    model = lora_llama(dropout=dropout)
+    criterion = {key: gate.pop(key) for key in ("higher_is_better", "floor", "tolerance") if key in gate}
+    guard = Gate([Criterion("size", lambda: size(model), **criterion)], **gate)
+    return trainer(folder, kind=RKIFTrainer, model=model, gate=guard, **changes)
+
+
+def test_what_is_undone_leaves_nothing_behind(tmp_path: Path) -> None:
+    start = weights(lora_llama())
+    run = gated(tmp_path, gate={"floor": 1e9, "tolerance": None})
+    run.train()
+    assert run.state.global_step == 7
+    assert run.fuser.round == 3
+    assert run.fuser.last_report.gate.verdict == "undo"
+    assert_same_bits(weights(run.model), start)
+    for optimizer in (run.optimizer, run._rkif.optimizer):
+        assert not optimizer.state_dict()["state"]
+    for learner in ("inner", "outer"):
+        assert not any(score.any() for score in run.fuser.scores(learner).values())
+
+
+def test_an_undone_round_is_a_round_that_was_not(tmp_path: Path) -> None:
+    """The second of three rounds: its end is that of the first, moments and importance included."""
+    ends: list[dict[str, torch.Tensor]] = []
+    refused = [False]
+
+    class Watched(RKIFTrainer):
+        def _close_round(self, *, tail: bool) -> None:
+            rounds = self.fuser.round
+            refused[0] = rounds == 1
+            super()._close_round(tail=tail)
+            if self.fuser.round > rounds:
+                ends.append({name: tensor.clone() for name, tensor in state(self).items()})
+
+    model = lora_llama(dropout=0.1)
+    gate = Gate([Criterion("mood", lambda: 0.0 if refused[0] else 1.0, floor=0.5, tolerance=None)])
+    run = trainer(tmp_path, kind=Watched, model=model, gate=gate, max_steps=9)
+    run.train()
+    first, second, third = ends
+    changing = ("state.round", "state.gate.counters")
+    assert_same_bits(
+        {name: t for name, t in second.items() if name not in changing},
+        {name: t for name, t in first.items() if name not in changing},
+    )
+    assert any(not torch.equal(third[name], second[name]) for name in weights(model))
+
+
+def test_a_gate_may_stop_training(tmp_path: Path) -> None:
+    start = weights(lora_llama())
+    run = gated(tmp_path, gate={"floor": 1e9, "tolerance": None, "otherwise": "stop"})
+    run.train()
+    assert run.state.global_step == 3
+    assert run.fuser.last_report.gate.verdict == "stop"
+    assert_same_bits(weights(run.model), start)
+
+
+def test_a_content_gate_changes_no_bit(tmp_path: Path) -> None:
+    run = gated(tmp_path / "gated", gate={"floor": 0.0, "tolerance": None})
+    free = trainer(tmp_path / "free", kind=RKIFTrainer, model=lora_llama())
+    run.train()
+    free.train()
+    assert run.fuser.last_report.gate.verdict == "keep"
+    assert_same_bits(weights(run.model), weights(free.model))
+
+
+@pytest.mark.parametrize("step", [3, 5, 8, 9])
+def test_resumes_to_the_same_bits(tmp_path: Path, step: int) -> None:
+    steps = {"max_steps": 10, "save_strategy": "steps", "save_steps": 1, "dropout": 0.1}
+    # The weights grow, which is only let through in every second round.
+    gate: dict[str, Any] = {"higher_is_better": False, "every": 2, "ladder": ()}
+    whole = gated(tmp_path / "whole", gate=dict(gate), **steps)
+    whole.train()
+    assert (whole.fuser.last_report.gate.verdict, whole.fuser.round) == ("undo", 4)
+    run = gated(tmp_path / "resumed", gate=dict(gate), **steps)
+    run.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{step}"))
+    assert_same_bits(state(run), state(whole))
+
+
+def test_figures_are_logged(tmp_path: Path) -> None:
+    run = gated(tmp_path, gate={"floor": 1e9, "tolerance": None}, logging_strategy="steps", logging_steps=3)
+    run.train()
+    assert [entry["rkif/gate_factor"] for entry in run.state.log_history if "loss" in entry] == [0.0, 0.0]
+
+
+def test_only_a_gate_is_a_gate(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="gate must be a Gate, got function"):
+        trainer(tmp_path, kind=RKIFTrainer, model=lora_llama(), gate=lambda: True)
