@@ -176,6 +176,12 @@ class RunConfig(Settings):
     threads: int | None = Field(None, ge=1)
     seed: int = Field(42, ge=0)
 
+    @model_validator(mode="after")
+    def _encoder_chooses(self) -> RunConfig:
+        if self.architecture == "encoder" and self.evaluation.scoring == "generation":
+            raise ValueError("evaluation.scoring: an encoder cannot generate; it takes the nearest label")
+        return self
+
     @field_validator("metrics", mode="before")
     @classmethod
     def _metrics(cls, value: Any) -> Any:
