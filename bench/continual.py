@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ import yaml
 from rich.console import Console
 
 from bench.machine import commit, device_name
-from rkif.continual.config import RunConfig, load_config
+from rkif.continual.config import RunConfig, dump_config, load_config
 from rkif.continual.methods import METHODS, RecurrentKIF
 from rkif.continual.model import device
 from rkif.continual.progress import RunProgress
@@ -44,6 +45,10 @@ MAIN = (
     "recurrent_kif_paper",
     "recurrent_kif_release",
 )
+
+
+# What a row says in fields of its own, or what is a matter of the machine.
+NAMED: Any = {"model": True, "method": True, "seed": True, "tasks": {"folder", "order"}}
 
 
 @dataclass(frozen=True)
@@ -73,14 +78,20 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        return self.out / self.config.stem / self.order / f"{self.method}-{self.seed}"
+        """Where the run is kept: another one for other settings."""
+        settings = hashlib.sha256(dump_config(self.settings()).encode()).hexdigest()[:8]
+        return self.out / self.config.stem / self.order / f"{self.method}-{self.seed}-{settings}"
 
 
 def compare(jobs: Sequence[Job], processes: int, console: Console) -> None:
     """Do runs, each in a process of its own, and write a row for each.
 
     Interrupted and called again it goes on: what has a row is passed over, half-finished runs are resumed
-    (their rows then have no wall time).
+    (what was measured of their time and memory is then of a part, and left out).
+
+    Raises:
+        ValueError: settings that are wrong, before anything is run; or runs that failed, when the others
+            have been done.
     """
     for job in jobs:
         job.settings()
@@ -89,14 +100,23 @@ def compare(jobs: Sequence[Job], processes: int, console: Console) -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=spawn, max_tasks_per_child=1) as pool:
         futures = {pool.submit(_run, job): job for job in todo}
+        failed = []
         for done in as_completed(futures):
-            row = done.result()
+            job = futures[done]
+            try:
+                row = done.result()
+            except Exception as error:  # the others have been paid for
+                failed.append(f"{job.order} {job.method} seed {job.seed}: {type(error).__name__}: {error}")
+                console.print(failed[-1], style="red", markup=False, highlight=False)
+                continue
             write(row)
             console.print(
                 f"{row['order']} {row['method']} seed {row['seed']}: OP {row['op']} BWT {row['bwt']}"
                 f" ({row['wall_s']} s)",
                 highlight=False,
             )
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(todo)} runs failed, the first: {failed[0]}")
 
 
 def _run(job: Job) -> dict[str, Any]:
@@ -132,14 +152,15 @@ def _row(
         "device": device_name(on),
         "commit": commit(),
         "config": job.config.stem,
-        "peak_mib": round(peak / 2**20),
-        # Of the time that steps on the new task and on the memory take, what is spent in rkif.Fuser.
-        "rkif_share": round(spent["fuser"] / spent["steps"], 5) if spent["fuser"] else None,
+        "peak_mib": None if wall is None else round(peak / 2**20),
+        # Of the time that steps on the new task and on the memory take, what observing, fusing and keeping
+        # the round's history take.
+        "rkif_share": round(spent["fuser"] / spent["steps"], 5) if spent["fuser"] and wall else None,
         "tasks": metrics["tasks"],
         "records": metrics["records"],
         "initial": metrics["initial"],
         "accuracy": metrics["accuracy"],
-        "settings": config.model_dump(mode="json", exclude={"model", "tasks", "method", "seed"}),
+        "settings": config.model_dump(mode="json", exclude=NAMED),
     }
 
 
@@ -182,11 +203,16 @@ def _synchronize() -> None:
 
 
 def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``settings`` with ``changes`` put in, section by section."""
+    """``settings`` with ``changes`` put in, section by section; "x2" stands for twice what is there."""
     merged = dict(settings)
     for key, value in changes.items():
         old = merged.get(key)
-        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        if isinstance(old, dict) and isinstance(value, dict):
+            merged[key] = _merged(old, value)
+        elif isinstance(old, float) and isinstance(value, str):
+            merged[key] = old * float(value.removeprefix("x"))
+        else:
+            merged[key] = value
     return merged
 
 
@@ -199,10 +225,18 @@ def rows() -> list[dict[str, Any]]:
 
 def _has_row(job: Job) -> bool:
     config = job.settings()
-    settings = config.model_dump(mode="json", exclude={"model", "tasks", "method", "seed"})
-    wanted = (job.config.stem, job.order, job.method, job.seed, settings)
-    keys = ("config", "order", "method", "seed", "settings")
-    return any(tuple(row.get(key) for key in keys) == wanted for row in rows())
+    wanted = (job.config.stem, job.order, job.method, job.seed, Path(config.model).name)
+    keys = ("config", "order", "method", "seed", "model")
+    found = [row for row in rows() if tuple(row.get(key) for key in keys) == wanted]
+    return any(_settings(row, config) == config for row in found)
+
+
+def _settings(row: Mapping[str, Any], config: RunConfig) -> RunConfig:
+    """What a row's run was set to. Settings that came later have the default they were given."""
+    stored = row["settings"]
+    named = config.model_dump(include={"model", "method", "seed"})
+    where = config.tasks.model_dump(include={"folder", "order"})
+    return RunConfig.model_validate({**stored, **named, "tasks": {**stored["tasks"], **where}})
 
 
 def write(row: Mapping[str, Any]) -> None:

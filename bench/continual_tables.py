@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median, stdev
 from typing import Any
 
-from bench.continual import MAIN, rows
+import yaml
+
+from bench.continual import CONFIGS, MAIN, rows
 from rkif.continual.progress import figure
 
 Row = Mapping[str, Any]
@@ -16,6 +18,7 @@ Runs = dict[tuple[str, int], Row]  # (order, seed) -> row
 README = ("sequential", "replay", "replay_equal_steps", "average", "recurrent_kif", "recurrent_kif_paper")
 BASELINE = "replay"
 ABLATED = "recurrent_kif_release"
+SHOWN = tuple(name for name in MAIN if name != ABLATED)  # it is the default, which stands under its own name
 
 
 def main() -> str:
@@ -25,28 +28,47 @@ def main() -> str:
 
 def everything() -> str:
     """All methods, with what they cost."""
-    return "\n".join(_table(group, MAIN, cost=True) for group in _groups().values())
+    return "\n".join(_table(group, SHOWN, cost=True) for group in _groups().values())
+
+
+def tuned() -> str:
+    """Baselines at settings that are not those of the others."""
+    parts = []
+    for group in _groups().values():
+        names = [name for name in group if name not in MAIN and not _ablates(group[name])]
+        if names:
+            parts.append(_table(group, [BASELINE, *names, "recurrent_kif"]))
+    return "\n".join(parts)
 
 
 def ablations() -> str:
-    """What single changes make of the release preset, on the orders and seeds that both were run on."""
+    """What changes make of the release preset, on the orders and seeds that both were run on."""
     parts = []
     for group in _groups().values():
-        names = [name for name in group if name not in MAIN]
+        names = [name for name in group if name not in MAIN and _ablates(group[name])]
         if not names or ABLATED not in group:
             continue
         lines = [
-            "| change | OP | BWT | OP against the preset | samples | runs |",
-            "| --- | ---: | ---: | ---: | ---: | ---: |",
+            "| change | OP | BWT | OP against the preset | BWT against the preset | samples | runs |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
+        preset = group[ABLATED]
         for name in (ABLATED, *names):
             runs = group[name]
             lines.append(
                 f"| {name} | {_mean(runs, 'op')} | {_mean(runs, 'bwt', sign=True)} | "
-                f"{_difference(runs, group[ABLATED])} | {_samples(runs)} | {len(runs)} |"
+                f"{_difference(runs, preset)} | {_difference(runs, preset, 'bwt')} | "
+                f"{_samples(runs)} | {len(runs)} |"
             )
         parts.append(f"{_heading(group)}\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def _ablates(runs: Runs) -> bool:
+    """Whether a variant is one of Recurrent-KIF, not of a baseline."""
+    variants = yaml.safe_load((CONFIGS / "variants.yaml").read_text(encoding="utf-8"))
+    (name,) = {row["method"] for row in runs.values()}
+    return variants.get(name, {}).get("method") in ("recurrent_kif", "adaptive")
 
 
 def _groups() -> dict[tuple[str, ...], dict[str, Runs]]:
@@ -90,12 +112,13 @@ def _heading(group: Mapping[str, Runs]) -> str:
     seeds = sorted({seed for runs in group.values() for _, seed in runs})
     error = max(map(_standard_error, found))
     many = "s" if len(seeds) > 1 else ""
+    commits = sorted({row["commit"].removesuffix("-dirty")[:7] for row in found})
     return (
         f"{row['model']}, {len(row['tasks'])} tasks ({', '.join(orders)}), {steps} steps of "
         f"{training['batch_size']} a task, LoRA of rank {row['settings']['adapter']['r']}, "
         f"seed{many} {', '.join(map(str, seeds))}, {sum(row['records'])} {row['split']} records, "
-        f"on {row['device']}. The standard error of one run's OP is about {error:.1f} points from the "
-        "number of records alone."
+        f"on {row['device']}, at {', '.join(commits)}. The standard error of one run's OP is about "
+        f"{error:.1f} points from the number of records alone."
     )
 
 
@@ -115,9 +138,9 @@ def _mean(runs: Runs, key: str, *, sign: bool = False) -> str:
     return figure(fmean(values), sign=sign) + spread
 
 
-def _difference(runs: Runs, baseline: Runs) -> str:
-    """The mean difference of OP over the orders and seeds that both were run on, and its standard error."""
-    pairs = [runs[key]["op"] - baseline[key]["op"] for key in runs if key in baseline]
+def _difference(runs: Runs, baseline: Runs, figure_of: str = "op") -> str:
+    """The mean difference over the orders and seeds that both were run on, and its standard error."""
+    pairs = [runs[key][figure_of] - baseline[key][figure_of] for key in runs if key in baseline]
     if not pairs or runs is baseline:
         return "-"
     spread = f" ± {stdev(pairs) / math.sqrt(len(pairs)):.1f}" if len(pairs) > 1 else ""

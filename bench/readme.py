@@ -32,6 +32,7 @@ def with_tables(text: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "checkpoints": checkpoints.markdown,
     "ablations": continual_tables.ablations,
+    "tuned": continual_tables.tuned,
     "continual": continual_tables.main,
     "continual_all": continual_tables.everything,
     "kernels": kernels.markdown,

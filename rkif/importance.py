@@ -69,3 +69,8 @@ class Importance:
             for part, views in self._views.items()
             for name, view in zip(self._names, views, strict=True)
         }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up the state that :meth:`tensors` gave."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from run_inputs import TASKS, assert_same_files, files, go, one_task
+from run_inputs import TASKS, assert_same_files, files, go, one_task, read_parameters
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rkif.continual.config import RunConfig
@@ -70,12 +71,16 @@ def test_replay_with_equal_steps_takes_the_steps_and_samples_of_recurrent_kif(
 ) -> None:
     settings = config(training={"steps": steps, "batch_size": 4}, outer={"batch_size": 6})
     seen: dict[str, list[list[str]]] = {}
+    rates: dict[str, list[float]] = {}
     original = Learner.step
     for kind in (RecurrentKIF, ReplayEqualSteps):
         batches = seen.setdefault(kind.__name__, [])
 
-        def step(self: Learner, items: Any, batches: list[list[str]] = batches, **more: Any) -> float:
+        def step(
+            self: Learner, items: Any, batches: list[list[str]] = batches, kind: Any = kind, **more: Any
+        ) -> float:
             batches.append([record.id for _, record in items])
+            rates.setdefault(kind.__name__, []).append(more["lr_fraction"])
             return original(self, items, **more)
 
         monkeypatch.setattr(Learner, "step", step)
@@ -87,14 +92,22 @@ def test_replay_with_equal_steps_takes_the_steps_and_samples_of_recurrent_kif(
     assert len(ours) == len(theirs)
     assert Counter(chain(*ours)) == Counter(chain(*theirs))  # the same records, as often
     assert max(map(len, ours)) - min(map(len, ours)) <= 2
+    fractions = rates["ReplayEqualSteps"]
+    assert fractions == sorted(fractions, reverse=True)
+    assert set(fractions) == {(steps - step) / steps for step in range(steps)}
 
 
 def test_ewc_without_a_spring_is_fine_tuning(config: Config, tmp_path: Path) -> None:
-    plain = go(config(method="sequential"), tmp_path / "plain")
-    slack = go(config(method="ewc", ewc={"strength": 0}), tmp_path / "slack")
-    assert slack["accuracy"] == plain["accuracy"]
-    stiff = go(config(method="ewc", ewc={"strength": 1e6}), tmp_path / "stiff")
-    assert stiff["accuracy"] != plain["accuracy"]
+    ends = {}
+    for name, settings in (
+        ("plain", config(method="sequential")),
+        ("slack", config(method="ewc", ewc={"strength": 0})),
+        ("stiff", config(method="ewc", ewc={"strength": 1e6})),
+    ):
+        go(settings, tmp_path / name)
+        ends[name] = read_parameters(tmp_path / name)
+    assert all(torch.equal(ends["slack"][name], value) for name, value in ends["plain"].items())
+    assert not all(torch.equal(ends["stiff"][name], value) for name, value in ends["plain"].items())
 
 
 def test_ewc_pulls_by_the_fisher_information(config: Config, inputs: Path) -> None:
@@ -110,7 +123,7 @@ def test_ewc_pulls_by_the_fisher_information(config: Config, inputs: Path) -> No
     expected = torch.autograd.grad(1.5 * energy, [values[name] for name in names])
     for name in names:
         values[name].grad = torch.zeros_like(values[name])
-    method.before_step()
+    method.before_clip()
     for name, gradient in zip(names, expected, strict=True):
         torch.testing.assert_close(values[name].grad, gradient)
 
@@ -122,6 +135,18 @@ def test_ewc_sums_the_tasks_fisher_information(config: Config, inputs: Path) -> 
     fisher = torch.cat([t.flatten() for name, t in first.items() if name.startswith("fisher.")])
     assert fisher.min() >= 0
     assert fisher.mean().item() == pytest.approx(1, rel=1e-5)
+    # The mean square of single records' gradients, by its mean; the anchor is where the task ended.
+    other = one_task(config(method="ewc"), inputs, Ewc)
+    squares: dict[str, Tensor] = {}
+    for number in range(64):
+        other.inner.gradient(other.records(number, number + 1), seed=other.seed("fisher", number))
+        for name, parameter in other.inner.parameters.items():
+            squares[name] = squares.get(name, torch.zeros(())) + parameter.grad**2
+        other.inner.zero_grad()
+    mean = torch.cat([square.flatten() for square in squares.values()]).mean()
+    for name, parameter in other.inner.parameters.items():
+        torch.testing.assert_close(first[f"fisher.{name}"], squares[name] / mean)
+        assert torch.equal(first[f"anchor.{name}"], parameter)
     again = one_task(config(method="ewc"), inputs, Ewc, handed_on=first)
     again.finish()
     for name, tensor in again.hand_on().items():
@@ -144,6 +169,22 @@ def test_o_lora_learns_in_its_own_slice(config: Config, inputs: Path) -> None:
         assert not torch.equal(new, start)
 
 
+def test_a_slice_of_o_lora_adds_what_an_adapter_of_its_own_would(config: Config, inputs: Path) -> None:
+    """The scale alpha / r is that of one task's adapter, however many slices there are."""
+    sliced = one_task(config(method="o_lora"), inputs, OLora)
+    plain = one_task(config(method="sequential"), inputs, Sequential)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in plain.inner.parameters.items():
+            parameter.normal_(std=0.1)
+            wide = sliced.inner.parameters[name]
+            wide.zero_()
+            sliced._slice(name, wide).copy_(parameter)
+    items = plain.batch(0)
+    losses = [method.inner.gradient(items, seed=0) for method in (sliced, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_o_lora_repels_by_the_gradient_of_the_overlap(config: Config, inputs: Path) -> None:
     method = one_task(config(method="o_lora", o_lora={"strength": 0.25}), inputs, OLora)
     for name, parameter in method.inner.parameters.items():
@@ -152,7 +193,7 @@ def test_o_lora_repels_by_the_gradient_of_the_overlap(config: Config, inputs: Pa
             overlap = (leaf[:4].detach() @ leaf[4:8].T).abs().sum()
             (expected,) = torch.autograd.grad(0.25 * overlap, leaf)
             parameter.grad = torch.zeros_like(parameter)
-            method.before_step()
+            method.before_clip()
             torch.testing.assert_close(parameter.grad, expected)
             assert expected.norm() > 0
 
@@ -163,6 +204,7 @@ def test_o_lora_repels_by_the_gradient_of_the_overlap(config: Config, inputs: Pa
         ({"method": "o_lora", "adapter": None}, "adapter is null"),
         ({"method": "o_lora", "training": {"steps": 2, "weight_decay": 0.1}}, "must be 0"),
         ({"method": "dare", "fusion": {"density": 0}}, "fusion.density, which is 0"),
+        ({"method": "replay_equal_steps", "training": {"steps": 2, "batch_size": 1}}, "1 is too small"),
     ],
 )
 def test_methods_refuse_what_they_cannot_do(
@@ -249,13 +291,35 @@ def test_soft_weights_lie_between_the_masks_and_the_average(config: Config, inpu
     cold = after_one_round(config(adaptive={"temperature": 1e-6}), inputs, Adaptive)
     for name, expected in averaged.items():
         torch.testing.assert_close(hot[name], expected)
+    # Cold weights are 0 or 1: every element moves by the task vector of the side that scores higher, after
+    # both sides' scores have been brought to [0, 1].
     method = one_task(config(adaptive={"temperature": 1e-6}), inputs, Adaptive)
-    base = parameters_of(method)
-    for step in range(2):
-        method.train_step(step)
-    # Cold weights are 0 or 1: every element moves by one of the two task vectors.
-    assert any(not torch.equal(cold[name], averaged[name]) for name in cold)
-    assert any(not torch.equal(cold[name], base[name]) for name in cold)
+    base, seen = parameters_of(method), {}
+    merge = Adaptive.end_round
+
+    def watched(self: Adaptive, *arguments: Any) -> None:
+        seen["inner"], seen["outer"] = (side.score_copies() for side in self._importance)
+        seen["stopped"], seen["ended"] = dict(self.stopped), parameters_of(self)
+        merge(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Adaptive, "end_round", watched)
+        for step in range(3):
+            method.train_step(step)
+    lows, highs = (
+        {side: pick(torch.cat([s.flatten() for s in seen[side].values()])) for side in ("inner", "outer")}
+        for pick in (torch.min, torch.max)
+    )
+    picked = 0
+    for name, value in cold.items():
+        share = {s: (seen[s][name] - lows[s]) / (highs[s] - lows[s]) for s in ("inner", "outer")}
+        clear = (share["inner"] - share["outer"]).abs() > 1e-4  # at 1e-6, all or nothing
+        inner = seen["stopped"][name] - base[name]
+        outer = seen["ended"][name] - seen["stopped"][name]
+        expected = base[name] + torch.where(share["inner"] > share["outer"], inner, outer)
+        torch.testing.assert_close(value[clear], expected[clear])
+        picked += int(clear.sum())
+    assert picked > 10
     one = torch.tensor([0.5])
     method._weights = {"w": torch.tensor([1.0]), "v": torch.tensor([0.25])}
     assert method.merge("w", one, 3 * one).item() == 0.5
@@ -272,6 +336,17 @@ def test_per_task_is_asked_of_each_tasks_own_adapter(config: Config, inputs: Pat
     with torch.no_grad():
         for parameter in method.inner.parameters.values():
             parameter.add_(1)
+    alone = go(
+        config(method="sequential", tasks=config().tasks.model_dump() | {"order": TASKS[1:2]}),
+        tmp_path / "alone",
+    )
+    assert metrics["accuracy"][1][1] == alone["accuracy"][0][0]
+    assert read_parameters(tmp_path / "alone").keys() == initial.keys()
+    adapters = [
+        load_file(path / "adapter_model.safetensors")
+        for path in (tmp_path / "tasks/02-tense", tmp_path / "alone/tasks/01-tense")
+    ]
+    assert all(torch.equal(adapters[0][name], value) for name, value in adapters[1].items())
     again = PerTask(replace(method.context, initial=initial))
     again.begin()
     assert all(torch.equal(value, initial[name]) for name, value in parameters_of(again).items())
@@ -280,11 +355,31 @@ def test_per_task_is_asked_of_each_tasks_own_adapter(config: Config, inputs: Pat
 def test_multi_task_sees_all_tasks_alike(config: Config, inputs: Path) -> None:
     method = one_task(config(training={"steps": 30, "batch_size": 4}), inputs, MultiTask)
     records = [record for step in range(30) for _, record in method.batch(step)]
-    assert [sum(record.task == task for record in records) for task in TASKS] == [40, 40, 40]
-    assert len({record.id for record in records}) == 120  # an epoch over all 120
+    counts = [sum(record.task == task for record in records) for task in TASKS]
+    assert sum(counts) == 30 * 4 + 10 * 2 * 4  # and what the memory gives to others in ten rounds
+    assert max(counts) - min(counts) <= 1
+    first_epoch = {(record.task, record.id) for record in records[:120]}
+    assert len(first_epoch) == 120  # an epoch over all 120, begun in the middle of a walk over each
     first = MultiTask(replace(method.context, index=0))
     earlier = [record for step in range(30) for _, record in first.batch(step)]
     assert [r.id for r in earlier] != [r.id for r in records]  # the walk goes on from task to task
+
+
+def test_multi_task_sees_as_many_records_as_replay_and_none_twice(config: Config, tmp_path: Path) -> None:
+    settings = {"training": {"epochs": 0.5, "batch_size": 4, "learning_rate": 1e-2}}
+    seen: list[str] = []
+    original = Learner.step
+
+    def step(self: Learner, items: Any, **more: Any) -> float:
+        seen.extend(f"{record.task}/{record.id}" for _, record in items)
+        return original(self, items, **more)
+
+    replay = go(config(method="replay", **settings), tmp_path / "replay")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "step", step)
+        together = go(config(method="multi_task", **settings), tmp_path / "together")
+    assert together["samples"] == replay["samples"] == len(seen)
+    assert len(set(seen)) == len(seen) < 120
 
 
 @pytest.mark.parametrize("setting", ["observe", "optimizers"])

@@ -40,8 +40,10 @@ def test_every_committed_config_and_variant_is_valid(path: Path, method: str) ->
         assert fusion_config(settings.fusion) == expected
 
 
-def test_variants_change_what_they_name() -> None:
-    base = Job(CONFIGS / "standard-minilm.yaml", "standard", "standard-1", "recurrent_kif_release", 1, Path())
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*-*.yaml")), ids=lambda path: path.stem)
+def test_variants_change_what_they_name(path: Path) -> None:
+    base = Job(path, "standard", "standard-1", "recurrent_kif_release", 1, Path())
+    inner, outer = base.settings().training.learning_rate, base.settings().outer.learning_rate
     seen = {base.settings().model_dump_json()}
     for name in VARIANTS:
         if name not in MAIN:
@@ -49,6 +51,11 @@ def test_variants_change_what_they_name() -> None:
             dump = settings.model_dump_json()
             assert dump not in seen, name
             seen.add(dump)
+            factor = {"half": 0.5, "double": 2.0}.get(name.rpartition("_")[2], 1.0)
+            wanted = inner if name.startswith("outer") else factor * inner
+            assert settings.training.learning_rate == pytest.approx(wanted)
+            wanted = factor * outer if name.startswith(("outer", "both_rates")) else outer
+            assert settings.outer.learning_rate == pytest.approx(wanted)
 
 
 @pytest.fixture
@@ -87,6 +94,42 @@ def test_a_suite_writes_rows_and_does_nothing_twice(job: Job, tmp_path: Path) ->
     assert TASKS[0] in fused["tasks"]
 
 
+def test_a_run_that_fails_does_not_cost_the_others(job: Job, tmp_path: Path) -> None:
+    out = Job(job.config, job.suite, job.order, "sequential", 3, job.out)
+    out.folder.mkdir(parents=True)
+    (out.folder / "something").touch()  # no run
+    with (
+        (tmp_path / "shown").open("w") as file,
+        pytest.raises(ValueError, match="1 of 2 runs failed, the first: demo sequential seed 3: ValueError"),
+    ):
+        compare([out, Job(job.config, job.suite, job.order, "sequential", 4, job.out)], 1, Console(file=file))
+    assert [row["seed"] for row in continual.rows()] == [4]
+
+
+@pytest.mark.parametrize("change", ["dev_limit", "model", "steps", "none"])
+def test_a_row_is_of_its_settings_data_and_model(job: Job, tmp_path: Path, change: str) -> None:
+    content = yaml.safe_load(job.config.read_text())
+    config = job.settings()
+    continual.write(
+        {
+            "config": job.config.stem,
+            "order": job.order,
+            "method": job.method,
+            "seed": job.seed,
+            "model": Path(config.model).name,
+            "settings": config.model_dump(mode="json", exclude={**continual.NAMED, "ewc": True}),
+        }
+    )
+    if change == "dev_limit":
+        content["tasks"]["dev_limit"] = 3
+    if change == "steps":
+        content["training"]["steps"] += 1
+    if change == "model":
+        content["model"] = content["model"].replace("model", "t5")
+    job.config.write_text(yaml.safe_dump(content))
+    assert continual._has_row(job) == (change == "none")
+
+
 def row(method: str, order: str, seed: int, op: float, **more: Any) -> dict[str, Any]:
     settings = {"training": {"steps": 3, "batch_size": 2}, "adapter": {"r": 4}}
     return {
@@ -102,6 +145,7 @@ def row(method: str, order: str, seed: int, op: float, **more: Any) -> dict[str,
         "model": "m",
         "split": "dev",
         "device": "d",
+        "commit": "0123456789ab-dirty",
         "config": "s-m",
         "peak_mib": 512,
         "rkif_share": None,
@@ -117,22 +161,28 @@ def test_tables_are_means_and_paired_differences(tmp_path: Path, monkeypatch: py
     rows = [
         row("replay", "s-1", 1, 60.0),
         row("replay", "s-2", 1, 64.0),
-        row("recurrent_kif_release", "s-1", 1, 63.0, rkif_share=0.0123),
-        row("recurrent_kif_release", "s-2", 1, 65.0, rkif_share=0.0123),
+        row("recurrent_kif", "s-1", 1, 63.0, rkif_share=0.0123),
+        row("recurrent_kif", "s-2", 1, 65.0, rkif_share=0.0123),
+        row("recurrent_kif_release", "s-1", 1, 63.0),
+        row("replay_rate_half", "s-1", 1, 65.0),
         row("density_0", "s-1", 1, 60.5),
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows))
     monkeypatch.setattr(continual, "RESULTS", tmp_path / "rows.jsonl")
     text = continual_tables.everything()
     assert "| replay | 62.0 ± 2.8 | +2.0 ± 2.8 | +1.0 ± 0.0 | - | 1,000 | 2 | 1.5 | 512 | - |" in text
-    release = "| recurrent_kif_release | 64.0 ± 1.4 | +4.0 ± 1.4 | +1.0 ± 0.0 | +2.0 ± 1.0 | 1,000 | 2 |"
+    release = "| recurrent_kif | 64.0 ± 1.4 | +4.0 ± 1.4 | +1.0 ± 0.0 | +2.0 ± 1.0 | 1,000 | 2 |"
     assert f"{release} 1.5 | 512 | 1.2% |" in text
-    assert (
-        "m, 2 tasks (s-1, s-2), 3 steps of 2 a task, LoRA of rank 4, seed 1, 200 dev records, on d." in text
-    )
+    heading = "m, 2 tasks (s-1, s-2), 3 steps of 2 a task, LoRA of rank 4, seed 1, 200 dev records, on d, at"
+    assert f"{heading} 0123456." in text
     # sqrt(2 * 60 * 40 / 100) / 2
     assert "about 3.5 points" in text
-    assert "| density_0 | 60.5 | +0.5 | -2.5 | 1,000 | 1 |" in continual_tables.ablations()
+    assert "| density_0 | 60.5 | +0.5 | -2.5 | -2.5 | 1,000 | 1 |" in continual_tables.ablations()
+    assert "recurrent_kif_release" not in text  # the default has a row of its own
+    tuned = continual_tables.tuned()
+    assert "| replay_rate_half | 65.0 | +5.0 | +1.0 | +5.0 | 1,000 | 1 |" in tuned
+    assert "density_0" not in tuned
+    assert "replay_rate_half" not in continual_tables.ablations()
 
 
 def test_what_is_wrong_with_a_suite_is_said_before_anything_runs(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 from rkif.cli import app
 from rkif.continual.config import RunConfig, load_config
+from rkif.continual.kpi import evaluate_metric, load_metric
+from rkif.continual.tasks import Record
 
 OWN = """
 def share_of_first(predictions, records):
@@ -23,6 +25,12 @@ def share_of_first(predictions, records):
 
 def wrong(predictions, records):
     return float("nan")
+
+def broken(predictions, records):
+    return 1 / (len(records) - len(predictions))
+
+def word(predictions, records):
+    return "many"
 
 constant = 3
 """
@@ -61,9 +69,11 @@ def test_a_metric_that_can_be_imported(config: Callable[..., RunConfig], tmp_pat
     ("metrics", "message"),
     [
         ("own:wrong", "metric 'wrong' must return a finite number; got nan for task 'review'"),
+        ("own:broken", "metric 'broken' failed on task 'review': ZeroDivisionError: division by zero"),
+        ("own:word", "metric 'word' must return a finite number; got 'many' for task 'review'"),
         ("own:missing", "has no function 'missing'"),
         ("own:constant", "has no function 'constant'"),
-        ("nowhere:f", "'nowhere:f' cannot be imported: No module named 'nowhere'"),
+        ("nowhere:f", "'nowhere:f' cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),
         ("own", "expected module:function, got 'own'"),
         (["own:wrong", "other:wrong"], "two metrics are called 'wrong'"),
         ("own:accuracy", "two metrics are called 'accuracy'"),
@@ -77,3 +87,39 @@ def test_what_is_wrong_with_a_metric_is_said_in_one_line(
     assert failed.exit_code == 1
     assert isinstance(failed.exception, ValueError)
     assert message in str(failed.exception)
+
+
+def test_a_module_that_fails_is_refused_before_anything_is_written(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    path = written(config, tmp_path, "own:share_of_first")
+    (tmp_path / "own.py").write_text("nothing.of_that_name\n")
+    failed = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "run")])
+    assert "own.py:share_of_first' cannot be imported: NameError: name 'nothing'" in str(failed.exception)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_metric_may_use_dataclasses_and_give_numpys_numbers(tmp_path: Path) -> None:
+    (tmp_path / "numbers_of_my_own.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "import numpy as np\n"
+        "@dataclass\n"
+        "class Sum:\n"
+        "    value: int\n"
+        "def single(predictions, records):\n"
+        "    return np.float32(Sum(len(records)).value / 2)\n"
+        "def whole(predictions, records):\n"
+        "    return np.int64(len(records))\n"
+        "def several(predictions, records):\n"
+        "    return np.zeros(2)\n"
+    )
+    record = Record("t", "1", "question", "answer")
+    values = {}
+    for name in ("single", "whole"):
+        metric = load_metric(f"{tmp_path / 'numbers_of_my_own.py'}:{name}")
+        values[name] = evaluate_metric(name, metric, ["a"], [record])
+    assert values == {"single": 0.5, "whole": 1.0}
+    metric = load_metric(f"{tmp_path / 'numbers_of_my_own.py'}:several")
+    with pytest.raises(ValueError, match="must return a finite number"):
+        evaluate_metric("several", metric, ["a"], [record])

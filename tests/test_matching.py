@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from run_inputs import TASKS, go
 from transformers import AutoModel, AutoTokenizer
 
@@ -93,3 +94,21 @@ def test_an_answer_outside_the_labels_is_refused(settings: RunConfig, inputs: Pa
 def test_a_language_model_is_no_encoder(settings: RunConfig, inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="architecture 'causal', the config says 'encoder'"):
         go(settings.model_copy(update={"model": str(inputs / "model")}), tmp_path)
+
+
+def test_settings_that_an_encoder_cannot_follow(settings: RunConfig, tmp_path: Path) -> None:
+    content = settings.model_dump()
+    with pytest.raises(ValidationError, match=r"evaluation\.scoring: an encoder cannot generate"):
+        RunConfig.model_validate(content | {"evaluation": {"scoring": "generation"}})
+    long = RunConfig.model_validate(content | {"text": content["text"] | {"max_length": 2000}})
+    with pytest.raises(ValueError, match=r"text\.max_length 2000: the model reads 512 tokens at most"):
+        go(long, tmp_path)
+
+
+def test_a_model_that_gives_nan_is_not_taken_at_its_word(settings: RunConfig, inputs: Path) -> None:
+    tasks = load_tasks(inputs / "tasks", TASKS)
+    model, objective = build(settings, tasks)
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match=f"NaN for record .* of task '{TASKS[0]}'"):
+        objective.predict(model, tasks[0])

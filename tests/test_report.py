@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -79,6 +80,49 @@ def test_methods_without_rounds_and_unfinished_runs_have_a_page(
     for folder, message in (("begun", "has measured nothing yet"), ("nowhere", "is no run")):
         failed = CliRunner().invoke(app, ["report", str(tmp_path / folder)])
         assert message in str(failed.exception)
+
+
+def test_names_are_text_whatever_they_look_like(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Neither HTML nor a formula of matplotlib's."""
+    name = '<script>alert(1)<,script>&$x$ "q'
+    go(config(), tmp_path / "run")
+    path = tmp_path / "run" / "metrics.json"
+    path.write_text(path.read_text().replace('"tense"', json.dumps(name)))
+    (tmp_path / "run/tasks/02-tense").rename(tmp_path / "run/tasks" / f"02-{name}")
+    page = write_report(tmp_path / "run").read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(1)&lt;,script&gt;&amp;$x$") >= 4
+
+
+def test_what_a_kill_left_is_no_task(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    go(config(), tmp_path)
+    expected = write_report(tmp_path).read_bytes()
+    (tmp_path / "tasks/02-tense.tmp").mkdir()
+    (tmp_path / "tasks/02-tense.tmp/rounds.safetensors").write_text("half")
+    assert write_report(tmp_path).read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("metrics.json", "[]", "metrics.json is damaged: it holds no object"),
+        (
+            "metrics.json",
+            '{"op": 1}',
+            "metrics.json is damaged, or of another version of rkif: it lacks 'met",
+        ),
+        ("metrics.json", "{", "metrics.json is damaged: Expecting"),
+        ("config.yaml", b"\xff\xfe", "config.yaml is damaged: 'utf-8'"),
+        ("tasks/02-tense/rounds.safetensors", "half", "rounds.safetensors is damaged"),
+    ],
+)
+def test_damage_is_said_in_one_line(
+    config: Callable[..., RunConfig], tmp_path: Path, file: str, content: str | bytes, message: str
+) -> None:
+    go(config(), tmp_path)
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        write_report(tmp_path)
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")

@@ -146,3 +146,13 @@ def test_a_finished_run_is_only_read(config: Callable[..., RunConfig], tmp_path:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert go(config(), tmp_path, resume=True) == metrics
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_run_without_its_figures_is_not_measured_anew(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """What the model knew before training cannot be found out afterwards."""
+    go(config(), tmp_path)
+    (tmp_path / "metrics.json").unlink()
+    with pytest.raises(ValueError, match=r"its metrics\.json is missing"):
+        go(config(), tmp_path, resume=True)

@@ -108,6 +108,11 @@ ROW = {"task": "news", "id": "n9", "input": "z", "output": "world"}
             r"order 'both' must be a list of task names, got 'news'",
         ),
         ({"table": {**TABLE, "orders": {"both": [["news"]]}}}, r"task \['news'\] is not in .*tasks\.json"),
+        (
+            {"table": {"tasks": {"a/b": {}}, "orders": {"both": ["a/b"]}}},
+            "task 'a/b' cannot be the name of a folder",
+        ),
+        ({"table": {"tasks": {"..": {}}, "orders": {"both": [".."]}}}, r"task '\.\.' cannot be the name"),
         ({"table": {**TABLE, "orders": {"both": ["news", "free", "news"]}}}, r"order has task 'news' twice"),
         ({"table": {**TABLE, "orders": {"long": ["news"], "x": []}}}, r"order 'both' is not in .*: long, x$"),
         ({"table": {"tasks": TABLE["tasks"]}}, r"order 'both' is not in .*; known orders: none"),

@@ -64,7 +64,9 @@ def test_trials_are_runs_of_the_config_with_the_searched_settings(
     monkeypatch.setattr(rkif.continual.tune, "run", run)
     with (tmp_path / "shown").open("w") as shown:
         study = tune(settings, tmp_path / "study", trials=30, resume=False, console=Console(file=shown))
-    assert len(seen) == 30
+    tried = {tuple(sorted(trial.params.items())) for trial in study.trials}
+    assert len(seen) == len(tried) > 20  # none twice
+    assert len(study.trials) == 30
     assert seen[0].outer.learning_rate == settings.training.learning_rate  # the start is the config's
     assert study.best_trial.params["density"] == 0.8
     assert study.best_trial.params["outer_rate"] == 0.25
@@ -101,6 +103,44 @@ def test_an_interrupted_trial_is_tried_again(
     interrupted = study.trials[1]
     assert interrupted.value is None
     assert done[1].params == interrupted.params
+
+
+def test_a_trial_that_fails_counts_and_settings_are_not_run_twice(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, runs = short(config), [0]
+    seen: list[str] = []
+
+    def run(chosen: RunConfig, folder: Path, *, resume: bool, progress: RunProgress) -> dict[str, Any]:
+        runs[0] += 1
+        seen.append(chosen.model_dump_json())
+        if runs[0] == 2:
+            raise ValueError("NaN all over")
+        folder.mkdir()
+        return {"op": 50.0, "bwt": 0.0, "samples": 1}
+
+    monkeypatch.setattr(rkif.continual.tune, "run", run)
+    with (tmp_path / "shown").open("w") as shown:
+        for trials in (4, 8, 60):  # each goes on with the study
+            study = tune(
+                settings, tmp_path / "study", trials=trials, resume=trials > 4, console=Console(file=shown)
+            )
+            assert len(study.trials) == trials
+    assert "trial 1 failed: NaN all over" in (tmp_path / "shown").read_text()
+    assert len(set(seen)) == len(seen)
+
+    def fail(*arguments: Any, **more: Any) -> dict[str, Any]:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(rkif.continual.tune, "run", fail)
+    with pytest.raises(ValueError, match="no trial came to its end; the last: no memory left"):
+        tune(settings, tmp_path / "hopeless", trials=2, resume=False, console=Console(quiet=True))
+
+
+def test_a_damaged_study_is_said_to_be(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "study.db").write_text("not a database, but long enough to be taken for one" * 20)
+    with pytest.raises(ValueError, match=r"study\.db is damaged"):
+        tune(short(config), tmp_path, trials=1, resume=True, console=Console(quiet=True))
 
 
 def test_tune_refuses_what_it_cannot_search(config: Config, tmp_path: Path) -> None:

@@ -240,6 +240,12 @@ class RunConfig(Settings):
             raise ValueError(f"gate: only the fusions of recurrent_kif can be gated, not {self.method}")
         return self
 
+    @model_validator(mode="after")
+    def _encoder_chooses(self) -> RunConfig:
+        if self.architecture == "encoder" and self.evaluation.scoring == "generation":
+            raise ValueError("evaluation.scoring: an encoder cannot generate; it takes the nearest label")
+        return self
+
     @field_validator("metrics", mode="before")
     @classmethod
     def _metrics(cls, value: Any) -> Any:

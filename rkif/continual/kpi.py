@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,13 @@ def load_metric(spec: str) -> Metric:
             assert found is not None
             assert found.loader is not None
             module: Any = importlib.util.module_from_spec(found)
+            sys.modules.setdefault(found.name, module)  # where dataclasses look for a class's module
             found.loader.exec_module(module)
         else:
             module = importlib.import_module(module_name)
-    except (ImportError, OSError, SyntaxError) as error:
-        raise ValueError(f"metrics: {spec!r} cannot be imported: {error}") from error
+    except Exception as error:  # whatever a user's module does when it is imported
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"metrics: {spec!r} cannot be imported: {problem}") from error
     metric = getattr(module, function, None)
     if not callable(metric):
         raise ValueError(f"metrics: {module_name!r} has no function {function!r}")
@@ -56,9 +59,15 @@ def evaluate_metric(
     """The metric's value.
 
     Raises:
-        ValueError: it is not a finite number.
+        ValueError: it raises, or is not a finite number.
     """
-    value: Any = metric(list(predictions), list(records))  # whatever a user's function gives
+    try:
+        value: Any = metric(list(predictions), list(records))
+    except Exception as error:  # whatever a user's function does
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"metric {name!r} failed on task {records[0].task!r}: {problem}") from error
+    if hasattr(value, "item") and getattr(value, "size", None) == 1:  # numpy's numbers are none of Python's
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, float | int) or not math.isfinite(value):
         raise ValueError(
             f"metric {name!r} must return a finite number; got {value!r} for task {records[0].task!r}"

@@ -47,6 +47,7 @@ class Learner:
         *,
         lr_fraction: float,
         seed: int,
+        before_clip: Callable[[], None] | None = None,
         before_step: Callable[[], None] | None = None,
         after_step: Callable[[], None] | None = None,
     ) -> float:
@@ -57,6 +58,7 @@ class Learner:
             lr_fraction: the schedule's share of the learning rate.
             seed: of everything random in the step (dropout). A step is thus a function of the parameters,
                 the optimizer's state and the arguments, and a resumed run needs no generator's state.
+            before_clip: called when the batch's gradient is there: a penalty of the loss adds its own.
             before_step: called when the gradient is final: accumulated and clipped.
             after_step: called when the step has been taken, with the same gradient.
 
@@ -64,6 +66,8 @@ class Learner:
             The loss.
         """
         total = self.gradient(items, seed=seed)
+        if before_clip is not None:
+            before_clip()
         parameters = list(self.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._config.training.max_grad_norm)
         if before_step is not None:

@@ -91,6 +91,9 @@ class Matching:
 
         def nearest(chunk: Sequence[Item]) -> list[str]:
             scores = embed(self._questions(chunk)) @ embed(self._answers(task.labels)).T
+            for (_, record), bad in zip(chunk, scores.isnan().any(1).tolist(), strict=True):
+                if bad:
+                    raise ValueError(f"model gives NaN for record {record.id!r} of task {record.task!r}")
             return [task.labels[i] for i in scores.argmax(1).tolist()]
 
         return in_batches(model, items, self._batch_size, nearest)

@@ -59,6 +59,11 @@ def build(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> tuple
         for name, parameter in model.named_parameters():
             # Answers are found by token vectors: what pools them is not asked, and must not be fused.
             parameter.requires_grad_("pooler" not in name)
+        most = getattr(model.config, "max_position_embeddings", None)
+        if most is not None and config.text.max_length > most:
+            raise ValueError(
+                f"text.max_length {config.text.max_length}: the model reads {most} tokens at most"
+            )
     with warnings.catch_warnings():
         # transformers is renaming what these two call; the old names are those of all its supported versions.
         warnings.simplefilter("ignore", FutureWarning)

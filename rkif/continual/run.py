@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rkif.continual.config import RunConfig, dump_config
 from rkif.continual.evaluation import ACCURACY, evaluate
 from rkif.continual.gating import hold_out
-from rkif.continual.kpi import load_metric, metric_name
+from rkif.continual.kpi import Metric, load_metric, metric_name
 from rkif.continual.methods import METHODS, Context
 from rkif.continual.metrics import backward_transfer, forward_transfer, overall_performance
 from rkif.continual.model import build, device
@@ -49,6 +49,7 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
     _prepare_torch(config)
     method = METHODS[config.method]
     method.require(config)
+    own = {metric_name(spec): load_metric(spec) for spec in config.metrics}
     checkpoint = read_checkpoint(out) if resume else None
     tasks = load_tasks(
         config.tasks.folder,
@@ -64,7 +65,7 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
         progress.stage("loading the model")
         model, objective = build(config, tasks, slices=len(tasks) if method.slices else 1)
         start = checkpoint or Checkpoint(0, 0, 0, 0, {}, {})
-        return _Sequence(config, folder, tasks, model, objective, progress).run(start)
+        return _Sequence(config, folder, tasks, model, objective, own, progress).run(start)
 
 
 class _Sequence:
@@ -77,6 +78,7 @@ class _Sequence:
         tasks: Sequence[Task],
         model: nn.Module,
         objective: Objective,
+        own: Mapping[str, Metric],
         progress: RunProgress,
     ) -> None:
         self.config = config
@@ -87,7 +89,7 @@ class _Sequence:
         self.model = model
         self.objective = objective
         self.progress = progress
-        self.own = {metric_name(spec): load_metric(spec) for spec in config.metrics}
+        self.own = own
         self.parameters = trainable_parameters(model)
         self.initial = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.metrics: dict[str, Any] = folder.read_metrics() or {
@@ -115,6 +117,14 @@ class _Sequence:
                     raise ValueError(
                         f"the {split} records of task {task.name!r} have changed since this run began"
                     )
+        if start.parameters:
+            if set(start.parameters) != set(self.parameters):
+                raise ValueError("the checkpoint is of a model with other trainable parameters")
+            if not self.metrics["initial"]:
+                raise ValueError(
+                    f"{self.folder.path} has a checkpoint, but not what was measured before: its "
+                    "metrics.json is missing"
+                )
         self.recorder = Recorder(self.folder.path / "ledger.jsonl", start.recorded)
         if self.recorder.ledger.torn:
             self.progress.warn(

@@ -31,6 +31,10 @@ from rkif.files import replace_file, settle, write_text
 from rkif.memory import ReplayMemory
 
 CHECKPOINT = "checkpoint.safetensors"
+METRICS = (
+    *("method", "split", "tasks", "data", "records", "trainable", "initial", "accuracy", "metrics"),
+    *("op", "bwt", "fwt", "steps", "samples"),
+)
 
 
 @dataclass(frozen=True)
@@ -61,19 +65,32 @@ class RunReader:
             raise ValueError(f"{path} is no run: it has no config.yaml")
 
     def config_text(self) -> str:
-        return (self.path / "config.yaml").read_text(encoding="utf-8")
+        return _read_text(self.path / "config.yaml")
 
     def metrics(self) -> dict[str, Any]:
         """The content of ``metrics.json``; empty where nothing has been measured."""
         path = self.path / "metrics.json"
-        return _read_json(path) if path.exists() else {}
+        metrics = _read_json(path) if path.exists() else {}
+        for key in METRICS if path.exists() else ():
+            if key not in metrics:
+                raise ValueError(f"{path} is damaged, or of another version of rkif: it lacks {key!r}")
+        return metrics
 
     def rounds(self) -> dict[str, dict[str, Tensor]]:
         """Task -> what its rounds did, in the order of learning; only tasks that had rounds."""
         found = {}
-        for file in sorted(self.path.glob("tasks/*/rounds.safetensors")):
-            found[file.parent.name.partition("-")[2]] = load_tensors(file)
+        for index, name in enumerate(self.metrics().get("tasks", [])):
+            file = task_folder(self.path, index, name) / "rounds.safetensors"
+            if file.exists():
+                found[name] = load_tensors(file)
+                if "norms" not in found[name]:
+                    raise ValueError(f"{file} is damaged: it has no 'norms'")
         return found
+
+
+def task_folder(run: Path, index: int, name: str) -> Path:
+    """The folder of a run's task, from 0."""
+    return run / "tasks" / f"{index + 1:02d}-{name}"
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -119,7 +136,7 @@ class RunFolder:
 
     def task(self, index: int, name: str) -> Path:
         """The folder of a task, from 0."""
-        return self.path / "tasks" / f"{index + 1:02d}-{name}"
+        return task_folder(self.path, index, name)
 
     def read_metrics(self) -> dict[str, Any]:
         """What :meth:`write_metrics` wrote last; empty if it never did."""
@@ -212,7 +229,7 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
 
 def _require_same(path: Path, text: str) -> None:
     """Two sets of settings in one run would make its figures mean nothing."""
-    stored = path.read_text(encoding="utf-8").splitlines()
+    stored = _read_text(path).splitlines()
     given = text.splitlines()
     for old, new in zip([*stored, ""], [*given, ""], strict=False):
         if old != new:
@@ -228,10 +245,19 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no object")
     return content
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

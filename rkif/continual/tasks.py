@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -190,6 +191,11 @@ def _resolve_order(
     for place, name in enumerate(names):
         if not isinstance(name, str) or name not in known:
             raise ValueError(f"task {name!r} is not in {path}; known tasks: {', '.join(known) or 'none'}")
+        if not re.fullmatch(r"[^/\\.][^/\\]*", name):
+            raise ValueError(
+                f"task {name!r} cannot be the name of a folder, which it becomes: it has a slash or begins "
+                "with a dot"
+            )
         if name in names[:place]:
             raise ValueError(f"order has task {name!r} twice")
     return names

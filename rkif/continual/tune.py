@@ -15,6 +15,7 @@ from rkif.continual.config import RunConfig, dump_config
 from rkif.continual.progress import RunProgress, figure
 from rkif.continual.run import run
 from rkif.files import write_text
+from rkif.seeding import derive_seed
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -28,9 +29,13 @@ OUTER_RATES = (0.25, 0.5, 1.0, 2.0)  # of the inner learning rate
 def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Console) -> Study:
     """Search density, Q, M and the outer learning rate by optuna's TPE sampler, which models what was seen.
 
+    What it finds was chosen on the dev split: the OP it is shown with is optimistic, the more so the more
+    trials there were.
+
     The first trial is the config as it is, or the nearest that the search knows. A trial is a whole run; its
-    record is kept in ``out/study.db``, its folder only while it goes on. Interrupted, the search goes on with
-    ``resume``, and the interrupted trial with it.
+    record is kept in ``out/study.db``, its folder only while it goes on. One that fails counts; one whose
+    settings were tried before has their figures. Interrupted, the search goes on with ``resume``, and the
+    interrupted trial with it.
 
     Args:
         config: of method recurrent_kif; all that is not searched stays.
@@ -48,6 +53,7 @@ def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Co
     """
     try:
         import optuna
+        from sqlalchemy.exc import SQLAlchemyError
     except ImportError as error:
         raise ImportError('the search needs optuna: pip install "rkif[tune]"') from error
     if config.method != "recurrent_kif":
@@ -61,12 +67,18 @@ def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Co
     if settings.exists() and settings.read_text(encoding="utf-8") != text:
         raise ValueError(f"{out} is a study of another config")
     write_text(settings, text)
-    study = optuna.create_study(
-        study_name="rkif",
-        storage=f"sqlite:///{out / 'study.db'}",
-        sampler=optuna.samplers.TPESampler(seed=config.seed),
-        direction="maximize",
-        load_if_exists=True,
+    try:
+        study = optuna.create_study(
+            study_name="rkif",
+            storage=f"sqlite:///{out / 'study.db'}",
+            direction="maximize",
+            load_if_exists=True,
+        )
+    except SQLAlchemyError as error:
+        raise ValueError(f"{out / 'study.db'} is damaged: {error}") from error
+    # A sampler that begins anew with the seed would draw what it has drawn before the interruption.
+    study.sampler = optuna.samplers.TPESampler(
+        seed=derive_seed(config.seed, "tune", len(study.trials)) % 2**32
     )
     finished = optuna.trial.TrialState.COMPLETE
     for trial in study.trials:
@@ -78,12 +90,22 @@ def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Co
 
     def objective(trial: Trial) -> float:
         chosen = _chosen(config, trial)
+        for earlier in study.trials:
+            if earlier.state == finished and earlier.params == trial.params:
+                for key, value in earlier.user_attrs.items():
+                    trial.set_user_attr(key, value)
+                return float(earlier.value or 0.0)
         folder = out / "trial"
         if (folder / "config.yaml").exists() and (folder / "config.yaml").read_text() != dump_config(chosen):
             shutil.rmtree(folder)
-        with open(os.devnull, "w") as nowhere:
-            quiet = RunProgress(Console(file=nowhere))
-            metrics = run(chosen, folder, resume=folder.exists(), progress=quiet)
+        try:
+            with open(os.devnull, "w") as nowhere:
+                quiet = RunProgress(Console(file=nowhere))
+                metrics = run(chosen, folder, resume=folder.exists(), progress=quiet)
+        except (ValueError, RuntimeError) as error:
+            trial.set_user_attr("error", str(error))
+            console.print(f"trial {trial.number} failed: {error}", style="yellow", markup=False)
+            raise
         trial.set_user_attr("bwt", metrics["bwt"])
         trial.set_user_attr("samples", metrics["samples"])
         console.print(
@@ -95,8 +117,10 @@ def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Co
         shutil.rmtree(folder)
         return float(metrics["op"])
 
-    left = trials - sum(trial.state == finished for trial in study.trials)
-    study.optimize(objective, n_trials=max(0, left))
+    left = trials - sum(trial.state == finished or "error" in trial.user_attrs for trial in study.trials)
+    study.optimize(objective, n_trials=max(0, left), catch=(ValueError, RuntimeError))
+    if not any(trial.state == finished for trial in study.trials):
+        raise ValueError(f"no trial came to its end; the last: {study.trials[-1].user_attrs.get('error')}")
     return study
 
 

@@ -56,7 +56,7 @@ def _summary(metrics: Mapping[str, Any]) -> str:
     facts = (
         f"{learned} of {len(metrics['tasks'])} tasks learned; {metrics['trainable']:,} parameters trained; "
         f"{metrics['samples']:,} training samples; measured on {sum(metrics['records']):,} records of the "
-        f"{metrics['split']} split."
+        f"{html.escape(metrics['split'])} split."
     )
     notes = "<br>".join(ABOUT.values())
     return f'<section><div class="tiles">{tiles}</div><p>{facts}</p><p class="note">{notes}</p></section>'

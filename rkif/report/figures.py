@@ -162,4 +162,6 @@ def _svg(figure: Figure) -> str:
     # Without a date, and with ids that do not change: the same run gives the same page.
     with matplotlib.rc_context({"svg.hashsalt": "rkif", "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    drawing = text.getvalue()[text.getvalue().index("<svg") :]
+    # Names of matplotlib's groups, to which nothing refers: on one page they would be there several times.
+    return re.sub(r' id="[a-zA-Z]\w*_\d+"', "", drawing)

@@ -36,7 +36,6 @@ class Adaptive(Merging):
         temperature = self.context.config.adaptive.temperature
         self._weights = {name: ((inner[name] - outer[name]) / temperature).sigmoid() for name in inner}
         super().end_round(steps)
-        self.stopped = {}
         if self.fusion.clear_inner:
             self._importance[0].clear()
         if self.fusion.clear_outer:
@@ -55,9 +54,7 @@ class Adaptive(Merging):
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         super().load_tensors(tensors)
         for side, importance in enumerate(self._importance):
-            stored = strip_prefix(tensors, f"importance{side}.")
-            for name, value in importance.tensors().items():
-                value.copy_(stored[name])
+            importance.load_tensors(strip_prefix(tensors, f"importance{side}."))
 
 
 def _normalised(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

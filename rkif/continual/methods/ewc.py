@@ -7,16 +7,16 @@ from torch import Tensor
 
 from rkif.continual.methods.sequential import Context, Sequential, strip_prefix
 
-BATCHES = 16  # of the task's training records, of which the Fisher information is estimated
+RECORDS = 64  # of the task's training records, of which the Fisher information is estimated
 
 
 class Ewc(Sequential):
     """Plain fine-tuning with a spring to where the task before ended; no memory.
 
-    The spring of a parameter is as stiff as its Fisher information, the mean square of its gradient, summed
-    over the tasks so far. Each task's is divided by its mean, so that ``ewc.strength`` means much the same on
-    any model. The loss gets ``strength / 2 * sum(F * (theta - anchor)^2)``; its gradient is added to that of
-    the batch after clipping.
+    The spring of a parameter is as stiff as its Fisher information, the mean over single records of the
+    square of its gradient (the empirical Fisher), summed over the tasks so far. Each task's is divided by its
+    mean, so that ``ewc.strength`` means much the same on any model. The loss gets
+    ``strength / 2 * sum(F * (theta - anchor)^2)``.
     """
 
     def __init__(self, context: Context) -> None:
@@ -28,7 +28,7 @@ class Ewc(Sequential):
             part.update({name: tensor.to(device) for name, tensor in part.items()})
 
     @torch.no_grad()
-    def before_step(self) -> None:
+    def before_clip(self) -> None:
         for name, fisher in self._fisher.items():
             parameter = self.inner.parameters[name]
             if parameter.grad is not None:  # or it does not move anyway
@@ -36,9 +36,11 @@ class Ewc(Sequential):
                 parameter.grad.add_(pull, alpha=self.context.config.ewc.strength)
 
     def finish(self) -> None:
+        if self.context.index + 1 == len(self.context.tasks):
+            return  # nobody will be held
         squares = {name: torch.zeros_like(p) for name, p in self.inner.parameters.items()}
-        for number in range(BATCHES):
-            items = self.batch(number)
+        for number in range(RECORDS):
+            items = self.records(number, number + 1)
             self.samples += len(items)
             self.inner.gradient(items, seed=self.seed("fisher", number))
             for name, parameter in self.inner.parameters.items():

@@ -37,7 +37,7 @@ class Merging(Rounds):
         for name, parameter in self.parameters.items():
             base, stopped = self.base[name], self.stopped[name]
             parameter.copy_(base + self.merge(name, stopped - base, parameter - stopped))
-        self.base = self._snapshot()
+        self.base, self.stopped = self._snapshot(), {}
         self.round += 1
 
     def _snapshot(self) -> dict[str, Tensor]:

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from rkif.continual.methods.replay import memory_share
 from rkif.continual.methods.sequential import Sequential
 from rkif.continual.tasks import Item
 from rkif.seeding import derive_seed, shuffled
 
 
 class MultiTask(Sequential):
-    """Every step's records come from all tasks alike; so many steps as the sequence has in all.
+    """Every step's records come from all tasks alike.
 
+    There are as many steps as the sequence has in all, on as many records as the methods with a memory see.
     The schedule of the learning rate begins anew with each task of the sequence, as for the other methods.
     """
 
     in_sequence = False
     needs_all = True
 
+    def batch(self, step: int) -> list[Item]:
+        before = sum(self._seen(index) for index in range(self.context.index))
+        own, steps = self._seen(self.context.index), self.context.steps
+        return self.records(before + step * own // steps, before + (step + 1) * own // steps)
+
+    def _seen(self, index: int) -> int:
+        """Records that are trained on while a task is learned."""
+        context = replace(self.context, index=index)
+        return context.steps * context.config.training.batch_size + memory_share(context)
+
     def records(self, start: int, stop: int) -> list[Item]:
-        tasks, offset = self.context.tasks, self.context.index * self.context.steps
-        size = self.context.config.training.batch_size
+        tasks = self.context.tasks
         items = []
-        for position in range(offset * size + start, offset * size + stop):
+        for position in range(start, stop):
             turn, place = divmod(position, len(tasks))
             task = tasks[shuffled(len(tasks), self._seed("turn", turn))[place]]
             epoch, at = divmod(turn, len(task.train))

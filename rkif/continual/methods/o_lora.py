@@ -17,7 +17,7 @@ class OLora(Sequential):
 
     They are the slices of one adapter of rank ``tasks * r``: rows of A and columns of B. A slice not learned
     yet has B = 0 and adds nothing. The loss gets ``o_lora.strength * sum |A_old A_new^T|``, as in the
-    published code; the gradient is added after clipping.
+    published code.
     """
 
     slices = True
@@ -44,7 +44,7 @@ class OLora(Sequential):
         return tensor[start : start + r] if "lora_A" in name else tensor[:, start : start + r]
 
     @torch.no_grad()
-    def before_step(self) -> None:
+    def before_clip(self) -> None:
         """Add the gradient of the overlap with earlier slices: ``sign(A_new A_old^T) A_old``."""
         assert self.context.config.adapter is not None
         learned = self.context.index * self.context.config.adapter.r

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from rkif.continual.config import fusion_config
-from rkif.continual.methods.sequential import Sequential
+from rkif.continual.methods.sequential import Context, Sequential
 from rkif.continual.tasks import Item
 
 
@@ -24,14 +24,19 @@ class Replay(Sequential):
 
     @property
     def share(self) -> int:
-        """Memory records that a task sees."""
-        fusion = fusion_config(self.context.config.fusion)
-        rounds = math.ceil(self.context.steps / fusion.inner_steps)
-        return rounds * fusion.outer_steps * self.context.config.outer.batch_size
+        """Memory records that the task sees."""
+        return memory_share(self.context)
 
     def remembered(self, start: int, stop: int) -> list[Item]:
-        """A stretch of the walk over the memory; nothing while it is empty."""
-        if not len(self.context.memory):
-            return []
+        """A stretch of the walk over the memory."""
         seed = self.seed("memory")
         return [self.context.memory.batch(position, 1, seed=seed)[0] for position in range(start, stop)]
+
+
+def memory_share(context: Context) -> int:
+    """Memory records that Recurrent-KIF's outer learner sees while a task is learned."""
+    if context.index == 0:
+        return 0
+    fusion = fusion_config(context.config.fusion)
+    rounds = math.ceil(context.steps / fusion.inner_steps)
+    return rounds * fusion.outer_steps * context.config.outer.batch_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rkif.continual.config import RunConfig, fusion_config
 from rkif.continual.methods.replay import Replay
 
 
@@ -10,6 +11,15 @@ class ReplayEqualSteps(Replay):
 
     So the batches are smaller, and neither method can owe its result to the number of its steps.
     """
+
+    @staticmethod
+    def require(config: RunConfig) -> None:
+        fusion = fusion_config(config.fusion)
+        if config.training.batch_size * fusion.inner_steps < fusion.inner_steps + fusion.outer_steps:
+            raise ValueError(
+                "method replay_equal_steps spreads Q batches over Q + M steps: training.batch_size "
+                f"{config.training.batch_size} is too small for that"
+            )
 
     def train_step(self, step: int) -> float:
         if not len(self.context.memory):

@@ -106,11 +106,15 @@ class Sequential:
             items,
             lr_fraction=self.lr_fraction(step),
             seed=self.seed("inner", step),
+            before_clip=self.before_clip,
             before_step=self.before_step,
         )
 
+    def before_clip(self) -> None:
+        """The gradient of an inner step's batch is there: that of a penalty may be added."""
+
     def before_step(self) -> None:
-        """The gradient of an inner step is final, clipped; it may still be looked at, or added to."""
+        """The gradient of an inner step is final, clipped; it may be looked at."""
 
     def batch(self, step: int) -> list[Item]:
         """The records of an inner step."""

@@ -63,9 +63,7 @@ class Tasl(Sequential):
         super().load_tensors(tensors)
         for name, tensor in strip_prefix(tensors, "before.").items():
             self._before[name].copy_(tensor)
-        stored = strip_prefix(tensors, "importance.")
-        for name, tensor in self._importance.tensors().items():
-            tensor.copy_(stored[name])
+        self._importance.load_tensors(strip_prefix(tensors, "importance."))
 
 
 def _normalised(units: Tensor) -> Tensor:
