@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -24,6 +23,7 @@ from rkif.continual.model import build
 from rkif.continual.progress import RunProgress
 from rkif.continual.recorder import NOT_REPRODUCED
 from rkif.continual.run import run
+from rkif.continual.rundir import read_checkpoint
 from rkif.continual.tasks import load_tasks
 from rkif.demo import write_inputs
 from rkif.memory import ReplayMemory
@@ -110,8 +110,9 @@ def assert_same_files(got: dict[str, bytes], expected: dict[str, bytes], when: s
 
 
 def read_parameters(folder: Path) -> dict[str, torch.Tensor]:
-    stored = load_file(folder / "checkpoint.safetensors")
-    return {n.removeprefix("parameters."): t for n, t in stored.items() if n.startswith("parameters.")}
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint is not None
+    return checkpoint.parameters
 
 
 def one_task(settings: RunConfig, inputs: Path, method: type[M] = RecurrentKIF, **more: Any) -> M:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rkif.config import FusionConfig, MergeWeights
 from rkif.continual.kpi import locate, metric_name
@@ -165,6 +165,14 @@ class GateSettings(Settings):
         return any(one.metric != "memory_loss" for one in self.criteria)
 
 
+class SnapshotSettings(Settings):
+    """``budget``: disk space for the states after rounds, such as 500MB; 0 for none. See
+    :mod:`rkif.continual.snapshots`.
+    """
+
+    budget: ByteSize = ByteSize(2**30)
+
+
 class EwcSettings(Settings):
     """The spring's strength where the Fisher information is average."""
 
@@ -225,6 +233,7 @@ class RunConfig(Settings):
     memory: MemorySettings = MemorySettings()
     rounds: RoundsSettings = RoundsSettings()
     gate: GateSettings | None = None
+    snapshots: SnapshotSettings = SnapshotSettings()
     ewc: EwcSettings = EwcSettings()
     o_lora: OLoraSettings = OLoraSettings()
     adaptive: AdaptiveSettings = AdaptiveSettings()

@@ -1,11 +1,22 @@
-"""What a run writes into its ledger: one record a round."""
+"""What a run writes into its ledger.
+
+Records have an "event":
+
+- "begin": method, tasks, versions, the parameters' digest;
+- "round": a fusion, see :class:`~rkif.continual.methods.RecurrentKIF`; rounds are numbered from 1 through all
+  tasks;
+- "task": a task has been learned and published: the memory's records, digests of its files;
+- "rollback": the run returned to the state after round "to"; "finished" tasks of its remain.
+
+Each has "config" (the settings' SHA-256), "seed" and "time".
+"""
 
 from __future__ import annotations
 
 import datetime
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +24,7 @@ from torch import Tensor
 
 from rkif.checkpoint.stream import as_bytes
 from rkif.fusion import FusionReport
-from rkif.ledger import OWN, Ledger, LedgerError
+from rkif.ledger import OWN, Ledger, LedgerError, Record
 
 NOT_REPRODUCED = ("time", *OWN)  # what differs when a round is gone through again
 
@@ -30,6 +41,10 @@ class Recorder:
 
     Raises:
         LedgerError: the ledger does not hold together, or has fewer records than ``position``.
+
+    Attributes:
+        position: records that account for what has happened so far.
+        rounds: rounds fused so far, those that were rolled back apart.
     """
 
     def __init__(self, path: Path, position: int | None = None) -> None:
@@ -38,13 +53,20 @@ class Recorder:
         if position is not None and position > known:
             raise LedgerError(f"{path} has {known} records where the checkpoint knows of {position}")
         self.position = known if position is None else position
+        self.rounds = 0
+        for record in self.ledger.records[: self.position]:
+            self._count(record)
 
     def record(self, content: Mapping[str, Any]) -> None:
         """Write a record with the time, or confirm the one that is there.
 
+        A round is given its number.
+
         Raises:
             LedgerError: what is recorded is not what happens now.
         """
+        if content["event"] == "round":
+            content = {**content, "round": self.rounds + 1}
         if self.position == len(self.ledger.records):
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             self.ledger.append({**content, "time": now})
@@ -56,7 +78,30 @@ class Recorder:
                         f"{self.ledger.path}: record {self.position} was not reproduced: {key!r} is "
                         f"{content.get(key)!r} now, and was {recorded.get(key)!r}"
                     )
+        self._count(self.ledger.records[self.position])
         self.position += 1
+
+    def _count(self, record: Mapping[str, Any]) -> None:
+        """Keep ``rounds``, how many stand, up to date."""
+        if record["event"] in ("round", "rollback"):
+            self.rounds = int(record["round" if record["event"] == "round" else "to"])
+
+
+def standing(records: Iterable[Record]) -> list[Record]:
+    """The records of what was not rolled back: later rounds, and tasks, of a state that was left are out."""
+    kept: list[Record] = []
+    for record in records:
+        if record["event"] == "rollback":
+            tasks = 0
+            rest = []
+            for one in kept:
+                tasks += one["event"] == "task"
+                late = one["event"] == "round" and one["round"] > record["to"]
+                if not late and not (one["event"] == "task" and tasks > record["finished"]):
+                    rest.append(one)
+            kept = rest
+        kept.append(record)
+    return kept
 
 
 def parameter_digest(parameters: Mapping[str, Tensor]) -> str:

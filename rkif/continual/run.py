@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from rkif.continual.config import RunConfig, dump_config
 from rkif.continual.evaluation import ACCURACY, evaluate
 from rkif.continual.gating import hold_out
 from rkif.continual.kpi import Metric, load_metric, metric_name
-from rkif.continual.methods import METHODS, Context
+from rkif.continual.methods import METHODS, Context, Sequential
 from rkif.continual.metrics import backward_transfer, forward_transfer, overall_performance
 from rkif.continual.model import build, device
 from rkif.continual.objective import Objective
 from rkif.continual.progress import RunProgress
 from rkif.continual.recorder import Recorder, parameter_digest
 from rkif.continual.rundir import Checkpoint, RunFolder, read_checkpoint
+from rkif.continual.snapshots import Snapshots
 from rkif.continual.tasks import Task, load_tasks
 from rkif.memory import ReplayMemory
 from rkif.params import trainable_parameters
@@ -90,6 +91,7 @@ class _Sequence:
         self.objective = objective
         self.progress = progress
         self.own = own
+        self.snapshots = Snapshots(folder.path / "snapshots", config.snapshots.budget)
         self.parameters = trainable_parameters(model)
         self.initial = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.metrics: dict[str, Any] = folder.read_metrics() or {
@@ -118,8 +120,7 @@ class _Sequence:
                         f"the {split} records of task {task.name!r} have changed since this run began"
                     )
         if start.parameters:
-            if set(start.parameters) != set(self.parameters):
-                raise ValueError("the checkpoint is of a model with other trainable parameters")
+            self.set_parameters(start.parameters)
             if not self.metrics["initial"]:
                 raise ValueError(
                     f"{self.folder.path} has a checkpoint, but not what was measured before: its "
@@ -141,9 +142,6 @@ class _Sequence:
                     "parameters": {"after": parameter_digest(self.parameters)},
                 }
             )
-        with torch.no_grad():
-            for name, value in start.parameters.items():
-                self.parameters[name].copy_(value)
         if not self.metrics["initial"]:
             before = self._evaluate("before training")
             self.metrics["initial"] = before[ACCURACY]
@@ -161,31 +159,19 @@ class _Sequence:
 
     def _learn(self, index: int, start: Checkpoint) -> None:
         """Train task ``index`` from where ``start`` says, and publish what came of it."""
-        task = self.tasks[index]
-        before = (index - 1, self.tasks[index - 1].name)
-        context = Context(
-            self.config,
-            self.model,
-            self.objective,
-            self.tasks,
-            index,
-            memory=self.folder.read_memory(*before) if index else ReplayMemory(),
-            validation=self.folder.read_validation(*before) if index else ReplayMemory(),
-            handed_on=self.folder.read_handed_on(*before) if index else {},
-            initial=self.initial,
-            record=self._record,
-        )
+        task, context = self.tasks[index], self.context(index, self._record)
         memory, validation = context.memory, context.validation
-        method = METHODS[self.config.method](context)
-        if start.step:
-            method.load_tensors(start.method)
-            method.samples = start.samples
-        else:
-            method.begin()
+        method = self.method(context, start)
+        if method.recorded and len(memory) and not start.step:
+            self.snapshots.write(self.recorder.rounds, self._state(index, 0, 0, {}))
         self.progress.task(index, context.steps, start.step)
         for step in range(start.step, context.steps):
+            rounds = self.recorder.rounds
             loss = method.train_step(step)
             self.progress.advance(loss)
+            if self.recorder.rounds > rounds:
+                state = self._state(index, step + 1, method.samples, method.tensors())
+                self.snapshots.write(self.recorder.rounds, state)
             if (step + 1) % self.config.checkpoint_every == 0 and step + 1 < context.steps:
                 self._checkpoint(index, step + 1, method.samples, method.tensors())
 
@@ -221,10 +207,49 @@ class _Sequence:
                 "steps": context.steps,
                 "samples": method.samples,
                 "memory": {name: list(ids) for name, ids in memory.ids.items()},
+                "files": self.folder.digests(index, task.name),
                 "parameters": {"after": parameter_digest(self.parameters)},
             }
         )
         self._checkpoint(index + 1, 0, method.samples, {})
+
+    def context(self, index: int, record: Callable[[Mapping[str, Any]], None]) -> Context:
+        """What the method gets to learn task ``index``."""
+        before = (index - 1, self.tasks[index - 1].name)
+        return Context(
+            self.config,
+            self.model,
+            self.objective,
+            self.tasks,
+            index,
+            memory=self.folder.read_memory(*before) if index else ReplayMemory(),
+            validation=self.folder.read_validation(*before) if index else ReplayMemory(),
+            handed_on=self.folder.read_handed_on(*before) if index else {},
+            initial=self.initial,
+            record=record,
+        )
+
+    def method(self, context: Context, start: Checkpoint) -> Sequential:
+        """The method in the state that ``start`` holds; its parameters are set by :meth:`set_parameters`."""
+        method = METHODS[self.config.method](context)
+        if start.step:
+            method.load_tensors(start.method)
+            method.samples = start.samples
+        else:
+            method.begin()
+        return method
+
+    @torch.no_grad()
+    def set_parameters(self, values: Mapping[str, Tensor]) -> None:
+        """Give the trainable parameters their values.
+
+        Raises:
+            ValueError: they are of a model with others.
+        """
+        if set(values) != set(self.parameters):
+            raise ValueError("the checkpoint is of a model with other trainable parameters")
+        for name, value in values.items():
+            self.parameters[name].copy_(value)
 
     def _record(self, content: Mapping[str, Any]) -> None:
         settings = hashlib.sha256(dump_config(self.config).encode()).hexdigest()
@@ -236,10 +261,11 @@ class _Sequence:
         self.objective.tokenizer.save_pretrained(folder)
 
     def _checkpoint(self, task: int, step: int, samples: int, method: dict[str, Tensor]) -> None:
+        self.folder.write_checkpoint(self._state(task, step, samples, method))
+
+    def _state(self, task: int, step: int, samples: int, method: dict[str, Tensor]) -> Checkpoint:
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        self.folder.write_checkpoint(
-            Checkpoint(task, step, samples, self.recorder.position, parameters, method)
-        )
+        return Checkpoint(task, step, samples, self.recorder.position, parameters, method)
 
     def _measure(self, index: int) -> None:
         """Fill the column of task ``index`` in the accuracy matrix, and the figures that follow from it."""

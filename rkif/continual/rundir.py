@@ -6,6 +6,7 @@
     RUN/metrics.json              the accuracy matrix, OP, BWT, FWT
     RUN/ledger.jsonl              what every round did, see rkif.ledger
     RUN/checkpoint.safetensors    where to go on: parameters and the method's state, at (task, step)
+    RUN/snapshots/                the same after the latest rounds, and some of the earlier ones
     RUN/tasks/NN-name/            after each task: adapter (or model), importance, memory, figures,
                                   its rounds, what the method hands on to the next, and the records that
                                   a gate measures on
@@ -13,6 +14,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rkif.checkpoint.stream import as_bytes
 from rkif.continual.config import RunConfig, dump_config
 from rkif.files import replace_file, settle, write_text
 from rkif.memory import ReplayMemory
@@ -93,6 +96,12 @@ def task_folder(run: Path, index: int, name: str) -> Path:
     return run / "tasks" / f"{index + 1:02d}-{name}"
 
 
+def file_digests(task: Path) -> dict[str, str]:
+    """Name -> SHA-256 of a task's tensors and records. peft's settings list modules in any order."""
+    files = sorted(path for path in task.iterdir() if path.suffix in (".safetensors", ".jsonl"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file.
 
@@ -149,6 +158,10 @@ class RunFolder:
         """The figures that a task was published with."""
         return _read_json(self.task(index, name) / "task.json")
 
+    def digests(self, index: int, name: str) -> dict[str, str]:
+        """SHA-256 of those of a task's files that are the same whenever the task is learned the same way."""
+        return file_digests(self.task(index, name))
+
     def read_memory(self, index: int, name: str) -> ReplayMemory:
         """The memory as it was after a task."""
         return ReplayMemory.load(self.task(index, name) / "memory.jsonl")
@@ -198,13 +211,7 @@ class RunFolder:
         os.replace(temporary, final)
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
-        tensors = {f"parameters.{name}": tensor for name, tensor in checkpoint.parameters.items()}
-        tensors |= {f"method.{name}": tensor for name, tensor in checkpoint.method.items()}
-        # As a tensor: safetensors writes metadata in an order that changes from file to file.
-        tensors["position"] = torch.tensor(
-            [checkpoint.task, checkpoint.step, checkpoint.samples, checkpoint.recorded]
-        )
-        replace_file(self.path / CHECKPOINT, lambda path: save_file(_storable(tensors), path))
+        write_state(self.path / CHECKPOINT, checkpoint)
 
 
 def read_checkpoint(run: Path) -> Checkpoint | None:
@@ -214,11 +221,49 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
         ValueError: the file is damaged.
     """
     path = run / CHECKPOINT
-    if not path.exists():
-        return None
+    return read_state(path) if path.exists() else None
+
+
+def write_state(path: Path, state: Checkpoint) -> None:
+    """Write a state, or nothing. Of tensors that are equal one is stored: a round's base is its parameters,
+    importance that has been cleared is zero.
+    """
+    tensors = {f"parameters.{name}": tensor for name, tensor in state.parameters.items()}
+    tensors |= {f"method.{name}": tensor for name, tensor in state.method.items()}
+    # As a tensor: safetensors writes several entries of metadata in an order that changes from file to file.
+    tensors["position"] = torch.tensor([state.task, state.step, state.samples, state.recorded])
+    stored: dict[str, Tensor] = {}
+    first: dict[Any, str] = {}
+    same = {}
+    for name, tensor in _storable(tensors).items():
+        content = hashlib.blake2b(as_bytes(tensor.view(-1)), digest_size=32).digest()
+        original = first.setdefault((tensor.dtype, tensor.shape, content), name)
+        if original == name:
+            stored[name] = tensor
+        else:
+            same[name] = original
+    metadata = {"same": json.dumps(same, sort_keys=True)}
+    replace_file(path, lambda temporary: save_file(stored, temporary, metadata=metadata))
+
+
+def state_bytes(state: Checkpoint) -> int:
+    """What a state takes on disk at most, headers apart."""
+    return sum(tensor.nbytes for tensor in (*state.parameters.values(), *state.method.values()))
+
+
+def read_state(path: Path) -> Checkpoint:
+    """What :func:`write_state` wrote.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "method": {}, "position": {}}
     try:
-        for key, tensor in load_file(path).items():
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            same = json.loads((file.metadata() or {})["same"])
+        tensors |= {name: tensors[original].clone() for name, original in same.items()}
+        for key, tensor in tensors.items():
             part, _, name = key.partition(".")
             parts[part][name] = tensor
         task, step, samples, recorded = parts["position"][""].tolist()

@@ -19,6 +19,8 @@ from rkif.fusion import FusionReport
 class RecurrentKIF(Rounds):
     """The two task vectors of a round are pruned and merged by the importance that either learner found."""
 
+    recorded = True
+
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.history = RoundHistory()
@@ -52,22 +54,20 @@ class RecurrentKIF(Rounds):
 
     def end_round(self, steps: range) -> None:
         assert self.fuser is not None
-        number, base = self.fuser.round, self.fuser.base()
+        base = self.fuser.base()
         inner, outer = self.fuser.scores("inner"), self.fuser.scores("outer")
         report = self.fuser.fuse()
         self.history.add(inner, outer, report)
-        self.context.record(self._round_record(number, steps, base, report))
+        self.context.record(self._round_record(steps, base, report))
         if report.gate is not None and report.gate.factor == 0:
             assert self.start is not None
             self.load_moments(self.start)
             if report.gate.verdict == "stop":
-                where = f"round {number} of task {self.context.task.name!r}"
+                where = f"round {self.fuser.round} of task {self.context.task.name!r}"
                 reasons = "; ".join(report.gate.attempts[-1].objections)
                 raise GateStopped(f"the gate stopped the run in {where}: {reasons}")
 
-    def _round_record(
-        self, number: int, steps: range, base: Mapping[str, Tensor], report: FusionReport
-    ) -> dict[str, Any]:
+    def _round_record(self, steps: range, base: Mapping[str, Tensor], report: FusionReport) -> dict[str, Any]:
         """What the ledger keeps of a round."""
         after = {name: parameter.detach() for name, parameter in self.inner.parameters.items()}
         moved, rounds = movement(base, after), self.history.tensors()
@@ -83,7 +83,6 @@ class RecurrentKIF(Rounds):
         return {
             "event": "round",
             "task": self.context.task.name,
-            "round": number,
             "steps": [steps.start, steps.stop],
             "data": {
                 "inner": [record.id for step in steps for _, record in self.batch(step)],

@@ -73,6 +73,7 @@ class Sequential:
         in_sequence: the tasks come one after another, so that backward and forward transfer mean something.
         needs_all: the training records of all tasks are needed for each.
         slices: the adapter has ranks of its own for every task.
+        recorded: its rounds are in the run's ledger, and can be returned to.
         samples: records that went through the model in training so far, this task's and the memory's.
     """
 
@@ -80,6 +81,7 @@ class Sequential:
     in_sequence: ClassVar[bool] = True
     needs_all: ClassVar[bool] = False
     slices: ClassVar[bool] = False
+    recorded: ClassVar[bool] = False
 
     def __init__(self, context: Context) -> None:
         self.context = context
