@@ -57,8 +57,8 @@ def test_replay_and_recurrent_kif_see_the_same_number_of_samples(
         method: go(config(method=method, training=training), tmp_path / method)["samples"]
         for method in METHODS
     }
-    # 3 tasks of 6 steps of 4; two of them with 2 rounds of 2 outer steps of 4 memory records. EWC: 16 batches
-    # of 4 more a task.
+    # 3 tasks of 6 steps of 4; two of them with 2 rounds of 2 outer steps of 4 memory records. EWC: 64 records
+    # more of each task but the last.
     alone = dict.fromkeys(("sequential", "o_lora", "tasl", "per_task"), 72)
     assert seen == dict.fromkeys(METHODS, 72 + 32) | alone | {"ewc": 72 + 2 * 64}
 
