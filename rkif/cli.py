@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is in that folder, if anything is.")]
 
@@ -47,10 +48,43 @@ def run_command(
     console.print(f"The run is in {folder}", markup=False)
 
 
-@app.command("report")
-def report_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+@app.command("rollback")
+def rollback_command(
+    run: Run,
+    to: Annotated[int, typer.Option("--to", min=0, help="Round, as `rkif log` numbers them.")],
 ) -> None:
+    """Return a run to the state after a round; `rkif run --resume` goes on from there."""
+    from rkif.continual.rollback import rollback
+
+    record = rollback(run, to)
+    print(
+        f"{run} is as it was after round {to}, in task {record['task']}; "
+        f"SHA-256 of the parameters {record['parameters']['after']}"
+    )
+
+
+@app.command("replay")
+def replay_command(
+    run: Run,
+    number: Annotated[int, typer.Option("--round", min=1, help="Round, as `rkif log` numbers them.")],
+) -> None:
+    """Go through a round again, and compare what comes of it with the ledger; nothing is changed."""
+    from rkif.continual.progress import RunProgress
+    from rkif.continual.reproduce import reproduce
+
+    found = reproduce(run, number, RunProgress(Console()))
+    for field, (then, now) in found.differences.items():
+        print(f"{field}: {then} in the ledger, {now} now", file=sys.stderr)
+    if found.differences:
+        raise ValueError(f"round {number} was not reproduced: {', '.join(found.differences)} differ")
+    print(
+        f"round {number} of task {found.record['task']}, from the state after round {found.start}: the same "
+        f"data, thresholds, counts and parameters; SHA-256 {found.record['parameters']['after']}"
+    )
+
+
+@app.command("report")
+def report_command(run: Run) -> None:
     """Write a run's report: one HTML page with its figures and pictures, for any browser."""
     from rkif.report import write_report
 

@@ -142,11 +142,11 @@ def test_a_gate_may_stop_the_run(inputs: Path, tmp_path: Path) -> None:
         "otherwise": "stop",
     }
     config = make_config(inputs, gate=impossible)
-    with pytest.raises(GateStopped, match=r"in round 0 of task 'tense': memory_loss .* is above -1"):
+    with pytest.raises(GateStopped, match=r"in round 1 of task 'tense': memory_loss .* is above -1"):
         go(config, tmp_path / "run")
     assert [record["gate"]["verdict"] for record in rounds(tmp_path / "run")] == ["stop"]
     # Going on comes to the same end, and finds what it recorded.
-    with pytest.raises(GateStopped, match="in round 0"):
+    with pytest.raises(GateStopped, match="in round 1"):
         go(config, tmp_path / "run", resume=True)
     assert len(rounds(tmp_path / "run")) == 1
 

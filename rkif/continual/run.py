@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rkif.continual.model import build, device
 from rkif.continual.objective import Objective
 from rkif.continual.progress import RunProgress
 from rkif.continual.recorder import Recorder, parameter_digest
+from rkif.continual.rollback import finish_rollback
 from rkif.continual.rundir import Checkpoint, RunFolder, read_checkpoint
 from rkif.continual.snapshots import Snapshots
 from rkif.continual.tasks import Task, load_tasks
@@ -47,29 +49,52 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
     Raises:
         ValueError, OSError, ImportError: bad settings, tasks, model or folder, in one line.
     """
+    if resume:
+        finish_rollback(out)
+    start = (read_checkpoint(out) if resume else None) or Checkpoint(0, 0, 0, 0, {}, {})
+    with open_run(config, out, start.task, progress, resume=resume) as sequence:
+        return sequence.run(start)
+
+
+@contextmanager
+def open_run(
+    config: RunConfig, out: Path, finished: int, progress: RunProgress, *, resume: bool = True
+) -> Iterator[TaskSequence]:
+    """A run with its tasks and its model, which is untrained; progress is shown while the block runs.
+
+    Args:
+        config: the settings.
+        out: the run's folder.
+        finished: tasks that have been learned; their training records are not read.
+        progress: where progress is shown.
+        resume: whether the run may be there already.
+
+    Raises:
+        ValueError, OSError, ImportError: as :func:`run`.
+    """
     _prepare_torch(config)
     method = METHODS[config.method]
     method.require(config)
     own = {metric_name(spec): load_metric(spec) for spec in config.metrics}
-    checkpoint = read_checkpoint(out) if resume else None
     tasks = load_tasks(
         config.tasks.folder,
         config.tasks.order,
         train_limit=config.tasks.train_limit,
         dev_limit=config.tasks.dev_limit,
         seed=config.seed,
-        finished=checkpoint.task if checkpoint and not method.needs_all else 0,
+        finished=0 if method.needs_all else finished,
     )
     _require_scorable(tasks, config)
     folder = RunFolder(out, config, resume=resume)
     with progress.shown(config, tasks):
         progress.stage("loading the model")
         model, objective = build(config, tasks, slices=len(tasks) if method.slices else 1)
-        start = checkpoint or Checkpoint(0, 0, 0, 0, {}, {})
-        return _Sequence(config, folder, tasks, model, objective, own, progress).run(start)
+        sequence = TaskSequence(config, folder, tasks, model, objective, own, progress)
+        sequence.require_same_data()
+        yield sequence
 
 
-class _Sequence:
+class TaskSequence:
     """The state of a run: the model, how far it has come, and what has been measured."""
 
     def __init__(
@@ -111,14 +136,17 @@ class _Sequence:
             "samples": 0,
         }
 
-    def run(self, start: Checkpoint) -> dict[str, Any]:
-        """Go on from ``start`` to the end of the last task."""
+    def require_same_data(self) -> None:
+        """Raises ValueError where tasks have other records than when the run began."""
         for task in self.tasks:
             for split, digest in _digests(task).items():
                 if self.metrics["data"][task.name][split] != digest:
                     raise ValueError(
                         f"the {split} records of task {task.name!r} have changed since this run began"
                     )
+
+    def run(self, start: Checkpoint) -> dict[str, Any]:
+        """Go on from ``start`` to the end of the last task."""
         if start.parameters:
             self.set_parameters(start.parameters)
             if not self.metrics["initial"]:
@@ -252,8 +280,12 @@ class _Sequence:
             self.parameters[name].copy_(value)
 
     def _record(self, content: Mapping[str, Any]) -> None:
+        self.recorder.record({**content, **self.identity()})
+
+    def identity(self) -> dict[str, Any]:
+        """What every record says of the run: its settings' SHA-256 and its seed."""
         settings = hashlib.sha256(dump_config(self.config).encode()).hexdigest()
-        self.recorder.record({**content, "config": settings, "seed": self.config.seed})
+        return {"config": settings, "seed": self.config.seed}
 
     def _save_model(self, folder: Path) -> None:
         """Adapter or model, with the tokenizer, as ``from_pretrained`` reads them."""

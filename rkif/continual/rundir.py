@@ -152,7 +152,7 @@ class RunFolder:
         return RunReader(self.path).metrics()
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
-        _write_json(self.path / "metrics.json", metrics)
+        write_metrics(self.path, metrics)
 
     def read_task(self, index: int, name: str) -> dict[str, Any]:
         """The figures that a task was published with."""
@@ -211,7 +211,7 @@ class RunFolder:
         os.replace(temporary, final)
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
-        write_state(self.path / CHECKPOINT, checkpoint)
+        write_checkpoint(self.path, checkpoint)
 
 
 def read_checkpoint(run: Path) -> Checkpoint | None:
@@ -222,6 +222,16 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
     """
     path = run / CHECKPOINT
     return read_state(path) if path.exists() else None
+
+
+def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
+    """Say where a run is to go on."""
+    write_state(run / CHECKPOINT, checkpoint)
+
+
+def write_metrics(run: Path, metrics: Mapping[str, Any]) -> None:
+    """Write a run's ``metrics.json``."""
+    _write_json(run / "metrics.json", metrics)
 
 
 def write_state(path: Path, state: Checkpoint) -> None:
