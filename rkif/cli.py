@@ -48,6 +48,46 @@ def run_command(
     console.print(f"The run is in {folder}", markup=False)
 
 
+@app.command("log")
+def log_command(
+    run: Run,
+    task: Annotated[str | None, typer.Option("--task", help="Only this task's records.")] = None,
+    module: Annotated[
+        str | None, typer.Option("--module", help="Only parameters whose name contains this, summed up.")
+    ] = None,
+    verdict: Annotated[
+        str | None,
+        typer.Option("--verdict", help="Only rounds with this verdict: keep, damp, undo, stop, unchecked."),
+    ] = None,
+    explain: Annotated[
+        str | None, typer.Option("--explain", metavar="MODULE", help="Which rounds moved it, and who won.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the chain, and every file against its digest.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON lines.")] = False,
+) -> None:
+    """Show what every round of a run did, or prove that the record of it is whole."""
+    from rkif.continual import log
+    from rkif.continual.audit import verify as check
+
+    if verify:
+        checked = check(run)
+        print(
+            f"{run}: {checked['records']} records in a whole chain; {checked['tasks']} tasks' files and "
+            f"{checked['snapshots']} kept states are as recorded; last hash {log.read(run)[-1]['hash']}"
+        )
+        return
+    records = log.select(log.read(run), task=task, verdict=verdict)
+    if as_json:
+        for record in log.only_module(records, explain or module):
+            print(json.dumps(record))
+        return
+    console = Console()
+    for table in log.explain(records, explain) if explain is not None else [log.table(records, module)]:
+        console.print(table)
+
+
 @app.command("rollback")
 def rollback_command(
     run: Run,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -60,3 +61,8 @@ def arena(
         flat[start : start + shape.numel()].view(shape) for start, shape in zip(starts, shapes, strict=True)
     ]
     return flat, views
+
+
+def short_name(name: str) -> str:
+    """A parameter's name for people: without the wrappers that all of a model's have in common."""
+    return re.sub(r"^(base_model\.model\.|model\.)+|(\.default)?\.weight$", "", name)

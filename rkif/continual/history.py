@@ -29,7 +29,7 @@ class RoundHistory:
             scores = (inner[name], outer[name])
             self._append(f"importance.{name}", torch.stack([score.mean() for score in scores]).cpu())
             counts = torch.zeros(len(CASES), dtype=torch.int64)
-            if report.applied:
+            if report.applied or report.gate is not None:  # a gate decides on what was selected
                 first, second = (
                     score > (limit[name] if isinstance(limit, dict) else limit)
                     for score, limit in zip(scores, report.thresholds, strict=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rkif.params import short_name
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -68,7 +70,7 @@ def importance_maps(rounds: Rounds) -> str:
         _mark_tasks(panel, rounds)
     step = max(1, len(names) // 60)
     panels[0].set_yticks(
-        range(0, len(names), step), [_plain(_short(name)) for name in names[::step]], fontsize=6
+        range(0, len(names), step), [_plain(short_name(name)) for name in names[::step]], fontsize=6
     )
     return _svg(figure)
 
@@ -136,10 +138,6 @@ def _mark_tasks(panel: Any, rounds: Rounds) -> None:
 def _natural(name: str) -> list[tuple[int, str]]:
     """layers.2 before layers.10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _short(name: str) -> str:
-    return re.sub(r"^(base_model\.model\.|model\.)+|(\.default)?\.weight$", "", name)
 
 
 def _plain(text: str) -> str:

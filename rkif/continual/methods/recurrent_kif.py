@@ -73,6 +73,7 @@ class RecurrentKIF(Rounds):
         moved, rounds = movement(base, after), self.history.tensors()
         modules = {
             name: {
+                "numel": base[name].numel(),
                 "counts": rounds[f"counts.{name}"][-1].tolist(),
                 "importance": rounds[f"importance.{name}"][-1].tolist(),
                 "moved": moved[name],
