@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,8 +20,10 @@ from rkif.continual.config import RunConfig
 from rkif.continual.history import RoundHistory
 from rkif.continual.rundir import RunReader
 from rkif.fusion import FusionReport
+from rkif.ledger import read_ledger
 from rkif.report import write_report
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "br", "path", "use", "image"}
 
 
@@ -63,7 +65,7 @@ def test_the_page_has_everything_in_it(config: Callable[..., RunConfig], tmp_pat
     for task in TASKS:
         assert task in text
     assert text.count("49.5") == len(TASKS) * (len(TASKS) + 1)  # the user's metric, everywhere
-    assert path.read_text().count("<svg") == 4  # curves, importance, masks, movement
+    assert path.read_text().count("<svg") == 5  # curves, importance, masks, movement, and where
     first = path.read_bytes()
     write_report(tmp_path / "run")
     assert path.read_bytes() == first
@@ -125,19 +127,55 @@ def test_damage_is_said_in_one_line(
         write_report(tmp_path)
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+GATE = {"criteria": [{"metric": "memory_loss", "floor": -1, "tolerance": None}], "every": 2, "ladder": [0.5]}
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
 def test_a_browser_shows_the_page(config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    go(config(), tmp_path / "run")
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    shown = subprocess.run(
-        [*command, write_report(tmp_path / "run").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    ).stdout
-    assert shown.count("<svg") == 4
-    assert re.search(r"<h2>Importance</h2>", shown)
+    """Nothing is fetched, nothing fails, nothing is wider than the window, and every picture is drawn."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    go(config(gate=GATE), tmp_path / "run")
+    requests: list[str] = []
+    complaints: list[str] = []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1000, "height": 800})
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        url = write_report(tmp_path / "run").as_uri()
+        page.goto(url)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 1000
+        headings = [heading.inner_text() for heading in page.query_selector_all("h2")]
+        pictures = [picture.bounding_box() for picture in page.query_selector_all("svg")]
+        refused = page.query_selector_all("section:has(h2:text-is('Gate')) table tr")
+        browser.close()
+    assert requests == [url]
+    assert complaints == []
+    wanted = ["Forgetting", "Accuracy", "Importance", "Masks", "Movement", "Gate", "Where it moved", "Ledger"]
+    assert headings == [*wanted, "Settings"]
+    assert len(pictures) == 6
+    assert all(box["width"] > 500 and box["height"] > 100 for box in pictures)
+    assert len(refused) == 1 + 2  # a heading, and one of three rounds in each of two tasks
+
+
+def test_the_page_answers_for_the_run(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    go(config(gate=GATE), tmp_path)
+    text = html.unescape(write_report(tmp_path).read_text())
+    records = list(read_ledger(tmp_path / "ledger.jsonl"))
+    assert records[-1]["hash"] in text
+    assert records[-1]["parameters"]["after"] in text
+    assert f"torch {torch.__version__}" in text
+    assert '<div class="tile"><b>2</b>undone</div><div class="tile"><b>4</b>not checked</div>' in text
+    for record in records:
+        if record["event"] == "round" and record["gate"]["verdict"] == "undo":
+            assert record["gate"]["attempts"][0]["objections"][0] in text
+    path = tmp_path / "ledger.jsonl"
+    path.write_text(path.read_text().replace('"seed":3', '"seed":4', 1))
+    broken = write_report(tmp_path).read_text()
+    assert "The ledger does not hold together" in broken
+    assert "record 0 was changed" in broken
+    assert "<h2>Gate</h2>" not in broken
 
 
 def test_history_counts_by_hand() -> None:

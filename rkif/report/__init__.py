@@ -11,6 +11,7 @@ from rkif.continual.progress import figure
 from rkif.continual.rundir import RunReader
 from rkif.files import write_text
 from rkif.report import figures
+from rkif.report.account import account
 from rkif.report.page import PAGE
 
 ABOUT = {
@@ -39,6 +40,7 @@ def write_report(run: Path) -> Path:
     rounds = reader.rounds()
     if rounds:
         sections += [_rounds(rounds)]
+    sections += account(run)
     settings = f"<section><h2>Settings</h2><pre>{html.escape(reader.config_text())}</pre></section>"
     title = f"{metrics['method']}: {len(metrics['tasks'])} tasks"
     page = PAGE.replace("{{title}}", html.escape(title)).replace("{{body}}", "\n".join([*sections, settings]))

@@ -101,6 +101,55 @@ def movement(rounds: Rounds) -> str:
     return _finished(figure, panel, "L2 norm", rounds)
 
 
+def movement_map(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """Tensors from top to bottom, the ledger's rounds from left to right."""
+    names = sorted(rounds[0]["modules"], key=_natural)
+    moved = torch.tensor(
+        [
+            [round_["modules"][name]["moved"] / round_["modules"][name]["numel"] ** 0.5 for round_ in rounds]
+            for name in names
+        ],
+        dtype=torch.float64,
+    )
+    figure = _figure(10.5, min(14.0, 1.6 + 0.17 * len(names)))
+    panel = figure.subplots()
+    blank = moved.where(moved > 0, torch.nan).log10()
+    drawn = panel.imshow(blank.numpy(), aspect="auto", cmap="viridis", interpolation="nearest")
+    figure.colorbar(drawn, ax=panel, label="log10 of movement", shrink=0.8)
+    panel.set_xlabel("round", fontsize=9)
+    step = max(1, len(names) // 60)
+    panel.set_yticks(
+        range(0, len(names), step), [_plain(short_name(name)) for name in names[::step]], fontsize=6
+    )
+    _mark_starts(panel, [record["task"] for record in rounds])
+    return _svg(figure)
+
+
+def gate_figures(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """One panel a criterion: its value round by round, and what was refused."""
+    checked = [(place, r["gate"]) for place, r in enumerate(rounds) if r["gate"] and r["gate"]["attempts"]]
+    names = list(dict.fromkeys(name for _, gate in checked for name in gate["before"]))
+    figure = _figure(10.5, 2.6 * max(1, len(names)) + 0.4)
+    panels = figure.subplots(max(1, len(names)), 1, squeeze=False, sharex=True).flat
+    for panel, name in zip(panels, names, strict=False):
+        places, values, refused = [], [], []
+        for place, gate in checked:
+            whole, last = gate["attempts"][0], gate["attempts"][-1]
+            places.append(place)
+            # Refused altogether, the round leaves what was there before.
+            values.append(float((gate["before"] if gate["factor"] == 0 else last["figures"])[name]))
+            if whole["objections"]:
+                refused.append((place, float(whole["figures"][name])))
+        panel.plot(places, values, color="#1f5f99", linewidth=1.4, marker="o", markersize=3)
+        if refused:
+            panel.plot(*zip(*refused, strict=True), "x", color="#c8421f", label="refused")
+            panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        panel.set_ylabel(_plain(name), fontsize=9)
+        panel.grid(axis="y", color="#e3e8ee", linewidth=0.7)
+        _mark_starts(panel, [record["task"] for record in rounds])
+    return _svg(figure)
+
+
 def _total(parts: Mapping[str, Tensor], prefix: str) -> Tensor:
     return torch.stack([tensor for name, tensor in parts.items() if name.startswith(prefix)]).sum(0)
 
@@ -116,23 +165,26 @@ def _finished(figure: Figure, panel: Any, label: str, rounds: Rounds) -> str:
 
 
 def _mark_tasks(panel: Any, rounds: Rounds) -> None:
-    """A line where each task begins, and its name above."""
-    start = 0
-    for task, parts in rounds.items():
+    _mark_starts(panel, [task for task, parts in rounds.items() for _ in parts["norms"]])
+
+
+def _mark_starts(panel: Any, tasks: Sequence[str]) -> None:
+    """A line where each task begins, and its name above; one name a round."""
+    starts = [place for place, task in enumerate(tasks) if place == 0 or tasks[place - 1] != task]
+    for start in starts:
         panel.axvline(start - 0.5, color="#8896a5", linewidth=0.6)
         panel.text(
             start - 0.4,
             1.01,
-            _plain(task),
+            _plain(tasks[start]),
             fontsize=7,
-            rotation=0 if len(rounds) <= 4 else 60,
+            rotation=0 if len(starts) <= 4 else 60,
             transform=panel.get_xaxis_transform(),
             color="#5d6b7a",
         )
-        start += len(parts["norms"])
     # Rounds are counted from 1, with at most some ten labels.
-    step = max(1, -(-start // 10))
-    panel.set_xticks(range(0, start, step), [str(number + 1) for number in range(0, start, step)])
+    step = max(1, -(-len(tasks) // 10))
+    panel.set_xticks(range(0, len(tasks), step), [str(number + 1) for number in range(0, len(tasks), step)])
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -23,6 +23,10 @@ PAGE = """<!DOCTYPE html>
   th:first-child { text-align: left; }
   td { background: rgba(var(--strong), calc(var(--shade) * .55)); border: 1px solid #fff; }
   td.learned { border: 2px solid var(--ink); }
+  table.text td { text-align: left; background: none; white-space: normal; border: 0;
+                  border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+  table.text th { text-align: left; border-top: 1px solid var(--line); vertical-align: top; }
+  .bad { color: #a3261b; font-weight: 600; }
   svg { max-width: 100%; height: auto; }
   pre { background: #f5f7fa; padding: 1rem; overflow-x: auto; font-size: .85rem; }
 </style>
