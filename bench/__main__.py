@@ -100,6 +100,22 @@ def continual_command(
     compare(todo, jobs, Console())
 
 
+@app.command("ledger")
+def ledger_command(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", help="A config of `rkif run`.", show_default="bench/configs/standard-minilm.yaml"
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of each, in turn.")] = 3,
+) -> None:
+    """Measure what ledger, snapshots and gates add to the time of a run's steps."""
+    from bench.ledger import DEFAULT, measure
+
+    measure(config or DEFAULT, rounds, Console())
+
+
 @app.command("checkpoints")
 def checkpoints_command(
     folder: Annotated[Path, typer.Option("--folder", help="For three checkpoints, 1.3 GB.")] = Path(

@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import checkpoints, continual_tables, kernels
+from bench import checkpoints, continual_tables, kernels, ledger
 
 README = Path(__file__).parent.parent / "README.md"
 DOCS = README.parent / "docs"
-FILES = (README, DOCS / "checkpoints.md", DOCS / "continual.md")  # that have tables
+FILES = (README, DOCS / "checkpoints.md", DOCS / "continual.md", DOCS / "ledger.md")  # that have tables
 
 
 def with_tables(text: str) -> str:
@@ -36,4 +36,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "continual": continual_tables.main,
     "continual_all": continual_tables.everything,
     "kernels": kernels.markdown,
+    "ledger": ledger.markdown,
 }

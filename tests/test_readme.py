@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -46,6 +47,19 @@ def test_the_trainer_snippet_is_a_valid_call() -> None:
 def test_the_config_is_valid() -> None:
     (code,) = snippets("yaml")
     RunConfig.model_validate(yaml.safe_load(code))
+
+
+def test_the_gate_is_as_documented() -> None:
+    text = (README.parent / "docs" / "ledger.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "ledger.md", "exec"), names)
+    assert names["fuser"].round == 0
+    (gate,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    (config,) = snippets("yaml")
+    settings = RunConfig.model_validate(yaml.safe_load(config) | yaml.safe_load(gate)).gate
+    assert settings is not None
+    assert [one.name for one in settings.criteria] == ["accuracy", "memory_loss", "revenue"]
 
 
 def test_both_commands_are_single_lines_that_install_first() -> None:
