@@ -100,6 +100,21 @@ def continual_command(
     compare(todo, jobs, Console())
 
 
+@app.command("directions")
+def directions_command(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", help="A config of `rkif run`.", show_default="bench/configs/standard-minilm.yaml"
+        ),
+    ] = None,
+) -> None:
+    """Measure where the two learners' task vectors point, and what the fusion makes of them."""
+    from bench.directions import DEFAULT, measure
+
+    measure(config or DEFAULT, Console())
+
+
 @app.command("checkpoints")
 def checkpoints_command(
     folder: Annotated[Path, typer.Option("--folder", help="For three checkpoints, 1.3 GB.")] = Path(
