@@ -108,11 +108,11 @@ def _watched() -> Iterator[list[dict[str, Any]]]:
         )
         return report
 
-    Fuser.fuse = watched  # type: ignore[method-assign]
+    Fuser.fuse = watched  # type: ignore[assignment]
     try:
         yield rounds
     finally:
-        Fuser.fuse = fuse  # type: ignore[method-assign]
+        Fuser.fuse = fuse  # type: ignore[assignment]
 
 
 def _flat(tensors: Any) -> Tensor:
