@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
+MiniLM = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="A config of `rkif run`.", show_default="bench/configs/standard-minilm.yaml"
+    ),
+]
+
+
 @app.command("smollm2")
 def smollm2_command(
     out: Annotated[Path, typer.Option("--out", help="Folder for model and tokenizer.")] = Path(
@@ -102,18 +110,21 @@ def continual_command(
 
 @app.command("ledger")
 def ledger_command(
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", help="A config of `rkif run`.", show_default="bench/configs/standard-minilm.yaml"
-        ),
-    ] = None,
+    config: MiniLM = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of each, in turn.")] = 3,
 ) -> None:
     """Measure what ledger, snapshots and gates add to the time of a run's steps."""
     from bench.ledger import DEFAULT, measure
 
     measure(config or DEFAULT, rounds, Console())
+
+
+@app.command("directions")
+def directions_command(config: MiniLM = None) -> None:
+    """Measure where the two learners' task vectors point, and what the fusion makes of them."""
+    from bench.directions import DEFAULT, measure
+
+    measure(config or DEFAULT, Console())
 
 
 @app.command("checkpoints")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import checkpoints, continual_tables, kernels, ledger
+from bench import checkpoints, continual_tables, directions, kernels, ledger
 
 README = Path(__file__).parent.parent / "README.md"
 DOCS = README.parent / "docs"
@@ -35,6 +35,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tuned": continual_tables.tuned,
     "continual": continual_tables.main,
     "continual_all": continual_tables.everything,
+    "directions": directions.markdown,
     "kernels": kernels.markdown,
     "ledger": ledger.markdown,
 }

@@ -1,0 +1,119 @@
+"""Where the two learners of Recurrent-KIF go, and what the fusion makes of it: angles and lengths by task."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from bench.continual import CONFIGS
+from bench.machine import commit
+from rkif.continual.config import RunConfig, load_config
+from rkif.continual.progress import RunProgress
+from rkif.continual.run import run
+from rkif.fuser import Fuser
+
+RESULTS = Path(__file__).parent / "results" / "directions.jsonl"
+DEFAULT = CONFIGS / "standard-minilm.yaml"
+FIGURES = {
+    "cosine": "cosine of the two task vectors",
+    "same_sign": "elements that both move the same way",
+    "outer_length": "outer vector, of the inner's length",
+    "update_length": "update, of the length of their sum",
+    "update_cosine": "cosine of update and sum",
+    "either": "selected by either",
+}
+
+
+def measure(path: Path, console: Console) -> None:
+    """Run a config, and write a row a task with the means over its rounds."""
+    config = load_config(path)
+    # Nothing is asked of the model, so hardly anything is measured.
+    changes = {"method": "recurrent_kif", "tasks": config.tasks.model_dump() | {"dev_limit": 8}}
+    config = RunConfig.model_validate(config.model_dump() | changes)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w") as nowhere,
+        _watched() as rounds,
+    ):
+        metrics = run(config, Path(folder) / "run", progress=RunProgress(Console(file=nowhere)))
+    tasks = metrics["tasks"][1:]
+    size = len(rounds) // len(tasks)
+    rows = [
+        {
+            "config": path.stem,
+            "model": Path(config.model).name,
+            "order": config.tasks.order,
+            "task": task,
+            "rounds": size,
+            **_means(rounds[place * size : (place + 1) * size]),
+            "commit": commit(),
+        }
+        for place, task in enumerate(tasks)
+    ]
+    for row in rows:
+        console.print(row)
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def markdown() -> str:
+    """The rows as a table."""
+    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    first = rows[0]
+    lines = [
+        f"{first['model']} ({first['config']}, {first['order']}), means over the {first['rounds']} rounds of "
+        f"each task, at {first['commit'].removesuffix('-dirty')[:7]}.",
+        "",
+        "| | " + " | ".join(row["task"] for row in rows) + " |",
+        "| --- |" + " ---: |" * len(rows),
+    ]
+    for key, meaning in FIGURES.items():
+        lines.append(f"| {meaning} | " + " | ".join(f"{row[key]:.2f}" for row in rows) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _means(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: round(fmean(one[key] for one in rounds), 4) for key in FIGURES}
+
+
+@contextmanager
+def _watched() -> Iterator[list[dict[str, Any]]]:
+    """The figures of every fusion that is made while the block runs."""
+    rounds: list[dict[str, Any]] = []
+    fuse = Fuser.fuse
+
+    def watched(fuser: Fuser) -> Any:
+        base, outer = _flat(fuser._base), _flat(fuser._parameters.values())
+        tau_in, tau_out = _flat(fuser._inner) - base, outer - _flat(fuser._inner)
+        report = fuse(fuser)
+        update, total = _flat(fuser._base) - base, tau_in + tau_out
+        rounds.append(
+            {
+                "cosine": float(torch.cosine_similarity(tau_in, tau_out, dim=0)),
+                "same_sign": float((tau_in * tau_out > 0).float().mean()),
+                "outer_length": float(tau_out.norm() / tau_in.norm()),
+                "update_length": float(update.norm() / total.norm()),
+                "update_cosine": float(torch.cosine_similarity(update, total, dim=0)),
+                "either": 1 - report.counts["neither"] / report.numel,
+            }
+        )
+        return report
+
+    setattr(Fuser, "fuse", watched)  # noqa: B010 (to a type checker a method is not to be replaced)
+    try:
+        yield rounds
+    finally:
+        setattr(Fuser, "fuse", fuse)  # noqa: B010
+
+
+def _flat(tensors: Any) -> Tensor:
+    return torch.cat([tensor.detach().flatten().float() for tensor in tensors])
