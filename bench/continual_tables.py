@@ -81,7 +81,7 @@ def _groups() -> dict[tuple[str, ...], dict[str, Runs]]:
 
 
 def _table(group: Mapping[str, Runs], methods: Sequence[str], *, cost: bool = False) -> str:
-    headings = ["method", "OP", "BWT", "FWT", "OP against replay", "samples", "runs"]
+    headings = ["method", "OP", "BWT", "FWT", "OP against replay", "BWT", "samples", "runs"]
     headings += ["minutes", "peak MiB", "in rkif"] if cost else []
     lines = ["| " + " | ".join(headings) + " |", "| --- |" + " ---: |" * (len(headings) - 1)]
     for method in methods:
@@ -89,7 +89,9 @@ def _table(group: Mapping[str, Runs], methods: Sequence[str], *, cost: bool = Fa
             continue
         runs = group[method]
         cells = [method, _mean(runs, "op"), _mean(runs, "bwt", sign=True), _mean(runs, "fwt", sign=True)]
-        cells += [_difference(runs, group.get(BASELINE, {})), _samples(runs), str(len(runs))]
+        baseline = group.get(BASELINE, {})
+        cells += [_difference(runs, baseline), _difference(runs, baseline, "bwt")]
+        cells += [_samples(runs), str(len(runs))]
         if cost:
             walls = [row["wall_s"] / 60 for row in runs.values() if row["wall_s"]]
             peaks = [row["peak_mib"] for row in runs.values() if row.get("peak_mib")]
@@ -140,7 +142,11 @@ def _mean(runs: Runs, key: str, *, sign: bool = False) -> str:
 
 def _difference(runs: Runs, baseline: Runs, figure_of: str = "op") -> str:
     """The mean difference over the orders and seeds that both were run on, and its standard error."""
-    pairs = [runs[key][figure_of] - baseline[key][figure_of] for key in runs if key in baseline]
+    pairs = [
+        runs[key][figure_of] - baseline[key][figure_of]
+        for key in runs
+        if key in baseline and runs[key][figure_of] is not None
+    ]
     if not pairs or runs is baseline:
         return "-"
     spread = f" ± {stdev(pairs) / math.sqrt(len(pairs)):.1f}" if len(pairs) > 1 else ""
