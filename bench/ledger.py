@@ -40,9 +40,9 @@ MEMORY_LOSS = {"metric": "memory_loss", "tolerance": 0.5}
 ACCURACY = {"metric": "accuracy", "tolerance": 20.0}
 GATES: Mapping[str, dict[str, Any] | None] = {
     "none": None,
-    "loss of 16 records a task, every round": {"criteria": [MEMORY_LOSS], "records": 16},
-    "loss of 16 records a task, every fourth round": {"criteria": [MEMORY_LOSS], "records": 16, "every": 4},
-    "loss and accuracy of 16 records a task, every round": {
+    "loss, every round": {"criteria": [MEMORY_LOSS], "records": 16},
+    "loss, every fourth round": {"criteria": [MEMORY_LOSS], "records": 16, "every": 4},
+    "loss and accuracy, every round": {
         "criteria": [MEMORY_LOSS, ACCURACY],
         "records": 16,
     },
