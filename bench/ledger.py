@@ -39,7 +39,7 @@ TIMED: tuple[tuple[type, str, str], ...] = (
 MEMORY_LOSS = {"metric": "memory_loss", "tolerance": 0.5}
 ACCURACY = {"metric": "accuracy", "tolerance": 20.0}
 GATES: Mapping[str, dict[str, Any] | None] = {
-    "none": None,
+    "nothing": None,
     "loss, every round": {"criteria": [MEMORY_LOSS], "records": 16},
     "loss, every fourth round": {"criteria": [MEMORY_LOSS], "records": 16, "every": 4},
     "loss and accuracy, every round": {
@@ -59,7 +59,7 @@ def measure(path: Path, rounds: int, console: Console) -> None:
     config = _settings(path, None)
     rows = [
         {
-            "gate": name,
+            "checked": name,
             **{key: median(run[key] for run in runs) for key in runs[0]},
             "runs": len(runs),
             "model": Path(config.model).name,
@@ -84,12 +84,12 @@ def markdown() -> str:
         f"torch {row['torch']}, at {row['commit'].removesuffix('-dirty')[:7]}. "
         f"A state takes {row['state_mib']:.1f} MiB.",
         "",
-        "| gate | ledger | snapshots | gate | seconds a round |",
+        "| checked by | ledger | snapshots | gate | seconds a round |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         shares = [f"{100 * row[part]:.2f}%" for part in ("ledger", "snapshots", "gate")]
-        lines.append(f"| {row['gate']} | {' | '.join(shares)} | {row['round_s']:.2f} |")
+        lines.append(f"| {row['checked']} | {' | '.join(shares)} | {row['round_s']:.2f} |")
     return "\n".join(lines) + "\n"
 
 
