@@ -27,3 +27,12 @@ def settle(path: Path) -> None:
     path.chmod(0o666 & ~mask)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Bring a folder's entries to disk: new names, and those that were given up."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

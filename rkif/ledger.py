@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rkif.files import sync_folder
+
 Record = dict[str, Any]
 START = "0" * 64
 OWN = ("seq", "previous", "hash")
@@ -75,7 +77,7 @@ class Ledger:
         finally:
             os.close(descriptor)
         if new:
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         self.records.append(json.loads(line))
         return self.records[-1]
 
@@ -140,11 +142,3 @@ def canonical(record: Mapping[str, Any]) -> bytes:
         ValueError: a number is NaN or infinite, which JSON has no name for.
     """
     return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

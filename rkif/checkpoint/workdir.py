@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rkif.checkpoint.source import UnfitError
-from rkif.files import replace_file
+from rkif.files import replace_file, sync_folder
 
 
 class Workdir:
@@ -159,9 +159,9 @@ class Workdir:
         """
         self._require_written(sizes)
         for folder in (*(path for path in self.data.rglob("*") if path.is_dir()), self.data):
-            _sync_folder(folder)
+            sync_folder(folder)
         os.rename(self.data, self._out)
-        _sync_folder(self._out.parent)
+        sync_folder(self._out.parent)
         self.remove()
 
     def remove(self) -> None:
@@ -194,11 +194,3 @@ def clear(out: Path) -> None:
     if partial.exists():
         with contextlib.suppress(Timeout), FileLock(partial / "lock", blocking=False):
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
