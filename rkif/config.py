@@ -59,6 +59,9 @@ def merge_weights(rule: str | MergeWeights) -> MergeWeights:
     return RULES[rule]
 
 
+_SWITCHES = ("clear_inner", "clear_outer", "refresh_outer", "pack_inner", "offload", "fp32_master")
+
+
 @dataclass(frozen=True)
 class FusionConfig:
     """How importance is measured, what is kept, and how the two task vectors are merged.
@@ -82,6 +85,12 @@ class FusionConfig:
         nonfinite: a round that saw a non-finite importance is an error at its fusion ("raise"), or its
             fusion is refused and the parameters return to the round's start ("skip").
         state_dtype: storage of S and U, torch.float32 or torch.bfloat16 (or its name).
+        pack_inner: when the inner phase ends, keep of the inner learner's importance one bit an element,
+            whether it is selected, and free S and U until the next round: the same results in less memory.
+        offload: keep the copies of the parameters (the round's base, the inner learner's end, the fusion's
+            result) in the host's memory: the same results in less of a GPU's, for copies over its bus.
+        fp32_master: where parameters are bfloat16 or float16, keep the round's base in float32, so that what
+            a fusion's rounding takes away is there again in the next; without it, rounding adds up.
 
     Raises:
         ValueError, TypeError: a setting outside its range, naming it.
@@ -101,6 +110,9 @@ class FusionConfig:
     refresh_outer: bool = True
     nonfinite: Nonfinite = "raise"
     state_dtype: torch.dtype = torch.float32
+    pack_inner: bool = False
+    offload: bool = False
+    fp32_master: bool = True
 
     def __post_init__(self) -> None:
         for name in ("density", "beta1", "beta2"):
@@ -114,9 +126,11 @@ class FusionConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
-        for name in ("clear_inner", "clear_outer", "refresh_outer"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
+        if self.pack_inner and not self.clear_inner:
+            raise ValueError("pack_inner=True gives the inner importance up: it needs clear_inner=True")
         if isinstance(self.state_dtype, str):
             object.__setattr__(self, "state_dtype", getattr(torch, self.state_dtype, self.state_dtype))
         if self.state_dtype not in STATE_DTYPES:

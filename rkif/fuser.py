@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
@@ -12,10 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from rkif.config import FusionConfig, merge_weights
-from rkif.fusion import FusionReport, Thresholds, fuse_lists
+from rkif.fusion import FusionReport, Thresholds, fuse_lists, report_of
 from rkif.gate import Gate, Gatekeeper
 from rkif.importance import Importance
 from rkif.params import trainable_parameters
+from rkif.sharding import local, local_as, owned, ranks_of, spread_as
+from rkif.snapshots import Snapshot, in_turns
+from rkif.streamed import fuse_in_turns, squared_distance
+from rkif.thresholds import sharded_thresholds
+from rkif_kernels import Scores, score_thresholds
 from rkif_kernels.types import CASES
 
 Learner = Literal["inner", "outer"]
@@ -34,7 +40,11 @@ class Fuser:
 
     Gradients must be those the step will use: accumulated, unscaled, clipped. Memory beside the model: a copy
     of the parameters from the start, a second one in the outer phase, a third while they are fused; and S,
-    perhaps U, for either learner.
+    perhaps U, for either learner. The config can have less of each: see docs/memory.md.
+
+    Wrapped models (DDP, FSDP2's ``fully_shard``, tensor parallelism, ``torch.compile``) are given as they
+    are. Where parameters are spread over processes every method but :meth:`observe` must be called by all
+    of them; a call that fails on one fails on all, with the cause. See docs/distributed.md.
 
     Args:
         parameters: a module, or an iterable of (name, parameter); the trainable ones take part.
@@ -51,7 +61,9 @@ class Fuser:
         last_report: report of the last fusion, or None.
 
     Raises:
-        TypeError, ValueError: nothing is trainable, parameters on several devices, unsupported dtypes.
+        TypeError, ValueError: nothing is trainable, parameters on several devices, unsupported dtypes, or a
+            model that is spread in a way that hides its gradients (DeepSpeed, FSDP1).
+        RuntimeError: other settings or parameters than on another rank.
     """
 
     def __init__(
@@ -66,17 +78,31 @@ class Fuser:
             raise TypeError(f"config must be a FusionConfig; got {type(config).__name__}")
         if gate is not None and not isinstance(gate, Gate):
             raise TypeError(f"gate must be a Gate; got {type(gate).__name__}")
-        self._gatekeeper = None if gate is None else Gatekeeper(gate)
         self._parameters = trainable_parameters(parameters)
+        self._ranks, self._sharded = ranks_of(parameters, list(self._parameters.items()))
+        self._require_agreement()
+        self._gatekeeper = None
+        if gate is not None:
+            self._gatekeeper = Gatekeeper(gate, self._ranks.mean)
+        parts = self._parts()
+        named = dict(zip(self._parameters, parts, strict=True))
         self._importance: dict[Learner, Importance] = {
-            "inner": Importance(self._parameters, self.config),
-            "outer": Importance(self._parameters, self.config),
+            "inner": Importance(named, self.config),
+            "outer": Importance(named, self.config),
         }
-        self._base = [parameter.detach().clone() for parameter in self._parameters.values()]
-        self._inner: list[Tensor] = []  # parameters where the inner learner stopped; only in the outer phase
-        # Importance at the start of the round, which a gate may return to; empty without one.
-        self._start = {name: t.clone() for name, t in self._known_importance().items() if gate is not None}
-        self._nonfinite = torch.zeros((), dtype=torch.int64, device=self._base[0].device)
+        self._dtypes = [part.dtype for part in parts]
+        masters = [torch.promote_types(dtype, torch.float32) for dtype in self._dtypes]
+        self._base_dtypes = masters if self.config.fp32_master else self._dtypes
+        self._base = self._snapshot(self._base_dtypes, parts)
+        self._inner: Snapshot | None = None  # where the inner learner stopped; only in the outer phase
+        # Importance at the start of the round, which a gate may return to where it is not zero.
+        self._start = {name: t.clone() for name, t in self._kept_importance().items() if gate is not None}
+        # Elements whose importance was not finite: those that this process counts, and its replicas.
+        self._nonfinite = torch.zeros(2, dtype=torch.int64, device=parts[0].device)
+        flags = [owned(parameter) for parameter in self._parameters.values()]
+        counted = ([i for i, own in enumerate(flags) if own], [i for i, own in enumerate(flags) if not own])
+        self._counted = [numbers for numbers in counted if numbers]
+        self._owned = frozenset(counted[0])
         self._with_gradient: set[str] = set()
         self._observed: dict[Learner, int] = {"inner": 0, "outer": 0}
         self.phase: Learner = "inner"
@@ -97,9 +123,14 @@ class Fuser:
         It goes to the learner whose phase it is. A parameter without a gradient counts as one with a zero
         gradient. Elements with a non-finite importance are left as they were, and counted.
         """
-        gradients = [parameter.grad for parameter in self._parameters.values()]
+        gradients = self._gradients()
         if self.phase == "inner" or self.config.refresh_outer or self.round == 0:
-            self._importance[self.phase].update(list(self._parameters.values()), gradients, self._nonfinite)
+            parts, learner = self._parts(), self._importance[self.phase]
+            for numbers in self._counted:
+                place = 0 if numbers[0] in self._owned else 1
+                learner.update(parts, gradients, self._nonfinite[place : place + 1], numbers)
+        if self._inner is not None:
+            self._inner.settle()  # the step that follows changes what is still being copied
         self._observed[self.phase] += 1
         if len(self._with_gradient) < len(self._parameters):
             self._with_gradient.update(
@@ -118,8 +149,12 @@ class Fuser:
             raise RuntimeError(
                 "begin_outer() was called twice in a round; end the round with fuse() or rollback()"
             )
-        with torch.inference_mode(False):
-            self._inner = [parameter.detach().clone() for parameter in self._parameters.values()]
+        if self.config.pack_inner:
+            (thresholds,) = self._thresholds(["inner"])
+        inner = self._snapshot(self._dtypes, self._parts())
+        if self.config.pack_inner:
+            self._importance["inner"].pack(thresholds)
+        self._inner = inner
         self.phase = "outer"
 
     def fuse(self) -> FusionReport:
@@ -132,23 +167,25 @@ class Fuser:
                 Parameters, importance and the round are as before then: call :meth:`rollback` to give
                 the round up.
         """
-        if self.phase != "outer":
-            raise RuntimeError(
-                "fuse() was called in the inner phase; call begin_outer() first, or use `with outer()`"
-            )
-        for learner, observed in self._observed.items():
-            if observed == 0:
-                raise RuntimeError(f"observe() was never called for the {learner} learner in this round")
-        for name in self._parameters:
-            if name not in self._with_gradient:
+        with self._ranks.together():
+            if self.phase != "outer":
+                raise RuntimeError(
+                    "fuse() was called in the inner phase; call begin_outer() first, or use `with outer()`"
+                )
+            for learner, observed in self._observed.items():
+                if observed == 0:
+                    raise RuntimeError(f"observe() was never called for the {learner} learner in this round")
+        seen = torch.tensor([int(name in self._with_gradient) for name in self._parameters])
+        for name, count in zip(self._parameters, self._over_ranks(seen).tolist(), strict=True):
+            if not count:
                 raise ValueError(f"parameter {name!r} had no gradient in any observe() of this round")
-        nonfinite = int(self._nonfinite)
+        nonfinite = int(self._over_ranks(self._nonfinite)[0])
         if nonfinite and self.config.nonfinite == "raise":
             raise RuntimeError(
                 f"{nonfinite} elements had a non-finite importance |w*g| in this round (NaN or infinite "
                 "gradients or weights); nothing was fused. rollback() returns to the round's start"
             )
-        report = self._refused(nonfinite) if nonfinite else self._fused()
+        report = self._refused(nonfinite) if nonfinite else self._fuse()
         self._end_round()
         self.last_report = report
         return report
@@ -157,10 +194,12 @@ class Fuser:
     def outer(self) -> Iterator[Fuser]:
         """The outer phase as a block; leaving it fuses.
 
-        An exception in the block leaves the round as it is.
+        An exception in the block leaves the round as it is. Other ranks, which may be waiting for this one,
+        fail with it.
         """
         self.begin_outer()
-        yield self
+        with self._ranks.announced():
+            yield self
         self.fuse()
 
     def rollback(self) -> None:
@@ -169,36 +208,45 @@ class Fuser:
         What the outer learner has observed stays in its importance, as after a fusion, unless the config
         clears it.
         """
-        self._return_to_base()
+        self._base.give(self._parts())
         self._end_round()
 
     def scores(self, learner: Learner) -> dict[str, Tensor]:
-        """Name -> importance scores so far: float32 copies of the parameters' shapes.
+        """Name -> importance scores so far: float32 copies of the parameters' shapes, spread as they are.
 
         Raises:
             ValueError: ``learner`` is neither "inner" nor "outer".
+            RuntimeError: the inner learner's have been packed into a mask (``pack_inner``).
         """
         if learner not in self._importance:
             raise ValueError(f"learner must be 'inner' or 'outer'; got {learner!r}")
-        return self._importance[learner].score_copies()
+        if self._importance[learner].packed:
+            raise RuntimeError("pack_inner=True: of the inner scores only a mask is left in the outer phase")
+        return self._spread(self._importance[learner].score_copies())
 
     def base(self) -> dict[str, Tensor]:
-        """Name -> the parameters at the start of the round, as copies."""
-        return {name: t.clone() for name, t in zip(self._parameters, self._base, strict=True)}
+        """Name -> the parameters at the start of the round, as copies, spread as they are."""
+        copies = [torch.empty_like(part) for part in self._parts()]
+        self._base.give(copies)
+        return self._spread(dict(zip(self._parameters, copies, strict=True)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on from here, at any point of a round, beside the parameters themselves.
 
         Returns:
-            A flat dict of tensors that share no memory, as safetensors wants them.
+            A flat dict of tensors that share no memory, as safetensors wants them; those of the parameters'
+            shapes spread as the parameters are, as ``torch.distributed.checkpoint`` wants them.
         """
+        self._settle_host()
         state = {
-            name: tensor.clone(memory_format=torch.contiguous_format)
-            for name, tensor in self._tensors(with_inner=bool(self._inner)).items()
+            name: spread_as(tensor.to(memory_format=torch.contiguous_format, copy=True), self._of(name))
+            for name, tensor in self._tensors().items()
         }
         if self._gatekeeper is not None:
             state |= {f"gate.{name}": tensor for name, tensor in self._gatekeeper.tensors().items()}
-        state["nonfinite"] = self._nonfinite.clone()
+        if (thresholds := self._importance["inner"].thresholds) is not None:
+            state["inner_thresholds"] = thresholds.clone()
+        state["nonfinite"] = self._over_ranks(self._nonfinite)[0].clone()
         state["phase"] = torch.tensor(["inner", "outer"].index(self.phase))
         state["round"] = torch.tensor(self.round)
         state["inner_observed"] = torch.tensor(self.inner_observed)
@@ -212,128 +260,270 @@ class Fuser:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from where :meth:`state_dict` was taken. The parameters must be restored by the caller.
 
+        Tensors may be whole or spread in any way; every process takes its part.
+
         Raises:
             ValueError: other names, shapes or dtypes than this fuser's; nothing has been changed then.
         """
         scalars = {"nonfinite", "phase", "round", "inner_observed", "outer_observed", "with_gradient"}
-        gate = {"gate.counters", "gate.known"} if self._gatekeeper is not None else set()
-        for name in sorted((scalars | gate) - set(state)):
+        others = {"gate.counters", "gate.known"} if self._gatekeeper is not None else set()
+        for name in sorted((scalars | others) - set(state)):
             raise ValueError(f"the state lacks {name!r}")
         for name in sorted(scalars - {"with_gradient"}):
             number = state[name]
             if number.numel() != 1 or number.is_floating_point() or int(number) < 0:
                 raise ValueError(f"state[{name!r}] must be one whole number; got {number!r}")
         in_outer = bool(state["phase"])
-        if in_outer:
-            inner = [torch.empty_like(base) for base in self._base]
-        expected = self._tensors(with_inner=False)
-        if in_outer:
-            expected |= {f"inner.{name}": t for name, t in zip(self._parameters, inner, strict=True)}
-        for name in sorted(set(state) - scalars - gate ^ set(expected)):
+        packed = in_outer and self.config.pack_inner
+        expected = self._expected(in_outer=in_outer, packed=packed)
+        others |= {"inner_thresholds"} if packed else set()
+        for name in sorted(set(state) - scalars - others ^ set(expected)):
             which = "lacks" if name in expected else "has, unlike this fuser,"
             raise ValueError(f"the state {which} {name!r}")
-        for name, tensor in expected.items():
-            given = state[name]
-            if given.shape != tensor.shape or given.dtype != tensor.dtype:
+        for name, dtype in expected.items():
+            given, shape = state[name], self._of(name).shape
+            if given.shape != shape or given.dtype != dtype:
                 raise ValueError(
                     f"state[{name!r}] is {given.dtype} {tuple(given.shape)}; "
-                    f"this fuser has {tensor.dtype} {tuple(tensor.shape)}"
+                    f"this fuser has {dtype} {tuple(shape)}"
                 )
         if state["with_gradient"].shape != (len(self._parameters),):
             raise ValueError(f"state['with_gradient'] must have {len(self._parameters)} elements")
+        thresholds = state["inner_thresholds"].to(self._nonfinite.device) if packed else None
+        if thresholds is not None and thresholds.shape != (self._thresholds_a_side,):
+            raise ValueError(f"state['inner_thresholds'] must have {self._thresholds_a_side} elements")
 
         if self._gatekeeper is not None:
             stored = {name: state[f"gate.{name}"] for name in ("counters", "known")}
             self._gatekeeper.load_tensors(stored)
-        for name, tensor in expected.items():
-            tensor.copy_(state[name])
-        self._inner = inner if in_outer else []
-        self._nonfinite.copy_(state["nonfinite"])
+        parts = {name: local_as(state[name], self._of(name)) for name in expected}
+        for learner, importance in self._importance.items():
+            prefix = f"{learner}_importance."
+            own = {name[len(prefix) :]: t for name, t in parts.items() if name.startswith(prefix)}
+            importance.load_tensors(own, thresholds if learner == "inner" else None)
+        self._inner = self._snapshot(self._dtypes) if in_outer else None
+        for name, tensor in self._tensors().items():
+            if not name.startswith(("inner_importance.", "outer_importance.")):
+                tensor.copy_(parts[name])
+        # A count that all processes share is one of them to remember.
+        self._nonfinite.copy_(torch.tensor([int(state["nonfinite"]) if self._ranks.rank == 0 else 0, 0]))
+        if not self._sharded:
+            self._nonfinite[0] = int(state["nonfinite"])
         self.phase = "outer" if in_outer else "inner"
         self.round = int(state["round"])
         self._observed = {"inner": int(state["inner_observed"]), "outer": int(state["outer_observed"])}
         flags = zip(sorted(self._parameters), state["with_gradient"].tolist(), strict=True)
         self._with_gradient = {name for name, flag in flags if flag}
 
-    def _tensors(self, *, with_inner: bool) -> dict[str, Tensor]:
-        """The tensors of the state by name, not copies."""
-        tensors = {f"base.{name}": t for name, t in zip(self._parameters, self._base, strict=True)}
-        if with_inner:
-            tensors |= {f"inner.{name}": t for name, t in zip(self._parameters, self._inner, strict=True)}
-        return tensors | self._known_importance() | {f"start.{name}": t for name, t in self._start.items()}
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors of the state that have parameters' shapes, by name; only packed masks are copies."""
+        tensors = {f"base.{name}": t for name, t in zip(self._parameters, self._base.tensors, strict=True)}
+        if self._inner is not None:
+            tensors |= {
+                f"inner.{name}": t for name, t in zip(self._parameters, self._inner.tensors, strict=True)
+            }
+        for learner, importance in self._importance.items():
+            tensors |= {f"{learner}_importance.{name}": t for name, t in importance.tensors().items()}
+        return tensors | {f"start.{name}": t for name, t in self._start.items()}
 
-    def _known_importance(self) -> dict[str, Tensor]:
+    def _expected(self, *, in_outer: bool, packed: bool) -> dict[str, torch.dtype]:
+        """Name -> dtype of the tensors that a state has in a phase."""
+        kinds = {"base": self._base_dtypes} | ({"inner": self._dtypes} if in_outer else {})
+        scores = ["sensitivity", "uncertainty"] if self.config.uses_uncertainty else ["sensitivity"]
+        state_dtypes = [self.config.state_dtype] * len(self._dtypes)
+        for learner in self._importance:
+            mask = packed and learner == "inner"
+            for part in ["mask"] if mask else scores:
+                dtypes = [torch.uint8] * len(self._dtypes) if mask else state_dtypes
+                kinds[f"{learner}_importance.{part}"] = dtypes
+        expected = {
+            f"{kind}.{name}": dtype
+            for kind, dtypes in kinds.items()
+            for name, dtype in zip(self._parameters, dtypes, strict=True)
+        }
+        return expected | {f"start.{name}": tensor.dtype for name, tensor in self._start.items()}
+
+    def _of(self, name: str) -> Tensor:
+        """The parameter that a tensor of the state belongs to."""
+        while name not in self._parameters:
+            name = name.partition(".")[2]
+        return self._parameters[name]
+
+    def _kept_importance(self) -> dict[str, Tensor]:
+        """The importance that outlives a round, not copies."""
+        cleared = {"inner": self.config.clear_inner, "outer": self.config.clear_outer}
         return {
             f"{learner}_importance.{name}": tensor
             for learner, importance in self._importance.items()
+            if not cleared[learner]
             for name, tensor in importance.tensors().items()
         }
 
-    def _fused(self) -> FusionReport:
-        parameters = [parameter.detach() for parameter in self._parameters.values()]
+    def _parts(self) -> list[Tensor]:
+        """The parameters, or what lies of them in this process; not copies."""
+        parameters: list[Tensor] = list(self._parameters.values())
+        return [local(parameter) for parameter in parameters] if self._sharded else parameters
+
+    def _gradients(self) -> list[Tensor | None]:
+        gradients = [parameter.grad for parameter in self._parameters.values()]
+        if not self._sharded:
+            return gradients
+        pairs = zip(gradients, self._parameters.values(), strict=True)
+        return [None if gradient is None else local_as(gradient, parameter) for gradient, parameter in pairs]
+
+    def _spread(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: spread_as(part, self._parameters[name]) for name, part in parts.items()}
+
+    def _snapshot(self, dtypes: Sequence[torch.dtype], values: Sequence[Tensor] | None = None) -> Snapshot:
+        snapshot = Snapshot(self._parts(), dtypes, offload=self.config.offload)
+        if values is not None:
+            snapshot.put(range(len(values)), [value.detach() for value in values])
+        return snapshot
+
+    def _settle_host(self) -> None:
+        for snapshot in (self._base, self._inner):
+            if snapshot is not None:
+                snapshot.settle_host()
+
+    def _over_ranks(self, counts: Tensor) -> Tensor:
+        """Counts of the parts that lie here, over all processes that have others."""
+        return self._ranks.total(counts) if self._sharded else counts
+
+    def _require_agreement(self) -> None:
+        """Refuse ranks that would compute different things, or wait for each other in different places."""
+        described = [(name, p.shape, p.dtype) for name, p in self._parameters.items()]
+        digest = hashlib.sha256(repr((self.config, described)).encode()).digest()[:8]
+        number = torch.tensor([int.from_bytes(digest, "big") >> 1])
+        every = self._ranks.gathered(number).tolist()
+        for rank, other in enumerate(every):
+            if other != every[0]:
+                raise RuntimeError(f"rank {rank} has another config or other parameters than rank 0")
+
+    @property
+    def _thresholds_a_side(self) -> int:
+        return len(self._parameters) if self.config.scope == "tensor" else 1
+
+    def _thresholds(self, learners: Sequence[Learner]) -> list[Tensor]:
+        """Thresholds of what learners have found out, one or one for each parameter, over all processes."""
+        density, scope = self.config.density, self.config.scope
+        sides = [self._importance[learner].scores for learner in learners]
+        if not self._sharded:
+            return [score_thresholds(side, density=density, scope=scope) for side in sides]
+        sizes = [parameter.numel() for parameter in self._parameters.values()]
+        counted = [self._counted_only(side) for side in sides]
+        return sharded_thresholds(counted, sizes, density=density, scope=scope, ranks=self._ranks)
+
+    def _counted_only(self, scores: Scores) -> Scores:
+        """The scores without those of replicas that another process counts."""
+        rows = [
+            [t if number in self._owned else t.reshape(-1)[:0] for number, t in enumerate(row)]
+            for row in (scores.sensitivity, scores.uncertainty)
+            if row is not None
+        ]
+        return Scores(rows[0], rows[1] if len(rows) > 1 else None)
+
+    def _fuse(self) -> FusionReport:
+        """Fuse, let the gate judge, and make of the result the next round's base."""
         # Into memory of its own, which is the next base: so one pass over memory is enough.
-        with torch.inference_mode(False):  # whatever the caller's mode is, later rounds write to it
-            fused = [torch.empty_like(base) for base in self._base]
-        report = fuse_lists(
-            list(self._parameters),
+        with self._ranks.together():
+            fused = self._snapshot(self._base_dtypes)
+        report = self._fused(fused)
+        if self._gatekeeper is None:
+            fused.give(self._parts())
+        else:
+            report = self._gated(self._gatekeeper, fused, report)
+        self._base = fused
+        return report
+
+    def _fused(self, fused: Snapshot) -> FusionReport:
+        assert self._inner is not None
+        inner, outer = self._importance["inner"], self._importance["outer"]
+        names, parts = list(self._parameters), [part.detach() for part in self._parts()]
+        weights = merge_weights(self.config.rule)
+        plain = self._base_dtypes == self._dtypes and not (self.config.offload or self.config.pack_inner)
+        if plain and not self._sharded:
+            return fuse_lists(
+                names,
+                self._base.tensors,
+                self._inner.tensors,
+                parts,
+                inner.scores,
+                outer.scores,
+                out=fused.tensors,
+                density=self.config.density,
+                weights=weights,
+                scope=self.config.scope,
+            )
+        if inner.thresholds is None:
+            inner_thresholds, outer_thresholds = self._thresholds(["inner", "outer"])
+        else:
+            inner_thresholds, (outer_thresholds,) = inner.thresholds, self._thresholds(["outer"])
+        stats = fuse_in_turns(
+            fused,
             self._base,
             self._inner,
-            parameters,
-            self._importance["inner"].scores,
-            self._importance["outer"].scores,
-            out=fused,
-            density=self.config.density,
-            weights=merge_weights(self.config.rule),
-            scope=self.config.scope,
+            parts,
+            (inner, outer),
+            thresholds=(inner_thresholds, outer_thresholds),
+            weights=weights.cases,
+            owned=self._owned,
+            names=names,
         )
-        if self._gatekeeper is None:
-            torch._foreach_copy_(parameters, fused)
-            self._base = fused
-            return report
-        return self._gated(self._gatekeeper, parameters, fused, report)
+        sums = torch.cat(
+            [stats.counts.double(), stats.squared_norms]
+        )  # counts below 2^53 are exact in double
+        summed = self._over_ranks(sums)
+        stats = stats._replace(counts=summed[:4].long(), squared_norms=summed[4:])
+        numel = sum(parameter.numel() for parameter in self._parameters.values())
+        return report_of(names, stats, numel=numel, scope=self.config.scope)
 
-    def _gated(
-        self, gatekeeper: Gatekeeper, parameters: list[Tensor], fused: list[Tensor], report: FusionReport
-    ) -> FusionReport:
-        """Let the gate decide how much of the step from base to ``fused`` is taken."""
+    def _gated(self, gatekeeper: Gatekeeper, fused: Snapshot, report: FusionReport) -> FusionReport:
+        """Let the gate decide how much of the step from base to ``fused`` is taken; ``fused`` becomes that."""
+        parts = [part.detach() for part in self._parts()]
+
+        def share(factor: float) -> Iterator[tuple[int, Tensor]]:
+            for numbers, (starts, ends) in in_turns([self._base, fused]):
+                for number, start, end in zip(numbers, starts, ends, strict=True):
+                    yield number, start.float() + factor * (end.float() - start.float())
 
         @torch.no_grad()
         def take(factor: float) -> None:
-            for parameter, base, end in zip(parameters, self._base, fused, strict=True):
-                if factor in (0.0, 1.0):
-                    parameter.copy_(end if factor else base)
-                else:
-                    start = base.float()
-                    parameter.copy_(start + factor * (end.float() - start))
+            if factor in (0.0, 1.0):
+                (fused if factor else self._base).give(parts)
+                return
+            for number, value in share(factor):
+                parts[number].copy_(value)
 
         # The criteria may fail: then nothing has been fused, and the round can be given up.
-        outer, state = [parameter.clone() for parameter in parameters], gatekeeper.tensors()
+        outer, state = self._snapshot(self._dtypes, parts), gatekeeper.tensors()
         try:
-            verdict = gatekeeper.judge(take)
+            with self._ranks.announced():
+                verdict = gatekeeper.judge(take)
         except BaseException:
-            torch._foreach_copy_(parameters, outer)
+            outer.give(parts)
             gatekeeper.load_tensors(state)
             raise
         if verdict.factor == 0:
-            for name, tensor in self._known_importance().items():
-                tensor.copy_(self._start[name])
-        moved = [(p.float() - b.float()).norm().double() for p, b in zip(parameters, self._base, strict=True)]
-        norms = report.norms | {"update": float(torch.stack(moved).norm())}
-        torch._foreach_copy_(fused, parameters)
-        self._base = fused
+            self._undo_importance()
+        if verdict.factor != 1:
+            for number, value in share(verdict.factor):
+                fused.put([number], [value.to(self._base_dtypes[number])])
+        update = squared_distance(fused, self._base, self._owned)
+        norms = report.norms | {"update": math.sqrt(float(self._over_ranks(update)))}
         return replace(report, norms=norms, applied=verdict.factor > 0, gate=verdict)
 
-    @torch.no_grad()
-    def _return_to_base(self) -> None:
-        for parameter, base in zip(self._parameters.values(), self._base, strict=True):
-            parameter.copy_(base)
+    def _undo_importance(self) -> None:
+        """Back to the round's start: what was kept by its copy, and what was cleared then to zero."""
+        kept = self._kept_importance()
+        for name, tensor in self._start.items():
+            kept[name].copy_(tensor)
 
     def _refused(self, nonfinite: int) -> FusionReport:
-        self._return_to_base()
+        self._base.give(self._parts())
         per_tensor = self.config.scope == "tensor"
         unknown: Thresholds = dict.fromkeys(self._parameters, math.nan) if per_tensor else math.nan
         return FusionReport(
-            numel=sum(base.numel() for base in self._base),
+            numel=sum(parameter.numel() for parameter in self._parameters.values()),
             thresholds=(unknown, unknown),
             counts=dict.fromkeys(CASES, 0),
             norms={"inner": math.nan, "outer": math.nan, "update": 0.0},
@@ -347,8 +537,8 @@ class Fuser:
         if self.config.clear_outer:
             self._importance["outer"].clear()
         for name, tensor in self._start.items():
-            tensor.copy_(self._known_importance()[name])
-        self._inner = []
+            tensor.copy_(self._kept_importance()[name])
+        self._inner = None
         self._nonfinite.zero_()
         self._with_gradient.clear()
         self._observed = {"inner": 0, "outer": 0}

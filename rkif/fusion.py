@@ -12,7 +12,7 @@ from torch import Tensor
 import rkif_kernels
 from rkif.config import MergeWeights, merge_weights
 from rkif.gate import GateReport
-from rkif_kernels import Scores
+from rkif_kernels import FuseStats, Scores
 from rkif_kernels.checks import Arguments
 from rkif_kernels.types import CASES, Backend, OuterFrom, Scope
 
@@ -183,13 +183,18 @@ def fuse_lists(
         names=names,
         backend=backend,
     )
+    return report_of(names, stats, numel=sum(tensor.numel() for tensor in out), scope=scope)
+
+
+def report_of(names: Sequence[str], stats: FuseStats, *, numel: int, scope: Scope) -> FusionReport:
+    """What the kernels have counted, read from the device."""
     found: list[Thresholds] = [
         dict(zip(names, threshold.tolist(), strict=True)) if scope == "tensor" else threshold.item()
         for threshold in stats.thresholds
     ]
     norms = stats.squared_norms.sqrt().tolist()
     return FusionReport(
-        numel=sum(tensor.numel() for tensor in out),
+        numel=numel,
         thresholds=(found[0], found[1]),
         counts=dict(zip(CASES, stats.counts.tolist(), strict=True)),
         norms=dict(zip(("inner", "outer", "update"), norms, strict=True)),

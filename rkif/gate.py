@@ -166,13 +166,18 @@ class GateReport:
 class Gatekeeper:
     """Applies a gate round after round.
 
+    Args:
+        gate: the settings.
+        mean: of figures over several processes, so that these come to the same verdict.
+
     Attributes:
         gate: the settings.
         samples: records that measurements have taken so far.
     """
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, mean: Callable[[list[float]], list[float]] = list) -> None:
         self.gate = gate
+        self._mean = mean
         self.samples = 0
         self._rounds = 0
         # Figures of the parameters that the next round starts from; known if the last round was checked.
@@ -218,7 +223,8 @@ class Gatekeeper:
 
     def _measure(self) -> dict[str, float]:
         self.samples += self.gate.samples
-        return {criterion.name: float(criterion.evaluate()) for criterion in self.gate.criteria}
+        figures = [float(criterion.evaluate()) for criterion in self.gate.criteria]
+        return dict(zip(self.gate.names, self._mean(figures), strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
         """The state, by name."""

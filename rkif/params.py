@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rkif.sharding import local
 from rkif_kernels.checks import Arguments, require_disjoint
+
+# What wraps a module inside a model and shows in its parameters' names.
+_INSIDE = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
-    """Name -> trainable parameter, in the model's order.
+    """Name -> trainable parameter, in the model's order. A wrapped module's names are those without wrapper.
 
     Raises:
-        TypeError: ``source`` is neither a module nor pairs of a name and a parameter, or a dtype is not one
-            that rkif computes with.
+        TypeError: ``source`` is neither a module nor pairs of a name and a parameter, a dtype is not one that
+            rkif computes with, or the parameters are DeepSpeed's or those of the first FSDP.
         ValueError: a name comes twice, two parameters share memory, nothing is trainable, or parameters are
             on several devices.
     """
-    pairs = source.named_parameters() if isinstance(source, nn.Module) else source
-    parameters: dict[str, nn.Parameter] = {}
+    pairs: Any = source
+    if isinstance(source, nn.Module):
+        _refuse_flat(source)
+        wrapped = isinstance(source, nn.parallel.DistributedDataParallel | nn.DataParallel)
+        module: Any = source.module if wrapped else source
+        pairs = ((_INSIDE.sub("", name), parameter) for name, parameter in module.named_parameters())
+    parameters: dict[str, Any] = {}
     for pair in pairs if isinstance(pairs, Iterable) else [pairs]:
         match pair:
             case (str() as name, Tensor() as parameter):
                 if name in parameters:
                     raise ValueError(f"the parameter name {name!r} comes twice")
+                _refuse_zero(name, parameter)
                 if parameter.requires_grad:
                     parameters[name] = parameter
             case _:
@@ -42,9 +53,36 @@ def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]])
     if len(devices) > 1:
         raise ValueError(f"trainable parameters must be on one device; found {', '.join(devices)}")
     arguments = Arguments(list(parameters))
-    arguments.add("parameters", list(parameters.values()))
-    require_disjoint(arguments, list(parameters.values()), {}, argument="parameters")
+    parts = [local(parameter) for parameter in parameters.values()]
+    arguments.add("parameters", parts)
+    require_disjoint(arguments, parts, {}, argument="parameters")
     return parameters
+
+
+def _refuse_flat(module: nn.Module) -> None:
+    for inside in module.modules():
+        # By name: importing the class would warn every user of a module that is on its way out.
+        if type(inside).__name__ == "FullyShardedDataParallel":
+            raise TypeError(
+                "FullyShardedDataParallel (FSDP1) makes one flat parameter of many; use FSDP2: "
+                "torch.distributed.fsdp.fully_shard(model), or fsdp_version: 2 in accelerate"
+            )
+        if type(inside).__name__ == "DeepSpeedEngine":
+            _refuse_deepspeed("a DeepSpeedEngine")
+
+
+def _refuse_zero(name: str, parameter: Tensor) -> None:
+    # What ZeRO leaves on a parameter: stage 3's number, and the link to the float32 master of stages 1 to 3.
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        _refuse_deepspeed(f"the parameter {name!r}")
+
+
+def _refuse_deepspeed(what: str) -> None:
+    raise TypeError(
+        f"{what} is DeepSpeed's: its ZeRO keeps gradients and float32 masters in buffers of its own, so that "
+        ".grad is not the gradient and a fusion of the weights would be undone by the next step; use "
+        "FSDP2 (fully_shard) or DDP instead"
+    )
 
 
 def arena(

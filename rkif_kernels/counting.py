@@ -33,13 +33,15 @@ class CountingSearch:
     Args:
         rank: from 0, below the number of scores.
         guess: two scores between which the answer probably lies, if any are known.
+        bins: at most so many in a window, a power of two; 2^11 end after three passes, too.
     """
 
-    def __init__(self, rank: int, guess: tuple[float, float] | None = None) -> None:
+    def __init__(self, rank: int, guess: tuple[float, float] | None = None, bins: int = BINS) -> None:
         self.rank = rank
+        self._bins = bins
         self._low, self._high = 0, KEYS
         first, last = (_key(score) for score in guess) if guess else (0, KEYS - 1)
-        self.window = _window(first, last + 1)
+        self.window = _window(first, last + 1, bins)
 
     @property
     def done(self) -> bool:
@@ -58,7 +60,7 @@ class CountingSearch:
             self._low = max(self._low, low + (bin_ << shift))
         if bin_ < bins:
             self._high = min(self._high, low + ((bin_ + 1) << shift))
-        self.window = _window(self._low, self._high)
+        self.window = _window(self._low, self._high, self._bins)
 
     def state(self) -> list[int]:
         """What :meth:`restored` needs."""
@@ -72,9 +74,9 @@ class CountingSearch:
         return search
 
 
-def _window(low: int, high: int) -> Window:
-    """The keys from ``low`` to below ``high`` in bins as narrow as :data:`BINS` of them allow."""
-    shift = max((high - low - 1).bit_length() - BINS.bit_length() + 1, 0)
+def _window(low: int, high: int, bins: int) -> Window:
+    """The keys from ``low`` to below ``high``, in bins as narrow as so many of them allow."""
+    shift = max((high - low - 1).bit_length() - bins.bit_length() + 1, 0)
     return Window(low, shift, -(-(high - low) // (1 << shift)))
 
 

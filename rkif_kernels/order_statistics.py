@@ -67,6 +67,20 @@ def per_tensor_scores(scores: Scores) -> Iterator[Scores]:
         )
 
 
+def sample_scores(scores: Scores, step: int) -> Tensor:
+    """Every ``step``-th score in float32, counted through all tensors; read by PyTorch."""
+    picked, offset = [], 0
+    for group in per_tensor_scores(scores):
+        (s,) = group.sensitivity
+        part = s.detach().reshape(-1)[offset::step].float()
+        if group.uncertainty is not None:
+            other = group.uncertainty[0].detach().reshape(-1)[offset::step].float()
+            part = (part - other).abs() if scores.distance else part * other
+        picked.append(part)
+        offset = (offset - s.numel()) % step
+    return torch.cat(picked)
+
+
 def _order_statistic(scores: Scores, rank: int, read: Reader) -> float:
     numel = sum(s.numel() for s in scores.sensitivity)
     if numel <= SMALL:

@@ -6,6 +6,7 @@ from rkif_kernels.ops.select import (
     all_valid_scores,
     count_scores_,
     order_statistic_rank,
+    sample_scores,
     score_thresholds,
     scores_at_ranks,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "fuse_",
     "magnitudes",
     "order_statistic_rank",
+    "sample_scores",
     "score_thresholds",
     "scores_at_ranks",
     "select_and_fuse_",

@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from rkif_kernels import order_statistics
 from rkif_kernels.backend import implementation, on_device
 from rkif_kernels.checks import Arguments, Verified, require_choice, require_fraction
 from rkif_kernels.types import Backend, Scope, Scores
@@ -85,6 +86,22 @@ def count_scores_(
         raise ValueError(f"low must be in [0, 2^31) and shift in [0, 31); got {low!r} and {shift!r}")
     with torch.no_grad(), on_device(device):
         implementation(device, backend).count_scores_(counts, scores, low=low, shift=shift)
+
+
+def sample_scores(scores: Scores, step: int, *, names: Sequence[str] | None = None) -> Tensor:
+    """Every ``step``-th score, counted through all tensors.
+
+    Returns:
+        float32 on the scores' device, as they are: what is negative or NaN too.
+
+    Raises:
+        TypeError, ValueError: for tensors that do not fit together, or a step below 1.
+    """
+    _require_scores(scores, names)
+    if step < 1:
+        raise ValueError(f"step must be at least 1; got {step!r}")
+    with torch.no_grad():
+        return order_statistics.sample_scores(scores, step)
 
 
 def score_thresholds(

@@ -37,16 +37,7 @@ def count_scores_(counts: Tensor, scores: Scores, *, low: int, shift: int) -> No
 
 class _BlockReader:
     def sample(self, scores: Scores, step: int) -> Tensor:
-        picked, offset = [], 0
-        for group in order_statistics.per_tensor_scores(scores):
-            (s,) = group.sensitivity
-            part = s.detach().reshape(-1)[offset::step].float()
-            if group.uncertainty is not None:
-                other = group.uncertainty[0].detach().reshape(-1)[offset::step].float()
-                part = (part - other).abs() if scores.distance else part * other
-            picked.append(part)
-            offset = (offset - s.numel()) % step
-        return torch.cat(picked)
+        return order_statistics.sample_scores(scores, step)
 
     def split(self, scores: Scores, lower: float, upper: float, capacity: int) -> order_statistics.Split:
         scratch = Scratch(scores.sensitivity[0].device)

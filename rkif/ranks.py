@@ -1,0 +1,148 @@
+"""The processes that hold a model together, and how they find out that one of them has failed."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
+
+# How long a waiting process lets pass before it asks again whether another has failed, in seconds.
+_FIRST_PAUSE, _LONGEST_PAUSE = 1e-5, 0.05
+
+_made: Counter[str] = Counter()  # every process makes its own in the same order, so the numbers agree
+
+
+class Ranks:
+    """The ranks of a process group; without a group, one process on its own, for which nothing is sent.
+
+    Args:
+        group: the processes among which the parameters are spread, or which hold replicas of them.
+        device: where the group's tensors must be for it to send them.
+
+    Attributes:
+        size, rank: number of processes, and the place of this one among them.
+    """
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self._group, self._device = group, device
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self._broken: str | None = None
+        if group is not None:
+            name = group.group_name
+            self._failure = f"rkif/{name}/{_made[name]}/failure"
+            _made[name] += 1
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks; of whole numbers exactly, of others with the same bits on every rank."""
+        if self.size == 1:
+            return tensor
+        sent = tensor.to(self._device, copy=True)
+        self._complete(lambda: dist.all_reduce(sent, group=self._group, async_op=True))
+        return sent.to(tensor.device)
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """The ranks' one-dimensional tensors one after the other; their lengths may differ, and may be 0."""
+        if self.size == 1:
+            return tensor
+        sizes = torch.zeros(self.size, dtype=torch.int64, device=self._device)
+        sizes[self.rank] = tensor.numel()
+        lengths = self.total(sizes).tolist()
+        padded = torch.zeros(max(lengths), dtype=tensor.dtype, device=self._device)
+        padded[: tensor.numel()] = tensor
+        found = [torch.empty_like(padded) for _ in lengths]
+        self._complete(lambda: dist.all_gather(found, padded, group=self._group, async_op=True))
+        parts = [part[:length] for part, length in zip(found, lengths, strict=True)]
+        return torch.cat(parts).to(tensor.device)
+
+    def mean(self, figures: Sequence[float]) -> list[float]:
+        """The ranks' means of some figures, the same on all."""
+        if self.size == 1:
+            return list(figures)
+        found: list[float] = (self.total(torch.tensor(figures, dtype=torch.float64)) / self.size).tolist()
+        return found
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block without communication that no rank has passed if it fails on one: then it fails on all.
+
+        Raises:
+            RuntimeError: it has failed on another rank; the message has the rank and the cause.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._causes(f"{type(error).__name__}: {error}")
+            raise
+        if causes := self._causes(None):
+            raise RuntimeError("; ".join(causes))
+
+    def _causes(self, own: str | None) -> list[str]:
+        """What has failed, by rank, after all have said how they fare."""
+        if self.size == 1:
+            return []
+        if not int(self.total(torch.tensor(int(own is not None)))):
+            return []
+        text = torch.tensor(list((own or "").encode()), dtype=torch.uint8)
+        length = torch.zeros(self.size, dtype=torch.int64)
+        length[self.rank] = text.numel()
+        lengths, content = self.total(length).tolist(), bytes(self.gathered(text).tolist())
+        starts = [sum(lengths[:rank]) for rank in range(self.size)]
+        said = (content[a : a + n].decode(errors="replace") for a, n in zip(starts, lengths, strict=True))
+        return [f"rank {rank} failed: {cause}" for rank, cause in enumerate(said) if cause]
+
+    @contextmanager
+    def announced(self) -> Iterator[None]:
+        """A block with communication of others', such as training steps, of which a rank may drop out.
+
+        What fails in it is left where ranks that wait for this one look; after that they can do nothing
+        together any more. No process waits here.
+
+        Raises:
+            RuntimeError: the block has failed because another rank did; the message has its cause.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.size > 1:
+                if cause := self._announcement():
+                    raise RuntimeError(cause) from error
+                self._broken = f"rank {self.rank} failed: {type(error).__name__}: {error}"
+                _get_default_store().set(self._failure, self._broken)
+            raise
+
+    def _announcement(self) -> str | None:
+        """What another rank has left, if one has failed and the store can still be reached."""
+        try:
+            store = _get_default_store()
+            if self._broken is None and store.check([self._failure]):
+                self._broken = store.get(self._failure).decode()
+        except (RuntimeError, ValueError):  # the store went with the process that had it
+            return None
+        return self._broken
+
+    def _complete(self, start: Any) -> None:
+        """Send and receive; fails, instead of waiting for ever, if a rank announces that it has failed."""
+        if self._broken is not None:
+            raise RuntimeError(f"{self._broken}; the ranks cannot go on together")
+        try:
+            work, pause, asked = start(), _FIRST_PAUSE, time.monotonic()
+            while not work.is_completed():
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                if time.monotonic() - asked > _LONGEST_PAUSE:
+                    asked = time.monotonic()
+                    if cause := self._announcement():
+                        raise RuntimeError(cause)
+            work.wait()
+        except RuntimeError as error:
+            if (cause := self._announcement()) and cause != str(error):
+                raise RuntimeError(cause) from error
+            raise
