@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from rkif.importance import Importance
 from rkif.params import trainable_parameters
 from rkif.sharding import local, local_as, owned, ranks_of, spread_as
 from rkif.snapshots import Snapshot, in_turns
+from rkif.state import read_state, write_state
 from rkif.streamed import fuse_in_turns, squared_distance
 from rkif.thresholds import sharded_thresholds
 from rkif_kernels import Scores, score_thresholds
@@ -315,6 +317,29 @@ class Fuser:
         flags = zip(sorted(self._parameters), state["with_gradient"].tolist(), strict=True)
         self._with_gradient = {name for name, flag in flags if flag}
 
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write :meth:`state_dict` into a folder, with ``torch.distributed.checkpoint``: safetensors files.
+
+        Raises:
+            RuntimeError, OSError: it could not be written; a folder that was there before still is then.
+        """
+        write_state(folder, self.state_dict(), self._ranks)
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Go on from what :meth:`save` wrote, on as many processes or on others.
+
+        Raises:
+            FileNotFoundError, RuntimeError: it could not be read.
+            ValueError: see :meth:`load_state_dict`.
+        """
+
+        def room(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+            parameter = next((p for n, p in self._parameters.items() if name.endswith(f".{n}")), None)
+            alike = parameter is not None and parameter.shape == shape
+            return torch.empty_like(parameter, dtype=dtype) if alike else torch.empty(shape, dtype=dtype)
+
+        self.load_state_dict(read_state(folder, room, self._ranks))
+
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors of the state that have parameters' shapes, by name; only packed masks are copies."""
         tensors = {f"base.{name}": t for name, t in zip(self._parameters, self._base.tensors, strict=True)}
@@ -478,7 +503,7 @@ class Fuser:
         return report_of(names, stats, numel=numel, scope=self.config.scope)
 
     def _gated(self, gatekeeper: Gatekeeper, fused: Snapshot, report: FusionReport) -> FusionReport:
-        """Let the gate decide how much of the step from base to ``fused`` is taken; ``fused`` becomes that."""
+        """Let the gate decide how much of the step from base to ``fused`` is taken; ``fused`` gets it."""
         parts = [part.detach() for part in self._parts()]
 
         def share(factor: float) -> Iterator[tuple[int, Tensor]]:

@@ -27,11 +27,12 @@ class Ranks:
         device: where the group's tensors must be for it to send them.
 
     Attributes:
+        group: the process group; None for one process.
         size, rank: number of processes, and the place of this one among them.
     """
 
     def __init__(self, group: Any, device: torch.device) -> None:
-        self._group, self._device = group, device
+        self.group, self._device = group, device
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self._broken: str | None = None
@@ -45,7 +46,7 @@ class Ranks:
         if self.size == 1:
             return tensor
         sent = tensor.to(self._device, copy=True)
-        self._complete(lambda: dist.all_reduce(sent, group=self._group, async_op=True))
+        self._complete(lambda: dist.all_reduce(sent, group=self.group, async_op=True))
         return sent.to(tensor.device)
 
     def gathered(self, tensor: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class Ranks:
         padded = torch.zeros(max(lengths), dtype=tensor.dtype, device=self._device)
         padded[: tensor.numel()] = tensor
         found = [torch.empty_like(padded) for _ in lengths]
-        self._complete(lambda: dist.all_gather(found, padded, group=self._group, async_op=True))
+        self._complete(lambda: dist.all_gather(found, padded, group=self.group, async_op=True))
         parts = [part[:length] for part, length in zip(found, lengths, strict=True)]
         return torch.cat(parts).to(tensor.device)
 

@@ -26,7 +26,7 @@ def local(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def local_as(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """What of ``tensor``, which has the parameter's shape, belongs to this process's part of ``parameter``."""
+    """What of ``tensor``, of the parameter's shape, belongs to this process's part of ``parameter``."""
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
         if isinstance(tensor, DTensor):

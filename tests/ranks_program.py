@@ -1,0 +1,278 @@
+"""What the tests of several processes run under torchrun: `ranks_program.py SCENARIO FOLDER`.
+
+Gradients are made from a seed, whole, and every process takes its part: so one process, replicas and shards
+are given the same ones, and must end with the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+import rkif
+import rkif.thresholds
+
+CONFIGS = {
+    "paper": rkif.FusionConfig.paper(),
+    "release": rkif.FusionConfig.release(clear_inner=False, clear_outer=True, density=0.3),
+    "tensor": rkif.FusionConfig.paper(scope="tensor", density=0.4),
+    "packed": rkif.FusionConfig.release(pack_inner=True, offload=True),
+    "packed_tensor": rkif.FusionConfig.release(pack_inner=True, scope="tensor"),
+    "everything": rkif.FusionConfig.paper(density=1),
+    "nothing": rkif.FusionConfig.release(density=0),
+    "bf16": rkif.FusionConfig.release(state_dtype="bfloat16"),
+}
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Rows that two and three ranks share unevenly, and tensors of which some ranks have none."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 1), nn.LayerNorm(1), nn.Linear(1, 5, bias=False)
+    ).to(dtype)
+
+
+def spread(model: nn.Module, kind: str) -> nn.Module:
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    if kind == "fsdp":
+        for module in model:
+            if any(True for _ in module.parameters()):
+                fully_shard(module)
+        fully_shard(model)
+    if kind == "hsdp":  # replicas of shards: every element lies in two processes, and counts once
+        mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replica", "shard"))
+        fully_shard(model, mesh=mesh)
+    if kind == "columns":  # tensor parallelism shards weights by columns too, and leaves biases replicated
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                how = [Shard(1)] if parameter.dim() == 2 else None
+                module.register_parameter(name, nn.Parameter(distribute_tensor(parameter.data, mesh, how)))
+    return model
+
+
+def bare(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def set_gradients(model: nn.Module, step: int) -> None:
+    """The same whole gradients in every process; some are coarse, so that scores tie."""
+    generator = torch.Generator().manual_seed(step)
+    for parameter in bare(model).parameters():
+        whole = torch.randn(parameter.shape, generator=generator).mul(4).round().div(4).to(parameter.dtype)
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        parameter.grad = whole
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+class Momentum(torch.optim.Optimizer):
+    """Gradient descent with momentum in separate float32 products and sums.
+
+    PyTorch's own rounds 16-bit elements differently in the last few of a tensor than in the others.
+    """
+
+    def __init__(self, parameters: Iterator[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, dtype=torch.float32)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            buffer = self.state[parameter]["momentum_buffer"]
+            buffer.mul_(0.9).add_(parameter.grad.float())
+            parameter.copy_(parameter.float() - buffer * self.param_groups[0]["lr"])
+
+
+class Loop:
+    """Events 0..2 are inner steps, 3 begins the outer phase, 4 and 5 are outer steps, 6 fuses; and again."""
+
+    def __init__(self, model: nn.Module, config: rkif.FusionConfig) -> None:
+        self.model = model
+        self.inner, self.outer = (Momentum(model.parameters(), lr) for lr in (0.05, 0.1))
+        self.fuser = rkif.Fuser(model, config)
+        self.reports: list[dict[str, object]] = []
+
+    def run(self, events: range) -> None:
+        for event in events:
+            phase = event % 7
+            if phase == 3:
+                self.fuser.begin_outer()
+            elif phase == 6:
+                self.reports.append(self.fuser.fuse().to_dict())
+            else:
+                optimizer = self.inner if phase < 3 else self.outer
+                set_gradients(self.model, event)
+                self.fuser.observe()
+                optimizer.step()
+
+    def result(self) -> dict[str, Tensor]:
+        found = {name: whole(p) for name, p in bare(self.model).named_parameters()}
+        found |= {f"state.{name}": whole(t) for name, t in self.fuser.state_dict().items()}
+        for learner in ("inner", "outer"):
+            found |= {f"scores.{learner}.{n}": whole(t) for n, t in self.fuser.scores(learner).items()}
+        return found
+
+
+def keep(folder: Path, name: str, tensors: dict[str, Tensor], reports: object) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        save_file(tensors, folder / f"{name}.safetensors")
+        (folder / f"{name}.json").write_text(json.dumps(reports))
+
+
+def same_bits(folder: Path) -> None:
+    """Three rounds with every config, spread in every way; also where samples are too few to be all."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    kinds = {1: ["alone"], 4: ["hsdp"]}.get(world, ["ddp", "fsdp", "columns"])
+    for kind in kinds:
+        for name, config in CONFIGS.items():
+            for sample in (1 << 18, 8):
+                rkif.thresholds.SAMPLE = sample
+                dtype = torch.bfloat16 if name == "bf16" else torch.float32
+                loop = Loop(spread(make_model(dtype), kind), config)
+                loop.run(range(21))
+                keep(folder, f"{kind}-{name}-{sample}", loop.result(), loop.reports)
+
+
+def training(folder: Path) -> None:
+    """Real steps: every rank has batches of its own, inner and outer; all end with the same parameters."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for kind in ("ddp", "fsdp"):
+        model = spread(make_model(), kind)
+        loop = Loop(model, rkif.FusionConfig.paper())
+        for event in range(14):
+            phase = event % 7
+            if phase in (3, 6):
+                loop.run(range(event, event + 1))
+                continue
+            generator = torch.Generator().manual_seed(100 * event + rank)
+            model.zero_grad()
+            model(torch.randn(3, 6, generator=generator)).square().mean().backward()
+            loop.fuser.observe()
+            (loop.inner if phase < 3 else loop.outer).step()
+        own = torch.cat([whole(p).flatten() for p in bare(model).parameters()])
+        every = [torch.empty_like(own) for _ in range(world)]
+        dist.all_gather(every, own)
+        keep(folder, f"training-{kind}", dict(zip("abcd", every, strict=False)), loop.reports)
+
+
+def save(folder: Path) -> None:
+    """Up to the middle of an outer phase, for another number of ranks to go on from."""
+    for kind in ["alone"] if not dist.is_initialized() else ["ddp", "fsdp"]:
+        for name in ("release", "packed", "bf16"):
+            dtype = torch.bfloat16 if name == "bf16" else torch.float32
+            loop = Loop(spread(make_model(dtype), kind), CONFIGS[name])
+            loop.run(range(12))
+            where = folder / f"{kind}-{name}-middle"
+            loop.fuser.save(where / "fuser")
+            dcp.save(_rest(loop), checkpoint_id=where / "rest", no_dist=not dist.is_initialized())
+
+
+def resume(folder: Path) -> None:
+    """Goes on from every middle that there is, each way of spreading from each."""
+    for where in sorted(folder.glob("*-middle")):
+        name = where.name.split("-")[1]
+        dtype = torch.bfloat16 if name == "bf16" else torch.float32
+        for kind in ["alone"] if not dist.is_initialized() else ["ddp", "fsdp"]:
+            loop = Loop(spread(make_model(dtype), kind), CONFIGS[name])
+            loop.fuser.load(where / "fuser")
+            dcp.load(_rest(loop), checkpoint_id=where / "rest", no_dist=not dist.is_initialized())
+            loop.run(range(12, 21))
+            keep(folder, f"{where.name}-{kind}", loop.result(), loop.reports)
+
+
+def _rest(loop: Loop) -> dict[str, Tensor]:
+    """Parameters and momentum, not copies."""
+    named = dict(bare(loop.model).named_parameters())
+    state: dict[str, Tensor] = {name: p.data for name, p in named.items()}
+    for which, optimizer in (("inner", loop.inner), ("outer", loop.outer)):
+        state |= {f"{which}.{name}": optimizer.state[p]["momentum_buffer"] for name, p in named.items()}
+    return state
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """The process group, where torchrun has started several."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def drops_out(folder: Path) -> None:
+    """Rank 1 fails in the outer phase, between gradients of its own; the others are already fusing."""
+    loop = Loop(spread(make_model(), "fsdp"), CONFIGS["paper"])
+    loop.run(range(3))
+    with loop.fuser.outer():
+        loop.run(range(4, 6))
+        if dist.get_rank() == 1:
+            raise OSError("the disk with the memory is gone")
+
+
+def gets_nan(folder: Path) -> None:
+    """One element of one shard has no number as gradient."""
+    loop = Loop(spread(make_model(), "fsdp"), CONFIGS["paper"])
+    loop.run(range(3))
+    loop.fuser.begin_outer()
+    set_gradients(loop.model, 4)
+    if dist.get_rank() == 1:
+        loop.model[0].weight.grad.to_local()[0, 0] = torch.nan
+    loop.fuser.observe()
+    before = loop.fuser.state_dict()
+    try:
+        loop.fuser.fuse()
+    finally:
+        after = loop.fuser.state_dict()
+        assert all(torch.equal(whole(before[name]), whole(after[name])) for name in before)
+        print("untouched", flush=True)
+
+
+def fails_in_fuse(folder: Path) -> None:
+    """Rank 1 has observed nothing; all give the round up together and go on."""
+    loop = Loop(spread(make_model(), "fsdp"), CONFIGS["paper"])
+    loop.run(range(3))
+    loop.fuser.begin_outer()
+    if dist.get_rank() != 1:
+        set_gradients(loop.model, 4)
+        loop.fuser.observe()
+    try:
+        loop.fuser.fuse()
+    except RuntimeError as error:
+        print(f"rank {dist.get_rank()} was told: {error}", flush=True)
+    loop.fuser.rollback()
+    loop.run(range(7, 14))
+    print(f"rank {dist.get_rank()} goes on in round {loop.fuser.round}", flush=True)
+
+
+def other_config(folder: Path) -> None:
+    density = 0.2 + 0.1 * dist.get_rank()
+    rkif.Fuser(spread(make_model(), "fsdp"), rkif.FusionConfig.paper(density=density))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with processes():
+        globals()[sys.argv[1]](Path(sys.argv[2]))
