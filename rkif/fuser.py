@@ -268,8 +268,7 @@ class Fuser:
             ValueError: other names, shapes or dtypes than this fuser's; nothing has been changed then.
         """
         scalars = {"nonfinite", "phase", "round", "inner_observed", "outer_observed", "with_gradient"}
-        others = {"gate.counters", "gate.known"} if self._gatekeeper is not None else set()
-        for name in sorted((scalars | others) - set(state)):
+        for name in sorted(scalars - set(state)):
             raise ValueError(f"the state lacks {name!r}")
         for name in sorted(scalars - {"with_gradient"}):
             number = state[name]
@@ -278,9 +277,10 @@ class Fuser:
         in_outer = bool(state["phase"])
         packed = in_outer and self.config.pack_inner
         expected = self._expected(in_outer=in_outer, packed=packed)
+        others = {"gate.counters", "gate.known"} if self._gatekeeper is not None else set()
         others |= {"inner_thresholds"} if packed else set()
-        for name in sorted(set(state) - scalars - others ^ set(expected)):
-            which = "lacks" if name in expected else "has, unlike this fuser,"
+        for name in sorted(set(state) - scalars ^ (set(expected) | others)):
+            which = "has, unlike this fuser," if name in state else "lacks"
             raise ValueError(f"the state {which} {name!r}")
         for name, dtype in expected.items():
             given, shape = state[name], self._of(name).shape
