@@ -92,10 +92,11 @@ def _watched() -> Iterator[list[dict[str, Any]]]:
     fuse = Fuser.fuse
 
     def watched(fuser: Fuser) -> Any:
-        base, outer = _flat(fuser._base), _flat(fuser._parameters.values())
-        tau_in, tau_out = _flat(fuser._inner) - base, outer - _flat(fuser._inner)
+        state = fuser.state_dict()
+        base, inner = (_flat(state[f"{at}.{name}"] for name in fuser.parameters) for at in ("base", "inner"))
+        tau_in, tau_out = inner - base, _flat(fuser.parameters.values()) - inner
         report = fuse(fuser)
-        update, total = _flat(fuser._base) - base, tau_in + tau_out
+        update, total = _flat(fuser.base().values()) - base, tau_in + tau_out
         rounds.append(
             {
                 "cosine": float(torch.cosine_similarity(tau_in, tau_out, dim=0)),

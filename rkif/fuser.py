@@ -57,6 +57,8 @@ class Fuser:
 
     Attributes:
         config: the settings.
+        parameters: name -> trainable parameter.
+        sharded: whether they are spread over processes.
         phase: "inner" or "outer", whose turn it is.
         round: rounds that have ended, by a fusion or a rollback.
         inner_observed, outer_observed: calls of :meth:`observe` in this round.
@@ -80,14 +82,14 @@ class Fuser:
             raise TypeError(f"config must be a FusionConfig; got {type(config).__name__}")
         if gate is not None and not isinstance(gate, Gate):
             raise TypeError(f"gate must be a Gate; got {type(gate).__name__}")
-        self._parameters = trainable_parameters(parameters)
-        self._ranks, self._sharded = ranks_of(parameters, list(self._parameters.items()))
+        self.parameters = trainable_parameters(parameters)
+        self._ranks, self.sharded = ranks_of(parameters, list(self.parameters.items()))
         self._require_agreement()
         self._gatekeeper = None
         if gate is not None:
             self._gatekeeper = Gatekeeper(gate, self._ranks.mean)
         parts = self._parts()
-        named = dict(zip(self._parameters, parts, strict=True))
+        named = dict(zip(self.parameters, parts, strict=True))
         self._importance: dict[Learner, Importance] = {
             "inner": Importance(named, self.config),
             "outer": Importance(named, self.config),
@@ -101,7 +103,7 @@ class Fuser:
         self._start = {name: t.clone() for name, t in self._kept_importance().items() if gate is not None}
         # Elements whose importance was not finite: those that this process counts, and its replicas.
         self._nonfinite = torch.zeros(2, dtype=torch.int64, device=parts[0].device)
-        flags = [owned(parameter) for parameter in self._parameters.values()]
+        flags = [owned(parameter) for parameter in self.parameters.values()]
         counted = ([i for i, own in enumerate(flags) if own], [i for i, own in enumerate(flags) if not own])
         self._counted = [numbers for numbers in counted if numbers]
         self._owned = frozenset(counted[0])
@@ -134,10 +136,10 @@ class Fuser:
         if self._inner is not None:
             self._inner.settle()  # the step that follows changes what is still being copied
         self._observed[self.phase] += 1
-        if len(self._with_gradient) < len(self._parameters):
+        if len(self._with_gradient) < len(self.parameters):
             self._with_gradient.update(
                 name
-                for name, gradient in zip(self._parameters, gradients, strict=True)
+                for name, gradient in zip(self.parameters, gradients, strict=True)
                 if gradient is not None
             )
 
@@ -177,8 +179,8 @@ class Fuser:
             for learner, observed in self._observed.items():
                 if observed == 0:
                     raise RuntimeError(f"observe() was never called for the {learner} learner in this round")
-        seen = torch.tensor([int(name in self._with_gradient) for name in self._parameters])
-        for name, count in zip(self._parameters, self._over_ranks(seen).tolist(), strict=True):
+        seen = torch.tensor([int(name in self._with_gradient) for name in self.parameters])
+        for name, count in zip(self.parameters, self._over_ranks(seen).tolist(), strict=True):
             if not count:
                 raise ValueError(f"parameter {name!r} had no gradient in any observe() of this round")
         nonfinite = int(self._over_ranks(self._nonfinite)[0])
@@ -230,7 +232,7 @@ class Fuser:
         """Name -> the parameters at the start of the round, as copies, spread as they are."""
         copies = [torch.empty_like(part) for part in self._parts()]
         self._base.give(copies)
-        return self._spread(dict(zip(self._parameters, copies, strict=True)))
+        return self._spread(dict(zip(self.parameters, copies, strict=True)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on from here, at any point of a round, beside the parameters themselves.
@@ -254,7 +256,7 @@ class Fuser:
         state["inner_observed"] = torch.tensor(self.inner_observed)
         state["outer_observed"] = torch.tensor(self.outer_observed)
         state["with_gradient"] = torch.tensor(
-            [name in self._with_gradient for name in sorted(self._parameters)]
+            [name in self._with_gradient for name in sorted(self.parameters)]
         )
         return state
 
@@ -289,8 +291,8 @@ class Fuser:
                     f"state[{name!r}] is {given.dtype} {tuple(given.shape)}; "
                     f"this fuser has {dtype} {tuple(shape)}"
                 )
-        if state["with_gradient"].shape != (len(self._parameters),):
-            raise ValueError(f"state['with_gradient'] must have {len(self._parameters)} elements")
+        if state["with_gradient"].shape != (len(self.parameters),):
+            raise ValueError(f"state['with_gradient'] must have {len(self.parameters)} elements")
         thresholds = state["inner_thresholds"].to(self._nonfinite.device) if packed else None
         if thresholds is not None and thresholds.shape != (self._thresholds_a_side,):
             raise ValueError(f"state['inner_thresholds'] must have {self._thresholds_a_side} elements")
@@ -309,12 +311,12 @@ class Fuser:
                 tensor.copy_(parts[name])
         # A count that all processes share is one of them to remember.
         self._nonfinite.copy_(torch.tensor([int(state["nonfinite"]) if self._ranks.rank == 0 else 0, 0]))
-        if not self._sharded:
+        if not self.sharded:
             self._nonfinite[0] = int(state["nonfinite"])
         self.phase = "outer" if in_outer else "inner"
         self.round = int(state["round"])
         self._observed = {"inner": int(state["inner_observed"]), "outer": int(state["outer_observed"])}
-        flags = zip(sorted(self._parameters), state["with_gradient"].tolist(), strict=True)
+        flags = zip(sorted(self.parameters), state["with_gradient"].tolist(), strict=True)
         self._with_gradient = {name for name, flag in flags if flag}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -323,7 +325,7 @@ class Fuser:
         Raises:
             RuntimeError, OSError: it could not be written; a folder that was there before still is then.
         """
-        write_state(folder, self.state_dict(), self._ranks)
+        self.write(folder, self.state_dict())
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Go on from what :meth:`save` wrote, on as many processes or on others.
@@ -333,19 +335,29 @@ class Fuser:
             ValueError: see :meth:`load_state_dict`.
         """
 
-        def room(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-            parameter = next((p for n, p in self._parameters.items() if name.endswith(f".{n}")), None)
-            alike = parameter is not None and parameter.shape == shape
-            return torch.empty_like(parameter, dtype=dtype) if alike else torch.empty(shape, dtype=dtype)
+        self.load_state_dict(self.read(folder))
 
-        self.load_state_dict(read_state(folder, room, self._ranks))
+    def write(self, folder: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
+        """Write tensors, :meth:`state_dict`'s and others, into a folder together with all processes."""
+        write_state(folder, state, self._ranks)
+
+    def read(self, folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+        """Read what :meth:`write` wrote; what is called like a parameter at its end is spread as it is."""
+
+        def room(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+            parameter = next((p for n, p in self.parameters.items() if name.endswith(f".{n}")), None)
+            if parameter is None or parameter.shape != shape:
+                return torch.empty(shape, dtype=dtype)
+            return torch.empty_like(parameter, dtype=dtype)
+
+        return read_state(folder, room, self._ranks)
 
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors of the state that have parameters' shapes, by name; only packed masks are copies."""
-        tensors = {f"base.{name}": t for name, t in zip(self._parameters, self._base.tensors, strict=True)}
+        tensors = {f"base.{name}": t for name, t in zip(self.parameters, self._base.tensors, strict=True)}
         if self._inner is not None:
             tensors |= {
-                f"inner.{name}": t for name, t in zip(self._parameters, self._inner.tensors, strict=True)
+                f"inner.{name}": t for name, t in zip(self.parameters, self._inner.tensors, strict=True)
             }
         for learner, importance in self._importance.items():
             tensors |= {f"{learner}_importance.{name}": t for name, t in importance.tensors().items()}
@@ -364,15 +376,15 @@ class Fuser:
         expected = {
             f"{kind}.{name}": dtype
             for kind, dtypes in kinds.items()
-            for name, dtype in zip(self._parameters, dtypes, strict=True)
+            for name, dtype in zip(self.parameters, dtypes, strict=True)
         }
         return expected | {f"start.{name}": tensor.dtype for name, tensor in self._start.items()}
 
     def _of(self, name: str) -> Tensor:
         """The parameter that a tensor of the state belongs to."""
-        while name not in self._parameters:
+        while name not in self.parameters:
             name = name.partition(".")[2]
-        return self._parameters[name]
+        return self.parameters[name]
 
     def _kept_importance(self) -> dict[str, Tensor]:
         """The importance that outlives a round, not copies."""
@@ -386,18 +398,18 @@ class Fuser:
 
     def _parts(self) -> list[Tensor]:
         """The parameters, or what lies of them in this process; not copies."""
-        parameters: list[Tensor] = list(self._parameters.values())
-        return [local(parameter) for parameter in parameters] if self._sharded else parameters
+        parameters: list[Tensor] = list(self.parameters.values())
+        return [local(parameter) for parameter in parameters] if self.sharded else parameters
 
     def _gradients(self) -> list[Tensor | None]:
-        gradients = [parameter.grad for parameter in self._parameters.values()]
-        if not self._sharded:
+        gradients = [parameter.grad for parameter in self.parameters.values()]
+        if not self.sharded:
             return gradients
-        pairs = zip(gradients, self._parameters.values(), strict=True)
+        pairs = zip(gradients, self.parameters.values(), strict=True)
         return [None if gradient is None else local_as(gradient, parameter) for gradient, parameter in pairs]
 
     def _spread(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: spread_as(part, self._parameters[name]) for name, part in parts.items()}
+        return {name: spread_as(part, self.parameters[name]) for name, part in parts.items()}
 
     def _snapshot(self, dtypes: Sequence[torch.dtype], values: Sequence[Tensor] | None = None) -> Snapshot:
         snapshot = Snapshot(self._parts(), dtypes, offload=self.config.offload)
@@ -412,11 +424,11 @@ class Fuser:
 
     def _over_ranks(self, counts: Tensor) -> Tensor:
         """Counts of the parts that lie here, over all processes that have others."""
-        return self._ranks.total(counts) if self._sharded else counts
+        return self._ranks.total(counts) if self.sharded else counts
 
     def _require_agreement(self) -> None:
         """Refuse ranks that would compute different things, or wait for each other in different places."""
-        described = [(name, p.shape, p.dtype) for name, p in self._parameters.items()]
+        described = [(name, p.shape, p.dtype) for name, p in self.parameters.items()]
         digest = hashlib.sha256(repr((self.config, described)).encode()).digest()[:8]
         number = torch.tensor([int.from_bytes(digest, "big") >> 1])
         every = self._ranks.gathered(number).tolist()
@@ -426,15 +438,15 @@ class Fuser:
 
     @property
     def _thresholds_a_side(self) -> int:
-        return len(self._parameters) if self.config.scope == "tensor" else 1
+        return len(self.parameters) if self.config.scope == "tensor" else 1
 
     def _thresholds(self, learners: Sequence[Learner]) -> list[Tensor]:
         """Thresholds of what learners have found out, one or one for each parameter, over all processes."""
         density, scope = self.config.density, self.config.scope
         sides = [self._importance[learner].scores for learner in learners]
-        if not self._sharded:
+        if not self.sharded:
             return [score_thresholds(side, density=density, scope=scope) for side in sides]
-        sizes = [parameter.numel() for parameter in self._parameters.values()]
+        sizes = [parameter.numel() for parameter in self.parameters.values()]
         counted = [self._counted_only(side) for side in sides]
         return sharded_thresholds(counted, sizes, density=density, scope=scope, ranks=self._ranks)
 
@@ -463,10 +475,10 @@ class Fuser:
     def _fused(self, fused: Snapshot) -> FusionReport:
         assert self._inner is not None
         inner, outer = self._importance["inner"], self._importance["outer"]
-        names, parts = list(self._parameters), [part.detach() for part in self._parts()]
+        names, parts = list(self.parameters), [part.detach() for part in self._parts()]
         weights = merge_weights(self.config.rule)
         plain = self._base_dtypes == self._dtypes and not (self.config.offload or self.config.pack_inner)
-        if plain and not self._sharded:
+        if plain and not self.sharded:
             return fuse_lists(
                 names,
                 self._base.tensors,
@@ -499,7 +511,7 @@ class Fuser:
         )  # counts below 2^53 are exact in double
         summed = self._over_ranks(sums)
         stats = stats._replace(counts=summed[:4].long(), squared_norms=summed[4:])
-        numel = sum(parameter.numel() for parameter in self._parameters.values())
+        numel = sum(parameter.numel() for parameter in self.parameters.values())
         return report_of(names, stats, numel=numel, scope=self.config.scope)
 
     def _gated(self, gatekeeper: Gatekeeper, fused: Snapshot, report: FusionReport) -> FusionReport:
@@ -546,9 +558,9 @@ class Fuser:
     def _refused(self, nonfinite: int) -> FusionReport:
         self._base.give(self._parts())
         per_tensor = self.config.scope == "tensor"
-        unknown: Thresholds = dict.fromkeys(self._parameters, math.nan) if per_tensor else math.nan
+        unknown: Thresholds = dict.fromkeys(self.parameters, math.nan) if per_tensor else math.nan
         return FusionReport(
-            numel=sum(parameter.numel() for parameter in self._parameters.values()),
+            numel=sum(parameter.numel() for parameter in self.parameters.values()),
             thresholds=(unknown, unknown),
             counts=dict.fromkeys(CASES, 0),
             norms={"inner": math.nan, "outer": math.nan, "update": 0.0},

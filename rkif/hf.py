@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from rkif import Fuser, FusionConfig, Gate
@@ -27,6 +28,7 @@ from rkif.seeding import derive_seed, shuffled
 
 _FUSER_FILE = "rkif_fuser.safetensors"
 _OUTER_FILE = "rkif_outer.pt"
+_FOLDER = "rkif"  # instead of both, where parameters are spread over processes
 _MEMORY_KEY = "__rkif_memory__"
 # A gradient scaler halves its scale at each overflow: so many in one round are no matter of scale any more.
 _MAX_SKIPPED = 16
@@ -124,9 +126,14 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         return getattr(self._rkif, "fuser", None)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as the trainer does. With a memory it is a RuntimeError to do so on several devices."""
+        """Trains as the trainer does.
+
+        Raises:
+            RuntimeError: with a memory, where the gradients are not those of the parameters: DeepSpeed, the
+                first FSDP, nn.DataParallel, or a model over several devices of one process.
+        """
         if self._rkif is not None:
-            self._rkif.refuse_several_devices()
+            self._rkif.refuse_unseen_gradients()
         return super().train(*args, **kwargs)
 
     def create_outer_optimizer(self) -> torch.optim.Optimizer:
@@ -198,23 +205,24 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         self.memory = memory
         self.checkpoint: str | None = None
 
-    def refuse_several_devices(self) -> None:
-        """Raises where gradients or parameters would be spread over devices or processes."""
+    def refuse_unseen_gradients(self) -> None:
+        """Raises where a step's gradients are not to be found at the parameters that it changes."""
         trainer = self.trainer
         devices = sorted({str(parameter.device) for parameter in trainer.model.parameters()})
         kinds = {
             "DeepSpeed": trainer.is_deepspeed_enabled,
-            "FSDP": trainer.is_fsdp_enabled,
-            f"{trainer.accelerator.num_processes} processes": trainer.accelerator.num_processes > 1,
+            "FSDP1 (set fsdp_config={'version': 2})": (
+                trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
+            ),
             f"nn.DataParallel on {trainer.args.n_gpu} GPUs": trainer.args.n_gpu > 1,
             f"a model on {', '.join(devices)}": len(devices) > 1,
         }
         if found := ", ".join(kind for kind, present in kinds.items() if present):
-            raise RuntimeError(f"a memory needs one process on one device so far, found: {found}")
+            raise RuntimeError(f"a memory needs DDP, FSDP2 or one process on one device, found: {found}")
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Starts from the weights as they are, or goes on from the checkpoint being resumed."""
-        self.fuser = Fuser(self.trainer.model, self.trainer.fusion, gate=self.trainer.gate)
+        self.fuser = Fuser(self.trainer.model_wrapped, self.trainer.fusion, gate=self.trainer.gate)
         # Not prepared by the accelerator: its clip_grad_norm_ unscales the gradients of every optimizer it
         # knows, so twice those of parameters that two of them share.
         self.optimizer = self.trainer.create_outer_optimizer()
@@ -289,8 +297,10 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         batches = self._memory_batches()
         samples, num_items = trainer.get_batch_samples(batches, args.gradient_accumulation_steps, args.device)
         trainer.current_gradient_accumulation_steps = len(samples)
-        for inputs in samples:
-            trainer.training_step(model, inputs, num_items)
+        for number, inputs in enumerate(samples, start=1):
+            last = number == len(samples)
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                trainer.training_step(model, inputs, num_items)
         accelerator.unscale_gradients(self.optimizer)
         if args.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -308,7 +318,8 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         scaler = self.trainer.accelerator.scaler
         if scaler is not None and scaler.is_enabled():
             gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
-            if not torch.isfinite(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)):
+            norm = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
+            if not torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm):
                 return False
         self.fuser.observe()
         return True
@@ -320,20 +331,62 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         size, seed = trainer._train_batch_size, args.seed if args.data_seed is None else args.data_seed
         collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="memory")
         walk = memory_walk(len(self.memory), self.memory_position, seed)
+        # Every process takes its part of what one with so large a batch would.
+        ranks, first = args.world_size, args.process_index * size
         while True:
-            self.memory_position += size
-            yield collate([self.memory[index] for index in islice(walk, size)])
+            self.memory_position += ranks * size
+            indices = list(islice(walk, ranks * size))[first : first + size]
+            yield collate([self.memory[index] for index in indices])
 
     def save(self, folder: str) -> None:
         """Adds the state to a checkpoint."""
-        outer: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
-        outer |= {"lr_fraction": self.lr_fraction, "memory_position": self.memory_position}
-        outer["start"] = self.start
+        progress = {"lr_fraction": self.lr_fraction, "memory_position": self.memory_position}
+        if self.fuser.sharded:
+            self.fuser.write(Path(folder, _FOLDER), self._spread_state(progress))
+        if self.fuser.sharded or not self.trainer.args.should_save:
+            return
+        outer = {"optimizer": self.optimizer.state_dict(), **progress, "start": self.start}
         save_fuser, save_outer = partial(save_file, self.fuser.state_dict()), partial(torch.save, outer)
         for name, write in ((_FUSER_FILE, save_fuser), (_OUTER_FILE, save_outer)):
             replace_file(Path(folder, name), write)
 
+    def _spread_state(self, progress: dict[str, float]) -> dict[str, torch.Tensor]:
+        """The same as tensors by parameter names, those of parameters' shapes spread as they are."""
+        state = {f"fuser.{name}": tensor for name, tensor in self.fuser.state_dict().items()}
+        slots = [self.optimizer.state_dict()["state"], *self.start]
+        for kind, numbered in zip(("outer", "start_inner", "start_outer"), slots, strict=False):
+            for number, name in enumerate(self._names()):
+                for slot, value in numbered.get(number, {}).items():
+                    state[f"{kind}.{slot}.{name}"] = torch.as_tensor(value)
+        return state | {name: torch.tensor(value, dtype=torch.float64) for name, value in progress.items()}
+
+    def _names(self) -> list[str]:
+        """The parameters' names in the order of the optimizers."""
+        names = {id(parameter): name for name, parameter in self.fuser.parameters.items()}
+        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _load_spread(self, folder: Path) -> None:
+        state = self.fuser.read(folder)
+        prefix = "fuser."
+        self.fuser.load_state_dict(
+            {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        )
+        slots: dict[str, dict[int, dict[str, Any]]] = {"outer": {}, "start_inner": {}, "start_outer": {}}
+        numbers = {name: number for number, name in enumerate(self._names())}
+        for key, tensor in state.items():
+            kind, _, rest = key.partition(".")
+            slot, _, name = rest.partition(".")
+            if kind in slots:
+                slots[kind].setdefault(numbers[name], {})[slot] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots.pop("outer"), "param_groups": groups})
+        self.start = [] if self.trainer.gate is None else list(slots.values())
+        self.lr_fraction, self.memory_position = float(state["lr_fraction"]), int(state["memory_position"])
+
     def _load(self, folder: Path) -> None:
+        if self.fuser.sharded and (folder / _FOLDER).is_dir():
+            self._load_spread(folder / _FOLDER)
+            return
         if missing := [name for name in (_FUSER_FILE, _OUTER_FILE) if not (folder / name).is_file()]:
             raise ValueError(
                 f"cannot resume from {folder} with a memory: it lacks {' and '.join(missing)}, as "

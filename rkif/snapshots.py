@@ -15,7 +15,7 @@ TURN = 1 << 24
 
 
 def turns(sizes: Sequence[int]) -> list[range]:
-    """Neighbouring tensors, by number, that together have at most TURN elements, or are one and empty ones."""
+    """Neighbouring tensors, by number: at most TURN elements together, or one tensor and empty ones."""
     starts, held = [0], 0
     for index, size in enumerate(sizes):
         if held and held + size > TURN:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from rkif.files import settle, sync_folder
 from rkif.ranks import Ranks
@@ -34,7 +35,7 @@ def write_state(folder: str | os.PathLike[str], state: Mapping[str, Tensor], ran
     writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
     alone = ranks.size == 1
     with ranks.announced():
-        dcp.save(dict(state), storage_writer=writer, process_group=ranks.group, no_dist=alone)
+        save(dict(state), storage_writer=writer, process_group=ranks.group, no_dist=alone)
     with ranks.together():
         if ranks.rank == 0:
             for path in temporary.iterdir():
@@ -70,5 +71,5 @@ def read_state(
         if isinstance(about, TensorStorageMetadata)
     }
     with ranks.announced():
-        dcp.load(state, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1)
+        load(state, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1)
     return state

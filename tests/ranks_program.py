@@ -36,6 +36,11 @@ CONFIGS = {
 }
 
 
+def names(kind: str) -> list[str]:
+    """The configs that are tried: all of them, where parts differ by replica or by column a few."""
+    return ["release", "tensor", "packed"] if kind in ("columns", "hsdp") else list(CONFIGS)
+
+
 def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     """Rows that two and three ranks share unevenly, and tensors of which some ranks have none."""
     torch.manual_seed(0)
@@ -141,13 +146,12 @@ def keep(folder: Path, name: str, tensors: dict[str, Tensor], reports: object) -
 def same_bits(folder: Path) -> None:
     """Three rounds with every config, spread in every way; also where samples are too few to be all."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    kinds = {1: ["alone"], 4: ["hsdp"]}.get(world, ["ddp", "fsdp", "columns"])
-    for kind in kinds:
-        for name, config in CONFIGS.items():
+    for kind in {1: ["alone"], 2: ["ddp", "fsdp"], 3: ["fsdp", "columns"], 4: ["hsdp"]}[world]:
+        for name in names(kind):
             for sample in (1 << 18, 8):
                 rkif.thresholds.SAMPLE = sample
                 dtype = torch.bfloat16 if name == "bf16" else torch.float32
-                loop = Loop(spread(make_model(dtype), kind), config)
+                loop = Loop(spread(make_model(dtype), kind), CONFIGS[name])
                 loop.run(range(21))
                 keep(folder, f"{kind}-{name}-{sample}", loop.result(), loop.reports)
 

@@ -271,7 +271,8 @@ class RunConfig(Settings):
     @classmethod
     def _fusion_settings(cls, value: dict[str, Any]) -> dict[str, Any]:
         try:
-            fusion_config(value)
+            if fusion_config(value).pack_inner:
+                raise ValueError("pack_inner: a run's report and ledger need every round's importance whole")
         except TypeError as error:
             raise ValueError(str(error)) from error
         return value
