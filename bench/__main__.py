@@ -119,6 +119,14 @@ def ledger_command(
     measure(config or DEFAULT, rounds, Console())
 
 
+@app.command("state-precision")
+def state_precision_command(config: MiniLM = None) -> None:
+    """Measure how far masks from importance in bfloat16 are those from float32, round by round."""
+    from bench.state_precision import DEFAULT, measure
+
+    measure(config or DEFAULT, Console())
+
+
 @app.command("directions")
 def directions_command(config: MiniLM = None) -> None:
     """Measure where the two learners' task vectors point, and what the fusion makes of them."""

@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import checkpoints, continual_tables, directions, kernels, ledger
+from bench import checkpoints, continual_tables, directions, kernels, ledger, model_memory, state_precision
 
 README = Path(__file__).parent.parent / "README.md"
 DOCS = README.parent / "docs"
-FILES = (README, DOCS / "checkpoints.md", DOCS / "continual.md", DOCS / "ledger.md")  # that have tables
+# Those that have tables.
+FILES = (README, *(DOCS / f"{name}.md" for name in ("checkpoints", "continual", "ledger", "memory")))
 
 
 def with_tables(text: str) -> str:
@@ -38,4 +39,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "directions": directions.markdown,
     "kernels": kernels.markdown,
     "ledger": ledger.markdown,
+    "model_memory": model_memory.markdown,
+    "state_precision": state_precision.markdown,
 }

@@ -19,6 +19,7 @@ import rkif
 from rkif import snapshots
 from rkif.gate import Criterion, Gate
 from rkif.packing import packed_masks, repacked, unpacked
+from rkif.plan import Option, Training
 from rkif_kernels import Scores
 
 OPTIONS = [{"pack_inner": True}, {"offload": True}, {"pack_inner": True, "offload": True}]
@@ -121,14 +122,24 @@ def held(known: set[int]) -> int:
         ({"importance": "sensitivity", "pack_inner": True}, 4 + 4 + 4, 4 + 4 + 4 + 1 / 8),
     ],
 )
-def test_bytes_a_parameter(options: dict[str, Any], inner_phase: float, outer_phase: float) -> None:
+def test_bytes_a_parameter_are_those_planned(
+    options: dict[str, Any], inner_phase: float, outer_phase: float
+) -> None:
+    names = ("base", "inner result", "inner importance", "outer importance")
+    config = rkif.FusionConfig(**options)
+    state: Any = str(config.state_dtype).removeprefix("torch.")
+    option = Option(config.pack_inner, config.offload, state)
+    planned = option.bytes_a_parameter(Training(256 * 256, 0, 256 * 256, uncertainty=config.uses_uncertainty))
+    assert sum(planned[name]["inner"] for name in names) == inner_phase
+    assert sum(planned[name]["outer"] for name in names) == outer_phase
+
     model = nn.Linear(256, 256, bias=False)
     model(torch.zeros(1, 256)).sum().backward()
     gc.collect()
     known = {
         t.untyped_storage().data_ptr() for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter)
     } | {model.weight.grad.untyped_storage().data_ptr()}
-    fuser = rkif.Fuser(model, rkif.FusionConfig(**options))
+    fuser = rkif.Fuser(model, config)
     fuser.observe()
     for expected, go_on in ((inner_phase, fuser.begin_outer), (outer_phase, fuser.observe)):
         assert held(known) == pytest.approx(expected * 256 * 256, abs=512)

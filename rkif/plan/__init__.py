@@ -1,0 +1,5 @@
+"""How much of a device's memory recurrent training takes, before anything is loaded."""
+
+from rkif.plan.memory import OPTIONS, PHASES, Budget, Option, Training, choose
+
+__all__ = ["OPTIONS", "PHASES", "Budget", "Option", "Training", "choose"]
