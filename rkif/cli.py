@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import torch
 import typer
@@ -14,7 +15,11 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 from safetensors import SafetensorError
 
+from rkif.ranks import Ranks, processes
 from rkif_kernels.checks import require_choice
+
+if TYPE_CHECKING:
+    from rkif.checkpoint.preflight import Request
 
 app = typer.Typer(
     help="Recurrent Knowledge Identification and Fusion: learning task after task without forgetting.",
@@ -232,11 +237,11 @@ def fuse_command(
     """Fuse checkpoints on disk, exactly, in bounded memory.
 
     BASE, INNER and OUTER are folders in Hugging Face layout (models or adapters), or .safetensors files.
+    Under torchrun (torchrun --nproc-per-node N -m rkif fuse ...) the processes share the work, with the same
+    bytes as result; --max-memory is each one's.
     """
-    from rkif.checkpoint.display import Bar, plan_dict, plan_table, summary_table
-    from rkif.checkpoint.fuse import fuse_checkpoints
     from rkif.checkpoint.methods import make_method
-    from rkif.checkpoint.preflight import PreflightError, Request, preflight
+    from rkif.checkpoint.preflight import Request
 
     given = {
         "density": density,
@@ -262,10 +267,24 @@ def fuse_command(
         device=_device(device),
         resume=resume,
     )
-    console = Console(stderr=as_json)
+    with processes() as ranks:
+        _fuse(request, ranks, dry_run=dry_run, as_json=as_json)
+
+
+def _fuse(request: Request, ranks: Ranks, *, dry_run: bool, as_json: bool) -> None:
+    """Plan and do it, together with other processes if there are any, of which the first one speaks."""
+    from rkif.checkpoint.display import Bar, plan_dict, plan_table, summary_table
+    from rkif.checkpoint.fuse import fuse_checkpoints
+    from rkif.checkpoint.preflight import PreflightError, preflight
+
+    first = ranks.rank == 0
+    console = Console(stderr=as_json, quiet=not first)
     try:
-        plan = preflight(request)
+        with ranks.together():  # before anyone writes where others look
+            plan = preflight(request)
     except PreflightError as error:
+        if not first:
+            raise SystemExit(1) from error
         if as_json:
             print(json.dumps({"problems": error.problems}))
         if len(error.problems) > 1:
@@ -273,18 +292,18 @@ def fuse_command(
                 print(f"- {problem}", file=sys.stderr)
         raise
     if dry_run:
-        if as_json:
+        if as_json and first:
             print(json.dumps(plan_dict(plan)))
-        else:
+        elif not as_json:
             console.print(plan_table(plan))
         return
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
     with Bar(console) as bar:
-        summary = fuse_checkpoints(plan, bar)
-    if as_json:
+        summary = fuse_checkpoints(plan, bar, ranks)
+    if as_json and first:
         print(json.dumps(summary.to_dict()))
-    else:
+    elif not as_json:
         console.print(summary_table(summary))
 
 
@@ -404,7 +423,9 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"--device must be auto, cpu or cuda; got {name!r}")
     if name == "cuda" and not cuda:
         raise ValueError("--device cuda was requested, but PyTorch sees no CUDA device")
-    return torch.device("cuda" if cuda and name != "cpu" else "cpu")
+    if not cuda or name == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _version(wanted: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,10 @@ from torch.distributed.distributed_c10d import _get_default_store
 _FIRST_PAUSE, _LONGEST_PAUSE = 1e-5, 0.05
 
 _made: Counter[str] = Counter()  # every process makes its own in the same order, so the numbers agree
+
+
+class RankFailedError(RuntimeError):
+    """Another rank has failed; the message has which, and why."""
 
 
 class Ranks:
@@ -75,7 +80,7 @@ class Ranks:
         """A block without communication that no rank has passed if it fails on one: then it fails on all.
 
         Raises:
-            RuntimeError: it has failed on another rank; the message has the rank and the cause.
+            RankFailedError: it has failed on another rank.
         """
         try:
             yield
@@ -83,7 +88,7 @@ class Ranks:
             self._causes(f"{type(error).__name__}: {error}")
             raise
         if causes := self._causes(None):
-            raise RuntimeError("; ".join(causes))
+            raise RankFailedError("; ".join(causes))
 
     def _causes(self, own: str | None) -> list[str]:
         """What has failed, by rank, after all have said how they fare."""
@@ -107,17 +112,28 @@ class Ranks:
         together any more. No process waits here.
 
         Raises:
-            RuntimeError: the block has failed because another rank did; the message has its cause.
+            RankFailedError: the block has failed because another rank did.
         """
         try:
             yield
+        except RankFailedError:
+            raise
         except Exception as error:
             if self.size > 1:
                 if cause := self._announcement():
-                    raise RuntimeError(cause) from error
+                    raise RankFailedError(cause) from error
                 self._broken = f"rank {self.rank} failed: {type(error).__name__}: {error}"
                 _get_default_store().set(self._failure, self._broken)
             raise
+
+    def heed(self) -> None:
+        """Fail if another rank has announced that it has; without waiting, for long work of one's own.
+
+        Raises:
+            RankFailedError: it has.
+        """
+        if self.size > 1 and (cause := self._announcement()):
+            raise RankFailedError(cause)
 
     def _announcement(self) -> str | None:
         """What another rank has left, if one has failed and the store can still be reached."""
@@ -132,7 +148,7 @@ class Ranks:
     def _complete(self, start: Any) -> None:
         """Send and receive; fails, instead of waiting for ever, if a rank announces that it has failed."""
         if self._broken is not None:
-            raise RuntimeError(f"{self._broken}; the ranks cannot go on together")
+            raise RankFailedError(f"{self._broken}; the ranks cannot go on together")
         try:
             work, pause, asked = start(), _FIRST_PAUSE, time.monotonic()
             while not work.is_completed():
@@ -140,10 +156,28 @@ class Ranks:
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 if time.monotonic() - asked > _LONGEST_PAUSE:
                     asked = time.monotonic()
-                    if cause := self._announcement():
-                        raise RuntimeError(cause)
+                    self.heed()
             work.wait()
-        except RuntimeError as error:
-            if (cause := self._announcement()) and cause != str(error):
-                raise RuntimeError(cause) from error
+        except RankFailedError:
             raise
+        except RuntimeError as error:  # of the connection, which went with the other process
+            if cause := self._announcement():
+                raise RankFailedError(cause) from error
+            raise
+
+
+ALONE = Ranks(None, torch.device("cpu"))
+"""One process."""
+
+
+@contextmanager
+def processes() -> Iterator[Ranks]:
+    """The processes that torchrun has started, connected over gloo in the block; or this one alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_torchelastic_launched():
+        yield ALONE
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield Ranks(dist.group.WORLD, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()

@@ -180,7 +180,7 @@ def test_work_is_resumed_only_for_the_same(triple: Triple, tmp_path: Path, monke
     stopped = []
 
     def stop(self: Workdir, record: dict[str, Any]) -> None:
-        if record.get("chunks") == 5:
+        if record.get("chunk") == 4:
             stopped.append(record)
             raise OSError(errno.EIO, "Input/output error", "disk")
         keep(self, record)
@@ -324,7 +324,7 @@ def test_a_journal_is_lines_of_json(triple: Triple, tmp_path: Path, monkeypatch:
     triple.fuse(out=tmp_path / "out")
     records = [json.loads(line) for line in lines]
     assert records[1] == {"scanning": True}
-    assert [record["chunks"] for record in records[2:]] == list(range(1, len(records) - 1))
+    assert [record["chunk"] for record in records[2:]] == list(range(len(records) - 2))
 
 
 def test_an_output_of_other_weights_is_not_taken_for_the_wanted(tmp_path: Path) -> None:

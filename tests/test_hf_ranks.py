@@ -40,4 +40,4 @@ def test_a_checkpoint_holds_all(tmp_path: Path, scenario: str) -> None:
 def test_a_rank_that_fails_in_an_outer_step_tells_the_others(tmp_path: Path) -> None:
     done = start_program(hf_ranks_program.__file__, 2, "fails", tmp_path, fails=True)
     assert done.returncode != 0
-    assert "[rank0]: RuntimeError: rank 1 failed: OSError: the disk with the memory is gone" in done.stderr
+    assert "RankFailedError: rank 1 failed: OSError: the disk with the memory is gone" in done.stderr

@@ -23,6 +23,11 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
 
+def quiet_environment() -> dict[str, str]:
+    """One thread a process: there are more of them than cores."""
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
 def start_program(
     program: str, ranks: int, scenario: str, folder: Path, *, fails: bool = False
 ) -> subprocess.CompletedProcess[str]:
@@ -32,13 +37,12 @@ def start_program(
     """
     patience = ["--monitor-interval", "3"] if fails else []
     launcher = [sys.executable] if ranks == 1 else [*TORCHRUN, *patience, "--nproc-per-node", str(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*launcher, program, scenario, str(folder)],
         capture_output=True,
         text=True,
         timeout=240,
-        env=environment,
+        env=quiet_environment(),
         check=False,
     )
 
@@ -151,7 +155,7 @@ def test_a_rank_that_drops_out_of_the_outer_phase_tells_the_others(tmp_path: Pat
     done = start(3, "drops_out", tmp_path, fails=True)
     assert done.returncode != 0
     assert "OSError: the disk with the memory is gone" in done.stderr
-    assert "RuntimeError: rank 1 failed: OSError: the disk with the memory is gone" in done.stderr
+    assert "RankFailedError: rank 1 failed: OSError: the disk with the memory is gone" in done.stderr
 
 
 def test_a_nan_in_one_shard_stops_all_ranks_with_their_state_intact(tmp_path: Path) -> None:

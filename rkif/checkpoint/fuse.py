@@ -19,18 +19,19 @@ from torch import Tensor
 
 from rkif.checkpoint.card import copy_companions, write_card
 from rkif.checkpoint.digests import EMPTY, Digests
-from rkif.checkpoint.layout import Chunk
+from rkif.checkpoint.layout import Chunk, share
 from rkif.checkpoint.manifest import MANIFEST, content_digest, read_manifest, write_manifest
 from rkif.checkpoint.memory import anonymous_memory
 from rkif.checkpoint.methods import Known, settings_of
 from rkif.checkpoint.preflight import Plan
-from rkif.checkpoint.scan import fit, make_scan
+from rkif.checkpoint.scan import Scan, fit, make_scan
 from rkif.checkpoint.scores import ROLES, guess_thresholds, scores_of, unfit
 from rkif.checkpoint.source import UnfitError, changes
 from rkif.checkpoint.stream import IN_FLIGHT, Buffers, Loader, as_bytes, parts
 from rkif.checkpoint.tiles import tiles
 from rkif.checkpoint.workdir import Workdir, clear
 from rkif.files import settle, write_text
+from rkif.ranks import ALONE, Ranks
 from rkif_kernels.types import CASES
 
 OUT = "OUT"  # the output's name among the arguments
@@ -86,15 +87,19 @@ class Summary:
         return asdict(self)
 
 
-def fuse_checkpoints(plan: Plan, progress: Progress | None = None) -> Summary:
+def fuse_checkpoints(plan: Plan, progress: Progress | None = None, ranks: Ranks = ALONE) -> Summary:
     """Do what :func:`preflight` has planned.
 
     ``request.out`` is made in one step when everything is complete; until then the work is in
     ``OUT.partial``, from where an interrupted fusion is resumed with the same bytes as result.
 
+    Several processes share the work, on one file system, with the same bytes as result: all of them call,
+    with the same request. An interrupted fusion may be resumed by as many or by others.
+
     Raises:
         ValueError: the inputs are not finite, or the output exists.
-        RuntimeError: another process writes it, or there is work that cannot be resumed.
+        RuntimeError: another process writes it, there is work that cannot be resumed, or another of the
+            processes that share the work has failed.
         OSError: reading or writing failed; what was done is kept, to be resumed.
     """
     begun, cpu = time.perf_counter(), time.process_time()
@@ -107,19 +112,31 @@ def fuse_checkpoints(plan: Plan, progress: Progress | None = None) -> Summary:
             return _summary(plan, manifest, 0.0, 0.0, 0, 0, resumed=True)
     # PyTorch's threads spin while they wait for the next small tile; kernels that stream have their own.
     threads = _threads(None if plan.streams else 1)
-    with threads, Workdir(out, plan.journal_identity, plan.slot, resume=plan.request.resume) as work:
+    # Every process has memory of its own, but all must cut the work alike.
+    plan = plan.cut(int(ranks.gathered(torch.tensor([plan.slot])).min()))
+    workdir = Workdir(out, plan.journal_identity, plan.slot, resume=plan.request.resume, ranks=ranks)
+    with threads, workdir as work, ranks.announced():
         resumed = bool(work.records)
-        fusion = _Fusion(plan, work, progress or Silent())
+        fusion = _Fusion(plan, work, progress or Silent(), ranks)
         try:
             fusion.fuse(fusion.scan())
-            fusion.finish()
+            with ranks.together():  # all chunks are on disk
+                pass
+            with ranks.together():
+                if ranks.rank == 0:
+                    fusion.finish()
+                    _require_unchanged(plan)
         finally:
             fusion.close()
         manifest = read_manifest(work.data)
-        _require_unchanged(plan)
-        work.publish(plan.layout.sizes)
+        with ranks.together():  # all have read it
+            pass
+        if ranks.rank == 0:
+            work.publish(plan.layout.sizes)
     taken, cpu_taken = time.perf_counter() - begun, time.process_time() - cpu
-    return _summary(plan, manifest, taken, cpu_taken, fusion.read, fusion.memory, resumed=resumed)
+    read = int(ranks.total(torch.tensor(fusion.read)))
+    memory = int(ranks.gathered(torch.tensor([fusion.memory])).max())
+    return _summary(plan, manifest, taken, cpu_taken, read, memory, resumed=resumed)
 
 
 def _require_unchanged(plan: Plan) -> None:
@@ -167,20 +184,24 @@ def _summary(
 
 
 class _Fusion:
-    """The work on one plan in one folder."""
+    """One process's work on one plan in one folder."""
 
-    def __init__(self, plan: Plan, work: Workdir, progress: Progress) -> None:
-        self._plan, self._work, self._progress = plan, work, progress
+    def __init__(self, plan: Plan, work: Workdir, progress: Progress, ranks: Ranks) -> None:
+        self._plan, self._work, self._progress, self._ranks = plan, work, progress, ranks
         self._method, self._tensors = plan.request.method, plan.layout.tensors
         self._names = [tensor.name for tensor in self._tensors]
         self._device = plan.request.device
         self._chunks = [*plan.chunks, *plan.copies]
+        self._own = share(self._chunks, self._tensors, ranks.rank, ranks.size)
         self.read = 0
         self.memory = 0
-        work.allocate(plan.layout.sizes)
+        with ranks.together():
+            if ranks.rank == 0:
+                work.allocate(plan.layout.sizes)
         self._files = {name: os.open(work.data / name, os.O_WRONLY) for name in plan.layout.sizes}
-        for name, header in plan.layout.headers.items():
-            os.pwrite(self._files[name], header, 0)
+        if ranks.rank == 0:
+            for name, header in plan.layout.headers.items():
+                os.pwrite(self._files[name], header, 0)
         slots = [Buffers(len(plan.checkpoints), plan.slot, self._device) for _ in range(IN_FLIGHT)]
         self._loader = Loader(self._tensors, self._chunks, slots)
 
@@ -191,18 +212,16 @@ class _Fusion:
 
     def scan(self) -> Known:
         """Find out what the method must know of all elements, or go on with it."""
-        scan = make_scan(
-            self._method,
-            self._tensors,
-            self._plan.chunks,
-            lambda: guess_thresholds(self._method, self._tensors),
-        )
-        begin = None
-        if recorded := self._work.recorded_scan():
-            state, position = recorded
-            scan.restore(state)
-            begin = position["next"]
-        while chunks := scan.next_pass():
+        scan, begin = self._scan(), None
+        recorded = self._work.recorded_scan()
+        if recorded is not None:
+            scan.restore(recorded[0])
+        # Where a kill has left the processes at different passes, all begin anew: the counts are sums.
+        if len(set(self._ranks.gathered(torch.tensor([scan.passes])).tolist())) > 1:
+            scan = self._scan()
+        elif recorded is not None:
+            begin = recorded[1]["next"]
+        while (chunks := scan.next_pass()) is not None:
             left = range(chunks.start if begin is None else begin, chunks.stop)
             self._progress.stage("scanning", sum(map(self._bytes, left)))
             for number, buffers, _ in self._loader.load(left, lambda number, rows: None):
@@ -217,18 +236,27 @@ class _Fusion:
             self._work.record_scan(scan.state(), {"next": None})
         return scan.known()
 
+    def _scan(self) -> Scan:
+        fused = range(self._own.start, min(self._own.stop, len(self._plan.chunks)))
+        return make_scan(
+            self._method,
+            self._tensors,
+            self._plan.chunks,
+            lambda: guess_thresholds(self._method, self._tensors),
+            own=fused,
+            ranks=self._ranks,
+        )
+
     def fuse(self, known: Known) -> None:
         """Compute, write and record chunk by chunk."""
         if known.thresholds is not None:
             known = known._replace(thresholds=known.thresholds.to(self._device))
         self._known = known
         arguments = list(self._plan.checkpoints)
-        first = self._fused["chunks"]
-        of_inputs, of_output = Digests(self._tensors), Digests(self._tensors)
-        if first < len(self._chunks) and self._chunks[first][0].start > 0:
-            tensor, numel = self._tensors[self._chunks[first][0].tensor], self._chunks[first][0].start
-            of_inputs.take_up(tensor.inputs, numel)
-            of_output.take_up([tensor.target], numel)
+        done = {record["chunk"] for record in self._work.records if "chunk" in record}
+        left = [number for number in self._own if number not in done]
+        of_inputs = Digests(self._tensors, lambda tensor: tensor.inputs)
+        of_output = Digests(self._tensors, lambda tensor: [tensor.target])
         outs = [Buffers(1, self._plan.slot, self._device) for _ in range(IN_FLIGHT)]
 
         def digest(number: int, rows: list[list[Tensor]]) -> list[dict[str, str]]:
@@ -238,15 +266,14 @@ class _Fusion:
             row = self._write(number, out.host[0])
             found += of_output.add(self._chunks[number], [row])
             names = [*arguments[: len(found) - 1], OUT]
-            self._work.record(
-                {"chunks": number + 1, **stats, "digests": dict(zip(names, found, strict=True))}
-            )
+            self._work.record({"chunk": number, **stats, "digests": dict(zip(names, found, strict=True))})
 
-        self._progress.stage("fusing", sum(map(self._bytes, range(first, len(self._chunks)))))
+        self._progress.stage("fusing", sum(map(self._bytes, left)))
         with ThreadPoolExecutor(1, "rkif-write") as writer:
             writing: Future[None] | None = None
-            for number, buffers, found in self._loader.load(range(first, len(self._chunks)), digest):
-                out = outs[number % IN_FLIGHT]
+            for turn, (number, buffers, found) in enumerate(self._loader.load(left, digest)):
+                self._ranks.heed()
+                out = outs[turn % IN_FLIGHT]
                 stats = self._compute(number, buffers, out)
                 if writing is not None:
                     writing.result()  # so that a kill undoes no more than one chunk that was computed
@@ -257,20 +284,14 @@ class _Fusion:
 
     @property
     def _fused(self) -> dict[str, Any]:
-        """The sum of what was recorded of the fusion."""
-        total: dict[str, Any] = {
-            "chunks": 0,
-            "counts": [0] * len(CASES),
-            "squared_norms": [0.0] * 3,
-            "digests": {},
-        }
-        for record in self._work.records:
-            if "chunks" in record:
-                total["chunks"] = record["chunks"]
-                for key in ("counts", "squared_norms"):
-                    total[key] = [a + b for a, b in zip(total[key], record[key], strict=True)]
-                for argument, found in record["digests"].items():
-                    total["digests"].setdefault(argument, {}).update(found)
+        """The sum of what was recorded of the fusion, in the order of the chunks, whoever did them."""
+        total: dict[str, Any] = {"counts": [0] * len(CASES), "squared_norms": [0.0] * 3, "digests": {}}
+        records = {record["chunk"]: record for record in self._work.records if "chunk" in record}
+        for _, record in sorted(records.items()):
+            for key in ("counts", "squared_norms"):
+                total[key] = [a + b for a, b in zip(total[key], record[key], strict=True)]
+            for argument, found in record["digests"].items():
+                total["digests"].setdefault(argument, {}).update(found)
         return total
 
     def _compute(self, number: int, buffers: Buffers, out: Buffers) -> dict[str, Any]:
@@ -339,6 +360,7 @@ class _Fusion:
 
     def finish(self) -> None:
         """Write what belongs beside the weights."""
+        self._work.read_all()
         folder, base = self._work.data, self._plan.checkpoints["BASE"]
         for path in folder.iterdir():
             if path.name in self._files:

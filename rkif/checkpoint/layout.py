@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from collections.abc import Mapping, Sequence
@@ -161,3 +162,27 @@ def plan_chunks(tensors: Sequence[Tensor], slot: int, *, fused: bool) -> list[Ch
 
 def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def runs(chunks: Sequence[Chunk]) -> list[range]:
+    """The chunks of each large tensor together, all others one by one."""
+    starts = [number for number, pieces in enumerate(chunks) if pieces[0].start == 0]
+    return [range(*ends) for ends in itertools.pairwise([*starts, len(chunks)])]
+
+
+def share(chunks: Sequence[Chunk], tensors: Sequence[Tensor], rank: int, ranks: int) -> range:
+    """The chunks that one of several processes works on: neighbours, whole tensors, as many bytes as others.
+
+    A digest goes over a tensor from its first byte to its last, so no tensor has chunks in two shares.
+    """
+    sizes = [sum(piece.numel * tensors[piece.tensor].widest for piece in chunk) for chunk in chunks]
+    total = sum(sizes)
+    starts, done = [0] * ranks, 0
+    for run in runs(chunks):
+        # A share begins with the run that brings what is before it closest to what others have.
+        size = sum(sizes[run.start : run.stop])
+        for other in range(1, ranks):
+            if 2 * done + size <= 2 * total * other // ranks:
+                starts[other] = run.stop
+        done += size
+    return range(starts[rank], starts[rank + 1] if rank + 1 < ranks else len(chunks))

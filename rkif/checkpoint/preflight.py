@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,12 @@ class Plan:
     written: int
     seconds: float
     identity: str
+
+    def cut(self, slot: int) -> Plan:
+        """The same work in chunks of another size."""
+        tensors = self.layout.tensors
+        chunks, copies = (plan_chunks(tensors, slot, fused=fused) for fused in (True, False))
+        return replace(self, slot=slot, chunks=chunks, copies=copies)
 
     @property
     def streams(self) -> bool:

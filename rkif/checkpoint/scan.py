@@ -6,7 +6,6 @@ how many elements there are.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -15,9 +14,10 @@ from torch import Tensor
 
 import rkif_kernels
 from rkif.checkpoint import layout
-from rkif.checkpoint.layout import Chunk
+from rkif.checkpoint.layout import Chunk, runs
 from rkif.checkpoint.methods import EVERYTHING, NOTHING, Known, Method, TaskArithmetic
 from rkif.checkpoint.tiles import Tile
+from rkif.ranks import Ranks
 from rkif_kernels import Scores
 from rkif_kernels.counting import CountingSearch
 
@@ -26,16 +26,20 @@ Guess = Callable[[], tuple[tuple[float, float], tuple[float, float]]]
 
 
 class Scan(Protocol):
-    """Passes over chunks: ``while (chunks := next_pass()): for each: observe it; end_pass()``."""
+    """Passes over chunks: until ``next_pass()`` is None, observe each of its chunks, then ``end_pass()``."""
 
-    def next_pass(self) -> range:
-        """The chunks to go over next; empty when everything is known."""
+    def next_pass(self) -> range | None:
+        """The chunks to go over next, none of them perhaps; None when everything is known."""
 
     def observe(self, tile: Tile, scores: Sides) -> bool:
         """Take in a part of a chunk; returns whether all of its values are fit: finite, no score negative."""
 
     def end_pass(self) -> None:
         """All of the pass's chunks have been observed."""
+
+    @property
+    def passes(self) -> int:
+        """Passes done at whose end the processes waited for each other: they must be at the same one."""
 
     def state(self) -> dict[str, Tensor]:
         """Copies of what :meth:`restore` needs."""
@@ -46,32 +50,45 @@ class Scan(Protocol):
 
 
 def make_scan(
-    method: Method, tensors: Sequence[layout.Tensor], chunks: Sequence[Chunk], guess: Guess
+    method: Method,
+    tensors: Sequence[layout.Tensor],
+    chunks: Sequence[Chunk],
+    guess: Guess,
+    *,
+    own: range,
+    ranks: Ranks,
 ) -> Scan:
     """The scan that a method needs.
 
     Args:
         guess: for each side two scores between which a global threshold probably lies.
+        own: the chunks that this process goes over.
+        ranks: the processes; what each finds is brought together at the end of a pass, or in :meth:`known`.
     """
     if method.scope == "global" and method.rank(2) is not None:
-        return GlobalThresholds(method, sum(t.target.numel for t in tensors if t.fused), len(chunks), guess)
+        numel = sum(tensor.target.numel for tensor in tensors if tensor.fused)
+        return GlobalThresholds(method, numel, own, guess, ranks)
     if method.scope is not None:
-        return TensorThresholds(method, tensors, chunks)
+        return TensorThresholds(method, tensors, chunks, own, ranks)
     if isinstance(method, TaskArithmetic) and method.sparsification == "random" and method.rescale:
-        return Scales(method, len(tensors), len(chunks))
+        return Scales(method, len(tensors), own, ranks)
     return Nothing()
 
 
 class Nothing:
     """For a method that needs to know nothing."""
 
-    def next_pass(self) -> range:
-        return range(0)
+    def next_pass(self) -> range | None:
+        return None
 
     def observe(self, tile: Tile, scores: Sides) -> bool:
         raise AssertionError("there is no pass to observe in")
 
     def end_pass(self) -> None: ...
+
+    @property
+    def passes(self) -> int:
+        return 0
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -105,10 +122,11 @@ class _Searches:
                 rkif_kernels.count_scores_(counts, scores[side], low=low, shift=shift)
         return not any(counts[-1] for counts in self._counts)
 
-    def narrow(self) -> None:
+    def narrow(self, ranks: Ranks | None = None) -> None:
         for search, counts in zip(self._searches, self._counts, strict=True):
             if not search.done:
-                search.narrow(counts.cpu().numpy())
+                found = counts.cpu()
+                search.narrow((found if ranks is None else ranks.total(found)).numpy())
         self._begin()
 
     def values(self) -> Tensor:
@@ -127,26 +145,29 @@ class _Searches:
 class GlobalThresholds:
     """One threshold a side, over all tensors."""
 
-    def __init__(self, method: Method, numel: int, chunks: int, guess: Guess) -> None:
+    def __init__(self, method: Method, numel: int, own: range, guess: Guess, ranks: Ranks) -> None:
         rank = method.rank(numel)
         assert rank is not None
-        self._chunks = range(chunks)
+        self._own, self._ranks = own, ranks
         self._searches = _Searches(rank, guess())
+        self.passes = 0
 
-    def next_pass(self) -> range:
-        return range(0) if self._searches.done else self._chunks
+    def next_pass(self) -> range | None:
+        return None if self._searches.done else self._own
 
     def observe(self, tile: Tile, scores: Sides) -> bool:
         return self._searches.count(scores)
 
     def end_pass(self) -> None:
-        self._searches.narrow()
+        self._searches.narrow(self._ranks)
+        self.passes += 1
 
     def state(self) -> dict[str, Tensor]:
-        return self._searches.state()
+        return self._searches.state() | {"passes": torch.tensor(self.passes)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self._searches.restore(state)
+        self.passes = int(state["passes"])
 
     def known(self) -> Known:
         return Known(thresholds=self._searches.values()[:, None])
@@ -158,13 +179,20 @@ class TensorThresholds:
     Also the trivial thresholds, where everything or nothing is selected, of either scope.
     """
 
-    def __init__(self, method: Method, tensors: Sequence[layout.Tensor], chunks: Sequence[Chunk]) -> None:
-        self._method, self._tensors, self._chunks = method, tensors, chunks
+    def __init__(
+        self,
+        method: Method,
+        tensors: Sequence[layout.Tensor],
+        chunks: Sequence[Chunk],
+        own: range,
+        ranks: Ranks,
+    ) -> None:
+        self._method, self._tensors, self._chunks, self._ranks = method, tensors, chunks, ranks
         searched = method.rank(2) is not None
         trivial = EVERYTHING if method.density == 1 else NOTHING
         size = len(tensors) if method.scope == "tensor" else 1
         self._thresholds = torch.full((2, size), NOTHING if searched else trivial)
-        self._runs = _runs(chunks) if searched else []
+        self._runs = [run for run in runs(chunks) if run.start in own] if searched else []
         self._begin(0)
 
     def _begin(self, run: int) -> None:
@@ -183,8 +211,12 @@ class TensorThresholds:
         assert rank is not None
         return rank
 
-    def next_pass(self) -> range:
-        return self._runs[self._at] if self._at < len(self._runs) else range(0)
+    def next_pass(self) -> range | None:
+        return self._runs[self._at] if self._at < len(self._runs) else None
+
+    @property
+    def passes(self) -> int:
+        return 0  # a tensor is one process's business
 
     def observe(self, tile: Tile, scores: Sides) -> bool:
         if self._searches is not None:
@@ -220,7 +252,10 @@ class TensorThresholds:
             self._searches.restore(state)
 
     def known(self) -> Known:
-        return Known(thresholds=self._thresholds)
+        # What a process has not looked at is +inf there, and only there.
+        own = self._thresholds.flatten()
+        every = self._ranks.gathered(own).view(self._ranks.size, -1)
+        return Known(thresholds=every.amin(dim=0).view_as(self._thresholds))
 
 
 def fit(scores: Scores) -> bool:
@@ -230,23 +265,17 @@ def fit(scores: Scores) -> bool:
     return int(counts[-1]) == 0
 
 
-def _runs(chunks: Sequence[Chunk]) -> list[range]:
-    """The chunks of each large tensor together, all others one by one."""
-    starts = [number for number, pieces in enumerate(chunks) if pieces[0].start == 0]
-    return [range(*ends) for ends in itertools.pairwise([*starts, len(chunks)])]
-
-
 class Scales:
     """The factors that give task vectors thinned at random the L1 norm they had."""
 
     LEAST = 1e-7  # norms below it are left alone, as in mergekit
 
-    def __init__(self, method: TaskArithmetic, tensors: int, chunks: int) -> None:
-        self._method = method
-        self._chunks = range(chunks)
+    def __init__(self, method: TaskArithmetic, tensors: int, own: range, ranks: Ranks) -> None:
+        self._method, self._ranks = method, ranks
+        self._chunks: range | None = own
         self._norms = torch.zeros(2, 2, tensors, dtype=torch.float64)  # [whole or kept, side, tensor]
 
-    def next_pass(self) -> range:
+    def next_pass(self) -> range | None:
         return self._chunks
 
     def observe(self, tile: Tile, scores: Sides) -> bool:
@@ -260,15 +289,21 @@ class Scales:
         return bool(self._norms.isfinite().all())
 
     def end_pass(self) -> None:
-        self._chunks = range(0)
+        self._chunks = None
+
+    @property
+    def passes(self) -> int:
+        return 0  # a tensor is one process's business
 
     def state(self) -> dict[str, Tensor]:
-        return {"norms": self._norms.clone(), "left": torch.tensor(len(self._chunks))}
+        return {"norms": self._norms.clone(), "done": torch.tensor(self._chunks is None)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self._norms, self._chunks = state["norms"].clone(), range(int(state["left"]))
+        self._norms = state["norms"].clone()
+        if state["done"]:
+            self._chunks = None
 
     def known(self) -> Known:
-        whole, kept = self._norms
+        whole, kept = self._ranks.total(self._norms)
         small = (whole < self.LEAST) | (kept < self.LEAST)
         return Known(scales=torch.where(small, 1.0, whole / kept))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rkif.checkpoint.source import UnfitError
 from rkif.files import replace_file, sync_folder
+from rkif.ranks import ALONE, Ranks
 
 
 class Workdir:
@@ -25,26 +26,41 @@ class Workdir:
     ``OUT`` itself does not exist until it is complete. Use as a context manager: it holds a lock, and what is
     left behind when the block fails can be resumed; nothing is left where no work was done yet.
 
+    Several processes may work in it, on chunks of their own. The first holds the lock, makes and removes what
+    is shared; each keeps a journal and the state of its scan. Whoever goes on reads all journals.
+
     Args:
         out: the folder to be; its parents are made.
         plan: digest of everything that decides the output; work done for another is not resumed.
         slot: bytes of a chunk's buffer, by which the work is cut.
         resume: go on with what is there.
+        ranks: the processes.
 
     Raises:
         ValueError: ``out`` exists, or there is work that must not be resumed (on entering).
         RuntimeError: another process works on it.
     """
 
-    def __init__(self, out: Path, plan: str, slot: int, *, resume: bool) -> None:
-        self._out, self._resume = out, resume
+    def __init__(self, out: Path, plan: str, slot: int, *, resume: bool, ranks: Ranks = ALONE) -> None:
+        self._out, self._resume, self._ranks = out, resume, ranks
         self._plan = {"plan": plan, "slot": slot}
         self._path = partial_folder(out)
         self._lock = FileLock(self._path / "lock")
         self.data = self._path / "data"
-        self.records: list[dict[str, Any]] = []
+        self.records: list[dict[str, Any]] = []  # of all processes, in no order
+        self._begun = False  # whether this one's journal has its first line
 
     def __enter__(self) -> Workdir:
+        with self._ranks.together():
+            if self._ranks.rank == 0:
+                self._claim()
+        with self._ranks.together():
+            if self._ranks.rank > 0:
+                self._take_up()
+        return self
+
+    def _claim(self) -> None:
+        """Become the one that works on this output."""
         self._path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(blocking=False)
@@ -52,20 +68,20 @@ class Workdir:
             raise RuntimeError(f"another process is writing {self._out} (in {self._path})") from None
         try:
             self._require_free()
-            if self._journal.exists():
-                self._take_up()
+            self._take_up()
             self.data.mkdir(exist_ok=True)
         except BaseException:
-            if not self._journal.exists():
+            if not self._journals():
                 self.remove()
             self._lock.release()
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.records or isinstance(error, UnfitError):
+        if self._ranks.rank > 0:
+            return
+        if self._path.exists() and (not self._journals() or isinstance(error, UnfitError)):
             self.remove()  # nothing in it is of use: no chunk was done, or the inputs are not fit for any
         self._lock.release()
 
@@ -74,32 +90,48 @@ class Workdir:
             raise ValueError(f"{self._out} exists; name another folder, or remove it")
 
     def _take_up(self) -> None:
-        content = self._journal.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]  # a kill may have torn the last line
-        try:
-            plan, *records = [json.loads(line) for line in whole.splitlines()] or [None]
-        except ValueError as error:
-            raise RuntimeError(f"{self._journal} is damaged ({error}); remove {self._path}") from error
-        if not records:
-            return
-        if not self._resume:
-            raise RuntimeError(
-                f"{self._path} holds an interrupted fusion; --resume goes on with it, or remove it"
-            )
-        if plan != self._plan:
-            raise RuntimeError(
-                f"{self._path} is from other inputs or settings: it cannot be resumed; remove it"
-            )
-        os.truncate(self._journal, len(whole))
-        self.records = records
+        self.records, self._begun = [], False
+        for journal in self._journals():
+            content = journal.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]  # a kill may have torn the last line
+            try:
+                plan, *records = [json.loads(line) for line in whole.splitlines()] or [None]
+            except ValueError as error:
+                raise RuntimeError(f"{journal} is damaged ({error}); remove {self._path}") from error
+            if not records:
+                continue
+            if not self._resume:
+                raise RuntimeError(
+                    f"{self._path} holds an interrupted fusion; --resume goes on with it, or remove it"
+                )
+            if plan != self._plan:
+                raise RuntimeError(
+                    f"{self._path} is from other inputs or settings: it cannot be resumed; remove it"
+                )
+            if journal == self._journal:
+                os.truncate(journal, len(whole))
+                self._begun = True
+            self.records += records
+
+    def read_all(self) -> None:
+        """Read what all processes have recorded."""
+        self._resume = True
+        self._take_up()
+
+    def _journals(self) -> list[Path]:
+        return sorted(self._path.glob("journal*.jsonl"))
+
+    @property
+    def _suffix(self) -> str:
+        return f"-{self._ranks.rank}" if self._ranks.rank else ""
 
     @property
     def _journal(self) -> Path:
-        return self._path / "journal.jsonl"
+        return self._path / f"journal{self._suffix}.jsonl"
 
     @property
     def _state(self) -> Path:
-        return self._path / "scan.safetensors"
+        return self._path / f"scan{self._suffix}.safetensors"
 
     def allocate(self, sizes: dict[str, int]) -> None:
         """Make files of their full sizes, so that a full disk is found out before the work.
@@ -107,7 +139,7 @@ class Workdir:
         Raises:
             OSError: there is no room.
         """
-        if any("chunks" in record for record in self.records):
+        if any("chunk" in record for record in self.records):
             self._require_written(sizes)
         for name, size in sizes.items():
             path = self.data / name
@@ -129,27 +161,29 @@ class Workdir:
 
     def record(self, record: dict[str, Any]) -> None:
         """Append a line on how far the work has come; what it speaks of must be on disk already."""
-        lines = [record] if self.records else [self._plan, record]
-        with self._journal.open("ab" if self.records else "wb") as file:
+        lines = [record] if self._begun else [self._plan, record]
+        with self._journal.open("ab" if self._begun else "wb") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
+        self._begun = True
         self.records.append(record)
 
     def record_scan(self, state: dict[str, Tensor], position: dict[str, Any]) -> None:
         """The same while scanning: state and position in one file, so that they are of one moment."""
-        text = {"position": json.dumps(position)}
+        text = {"position": json.dumps(position | {"ranks": self._ranks.size})}
         replace_file(self._state, lambda path: save_file(state, path, metadata=text))
-        if not self.records:
+        if not self._begun:
             self.record({"scanning": True})
 
     def recorded_scan(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What was recorded last, if anything was."""
-        if not self.records or not self._state.exists():
+        """What this process recorded last, if anything, and if there were as many."""
+        if not self._begun or not self._state.exists():
             return None
         with safe_open(self._state, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            return state, json.loads(file.metadata()["position"])
+            position = json.loads(file.metadata()["position"])
+        return (state, position) if position["ranks"] == self._ranks.size else None
 
     def publish(self, sizes: dict[str, int]) -> None:
         """Give the finished files their place, all at once.
@@ -182,9 +216,9 @@ def partial_folder(out: Path) -> Path:
 def recorded_slot(out: Path) -> int | None:
     """By what the interrupted work on an output was cut, if there is any."""
     try:
-        with (partial_folder(out) / "journal.jsonl").open("rb") as file:
+        with min(partial_folder(out).glob("journal*.jsonl")).open("rb") as file:
             return int(json.loads(file.readline())["slot"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):  # a ValueError where there is none
         return None
 
 
