@@ -23,6 +23,7 @@ from rkif.snapshots import Snapshot, in_turns
 from rkif.state import read_state, write_state
 from rkif.streamed import fuse_in_turns, squared_distance
 from rkif.thresholds import sharded_thresholds
+from rkif.uncompiled import uncompiled
 from rkif_kernels import Scores, score_thresholds
 from rkif_kernels.types import CASES
 
@@ -121,6 +122,7 @@ class Fuser:
     def outer_observed(self) -> int:
         return self._observed["outer"]
 
+    @uncompiled
     def observe(self) -> None:
         """Take the importance of every parameter from ``parameter.grad``, before the optimizer's step.
 
@@ -143,6 +145,7 @@ class Fuser:
                 if gradient is not None
             )
 
+    @uncompiled
     def begin_outer(self) -> None:
         """End the inner phase: what the parameters are now is what the inner learner made of them.
 
@@ -161,6 +164,7 @@ class Fuser:
         self._inner = inner
         self.phase = "outer"
 
+    @uncompiled
     def fuse(self) -> FusionReport:
         """End the round: replace the parameters by the fusion, which is the next round's ``base``.
 
@@ -206,6 +210,7 @@ class Fuser:
             yield self
         self.fuse()
 
+    @uncompiled
     def rollback(self) -> None:
         """Give the round up: the parameters return to ``base``, bit for bit, and a new round begins.
 

@@ -64,6 +64,11 @@ def update_importance_(
     Raises:
         TypeError, ValueError: for tensors that do not fit together; nothing has been written then.
     """
+    if torch.compiler.is_compiling():
+        # To a compiler the call is one operation that it cannot look into; the names stay outside.
+        update = torch.ops.rkif.update_importance_
+        update(params, grads, sensitivity, uncertainty or [], beta1, beta2, order, nonfinite, backend)
+        return
     arguments = Arguments(names)
     key = _verified.key(params=params, grads=grads, sensitivity=sensitivity, uncertainty=uncertainty)
     if key not in _verified:
@@ -104,3 +109,40 @@ def update_importance_(
             order=order,
             nonfinite=nonfinite,
         )
+
+
+_library = torch.library.Library("rkif", "DEF")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "update_importance_(Tensor[] params, Tensor?[] grads, Tensor(a!)[] sensitivity, "
+    "Tensor(b!)[] uncertainty, float beta1, float beta2, str order, Tensor(c!) nonfinite, str backend) -> ()"
+)
+
+
+@torch.library.impl(_library, "update_importance_", "CompositeExplicitAutograd")
+def _update(
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    sensitivity: list[Tensor],
+    uncertainty: list[Tensor],
+    beta1: float,
+    beta2: float,
+    order: Order,
+    nonfinite: Tensor,
+    backend: Backend,
+) -> None:
+    update_importance_(
+        params,
+        grads,
+        sensitivity,
+        uncertainty or None,
+        beta1=beta1,
+        beta2=beta2,
+        order=order,
+        nonfinite=nonfinite,
+        backend=backend,
+    )
+
+
+@torch.library.register_fake("rkif::update_importance_", lib=_library)  # type: ignore[untyped-decorator]
+def _nothing_new(*_: object) -> None:
+    """It writes to what it is given, and makes no tensor."""
