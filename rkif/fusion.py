@@ -121,7 +121,7 @@ def fuse(
     }
     if out is not None:
         arguments["out"] = out
-    names = _common_names(arguments)
+    names = common_names(arguments)
     rows = {argument: [mapping[name] for name in names] for argument, mapping in arguments.items()}
     if out is None:
         rows["out"] = [torch.empty_like(t) if isinstance(t, Tensor) else t for t in rows["base"]]
@@ -201,7 +201,7 @@ def report_of(names: Sequence[str], stats: FuseStats, *, numel: int, scope: Scop
     )
 
 
-def _common_names(arguments: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+def common_names(arguments: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
     """The parameter names, in the order of ``base``, if all mappings have just these."""
     for argument, mapping in arguments.items():
         if not isinstance(mapping, Mapping):

@@ -1,0 +1,194 @@
+"""Adapters fused in delta-weight space, against the dense formulation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_llama
+from torch import Tensor
+
+import rkif
+from rkif.config import RULES
+
+SHAPES = {"q": (6, 9), "v": (12, 5), "wide": (3, 40)}
+
+
+def adapter(
+    seed: int, rank: int = 2, dtype: torch.dtype = torch.float32, **more: Tensor
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = dict(more)
+    for name, (out, into) in SHAPES.items():
+        tensors[f"model.{name}.lora_A.weight"] = torch.randn(rank, into, generator=generator).to(dtype)
+        tensors[f"model.{name}.lora_B.weight"] = torch.randn(out, rank, generator=generator).to(dtype)
+    return tensors
+
+
+def updates(tensors: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    """Dense updates by module; tensors without factors by their names."""
+    found = {
+        name.removesuffix(".lora_A.weight"): (
+            tensors[name.replace("lora_A", "lora_B")].float() @ t.float() * scaling
+        )
+        for name, t in tensors.items()
+        if "lora_A" in name
+    }
+    return found | {name: t for name, t in tensors.items() if "lora" not in name}
+
+
+def best(matrix: Tensor, rank: int) -> Tensor:
+    """The nearest matrix of a rank, by a full decomposition."""
+    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return ((u[:, :rank] * s[:rank]) @ vh[:rank]).float()
+
+
+def dense(
+    sets: list[dict[str, Tensor]], scaling: float, **settings: Any
+) -> tuple[dict[str, Tensor], rkif.FusionReport]:
+    """All updates in memory at once, through rkif.fuse."""
+    base, inner, outer = (updates(tensors, scaling) for tensors in sets)
+    origin = base if settings.get("outer_from") == "base" else inner
+    moved_in = {name: (inner[name].float() - base[name].float()).abs() for name in base}
+    moved_out = {name: (outer[name].float() - origin[name].float()).abs() for name in base}
+    found = rkif.fuse(base, inner, outer, moved_in, moved_out, **settings)
+    return found.params, found.report
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"density": 0.2},
+        {"density": 0.5, "rule": "release"},
+        {"density": 0.3, "scope": "tensor"},
+        {"density": 0.3, "outer_from": "base"},
+        {"density": 0},
+        {"density": 1, "rule": "release"},
+    ],
+)
+def test_as_the_dense_fusion(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    head = {f"head{seed}": torch.randn(7, generator=torch.Generator().manual_seed(seed)) for seed in range(3)}
+    sets = [adapter(seed, dtype=dtype, head=head[f"head{seed}"]) for seed in range(3)]
+    expected, report = dense(sets, 0.5, **settings)
+    found = rkif.fuse_delta(*sets, scaling=0.5, **settings)
+    assert {name: (t.shape, t.dtype) for name, t in found.params.items()} == {
+        name: (t.shape, t.dtype) for name, t in sets[0].items()
+    }
+    assert found.report.counts == report.counts
+    assert found.report.thresholds == report.thresholds
+    assert found.report.numel == report.numel
+    assert torch.equal(found.params["head"], expected["head"])
+    got = updates(found.params, 0.5)
+    rounding = 1e-4 if dtype == torch.float32 else 3e-2
+    for module, wanted in expected.items():
+        if module == "head":
+            continue
+        nearest = best(wanted, 2)
+        error = (got[module] - wanted).norm() / wanted.norm()
+        least = (nearest - wanted).norm() / wanted.norm()
+        assert error <= 1.02 * least + rounding
+        assert abs(found.truncation[module] - least) <= 0.02 * least + 1e-4
+
+
+@pytest.mark.parametrize("rule", ["paper", rkif.MergeWeights((1, 0), (1, 0), (1, 0), (1, 0))])
+def test_what_has_the_rank_is_kept_whole(rule: Any) -> None:
+    """Density 1 is the outer learner's end by the paper's rule; the second rule takes the inner one's."""
+    sets = [adapter(seed) for seed in range(3)]
+    found = rkif.fuse_delta(*sets, scaling=2.0, density=1, rule=rule)
+    wanted = updates(sets[2] if rule == "paper" else sets[1], 2.0)
+    for module, tensor in updates(found.params, 2.0).items():
+        torch.testing.assert_close(tensor, wanted[module], rtol=1e-4, atol=1e-4)
+    assert max(found.truncation.values()) < 1e-5
+    for name in SHAPES:
+        a, b = (found.params[f"model.{name}.lora_{factor}.weight"] for factor in "AB")
+        torch.testing.assert_close(a @ a.T, b.T @ b, rtol=1e-3, atol=1e-3)  # balanced
+
+
+@given(st.integers(1, 4), st.floats(0.05, 0.95), st.sampled_from(sorted(RULES)), st.booleans())
+def test_any_rank_and_density(rank: int, density: float, rule: str, ties: bool) -> None:
+    sets = [adapter(seed, rank) for seed in range(3)]
+    if ties:
+        sets = [{name: t.round() for name, t in tensors.items()} for tensors in sets]
+    expected, report = dense(sets, 1.0, density=density, rule=rule)
+    found = rkif.fuse_delta(*sets, scaling=1.0, density=density, rule=rule)
+    assert found.report.counts == report.counts
+    for module, tensor in updates(found.params, 1.0).items():
+        least = (best(expected[module], rank) - expected[module]).norm()
+        assert (tensor - expected[module]).norm() <= 1.05 * least + 1e-3
+
+
+def test_an_update_of_nothing_is_nothing() -> None:
+    sets = [{name: torch.zeros_like(t) for name, t in adapter(0).items()} for _ in range(3)]
+    found = rkif.fuse_delta(*sets, scaling=1.0)
+    assert not any(tensor.any() for tensor in found.params.values())
+    assert set(found.truncation.values()) == {0.0}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_scaling_is_pefts(rslora: bool) -> None:
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=rslora,
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={"v_proj": 2},
+        alpha_pattern={r"layers\.0\.self_attn\.q_proj": 10},
+    )
+    model = get_peft_model(tiny_llama(40, 0), config)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    found = rkif.lora_scaling(config.to_dict(), names)
+    wanted = {
+        name: module.scaling["default"] for name, module in model.named_modules() if hasattr(module, "lora_A")
+    }
+    assert found == wanted
+    assert len(set(found.values())) == 3
+
+
+def test_what_a_model_computes_is_what_its_updates_say() -> None:
+    """The fused factors, put back into the model, add the fused update to its weights."""
+    config = LoraConfig(r=2, lora_alpha=6, use_rslora=True, target_modules=["q_proj"])
+    model = get_peft_model(tiny_llama(40, 0), config)
+    factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(0)
+    sets = [
+        {name: torch.randn(p.shape, generator=generator) for name, p in factors.items()} for _ in range(3)
+    ]
+    scaling = rkif.lora_scaling(config.to_dict(), list(factors))
+    found = rkif.fuse_delta(*sets, scaling=scaling, density=1)
+    with torch.no_grad():
+        for name, parameter in factors.items():
+            parameter.copy_(found.params[name])
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            a, b = (sets[2][f"{name}.lora_{factor}.default.weight"] for factor in "AB")
+            torch.testing.assert_close(module.get_delta_weight("default"), scaling[name] * b @ a)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t | {"model.q.lora_magnitude_vector": torch.ones(6)}, "DoRA's update depends"),
+        (lambda t: {n: v for n, v in t.items() if n != "model.q.lora_B.weight"}, "but not 'model.q.lora_B"),
+        (lambda t: {"w": torch.ones(3)}, "has no LoRA factors"),
+        (lambda t: t | {"model.q.lora_A.weight": torch.ones(2, 9, 1, 1)}, "factors are matrices"),
+    ],
+)
+def test_refuses_with_the_reason(change: Any, message: str) -> None:
+    tensors = change(adapter(0))
+    with pytest.raises(ValueError, match=message):
+        rkif.fuse_delta(tensors, tensors, tensors, scaling=1.0)
+    with pytest.raises(ValueError, match="DoRA"):
+        rkif.lora_scaling({"use_dora": True}, [])
+
+
+def test_refuses_what_does_not_fit_together() -> None:
+    tensors = adapter(0)
+    with pytest.raises(ValueError, match=r"scaling lacks 'model\.v'"):
+        rkif.fuse_delta(tensors, tensors, tensors, scaling={"model.q": 1.0})
+    with pytest.raises(ValueError, match=r"inner\['model\.q\.lora_A\.weight'\] has shape \(3, 9\)"):
+        rkif.fuse_delta(tensors, adapter(0, rank=3), tensors, scaling=1.0)
