@@ -119,6 +119,14 @@ def ledger_command(
     measure(config or DEFAULT, rounds, Console())
 
 
+@app.command("delta")
+def delta_command(config: MiniLM = None) -> None:
+    """Measure what it changes to fuse adapters as updates, B·A, instead of as factors."""
+    from bench.delta import DEFAULT, measure
+
+    measure(config or DEFAULT, Console())
+
+
 @app.command("state-precision")
 def state_precision_command(config: MiniLM = None) -> None:
     """Measure how far masks from importance in bfloat16 are those from float32, round by round."""

@@ -6,12 +6,21 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import checkpoints, continual_tables, directions, kernels, ledger, model_memory, state_precision
+from bench import (
+    checkpoints,
+    continual_tables,
+    delta,
+    directions,
+    kernels,
+    ledger,
+    model_memory,
+    state_precision,
+)
 
 README = Path(__file__).parent.parent / "README.md"
 DOCS = README.parent / "docs"
 # Those that have tables.
-FILES = (README, *(DOCS / f"{name}.md" for name in ("checkpoints", "continual", "ledger", "memory")))
+FILES = (README, *(DOCS / f"{name}.md" for name in ("checkpoints", "continual", "ledger", "lora", "memory")))
 
 
 def with_tables(text: str) -> str:
@@ -36,6 +45,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tuned": continual_tables.tuned,
     "continual": continual_tables.main,
     "continual_all": continual_tables.everything,
+    "delta": delta.markdown,
     "directions": directions.markdown,
     "kernels": kernels.markdown,
     "ledger": ledger.markdown,
