@@ -119,6 +119,14 @@ def ledger_command(
     measure(config or DEFAULT, rounds, Console())
 
 
+@app.command("scaling")
+def scaling_command() -> None:
+    """Measure a fusion over two processes on this machine: time, and what they hand to each other."""
+    from bench.scaling import measure
+
+    measure(Console())
+
+
 @app.command("delta")
 def delta_command(config: MiniLM = None) -> None:
     """Measure what it changes to fuse adapters as updates, B·A, instead of as factors."""

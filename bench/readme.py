@@ -14,13 +14,14 @@ from bench import (
     kernels,
     ledger,
     model_memory,
+    scaling,
     state_precision,
 )
 
 README = Path(__file__).parent.parent / "README.md"
 DOCS = README.parent / "docs"
-# Those that have tables.
-FILES = (README, *(DOCS / f"{name}.md" for name in ("checkpoints", "continual", "ledger", "lora", "memory")))
+DOCUMENTS = ("checkpoints", "continual", "ledger", "lora", "memory", "scaling")
+FILES = (README, *(DOCS / f"{name}.md" for name in DOCUMENTS))  # those that have tables
 
 
 def with_tables(text: str) -> str:
@@ -50,5 +51,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels.markdown,
     "ledger": ledger.markdown,
     "model_memory": model_memory.markdown,
+    "scaling": scaling.markdown,
     "state_precision": state_precision.markdown,
 }

@@ -53,6 +53,11 @@ class Snapshot:
             ]
         self._stream: Any = torch.cuda.Stream(self.device) if self.away else None  # type: ignore[no-untyped-call]
 
+    def room(self, numbers: Iterable[int]) -> list[Tensor]:
+        """Where to compute what is to be :meth:`put`: in place, unless the copies lie away."""
+        own = [self.tensors[number] for number in numbers]
+        return [torch.empty_like(t, device=self.device) for t in own] if self.away else own
+
     @torch.no_grad()
     def put(self, numbers: Iterable[int], values: Sequence[Tensor]) -> None:
         """Take copies of values on the tensors' device, which must not change before :meth:`settle`."""
@@ -60,6 +65,8 @@ class Snapshot:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             for number, value in zip(numbers, values, strict=True):
+                if value is self.tensors[number]:
+                    continue
                 self.tensors[number].copy_(value, non_blocking=self.away)
                 if self._stream is not None:
                     value.record_stream(self._stream)

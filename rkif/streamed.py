@@ -54,7 +54,7 @@ def fuse_in_turns(
     for numbers, (masters, middles) in in_turns([base, inner]):
         ends = [outer[number] for number in numbers]
         starts = [master.to(end.dtype) for master, end in zip(masters, ends, strict=True)]
-        out = [torch.empty_like(master) for master in masters]
+        out = fused.room(numbers)
         for counted in (True, False):
             places = [place for place, number in enumerate(numbers) if (number in owned) == counted]
             if not places:

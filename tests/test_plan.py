@@ -60,12 +60,12 @@ def test_bytes_by_hand() -> None:
         "outer": 48_007,
         "fusion": 48_007,
     }
-    # bfloat16: 2 + 2 + 4 + 4, a master of 4, S alone 4 + 4; 2; no gradients, 4. Turns: result, start.
+    # bfloat16: 2 + 2 + 4 + 4, a master of 4, S alone 4 + 4; 2; no gradients, 4. Turns: the start.
     low = Training(1000, 0, 1000, trainable_bytes=2, uncertainty=False)
     assert budget(Option(), low, memory=memory, reserve=0).phases == {
         "inner": 24_000,
         "outer": 26_000,
-        "fusion": 28_000 + 1000 * (4 + 2),
+        "fusion": 28_000 + 1000 * 2,
     }
     # Offloaded, packed, rounded: 4 + 4 + 8 + 8, S, U 4 + 4, then the mask. Two turns' base and inner result.
     lean = budget(Option(True, True, "bfloat16"), plain, memory=memory, reserve=0)

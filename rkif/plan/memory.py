@@ -83,13 +83,13 @@ class Option:
 
     def scratch(self, training: Training) -> int:
         """Bytes that a fusion needs for the tensors it is at, where it goes through them in turns."""
-        if not (self.pack_inner or self.offload or training.trainable_bytes < 4 or training.ranks > 1):
-            return 0
         elements = min(max(TURN, -(-training.largest // training.ranks)), training.trainable)
         weight = training.trainable_bytes
-        here = 4 + (weight if weight < 4 else 0) + (2 if self.pack_inner else 0)  # result, start, mask
-        fetched = 2 * (4 + weight) if self.offload else 0  # base and inner result, of this turn and the next
-        return elements * (here + fetched)
+        start = weight if weight < 4 else 0  # the base as the learners saw it
+        mask = 2 if self.pack_inner else 0
+        # The result, and of this turn and the next base and inner result.
+        away = 4 + 2 * (4 + weight) if self.offload else 0
+        return elements * (start + mask + away)
 
 
 OPTIONS = tuple(
