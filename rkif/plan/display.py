@@ -39,7 +39,7 @@ def options_table(budgets: Sequence[Budget], chosen: Budget | None, memory: int)
     for one in budgets:
         table.add_row(
             name(one.option),
-            "exact" if one.option.exact else "rounded scores",
+            "exact" if one.option.exact else "rounded",
             *(f"{one.phases[phase] / GIB:.2f}" for phase in PHASES),
             f"{one.bytes / GIB:.2f}",
             "<- taken" if one is chosen else "fits" if one.fits else "too much",
@@ -49,8 +49,8 @@ def options_table(budgets: Sequence[Budget], chosen: Budget | None, memory: int)
 
 
 def name(option: Option) -> str:
-    words = {"pack_inner": "pack_inner", "offload": "offload", "state_dtype": "bfloat16 state"}
-    return " + ".join(words[change] for change in option.changes) or "plain"
+    words = {"pack_inner": "packed", "offload": "offloaded", "state_dtype": "bf16 state"}
+    return ", ".join(words[change] for change in option.changes) or "plain"
 
 
 def settings(option: Option) -> str:
