@@ -69,7 +69,7 @@ def markdown() -> str:
         f"{row['device']}, {row['threads']} thread each, at {row['commit'].removesuffix('-dirty')[:7]}. A "
         f"fusion takes {row['fuse_ms']:.0f} ms (median of {row['rounds']}), one process with all parameters "
         f"and one thread {row['alone_ms']:.0f} ms. Each process hands {row['handed_bytes'] / 2**20:.2f} MiB "
-        f"to collectives, in windows of {row['bins']:,} bins over {row['passes']} counting pass{'es' * (row['passes'] > 1)}; "
+        f"to collectives (counting passes: {row['passes']}, bins in all: {row['bins']:,}); "
         f"summing {row['summed_bytes'] / 2**20:.0f} MiB takes {row['sum_ms']:.1f} ms.\n\n"
     )
     lines = [

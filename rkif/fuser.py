@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +29,9 @@ from rkif_kernels import Scores, score_thresholds
 from rkif_kernels.types import CASES
 
 Learner = Literal["inner", "outer"]
+
+# What stands before a parameter's name in a state, see Fuser._tensors.
+_KIND = re.compile(r"^(base|inner|(start\.)?(inner|outer)_importance\.(sensitivity|uncertainty|mask))\.")
 
 
 class Fuser:
@@ -339,7 +343,6 @@ class Fuser:
             FileNotFoundError, RuntimeError: it could not be read.
             ValueError: see :meth:`load_state_dict`.
         """
-
         self.load_state_dict(self.read(folder))
 
     def write(self, folder: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
@@ -350,10 +353,10 @@ class Fuser:
         """Read what :meth:`write` wrote; what is called like a parameter at its end is spread as it is."""
 
         def room(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-            parameter = next((p for n, p in self.parameters.items() if name.endswith(f".{n}")), None)
-            if parameter is None or parameter.shape != shape:
-                return torch.empty(shape, dtype=dtype)
-            return torch.empty_like(parameter, dtype=dtype)
+            for parameter_name, parameter in self.parameters.items():
+                if name.endswith(f".{parameter_name}") and parameter.shape == shape:
+                    return torch.empty_like(parameter, dtype=dtype)
+            return torch.empty(shape, dtype=dtype)
 
         return read_state(folder, room, self._ranks)
 
@@ -387,9 +390,7 @@ class Fuser:
 
     def _of(self, name: str) -> Tensor:
         """The parameter that a tensor of the state belongs to."""
-        while name not in self.parameters:
-            name = name.partition(".")[2]
-        return self.parameters[name]
+        return self.parameters[_KIND.sub("", name)]
 
     def _kept_importance(self) -> dict[str, Tensor]:
         """The importance that outlives a round, not copies."""

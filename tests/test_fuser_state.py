@@ -150,3 +150,16 @@ def test_state_of_parameters_in_other_memory_formats_can_be_saved() -> None:
     loaded = load(save(fuser.state_dict()))
     fuser.load_state_dict(loaded)
     assert torch.equal(loaded["base.weight"], model.weight)
+
+
+def test_parameters_may_be_called_as_the_states_parts_are() -> None:
+    names = ("weight", "base.weight", "inner.weight", "start.inner_importance.sensitivity.weight")
+    parameters = [(name, nn.Parameter(torch.ones(size))) for size, name in enumerate(names, start=1)]
+    fuser = Fuser(parameters)
+    for _, parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    fuser.observe()
+    fuser.begin_outer()
+    state = fuser.state_dict()
+    fuser.load_state_dict(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in fuser.state_dict().items())
