@@ -105,6 +105,7 @@ class ReplayMemory:
         the memory has floor(p * w) or ceil(p * w). Batch `step` is the items
         [step * size, (step + 1) * size) of the walk. It is a function of the memory's content and of the
         arguments, so a run resumes from its step counter alone; no state is kept and no global one touched.
+        Of W processes, the r-th takes the batch of ``step * W + r``: together they have those of one.
 
         Args:
             step: the batch's number, from 0.

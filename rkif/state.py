@@ -9,10 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from rkif.files import settle, sync_folder
 from rkif.ranks import Ranks
@@ -26,6 +22,10 @@ def write_state(folder: str | os.PathLike[str], state: Mapping[str, Tensor], ran
     Raises:
         RuntimeError: it could not be written, here or on another rank.
     """
+    # Imported where it is needed: it takes as long as everything else in rkif.
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     with ranks.together():
@@ -60,6 +60,10 @@ def read_state(
         FileNotFoundError: there is no such folder.
         RuntimeError: it could not be read, here or on another rank.
     """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     with ranks.together():
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"there is no state in {folder}")

@@ -223,3 +223,32 @@ def test_turns_cover_everything_once() -> None:
         for turn in found:
             filled = [sizes[number] for number in turn if sizes[number]]
             assert len(filled) <= 1 or sum(filled) <= size
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_beside_other_work_are_in_time(
+    options: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU copies go on while the learners step: large tensors, small turns, no synchronisation by us."""
+    monkeypatch.setattr(snapshots, "TURN", 1 << 20)
+    ends = []
+    for chosen in ({}, options):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(1500, 1500) for _ in range(6))).to("cuda", dtype)
+        fuser = rkif.Fuser(model, rkif.FusionConfig(**chosen))
+        for step in range(4):
+            for _ in range(2):
+                generator = torch.Generator("cuda").manual_seed(step)
+                for p in model.parameters():
+                    p.grad = torch.randn(p.shape, generator=generator, device="cuda").to(dtype)
+                fuser.observe()
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.sub_(p.grad, alpha=0.01)
+                if fuser.phase == "inner":
+                    fuser.begin_outer()
+            fuser.fuse()
+        ends.append([p.detach().clone() for p in model.parameters()] + list(fuser.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
