@@ -87,7 +87,7 @@ for tool in memcheck racecheck; do
             "$PYTHON" -m bench sweep --device cuda --backend triton --cases 3 --seed 1
     fi
 done
-stage other-tests 120 "$PYTHON" -m pytest -q "${WORKERS[@]}" tests/test_fuser.py tests/test_fuse.py tests/test_bench.py tests/test_checkpoint_fuse.py
+stage other-tests 120 "$PYTHON" -m pytest -q "${WORKERS[@]}" tests/test_fuser.py tests/test_fuse.py tests/test_bench.py tests/test_checkpoint_fuse.py tests/test_less_memory.py
 
 # The long suite, where its model and tasks were brought along; it goes on where it was cut off.
 if [ -d models/smollm2 ] && [ -d data/cl15 ]; then
