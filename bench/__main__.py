@@ -114,7 +114,8 @@ def ledger_command(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of each, in turn.")] = 3,
 ) -> None:
     """Measure what ledger, snapshots and gates add to the time of a run's steps."""
-    from bench.ledger import DEFAULT, measure
+    from bench.ledger import measure
+    from bench.watched_runs import DEFAULT
 
     measure(config or DEFAULT, rounds, Console())
 
@@ -130,7 +131,8 @@ def scaling_command() -> None:
 @app.command("delta")
 def delta_command(config: MiniLM = None) -> None:
     """Measure what it changes to fuse adapters as updates, B·A, instead of as factors."""
-    from bench.delta import DEFAULT, measure
+    from bench.delta import measure
+    from bench.watched_runs import DEFAULT
 
     measure(config or DEFAULT, Console())
 
@@ -138,7 +140,8 @@ def delta_command(config: MiniLM = None) -> None:
 @app.command("state-precision")
 def state_precision_command(config: MiniLM = None) -> None:
     """Measure how far masks from importance in bfloat16 are those from float32, round by round."""
-    from bench.state_precision import DEFAULT, measure
+    from bench.state_precision import measure
+    from bench.watched_runs import DEFAULT
 
     measure(config or DEFAULT, Console())
 
@@ -146,7 +149,8 @@ def state_precision_command(config: MiniLM = None) -> None:
 @app.command("directions")
 def directions_command(config: MiniLM = None) -> None:
     """Measure where the two learners' task vectors point, and what the fusion makes of them."""
-    from bench.directions import DEFAULT, measure
+    from bench.directions import measure
+    from bench.watched_runs import DEFAULT
 
     measure(config or DEFAULT, Console())
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,16 +13,13 @@ from rich.console import Console
 from torch import Tensor
 
 import rkif
-from bench.continual import CONFIGS
 from bench.machine import commit
+from bench.watched_runs import commit_of, read_rows, replaced, silent_run, write_rows
 from rkif.continual.config import RunConfig, load_config
-from rkif.continual.progress import RunProgress
-from rkif.continual.run import run
 from rkif.fuser import Fuser
 from rkif.snapshots import Snapshot
 
 RESULTS = Path(__file__).parent / "results" / "delta.jsonl"
-DEFAULT = CONFIGS / "standard-minilm.yaml"
 SPACES = {
     "factors": "factors, by importance",
     "factors_moved": "factors, by how far they moved",
@@ -49,12 +43,8 @@ def measure(path: Path, console: Console) -> None:
     scaling = config.adapter.alpha / config.adapter.r
     rows = []
     for space in SPACES:
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            open(os.devnull, "w") as nowhere,
-            _fused_in(space, scaling) as rounds,
-        ):
-            metrics = run(config, Path(folder) / "run", progress=RunProgress(Console(file=nowhere)))
+        with _fused_in(space, scaling) as rounds, silent_run(config) as (metrics, _):
+            pass
         rows.append(
             {
                 "config": path.stem,
@@ -68,16 +58,16 @@ def measure(path: Path, console: Console) -> None:
             }
         )
         console.print(rows[-1])
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(RESULTS, rows)
 
 
 def markdown() -> str:
     """The rows as a table."""
-    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(RESULTS)
     first = rows[0]
     lines = [
         f"{first['model']} ({first['config']}), one run each, {first['rounds']} rounds, at "
-        f"{first['commit'].removesuffix('-dirty')[:7]}.",
+        f"{commit_of(first)}.",
         "",
         "| | " + " | ".join(SPACES[row["space"]] for row in rows) + " |",
         "| --- |" + " ---: |" * len(rows),
@@ -121,11 +111,8 @@ def _fused_in(space: str, scaling: float) -> Iterator[list[dict[str, float]]]:
         )
         return report
 
-    setattr(Fuser, "fuse", watched)  # noqa: B010 (to a type checker a method is not to be replaced)
-    try:
+    with replaced(Fuser, fuse=watched):
         yield rounds
-    finally:
-        setattr(Fuser, "fuse", fuse)  # noqa: B010
 
 
 def _by_magnitude(sides: Sides, settings: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +12,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bench.continual import CONFIGS
 from bench.machine import commit
+from bench.watched_runs import HARDLY_MEASURED, commit_of, read_rows, replaced, silent_run, write_rows
 from rkif.continual.config import RunConfig, load_config
-from rkif.continual.progress import RunProgress
-from rkif.continual.run import run
 from rkif.fuser import Fuser
 
 RESULTS = Path(__file__).parent / "results" / "directions.jsonl"
-DEFAULT = CONFIGS / "standard-minilm.yaml"
 FIGURES = {
     "cosine": "cosine of the two task vectors",
     "same_sign": "elements that both move the same way",
@@ -37,15 +31,10 @@ FIGURES = {
 def measure(path: Path, console: Console) -> None:
     """Run a config, and write a row a task with the means over its rounds."""
     config = load_config(path)
-    # Nothing is asked of the model, so hardly anything is measured.
-    changes = {"method": "recurrent_kif", "tasks": config.tasks.model_dump() | {"dev_limit": 8}}
+    changes = {"method": "recurrent_kif", "tasks": config.tasks.model_dump() | HARDLY_MEASURED}
     config = RunConfig.model_validate(config.model_dump() | changes)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        open(os.devnull, "w") as nowhere,
-        _watched() as rounds,
-    ):
-        metrics = run(config, Path(folder) / "run", progress=RunProgress(Console(file=nowhere)))
+    with _watched() as rounds, silent_run(config) as (metrics, _):
+        pass
     tasks = metrics["tasks"][1:]
     size = len(rounds) // len(tasks)
     rows = [
@@ -62,16 +51,16 @@ def measure(path: Path, console: Console) -> None:
     ]
     for row in rows:
         console.print(row)
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(RESULTS, rows)
 
 
 def markdown() -> str:
     """The rows as a table."""
-    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(RESULTS)
     first = rows[0]
     lines = [
         f"{first['model']} ({first['config']}, {first['order']}), means over the {first['rounds']} rounds of "
-        f"each task, at {first['commit'].removesuffix('-dirty')[:7]}.",
+        f"each task, at {commit_of(first)}.",
         "",
         "| | " + " | ".join(row["task"] for row in rows) + " |",
         "| --- |" + " ---: |" * len(rows),
@@ -109,11 +98,8 @@ def _watched() -> Iterator[list[dict[str, Any]]]:
         )
         return report
 
-    setattr(Fuser, "fuse", watched)  # noqa: B010 (to a type checker a method is not to be replaced)
-    try:
+    with replaced(Fuser, fuse=watched):
         yield rounds
-    finally:
-        setattr(Fuser, "fuse", fuse)  # noqa: B010
 
 
 def _flat(tensors: Any) -> Tensor:

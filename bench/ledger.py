@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,14 +13,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench.continual import CONFIGS
 from bench.machine import commit, device_name
+from bench.watched_runs import HARDLY_MEASURED, commit_of, read_rows, silent_run, write_rows
 from rkif.continual.config import RunConfig, load_config
 from rkif.continual.methods import RecurrentKIF
 from rkif.continual.model import device
-from rkif.continual.progress import RunProgress
 from rkif.continual.recorder import Recorder
-from rkif.continual.run import run
 from rkif.continual.snapshots import Snapshots
 from rkif.gate import Gatekeeper
 
@@ -70,18 +66,17 @@ def measure(path: Path, rounds: int, console: Console) -> None:
         }
         for name, runs in found.items()
     ]
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(RESULTS, rows)
 
 
 def markdown() -> str:
     """The rows as a table."""
-    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(RESULTS)
     row = rows[0]
     lines = [
         f"{row['model']} ({row['config']}), {row['trainable']:,.0f} trained parameters, two tasks, "
         f"{row['rounds']:.0f} rounds, medians of {row['runs']} runs, on {row['device']}, "
-        f"torch {row['torch']}, at {row['commit'].removesuffix('-dirty')[:7]}. "
+        f"torch {row['torch']}, at {commit_of(row)}. "
         f"A state takes {row['state_mib']:.1f} MiB.",
         "",
         "| checked by | ledger | snapshots | gate | seconds a round |",
@@ -97,18 +92,12 @@ def _settings(path: Path, gate: dict[str, Any] | None) -> RunConfig:
     """The config's first two tasks; hardly any evaluation, which is not what is timed."""
     config = load_config(path)
     order = json.loads((Path(config.tasks.folder) / "tasks.json").read_text())["orders"]
-    tasks = config.tasks.model_dump() | {"order": order[config.tasks.order][:2], "dev_limit": 8}
+    tasks = config.tasks.model_dump() | {"order": order[config.tasks.order][:2]} | HARDLY_MEASURED
     return RunConfig.model_validate(config.model_dump() | {"tasks": tasks, "gate": gate})
 
 
 def _measured(config: RunConfig) -> dict[str, Any]:
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        open(os.devnull, "w") as nowhere,
-        _timed() as spent,
-    ):
-        out = Path(folder) / "run"
-        metrics = run(config, out, progress=RunProgress(Console(file=nowhere)))
+    with _timed() as spent, silent_run(config) as (metrics, out):
         states = [path.stat().st_size for path in (out / "snapshots").iterdir()]
     # What is done between two steps is not part of the first.
     steps = spent["steps"] - spent["ledger"] - spent["gate"]
@@ -144,6 +133,3 @@ def _timing(call: Callable[..., Any], spent: dict[str, float], part: str) -> Cal
         return result
 
     return timing
-
-
-DEFAULT = CONFIGS / "standard-minilm.yaml"

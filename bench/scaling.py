@@ -7,11 +7,11 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from bench.machine import commit
+from bench.watched_runs import commit_of, read_rows, write_rows
 from rkif.thresholds import SAMPLE
 from rkif_kernels.counting import BINS
 
@@ -57,16 +57,15 @@ def measure(console: Console) -> None:
         raise RuntimeError(f"the processes failed: {done.stderr.strip().splitlines()[-1]}")
     row = json.loads(done.stdout.splitlines()[-1]) | {"commit": commit()}
     console.print(row)
-    RESULTS.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    write_rows(RESULTS, [row])
 
 
 def markdown() -> str:
     """The row, and beside it what the same arithmetic says of clusters."""
-    (line,) = RESULTS.read_text(encoding="utf-8").splitlines()
-    row: dict[str, Any] = json.loads(line)
+    (row,) = read_rows(RESULTS)
     measured = (
         f"Measured: {row['parameters']:,} float32 parameters over {row['ranks']} gloo processes on "
-        f"{row['device']}, {row['threads']} thread each, at {row['commit'].removesuffix('-dirty')[:7]}. A "
+        f"{row['device']}, {row['threads']} thread each, at {commit_of(row)}. A "
         f"fusion takes {row['fuse_ms']:.0f} ms (median of {row['rounds']}), one process with all parameters "
         f"and one thread {row['alone_ms']:.0f} ms. Each process hands {row['handed_bytes'] / 2**20:.2f} MiB "
         f"to collectives (counting passes: {row['passes']}, bins in all: {row['bins']:,}); "

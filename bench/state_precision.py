@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,17 +13,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bench.continual import CONFIGS
 from bench.machine import commit
+from bench.watched_runs import HARDLY_MEASURED, commit_of, read_rows, replaced, silent_run, write_rows
 from rkif.continual.config import RunConfig, load_config
-from rkif.continual.progress import RunProgress
-from rkif.continual.run import run
 from rkif.fuser import Fuser, Learner
 from rkif.importance import Importance
 from rkif_kernels import score_thresholds
 
 RESULTS = Path(__file__).parent / "results" / "state_precision.jsonl"
-DEFAULT = CONFIGS / "standard-minilm.yaml"
 PRESETS = ("paper", "release")
 FIGURES = {
     "inner_equal": "inner mask, equal bits",
@@ -42,16 +36,11 @@ def measure(path: Path, console: Console) -> None:
     config = load_config(path)
     rows = []
     for preset in PRESETS:
-        # Nothing is asked of the model, so hardly anything is measured.
-        tasks = config.tasks.model_dump() | {"dev_limit": 8}
+        tasks = config.tasks.model_dump() | HARDLY_MEASURED
         changes = {"method": "recurrent_kif", "tasks": tasks, "fusion": {"preset": preset}}
         chosen = RunConfig.model_validate(config.model_dump() | changes)
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            open(os.devnull, "w") as nowhere,
-            _shadowed() as rounds,
-        ):
-            run(chosen, Path(folder) / "run", progress=RunProgress(Console(file=nowhere)))
+        with _shadowed() as rounds, silent_run(chosen):
+            pass
         rows.append(
             {
                 "config": path.stem,
@@ -64,16 +53,16 @@ def measure(path: Path, console: Console) -> None:
             }
         )
         console.print(rows[-1])
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(RESULTS, rows)
 
 
 def markdown() -> str:
     """The rows as a table."""
-    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(RESULTS)
     first = rows[0]
     lines = [
         f"{first['model']} with LoRA ({first['config']}), means over {first['rounds']} rounds, at "
-        f"{first['commit'].removesuffix('-dirty')[:7]}: S and U in bfloat16 against float32, under the same "
+        f"{commit_of(first)}: S and U in bfloat16 against float32, under the same "
         "gradients.",
         "",
         "| | " + " | ".join(f"{row['preset']} preset" for row in rows) + " |",
@@ -121,13 +110,8 @@ def _shadowed() -> Iterator[list[dict[str, float]]]:
                 shadows[fuser][learner].clear()
         return report
 
-    setattr(Fuser, "observe", watched_observe)  # noqa: B010 (to a type checker a method is not to be replaced)
-    setattr(Fuser, "fuse", watched_fuse)  # noqa: B010
-    try:
+    with replaced(Fuser, observe=watched_observe, fuse=watched_fuse):
         yield rounds
-    finally:
-        setattr(Fuser, "observe", observe)  # noqa: B010
-        setattr(Fuser, "fuse", fuse)  # noqa: B010
 
 
 def _mask(fuser: Fuser, importance: Importance) -> Tensor:
