@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -19,13 +18,11 @@ from rkif.fusion import FusionReport, Thresholds, fuse_lists, report_of
 from rkif.gate import Gate, Gatekeeper
 from rkif.importance import Importance
 from rkif.params import trainable_parameters
-from rkif.sharding import local, local_as, owned, ranks_of, spread_as
+from rkif.sharding import Held, local_as, spread_as
 from rkif.snapshots import Snapshot, in_turns
 from rkif.state import read_state, write_state
 from rkif.streamed import fuse_in_turns, squared_distance
-from rkif.thresholds import sharded_thresholds
 from rkif.uncompiled import uncompiled
-from rkif_kernels import Scores, score_thresholds
 from rkif_kernels.types import CASES
 
 Learner = Literal["inner", "outer"]
@@ -88,12 +85,12 @@ class Fuser:
         if gate is not None and not isinstance(gate, Gate):
             raise TypeError(f"gate must be a Gate; got {type(gate).__name__}")
         self.parameters = trainable_parameters(parameters)
-        self._ranks, self.sharded = ranks_of(parameters, list(self.parameters.items()))
-        self._require_agreement()
+        self._held = Held(parameters, self.parameters)
+        self._held.require_agreement(self.config)
         self._gatekeeper = None
         if gate is not None:
-            self._gatekeeper = Gatekeeper(gate, self._ranks.mean)
-        parts = self._parts()
+            self._gatekeeper = Gatekeeper(gate, self._held.ranks.mean)
+        parts = self._held.parts()
         named = dict(zip(self.parameters, parts, strict=True))
         self._importance: dict[Learner, Importance] = {
             "inner": Importance(named, self.config),
@@ -108,15 +105,15 @@ class Fuser:
         self._start = {name: t.clone() for name, t in self._kept_importance().items() if gate is not None}
         # Elements whose importance was not finite: those that this process counts, and its replicas.
         self._nonfinite = torch.zeros(2, dtype=torch.int64, device=parts[0].device)
-        flags = [owned(parameter) for parameter in self.parameters.values()]
-        counted = ([i for i, own in enumerate(flags) if own], [i for i, own in enumerate(flags) if not own])
-        self._counted = [numbers for numbers in counted if numbers]
-        self._owned = frozenset(counted[0])
         self._with_gradient: set[str] = set()
         self._observed: dict[Learner, int] = {"inner": 0, "outer": 0}
         self.phase: Learner = "inner"
         self.round = 0
         self.last_report: FusionReport | None = None
+
+    @property
+    def sharded(self) -> bool:
+        return self._held.sharded
 
     @property
     def inner_observed(self) -> int:
@@ -133,12 +130,12 @@ class Fuser:
         It goes to the learner whose phase it is. A parameter without a gradient counts as one with a zero
         gradient. Elements with a non-finite importance are left as they were, and counted.
         """
-        gradients = self._gradients()
+        gradients = self._held.gradients()
         if self.phase == "inner" or self.config.refresh_outer or self.round == 0:
-            parts, learner = self._parts(), self._importance[self.phase]
-            for numbers in self._counted:
-                place = 0 if numbers[0] in self._owned else 1
-                learner.update(parts, gradients, self._nonfinite[place : place + 1], numbers)
+            parts, learner = self._held.parts(), self._importance[self.phase]
+            for count, numbers in zip(torch.split(self._nonfinite, 1), self._held.numbers, strict=True):
+                if numbers:
+                    learner.update(parts, gradients, count, numbers)
         if self._inner is not None:
             self._inner.settle()  # the step that follows changes what is still being copied
         self._observed[self.phase] += 1
@@ -161,8 +158,8 @@ class Fuser:
                 "begin_outer() was called twice in a round; end the round with fuse() or rollback()"
             )
         if self.config.pack_inner:
-            (thresholds,) = self._thresholds(["inner"])
-        inner = self._snapshot(self._dtypes, self._parts())
+            thresholds = self._threshold("inner")
+        inner = self._snapshot(self._dtypes, self._held.parts())
         if self.config.pack_inner:
             self._importance["inner"].pack(thresholds)
         self._inner = inner
@@ -179,7 +176,7 @@ class Fuser:
                 Parameters, importance and the round are as before then: call :meth:`rollback` to give
                 the round up.
         """
-        with self._ranks.together():
+        with self._held.ranks.together():
             if self.phase != "outer":
                 raise RuntimeError(
                     "fuse() was called in the inner phase; call begin_outer() first, or use `with outer()`"
@@ -188,10 +185,10 @@ class Fuser:
                 if observed == 0:
                     raise RuntimeError(f"observe() was never called for the {learner} learner in this round")
         seen = torch.tensor([int(name in self._with_gradient) for name in self.parameters])
-        for name, count in zip(self.parameters, self._over_ranks(seen).tolist(), strict=True):
+        for name, count in zip(self.parameters, self._held.total(seen).tolist(), strict=True):
             if not count:
                 raise ValueError(f"parameter {name!r} had no gradient in any observe() of this round")
-        nonfinite = int(self._over_ranks(self._nonfinite)[0])
+        nonfinite = int(self._held.total(self._nonfinite)[0])
         if nonfinite and self.config.nonfinite == "raise":
             raise RuntimeError(
                 f"{nonfinite} elements had a non-finite importance |w*g| in this round (NaN or infinite "
@@ -210,7 +207,7 @@ class Fuser:
         fail with it.
         """
         self.begin_outer()
-        with self._ranks.announced():
+        with self._held.ranks.announced():
             yield self
         self.fuse()
 
@@ -221,7 +218,7 @@ class Fuser:
         What the outer learner has observed stays in its importance, as after a fusion, unless the config
         clears it.
         """
-        self._base.give(self._parts())
+        self._base.give(self._held.parts())
         self._end_round()
 
     def scores(self, learner: Learner) -> dict[str, Tensor]:
@@ -235,13 +232,13 @@ class Fuser:
             raise ValueError(f"learner must be 'inner' or 'outer'; got {learner!r}")
         if self._importance[learner].packed:
             raise RuntimeError("pack_inner=True: of the inner scores only a mask is left in the outer phase")
-        return self._spread(self._importance[learner].score_copies())
+        return self._held.spread(self._importance[learner].score_copies())
 
     def base(self) -> dict[str, Tensor]:
         """Name -> the parameters at the start of the round, as copies, spread as they are."""
-        copies = [torch.empty_like(part) for part in self._parts()]
+        copies = [torch.empty_like(part) for part in self._held.parts()]
         self._base.give(copies)
-        return self._spread(dict(zip(self.parameters, copies, strict=True)))
+        return self._held.spread(dict(zip(self.parameters, copies, strict=True)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on from here, at any point of a round, beside the parameters themselves.
@@ -259,7 +256,7 @@ class Fuser:
             state |= {f"gate.{name}": tensor for name, tensor in self._gatekeeper.tensors().items()}
         if (thresholds := self._importance["inner"].thresholds) is not None:
             state["inner_thresholds"] = thresholds.clone()
-        state["nonfinite"] = self._over_ranks(self._nonfinite)[0].clone()
+        state["nonfinite"] = self._held.total(self._nonfinite)[0].clone()
         state["phase"] = torch.tensor(["inner", "outer"].index(self.phase))
         state["round"] = torch.tensor(self.round)
         state["inner_observed"] = torch.tensor(self.inner_observed)
@@ -319,8 +316,8 @@ class Fuser:
             if not name.startswith(("inner_importance.", "outer_importance.")):
                 tensor.copy_(parts[name])
         # A count that all processes share is one of them to remember.
-        self._nonfinite.copy_(torch.tensor([int(state["nonfinite"]) if self._ranks.rank == 0 else 0, 0]))
-        if not self.sharded:
+        self._nonfinite.copy_(torch.tensor([int(state["nonfinite"]) if self._held.ranks.rank == 0 else 0, 0]))
+        if not self._held.sharded:
             self._nonfinite[0] = int(state["nonfinite"])
         self.phase = "outer" if in_outer else "inner"
         self.round = int(state["round"])
@@ -347,7 +344,7 @@ class Fuser:
 
     def write(self, folder: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
         """Write tensors, :meth:`state_dict`'s and others, into a folder together with all processes."""
-        write_state(folder, state, self._ranks)
+        write_state(folder, state, self._held.ranks)
 
     def read(self, folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         """Read what :meth:`write` wrote; what is called like a parameter at its end is spread as it is."""
@@ -358,7 +355,7 @@ class Fuser:
                     return torch.empty_like(parameter, dtype=dtype)
             return torch.empty(shape, dtype=dtype)
 
-        return read_state(folder, room, self._ranks)
+        return read_state(folder, room, self._held.ranks)
 
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors of the state that have parameters' shapes, by name; only packed masks are copies."""
@@ -402,23 +399,8 @@ class Fuser:
             for name, tensor in importance.tensors().items()
         }
 
-    def _parts(self) -> list[Tensor]:
-        """The parameters, or what lies of them in this process; not copies."""
-        parameters: list[Tensor] = list(self.parameters.values())
-        return [local(parameter) for parameter in parameters] if self.sharded else parameters
-
-    def _gradients(self) -> list[Tensor | None]:
-        gradients = [parameter.grad for parameter in self.parameters.values()]
-        if not self.sharded:
-            return gradients
-        pairs = zip(gradients, self.parameters.values(), strict=True)
-        return [None if gradient is None else local_as(gradient, parameter) for gradient, parameter in pairs]
-
-    def _spread(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: spread_as(part, self.parameters[name]) for name, part in parts.items()}
-
     def _snapshot(self, dtypes: Sequence[torch.dtype], values: Sequence[Tensor] | None = None) -> Snapshot:
-        snapshot = Snapshot(self._parts(), dtypes, offload=self.config.offload)
+        snapshot = Snapshot(self._held.parts(), dtypes, offload=self.config.offload)
         if values is not None:
             snapshot.put(range(len(values)), [value.detach() for value in values])
         return snapshot
@@ -428,63 +410,34 @@ class Fuser:
             if snapshot is not None:
                 snapshot.settle_host()
 
-    def _over_ranks(self, counts: Tensor) -> Tensor:
-        """Counts of the parts that lie here, over all processes that have others."""
-        return self._ranks.total(counts) if self.sharded else counts
-
-    def _require_agreement(self) -> None:
-        """Refuse ranks that would compute different things, or wait for each other in different places."""
-        described = [(name, p.shape, p.dtype) for name, p in self.parameters.items()]
-        digest = hashlib.sha256(repr((self.config, described)).encode()).digest()[:8]
-        number = torch.tensor([int.from_bytes(digest, "big") >> 1])
-        every = self._ranks.gathered(number).tolist()
-        for rank, other in enumerate(every):
-            if other != every[0]:
-                raise RuntimeError(f"rank {rank} has another config or other parameters than rank 0")
-
     @property
     def _thresholds_a_side(self) -> int:
         return len(self.parameters) if self.config.scope == "tensor" else 1
 
-    def _thresholds(self, learners: Sequence[Learner]) -> list[Tensor]:
-        """Thresholds of what learners have found out, one or one for each parameter, over all processes."""
-        density, scope = self.config.density, self.config.scope
-        sides = [self._importance[learner].scores for learner in learners]
-        if not self.sharded:
-            return [score_thresholds(side, density=density, scope=scope) for side in sides]
-        sizes = [parameter.numel() for parameter in self.parameters.values()]
-        counted = [self._counted_only(side) for side in sides]
-        return sharded_thresholds(counted, sizes, density=density, scope=scope, ranks=self._ranks)
-
-    def _counted_only(self, scores: Scores) -> Scores:
-        """The scores without those of replicas that another process counts."""
-        rows = [
-            [t if number in self._owned else t.reshape(-1)[:0] for number, t in enumerate(row)]
-            for row in (scores.sensitivity, scores.uncertainty)
-            if row is not None
-        ]
-        return Scores(rows[0], rows[1] if len(rows) > 1 else None)
+    def _threshold(self, learner: Learner) -> Tensor:
+        """Of what a learner has found out: one, or one for each parameter, over all processes."""
+        scores = self._importance[learner].scores
+        return self._held.thresholds(scores, density=self.config.density, scope=self.config.scope)
 
     def _fuse(self) -> FusionReport:
         """Fuse, let the gate judge, and make of the result the next round's base."""
         # Into memory of its own, which is the next base: so one pass over memory is enough.
-        with self._ranks.together():
+        with self._held.ranks.together():
             fused = self._snapshot(self._base_dtypes)
         report = self._fused(fused)
         if self._gatekeeper is None:
-            fused.give(self._parts())
-        else:
-            report = self._gated(self._gatekeeper, fused, report)
-        self._base = fused
-        return report
+            fused.give(self._held.parts())
+            self._base = fused
+            return report
+        return self._gated(self._gatekeeper, fused, report)
 
     def _fused(self, fused: Snapshot) -> FusionReport:
         assert self._inner is not None
         inner, outer = self._importance["inner"], self._importance["outer"]
-        names, parts = list(self.parameters), [part.detach() for part in self._parts()]
+        names, parts = list(self.parameters), [part.detach() for part in self._held.parts()]
         weights = merge_weights(self.config.rule)
         plain = self._base_dtypes == self._dtypes and not (self.config.offload or self.config.pack_inner)
-        if plain and not self.sharded:
+        if plain and not self._held.sharded:
             return fuse_lists(
                 names,
                 self._base.tensors,
@@ -497,10 +450,8 @@ class Fuser:
                 weights=weights,
                 scope=self.config.scope,
             )
-        if inner.thresholds is None:
-            inner_thresholds, outer_thresholds = self._thresholds(["inner", "outer"])
-        else:
-            inner_thresholds, (outer_thresholds,) = inner.thresholds, self._thresholds(["outer"])
+        inner_thresholds = self._threshold("inner") if inner.thresholds is None else inner.thresholds
+        outer_thresholds = self._threshold("outer")
         stats = fuse_in_turns(
             fused,
             self._base,
@@ -509,20 +460,18 @@ class Fuser:
             (inner, outer),
             thresholds=(inner_thresholds, outer_thresholds),
             weights=weights.cases,
-            owned=self._owned,
+            owned=self._held.owned,
             names=names,
         )
-        sums = torch.cat(
-            [stats.counts.double(), stats.squared_norms]
-        )  # counts below 2^53 are exact in double
-        summed = self._over_ranks(sums)
+        # Counts below 2^53 are exact in double.
+        summed = self._held.total(torch.cat([stats.counts.double(), stats.squared_norms]))
         stats = stats._replace(counts=summed[:4].long(), squared_norms=summed[4:])
-        numel = sum(parameter.numel() for parameter in self.parameters.values())
+        numel = sum(self._held.sizes)
         return report_of(names, stats, numel=numel, scope=self.config.scope)
 
     def _gated(self, gatekeeper: Gatekeeper, fused: Snapshot, report: FusionReport) -> FusionReport:
-        """Let the gate decide how much of the step from base to ``fused`` is taken; ``fused`` gets it."""
-        parts = [part.detach() for part in self._parts()]
+        """Let the gate decide how much of the step from base to ``fused`` is taken."""
+        parts = [part.detach() for part in self._held.parts()]
 
         def share(factor: float) -> Iterator[tuple[int, Tensor]]:
             for numbers, (starts, ends) in in_turns([self._base, fused]):
@@ -540,7 +489,7 @@ class Fuser:
         # The criteria may fail: then nothing has been fused, and the round can be given up.
         outer, state = self._snapshot(self._dtypes, parts), gatekeeper.tensors()
         try:
-            with self._ranks.announced():
+            with self._held.ranks.announced():
                 verdict = gatekeeper.judge(take)
         except BaseException:
             outer.give(parts)
@@ -548,12 +497,15 @@ class Fuser:
             raise
         if verdict.factor == 0:
             self._undo_importance()
+            norms = report.norms | {"update": 0.0}
+            return replace(report, norms=norms, applied=False, gate=verdict)
         if verdict.factor != 1:
             for number, value in share(verdict.factor):
                 fused.put([number], [value.to(self._base_dtypes[number])])
-        update = squared_distance(fused, self._base, self._owned)
-        norms = report.norms | {"update": math.sqrt(float(self._over_ranks(update)))}
-        return replace(report, norms=norms, applied=verdict.factor > 0, gate=verdict)
+        update = squared_distance(fused, self._base, self._held.owned)
+        norms = report.norms | {"update": math.sqrt(float(self._held.total(update)))}
+        self._base = fused
+        return replace(report, norms=norms, gate=verdict)
 
     def _undo_importance(self) -> None:
         """Back to the round's start: what was kept by its copy, and what was cleared then to zero."""
@@ -562,11 +514,11 @@ class Fuser:
             kept[name].copy_(tensor)
 
     def _refused(self, nonfinite: int) -> FusionReport:
-        self._base.give(self._parts())
+        self._base.give(self._held.parts())
         per_tensor = self.config.scope == "tensor"
         unknown: Thresholds = dict.fromkeys(self.parameters, math.nan) if per_tensor else math.nan
         return FusionReport(
-            numel=sum(parameter.numel() for parameter in self.parameters.values()),
+            numel=sum(self._held.sizes),
             thresholds=(unknown, unknown),
             counts=dict.fromkeys(CASES, 0),
             norms={"inner": math.nan, "outer": math.nan, "update": 0.0},

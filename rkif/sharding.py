@@ -7,8 +7,9 @@ of a model. docs/distributed.md says how they fit together.
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -16,6 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rkif.ranks import Ranks
+from rkif.thresholds import sharded_thresholds
+from rkif_kernels import Scores, score_thresholds
+from rkif_kernels.types import Scope
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -62,8 +66,8 @@ def spread_as(part: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
-def owned(parameter: Tensor) -> bool:
-    """Whether this process counts its part: of replicas only the first does. A plain one counts for all."""
+def _counts(parameter: Tensor) -> bool:
+    """Whether this process counts its part of a parameter: of replicas only the first does."""
     if not is_spread(parameter):
         return True
     coordinate = parameter.device_mesh.get_coordinate()
@@ -71,13 +75,82 @@ def owned(parameter: Tensor) -> bool:
     return all(place == 0 for place, placement in pairs if placement.is_replicate())
 
 
-def ranks_of(source: Any, parameters: Sequence[tuple[str, Tensor]]) -> tuple[Ranks, bool]:
-    """The processes that hold the parameters, and whether these are spread over them.
+class Held:
+    """A model's parameters as this process sees them: the parts that lie here, and who else has others.
+
+    Args:
+        source: what the parameters were taken from; a DDP module knows its replicas.
+        parameters: name -> parameter.
+
+    Attributes:
+        ranks: the processes.
+        sharded: whether the parameters are spread over them; if not, every process has all.
+        sizes: elements of each parameter, over all processes.
+        owned: numbers of the parameters whose parts this process counts; of replicas only the first does.
+        numbers: those that it counts, and those that it does not.
 
     Raises:
         ValueError: some parameters are spread and others are not, or not over the same processes; or a
             parameter is a sum of parts.
     """
+
+    def __init__(self, source: Any, parameters: Mapping[str, Tensor]) -> None:
+        self._parameters = parameters
+        self.ranks, self.sharded = _ranks_of(source, list(parameters.items()))
+        self.sizes = [parameter.numel() for parameter in parameters.values()]
+        flags = [_counts(parameter) for parameter in parameters.values()]
+        self.numbers = [[n for n, flag in enumerate(flags) if flag == wanted] for wanted in (True, False)]
+        self.owned = frozenset(self.numbers[0])
+
+    def parts(self) -> list[Tensor]:
+        """The parameters, or what lies of them here; not copies."""
+        parameters = list(self._parameters.values())
+        return [local(parameter) for parameter in parameters] if self.sharded else parameters
+
+    def gradients(self) -> list[Tensor | None]:
+        """The parts' gradients."""
+        gradients = [parameter.grad for parameter in self._parameters.values()]
+        if not self.sharded:
+            return gradients
+        pairs = zip(gradients, self._parameters.values(), strict=True)
+        return [None if gradient is None else local_as(gradient, parameter) for gradient, parameter in pairs]
+
+    def spread(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name -> part, as tensors that are spread as the parameters are."""
+        return {name: spread_as(part, self._parameters[name]) for name, part in parts.items()}
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Sums over the parts that are counted here, over all processes."""
+        return self.ranks.total(sums) if self.sharded else sums
+
+    def thresholds(self, scores: Scores, *, density: float, scope: Scope) -> Tensor:
+        """:func:`rkif_kernels.score_thresholds` over all processes."""
+        if not self.sharded:
+            return score_thresholds(scores, density=density, scope=scope)
+        rows = [
+            [t if number in self.owned else t.reshape(-1)[:0] for number, t in enumerate(row)]
+            for row in (scores.sensitivity, scores.uncertainty)
+            if row is not None
+        ]
+        counted = Scores(rows[0], rows[1] if len(rows) > 1 else None)
+        return sharded_thresholds(counted, self.sizes, density=density, scope=scope, ranks=self.ranks)
+
+    def require_agreement(self, config: Any) -> None:
+        """Refuse ranks that would compute different things, or wait for each other in different places.
+
+        Raises:
+            RuntimeError: a rank has another config or other parameters.
+        """
+        described = [(name, p.shape, p.dtype) for name, p in self._parameters.items()]
+        digest = hashlib.sha256(repr((config, described)).encode()).digest()[:8]
+        every = self.ranks.gathered(torch.tensor([int.from_bytes(digest, "big") >> 1])).tolist()
+        for rank, other in enumerate(every):
+            if other != every[0]:
+                raise RuntimeError(f"rank {rank} has another config or other parameters than rank 0")
+
+
+def _ranks_of(source: Any, parameters: Sequence[tuple[str, Tensor]]) -> tuple[Ranks, bool]:
+    """The processes that hold the parameters, and whether these are spread over them."""
     spread = [(name, p) for name, p in parameters if is_spread(p)]
     device = parameters[0][1].device
     if not spread:

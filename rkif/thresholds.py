@@ -7,7 +7,6 @@ bit for bit, however the scores are split. What is sent does not grow with their
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -30,56 +29,46 @@ TENSOR_BINS = 1 << 11  # in a window of each tensor's search, where there is one
 
 
 def sharded_thresholds(
-    sides: Sequence[Scores], sizes: Sequence[int], *, density: float, scope: Scope, ranks: Ranks
-) -> list[Tensor]:
-    """:func:`rkif_kernels.score_thresholds` of scores that are spread over processes, for several lists.
+    scores: Scores, sizes: Sequence[int], *, density: float, scope: Scope, ranks: Ranks
+) -> Tensor:
+    """:func:`rkif_kernels.score_thresholds` of scores that are spread over processes.
 
     Args:
-        sides: the parts that this process counts; tensors may be empty, or all of them.
+        scores: the parts that this process counts; tensors may be empty, or all of them.
         sizes: number of elements of each tensor on all ranks together.
         density, scope: as there.
         ranks: the processes; all must call.
 
     Returns:
-        For each side float32 [1], or [len(sizes)] under scope="tensor" (inf for an empty tensor), the same on
-        every rank.
+        float32 [1], or [len(sizes)] under scope="tensor" (inf for an empty tensor), the same on every rank.
     """
-    device = sides[0].sensitivity[0].device
+    device = scores.sensitivity[0].device
     groups = len(sizes) if scope == "tensor" else 1
     if density in (0, 1):
-        return [torch.full((groups,), -math.inf if density == 1 else math.inf, device=device) for _ in sides]
-    if scope == "global":
-        found = [
-            [value] for value in _global(sides, order_statistic_rank(sum(sizes), density), sum(sizes), ranks)
-        ]
-    else:
-        found = _of_tensors(sides, sizes, density, ranks)
-    return [torch.tensor(values, dtype=torch.float32, device=device) for values in found]
+        return torch.full((groups,), -math.inf if density == 1 else math.inf, device=device)
+    found = _of_tensors if scope == "tensor" else _global
+    return torch.tensor(found(scores, sizes, density, ranks), dtype=torch.float32, device=device)
 
 
-def _global(sides: Sequence[Scores], rank: int, numel: int, ranks: Ranks) -> list[float]:
-    samples = [_gathered_sample(scores, -(-numel // SAMPLE), ranks) for scores in sides]
+def _global(scores: Scores, sizes: Sequence[int], density: float, ranks: Ranks) -> list[float]:
+    numel = sum(sizes)
+    rank = order_statistic_rank(numel, density)
+    sample = _gathered_sample(scores, -(-numel // SAMPLE), ranks)
     if numel <= SAMPLE:
-        return [float(np.partition(sample, rank)[rank]) for sample in samples]
-    searches = [CountingSearch(rank, _bracket(sample, rank / (numel - 1))) for sample in samples]
-    _count_until_done([(search, scores) for search, scores in zip(searches, sides, strict=True)], ranks)
-    return [search.value for search in searches]
+        return [float(np.partition(sample, rank)[rank])]
+    search = CountingSearch(rank, _bracket(sample, rank / (numel - 1)))
+    _count_until_done([(search, scores)], ranks)
+    return [search.value]
 
 
-def _of_tensors(
-    sides: Sequence[Scores], sizes: Sequence[int], density: float, ranks: Ranks
-) -> list[list[float]]:
-    searches: list[list[CountingSearch | None]] = [
-        [
-            CountingSearch(order_statistic_rank(size, density), bins=TENSOR_BINS) if size else None
-            for size in sizes
-        ]
-        for _ in sides
+def _of_tensors(scores: Scores, sizes: Sequence[int], density: float, ranks: Ranks) -> list[float]:
+    searches = [
+        CountingSearch(order_statistic_rank(size, density), bins=TENSOR_BINS) if size else None
+        for size in sizes
     ]
-    of_one = (per_tensor_scores(scores) for scores in sides)
-    pairs = zip(itertools.chain(*searches), itertools.chain(*of_one), strict=True)
-    _count_until_done([(search, scores) for search, scores in pairs if search is not None], ranks)
-    return [[math.inf if search is None else search.value for search in side] for side in searches]
+    pairs = zip(searches, per_tensor_scores(scores), strict=True)
+    _count_until_done([(search, one) for search, one in pairs if search is not None], ranks)
+    return [math.inf if search is None else search.value for search in searches]
 
 
 def _count_until_done(searches: Sequence[tuple[CountingSearch, Scores]], ranks: Ranks) -> None:

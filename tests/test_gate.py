@@ -263,3 +263,27 @@ def test_a_gate_goes_on_from_its_state() -> None:
 def test_only_a_gate_is_a_gate() -> None:
     with pytest.raises(TypeError, match="gate must be a Gate; got function"):
         rkif.Fuser(nn.Linear(2, 2), gate=lambda: True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_step_to_nowhere_is_undone_bit_for_bit(value: float) -> None:
+    """No share of it is finite, not even none: 0 * inf is no number."""
+    parameter = nn.Parameter(torch.ones(4))
+
+    def figure() -> float:
+        return float(parameter.detach().sum())
+
+    gate = Gate([Criterion("sum", figure, higher_is_better=False, tolerance=100.0)])
+    fuser = rkif.Fuser([("p", parameter)], rkif.FusionConfig(density=1), gate=gate)
+    for end, go_on in ((2.0, fuser.begin_outer), (value, fuser.fuse)):
+        parameter.grad = torch.ones(4)
+        fuser.observe()
+        with torch.no_grad():
+            parameter[0] = end
+        go_on()
+    assert fuser.last_report is not None
+    assert fuser.last_report.gate is not None
+    assert fuser.last_report.gate.verdict == "undo"
+    assert torch.equal(parameter, torch.ones(4))
+    assert torch.equal(fuser.base()["p"], torch.ones(4))
+    assert fuser.last_report.norms["update"] == 0
