@@ -108,3 +108,38 @@ def test_what_does_not_fit_together_is_refused() -> None:
     for low, shift in ((-1, 0), (2**31, 0), (0, -1), (0, 31)):
         with pytest.raises(ValueError, match="low must be in"):
             rkif_kernels.count_scores_(torch.zeros(5, dtype=torch.int64), scores, low=low, shift=shift)
+
+
+@given(
+    st.lists(st.floats(0, width=32, allow_nan=False), min_size=1, max_size=60),
+    st.integers(0, 59),
+    st.sampled_from([1 << 11, 1 << 15]),
+)
+def test_few_bins_find_the_same_in_three_passes(values: list[float], rank: int, bins: int) -> None:
+    scores = torch.tensor(values, dtype=torch.float32)
+    rank %= len(values)
+    search, passes = CountingSearch(rank, bins=bins), 0
+    while not search.done:
+        counts = torch.zeros(search.window.bins + 3, dtype=torch.int64)
+        assert search.window.bins <= bins
+        rkif_kernels.count_scores_(counts, Scores([scores]), low=search.window.low, shift=search.window.shift)
+        search.narrow(counts.numpy())
+        passes += 1
+    assert search.value == scores.sort().values[rank]
+    assert passes <= 3
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("product", [False, True])
+def test_a_sample_is_counted_through_all_tensors(step: int, product: bool) -> None:
+    s = [
+        torch.arange(5.0),
+        torch.zeros(0),
+        torch.arange(5.0, 8.0).bfloat16(),
+        torch.arange(8.0, 20.0).view(3, 4),
+    ]
+    u = [torch.full_like(t, 2) for t in s] if product else None
+    whole = torch.arange(20.0) * (2 if product else 1)
+    assert torch.equal(rkif_kernels.sample_scores(Scores(s, u), step), whole[::step])
+    with pytest.raises(ValueError, match="step must be at least 1"):
+        rkif_kernels.sample_scores(Scores(s, u), 0)
