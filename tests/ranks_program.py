@@ -146,7 +146,7 @@ def keep(folder: Path, name: str, tensors: dict[str, Tensor], reports: object) -
 def same_bits(folder: Path) -> None:
     """Three rounds with every config, spread in every way; also where samples are too few to be all."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    for kind in {1: ["alone"], 2: ["ddp", "fsdp"], 3: ["fsdp", "columns"], 4: ["hsdp"]}[world]:
+    for kind in {1: ["alone"], 2: ["ddp", "fsdp"], 3: ["ddp", "fsdp", "columns"], 4: ["hsdp"]}[world]:
         for name in names(kind):
             for sample in (1 << 18, 8):
                 rkif.thresholds.SAMPLE = sample

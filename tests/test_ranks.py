@@ -79,7 +79,7 @@ def assert_same(one: Path, other: Path) -> None:
     ("ranks", "kind", "name"),
     [
         (ranks, kind, name)
-        for ranks, kinds in ((2, ("ddp", "fsdp")), (3, ("fsdp", "columns")), (4, ("hsdp",)))
+        for ranks, kinds in ((2, ("ddp", "fsdp")), (3, ("ddp", "fsdp", "columns")), (4, ("hsdp",)))
         for kind in kinds
         for name in ranks_program.names(kind)
     ],
