@@ -15,6 +15,7 @@ import accelerate
 import torch
 import torch.distributed as dist
 from hf_helpers import InOrderTrainer, rows, trainer
+from ranks_program import end_well
 from safetensors.torch import save_file
 from tiny import tiny_llama
 from torch import Tensor
@@ -140,4 +141,4 @@ if __name__ == "__main__":
     else:
         trains(chosen, where)
     if WORLD > 1:
-        dist.destroy_process_group()
+        end_well()

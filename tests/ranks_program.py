@@ -7,6 +7,7 @@ are given the same ones, and must end with the same bits.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -219,11 +220,20 @@ def processes() -> Iterator[None]:
         yield
         return
     dist.init_process_group("gloo")
-    try:
-        yield
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    yield
+    end_well()
+
+
+def end_well() -> None:
+    """End this process, when all have come so far.
+
+    One in hundreds that have saved with torch.distributed.checkpoint aborts in PyTorch's own threads while
+    the interpreter is taken apart, when its work is long done; so that is left out.
+    """
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def drops_out(folder: Path) -> None:
