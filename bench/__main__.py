@@ -288,6 +288,7 @@ def sweep_command(
     seed: Annotated[int | None, typer.Option("--seed", help="Of the first case.", show_default="any")] = None,
     cases: Annotated[int | None, typer.Option("--cases", help="How many at most.")] = None,
     backend: Annotated[list[str] | None, typer.Option("--backend", help="Likewise several.")] = None,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Replay CUDA graphs; --device cuda.")] = False,
     device: Device = "auto",
 ) -> None:
     """Compare every operation and backend with the reference, bit for bit, on random inputs."""
@@ -298,7 +299,9 @@ def sweep_command(
     first = random.SystemRandom().randrange(2**31) if seed is None else seed
     chosen = torch.device(_selection(device=device).resolved_device())
     print(f"from seed {first} on {chosen}", flush=True)
-    done, wrong = sweep(chosen, backend or [], seconds, cases, first)
+    if graphs and chosen.type != "cuda":
+        raise ValueError(f"--graphs needs --device cuda; got {chosen.type!r}")
+    done, wrong = sweep(chosen, backend or [], seconds, cases, first, graphs)
     if wrong:
         raise RuntimeError(f"after {done} right cases: {wrong}")
     print(f"{done} cases right")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from bench.gate import require_same_bits
+from bench.timing import captured
 from rkif_kernels import (
     Scores,
     fuse_,
@@ -27,7 +28,7 @@ from rkif_kernels import (
 )
 from rkif_kernels.backend import available
 from rkif_kernels.checks import PARAMETER_DTYPES, STATE_DTYPES
-from rkif_kernels.types import Backend, CaseWeights, Order, OuterFrom, Scope
+from rkif_kernels.types import Backend, CaseWeights, FuseStats, Order, OuterFrom, Scope
 
 # Elements at most: on a GPU enough for several samples and lists, on a CPU what the reference sorts quickly.
 LARGEST = {"cuda": 3_000_000, "cpu": 300_000}
@@ -50,9 +51,14 @@ class Case:
 
 
 def sweep(
-    device: torch.device, backends: Sequence[str], limit_s: float, cases: int | None, seed: int
+    device: torch.device,
+    backends: Sequence[str],
+    limit_s: float,
+    cases: int | None,
+    seed: int,
+    graphs: bool = False,
 ) -> tuple[int, str]:
-    """Try cases until the time is over or enough were tried.
+    """Try cases until the time is over or enough were tried, each of them twice in a row.
 
     Args:
         device: where the backends run; the reference runs on the CPU.
@@ -60,6 +66,7 @@ def sweep(
         limit_s: seconds.
         cases: how many at most.
         seed: of the first case; the others follow.
+        graphs: replay each case from a CUDA graph that has been captured on other values.
 
     Returns:
         How many cases were right, and what was wrong with the next one, or nothing.
@@ -70,7 +77,8 @@ def sweep(
         case = make_case(seed + done, LARGEST[device.type])
         for backend in backends:
             try:
-                check(case, device, cast(Backend, backend))
+                for _ in range(2):  # what depends on timing need not come out wrong at once
+                    (check_replay if graphs else check)(case, device, cast(Backend, backend))
             except (AssertionError, RuntimeError) as error:
                 return done, f"seed {seed + done}, {backend}, {case.text}: {error}"
         done += 1
@@ -123,6 +131,81 @@ def check(case: Case, device: torch.device, backend: Backend) -> None:
         got = score_thresholds(_on(device, scores), density=case.density, scope=case.scope, backend=backend)
         require_same_bits(f"score_thresholds, {side}", got.cpu(), wanted)
     _check_fuse(case, device, backend, (expected[0], expected[1]))
+
+
+def check_replay(case: Case, device: torch.device, backend: Backend) -> None:
+    """Capture a round of one learner, put the case into the captured memory, replay, and compare.
+
+    Raises:
+        AssertionError: a bit is not the reference's, or the round waits for the device and has no graph.
+    """
+    other = _other_values(case)
+    params: list[Any] = [_copies(device, tensors) for tensors in other.params]
+    sides = [_on(device, scores) for scores in other.sides]
+    grads = [None if grad is None else grad.to(device, copy=True) for grad in other.grads]
+    out = [torch.full_like(tensor, torch.nan) for tensor in params[0]]
+    nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+    observing: dict[str, Any] = {"beta1": case.betas[0], "beta2": case.betas[1], "order": case.order}
+    fusing: dict[str, Any] = {"weights": case.weights, "outer_from": case.outer_from}
+
+    def a_round() -> FuseStats:
+        state = sides[0].sensitivity, sides[0].uncertainty
+        update_importance_(params[1], grads, *state, nonfinite=nonfinite, backend=backend, **observing)
+        return select_and_fuse_(
+            out, *params, *sides, density=case.density, scope=case.scope, backend=backend, **fusing
+        )
+
+    stats: list[FuseStats] = []
+    replay = captured(lambda: stats.append(a_round()))
+    assert replay is not None, "no CUDA graph could be captured"
+    for there, here in zip(
+        [*params[0], *params[1], *params[2], *_all(sides), *grads],
+        [*case.params[0], *case.params[1], *case.params[2], *_all(case.sides), *case.grads],
+        strict=True,
+    ):
+        if there is not None and here is not None:
+            there.copy_(here)
+    for tensor in out:
+        tensor.fill_(torch.nan)
+    replay()
+
+    scores = _on("cpu", case.sides[0])
+    state = scores.sensitivity, scores.uncertainty
+    none = torch.zeros(1, dtype=torch.int64)
+    reference.update_importance_(case.params[1], case.grads, *state, nonfinite=none, **observing)
+    updated = replace(case, sides=(scores, case.sides[1]))
+    limits = [_expected_thresholds(updated, side) for side in updated.sides]
+    wanted = [torch.full_like(tensor, torch.nan) for tensor in case.params[0]]
+    expected = reference.fuse_(
+        wanted, *case.params, *updated.sides, thresholds=(limits[0], limits[1]), **fusing
+    )
+    _require_all("replayed, S and U", _all([sides[0]]), _all([scores]))
+    for name, found, limit in zip(("inner", "outer"), stats[-1].thresholds, limits, strict=True):
+        require_same_bits(f"replayed, {name} threshold", found.cpu(), limit)
+    _require_all("replayed, fused", out, wanted)
+    require_same_bits("replayed, counts", stats[-1].counts.cpu(), expected.counts)
+
+
+def _other_values(case: Case) -> Case:
+    """Of the same shapes, dtypes and settings: backwards, and half the scores."""
+
+    def backwards(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor.flip(0) for tensor in tensors]
+
+    inner, outer = (
+        Scores(
+            [tensor / 2 for tensor in backwards(scores.sensitivity)],
+            None if scores.uncertainty is None else backwards(scores.uncertainty),
+        )
+        for scores in case.sides
+    )
+    params = [backwards(tensors) for tensors in case.params]
+    return replace(case, params=(params[0], params[1], params[2]), sides=(inner, outer))
+
+
+def _all(sides: Sequence[Scores]) -> list[Tensor]:
+    """Every tensor of some scores."""
+    return [tensor for scores in sides for tensor in (*scores.sensitivity, *(scores.uncertainty or ()))]
 
 
 def _check_observe(case: Case, device: torch.device, backend: Backend) -> None:
@@ -216,7 +299,7 @@ def _spread(
     return list(torch.split(values, list(sizes)))
 
 
-def _on(device: torch.device, scores: Scores) -> Scores:
+def _on(device: torch.device | str, scores: Scores) -> Scores:
     return Scores(_copies(device, scores.sensitivity), _optional(device, scores.uncertainty))
 
 

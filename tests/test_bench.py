@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -287,9 +289,32 @@ def test_the_sweep_finds_nothing_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sweep.sweep(CPU, backends, 60, 40, seed=0) == (40, "")
 
 
-@pytest.mark.parametrize("name", ["update_importance_", "score_thresholds", "fuse_", "select_and_fuse_"])
-def test_the_sweep_finds_a_bug(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sweep_of_graphs_finds_nothing_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU the second call stands for the replay."""
+    monkeypatch.setitem(sweep.LARGEST, "cpu", 3000)
+
+    def called_before(run: Callable[[], None]) -> Callable[[], None]:
+        run()
+        return run
+
+    monkeypatch.setattr(sweep, "captured", called_before)
+    assert sweep.sweep(CPU, ["torch"], 60, 40, seed=0, graphs=True) == (40, "")
+    monkeypatch.setattr(sweep, "captured", lambda run: run() or (lambda: None))
+    done, wrong = sweep.sweep(CPU, ["torch"], 60, 5, seed=0, graphs=True)
+    assert (done, "replayed" in wrong) == (0, True)
+    monkeypatch.setattr(sweep, "captured", lambda run: None)
+    assert sweep.sweep(CPU, ["torch"], 60, 5, 0, graphs=True)[1].endswith("no CUDA graph could be captured")
+
+
+BUGGY = ["update_importance_", "score_thresholds", "fuse_", "select_and_fuse_"]
+
+
+@pytest.mark.parametrize(
+    ("name", "graphs"), [*product(BUGGY, [False]), ("update_importance_", True), ("select_and_fuse_", True)]
+)
+def test_the_sweep_finds_a_bug(name: str, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last bit of one element of the largest tensor, in each operation."""
+    monkeypatch.setattr(sweep, "captured", lambda run: run)
     operation = getattr(rkif_kernels, name)
 
     def buggy(*arguments: Any, **settings: Any) -> Any:
@@ -304,10 +329,10 @@ def test_the_sweep_finds_a_bug(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setitem(sweep.LARGEST, "cpu", 3000)
     monkeypatch.setattr(sweep, name, buggy)
-    done, wrong = sweep.sweep(CPU, ["torch"], 60, 5, seed=0)
+    done, wrong = sweep.sweep(CPU, ["torch"], 60, 5, 0, graphs)
     assert done < 5
     assert f"seed {done}, torch" in wrong
-    assert name in wrong
+    assert ("replayed" if graphs else name) in wrong
 
 
 def test_the_profile_of_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,6 +382,7 @@ def test_the_suite_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Mon
         (["compare", "no-such-commit"], "not a commit: 'no-such-commit'"),
         (["profile-13b", "--device", "cpu", "--layers", "41"], "--layers must be from 1 to 40"),
         (["sweep", "--device", "cpu", "--backend", "mkl"], "backend must be one of"),
+        (["sweep", "--device", "cpu", "--graphs"], "--graphs needs --device cuda; got 'cpu'"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
