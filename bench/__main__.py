@@ -120,6 +120,22 @@ def ledger_command(
     measure(config or DEFAULT, rounds, Console())
 
 
+@app.command("overhead")
+def overhead_command(
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+    length: Annotated[int, typer.Option("--length", min=2, help="Of a record, in tokens.")] = 256,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of each, in turn.")] = 5,
+) -> None:
+    """Measure what observing and fusing add to the time of training steps."""
+    import torch
+
+    from bench.overhead import Batches, measure
+
+    chosen = torch.device(_selection(device=device).resolved_device())
+    measure(chosen, Batches(batch_size, length), rounds, Console())
+
+
 @app.command("scaling")
 def scaling_command() -> None:
     """Measure a fusion over two processes on this machine: time, and what they hand to each other."""

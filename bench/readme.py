@@ -14,13 +14,14 @@ from bench import (
     kernels,
     ledger,
     model_memory,
+    overhead,
     scaling,
     state_precision,
 )
 
 README = Path(__file__).parent.parent / "README.md"
 DOCS = README.parent / "docs"
-DOCUMENTS = ("checkpoints", "continual", "ledger", "lora", "memory", "scaling")
+DOCUMENTS = ("checkpoints", "continual", "kernels", "ledger", "lora", "memory", "scaling")
 FILES = (README, *(DOCS / f"{name}.md" for name in DOCUMENTS))  # those that have tables
 
 
@@ -51,6 +52,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels.markdown,
     "ledger": ledger.markdown,
     "model_memory": model_memory.markdown,
+    "overhead": overhead.markdown,
     "scaling": scaling.markdown,
     "state_precision": state_precision.markdown,
 }

@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+import rkif
 import rkif_kernels
-from bench import baselines, gate, goals, kernels, rows, sweep
+from bench import baselines, gate, goals, kernels, overhead, rows, sweep
 from bench.__main__ import app
 from bench.implementations import Implementation, implementations
 from bench.measure import QUICK, measure
@@ -333,6 +334,24 @@ def test_the_sweep_finds_a_bug(name: str, graphs: bool, monkeypatch: pytest.Monk
     assert done < 5
     assert f"seed {done}, torch" in wrong
     assert ("replayed" if graphs else name) in wrong
+
+
+def test_the_overhead_of_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {"hidden_size": 72, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+    monkeypatch.setattr(overhead, "SHAPES", overhead.SHAPES | tiny)
+    monkeypatch.setattr(overhead, "RESULTS", tmp_path / "overhead.jsonl")
+    fusions, fuse = [], rkif.Fuser.fuse
+    monkeypatch.setattr(rkif.Fuser, "fuse", lambda self: fusions.append(self) or fuse(self))
+    for _ in range(2):  # the second time in place of the first
+        overhead.measure(CPU, overhead.Batches(2, 4), 1, Console(quiet=True))
+    assert len(fusions) == 2 * 2 * 2  # once to warm up and once timed, adapter and all, with a fuser
+    found = overhead.rows()
+    kinds = [("adapter", False), ("adapter", True), ("all", False), ("all", True)]
+    assert [(row["trained"], row["fuser"]) for row in found] == kinds
+    assert all(row["round_ms"] > 0 for row in found)
+    found[1]["round_ms"], found[0]["round_ms"] = 12.0, 8.0
+    overhead.write_rows(overhead.RESULTS, found)
+    assert "| with | 1.0 | +50.0% | - |" in overhead.markdown()
 
 
 def test_the_profile_of_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
