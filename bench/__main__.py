@@ -173,19 +173,24 @@ def directions_command(config: MiniLM = None) -> None:
 
 @app.command("checkpoints")
 def checkpoints_command(
-    folder: Annotated[Path, typer.Option("--folder", help="For three checkpoints, 1.3 GB.")] = Path(
+    folder: Annotated[Path, typer.Option("--folder", help="For three checkpoints, and a fourth.")] = Path(
         "data/checkpoints"
     ),
+    layers: Annotated[int, typer.Option("--layers", min=1, help="12: 440 MB each; 96: 2.6 GB.")] = 12,
     peers: Annotated[
         Path | None,
         typer.Option("--peers", help="Python of an environment with mergekit and peft.", show_default="none"),
     ] = None,
+    device: Annotated[str, typer.Option("--device", help="Of rkif: auto, cpu or cuda.")] = "auto",
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of each, in turn.")] = 3,
 ) -> None:
-    """Measure `rkif fuse` beside mergekit and peft on three checkpoints of 220 million parameters."""
+    """Measure `rkif fuse` beside mergekit and peft."""
+    import torch
+
     from bench.checkpoints import compare
 
-    compare(folder, peers, rounds, Console())
+    chosen = torch.device(_selection(device=device).resolved_device())
+    compare(folder, layers, peers, chosen, rounds, Console())
 
 
 Only = Annotated[

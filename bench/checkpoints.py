@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import shutil
 import statistics
@@ -29,10 +30,12 @@ DENSITY, WEIGHTS = 0.2, (0.4, 0.6)
 
 # What each selects, by whose name it goes.
 SELECTS = {
-    "cat": "nothing: the bound",
+    "read": "nothing: the inputs are read",
+    "cat": "nothing: the inputs are copied",
     "rkif start": "nothing: imports",
     "mergekit start": "nothing: imports",
     "rkif recurrent_kif": "20 % of all parameters by magnitude, exactly, for each side",
+    "rkif recurrent_kif, CPU": "the same",
     "rkif ties": "20 % of each tensor by magnitude, exactly; majority sign",
     "rkif dare_ties": "20 % at random, by seed; majority sign",
     "rkif task_arithmetic": "everything",
@@ -73,8 +76,8 @@ class Cost:
     resident: int
 
 
-def make(folder: Path) -> None:
-    """Three Llama-shaped bf16 checkpoints of 219,702,272 parameters in three files each, if not there yet."""
+def make(folder: Path, layers: int) -> None:
+    """Three Llama-shaped bf16 checkpoints in files of up to 200 MB, if they are not there yet."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if all((folder / name / "model.safetensors.index.json").exists() for name in NAMES):
@@ -83,7 +86,7 @@ def make(folder: Path) -> None:
     config = LlamaConfig(
         hidden_size=1024,
         intermediate_size=2816,
-        num_hidden_layers=12,
+        num_hidden_layers=layers,
         num_attention_heads=16,
         num_key_value_heads=16,
         vocab_size=32000,
@@ -99,15 +102,20 @@ def make(folder: Path) -> None:
         model.save_pretrained(folder / name, max_shard_size="200MB")
 
 
-def compare(folder: Path, peers: Path | None, rounds: int, console: Console) -> None:
+def compare(
+    folder: Path, layers: int, peers: Path | None, device: torch.device, rounds: int, console: Console
+) -> None:
     """Run all in turn, several times, and write a row for each.
 
     Args:
         folder: where the checkpoints are, or are made, and the outputs go for a moment.
+        layers: of the checkpoints; 12 are 220 million parameters, 96 are 1.3 billion.
         peers: the Python of an environment with mergekit and peft; without it they are left out.
+        device: what rkif computes on; the others compute on the CPU.
     """
-    make(folder)
-    commands = _commands(folder.resolve(), peers)
+    folder = folder / f"{layers}-layers"
+    make(folder, layers)
+    commands = _commands(folder.resolve(), peers, device)
     costs: dict[str, list[Cost]] = {name: [] for name in commands}
     for name, command in commands.items():
         _run(command, folder)  # the cache is warm, bytecode is compiled
@@ -117,22 +125,45 @@ def compare(folder: Path, peers: Path | None, rounds: int, console: Console) -> 
             costs[name].append(_run(command, folder))
             console.print(f"round {number + 1}: {name} {costs[name][-1].cpu_s:.1f} s of CPU")
     rows = read(ROWS) if ROWS.exists() else []
-    fresh = [_row(name, found, peers) for name, found in costs.items()]
-    rows = [row for row in rows if row["name"] not in costs] + fresh
+    parameters = _parameters(folder / "base")
+    fresh = [_row(name, found, peers, device) | {"parameters": parameters} for name, found in costs.items()]
+    done = {_key(row) for row in fresh}
+    rows = [row for row in rows if _key(row) not in done] + fresh
     write_text(ROWS, "".join(json.dumps(row) + "\n" for row in rows))
     console.print(markdown(), markup=False)
 
 
 def markdown() -> str:
-    """The rows as a table, with how often as much CPU time as rkif's own method each takes."""
-    rows = {row["name"]: row for row in read(ROWS)}
+    """The rows in tables, with how often as much CPU time as rkif's own method each takes."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in read(ROWS):
+        groups.setdefault(_key(row)[1:], []).append(row)
+    return "\n".join(map(_table, groups.values()))
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return row["name"], row["device"], row["parameters"]
+
+
+def _parameters(folder: Path) -> int:
+    """Of a checkpoint, by its files' headers."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
+
+
+def _table(found: Sequence[Row]) -> str:
+    rows = {row["name"]: row for row in found}
     ours = rows["rkif recurrent_kif"]
-    first = next(iter(rows.values()))
     versions_ = ", ".join(f"{name} {version}" for name, version in ours["versions"].items())
-    peers = ", ".join(sorted({row["peer"] for row in rows.values() if row["peer"]}))
+    peers = "".join(f"; {peer}" for peer in sorted({row["peer"] for row in found if row["peer"]}))
     lines = [
-        f"{first['device']}; commit {ours['commit']}; {versions_}; {peers}. 219,702,272 parameters, bf16, "
-        f"three files each; medians of {ours['rounds']} rounds in turn, the cache warm.",
+        f"{ours['device']}; commit {ours['commit']}; {versions_}{peers}. {ours['parameters']:,} parameters, "
+        f"bf16, in files of 200 MB; medians of {ours['rounds']} rounds in turn, the cache warm.",
         "",
         "| | CPU s | times rkif's | wall s | own memory, MiB | selects |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
@@ -146,23 +177,28 @@ def markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _commands(folder: Path, peers: Path | None) -> dict[str, list[str]]:
+def _commands(folder: Path, peers: Path | None, device: torch.device) -> dict[str, list[str]]:
     inputs = [str(folder / name) for name in NAMES]
     out = str(folder / "made")
     files = " ".join(f"'{path}'/*.safetensors" for path in inputs)
     rkif = [sys.executable, "-m", "rkif"]
-    fuse = [*rkif, "fuse", *inputs, "--out", out, "--max-shard-size", "200MB", "--json"]
+    fuse = [*rkif, "fuse", *inputs, "--out", out, "--max-shard-size", "200MB", "--json", "--device"]
+    chosen = [*fuse, device.type]
+    ours = ["--outer-from", "base", "--density", str(DENSITY)]
     weights = [str(weight) for weight in WEIGHTS]
     merge = ["--weight", *weights, "--no-normalize"]
     density = ["--density", str(DENSITY)]
     commands = {
+        "read": ["sh", "-c", f"cat {files} > /dev/null"],
         "cat": ["sh", "-c", f"mkdir '{out}' && cat {files} > '{out}/all'"],
         "rkif start": [*rkif, "--version"],
-        "rkif recurrent_kif": [*fuse, "--outer-from", "base", *density],
-        "rkif ties": [*fuse, "--method", "ties", *merge, *density],
-        "rkif dare_ties": [*fuse, "--method", "dare_ties", *merge, *density],
-        "rkif task_arithmetic": [*fuse, "--method", "task_arithmetic", *merge],
+        "rkif recurrent_kif": [*chosen, *ours],
+        "rkif ties": [*chosen, "--method", "ties", *merge, *density],
+        "rkif dare_ties": [*chosen, "--method", "dare_ties", *merge, *density],
+        "rkif task_arithmetic": [*chosen, "--method", "task_arithmetic", *merge],
     }
+    if device.type != "cpu":
+        commands["rkif recurrent_kif, CPU"] = [*fuse, "cpu", *ours]
     if peers is not None:
         mergekit = str(peers.parent / "mergekit-yaml")
         commands["mergekit start"] = [mergekit, "--help"]
@@ -232,7 +268,7 @@ def _watch(process: int, peak: list[int]) -> None:
         time.sleep(0.01)
 
 
-def _row(name: str, costs: Sequence[Cost], peers: Path | None) -> Row:
+def _row(name: str, costs: Sequence[Cost], peers: Path | None, device: torch.device) -> Row:
     package = name.partition(" ")[0]
     peer = ""
     if package in ("mergekit", "peft") and peers is not None:
@@ -248,7 +284,7 @@ def _row(name: str, costs: Sequence[Cost], peers: Path | None) -> Row:
         "anonymous": max(cost.anonymous for cost in costs),
         "resident": max(cost.resident for cost in costs),
         "rounds": len(costs),
-        "device": device_name(torch.device("cpu")),
+        "device": device_name(device),
         "versions": versions(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
