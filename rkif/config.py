@@ -80,8 +80,9 @@ class FusionConfig:
         beta1, beta2: smoothing of S and of U, in [0, 1].
         inner_steps, outer_steps: Q and M, optimizer steps of the two learners in a round.
         clear_inner, clear_outer: whether a learner's importance starts from zero in the next round.
-        refresh_outer: whether every round re-estimates the outer importance, or only a fuser's first does,
-            and the others go by what the old tasks needed at that point (an ablation: static importance).
+        refresh_outer: whether every round re-estimates the outer importance, or a fuser's rounds only do
+            until the first fusion, and the others go by what the old tasks needed at that point (an
+            ablation: static importance; not together with clear_outer).
         nonfinite: a round that saw a non-finite importance is an error at its fusion ("raise"), or its
             fusion is refused and the parameters return to the round's start ("skip").
         state_dtype: storage of S and U, torch.float32 or torch.bfloat16 (or its name).
@@ -131,6 +132,8 @@ class FusionConfig:
                 raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
         if self.pack_inner and not self.clear_inner:
             raise ValueError("pack_inner=True gives the inner importance up: it needs clear_inner=True")
+        if self.clear_outer and not self.refresh_outer:
+            raise ValueError("refresh_outer=False keeps the outer importance: it needs clear_outer=False")
         if isinstance(self.state_dtype, str):
             object.__setattr__(self, "state_dtype", getattr(torch, self.state_dtype, self.state_dtype))
         if self.state_dtype not in STATE_DTYPES:

@@ -90,7 +90,8 @@ def fuse_delta(
 
     Raises:
         TypeError, ValueError: names, shapes or dtypes that do not fit together, factors that are no
-            matrices (convolutions), a DoRA magnitude, no module with factors, or one without scaling.
+            matrices (convolutions), a DoRA magnitude, no module with factors, or one without scaling; NaN
+            or infinity in a tensor, or in a fused update.
     """
     names = common_names({"base": base, "inner": inner, "outer": outer})
     require_fraction("density", density)
@@ -106,6 +107,10 @@ def fuse_delta(
                     f"{argument}[{name!r}] has shape {tuple(sets[argument][name].shape)}, "
                     f"base has {tuple(base[name].shape)}"
                 )
+    for argument, tensors in sets.items():
+        for name in names:
+            if not bool(tensors[name].isfinite().all()):
+                raise ValueError(f"{argument}[{name!r}] has NaN or infinite elements")
     triples = _Triples(modules, base, inner, outer, outer_from)
     device = base[names[0]].device
     thresholds = _thresholds(triples, density=density, scope=scope, device=device)
@@ -134,6 +139,8 @@ def fuse_delta(
             continue
         basis = torch.cat([tensors[module.b].detach().float() for tensors in sets.values()], dim=1)
         rank = base[module.a].shape[0]
+        if not bool(out.isfinite().all()):
+            raise ValueError(f"the fused update of {module.name!r} is beyond what float32 holds")
         b, a, truncation[module.name] = _factorised(out, basis, rank, module.scaling)
         params[module.a], params[module.b] = a.to(base[module.a].dtype), b.to(base[module.b].dtype)
     stats = FuseStats(counts, squared_norms, (thresholds[0], thresholds[1]))
@@ -147,7 +154,8 @@ def lora_scaling(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, f
 
     Args:
         config: of an adapter_config.json, or ``LoraConfig(...).to_dict()``: lora_alpha, r, use_rslora,
-            alpha_pattern and rank_pattern, whose keys are regular expressions for the ends of modules' names.
+            alpha_pattern and rank_pattern, whose keys are regular expressions for modules' names in the
+            model that was adapted, or for the ends of these names.
         names: of the adapter's tensors.
 
     Raises:
@@ -158,8 +166,9 @@ def lora_scaling(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, f
     found = {}
     for match in filter(None, map(_A.match, names)):
         module = match["module"]
-        alpha = _of_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-        rank = _of_pattern(config.get("rank_pattern"), module, config["r"])
+        inside = module.removeprefix("base_model.model.")  # which is what peft matches patterns with
+        alpha = _of_pattern(config.get("alpha_pattern"), inside, config["lora_alpha"])
+        rank = _of_pattern(config.get("rank_pattern"), inside, config["r"])
         found[module] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     return found
 
@@ -264,7 +273,7 @@ def _thresholds(triples: _Triples, *, density: float, scope: Scope, device: torc
 def _factorised(update: Tensor, basis: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor, float]:
     """B [out, rank] and A [rank, in]; ``scaling`` times their product is about ``update``; the error."""
     size = update.norm()
-    if not size > 0 or scaling == 0:
+    if size == 0 or scaling == 0:
         return update.new_zeros(update.shape[0], rank), update.new_zeros(rank, update.shape[1]), 0.0
     q = torch.linalg.qr(torch.cat([update @ (update.T @ basis), basis], dim=1)).Q
     for _ in range(_POWER_ITERATIONS):

@@ -69,7 +69,7 @@ class Fuser:
     Raises:
         TypeError, ValueError: nothing is trainable, parameters on several devices, unsupported dtypes, or a
             model that is spread in a way that hides its gradients (DeepSpeed, FSDP1).
-        RuntimeError: other settings or parameters than on another rank.
+        RuntimeError: other settings, parameters or another gate than on another rank.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Fuser:
             raise TypeError(f"gate must be a Gate; got {type(gate).__name__}")
         self.parameters = trainable_parameters(parameters)
         self._held = Held(parameters, self.parameters)
-        self._held.require_agreement(self.config)
+        self._held.require_agreement(self.config, None if gate is None else gate.settings)
         self._gatekeeper = None
         if gate is not None:
             self._gatekeeper = Gatekeeper(gate, self._held.ranks.mean)
@@ -107,6 +107,7 @@ class Fuser:
         self._nonfinite = torch.zeros(2, dtype=torch.int64, device=parts[0].device)
         self._with_gradient: set[str] = set()
         self._observed: dict[Learner, int] = {"inner": 0, "outer": 0}
+        self._outer_settled = False  # refresh_outer=False: whether a fusion has gone by the outer importance
         self.phase: Learner = "inner"
         self.round = 0
         self.last_report: FusionReport | None = None
@@ -131,11 +132,11 @@ class Fuser:
         gradient. Elements with a non-finite importance are left as they were, and counted.
         """
         gradients = self._held.gradients()
-        if self.phase == "inner" or self.config.refresh_outer or self.round == 0:
-            parts, learner = self._held.parts(), self._importance[self.phase]
-            for count, numbers in zip(torch.split(self._nonfinite, 1), self._held.numbers, strict=True):
-                if numbers:
-                    learner.update(parts, gradients, count, numbers)
+        parts, learner = self._held.parts(), self._importance[self.phase]
+        frozen = self.phase == "outer" and self._outer_settled
+        for count, numbers in zip(torch.split(self._nonfinite, 1), self._held.numbers, strict=True):
+            if numbers:
+                learner.update(parts, gradients, count, numbers, frozen=frozen)
         if self._inner is not None:
             self._inner.settle()  # the step that follows changes what is still being copied
         self._observed[self.phase] += 1
@@ -185,16 +186,18 @@ class Fuser:
                 if observed == 0:
                     raise RuntimeError(f"observe() was never called for the {learner} learner in this round")
         seen = torch.tensor([int(name in self._with_gradient) for name in self.parameters])
-        for name, count in zip(self.parameters, self._held.total(seen).tolist(), strict=True):
+        for name, count in zip(self.parameters, self._held.counted(seen).tolist(), strict=True):
             if not count:
                 raise ValueError(f"parameter {name!r} had no gradient in any observe() of this round")
-        nonfinite = int(self._held.total(self._nonfinite)[0])
+        nonfinite = int(self._held.counted(self._nonfinite)[0])
         if nonfinite and self.config.nonfinite == "raise":
             raise RuntimeError(
                 f"{nonfinite} elements had a non-finite importance |w*g| in this round (NaN or infinite "
                 "gradients or weights); nothing was fused. rollback() returns to the round's start"
             )
-        report = self._refused(nonfinite) if nonfinite else self._fuse()
+        with self._held.ranks.announced():
+            report = self._refused(nonfinite) if nonfinite else self._fuse()
+        self._outer_settled |= report.applied and not self.config.refresh_outer
         self._end_round()
         self.last_report = report
         return report
@@ -218,7 +221,7 @@ class Fuser:
         What the outer learner has observed stays in its importance, as after a fusion, unless the config
         clears it.
         """
-        self._base.give(self._held.parts())
+        self._give(self._base)
         self._end_round()
 
     def scores(self, learner: Learner) -> dict[str, Tensor]:
@@ -256,6 +259,8 @@ class Fuser:
             state |= {f"gate.{name}": tensor for name, tensor in self._gatekeeper.tensors().items()}
         if (thresholds := self._importance["inner"].thresholds) is not None:
             state["inner_thresholds"] = thresholds.clone()
+        if not self.config.refresh_outer:
+            state["outer_settled"] = torch.tensor(int(self._outer_settled))
         state["nonfinite"] = self._held.total(self._nonfinite)[0].clone()
         state["phase"] = torch.tensor(["inner", "outer"].index(self.phase))
         state["round"] = torch.tensor(self.round)
@@ -276,6 +281,7 @@ class Fuser:
             ValueError: other names, shapes or dtypes than this fuser's; nothing has been changed then.
         """
         scalars = {"nonfinite", "phase", "round", "inner_observed", "outer_observed", "with_gradient"}
+        scalars |= set() if self.config.refresh_outer else {"outer_settled"}
         for name in sorted(scalars - set(state)):
             raise ValueError(f"the state lacks {name!r}")
         for name in sorted(scalars - {"with_gradient"}):
@@ -303,10 +309,10 @@ class Fuser:
         if thresholds is not None and thresholds.shape != (self._thresholds_a_side,):
             raise ValueError(f"state['inner_thresholds'] must have {self._thresholds_a_side} elements")
 
+        parts = {name: local_as(state[name], self._of(name)) for name in expected}
         if self._gatekeeper is not None:
             stored = {name: state[f"gate.{name}"] for name in ("counters", "known")}
             self._gatekeeper.load_tensors(stored)
-        parts = {name: local_as(state[name], self._of(name)) for name in expected}
         for learner, importance in self._importance.items():
             prefix = f"{learner}_importance."
             own = {name[len(prefix) :]: t for name, t in parts.items() if name.startswith(prefix)}
@@ -320,6 +326,7 @@ class Fuser:
         if not self._held.sharded:
             self._nonfinite[0] = int(state["nonfinite"])
         self.phase = "outer" if in_outer else "inner"
+        self._outer_settled = bool(state.get("outer_settled", False))
         self.round = int(state["round"])
         self._observed = {"inner": int(state["inner_observed"]), "outer": int(state["outer_observed"])}
         flags = zip(sorted(self.parameters), state["with_gradient"].tolist(), strict=True)
@@ -405,6 +412,12 @@ class Fuser:
             snapshot.put(range(len(values)), [value.detach() for value in values])
         return snapshot
 
+    @torch.no_grad()
+    def _give(self, snapshot: Snapshot) -> None:
+        """Make the parameters what a snapshot has of them."""
+        snapshot.give(self._held.parts())
+        self._held.changed()
+
     def _settle_host(self) -> None:
         for snapshot in (self._base, self._inner):
             if snapshot is not None:
@@ -426,7 +439,7 @@ class Fuser:
             fused = self._snapshot(self._base_dtypes)
         report = self._fused(fused)
         if self._gatekeeper is None:
-            fused.give(self._held.parts())
+            self._give(fused)
             self._base = fused
             return report
         return self._gated(self._gatekeeper, fused, report)
@@ -438,31 +451,33 @@ class Fuser:
         weights = merge_weights(self.config.rule)
         plain = self._base_dtypes == self._dtypes and not (self.config.offload or self.config.pack_inner)
         if plain and not self._held.sharded:
-            return fuse_lists(
-                names,
-                self._base.tensors,
-                self._inner.tensors,
-                parts,
-                inner.scores,
-                outer.scores,
-                out=fused.tensors,
-                density=self.config.density,
-                weights=weights,
-                scope=self.config.scope,
-            )
+            with self._held.ranks.together():
+                return fuse_lists(
+                    names,
+                    self._base.tensors,
+                    self._inner.tensors,
+                    parts,
+                    inner.scores,
+                    outer.scores,
+                    out=fused.tensors,
+                    density=self.config.density,
+                    weights=weights,
+                    scope=self.config.scope,
+                )
         inner_thresholds = self._threshold("inner") if inner.thresholds is None else inner.thresholds
         outer_thresholds = self._threshold("outer")
-        stats = fuse_in_turns(
-            fused,
-            self._base,
-            self._inner,
-            parts,
-            (inner, outer),
-            thresholds=(inner_thresholds, outer_thresholds),
-            weights=weights.cases,
-            owned=self._held.owned,
-            names=names,
-        )
+        with self._held.ranks.together():
+            stats = fuse_in_turns(
+                fused,
+                self._base,
+                self._inner,
+                parts,
+                (inner, outer),
+                thresholds=(inner_thresholds, outer_thresholds),
+                weights=weights.cases,
+                owned=self._held.owned,
+                names=names,
+            )
         # Counts below 2^53 are exact in double.
         summed = self._held.total(torch.cat([stats.counts.double(), stats.squared_norms]))
         stats = stats._replace(counts=summed[:4].long(), squared_norms=summed[4:])
@@ -481,10 +496,11 @@ class Fuser:
         @torch.no_grad()
         def take(factor: float) -> None:
             if factor in (0.0, 1.0):
-                (fused if factor else self._base).give(parts)
+                self._give(fused if factor else self._base)
                 return
             for number, value in share(factor):
                 parts[number].copy_(value)
+            self._held.changed()
 
         # The criteria may fail: then nothing has been fused, and the round can be given up.
         outer, state = self._snapshot(self._dtypes, parts), gatekeeper.tensors()
@@ -492,7 +508,7 @@ class Fuser:
             with self._held.ranks.announced():
                 verdict = gatekeeper.judge(take)
         except BaseException:
-            outer.give(parts)
+            self._give(outer)
             gatekeeper.load_tensors(state)
             raise
         if verdict.factor == 0:
@@ -514,7 +530,7 @@ class Fuser:
             kept[name].copy_(tensor)
 
     def _refused(self, nonfinite: int) -> FusionReport:
-        self._base.give(self._held.parts())
+        self._give(self._base)
         per_tensor = self.config.scope == "tensor"
         unknown: Thresholds = dict.fromkeys(self.parameters, math.nan) if per_tensor else math.nan
         return FusionReport(

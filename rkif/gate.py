@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -110,6 +110,12 @@ class Gate:
     @property
     def names(self) -> list[str]:
         return [criterion.name for criterion in self.criteria]
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """All that decides a verdict but how the figures are measured."""
+        settings = [replace(one, evaluate=float) for one in self.criteria]
+        return settings, self.ladder, self.otherwise, self.every, self.budget
 
     @property
     def samples(self) -> int:

@@ -41,6 +41,8 @@ class Importance:
         gradients: Sequence[Tensor | None],
         nonfinite: Tensor,
         numbers: Sequence[int] | None = None,
+        *,
+        frozen: bool = False,
     ) -> None:
         """Take in one step: importance of the weights as they are, under these gradients (None is zero).
 
@@ -48,7 +50,10 @@ class Importance:
             parameters, gradients: all of them.
             nonfinite: see :func:`rkif_kernels.update_importance_`.
             numbers: which tensors to update; all by default.
+            frozen: leave the importance as it is, and only count what is not finite.
         """
+        # With nothing taken of the new, S and U are written back as they were: 1*S + 0*I.
+        beta1, beta2 = (1.0, 1.0) if frozen else (self._config.beta1, self._config.beta2)
         numbers = range(len(self._names)) if numbers is None else numbers
         rkif_kernels.update_importance_(
             [parameters[number] for number in numbers],
@@ -57,8 +62,8 @@ class Importance:
             [self._views["uncertainty"][number] for number in numbers]
             if "uncertainty" in self._views
             else None,
-            beta1=self._config.beta1,
-            beta2=self._config.beta2,
+            beta1=beta1,
+            beta2=beta2,
             order=self._config.order,
             nonfinite=nonfinite,
             names=[self._names[number] for number in numbers],

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rkif.sharding import local
+from rkif.sharding import fsdp_units, is_spread, local, reshard
 from rkif_kernels.checks import Arguments, require_disjoint
 
 # What wraps a module inside a model and shows in its parameters' names.
@@ -26,11 +26,11 @@ def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]])
             on several devices.
     """
     pairs: Any = source
+    reshard(fsdp_units(source))
     if isinstance(source, nn.Module):
         _refuse_flat(source)
-        wrapped = isinstance(source, nn.parallel.DistributedDataParallel | nn.DataParallel)
-        module: Any = source.module if wrapped else source
-        pairs = ((_INSIDE.sub("", name), parameter) for name, parameter in module.named_parameters())
+        named = _unwrapped(source).named_parameters()
+        pairs = ((_INSIDE.sub("", name), parameter) for name, parameter in named)
     parameters: dict[str, Any] = {}
     for pair in pairs if isinstance(pairs, Iterable) else [pairs]:
         match pair:
@@ -38,6 +38,7 @@ def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]])
                 if name in parameters:
                     raise ValueError(f"the parameter name {name!r} comes twice")
                 _refuse_zero(name, parameter)
+                _refuse_freed(name, parameter)
                 if parameter.requires_grad:
                     parameters[name] = parameter
             case _:
@@ -59,6 +60,17 @@ def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]])
     return parameters
 
 
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, DDP and nn.DataParallel, in whatever order they are wrapped."""
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            module = module.module
+        elif isinstance(inside := getattr(module, "_orig_mod", None), nn.Module):
+            module = inside
+        else:
+            return module
+
+
 def _refuse_flat(module: nn.Module) -> None:
     for inside in module.modules():
         # By name: importing the class would warn every user of a module that is on its way out.
@@ -75,6 +87,14 @@ def _refuse_zero(name: str, parameter: Tensor) -> None:
     # What ZeRO leaves on a parameter: stage 3's number, and the link to the float32 master of stages 1 to 3.
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         _refuse_deepspeed(f"the parameter {name!r}")
+
+
+def _refuse_freed(name: str, parameter: Tensor) -> None:
+    if not is_spread(parameter) and parameter.untyped_storage().nbytes() < parameter.nbytes:
+        raise ValueError(
+            f"the memory of parameter {name!r} has been given back: it is one that FSDP2 had gathered for a "
+            "forward; give the module, or list its parameters after reshard()"
+        )
 
 
 def _refuse_deepspeed(what: str) -> None:

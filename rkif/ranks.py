@@ -41,6 +41,7 @@ class Ranks:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self._broken: str | None = None
+        self._told: BaseException | None = None  # the last failure here that the others know of
         if group is not None:
             name = group.group_name
             self._failure = f"rkif/{name}/{_made[name]}/failure"
@@ -86,6 +87,7 @@ class Ranks:
             yield
         except Exception as error:
             self._causes(f"{type(error).__name__}: {error}")
+            self._told = error
             raise
         if causes := self._causes(None):
             raise RankFailedError("; ".join(causes))
@@ -109,7 +111,7 @@ class Ranks:
         """A block with communication of others', such as training steps, of which a rank may drop out.
 
         What fails in it is left where ranks that wait for this one look; after that they can do nothing
-        together any more. No process waits here.
+        together any more. No process waits here. What failed in a :meth:`together` inside is known already.
 
         Raises:
             RankFailedError: the block has failed because another rank did.
@@ -119,9 +121,10 @@ class Ranks:
         except RankFailedError:
             raise
         except Exception as error:
-            if self.size > 1:
+            if self.size > 1 and error is not self._told:
                 if cause := self._announcement():
                     raise RankFailedError(cause) from error
+                self._told = error
                 self._broken = f"rank {self.rank} failed: {type(error).__name__}: {error}"
                 _get_default_store().set(self._failure, self._broken)
             raise

@@ -7,10 +7,12 @@ of a model. docs/distributed.md says how they fit together.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,7 @@ from rkif_kernels import Scores, score_thresholds
 from rkif_kernels.types import Scope
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 
@@ -29,6 +32,25 @@ def is_spread(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is a ``DTensor``; its module, slow to import, has been imported by whoever has one."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def fsdp_units(source: Any) -> list[FSDPModule]:
+    """The modules that FSDP2 has sharded: a module's, or, where parameters alone are known, all there are."""
+    module = sys.modules.get("torch.distributed.fsdp")  # as above
+    if module is None or not dist.is_initialized():
+        return []
+    inside = source.modules() if isinstance(source, nn.Module) else gc.get_objects()
+    found: list[Any] = [one for one in inside if issubclass(type(one), module.FSDPModule)]
+    return found
+
+
+def reshard(units: Iterable[FSDPModule]) -> None:
+    """Let FSDP2 drop the parameters that it has gathered and kept, as after a forward without a backward.
+
+    The modules' parameters are the shards again then, and the next forward gathers what they have become.
+    """
+    for unit in units:
+        unit.reshard()
 
 
 @torch.no_grad()
@@ -45,7 +67,9 @@ def local_as(tensor: Tensor, parameter: Tensor) -> Tensor:
 
         mesh, placements = parameter.device_mesh, parameter.placements
         if is_spread(tensor):
-            return tensor.redistribute(mesh, placements).to_local()
+            if tensor.device_mesh == mesh:
+                return tensor.redistribute(mesh, placements).to_local()
+            tensor = tensor.full_tensor()  # DTensor goes from one mesh to another by no other way
         return distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()
     return tensor.full_tensor() if is_spread(tensor) else tensor.detach()
 
@@ -97,6 +121,7 @@ class Held:
     def __init__(self, source: Any, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
         self.ranks, self.sharded = _ranks_of(source, list(parameters.items()))
+        self._units: WeakSet[FSDPModule] = WeakSet(fsdp_units(source) if self.sharded else ())
         self.sizes = [parameter.numel() for parameter in parameters.values()]
         flags = [_counts(parameter) for parameter in parameters.values()]
         self.numbers = [[n for n, flag in enumerate(flags) if flag == wanted] for wanted in (True, False)]
@@ -115,6 +140,10 @@ class Held:
         pairs = zip(gradients, self._parameters.values(), strict=True)
         return [None if gradient is None else local_as(gradient, parameter) for gradient, parameter in pairs]
 
+    def changed(self) -> None:
+        """Say that parameters were written to here, not by a step: what was made of them is out of date."""
+        reshard(self._units)
+
     def spread(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name -> part, as tensors that are spread as the parameters are."""
         return {name: spread_as(part, self._parameters[name]) for name, part in parts.items()}
@@ -122,6 +151,12 @@ class Held:
     def total(self, sums: Tensor) -> Tensor:
         """Sums over the parts that are counted here, over all processes."""
         return self.ranks.total(sums) if self.sharded else sums
+
+    def counted(self, counts: Tensor) -> Tensor:
+        """Counts of what was seen in the parts, [n]: over all processes, and of replicas the highest."""
+        if self.sharded:
+            return self.ranks.total(counts)
+        return self.ranks.gathered(counts).view(self.ranks.size, -1).amax(0)
 
     def thresholds(self, scores: Scores, *, density: float, scope: Scope) -> Tensor:
         """:func:`rkif_kernels.score_thresholds` over all processes."""
@@ -135,18 +170,20 @@ class Held:
         counted = Scores(rows[0], rows[1] if len(rows) > 1 else None)
         return sharded_thresholds(counted, self.sizes, density=density, scope=scope, ranks=self.ranks)
 
-    def require_agreement(self, config: Any) -> None:
+    def require_agreement(self, *settings: Any) -> None:
         """Refuse ranks that would compute different things, or wait for each other in different places.
 
         Raises:
-            RuntimeError: a rank has another config or other parameters.
+            RuntimeError: a rank has other settings or other parameters.
         """
         described = [(name, p.shape, p.dtype) for name, p in self._parameters.items()]
-        digest = hashlib.sha256(repr((config, described)).encode()).digest()[:8]
+        digest = hashlib.sha256(repr((settings, described)).encode()).digest()[:8]
         every = self.ranks.gathered(torch.tensor([int.from_bytes(digest, "big") >> 1])).tolist()
         for rank, other in enumerate(every):
             if other != every[0]:
-                raise RuntimeError(f"rank {rank} has another config or other parameters than rank 0")
+                raise RuntimeError(
+                    f"rank {rank} has another config, another gate or other parameters than rank 0"
+                )
 
 
 def _ranks_of(source: Any, parameters: Sequence[tuple[str, Tensor]]) -> tuple[Ranks, bool]:
@@ -154,8 +191,9 @@ def _ranks_of(source: Any, parameters: Sequence[tuple[str, Tensor]]) -> tuple[Ra
     spread = [(name, p) for name, p in parameters if is_spread(p)]
     device = parameters[0][1].device
     if not spread:
-        replicas = isinstance(source, nn.parallel.DistributedDataParallel)
-        return Ranks(source.process_group if replicas else None, device), False
+        inside = source.modules() if isinstance(source, nn.Module) else ()
+        replicas = (m for m in inside if isinstance(m, nn.parallel.DistributedDataParallel))
+        return Ranks(next((m.process_group for m in replicas), None), device), False
     first_name, first = spread[0]
     members = sorted(first.device_mesh.mesh.flatten().tolist())
     for name, parameter in parameters:

@@ -23,7 +23,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import rkif
+import rkif.fuser
 import rkif.thresholds
+from rkif.gate import Criterion, Gate
 
 CONFIGS = {
     "paper": rkif.FusionConfig.paper(),
@@ -283,7 +285,101 @@ def fails_in_fuse(folder: Path) -> None:
 
 def other_config(folder: Path) -> None:
     density = 0.2 + 0.1 * dist.get_rank()
-    rkif.Fuser(spread(make_model(), "fsdp"), rkif.FusionConfig.paper(density=density))
+    model = torch.compile(spread(make_model(), "ddp"), backend="eager")
+    rkif.Fuser(model, rkif.FusionConfig.paper(density=density))
+
+
+def other_gate(folder: Path) -> None:
+    criterion = Criterion("loss", lambda: 0.0, tolerance=0.1 * dist.get_rank())
+    rkif.Fuser(spread(make_model(), "fsdp"), gate=Gate([criterion]))
+
+
+def replica_gets_nan(folder: Path) -> None:
+    """One replica alone sees an element without a number: all refuse, and all go on."""
+    for nonfinite in ("raise", "skip"):
+        loop = Loop(spread(make_model(), "ddp"), rkif.FusionConfig.paper(nonfinite=nonfinite))
+        loop.run(range(3))
+        loop.fuser.begin_outer()
+        set_gradients(loop.model, 4)
+        if dist.get_rank() == 1:
+            bare(loop.model)[0].weight.grad[0, 0] = torch.nan
+        loop.fuser.observe()
+        try:
+            assert not loop.fuser.fuse().applied
+        except RuntimeError as error:
+            assert nonfinite == "raise"
+            print(f"rank {dist.get_rank()} was told: {error}", flush=True)
+            loop.fuser.rollback()
+        loop.run(range(7, 14))
+        assert loop.reports[-1]["applied"]
+        print(f"rank {dist.get_rank()} goes on", flush=True)
+
+
+def no_memory_to_fuse(folder: Path) -> None:
+    """Rank 1 has not the memory to compute the fusion, when the thresholds are found; all can go on."""
+    fuse = rkif.fuser.fuse_in_turns
+
+    def none_left(*arguments: object, **settings: object) -> object:
+        if dist.get_rank() == 1 and loop.fuser.round == 0:
+            raise torch.OutOfMemoryError("no memory to fuse")
+        return fuse(*arguments, **settings)
+
+    rkif.fuser.fuse_in_turns = none_left
+    loop = Loop(spread(make_model(), "fsdp"), CONFIGS["paper"])
+    try:
+        loop.run(range(7))
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        print(f"rank {dist.get_rank()} was told: {error}", flush=True)
+    loop.fuser.rollback()
+    loop.run(range(7, 14))
+    print(f"rank {dist.get_rank()} goes on in round {loop.fuser.round}", flush=True)
+
+
+def evaluates(folder: Path) -> None:
+    """What a model computes, by forwards without a backward, whenever its parameters have been changed.
+
+    FSDP2 keeps what its root has gathered for such a forward.
+    """
+    kind = "fsdp" if dist.is_initialized() else "alone"
+    for how in ("module", "pairs"):
+        model = spread(make_model(), kind)
+        batch = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+
+        def loss(model: nn.Module = model, batch: Tensor = batch) -> float:
+            with torch.no_grad():
+                return float(model(batch).square().mean())
+
+        found = [loss()]
+        source = model if how == "module" else model.named_parameters()
+        gate = Gate([Criterion("loss", loss, higher_is_better=False, tolerance=0.1)], ladder=(0.5,))
+        fuser = rkif.Fuser(source, rkif.FusionConfig.paper(density=1), gate=gate)
+        optimizer = Momentum(iter(fuser.parameters.values()), 0.05)
+        for step in range(12):
+            set_gradients(model, step)
+            fuser.observe()
+            optimizer.step()
+            found.append(loss())
+            if step == 1:
+                fuser.rollback()
+                found.append(loss())
+            elif fuser.phase == "inner":
+                fuser.begin_outer()
+            else:
+                report = fuser.fuse()
+                assert report.gate is not None
+                found += [attempt.figures["loss"] for attempt in report.gate.attempts]
+                found += [report.gate.factor, loss()]
+        keep(folder, f"evaluates-{kind}-{how}", {"losses": torch.tensor(found)}, [])
+
+
+def other_mesh(folder: Path) -> None:
+    """A state whose tensors are spread over another mesh is taken up as a whole one is."""
+    loops = [Loop(spread(make_model(), kind), CONFIGS["release"]) for kind in ("fsdp", "hsdp")]
+    loops[0].run(range(2))
+    state = loops[0].fuser.state_dict()
+    loops[1].fuser.load_state_dict(state)
+    for name, tensor in loops[1].fuser.state_dict().items():
+        assert torch.equal(whole(tensor), whole(state[name])), name
 
 
 if __name__ == "__main__":

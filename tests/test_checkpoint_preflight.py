@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import Triple, noisy, scores, split_folder, tensors
+from safetensors.torch import save_file
 
 from rkif.checkpoint import preflight as planning
 from rkif.checkpoint.methods import make_method
 from rkif.checkpoint.preflight import PreflightError, Request, preflight
-from rkif.checkpoint.source import Reader
+from rkif.checkpoint.source import Reader, open_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +133,7 @@ def test_tokenizers_that_number_tokens_otherwise(folders: Path) -> None:
         ("nothing there", "INNER: there is no .*"),
         ("only pickles", "INNER: .* has neither model.safetensors.*it has pytorch_model.bin.*not read"),
         ("quantised", "INNER is quantised .*"),
+        ("no object", ".*config.json cannot be read: it holds no JSON object, but a list"),
         ("an adapter", "INNER is an adapter, BASE a model"),
     ],
 )
@@ -156,12 +158,29 @@ def test_inputs_that_cannot_be_used(folders: Path, harm: str, wanted: str) -> No
             (inner / "pytorch_model.bin").touch()
         if harm == "an adapter":
             split_folder(inner, noisy(tensors(), 1), 1, stem="adapter_model")
+    elif harm == "no object":
+        (inner / "config.json").write_text("[1]")
     elif harm == "quantised":
         set_config(inner, quantization_config={"bits": 4})
     import re
 
     found = problems(folders)
     assert any(re.fullmatch(wanted, problem) for problem in found), found
+
+
+def test_nothing_to_fuse(tmp_path: Path) -> None:
+    for name in ("base", "inner", "outer"):
+        split_folder(tmp_path / name, {"w": torch.empty(0, 3), "positions": torch.arange(3)}, 1)
+    assert problems(tmp_path) == ["BASE has no floating-point element: there is nothing to fuse"]
+
+
+def test_what_transformers_loads_is_what_is_fused(folders: Path) -> None:
+    """A whole file goes before an index that is left over from before."""
+    save_file(tensors(), folders / "base" / "model.safetensors")
+    opened = open_checkpoint(folders / "base", "BASE", found := [])
+    assert opened is not None
+    assert [path.name for path in opened.files if path.suffix == ".safetensors"] == ["model.safetensors"]
+    assert found == []
 
 
 def test_adapters_must_agree_in_what_scales_them(tmp_path: Path) -> None:

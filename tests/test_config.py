@@ -21,6 +21,7 @@ def test_the_config_must_be_one() -> None:
     [
         ({"density": 2}, ValueError, "density must be in .*; got 2"),
         ({"beta1": -1}, ValueError, "beta1 must be in .*; got -1"),
+        ({"refresh_outer": False, "clear_outer": True}, ValueError, "it needs clear_outer=False"),
         ({"beta2": "x"}, TypeError, "beta2 must be a number"),
         ({"rule": "mean"}, ValueError, "rule must be one of paper, release"),
         ({"scope": "x"}, ValueError, "scope must be one of global, tensor"),

@@ -136,7 +136,7 @@ def test_scaling_is_pefts(rslora: bool) -> None:
         lora_alpha=6,
         use_rslora=rslora,
         target_modules=["q_proj", "v_proj"],
-        rank_pattern={"v_proj": 2},
+        rank_pattern={"^model.layers.1.self_attn.v_proj": 2, "^v_proj": 3},
         alpha_pattern={r"layers\.0\.self_attn\.q_proj": 10},
     )
     model = get_peft_model(tiny_llama(40, 0), config)
@@ -192,3 +192,14 @@ def test_refuses_what_does_not_fit_together() -> None:
         rkif.fuse_delta(tensors, tensors, tensors, scaling={"model.q": 1.0})
     with pytest.raises(ValueError, match=r"inner\['model\.q\.lora_A\.weight'\] has shape \(3, 9\)"):
         rkif.fuse_delta(tensors, adapter(0, rank=3), tensors, scaling=1.0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_refuses_what_is_not_finite(value: float) -> None:
+    base, inner = adapter(0), adapter(1)
+    inner["model.q.lora_A.weight"][0, 0] = value
+    with pytest.raises(ValueError, match=r"inner\['model\.q\.lora_A\.weight'\] has NaN or infinite elements"):
+        rkif.fuse_delta(base, inner, base, scaling=1.0)
+    inner["model.q.lora_A.weight"][0, 0] = 3e38
+    with pytest.raises(ValueError, match=r"the fused update of 'model\.q' is beyond what float32 holds"):
+        rkif.fuse_delta(base, inner, inner, scaling=1e10, density=1)

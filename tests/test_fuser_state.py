@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import resource
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from rkif import Fuser, FusionConfig
+from rkif.gate import Criterion, Gate
 from rkif.params import arena
 
 
@@ -36,6 +41,93 @@ def test_resumed_at_any_point_of_a_round_gives_the_same_bits(killed_at: int) -> 
     for learner in ("inner", "outer"):
         one, other = second.fuser.scores(learner), straight.fuser.scores(learner)
         assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("ended_by", ["fusion", "rollback", "refusal", "gate"])
+def test_static_importance_is_that_of_the_first_fusion(ended_by: str) -> None:
+    """However the first round ends, and over a resume: found until a fusion has gone by it, then kept."""
+    figures = iter([0.0, 1.0, 1.0, 1.0] + 20 * [0.0])
+    gate = Gate([Criterion("loss", lambda: next(figures), higher_is_better=False)])
+    config = FusionConfig(refresh_outer=False, nonfinite="skip")
+    loop = Loop(config)
+    loop.fuser = Fuser(loop.model, config, gate=gate if ended_by == "gate" else None)
+    if ended_by == "rollback":
+        loop.run(range(2))
+        loop.fuser.rollback()
+    elif ended_by == "refusal":
+        loop.run(range(6))
+        loop.model[0].weight.grad = torch.full((9, 4), torch.nan)
+        loop.fuser.observe()
+        assert not loop.fuser.fuse().applied
+        loop.model.zero_grad()
+    else:
+        loop.run(range(7))
+        assert loop.fuser.last_report is not None
+        assert loop.fuser.last_report.applied == (ended_by == "fusion")
+    if ended_by != "fusion":
+        loop.run(range(7, 14))
+    found = loop.fuser.scores("outer")
+    assert all(scores.max() > 0 for scores in found.values())
+    state = loop.fuser.state_dict()
+    loop.fuser = Fuser(loop.model, config, gate=gate if ended_by == "gate" else None)
+    loop.fuser.load_state_dict(state)
+    loop.run(range(14, 21))
+    assert all(torch.equal(found[name], scores) for name, scores in loop.fuser.scores("outer").items())
+    loop.run(range(21, 26))
+    loop.model[0].weight.grad = torch.full((9, 4), torch.nan)
+    loop.fuser.observe()
+    assert loop.fuser.fuse().nonfinite == 36  # still counted
+
+
+def test_a_state_on_disk_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(FusionConfig())
+    (tmp_path / "link").symlink_to(tmp_path / "state")
+    loop.fuser.save(tmp_path / "state")
+    loop.run(range(5))
+    loop.fuser.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    loop.fuser.load(tmp_path / "state")
+    assert loop.fuser.phase == "outer"
+
+    rename = os.rename
+    for fails in ("rename", "killed"):
+
+        def broken(source: Path, target: Path, fails: str = fails) -> None:
+            if Path(source).suffix == ".tmp":
+                raise OSError("no more names") if fails == "rename" else KeyboardInterrupt
+            rename(source, target)
+
+        monkeypatch.setattr(os, "rename", broken)
+        loop.run(range(5, 7))
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            loop.fuser.save(tmp_path / "state")
+        monkeypatch.undo()
+        loop.run(range(7, 8))
+        loop.fuser.load(tmp_path / "state")
+        assert loop.fuser.phase == "outer"
+    loop.fuser.save(tmp_path / "state")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"link", "state"}
+
+    (file,) = (tmp_path / "state").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(RuntimeError, match=r"state could not be read: "):
+        loop.fuser.load(tmp_path / "state")
+
+
+def test_what_cannot_be_written_is_an_ordinary_error(tmp_path: Path) -> None:
+    """A full disk, as a limit of the size of files."""
+    fuser = Fuser(nn.Linear(300, 300))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(RuntimeError, match="state could not be written: rank 0 failed: OSError"):
+            fuser.save(tmp_path / "state")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not (tmp_path / "state").exists()
 
 
 def test_state_is_a_copy_and_loading_touches_neither_parameters_nor_the_state() -> None:

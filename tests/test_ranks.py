@@ -175,10 +175,45 @@ def test_a_fusion_that_one_rank_refuses_is_given_up_by_all_who_then_go_on(tmp_pa
     assert done.stdout.count("goes on in round 2") == 3
 
 
-def test_ranks_with_other_settings_are_refused(tmp_path: Path) -> None:
-    done = start(2, "other_config", tmp_path, fails=True)
+@pytest.mark.parametrize("scenario", ["other_config", "other_gate"])
+def test_ranks_with_other_settings_are_refused(tmp_path: Path, scenario: str) -> None:
+    done = start(2, scenario, tmp_path, fails=True)
     assert done.returncode != 0
-    assert done.stderr.count("rank 1 has another config or other parameters than rank 0") >= 2
+    refusal = "rank 1 has another config, another gate or other parameters than rank 0"
+    assert done.stderr.count(refusal) >= 2
+
+
+def test_a_nan_in_one_replica_is_refused_by_all_who_then_go_on(tmp_path: Path) -> None:
+    done = start(2, "replica_gets_nan", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in (0, 1):
+        assert f"rank {rank} was told: 1 elements had a non-finite importance" in done.stdout
+        assert done.stdout.count(f"rank {rank} goes on") == 2
+
+
+def test_a_fusion_that_one_rank_cannot_compute_is_given_up_by_all_who_then_go_on(tmp_path: Path) -> None:
+    done = start(2, "no_memory_to_fuse", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "rank 0 was told: rank 1 failed: OutOfMemoryError: no memory to fuse" in done.stdout
+    assert "rank 1 was told: no memory to fuse" in done.stdout
+    assert done.stdout.count("goes on in round 2") == 2
+
+
+def test_what_is_computed_between_is_of_the_parameters_as_they_are(tmp_path: Path) -> None:
+    """The gate's evaluations and others under FSDP2, after a rollback and fusions kept, damped and undone."""
+    run(1, "evaluates", tmp_path)
+    run(2, "evaluates", tmp_path)
+    for how in ("module", "pairs"):
+        one, two = (
+            load_file(tmp_path / f"evaluates-{kind}-{how}.safetensors")["losses"]
+            for kind in ("alone", "fsdp")
+        )
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=0)
+        assert {0.0, 1.0} <= set(one.tolist()), one  # a fusion was undone, and one was kept
+
+
+def test_a_state_goes_from_one_mesh_to_another(tmp_path: Path) -> None:
+    run(4, "other_mesh", tmp_path)
 
 
 def test_deepspeed_and_the_first_fsdp_are_refused_with_the_reason() -> None:

@@ -180,8 +180,8 @@ def preflight(request: Request) -> Plan:
                 _compare_configs(base, checkpoint, argument, problems, notes)
                 _compare_tensors(base, checkpoint, argument, problems)
         _require_dtypes(checkpoints, problems)
-        if base.tensors and not any(entry.dtype in FUSED for entry in base.tensors.values()):
-            problems.append("BASE has no floating-point tensor: there is nothing to fuse")
+        if base.tensors and not any(one.dtype in FUSED and one.numel for one in base.tensors.values()):
+            problems.append("BASE has no floating-point element: there is nothing to fuse")
     _require_out(request, problems)
     if problems or base is None:
         raise PreflightError(problems)

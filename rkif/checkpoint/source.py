@@ -147,6 +147,8 @@ def _files_of(
     folder: Path, argument: str, problems: list[str]
 ) -> tuple[str, list[Path], dict[str, str] | None] | None:
     for stem in ("model", "adapter_model"):
+        if (folder / f"{stem}.safetensors").exists():  # before an index, as transformers and peft load it
+            return stem, [folder / f"{stem}.safetensors"], None
         index = folder / f"{stem}.safetensors.index.json"
         if index.exists():
             try:
@@ -160,8 +162,6 @@ def _files_of(
                 problems.append(f"{argument}: {folder} lacks {', '.join(missing)}, which its index names")
                 return None
             return stem, files, weight_map
-        if (folder / f"{stem}.safetensors").exists():
-            return stem, [folder / f"{stem}.safetensors"], None
     others = sorted(
         file.name for suffix in ("safetensors", "bin", "pt") for file in folder.glob(f"*.{suffix}")
     )
@@ -207,10 +207,13 @@ def _config(path: Path, stem: str, problems: list[str]) -> dict[str, Any]:
     if not path.is_dir() or not file.exists():
         return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds no JSON object, but a {type(config).__name__}")
     except (OSError, ValueError) as error:
         problems.append(f"{file} cannot be read: {_reason(error)}")
         return {}
+    return config
 
 
 def _reason(error: Exception) -> str:

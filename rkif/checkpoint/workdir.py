@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rkif.checkpoint.source import UnfitError
 from rkif.files import replace_file, sync_folder
-from rkif.ranks import ALONE, Ranks
+from rkif.ranks import ALONE, RankFailedError, Ranks
 
 
 class Workdir:
@@ -81,8 +81,13 @@ class Workdir:
     ) -> None:
         if self._ranks.rank > 0:
             return
-        if self._path.exists() and (not self._journals() or isinstance(error, UnfitError)):
-            self.remove()  # nothing in it is of use: no chunk was done, or the inputs are not fit for any
+        # Nothing in it is of use if no chunk was done, or if an input, here or elsewhere, is not fit for any.
+        unfit = isinstance(error, UnfitError) or (
+            isinstance(error, RankFailedError) and f" failed: {UnfitError.__name__}: " in str(error)
+        )
+        if self._path.exists() and (unfit or not self._journals()):
+            with contextlib.suppress(OSError):  # other processes may be writing their last
+                self.remove()
         self._lock.release()
 
     def _require_free(self) -> None:
