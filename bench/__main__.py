@@ -227,6 +227,18 @@ def run_command(
     print(run(_selection(only, shape, dtype, implementation, device, quick, threads, memory), out))
 
 
+@app.command("launches")
+def launches_command(shape: Shapes = None, device: Device = "auto") -> None:
+    """Measure the Triton kernels under other blocks and warps than they are launched with."""
+    import torch
+
+    from bench.launches import measure
+
+    chosen = _selection(shape=shape, device=device)
+    chosen.arguments(Path())  # which refuses shapes that do not exist
+    measure(torch.device(chosen.resolved_device()), chosen.shapes, Console(width=100))
+
+
 @app.command("compare")
 def compare_command(
     ref: Annotated[str, typer.Argument(metavar="REF", help="A commit.")],

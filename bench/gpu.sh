@@ -1,38 +1,49 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: bench/gpu.sh, at most 8 minutes.
+# Everything that needs a GPU: bench/gpu.sh [correct] [fast] [forgets], all three without a name.
 #
-#   OUT=folder     for logs and rows (default bench/results/gpu)
+#   correct   all tests compiled, sweeps of random and hostile inputs, compute-sanitizer
+#   fast      the suite, the goals, the 13B profile, launch configurations, ncu, checkpoints on disk, training steps
+#   forgets   the long suite on SmolLM2-135M-Instruct, adapters and all parameters (models/smollm2, data/cl15)
+#
+#   OUT=folder     for rows and logs (default bench/results/gpu)
 #   PYTHON=python  with torch, triton and rkif's dev dependencies
-#   TOTAL=480      seconds for everything: late stages are cut short or left out, and that is said
+#   SECONDS_EACH   seconds that a part may take (540): late stages are cut short or left out, and that is said
+#   DEVICE=cpu     a rehearsal: the same stages, small, on this machine's processor; no figure of it counts
 #
-# Every stage has a limit of its own and a log of its own; a stage that fails stops no other. The exit status
-# is that of the correctness: tests, sweep and sanitizer. The goals are printed, not enforced.
+# Every stage has a limit of its own; one that fails stops no other. Its output goes to OUT/log.txt. What is
+# measured goes where the commands put it, bench/results, and copies of it to OUT. The exit status is that of
+# the correctness; the goals are printed, not enforced.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results/gpu}
 PYTHON=${PYTHON:-python}
-TOTAL=${TOTAL:-480}
-ROWS=$OUT/gpu.jsonl
+DEVICE=${DEVICE:-cuda}
+SECONDS_EACH=${SECONDS_EACH:-540}
+RESULTS=bench/results
 mkdir -p "$OUT"
 unset TRITON_INTERPRET
 declare -A STATUS
 STAGES=()
+DEADLINE=0
 
 # stage NAME SECONDS COMMAND...: run it, keep its output and its exit status.
 stage() {
-    local name=$1 limit=$2 start=$SECONDS left=$((TOTAL - SECONDS))
+    local name=$1 limit=$2 start=$SECONDS left=$((DEADLINE - SECONDS)) log
     shift 2
-    if ((left < 10)); then
+    if ((left < 15)); then
         skip "$name" "no time left"
         return
     fi
     ((limit > left)) && limit=$left
     echo "== $name (at most $limit s): $*"
-    timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+    log=$(mktemp)
+    timeout --kill-after=10 "$limit" "$@" >"$log" 2>&1
     STATUS[$name]=$?
     STAGES+=("$name")
-    tail -n "${TAIL:-6}" "$OUT/$name.log"
+    tail -n "${TAIL:-6}" "$log"
     echo "== $name: exit ${STATUS[$name]} after $((SECONDS - start)) s"
+    { echo "== $name: $*"; cat "$log"; } >>"$OUT/log.txt"
+    rm -f "$log"
 }
 
 # skip NAME REASON: leave a stage out, and say so.
@@ -42,9 +53,15 @@ skip() {
     echo "== $1 skipped: $2"
 }
 
+bench() {
+    "$PYTHON" -m bench "$@"
+}
+
 environment() {
-    nvidia-smi -L
-    nvidia-smi --query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit --format=csv
+    if [ "$DEVICE" = cuda ]; then
+        nvidia-smi -L
+        nvidia-smi --query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit --format=csv
+    fi
     "$PYTHON" - <<'PY'
 import platform
 
@@ -55,62 +72,110 @@ from bench.rows import versions
 from rkif_kernels.backend import available
 
 print(platform.platform(), versions(), "CUDA", torch.version.cuda, "commit", commit())
-print(torch.cuda.get_device_properties(0), available(torch.device("cuda")))
-raise SystemExit(not torch.cuda.is_available())
+if torch.cuda.is_available():
+    print(torch.cuda.get_device_properties(0), available(torch.device("cuda")))
 PY
 }
-export -f environment
-export PYTHON
+export -f bench environment
+export PYTHON DEVICE
 
-if ! "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
-    echo "bench/gpu.sh: error: PyTorch finds no CUDA device" >&2
-    exit 1
+if [ "$DEVICE" = cuda ]; then
+    if ! "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+        echo "bench/gpu.sh: error: PyTorch finds no CUDA device" >&2
+        exit 1
+    fi
+    SIZES=() TESTS=() SWEEP=60 LAYERS=40
+    LARGE=(--dtype float32 --implementation rkif.) QUICK=(--quick)
+    DISK=(--layers 96 --rounds 2) STEPS=(--batch-size 8 --length 256)
+    LONG=(--suite long --config bench/configs/long-smollm2.yaml --jobs 6)
+    FULL=(--suite long --config bench/configs/long-smollm2-full.yaml --order long-1 --jobs 2)
+    FULL+=(--method sequential --method replay --method recurrent_kif)
+    NEEDED=models/smollm2
+else
+    SIZES=(--shape smoke) TESTS=(--collect-only) SWEEP=5 LAYERS=1
+    LARGE=(--quick --dtype float32 --shape smoke) QUICK=(--quick --shape smoke)
+    DISK=(--layers 1 --rounds 1) STEPS=(--batch-size 1 --length 8 --rounds 1)
+    LONG=(--suite standard --method sequential --order standard-1 --seed 7)
+    FULL=(--suite standard --config bench/configs/standard-minilm.yaml --method per_task --order standard-1 --seed 7)
+    NEEDED=models/minilm
 fi
 WORKERS=()
-"$PYTHON" -c 'import xdist' 2>/dev/null && WORKERS=(-n 6)
-
-TAIL=12 stage environment 60 bash -c environment
-stage kernel-tests 150 "$PYTHON" -m pytest -x -q "${WORKERS[@]}" tests/test_kernels.py tests/test_counting.py tests/test_ops.py \
-    tests/test_single_pass.py tests/test_launches.py
-stage sweep 90 "$PYTHON" -m bench sweep --device cuda --seconds 60
-TAIL=3 stage suite-large 110 "$PYTHON" -m bench run --device cuda --dtype float32 --implementation rkif. --out "$ROWS"
-TAIL=3 stage suite-quick 120 "$PYTHON" -m bench run --device cuda --quick --out "$ROWS"
-TAIL=30 stage profile-13b 60 "$PYTHON" -m bench profile-13b --device cuda --layers 40 --out "$ROWS"
-TAIL=30 stage profile-13b-bf16 60 "$PYTHON" -m bench profile-13b --device cuda --layers 40 --dtype bfloat16 --out "$ROWS"
-
+"$PYTHON" -c 'import xdist' 2>/dev/null && WORKERS=(-n "$(($(nproc) / 2 + 1))")
+KERNELS=(tests/test_kernels.py tests/test_counting.py tests/test_ops.py tests/test_single_pass.py tests/test_launches.py)
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
-for tool in memcheck racecheck; do
-    if [ -z "$SANITIZER" ]; then
-        skip "$tool" "no compute-sanitizer here"
-    else
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 45 "$SANITIZER" --tool "$tool" --error-exitcode 7 \
-            "$PYTHON" -m bench sweep --device cuda --backend triton --cases 3 --seed 1
-    fi
-done
-stage other-tests 120 "$PYTHON" -m pytest -q "${WORKERS[@]}" tests/test_fuser.py tests/test_fuse.py tests/test_bench.py tests/test_checkpoint_fuse.py tests/test_less_memory.py
+NCU=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null)
 
-# The long suite, where its model and tasks were brought along; it goes on where it was cut off.
-if [ -d models/smollm2 ] && [ -d data/cl15 ]; then
-    for suite in long standard; do
-        stage "continual-$suite" "${CONTINUAL:-240}" "$PYTHON" -m bench continual --suite "$suite" \
-            --config "bench/configs/$suite-smollm2.yaml" --jobs 4 --out "$OUT/continual"
+correct() {
+    stage kernel-tests 200 "$PYTHON" -m pytest -x -q "${WORKERS[@]}" "${TESTS[@]}" "${KERNELS[@]}"
+    stage sweep $((SWEEP + 30)) bash -c "bench sweep --device $DEVICE --seconds $SWEEP"
+    if [ "$DEVICE" = cuda ]; then
+        stage sweep-graphs $((SWEEP + 30)) bash -c "bench sweep --device cuda --backend triton --graphs --seconds $SWEEP"
+    else
+        skip sweep-graphs "graphs are CUDA's"
+    fi
+    for tool in memcheck racecheck; do
+        if [ -z "$SANITIZER" ]; then
+            skip "$tool" "no compute-sanitizer here"
+        else
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 75 "$SANITIZER" --tool "$tool" --error-exitcode 7 \
+                "$PYTHON" -m bench sweep --device cuda --backend triton --cases 2 --seed 1
+        fi
     done
-    cp bench/results/continual.jsonl "$OUT/"
-else
-    skip continual "no models/smollm2 or no data/cl15"
-fi
+    stage other-tests 400 "$PYTHON" -m pytest -q "${WORKERS[@]}" "${TESTS[@]}" tests "${KERNELS[@]/#/--ignore=}"
+}
+
+fast() {
+    TAIL=3 stage suite-large 150 bash -c "bench run --device $DEVICE ${LARGE[*]}"
+    TAIL=3 stage suite-quick 120 bash -c "bench run --device $DEVICE ${QUICK[*]}"
+    TAIL=30 stage profile-13b 60 bash -c "bench profile-13b --device $DEVICE --layers $LAYERS"
+    TAIL=30 stage profile-13b-bf16 60 bash -c "bench profile-13b --device $DEVICE --layers $LAYERS --dtype bfloat16"
+    TAIL=40 stage launches 100 bash -c "bench launches --device $DEVICE ${SIZES[*]}"
+    TAIL=12 stage checkpoints 120 bash -c "bench checkpoints --device $DEVICE --folder $(mktemp -d) ${DISK[*]}"
+    TAIL=40 stage overhead 90 bash -c "bench overhead --device $DEVICE ${STEPS[*]}"
+    if [ -z "$NCU" ]; then
+        skip ncu "no ncu here"
+    else
+        # Enough launches of each operation for one whole call; then ncu ends the process.
+        for what in observe:2 threshold:10 fuse:25; do
+            TAIL=60 stage "ncu-${what%:*}" 60 "$NCU" --target-processes all --clock-control none --kill yes \
+                --kernel-name 'regex:_kernel$' --launch-count "${what#*:}" --section SpeedOfLight \
+                --section MemoryWorkloadAnalysis --section Occupancy --section WarpStateStats --section LaunchStats \
+                "$PYTHON" -m bench run --device cuda --only "${what%:*}" --shape one-64Mi --dtype float32 \
+                --implementation rkif.triton --quick --out "$(mktemp -d)/rows.jsonl"
+        done
+    fi
+}
+
+forgets() {
+    if [ ! -d "$NEEDED" ] || [ ! -d data/cl15 ]; then
+        skip continual "no $NEEDED or no data/cl15"
+        return
+    fi
+    # Either goes on where it was cut off, if it is called again in the same folder.
+    stage continual 430 bash -c "bench continual ${LONG[*]}"
+    stage continual-full 200 bash -c "bench continual ${FULL[*]}"
+}
+
+TAIL=12 DEADLINE=$((SECONDS + 60)) stage environment 60 bash -c environment
+for part in "${@:-correct fast forgets}"; do
+    for name in $part; do
+        DEADLINE=$((SECONDS + SECONDS_EACH))
+        case $name in
+            correct | fast | forgets) "$name" ;;
+            *) echo "bench/gpu.sh: error: no such part: $name (correct, fast, forgets)" >&2; exit 2 ;;
+        esac
+        cp "$RESULTS"/{gpu,cpu,checkpoints,overhead,launches,continual}.jsonl "$OUT" 2>/dev/null
+    done
+done
 
 echo
-if [ -f "$ROWS" ]; then
-    "$PYTHON" -m bench goals "$ROWS" | tee "$OUT/goals.txt"
-    "$PYTHON" -m bench table "$ROWS" >"$OUT/table.txt"
+if [ -f "$RESULTS/gpu.jsonl" ]; then
+    bench goals "$RESULTS/gpu.jsonl"
+    bench table "$RESULTS/gpu.jsonl" >>"$OUT/log.txt"
 fi
 for name in "${STAGES[@]}"; do
     printf '%-18s %s\n' "$name" "${STATUS[$name]/#0/ok}"
 done | tee "$OUT/stages.txt"
-echo "took $SECONDS s; logs and rows in $OUT"
-# What says that the kernels are right must have run and passed; the sanitizer may be missing, not complain.
-for name in kernel-tests sweep; do
-    grep -qE "^$name +ok$" "$OUT/stages.txt" || exit 1
-done
-! grep -qE '^([a-z]+-tests|memcheck|racecheck) +[1-9]' "$OUT/stages.txt"
+echo "took $SECONDS s; rows and log in $OUT"
+# What says that the kernels are right must have passed where it ran; only the sanitizer may be missing.
+! grep -E '^([a-z]+-tests|sweep(-graphs)?|memcheck|racecheck) ' "$OUT/stages.txt" | grep -qvE ' (ok|skipped: (no compute|graphs).*)$'

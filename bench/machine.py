@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -23,10 +24,15 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with "-dirty" where files differ from it; those of figures do not count."""
+    """The checkout's commit, with "-dirty" where files differ from it; those of figures do not count.
+
+    Where a copy without its history is measured, whoever made it says the commit in RKIF_COMMIT.
+    """
     described = _git("describe", "--always", "--abbrev=12", "--exclude=*")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)bench/results")
-    return f"{described}{'-dirty' if changed else ''}" if described else "unknown"
+    if not described:
+        return os.environ.get("RKIF_COMMIT", "unknown")
+    return f"{described}{'-dirty' if changed else ''}"
 
 
 def _git(*arguments: str) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import rkif
@@ -412,9 +416,77 @@ def test_errors_name_their_cause(arguments: list[str], message: str) -> None:
     assert message in str(result.exception)
 
 
-def test_the_gpu_script_is_a_script() -> None:
-    script = Path(rows.__file__).parent / "gpu.sh"
-    subprocess.run(["bash", "-n", str(script)], check=True)
+STUB = """#!/usr/bin/env bash
+echo "$*" >> "$CALLS"
+[[ "$*" != *"$FAILS"* ]]
+"""
+
+
+def run_gpu_script(folder: Path, *parts: str, fails: str) -> tuple[int, list[str], str]:
+    """bench/gpu.sh with programs that only write down what they were asked: exit status, calls, output."""
+    for name in ("bench/results", "models/smollm2", "data/cl15", "bin"):
+        (folder / name).mkdir(parents=True)
+    (folder / "bench" / "results" / "gpu.jsonl").touch()
+    script = shutil.copy(Path(rows.__file__).parent / "gpu.sh", folder / "bench")
+    for name in ("python", "compute-sanitizer", "ncu", "nvidia-smi"):
+        (folder / "bin" / name).write_text(STUB)
+        (folder / "bin" / name).chmod(0o755)
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "CALLS": str(folder / "calls"), "FAILS": fails}
+    environment.pop("DEVICE", None)
+    done = subprocess.run(
+        ["bash", script, *parts], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.returncode, (folder / "calls").read_text().splitlines(), done.stdout
+
+
+def test_every_command_of_the_gpu_script_is_one_that_there_is(tmp_path: Path) -> None:
+    code, calls, said = run_gpu_script(tmp_path, fails="nothing at all")
+    assert code == 0, said
+    assert "skipped" not in said
+    group = get_command(app)
+    seen = set()
+    for call in calls:
+        _, is_bench, rest = call.partition("-m bench ")
+        if is_bench:
+            name, *arguments = shlex.split(rest)
+            seen.add(name)
+            group.commands[name].make_context(name, arguments)  # what click cannot parse, it refuses
+        elif "-m pytest" in call:
+            files = [word for word in call.split() if word.startswith("tests/")]
+            files += [word.removeprefix("--ignore=") for word in call.split() if word.startswith("--ignore=")]
+            assert files
+            assert all((Path(__file__).parent.parent / file).exists() for file in files)
+    assert seen >= {
+        "sweep",
+        "run",
+        "goals",
+        "profile-13b",
+        "launches",
+        "checkpoints",
+        "overhead",
+        "continual",
+    }
+    configs = {word for call in calls for word in call.split() if word.endswith(".yaml")}
+    assert len(configs) == 2
+    assert all((Path(__file__).parent.parent / config).exists() for config in configs)
+
+
+@pytest.mark.parametrize(
+    ("part", "fails", "code"),
+    [
+        ("correct", "-m pytest -x", 1),
+        ("correct", "racecheck", 1),
+        ("correct", "--graphs", 1),
+        ("fast", "profile-13b", 0),
+        ("correctly", "nothing at all", 2),
+    ],
+)
+def test_the_gpu_script_fails_where_something_is_wrong(
+    tmp_path: Path, part: str, fails: str, code: int
+) -> None:
+    found, _, said = run_gpu_script(tmp_path, part, fails=fails)
+    assert found == code, said
 
 
 def test_scores_between_a_quantile_and_its_order_statistic_may_go_either_way() -> None:
