@@ -90,14 +90,14 @@ if [ "$DEVICE" = cuda ]; then
     LONG=(--suite long --config bench/configs/long-smollm2.yaml --jobs 6)
     FULL=(--suite long --config bench/configs/long-smollm2-full.yaml --order long-1 --jobs 2)
     FULL+=(--method sequential --method replay --method recurrent_kif)
-    NEEDED=models/smollm2
+    NEEDED=models/smollm2 INTERPRETED=
 else
     SIZES=(--shape smoke) TESTS=(--collect-only) SWEEP=5 LAYERS=1
     LARGE=(--quick --dtype float32 --shape smoke) QUICK=(--quick --shape smoke)
     DISK=(--layers 1 --rounds 1) STEPS=(--batch-size 1 --length 8 --rounds 1)
     LONG=(--suite standard --method sequential --order standard-1 --seed 7)
     FULL=(--suite standard --config bench/configs/standard-minilm.yaml --method per_task --order standard-1 --seed 7)
-    NEEDED=models/minilm
+    NEEDED=models/minilm INTERPRETED=TRITON_INTERPRET=1
 fi
 WORKERS=()
 "$PYTHON" -c 'import xdist' 2>/dev/null && WORKERS=(-n "$(($(nproc) / 2 + 1))")
@@ -129,7 +129,7 @@ fast() {
     TAIL=3 stage suite-quick 120 bash -c "bench run --device $DEVICE ${QUICK[*]}"
     TAIL=30 stage profile-13b 60 bash -c "bench profile-13b --device $DEVICE --layers $LAYERS"
     TAIL=30 stage profile-13b-bf16 60 bash -c "bench profile-13b --device $DEVICE --layers $LAYERS --dtype bfloat16"
-    TAIL=40 stage launches 100 bash -c "bench launches --device $DEVICE ${SIZES[*]}"
+    TAIL=40 stage launches 100 bash -c "$INTERPRETED bench launches --device $DEVICE ${SIZES[*]}"
     TAIL=12 stage checkpoints 120 bash -c "bench checkpoints --device $DEVICE --folder $(mktemp -d) ${DISK[*]}"
     TAIL=40 stage overhead 90 bash -c "bench overhead --device $DEVICE ${STEPS[*]}"
     if [ -z "$NCU" ]; then
@@ -164,7 +164,7 @@ for part in "${@:-correct fast forgets}"; do
             correct | fast | forgets) "$name" ;;
             *) echo "bench/gpu.sh: error: no such part: $name (correct, fast, forgets)" >&2; exit 2 ;;
         esac
-        cp "$RESULTS"/{gpu,cpu,checkpoints,overhead,launches,continual}.jsonl "$OUT" 2>/dev/null
+        cp "$RESULTS"/{gpu,checkpoints,overhead,launches,continual}.jsonl "$OUT" 2>/dev/null
     done
 done
 
