@@ -23,6 +23,7 @@ from rkif.continual.recorder import standing
 from rkif.continual.rollback import rollback
 from rkif.continual.rundir import Checkpoint, read_checkpoint
 from rkif.continual.snapshots import Snapshots, least_missed
+from rkif.files import claimed
 from rkif.ledger import read_ledger
 
 Config = Callable[..., RunConfig]
@@ -170,6 +171,18 @@ def test_what_cannot_be_returned_to(whole: tuple[RunConfig, Path], tmp_path: Pat
     shutil.copy(run / "snapshots/000001.safetensors", run / "snapshots/000002.safetensors")
     with pytest.raises(ValueError, match="of round 2 is not what the ledger says it was"):
         rollback(run, 2)
+
+
+def test_one_process_at_a_time(whole: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    settings, finished = whole
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = files(run)
+    with claimed(run):
+        for attempt in (lambda: rollback(run, 1), lambda: go(settings, run, resume=True)):
+            with pytest.raises(RuntimeError, match="another process is working in "):
+                attempt()
+    assert files(run) == before
+    assert rollback(run, 1)["to"] == 1
 
 
 def test_the_command(whole: tuple[RunConfig, Path], tmp_path: Path) -> None:

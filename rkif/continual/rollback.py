@@ -15,6 +15,7 @@ from rkif.continual.rundir import (
     write_metrics,
 )
 from rkif.continual.snapshots import Snapshots
+from rkif.files import claimed
 from rkif.ledger import Ledger, Record
 
 
@@ -26,7 +27,7 @@ def rollback(run: Path, to: int) -> Record:
     Killed at any moment, it is completed by the next rollback or resumption.
 
     Args:
-        run: the run's folder. Nobody may be training in it.
+        run: the run's folder.
         to: a round as the ledger numbers them, from 1; 0 for the state before the first.
 
     Returns:
@@ -34,8 +35,15 @@ def rollback(run: Path, to: int) -> Record:
 
     Raises:
         ValueError: no such run or round, its state was not kept, or it is not what the ledger says it was.
+        RuntimeError: another process is at work in the folder.
     """
     reader = RunReader(run)
+    with claimed(run):
+        return _rollback(reader, to)
+
+
+def _rollback(reader: RunReader, to: int) -> Record:
+    run = reader.path
     finish_rollback(run)
     ledger = Ledger(run / "ledger.jsonl")
     rounds = {record["round"]: record for record in standing(ledger.records) if record["event"] == "round"}

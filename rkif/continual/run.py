@@ -27,6 +27,7 @@ from rkif.continual.rollback import finish_rollback
 from rkif.continual.rundir import Checkpoint, RunFolder, read_checkpoint
 from rkif.continual.snapshots import Snapshots
 from rkif.continual.tasks import Task, load_tasks
+from rkif.files import claimed
 from rkif.memory import ReplayMemory
 from rkif.params import trainable_parameters
 
@@ -48,11 +49,12 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
 
     Raises:
         ValueError, OSError, ImportError: bad settings, tasks, model or folder, in one line.
+        RuntimeError: another process is at work in the folder.
     """
     if resume:
         finish_rollback(out)
     start = (read_checkpoint(out) if resume else None) or Checkpoint(0, 0, 0, 0, {}, {})
-    with open_run(config, out, start.task, progress, resume=resume) as sequence:
+    with open_run(config, out, start.task, progress, resume=resume) as sequence, claimed(out):
         return sequence.run(start)
 
 
