@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 MIB = 1 << 20
-BOUND = 300 * MIB
-SHAPES = {"embed": (180_000, 1024), "a": (64, 1024, 1024), "b": (1024,)}  # bf16: 352 MiB and 128 MiB
+BESIDE = 150 * MIB  # what Python and PyTorch take themselves, with CUDA's libraries twice as much
+SHAPES = {"embed": (260_000, 1024), "a": (64, 1024, 1024), "b": (1024,)}  # bf16: 508 MiB and 128 MiB
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured by Linux's /proc")
 
@@ -36,22 +36,34 @@ def write(path: Path, seed: int) -> None:
             file.write(block[: min(len(block), at - start)])
 
 
+def imported() -> int:
+    """Bytes of a process that has imported everything and done nothing."""
+    code = (
+        "import rkif.cli, rkif.checkpoint.fuse; from rkif.checkpoint.memory import anonymous_memory; "
+        "print(anonymous_memory())"
+    )
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="measured by Linux's /proc")
 @pytest.mark.parametrize("method", ["recurrent_kif", "ties"])
 def test_anonymous_memory_stays_below_the_bound(
     tmp_path_factory: pytest.TempPathFactory, method: str
 ) -> None:
-    folder = tmp_path_factory.mktemp("large")
+    folder, alone = tmp_path_factory.mktemp("large"), imported()
+    bound = -(-(alone + BESIDE) // MIB) * MIB
     for seed, name in enumerate(("base", "inner", "outer")):
         write(folder / f"{name}.safetensors", seed)
     inputs = [str(folder / f"{name}.safetensors") for name in ("base", "inner", "outer")]
-    assert sum(Path(path).stat().st_size for path in inputs) > 4 * BOUND
-    assert 2 * np.prod(SHAPES["embed"]) > BOUND
+    assert sum(Path(path).stat().st_size for path in inputs) > 4 * bound
+    assert 2 * np.prod(SHAPES["embed"]) > bound
     options = [
         "--out",
         str(folder / "out"),
         "--max-memory",
-        f"{BOUND // MIB}MiB",
+        f"{bound // MIB}MiB",
+        "--device",
+        "cpu",
         "--method",
         method,
         "--json",
@@ -69,7 +81,7 @@ def test_anonymous_memory_stays_below_the_bound(
         time.sleep(0.002)
     output, errors = process.communicate()
     assert process.returncode == 0, errors.decode()
-    assert 100 * MIB < peak <= BOUND
+    assert alone < peak <= bound
     assert json.loads(output)["report"]["numel"] == sum(int(np.prod(shape)) for shape in SHAPES.values())
     for path in folder.rglob("*.safetensors"):
         path.unlink()  # gigabytes that pytest would keep
