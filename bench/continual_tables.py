@@ -108,7 +108,8 @@ def _table(group: Mapping[str, Runs], methods: Sequence[str], *, cost: bool = Fa
 def _heading(group: Mapping[str, Runs]) -> str:
     found = [row for runs in group.values() for row in runs.values()]
     row = found[0]
-    training = row["settings"]["training"]
+    training, adapter = row["settings"]["training"], row["settings"]["adapter"]
+    trained = f"LoRA of rank {adapter['r']}" if adapter else "all parameters"
     steps = training["steps"] or f"{training['epochs']} epochs of"
     orders = sorted({order for runs in group.values() for order, _ in runs})
     seeds = sorted({seed for runs in group.values() for _, seed in runs})
@@ -117,7 +118,7 @@ def _heading(group: Mapping[str, Runs]) -> str:
     commits = sorted({row["commit"].removesuffix("-dirty")[:7] for row in found})
     return (
         f"{row['model']}, {len(row['tasks'])} tasks ({', '.join(orders)}), {steps} steps of "
-        f"{training['batch_size']} a task, LoRA of rank {row['settings']['adapter']['r']}, "
+        f"{training['batch_size']} a task, {trained}, "
         f"seed{many} {', '.join(map(str, seeds))}, {sum(row['records'])} {row['split']} records, "
         f"on {row['device']}, at {', '.join(commits)}. The standard error of one run's OP is about "
         f"{error:.1f} points from the number of records alone."

@@ -3,7 +3,7 @@
 #
 #   correct   all tests compiled, sweeps of random and hostile inputs, compute-sanitizer
 #   fast      the suite, the goals, the 13B profile, launch configurations, ncu, checkpoints on disk, training steps
-#   forgets   the long suite on SmolLM2-135M-Instruct, adapters and all parameters (models/smollm2, data/cl15)
+#   forgets   the long suite on SmolLM2-135M-Instruct, the standard one with all parameters (models/smollm2, data/cl15)
 #
 #   OUT=folder     for rows and logs (default bench/results/gpu)
 #   PYTHON=python  with torch, triton and rkif's dev dependencies
@@ -88,7 +88,7 @@ if [ "$DEVICE" = cuda ]; then
     LARGE=(--dtype float32 --implementation rkif.) QUICK=(--quick)
     DISK=(--layers 96 --rounds 2) STEPS=(--batch-size 8 --length 256)
     LONG=(--suite long --config bench/configs/long-smollm2.yaml --jobs 6)
-    FULL=(--suite long --config bench/configs/long-smollm2-full.yaml --order long-1 --jobs 2)
+    FULL=(--suite standard --config bench/configs/standard-smollm2-full.yaml --order standard-1 --jobs 3)
     FULL+=(--method sequential --method replay --method recurrent_kif)
     NEEDED=models/smollm2 INTERPRETED=
 else
@@ -152,8 +152,8 @@ forgets() {
         return
     fi
     # Either goes on where it was cut off, if it is called again in the same folder.
-    stage continual 430 bash -c "bench continual ${LONG[*]}"
-    stage continual-full 200 bash -c "bench continual ${FULL[*]}"
+    stage continual 370 bash -c "bench continual ${LONG[*]}"
+    stage continual-full 170 bash -c "bench continual ${FULL[*]}"
 }
 
 TAIL=12 DEADLINE=$((SECONDS + 60)) stage environment 60 bash -c environment

@@ -131,7 +131,7 @@ def test_a_row_is_of_its_settings_data_and_model(job: Job, tmp_path: Path, chang
 
 
 def row(method: str, order: str, seed: int, op: float, **more: Any) -> dict[str, Any]:
-    settings = {"training": {"steps": 3, "batch_size": 2}, "adapter": {"r": 4}}
+    settings = {"training": {"steps": 3, "batch_size": 2}, "adapter": more.pop("adapter", {"r": 4})}
     return {
         "suite": "s",
         "order": order,
@@ -166,6 +166,7 @@ def test_tables_are_means_and_paired_differences(tmp_path: Path, monkeypatch: py
         row("recurrent_kif_release", "s-1", 1, 63.0),
         row("replay_rate_half", "s-1", 1, 65.0),
         row("density_0", "s-1", 1, 60.5),
+        row("replay", "s-1", 1, 50.0, adapter=None, config="s-full"),
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows))
     monkeypatch.setattr(continual, "RESULTS", tmp_path / "rows.jsonl")
@@ -175,6 +176,7 @@ def test_tables_are_means_and_paired_differences(tmp_path: Path, monkeypatch: py
     assert f"{release} 1.5 | 512 | 1.2% |" in text
     heading = "m, 2 tasks (s-1, s-2), 3 steps of 2 a task, LoRA of rank 4, seed 1, 200 dev records, on d, at"
     assert f"{heading} 0123456." in text
+    assert "m, 2 tasks (s-1), 3 steps of 2 a task, all parameters, seed 1, 200 dev records" in text
     # sqrt(2 * 60 * 40 / 100) / 2
     assert "about 3.5 points" in text
     assert "| density_0 | 60.5 | +0.5 | -2.5 | -2.5 | 1,000 | 1 |" in continual_tables.ablations()
