@@ -259,13 +259,20 @@ def compile_case(case: Case, target: str) -> Compiled:
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(case.kernel.arg_names)
-        if name.endswith("_ptr") or name == "capacity"
+        if name.endswith("_ptr")
     }
     source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=TARGETS[target], options=case.config.options)
     if target.startswith("gfx"):
-        return _inspect_amd(case, target, made.asm["amdgcn"], made.metadata.shared)
-    return _inspect_nvidia(case, target, made.asm["ptx"], made.asm["cubin"])
+        found = _inspect_amd(case, target, made.asm["amdgcn"], made.metadata.shared)
+    else:
+        found = _inspect_nvidia(case, target, made.asm["ptx"], made.asm["cubin"])
+    again = tuple(
+        f"is compiled anew for every kind of {parameter.name}"
+        for parameter in case.kernel.params
+        if signature[parameter.name] in ("i32", "i64") and not parameter.do_not_specialize
+    )
+    return replace(found, problems=found.problems + again)
 
 
 def check(console: Console, targets: Sequence[str] = tuple(TARGETS)) -> bool:

@@ -183,14 +183,15 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_bits(there.sensitivity, states)
 
 
-def test_positions_beyond_32_bits_in_a_single_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if FAR elements of other tensors came before: positions in the list, and where tensors begin."""
+@pytest.mark.parametrize("before", [FAR, 2**31 - 100], ids=["all", "some"])
+def test_positions_beyond_32_bits_in_a_single_pass(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if so many elements of other tensors came before: positions in the list, and where tensors begin."""
     sizes = [CHUNK + 5, 40, 2 * CHUNK]
     base, inner, outer = (on(DEVICE, normal(sizes, torch.float32, seed)) for seed in range(3))
     scores = Scores(on(DEVICE, positive(sizes, torch.float32, 3)))
     tables_of = table.tables
     results = []
-    for far in (0, FAR):
+    for far in (0, before):
         monkeypatch.setattr(
             single_pass,
             "tables",

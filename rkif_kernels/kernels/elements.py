@@ -1,7 +1,20 @@
 """Helpers inside kernels: reaching a tensor through the pointer table, scores, and rounding at a store."""
 
+from functools import partial
+
 import triton
 import triton.language as tl
+
+# A kernel that is launched. Triton would compile it anew for sizes that are 1, or divisible by 16, or
+# neither, and every other model or adapter has others; no access is wider for it.
+kernel = partial(
+    triton.jit,
+    do_not_specialize=(
+        *("n_tensors", "start", "numel", "inner_stride", "outer_stride"),
+        *("s_role", "first_group", "groups_a_tensor", "low", "shift", "bins"),
+        *("step", "cells", "first_cell", "all_cells", "capacity"),
+    ),
+)
 
 
 @triton.jit

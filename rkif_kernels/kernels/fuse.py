@@ -13,6 +13,7 @@ from rkif_kernels.backend import interpreting
 from rkif_kernels.in_place import in_place
 from rkif_kernels.kernels.elements import (
     add_packed,
+    kernel,
     load_float32,
     load_row,
     load_score,
@@ -106,7 +107,7 @@ def _fuse_tile(
     )
 
 
-@triton.jit
+@kernel
 def _fuse_kernel(
     # Tensors
     pointers_ptr,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rkif_kernels.backend import interpreting
 from rkif_kernels.in_place import in_place
-from rkif_kernels.kernels.elements import in_lanes, load_float32, load_row, round_to
+from rkif_kernels.kernels.elements import in_lanes, kernel, load_float32, load_row, round_to
 from rkif_kernels.kernels.table import ALIGNMENT, aligned, tables
 from rkif_kernels.launch import STREAM, LaunchConfig
 from rkif_kernels.numerics import float32
@@ -61,7 +61,7 @@ def _update_tile(
     return in_lanes((mask & (finite == 0)).to(tl.int32), BLOCK)
 
 
-@triton.jit
+@kernel
 def _update_importance_kernel(
     # Tensors
     pointers_ptr,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rkif_kernels.kernels.elements import in_lanes, load_float32, load_raw_score, load_row, load_score
+from rkif_kernels.kernels.elements import in_lanes, kernel, load_float32, load_raw_score, load_row, load_score
 from rkif_kernels.kernels.table import Table, aligned, constant, tables
 from rkif_kernels.launch import STREAM, LaunchConfig
 from rkif_kernels.types import Scores
@@ -30,7 +30,7 @@ def _count_digits(score, mask, prefix, SHIFT: tl.constexpr, BITS: tl.constexpr):
     return tl.histogram(digit, 1 << BITS, mask=wanted)
 
 
-@triton.jit
+@kernel
 def _histogram_kernel(
     # Tensors
     pointers_ptr,
@@ -88,7 +88,7 @@ def _histogram_kernel(
         tl.atomic_add(bins, histogram.to(tl.int64), mask=histogram > 0, sem="relaxed")
 
 
-@triton.jit
+@kernel
 def _list_histogram_kernel(
     # Tensors
     values_ptr,
@@ -122,7 +122,7 @@ def _list_histogram_kernel(
             tl.atomic_add(bins, histogram.to(tl.int64), mask=histogram > 0, sem="relaxed")
 
 
-@triton.jit
+@kernel
 def _pick_kernel(
     # Tensors
     histograms_ptr,
@@ -249,7 +249,7 @@ def select_from_lists(
     _radix_select(remaining, found, config, count)
 
 
-@triton.jit
+@kernel
 def _count_kernel(
     # Tensors
     pointers_ptr,
@@ -336,7 +336,7 @@ def count_scores_(
         )
 
 
-@triton.jit
+@kernel
 def _invalid_kernel(
     # Tensors
     pointers_ptr,

@@ -28,6 +28,7 @@ from rkif_kernels.kernels.elements import (
     find_tensor,
     gather_float32,
     gather_score,
+    kernel,
     load_float32,
     load_row,
     load_score,
@@ -59,7 +60,7 @@ SIDES, LISTED, LENGTH, FAILED = (tl.constexpr(place) for place in (4, 12, 13, 14
 TALLIES = 15
 
 
-@triton.jit
+@kernel
 def _sample_kernel(
     # Tensors
     pointers_ptr,
@@ -164,7 +165,7 @@ def _pass_tile(
     )
 
 
-@triton.jit
+@kernel
 def _pass_kernel(
     # Tensors
     pointers_ptr,
@@ -265,7 +266,7 @@ def _pass_kernel(
     store_norms(partial_norms_ptr, program, norm_in, norm_out, norm_update)
 
 
-@triton.jit
+@kernel
 def _decide_kernel(
     # Tensors
     tally_ptr,
@@ -301,7 +302,7 @@ def _decide_kernel(
         tl.store(tally_ptr + case, tl.where(failed, 0, tl.load(tally_ptr + case)))
 
 
-@triton.jit
+@kernel
 def _fix_up_kernel(
     # Tensors
     pointers_ptr,
@@ -340,7 +341,7 @@ def _fix_up_kernel(
     entries = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = entries < tl.load(tally_ptr + LENGTH)
     positions = tl.load(positions_ptr + entries, mask=mask, other=-1)
-    mask = mask & (positions >= start) & (positions < start + numel)
+    mask = mask & (positions >= start) & (positions - start < numel)  # start + numel may not fit 32 bits
     tensors = find_tensor(firsts_ptr, n_tensors, positions, mask)
     offsets = positions - tl.load(firsts_ptr + tensors, mask=mask, other=0)
     base = gather_float32(pointers_ptr, 1, tensors, n_tensors, offsets, mask, BASE)
