@@ -56,7 +56,12 @@ def implementations(op: str, device: torch.device) -> list[Implementation]:
     ours = {"observe": _observe, "threshold": _threshold, "fuse": _fuse}[op]
     backends = [backend for backend in available(device) if device.type == "cuda" or backend != "triton"]
     found = [
-        Implementation(f"rkif.{backend}", lambda b=backend: ours(b, device), exact=True)  # type: ignore[misc]
+        Implementation(
+            f"rkif.{backend}",
+            lambda b=backend: ours(b, device),  # type: ignore[misc]
+            exact=True,
+            captures=backend == "triton",
+        )
         for backend in backends
     ]
     return found + {"observe": _observing, "threshold": _selecting, "fuse": _fusing}[op](device)

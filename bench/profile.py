@@ -132,8 +132,8 @@ def _layers(device: torch.device, dtypes: Dtypes, layers: int) -> Part:
     groups = [stack.layer] * layers + [(shape,) for shape in (stack.rest if whole else ())]
     for number, group in enumerate(groups):
         tensors = _Group(ShapeSet(stack.name, group), dtypes, device)
-        if number == 0:
-            tensors.observe()  # compiles, and touches memory for the first time
+        if number == 0 or device.type == "cuda":
+            tensors.observe()  # compiles, uploads addresses, touches memory for the first time
             tensors.fuse()
         _profile(part, tensors, several=False)
         del tensors

@@ -30,8 +30,8 @@ from rkif_kernels.backend import available
 from rkif_kernels.checks import PARAMETER_DTYPES, STATE_DTYPES
 from rkif_kernels.types import Backend, CaseWeights, FuseStats, Order, OuterFrom, Scope
 
-# Elements at most: on a GPU enough for several samples and lists, on a CPU what the reference sorts quickly.
-LARGEST = {"cuda": 3_000_000, "cpu": 300_000}
+# Elements of a tensor at most: on a GPU enough for a single pass, on a CPU what the reference sorts quickly.
+LARGEST = {"cuda": 12_000_000, "cpu": 300_000}
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,13 @@ def captured(run: Run) -> Run | None:
     with torch.cuda.stream(stream):
         for _ in range(3):  # whatever is compiled, cached or allocated once
             run()
-    torch.cuda.current_stream().wait_stream(stream)
+    before = torch.cuda.current_stream()
+    before.wait_stream(stream)
     try:
         with torch.cuda.graph(graph):
             run()
     except RuntimeError:
+        torch.cuda.set_stream(before)  # a capture that failed leaves its own behind
         torch.cuda.synchronize()
         return None
     return graph.replay

@@ -137,8 +137,9 @@ class Fuser:
         for count, numbers in zip(torch.split(self._nonfinite, 1), self._held.numbers, strict=True):
             if numbers:
                 learner.update(parts, gradients, count, numbers, frozen=frozen)
-        if self._inner is not None:
-            self._inner.settle()  # the step that follows changes what is still being copied
+        for snapshot in (self._base, self._inner):
+            if snapshot is not None:
+                snapshot.settle()  # the step that follows changes what is still being copied
         self._observed[self.phase] += 1
         if len(self._with_gradient) < len(self.parameters):
             self._with_gradient.update(
@@ -318,6 +319,7 @@ class Fuser:
             own = {name[len(prefix) :]: t for name, t in parts.items() if name.startswith(prefix)}
             importance.load_tensors(own, thresholds if learner == "inner" else None)
         self._inner = self._snapshot(self._dtypes) if in_outer else None
+        self._settle_host()
         for name, tensor in self._tensors().items():
             if not name.startswith(("inner_importance.", "outer_importance.")):
                 tensor.copy_(parts[name])
@@ -335,7 +337,10 @@ class Fuser:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write :meth:`state_dict` into a folder, with ``torch.distributed.checkpoint``: safetensors files.
 
+        The folder is the state's alone: it takes the place of a state that was there.
+
         Raises:
+            ValueError: the folder holds something else.
             RuntimeError, OSError: it could not be written; a folder that was there before still is then.
         """
         self.write(folder, self.state_dict())
@@ -504,6 +509,7 @@ class Fuser:
 
         # The criteria may fail: then nothing has been fused, and the round can be given up.
         outer, state = self._snapshot(self._dtypes, parts), gatekeeper.tensors()
+        outer.settle()  # what is tried is written over the parameters
         try:
             with self._held.ranks.announced():
                 verdict = gatekeeper.judge(take)

@@ -82,7 +82,7 @@ class Gate:
             check might exceed it is not checked.
 
     Raises:
-        ValueError: a setting outside its range, or two criteria of one name.
+        TypeError, ValueError: a setting outside its range, or two criteria of one name.
     """
 
     criteria: Sequence[Criterion]
@@ -92,6 +92,10 @@ class Gate:
     budget: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.criteria, Sequence):
+            raise TypeError(f"criteria must be a list of Criterion; got {type(self.criteria).__name__}")
+        if not isinstance(self.ladder, Sequence):
+            raise TypeError(f"ladder must be a tuple of numbers; got {self.ladder!r}")
         names = [criterion.name for criterion in self.criteria]
         if not names:
             raise ValueError("a gate needs at least one criterion")

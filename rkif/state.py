@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from torch import Tensor
 from rkif.files import settle, sync_folder
 from rkif.ranks import Ranks
 
+# How torch.distributed.checkpoint calls the files of a state.
+_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+
 
 def write_state(folder: str | os.PathLike[str], state: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Write tensors, spread or not, as ``torch.distributed.checkpoint`` does; all ranks must call.
@@ -22,6 +26,7 @@ def write_state(folder: str | os.PathLike[str], state: Mapping[str, Tensor], ran
     The folder appears when it is complete, in the place of one that was there; a kill leaves either of them.
 
     Raises:
+        ValueError: what is there holds more than a state, which would be lost.
         OSError, RuntimeError: it could not be written, here or on another rank.
     """
     # Imported where it is needed: it takes as long as everything else in rkif.
@@ -33,6 +38,7 @@ def write_state(folder: str | os.PathLike[str], state: Mapping[str, Tensor], ran
     with ranks.together():
         if ranks.rank == 0:
             _restore(folder)
+            _require_state(folder)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
     writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
@@ -97,6 +103,19 @@ def _replace_folder(folder: Path, new: Path) -> None:
         raise
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _require_state(folder: Path) -> None:
+    """Refuse to replace what is not, or not only, a state."""
+    if not folder.exists():
+        return
+    others = [folder.name] if not folder.is_dir() else sorted(path.name for path in folder.iterdir())
+    others = [name for name in others if not _SHARD.fullmatch(name)]
+    if others:
+        raise ValueError(
+            f"{folder} holds {others[0]!r}, which is no state of rkif's and would be lost; "
+            "name a folder that is not there, is empty, or holds a state"
+        )
 
 
 def _restore(folder: Path) -> None:

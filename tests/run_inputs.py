@@ -78,6 +78,7 @@ def make_config(inputs: Path, **changes: Any) -> RunConfig:
         "memory": {"fraction": 0.1},
         "checkpoint_every": 2,
         "threads": 1,
+        "device": "cpu",
         "seed": 3,
     }
     return RunConfig.model_validate(settings | changes)

@@ -115,6 +115,19 @@ def test_a_state_on_disk_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytes
         loop.fuser.load(tmp_path / "state")
 
 
+def test_nothing_else_is_replaced_by_a_state(tmp_path: Path) -> None:
+    fuser = Fuser(nn.Linear(3, 3))
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for folder, named in ((tmp_path, "thesis.txt"), (tmp_path / "thesis.txt", "thesis.txt")):
+        with pytest.raises(ValueError, match=f"holds '{named}', which is no state of rkif's"):
+            fuser.save(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    (tmp_path / "empty").mkdir()
+    fuser.save(tmp_path / "empty")
+    fuser.save(tmp_path / "empty")
+    fuser.load(tmp_path / "empty")
+
+
 def test_what_cannot_be_written_is_an_ordinary_error(tmp_path: Path) -> None:
     """A full disk, as a limit of the size of files."""
     fuser = Fuser(nn.Linear(300, 300))

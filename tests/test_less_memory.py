@@ -254,5 +254,6 @@ def test_copies_beside_other_work_are_in_time(
                 if fuser.phase == "inner":
                     fuser.begin_outer()
             fuser.fuse()
-        ends.append([p.detach().clone() for p in model.parameters()] + list(fuser.state_dict().values()))
+        state = fuser.state_dict().values()
+        ends.append([tensor.detach().cpu() for tensor in (*model.parameters(), *state)])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

@@ -124,7 +124,7 @@ def test_a_run_without_rounds_and_one_rolled_back(
     rollback(tmp_path / "run", 1)
     assert "back to round 1" in shown(tmp_path / "run")
     assert {row[0] for row in rows(shown(tmp_path / "run", "--explain", "q_proj"))} <= {"1"}
-    assert "1 tasks' files and 1 kept states" in shown(tmp_path / "run", "--verify")
+    assert "1 tasks' files and 2 kept states" in shown(tmp_path / "run", "--verify")
 
 
 def change(path: Path, edit: Callable[[dict[str, Any]], None], which: int) -> None:
@@ -157,11 +157,11 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-def other_snapshot(run: Path) -> None:
+def other_snapshot(run: Path, number: int = 4) -> None:
     snapshots = Snapshots(run / "snapshots", 0)
-    state = snapshots.read(4)
+    state = snapshots.read(number)
     next(iter(state.parameters.values())).add_(1)
-    write_state(run / "snapshots/000004.safetensors", state)
+    write_state(run / f"snapshots/{number:06d}.safetensors", state)
 
 
 def other_adapter(run: Path) -> None:
@@ -193,6 +193,12 @@ def other_adapter(run: Path) -> None:
         ),
         (lambda run: shutil.rmtree(run / "tasks/03-place"), "03-place is missing"),
         (other_snapshot, "record 6: the state kept of round 4 is another"),
+        (lambda run: other_snapshot(run, 0), "record 2: the state kept of before the first round is another"),
+        (
+            lambda run: (run / "config.yaml").write_text((run / "config.yaml").read_text() + "#"),
+            "record 0 is of other settings than",
+        ),
+        (lambda run: (run / "ledger.jsonl").write_text(""), "holds no record"),
         (lambda run: (run / "ledger.jsonl").unlink(), "ledger.jsonl is missing"),
         (lambda run: (run / "ledger.jsonl").open("a").write('{"half'), "record 10 is torn"),
     ],
@@ -201,7 +207,7 @@ def test_the_first_bad_record_is_named(
     whole: Path, tmp_path: Path, harm: Callable[[Path], Any], message: str
 ) -> None:
     shutil.copytree(whole, tmp_path / "run")
-    assert "10 records in a whole chain; 3 tasks' files and 6 kept states" in shown(
+    assert "10 records in a whole chain; 3 tasks' files and 7 kept states" in shown(
         tmp_path / "run", "--verify"
     )
     harm(tmp_path / "run")
@@ -210,6 +216,11 @@ def test_the_first_bad_record_is_named(
 
 def test_what_is_asked_for_wrongly(whole: Path, tmp_path: Path) -> None:
     assert "--task must be one of review, tense, place; got 'plaice'" in refused(whole, "--task", "plaice")
+    assert "no parameter's name contains '[/x]'" in refused(whole, "--module", "[/x]")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.yaml").touch()
+    (tmp_path / "empty" / "ledger.jsonl").touch()
+    assert "ledger.jsonl holds no record" in refused(tmp_path / "empty")
     assert "--verdict must be one of keep, damp" in refused(whole, "--verdict", "kept")
     assert "no parameter's name contains 'layers.9'; there are layers.0" in refused(
         whole, "--module", "layers.9"

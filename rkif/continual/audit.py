@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 
@@ -32,6 +33,9 @@ def verify(run: Path) -> Counter[str]:
     if not path.exists():
         raise LedgerError(f"{path} is missing")
     records = list(read_ledger(path))
+    if not records:
+        raise LedgerError(f"{path} holds no record")
+    settings = hashlib.sha256(reader.config_text().encode()).hexdigest()
     tasks = reader.metrics().get("tasks", [])
     snapshots = Snapshots(run / "snapshots", 0)
     kept = set(snapshots.numbers())
@@ -51,6 +55,12 @@ def verify(run: Path) -> Counter[str]:
         parameters = record["parameters"]["after"]
         if record["seq"] in left:
             continue
+        if record.get("config", settings) != settings:  # a rollback's says nothing of it
+            raise LedgerError(f"{where} is of other settings than {run / 'config.yaml'} has now")
+        if record["event"] == "round" and record["round"] == 1 and 0 in kept:
+            if parameter_digest(snapshots.read(0).parameters) != before:
+                raise LedgerError(f"{where}: the state kept of before the first round is another")
+            checked["snapshots"] += 1
         if record["event"] == "task":
             _check_task(task_folder(run, tasks.index(record["task"]), record["task"]), record, where)
             checked["tasks"] += 1

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -49,13 +50,16 @@ def read(run: Path) -> list[Record]:
     """A run's records, the chain checked.
 
     Raises:
-        ValueError: there is no run, or it has no ledger, or the ledger does not hold together.
+        ValueError: there is no run, or it has no ledger, or the ledger is empty or does not hold together.
     """
     RunReader(run)
     path = run / "ledger.jsonl"
     if not path.exists():
         raise ValueError(f"{run} has no ledger")
-    return list(read_ledger(path))
+    records = list(read_ledger(path))
+    if not records:
+        raise ValueError(f"{path} holds no record")
+    return records
 
 
 def select(records: Sequence[Record], *, task: str | None = None, verdict: str | None = None) -> list[Record]:
@@ -208,7 +212,7 @@ def _event(record: Record) -> str:
 
 
 def _caption(module: str | None) -> str:
-    of = "all parameters" if module is None else f"the parameters with {module!r} in the name"
+    of = "all parameters" if module is None else f"the parameters with {escape(repr(module))} in the name"
     return (
         f"in, out, both, none: per cent of {of} that the inner learner alone selected, the outer alone, "
         "both, neither. moved: L2 norm of their change."

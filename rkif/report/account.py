@@ -30,6 +30,8 @@ def account(run: Path) -> list[str]:
         records = list(read_ledger(path))
     except LedgerError as error:
         return [_section("Ledger", f'<p class="bad">The ledger does not hold together: {_text(error)}</p>')]
+    if not records:
+        return [_section("Ledger", '<p class="bad">The ledger holds no record.</p>')]
     rounds = [record for record in standing(records) if record["event"] == "round"]
     sections = []
     if any(record["gate"] for record in rounds):

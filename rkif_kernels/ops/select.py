@@ -161,8 +161,8 @@ def score_thresholds(
     ]
     found = scores_at_ranks(kept, ranks=ranks, scope=scope, names=names, backend=backend)
     if per_tensor and len(filled) < len(sizes):
-        thresholds[torch.tensor(filled, device=device)] = found
-        return thresholds
+        rest = iter(torch.split(found, 1))  # no index is sent to the device, which may be capturing a graph
+        return torch.cat([next(rest) if size else thresholds[:1] for size in sizes])
     return found
 
 
