@@ -84,7 +84,7 @@ if [ "$DEVICE" = cuda ]; then
         echo "bench/gpu.sh: error: PyTorch finds no CUDA device" >&2
         exit 1
     fi
-    SIZES=() TESTS=() SWEEP=60 LAYERS=40
+    SIZES=() TESTS=() SWEEP=40 LAYERS=40
     LARGE=(--dtype float32 --implementation rkif.triton) QUICK=(--quick)
     DISK=(--layers 12 --rounds 1) STEPS=(--batch-size 8 --length 256)
     LONG=(--suite long --config bench/configs/long-smollm2.yaml --jobs 6)
@@ -126,25 +126,25 @@ correct() {
 }
 
 fast() {
-    TAIL=3 stage suite-large 150 bash -c "bench run --device $DEVICE ${LARGE[*]}"
-    TAIL=3 stage suite-quick 120 bash -c "bench run --device $DEVICE ${QUICK[*]}"
+    TAIL=3 stage suite-large 140 bash -c "bench run --device $DEVICE ${LARGE[*]}"
     TAIL=30 stage profile-13b 60 bash -c "bench profile-13b --device $DEVICE --layers $LAYERS"
     TAIL=30 stage profile-13b-bf16 60 bash -c "bench profile-13b --device $DEVICE --layers $LAYERS --dtype bfloat16"
-    TAIL=40 stage launches 100 bash -c "$INTERPRETED bench launches --device $DEVICE ${SIZES[*]}"
-    TAIL=12 stage checkpoints 120 bash -c "bench checkpoints --device $DEVICE --folder $(mktemp -d) ${DISK[*]}"
-    TAIL=40 stage overhead 90 bash -c "bench overhead --device $DEVICE ${STEPS[*]}"
     if [ -z "$NCU" ]; then
         skip ncu "no ncu here"
     else
         # Enough launches of each operation for one whole call; then ncu ends the process.
-        for what in observe:2 threshold:10 fuse:25; do
-            TAIL=60 stage "ncu-${what%:*}" 60 "$NCU" --target-processes all --clock-control none --kill yes \
+        for what in observe:2 threshold:10 fuse:30; do
+            TAIL=60 stage "ncu-${what%:*}" 40 "$NCU" --target-processes all --clock-control none --kill yes \
                 --kernel-name 'regex:^_.*_kernel$' --launch-count "${what#*:}" --section SpeedOfLight \
                 --section MemoryWorkloadAnalysis --section Occupancy --section WarpStateStats --section LaunchStats \
                 "$PYTHON" -m bench run --device cuda --only "${what%:*}" --shape one-64Mi --dtype float32 \
                 --implementation rkif.triton --quick --out "$(mktemp -d)/rows.jsonl"
         done
     fi
+    TAIL=40 stage overhead 75 bash -c "bench overhead --device $DEVICE ${STEPS[*]}"
+    TAIL=12 stage checkpoints 90 bash -c "bench checkpoints --device $DEVICE --folder $(mktemp -d) ${DISK[*]}"
+    TAIL=40 stage launches 100 bash -c "$INTERPRETED bench launches --device $DEVICE ${SIZES[*]}"
+    TAIL=3 stage suite-quick 120 bash -c "bench run --device $DEVICE ${QUICK[*]}"
 }
 
 forgets() {
