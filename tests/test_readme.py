@@ -64,7 +64,7 @@ def test_the_gate_is_as_documented() -> None:
 
 def test_both_commands_are_single_lines_that_install_first() -> None:
     demo, tests, *_ = snippets("sh")
-    assert demo == "pip install '.[hf]' && rkif demo\n"
+    assert demo == "pip install '.[hf,report,tune]' && rkif demo\n"
     assert tests == "pip install -e '.[dev]' && pytest\n"
 
 

@@ -178,7 +178,8 @@ def test_one_process_at_a_time(whole: tuple[RunConfig, Path], tmp_path: Path) ->
     run = shutil.copytree(finished, tmp_path / "run")
     before = files(run)
     with claimed(run):
-        for attempt in (lambda: rollback(run, 1), lambda: go(settings, run, resume=True)):
+        again = [lambda: go(settings, run, resume=True), lambda: go(settings, run)]
+        for attempt in (lambda: rollback(run, 1), *again):
             with pytest.raises(RuntimeError, match="another process is working in "):
                 attempt()
     assert files(run) == before

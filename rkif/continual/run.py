@@ -51,11 +51,25 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
         ValueError, OSError, ImportError: bad settings, tasks, model or folder, in one line.
         RuntimeError: another process is at work in the folder.
     """
-    if resume:
-        finish_rollback(out)
-    start = (read_checkpoint(out) if resume else None) or Checkpoint(0, 0, 0, 0, {}, {})
-    with open_run(config, out, start.task, progress, resume=resume) as sequence, claimed(out):
-        return sequence.run(start)
+    with _at_work(out):
+        if resume:
+            finish_rollback(out)
+        start = (read_checkpoint(out) if resume else None) or Checkpoint(0, 0, 0, 0, {}, {})
+        with open_run(config, out, start.task, progress, resume=resume) as sequence:
+            return sequence.run(start)
+
+
+@contextmanager
+def _at_work(out: Path) -> Iterator[None]:
+    """Hold a run's folder from before anything is written to it; one that came to hold nothing is removed."""
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    with claimed(out):
+        try:
+            yield
+        finally:
+            if new and not any(out.iterdir()):
+                out.rmdir()
 
 
 @contextmanager
