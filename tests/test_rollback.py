@@ -168,7 +168,10 @@ def test_what_cannot_be_returned_to(whole: tuple[RunConfig, Path], tmp_path: Pat
         assert message in str(failed.exception)
     assert files(run) == untouched
     shutil.copytree(original / "snapshots", run / "snapshots")
-    shutil.copy(run / "snapshots/000001.safetensors", run / "snapshots/000002.safetensors")
+    for number in (0, 2):
+        shutil.copy(run / "snapshots/000001.safetensors", run / f"snapshots/{number:06d}.safetensors")
+    with pytest.raises(ValueError, match="of round 0 is not what the ledger says it was"):
+        rollback(run, 0)
     with pytest.raises(ValueError, match="of round 2 is not what the ledger says it was"):
         rollback(run, 2)
 

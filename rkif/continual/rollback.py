@@ -51,7 +51,8 @@ def _rollback(reader: RunReader, to: int) -> Record:
         raise ValueError(f"no round {to}: {run} has {len(rounds)} of them")
     state = Snapshots(run / "snapshots", 0).read(to)
     found = parameter_digest(state.parameters)
-    if to and found != rounds[to]["parameters"]["after"]:
+    side, number = ("after", to) if to else ("before", 1)
+    if number in rounds and found != rounds[number]["parameters"][side]:
         raise ValueError(f"the state kept of round {to} is not what the ledger says it was")
     checkpoint = read_checkpoint(run)
     record = ledger.append(
