@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 
 from bench.aot import Case, compile_case
+from rkif_kernels.kernels.elements import kernel
 from rkif_kernels.launch import STREAM
 
 
-@triton.jit
+@kernel
 def _double(numels_ptr, values_ptr, numel, BLOCK: tl.constexpr):
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(values_ptr + offsets, tl.load(values_ptr + offsets) * 2)
