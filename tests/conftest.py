@@ -49,9 +49,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(params=implementations())
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """One implementation, cut into small blocks, samples and lists."""
-    monkeypatch.setattr("rkif_kernels.torch_backend.blocks.BLOCK", BLOCK)
+    monkeypatch.setattr("rkif_kernels.backends.torch.blocks.BLOCK", BLOCK)
     for name, value in {"SHORT": 32, "SMALL": 32, "SAMPLE_LEAST": 16, "SAMPLE_MOST": 16}.items():
-        monkeypatch.setattr(f"rkif_kernels.order_statistics.{name}", value)
+        monkeypatch.setattr(f"rkif_kernels.selection.sampled.{name}", value)
     return request.param
 
 

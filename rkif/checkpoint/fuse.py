@@ -21,17 +21,17 @@ from rkif.checkpoint.card import copy_companions, write_card
 from rkif.checkpoint.digests import EMPTY, Digests
 from rkif.checkpoint.layout import Chunk, share
 from rkif.checkpoint.manifest import MANIFEST, content_digest, read_manifest, write_manifest
-from rkif.checkpoint.memory import anonymous_memory
 from rkif.checkpoint.methods import Known, settings_of
 from rkif.checkpoint.preflight import Plan
+from rkif.checkpoint.process_memory import anonymous_memory
 from rkif.checkpoint.scan import Scan, fit, make_scan
 from rkif.checkpoint.scores import ROLES, guess_thresholds, scores_of, unfit
 from rkif.checkpoint.source import UnfitError, changes
 from rkif.checkpoint.stream import IN_FLIGHT, Buffers, Loader, as_bytes, parts
 from rkif.checkpoint.tiles import tiles
 from rkif.checkpoint.workdir import Workdir, clear
+from rkif.distributed.process_group import ALONE, Ranks
 from rkif.files import settle, write_text
-from rkif.ranks import ALONE, Ranks
 from rkif_kernels.types import CASES
 
 OUT = "OUT"  # the output's name among the arguments

@@ -21,8 +21,8 @@ import torch
 from rkif.checkpoint.card import companions
 from rkif.checkpoint.layout import ALIGNMENT, Chunk, Layout, plan_chunks, plan_layout
 from rkif.checkpoint.manifest import MANIFEST
-from rkif.checkpoint.memory import anonymous_memory
 from rkif.checkpoint.methods import Known, Method, RecurrentKIF, TaskArithmetic, settings_of
+from rkif.checkpoint.process_memory import anonymous_memory
 from rkif.checkpoint.scores import scores_of
 from rkif.checkpoint.source import DTYPES, FUSED, Checkpoint, changes, open_checkpoint
 from rkif.checkpoint.stream import IN_FLIGHT

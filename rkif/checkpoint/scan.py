@@ -17,9 +17,9 @@ from rkif.checkpoint import layout
 from rkif.checkpoint.layout import Chunk, runs
 from rkif.checkpoint.methods import EVERYTHING, NOTHING, Known, Method, TaskArithmetic
 from rkif.checkpoint.tiles import Tile
-from rkif.ranks import Ranks
+from rkif.distributed.process_group import Ranks
 from rkif_kernels import Scores
-from rkif_kernels.counting import CountingSearch
+from rkif_kernels.selection.counting import CountingSearch
 
 Sides = tuple[Scores, Scores]
 Guess = Callable[[], tuple[tuple[float, float], tuple[float, float]]]

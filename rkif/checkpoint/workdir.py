@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rkif.checkpoint.source import UnfitError
+from rkif.distributed.process_group import ALONE, RankFailedError, Ranks
 from rkif.files import replace_file, sync_folder
-from rkif.ranks import ALONE, RankFailedError, Ranks
 
 
 class Workdir:

@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rkif.config import FusionConfig, MergeWeights
-from rkif.continual.kpi import locate, metric_name
-from rkif.continual.text import TextFormat
+from rkif.continual.tasks.text import TextFormat
+from rkif.continual.user_metrics import locate, metric_name
 from rkif.gate import Criterion, Gate
 from rkif_kernels.checks import require_choice
 
@@ -167,7 +167,7 @@ class GateSettings(Settings):
 
 class SnapshotSettings(Settings):
     """``budget``: disk space for the states after rounds, such as 500MB; 0 for none. See
-    :mod:`rkif.continual.snapshots`.
+    :mod:`rkif.continual.rundir.snapshots`.
     """
 
     budget: ByteSize = ByteSize(2**30)
@@ -215,7 +215,8 @@ class RunConfig(Settings):
     from the file's own. ``precision: bfloat16`` computes under autocast, and stores frozen weights in it;
     what is trained stays float32. ``threads`` are PyTorch's on a CPU: their number decides the order of
     sums, hence the last bits, so a run that is to be repeated exactly should name it. ``metrics`` are
-    ``module:function``, the module importable or a file beside the config; see :mod:`rkif.continual.kpi`.
+    ``module:function``, the module importable or a file beside the config; see
+    :mod:`rkif.continual.user_metrics`.
     ``gate`` is for the method recurrent_kif; null for none.
     """
 

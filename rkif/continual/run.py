@@ -14,22 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from rkif.continual.config import RunConfig, dump_config
-from rkif.continual.evaluation import ACCURACY, evaluate
-from rkif.continual.gating import hold_out
-from rkif.continual.kpi import Metric, load_metric, metric_name
+from rkif.continual.display.progress import RunProgress
+from rkif.continual.evaluation.evaluation import ACCURACY, evaluate
+from rkif.continual.evaluation.gate import hold_out
+from rkif.continual.evaluation.metrics import backward_transfer, forward_transfer, overall_performance
 from rkif.continual.methods import METHODS, Context, Sequential
-from rkif.continual.metrics import backward_transfer, forward_transfer, overall_performance
-from rkif.continual.model import build, device
-from rkif.continual.objective import Objective
-from rkif.continual.progress import RunProgress
-from rkif.continual.recorder import Recorder, parameter_digest
-from rkif.continual.rollback import finish_rollback
-from rkif.continual.rundir import Checkpoint, RunFolder, read_checkpoint
-from rkif.continual.snapshots import Snapshots
-from rkif.continual.tasks import Task, load_tasks
+from rkif.continual.models.model import build, device
+from rkif.continual.models.objective import Objective
+from rkif.continual.rundir.recorder import Recorder, parameter_digest
+from rkif.continual.rundir.rollback import finish_rollback
+from rkif.continual.rundir.rundir import Checkpoint, RunFolder, read_checkpoint
+from rkif.continual.rundir.snapshots import Snapshots
+from rkif.continual.tasks.replay_memory import ReplayMemory
+from rkif.continual.tasks.tasks import Task, load_tasks
+from rkif.continual.user_metrics import Metric, load_metric, metric_name
 from rkif.files import claimed
-from rkif.memory import ReplayMemory
-from rkif.params import trainable_parameters
+from rkif.fuser.parameters import trainable_parameters
 
 
 def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProgress) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
 
     Args:
         config: the settings.
-        out: the run's folder; see :mod:`rkif.continual.rundir` for what comes to lie there.
+        out: the run's folder; see :mod:`rkif.continual.rundir.rundir` for what comes to lie there.
         resume: go on with the run that is there. A finished one is only read.
         progress: where progress is shown.
 

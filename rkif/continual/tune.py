@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rkif.continual.config import RunConfig, dump_config
-from rkif.continual.progress import RunProgress, figure
+from rkif.continual.display.progress import RunProgress, figure
 from rkif.continual.run import run
 from rkif.files import write_text
 from rkif.seeding import derive_seed

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from rkif.continual.config import RunConfig, load_config
-from rkif.continual.model import require_transformers
-from rkif.continual.progress import RunProgress, comparison_table
+from rkif.continual.display.progress import RunProgress, comparison_table
+from rkif.continual.models.model import require_transformers
 from rkif.continual.run import run
 from rkif.demo.model import write_model
 from rkif.demo.sentences import write_tasks

@@ -9,7 +9,7 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from rkif.plan.memory import PHASES, Budget, Option, Training
+from rkif.plan.bytes import PHASES, Budget, Option, Training
 
 GIB = 2**30
 

@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from rkif_kernels.backend import implementation, on_device
+from rkif_kernels.backends.choose import implementation, on_device
 from rkif_kernels.checks import (
     STATE_DTYPES,
     Arguments,

@@ -9,9 +9,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from rkif_kernels import order_statistics
-from rkif_kernels.backend import implementation, on_device
+from rkif_kernels.backends.choose import implementation, on_device
 from rkif_kernels.checks import Arguments, Verified, require_choice, require_fraction
+from rkif_kernels.selection import sampled as order_statistics
 from rkif_kernels.types import Backend, Scope, Scores
 
 _verified = Verified()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rkif.continual.methods.merging import Merging
 from rkif.continual.methods.sequential import Context, strip_prefix
-from rkif.importance import Importance
+from rkif.fuser.importance import Importance
 
 
 class Adaptive(Merging):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from rkif.continual.methods.replay import memory_share
 from rkif.continual.methods.sequential import Sequential
-from rkif.continual.tasks import Item
+from rkif.continual.tasks.tasks import Item
 from rkif.seeding import derive_seed, shuffled
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rkif.continual.gating import GateStopped, make_gate
-from rkif.continual.history import RoundHistory
+from rkif.continual.evaluation.gate import GateStopped, make_gate
+from rkif.continual.evaluation.history import RoundHistory
 from rkif.continual.methods.rounds import Rounds
 from rkif.continual.methods.sequential import Context, strip_prefix
-from rkif.continual.recorder import movement, parameter_digest, report_values
+from rkif.continual.rundir.recorder import movement, parameter_digest, report_values
 from rkif.fuser import Fuser
 from rkif.fusion import FusionReport
 

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from rkif.continual.config import RunConfig
-from rkif.continual.learner import Learner
-from rkif.continual.objective import Objective
-from rkif.continual.tasks import Item, Task
-from rkif.memory import ReplayMemory
+from rkif.continual.models.learner import Learner
+from rkif.continual.models.objective import Objective
+from rkif.continual.tasks.replay_memory import ReplayMemory
+from rkif.continual.tasks.tasks import Item, Task
 from rkif.seeding import derive_seed, shuffled
 
 
@@ -159,7 +159,7 @@ class Sequential:
         return {}
 
     def rounds(self) -> dict[str, Tensor]:
-        """What the task's rounds did, see :class:`~rkif.continual.history.RoundHistory`; empty for none."""
+        """What the task's rounds did, a :class:`~rkif.continual.evaluation.history.RoundHistory`; or {}."""
         return {}
 
     def importance(self) -> dict[str, Tensor]:

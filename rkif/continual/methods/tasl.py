@@ -10,7 +10,7 @@ from torch import Tensor
 import rkif_kernels
 from rkif.config import FusionConfig
 from rkif.continual.methods.sequential import Context, Sequential, strip_prefix
-from rkif.importance import Importance
+from rkif.fuser.importance import Importance
 
 SHARE = 0.2  # of the units, that each side holds important
 NEW = 0.3  # the new task's weight where both do, and in the history of scores

@@ -1,0 +1,54 @@
+"""The README's figures: made from the committed results, never typed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.checkpoints import peers as checkpoints
+from bench.forgetting import delta, ledger, state_precision
+from bench.forgetting import tables as continual_tables
+from bench.forgetting import task_vector_angles as directions
+from bench.kernels import launches
+from bench.kernels import tables as kernels
+from bench.training import model_memory, overhead, scaling
+
+README = Path(__file__).parent.parent / "README.md"
+DOCS = README.parent / "docs"
+DOCUMENTS = ("checkpoints", "continual", "kernels", "ledger", "lora", "memory", "scaling")
+FILES = (README, *(DOCS / f"{name}.md" for name in DOCUMENTS))  # those that have tables
+
+
+def with_tables(text: str) -> str:
+    """``text`` with everything between a results marker and its end made anew.
+
+    Raises:
+        ValueError: a marker names results that nobody makes.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in TABLES:
+            raise ValueError(f"no such results: {name!r}")
+        return f"<!-- results: {name} -->\n{TABLES[name]()}<!-- end -->"
+
+    return re.sub(r"<!-- results: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "checkpoints": checkpoints.markdown,
+    "ablations": continual_tables.ablations,
+    "tuned": continual_tables.tuned,
+    "continual": continual_tables.main,
+    "continual_all": continual_tables.everything,
+    "delta": delta.markdown,
+    "directions": directions.markdown,
+    "kernels": kernels.markdown,
+    "launches": launches.markdown,
+    "ledger": ledger.markdown,
+    "model_memory": model_memory.markdown,
+    "overhead": overhead.markdown,
+    "scaling": scaling.markdown,
+    "state_precision": state_precision.markdown,
+}

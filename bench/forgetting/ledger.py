@@ -1,0 +1,135 @@
+"""What it costs to answer for a run: ledger, snapshots and gate, as shares of the time of a round's steps."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bench.common.machine import commit, device_name
+from bench.forgetting.instrument import HARDLY_MEASURED, commit_of, read_rows, silent_run, write_rows
+from rkif.continual.config import RunConfig, load_config
+from rkif.continual.methods import RecurrentKIF
+from rkif.continual.models.model import device
+from rkif.continual.rundir.recorder import Recorder
+from rkif.continual.rundir.snapshots import Snapshots
+from rkif.gate import Gatekeeper
+
+RESULTS = Path(__file__).parents[1] / "results" / "ledger.jsonl"
+# Whose time is counted for what. The ledger's record is made and written, the state collected and written.
+TIMED: tuple[tuple[type, str, str], ...] = (
+    (RecurrentKIF, "train_step", "steps"),
+    (RecurrentKIF, "_round_record", "ledger"),
+    (Recorder, "record", "ledger"),
+    (RecurrentKIF, "tensors", "snapshots"),
+    (Snapshots, "write", "snapshots"),
+    (Gatekeeper, "judge", "gate"),
+)
+MEMORY_LOSS = {"metric": "memory_loss", "tolerance": 0.5}
+ACCURACY = {"metric": "accuracy", "tolerance": 20.0}
+GATES: Mapping[str, dict[str, Any] | None] = {
+    "nothing": None,
+    "loss, every round": {"criteria": [MEMORY_LOSS], "records": 16},
+    "loss, every fourth round": {"criteria": [MEMORY_LOSS], "records": 16, "every": 4},
+    "loss and accuracy, every round": {
+        "criteria": [MEMORY_LOSS, ACCURACY],
+        "records": 16,
+    },
+}
+
+
+def measure(path: Path, rounds: int, console: Console) -> None:
+    """Run two tasks with every gate in turn, ``rounds`` times, and write a row a gate with medians."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in GATES}
+    for _ in range(rounds):
+        for name, gate in GATES.items():
+            found[name].append(_measured(_settings(path, gate)))
+            console.print(f"{name}: {found[name][-1]}", highlight=False, markup=False)
+    config = _settings(path, None)
+    rows = [
+        {
+            "checked": name,
+            **{key: median(run[key] for run in runs) for key in runs[0]},
+            "runs": len(runs),
+            "model": Path(config.model).name,
+            "config": path.stem,
+            "device": device_name(device(config)),
+            "torch": torch.__version__,
+            "commit": commit(),
+        }
+        for name, runs in found.items()
+    ]
+    write_rows(RESULTS, rows)
+
+
+def markdown() -> str:
+    """The rows as a table."""
+    rows = read_rows(RESULTS)
+    row = rows[0]
+    lines = [
+        f"{row['model']} ({row['config']}), {row['trainable']:,.0f} trained parameters, two tasks, "
+        f"{row['rounds']:.0f} rounds, medians of {row['runs']} runs, on {row['device']}, "
+        f"torch {row['torch']}, at {commit_of(row)}. "
+        f"A state takes {row['state_mib']:.1f} MiB.",
+        "",
+        "| checked by | ledger | snapshots | gate | seconds a round |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        shares = [f"{100 * row[part]:.2f}%" for part in ("ledger", "snapshots", "gate")]
+        lines.append(f"| {row['checked']} | {' | '.join(shares)} | {row['round_s']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _settings(path: Path, gate: dict[str, Any] | None) -> RunConfig:
+    """The config's first two tasks; hardly any evaluation, which is not what is timed."""
+    config = load_config(path)
+    order = json.loads((Path(config.tasks.folder) / "tasks.json").read_text())["orders"]
+    tasks = config.tasks.model_dump() | {"order": order[config.tasks.order][:2]} | HARDLY_MEASURED
+    return RunConfig.model_validate(config.model_dump() | {"tasks": tasks, "gate": gate})
+
+
+def _measured(config: RunConfig) -> dict[str, Any]:
+    with _timed() as spent, silent_run(config) as (metrics, out):
+        states = [path.stat().st_size for path in (out / "snapshots").iterdir()]
+    # What is done between two steps is not part of the first.
+    steps = spent["steps"] - spent["ledger"] - spent["gate"]
+    rounds = len(states) - 1  # and the state that the first round starts from
+    return {
+        **{part: spent[part] / steps for part in ("ledger", "snapshots", "gate")},
+        "round_s": steps / rounds,
+        "rounds": rounds,
+        "state_mib": median(states) / 2**20,
+        "trainable": metrics["trainable"],
+    }
+
+
+@contextmanager
+def _timed() -> Iterator[dict[str, float]]:
+    """Seconds by part, while the block runs; only of tasks that have rounds."""
+    spent = {part: 0.0 for _, _, part in TIMED}
+    with ExitStack() as stack:
+        for kind, name, part in TIMED:
+            original = getattr(kind, name)
+            setattr(kind, name, _timing(original, spent, part))
+            stack.callback(setattr, kind, name, original)
+        yield spent
+
+
+def _timing(call: Callable[..., Any], spent: dict[str, float], part: str) -> Callable[..., Any]:
+    def timing(owner: Any, *arguments: Any) -> Any:
+        if not getattr(owner, "has_memory", True):
+            return call(owner, *arguments)
+        started = time.perf_counter()
+        result = call(owner, *arguments)
+        spent[part] += time.perf_counter() - started
+        return result
+
+    return timing

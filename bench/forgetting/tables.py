@@ -1,0 +1,158 @@
+"""Rows of ``bench/results/continual.jsonl`` as Markdown: means over orders and seeds, paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median, stdev
+from typing import Any
+
+import yaml
+
+from bench.forgetting.continual import CONFIGS, MAIN, rows
+from rkif.continual.display.progress import figure
+
+Row = Mapping[str, Any]
+Runs = dict[tuple[str, int], Row]  # (order, seed) -> row
+
+README = ("sequential", "replay", "replay_equal_steps", "average", "recurrent_kif", "recurrent_kif_paper")
+BASELINE = "replay"
+ABLATED = "recurrent_kif"  # FusionConfig(), which is the release preset
+SHOWN = tuple(name for name in MAIN if name != "recurrent_kif_release")  # the same runs as the default's
+
+
+def main() -> str:
+    """The methods that the README speaks of."""
+    return "\n".join(_table(group, README) for group in _groups().values())
+
+
+def everything() -> str:
+    """All methods, with what they cost."""
+    return "\n".join(_table(group, SHOWN, cost=True) for group in _groups().values())
+
+
+def tuned() -> str:
+    """Baselines at settings that are not those of the others."""
+    parts = []
+    for group in _groups().values():
+        names = [name for name in group if name not in MAIN and not _ablates(group[name])]
+        if names:
+            parts.append(_table(group, [BASELINE, *names, "recurrent_kif"]))
+    return "\n".join(parts)
+
+
+def ablations() -> str:
+    """What changes make of the release preset, on the orders and seeds that both were run on."""
+    parts = []
+    for group in _groups().values():
+        names = [name for name in group if name not in MAIN and _ablates(group[name])]
+        if not names or ABLATED not in group:
+            continue
+        lines = [
+            "| change | OP | BWT | OP against the preset | BWT against the preset | samples | runs |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        preset = group[ABLATED]
+        for name in (ABLATED, *names):
+            runs = group[name]
+            lines.append(
+                f"| {name} | {_mean(runs, 'op')} | {_mean(runs, 'bwt', sign=True)} | "
+                f"{_difference(runs, preset)} | {_difference(runs, preset, 'bwt')} | "
+                f"{_samples(runs)} | {len(runs)} |"
+            )
+        parts.append(f"{_heading(group)}\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _ablates(runs: Runs) -> bool:
+    """Whether a variant is one of Recurrent-KIF, not of a baseline."""
+    variants = yaml.safe_load((CONFIGS / "variants.yaml").read_text(encoding="utf-8"))
+    (name,) = {row["method"] for row in runs.values()}
+    return variants.get(name, {}).get("method") in ("recurrent_kif", "adaptive")
+
+
+def _groups() -> dict[tuple[str, ...], dict[str, Runs]]:
+    """(config, device) -> method -> runs; rows from before configs were named stand by themselves."""
+    groups: dict[tuple[str, ...], dict[str, Runs]] = {}
+    for row in rows():
+        key = (row.get("config") or f"{row['order']}-{row['model']}", row["device"])
+        groups.setdefault(key, {}).setdefault(row["method"], {})[row["order"], row["seed"]] = row
+    return groups
+
+
+def _table(group: Mapping[str, Runs], methods: Sequence[str], *, cost: bool = False) -> str:
+    headings = ["method", "OP", "BWT", "FWT", "OP against replay", "BWT", "samples", "runs"]
+    headings += ["minutes", "peak MiB", "in rkif"] if cost else []
+    lines = ["| " + " | ".join(headings) + " |", "| --- |" + " ---: |" * (len(headings) - 1)]
+    for method in methods:
+        if method not in group:
+            continue
+        runs = group[method]
+        cells = [method, _mean(runs, "op"), _mean(runs, "bwt", sign=True), _mean(runs, "fwt", sign=True)]
+        baseline = group.get(BASELINE, {})
+        cells += [_difference(runs, baseline), _difference(runs, baseline, "bwt")]
+        cells += [_samples(runs), str(len(runs))]
+        if cost:
+            walls = [row["wall_s"] / 60 for row in runs.values() if row["wall_s"]]
+            peaks = [row["peak_mib"] for row in runs.values() if row.get("peak_mib")]
+            shares = [row["rkif_share"] for row in runs.values() if row.get("rkif_share")]
+            cells += [
+                figure(median(walls) if walls else None),
+                f"{median(peaks):,.0f}" if peaks else "-",
+                f"{100 * median(shares):.1f}%" if shares else "-",
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return f"{_heading(group)}\n\n" + "\n".join(lines) + "\n"
+
+
+def _heading(group: Mapping[str, Runs]) -> str:
+    found = [row for runs in group.values() for row in runs.values()]
+    row = found[0]
+    training, adapter = row["settings"]["training"], row["settings"]["adapter"]
+    trained = f"LoRA of rank {adapter['r']}" if adapter else "all parameters"
+    steps = training["steps"] or f"{training['epochs']} epochs of"
+    orders = sorted({order for runs in group.values() for order, _ in runs})
+    seeds = sorted({seed for runs in group.values() for _, seed in runs})
+    error = max(map(_standard_error, found))
+    many = "s" if len(seeds) > 1 else ""
+    commits = sorted({row["commit"].removesuffix("-dirty")[:7] for row in found})
+    return (
+        f"{row['model']}, {len(row['tasks'])} tasks ({', '.join(orders)}), {steps} steps of "
+        f"{training['batch_size']} a task, {trained}, "
+        f"seed{many} {', '.join(map(str, seeds))}, {sum(row['records'])} {row['split']} records, "
+        f"on {row['device']}, at {', '.join(commits)}. The standard error of one run's OP is about "
+        f"{error:.1f} points from the number of records alone."
+    )
+
+
+def _standard_error(row: Row) -> float:
+    """Of the mean over tasks of binomial accuracies, in points."""
+    final = [accuracy[-1] for accuracy in row["accuracy"]]
+    variances = [a * (100 - a) / n for a, n in zip(final, row["records"], strict=True)]
+    return math.sqrt(sum(variances)) / len(final)
+
+
+def _mean(runs: Runs, key: str, *, sign: bool = False) -> str:
+    """The mean, and the standard deviation over runs where there are several."""
+    values = [row[key] for row in runs.values() if row[key] is not None]
+    if not values:
+        return "-"
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return figure(fmean(values), sign=sign) + spread
+
+
+def _difference(runs: Runs, baseline: Runs, figure_of: str = "op") -> str:
+    """The mean difference over the orders and seeds that both were run on, and its standard error."""
+    pairs = [
+        runs[key][figure_of] - baseline[key][figure_of]
+        for key in runs
+        if key in baseline and runs[key][figure_of] is not None
+    ]
+    if not pairs or runs is baseline:
+        return "-"
+    spread = f" ± {stdev(pairs) / math.sqrt(len(pairs)):.1f}" if len(pairs) > 1 else ""
+    return figure(fmean(pairs), sign=True) + spread
+
+
+def _samples(runs: Runs) -> str:
+    return f"{median(row['samples'] for row in runs.values()):,.0f}"

@@ -1,0 +1,113 @@
+"""Where the two learners of Recurrent-KIF go, and what the fusion makes of it: angles and lengths by task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from bench.common.machine import commit
+from bench.forgetting.instrument import (
+    HARDLY_MEASURED,
+    commit_of,
+    read_rows,
+    replaced,
+    silent_run,
+    write_rows,
+)
+from rkif.continual.config import RunConfig, load_config
+from rkif.fuser import Fuser
+
+RESULTS = Path(__file__).parents[1] / "results" / "directions.jsonl"
+FIGURES = {
+    "cosine": "cosine of the two task vectors",
+    "same_sign": "elements that both move the same way",
+    "outer_length": "outer vector, of the inner's length",
+    "update_length": "update, of the length of their sum",
+    "update_cosine": "cosine of update and sum",
+    "either": "selected by either",
+}
+
+
+def measure(path: Path, console: Console) -> None:
+    """Run a config, and write a row a task with the means over its rounds."""
+    config = load_config(path)
+    changes = {"method": "recurrent_kif", "tasks": config.tasks.model_dump() | HARDLY_MEASURED}
+    config = RunConfig.model_validate(config.model_dump() | changes)
+    with _watched() as rounds, silent_run(config) as (metrics, _):
+        pass
+    tasks = metrics["tasks"][1:]
+    size = len(rounds) // len(tasks)
+    rows = [
+        {
+            "config": path.stem,
+            "model": Path(config.model).name,
+            "order": config.tasks.order,
+            "task": task,
+            "rounds": size,
+            **_means(rounds[place * size : (place + 1) * size]),
+            "commit": commit(),
+        }
+        for place, task in enumerate(tasks)
+    ]
+    for row in rows:
+        console.print(row)
+    write_rows(RESULTS, rows)
+
+
+def markdown() -> str:
+    """The rows as a table."""
+    rows = read_rows(RESULTS)
+    first = rows[0]
+    lines = [
+        f"{first['model']} ({first['config']}, {first['order']}), means over the {first['rounds']} rounds of "
+        f"each task, at {commit_of(first)}.",
+        "",
+        "| | " + " | ".join(row["task"] for row in rows) + " |",
+        "| --- |" + " ---: |" * len(rows),
+    ]
+    for key, meaning in FIGURES.items():
+        lines.append(f"| {meaning} | " + " | ".join(f"{row[key]:.2f}" for row in rows) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _means(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: round(fmean(one[key] for one in rounds), 4) for key in FIGURES}
+
+
+@contextmanager
+def _watched() -> Iterator[list[dict[str, Any]]]:
+    """The figures of every fusion that is made while the block runs."""
+    rounds: list[dict[str, Any]] = []
+    fuse = Fuser.fuse
+
+    def watched(fuser: Fuser) -> Any:
+        state = fuser.state_dict()
+        base, inner = (_flat(state[f"{at}.{name}"] for name in fuser.parameters) for at in ("base", "inner"))
+        tau_in, tau_out = inner - base, _flat(fuser.parameters.values()) - inner
+        report = fuse(fuser)
+        update, total = _flat(fuser.base().values()) - base, tau_in + tau_out
+        rounds.append(
+            {
+                "cosine": float(torch.cosine_similarity(tau_in, tau_out, dim=0)),
+                "same_sign": float((tau_in * tau_out > 0).float().mean()),
+                "outer_length": float(tau_out.norm() / tau_in.norm()),
+                "update_length": float(update.norm() / total.norm()),
+                "update_cosine": float(torch.cosine_similarity(update, total, dim=0)),
+                "either": 1 - report.counts["neither"] / report.numel,
+            }
+        )
+        return report
+
+    with replaced(Fuser, fuse=watched):
+        yield rounds
+
+
+def _flat(tensors: Any) -> Tensor:
+    return torch.cat([tensor.detach().flatten().float() for tensor in tensors])

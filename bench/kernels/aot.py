@@ -1,0 +1,450 @@
+"""Kernels compiled ahead of time, for targets that need not be there: what the compiler made of them.
+
+Memory-bound kernels live from wide accesses and from registers that do not spill. Both are decided when a
+kernel is compiled, so both can be checked on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rkif_kernels.backends.triton.fuse import INNER_SCORE, OUTER_SCORE, _fuse_kernel
+from rkif_kernels.backends.triton.importance import _update_importance_kernel
+from rkif_kernels.backends.triton.launch import FUSE, STREAM, LaunchConfig
+from rkif_kernels.backends.triton.radix import (
+    DIGITS,
+    _count_kernel,
+    _histogram_kernel,
+    _invalid_kernel,
+    _list_histogram_kernel,
+    _pick_kernel,
+)
+from rkif_kernels.backends.triton.single_pass import (
+    _decide_kernel,
+    _fix_up_kernel,
+    _pass_kernel,
+    _sample_kernel,
+)
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+BYTES = {tl.float32: 4, tl.bfloat16: 2, tl.float16: 2}
+PARAMETERS = (tl.float32, tl.bfloat16, tl.float16)
+STATES = (tl.float32, tl.bfloat16)
+# Forms of scores: their name, how many streams they read, and whether they are distances.
+SCORES = (("S*U", 2, False), ("S", 1, False), ("|a-b|", 2, True))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with its dtypes.
+
+    Attributes:
+        name: as it is shown.
+        kernel: the Triton function.
+        constants: its constexpr arguments.
+        loads, stores: dtypes of the streams of its bulk path, each read or written once; none for kernels
+            that touch a few elements only.
+        config: how it is launched.
+    """
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    loads: tuple[tl.dtype, ...] = ()
+    stores: tuple[tl.dtype, ...] = ()
+    config: LaunchConfig = STREAM
+
+    @property
+    def bytes_an_element(self) -> int:
+        """The minimum that the operation has to move."""
+        return sum(BYTES[dtype] for dtype in (*self.loads, *self.stores))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made.
+
+    Attributes:
+        minimum: bytes an element that the operation has to move.
+        registers: a thread's.
+        spills, stack: bytes a thread keeps in memory for want of registers, or otherwise.
+        shared: bytes of shared memory a program.
+        loads, stores: number of global accesses in the code by their width in bits. Those of tails, lists
+            and tables are among them.
+    """
+
+    case: str
+    target: str
+    minimum: int
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    loads: Counter[int]
+    stores: Counter[int]
+    problems: tuple[str, ...]
+
+
+def _update_case(
+    param: tl.dtype, state: tl.dtype, *, grad: tl.dtype | None = None, uncertain: bool = True,
+    order: str = "first", missing: bool = False,
+) -> Case:  # fmt: skip
+    gradient = None if missing else grad or param
+    gradients = () if gradient is None else (gradient,)
+    states = (state,) * (1 + uncertain)
+    return Case(
+        f"update_importance {order} {param}, {gradient or 'no gradient'}, "
+        f"{'S, U' if uncertain else 'S'} {state}",
+        _update_importance_kernel,
+        {
+            "PARAM": param,
+            "GRAD": gradient,
+            "SENSITIVITY": state,
+            "UNCERTAINTY": state if uncertain else None,
+            "ORDER": order,
+        },
+        (param, *gradients, *states),
+        states,
+    )
+
+
+def _fuse_case(
+    kernel: Any, param: tl.dtype, state: tl.dtype, *, out: tl.dtype | None = None, uncertain: bool = True,
+    from_inner: bool = True, guarded: bool = False,
+) -> Case:  # fmt: skip
+    scores = (state,) * (1 + uncertain)
+    name = {_fuse_kernel: "fuse", _pass_kernel: "single pass", _fix_up_kernel: "fix up"}[kernel]
+    bulk = kernel is not _fix_up_kernel
+    return Case(
+        f"{name} {param}{f' into {out}' if out else ''}, {'S*U' if uncertain else 'S'} {state}"
+        f"{'' if from_inner else ', from base'}{', guarded' if guarded else ''}",
+        kernel,
+        {
+            **dict.fromkeys(("BASE", "INNER", "OUTER"), param),
+            **dict.fromkeys(("INNER_S", "OUTER_S"), state),
+            **dict.fromkeys(("INNER_U", "OUTER_U"), state if uncertain else None),
+            "OUT": out or param,
+            "OUTER_FROM_INNER": from_inner,
+            "GUARDED": guarded,
+        },
+        (param, param, param, *scores, *scores) if bulk else (),
+        (out or param,) if bulk else (),
+        FUSE,
+    )
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel: all dtypes of parameters and state, and every variant of each once."""
+    f32, bf16, f16 = tl.float32, tl.bfloat16, tl.float16
+    for param, state, uncertain in itertools.product(PARAMETERS, STATES, (True, False)):
+        yield _update_case(param, state, uncertain=uncertain)
+        yield _fuse_case(_fuse_kernel, param, state, uncertain=uncertain)
+        yield _fuse_case(_pass_kernel, param, state, uncertain=uncertain)
+        yield _fuse_case(_fix_up_kernel, param, state, uncertain=uncertain)
+    for param, order in itertools.product((f32, bf16), ("second", "mixed")):
+        yield _update_case(param, f32, order=order)
+    for param in PARAMETERS:
+        yield _update_case(param, f32, missing=True)
+    for param, grad in ((bf16, f32), (f32, bf16), (f16, f32)):
+        yield _update_case(param, f32, grad=grad)
+    for kernel in (_fuse_kernel, _pass_kernel):
+        yield _fuse_case(kernel, f32, f32, from_inner=False)
+        for param, out in ((bf16, f32), (f32, bf16), (f16, f32)):
+            yield _fuse_case(kernel, param, f32, out=out)
+    for param, state in itertools.product(PARAMETERS, STATES):
+        yield _fuse_case(_fuse_kernel, param, state, guarded=True)
+    # Selection is launched by itself and by the single pass, which has a configuration of its own.
+    for config in (STREAM, FUSE):
+        yield from _selection_cases(config)
+    for state, uncertain in itertools.product(STATES, (True, False)):
+        parts = (state, state if uncertain else None)
+        sides = {
+            f"{side}_{part}": dtype
+            for side in ("INNER", "OUTER")
+            for part, dtype in zip("SU", parts, strict=True)
+        }
+        yield Case(f"sample {'S*U' if uncertain else 'S'} {state}", _sample_kernel, sides, config=FUSE)
+    yield Case("decide", _decide_kernel, {}, config=FUSE)
+    for dtype, (kind, streams, distance) in itertools.product(PARAMETERS, SCORES):
+        roles = {"SENSITIVITY": dtype, "UNCERTAINTY": dtype if streams == 2 else None, "DISTANCE": distance}
+        yield Case(f"count {kind} {dtype}", _count_kernel, roles, (dtype,) * streams)
+    for dtype in PARAMETERS:
+        magnitudes = dict.fromkeys(("INNER_S", "INNER_U", "OUTER_S", "OUTER_U"), dtype)
+        magnitudes |= {"INNER_DISTANCE": True, "OUTER_DISTANCE": True}
+        case = _fuse_case(_fuse_kernel, dtype, dtype)
+        # The scores' four streams are those of the parameters, from the cache.
+        yield replace(
+            case,
+            name=f"fuse by magnitudes {dtype}",
+            constants=case.constants | magnitudes,
+            loads=(dtype,) * 3,
+        )
+    for dtype in PARAMETERS:
+        yield Case(f"all valid {dtype}", _invalid_kernel, {"SENSITIVITY": dtype}, (dtype,))
+
+
+def _selection_cases(config: LaunchConfig) -> Iterator[Case]:
+    name = f"by {config.block}"
+    for state, (kind, streams, distance), (shift, bits) in itertools.product(STATES, SCORES, DIGITS):
+        if distance and config is FUSE:
+            continue  # the single pass has none
+        yield Case(
+            f"histogram {kind} {state} bits {shift}+{bits}, {name}",
+            _histogram_kernel,
+            {
+                "SENSITIVITY": state,
+                "UNCERTAINTY": state if streams == 2 else None,
+                "DISTANCE": distance,
+                "SHIFT": shift,
+                "BITS": bits,
+            },
+            (state,) * streams,
+            config=config,
+        )
+    for shift, bits in DIGITS:
+        digit = {"SHIFT": shift, "BITS": bits}
+        yield Case(
+            f"pick bits {shift}+{bits}, {name}", _pick_kernel, digit | {"LAST": shift == 0}, config=config
+        )
+        if config is FUSE:
+            for groups in (1, 2):
+                yield Case(
+                    f"histogram of lists bits {shift}+{bits}, groups {groups}",
+                    _list_histogram_kernel,
+                    digit | {"GROUPS_A_LIST": groups},
+                    config=config,
+                )
+
+
+# Constants that are the same for every case, where a kernel has them.
+COMMON = {
+    "ROUND_BF16": False,
+    "INNER_DISTANCE": False,
+    "OUTER_DISTANCE": False,
+    "INNER_ROLE": INNER_SCORE,
+    "OUTER_ROLE": OUTER_SCORE,
+}
+
+
+def compile_case(case: Case, target: str) -> Compiled:
+    """Compile one case for one target and look at the outcome."""
+    constants = {
+        name: value
+        for name, value in {
+            **COMMON,
+            "BLOCK": case.config.block,
+            "TILES": case.config.tiles,
+            **case.constants,
+        }.items()
+        if name in case.kernel.arg_names
+    }
+    signature = {name: _argument_type(name, constants) for name in case.kernel.arg_names}
+    # What a launch finds out by itself: PyTorch's memory, and the tables in it, begin on 16 bytes.
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(case.kernel.arg_names)
+        if name.endswith("_ptr")
+    }
+    source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
+    made = triton.compile(source, target=TARGETS[target], options=case.config.options)
+    if target.startswith("gfx"):
+        found = _inspect_amd(case, target, made.asm["amdgcn"], made.metadata.shared)
+    else:
+        found = _inspect_nvidia(case, target, made.asm["ptx"], made.asm["cubin"])
+    again = tuple(
+        f"is compiled anew for every kind of {parameter.name}"
+        for parameter in case.kernel.params
+        if signature[parameter.name] in ("i32", "i64") and not parameter.do_not_specialize
+    )
+    return replace(found, problems=found.problems + again)
+
+
+def check(console: Console, targets: Sequence[str] = tuple(TARGETS)) -> bool:
+    """Compile everything, print the table; returns whether every bulk access is wide and nothing spills."""
+    table = Table(
+        title="kernels compiled ahead of time",
+        caption="Loads, stores: accesses in the code x their bits. Bulk streams need the 128-bit ones (64 "
+        "where a thread has four 16-bit elements); narrower ones are of tails, lists and tables. "
+        "Minimum: bytes an element that the operation has to move.",
+    )
+    headings = ("kernel", "target", "minimum", "registers", "spills", "stack", "shared", "loads", "stores")
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
+    failures = []
+    with ProcessPoolExecutor() as pool:
+        for made in pool.map(compile_case_number, *zip(*_numbered(targets), strict=True)):
+            case = made.case
+            failures += [f"{case} on {made.target}: {problem}" for problem in made.problems]
+            figures = (made.minimum or "-", made.registers, made.spills, made.stack, made.shared)
+            widths = (_widths(made.loads), _widths(made.stores))
+            style = "red" if made.problems else None
+            table.add_row(case, made.target, *map(str, figures), *widths, style=style)
+    console.print(table)
+    for failure in failures:
+        console.print(f"[red]{failure}")
+    console.print(f"{table.row_count} kernels compiled, {len(failures)} problems")
+    return not failures
+
+
+def _numbered(targets: Sequence[str]) -> list[tuple[int, str]]:
+    return [(number, target) for number in range(len(list(cases()))) for target in targets]
+
+
+def compile_case_number(number: int, target: str) -> Compiled:
+    """:func:`compile_case` for another process, where Triton's functions cannot be sent to."""
+    return compile_case(next(itertools.islice(cases(), number, None)), target)
+
+
+def _widths(accesses: Counter[int]) -> str:
+    return " ".join(f"{number}x{bits}" for bits, number in sorted(accesses.items(), reverse=True)) or "-"
+
+
+def _argument_type(name: str, constants: dict[str, Any]) -> str:
+    if name in constants:
+        return "constexpr"
+    words = {"chunk_tensors_ptr", "indices_ptr", "prefixes_ptr"}
+    floats = {"brackets_ptr", "values_ptr", "samples_ptr", "found_ptr"}
+    if name in words:
+        return "*i32"
+    if name in floats or name.endswith("thresholds_ptr"):
+        return "*fp32"
+    if name.endswith("_ptr"):
+        return "*fp64" if name == "partial_norms_ptr" else "*i64"
+    if name in ("start", "numel", "capacity"):
+        return "i64"
+    weights = name.startswith(("keep", "take")) or name.endswith(("_in", "_out"))
+    return "fp32" if weights else "i32"
+
+
+def _expected(dtypes: tuple[tl.dtype, ...], elements: int) -> Counter[int]:
+    """Accesses a thread needs for its elements of a block: 128 bits wide, or less where they are fewer."""
+    needed: Counter[int] = Counter()
+    for dtype in dtypes:
+        share = elements * BYTES[dtype] * 8
+        needed[min(share, 128)] += max(share // 128, 1)
+    return needed
+
+
+def _inspect_nvidia(case: Case, target: str, ptx: str, cubin: bytes) -> Compiled:
+    loads, stores = (_ptx_widths(ptx, kind) for kind in ("ld", "st"))
+    usage = _resource_usage(cubin)
+    sass = _tool("nvdisasm", cubin)
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    problems = _narrow(case, loads, stores, threads=32 * case.config.num_warps)
+    if usage["STACK"] or spills:
+        problems.append(f"{usage['STACK']} bytes of stack, {spills} accesses to it: registers spill")
+    for contracted in set(re.findall(r"\b(FFMA[\w.]*|\w+\.FTZ[\w.]*)", sass)):
+        problems.append(f"{contracted} in the machine code: not the arithmetic that was written")
+    return Compiled(
+        case.name,
+        target,
+        case.bytes_an_element,
+        usage["REG"],
+        spills,
+        usage["STACK"],
+        usage["SHARED"],
+        loads,
+        stores,
+        tuple(problems),
+    )
+
+
+def _ptx_widths(ptx: str, kind: str) -> Counter[int]:
+    """Global accesses of a kind by width in bits: the vector's length times the element's size."""
+    found = re.findall(rf"\b{kind}\.global(?:\.[a-z]\w*(?:::\w+)?)*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
+    return Counter(int(length or 1) * int(bits) for length, bits in found)
+
+
+def _inspect_amd(case: Case, target: str, assembly: str, shared: int) -> Compiled:
+    loads, stores = (_amd_widths(assembly, kind) for kind in ("load", "store"))
+    registers, spills, stack = (
+        int(re.findall(rf"\.{key}:\s*(\d+)", assembly)[0])
+        for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    )
+    problems = _narrow(case, loads, stores, threads=64 * case.config.num_warps)
+    if spills or stack:
+        problems.append(f"{spills} registers spill, {stack} bytes of stack")
+    for contracted in set(re.findall(r"\b(v_(?:pk_)?fma[ck]?_f32\w*|v_mad_f32\w*)", assembly)):
+        problems.append(f"{contracted} in the machine code: not the arithmetic that was written")
+    return Compiled(
+        case.name,
+        target,
+        case.bytes_an_element,
+        registers,
+        spills,
+        stack,
+        shared,
+        loads,
+        stores,
+        tuple(problems),
+    )
+
+
+def _amd_widths(assembly: str, kind: str) -> Counter[int]:
+    found = re.findall(rf"\b(?:global|buffer|flat)_{kind}_(\w+?)(?:_d16\w*)?\b", assembly)
+    bits = {
+        "dwordx4": 128,
+        "dwordx3": 96,
+        "dwordx2": 64,
+        "dword": 32,
+        "short": 16,
+        "ushort": 16,
+        "sshort": 16,
+    }
+    return Counter(bits.get(width, 8) for width in found)
+
+
+def _narrow(case: Case, loads: Counter[int], stores: Counter[int], *, threads: int) -> list[str]:
+    problems = []
+    for kind, found, dtypes in (("loads", loads, case.loads), ("stores", stores, case.stores)):
+        expected = _expected(dtypes, case.config.block // threads)
+        for bits, needed in expected.items():
+            if found[bits] < needed:
+                problems.append(f"{found[bits]} {kind} of {bits} bits where a block needs {needed}")
+    return problems
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [_binary("cuobjdump"), "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", text)}
+
+
+def _tool(name: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([_binary(name), file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _binary(name: str) -> str:
+    """A CUDA tool that Triton's wheel brings along."""
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)

@@ -1,0 +1,72 @@
+"""What a result must be before the time it took counts.
+
+Element by element the reference decides, on the device of the tensors and in chunks, so that it needs little
+memory at any size. A threshold is compared with the reference up to ``SORTED`` elements; beyond, where a sort
+of everything would not fit, it is held against the definition of an order statistic: of rank k is the value
+that at most k scores are below and more than k are not above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from rkif_kernels import Scores
+from rkif_kernels.backends import reference
+from rkif_kernels.backends.reference.select import score_values
+
+CHUNK = 2**24
+SORTED = 2**24
+
+
+def chunks(*lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Lists of tensors of the same shapes, together, in flat pieces of at most ``CHUNK`` elements."""
+    for group in zip(*lists, strict=True):
+        yield from zip(*(tensor.reshape(-1).split(CHUNK) for tensor in group), strict=True)
+
+
+def require_same_bits(what: str, got: Tensor, expected: Tensor) -> None:
+    """Raise AssertionError unless all bits agree; any NaN is as good as another."""
+    assert got.dtype == expected.dtype, f"{what}: {got.dtype}, expected {expected.dtype}"
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[got.itemsize]
+    if torch.equal(got.view(integers), expected.view(integers)):
+        return
+    same = (got.view(integers) == expected.view(integers)) | (got.isnan() & expected.isnan())
+    if not bool(same.all()):
+        at = int((~same).reshape(-1).nonzero()[0])
+        pair = f"{got.reshape(-1)[at].item()!r}, expected {expected.reshape(-1)[at].item()!r}"
+        raise AssertionError(f"{what}: {int((~same).sum())} elements differ, the first at {at}: {pair}")
+
+
+def require_close(what: str, got: Tensor, expected: Tensor, ignored: Tensor | None = None) -> None:
+    """Raise AssertionError unless all elements agree but for the rounding of another order of operations."""
+    if ignored is not None:
+        got, expected = got[~ignored], expected[~ignored]
+    rtol = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[expected.dtype]
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=1e-6, msg=lambda text: f"{what}: {text}")
+
+
+def exact_threshold(scores: Scores, rank: int, got: Tensor) -> Tensor:
+    """The threshold of that rank as float32 [1]: the reference's, or ``got`` where it can be proved right.
+
+    Raises:
+        AssertionError: too large to sort, and ``got`` is not the order statistic.
+    """
+    if sum(tensor.numel() for tensor in scores.sensitivity) <= SORTED:
+        return reference.score_thresholds(scores, ranks=[rank], per_tensor=False)
+    below, up_to = rank_range(scores, got)
+    assert below <= rank < up_to, f"threshold {got.item()!r} has ranks {below} to {up_to - 1}, not {rank}"
+    return got.reshape(1)
+
+
+def rank_range(scores: Scores, value: Tensor) -> tuple[int, int]:
+    """How many scores are below ``value``, and how many are not above it."""
+    assert scores.uncertainty is not None
+    below = up_to = 0
+    for s, u in chunks(scores.sensitivity, scores.uncertainty):
+        (values,) = score_values(Scores([s], [u]))
+        below += int((values < value).sum())
+        up_to += int((values <= value).sum())
+    return below, up_to

@@ -1,0 +1,244 @@
+"""Merge throughput on a model of LLaMA-2-13B's shapes: its adapter whole, and all its parameters in layers.
+
+No device here holds four copies of 13 billion parameters with two importance states, and no fusion needs
+them at once: a layer's tensors are made on the device, observed, fused and dropped. Each layer (and the
+embedding, the final norm and the head each) is then a group with thresholds of its own, which moves as many
+bytes as one threshold over all would.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+from bench.common.peak import GIB, Peak, release
+from bench.common.rows import Row, row
+from bench.common.timing import copy_gbps, plan, seconds
+from bench.kernels.operations import BETA, DENSITY, DTYPES, WEIGHTS, Dtypes, Fuse, bytes_per_element
+from bench.kernels.shapes import LLAMA_2_13B, LORA_R8, ShapeSet
+from rkif_kernels import FuseStats, fuse_, score_thresholds, select_and_fuse_, update_importance_
+from rkif_kernels.backends.choose import available
+from rkif_kernels.types import Backend
+
+WHOLE = LLAMA_2_13B.whole().numel
+
+
+@dataclass
+class Part:
+    """What was measured of one set of parameters.
+
+    Attributes:
+        name: as it stands in rows.
+        numel, tensors: parameters, and in how many tensors.
+        dtypes: storage.
+        taken: seconds by step ("observe", "fuse"), for all parameters together.
+        breakdown: seconds by kernel (CUDA) or by operation (CPU); on CUDA of one group only.
+        peak: bytes at most beside the inputs (CPU) or in all (CUDA).
+    """
+
+    name: str
+    numel: int
+    tensors: int
+    dtypes: Dtypes
+    taken: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    breakdown: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    peak: int = 0
+
+    def rows(self, device: torch.device, bandwidth: float) -> list[Row]:
+        """One a step."""
+        return [
+            row(
+                op="profile-13b",
+                shape=f"{self.name}: {step}",
+                dtype=self.dtypes.name,
+                implementation=f"rkif.{available(device)[0]}",
+                numel=self.numel,
+                tensors=self.tensors,
+                seconds=[taken],
+                bytes_min=self.numel * bytes_per_element(step, self.dtypes),
+                copy_gbps=bandwidth,
+                device=device,
+                parameters_per_s=round(self.numel / taken),
+                peak_bytes=self.peak,
+                peak_is="allocated in all" if device.type == "cuda" else "resident, beyond the inputs",
+                breakdown_ms={name: round(value * 1e3, 3) for name, value in self.breakdown.items()},
+            )
+            for step, taken in self.taken.items()
+        ]
+
+
+def profile_13b(device: torch.device, layers: int, dtypes: str) -> list[Row]:
+    """Measure the adapter and ``layers`` layers (of 40; with all of them embedding, norm and head too).
+
+    Raises:
+        ValueError: no such number of layers or dtypes.
+    """
+    if not 1 <= layers <= LLAMA_2_13B.layers:
+        raise ValueError(f"--layers must be from 1 to {LLAMA_2_13B.layers}; got {layers}")
+    if dtypes not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtypes!r}")
+    bandwidth = copy_gbps(device)
+    release(device)
+    chosen = DTYPES[dtypes]
+    return [
+        found
+        for part in (_adapter(device, chosen), _layers(device, chosen, layers))
+        for found in part.rows(device, bandwidth)
+    ]
+
+
+def report(found: list[Row]) -> Iterator[str]:
+    """The rows in words."""
+    for one in found:
+        yield (
+            f"{one['shape']}, {one['dtype']}, {one['implementation']} on {one['device']}: "
+            f"{one['numel']:,} parameters in {one['ms_median']:,.3f} ms, "
+            f"{one['parameters_per_s'] / 1e9:.3f} G parameters/s, {one['gbps']:,.1f} GB/s, "
+            f"{one['share']:.0%} of a copy's {one['copy_gbps']:,.1f}; "
+            f"peak memory {one['peak_bytes'] / GIB:.3f} GiB "
+            f"({one['peak_is']})"
+        )
+        if one["shape"].startswith(LLAMA_2_13B.name + ",") and one["numel"] < WHOLE:
+            yield (
+                f"  extrapolated, not measured: {one['ms_median'] / 1e3 * WHOLE / one['numel']:,.2f} s "
+                f"for all {WHOLE:,} parameters"
+            )
+    for title, breakdown in {one["shape"].partition(":")[0]: one["breakdown_ms"] for one in found}.items():
+        yield f"{title}, where the time goes:"
+        total = sum(breakdown.values())
+        for name, value in sorted(breakdown.items(), key=lambda item: -item[1]):
+            yield f"  {value:12,.3f} ms  {value / total:4.0%}  {name}"
+
+
+def _adapter(device: torch.device, dtypes: Dtypes) -> Part:
+    """The released adapter: many small tensors, in one call."""
+    part = Part(LORA_R8.name, LORA_R8.numel, len(LORA_R8.shapes), dtypes)
+    _profile(part, _Group(LORA_R8, dtypes, device), several=True)
+    release(device)
+    return part
+
+
+def _layers(device: torch.device, dtypes: Dtypes, layers: int) -> Part:
+    """The model's parameters, a group at a time."""
+    stack = LLAMA_2_13B
+    whole = layers == stack.layers
+    shapes = stack.whole() if whole else stack.first(layers)
+    name = f"{stack.name}, all parameters" if whole else shapes.name
+    part = Part(f"{name}, thresholds by layer", shapes.numel, len(shapes.shapes), dtypes)
+    groups = [stack.layer] * layers + [(shape,) for shape in (stack.rest if whole else ())]
+    for number, group in enumerate(groups):
+        tensors = _Group(ShapeSet(stack.name, group), dtypes, device)
+        if number == 0 or device.type == "cuda":
+            tensors.observe()  # compiles, uploads addresses, touches memory for the first time
+            tensors.fuse()
+        _profile(part, tensors, several=False)
+        del tensors
+        release(device)
+    return part
+
+
+class _Group:
+    """Random tensors of one round, small enough to be there together, and what is done to them."""
+
+    def __init__(self, shapes: ShapeSet, dtypes: Dtypes, device: torch.device) -> None:
+        fusion = Fuse(shapes, dtypes, device)
+        self.device, self._backend = device, cast(Backend, available(device)[0])
+        # The gradients' memory takes the result: over one of its inputs a fusion may need another pass.
+        self._base, self._inner, self._outer = fusion.base, fusion.inner, fusion.outer
+        self._sides = (fusion.inner_scores, fusion.outer_scores)
+        self._grads = [tensor.normal_() for tensor in fusion.out]
+        self._nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def observe(self) -> None:
+        s, u = self._sides[0].sensitivity, self._sides[0].uncertainty
+        update_importance_(
+            self._inner,
+            self._grads,
+            s,
+            u,
+            beta1=BETA,
+            beta2=BETA,
+            nonfinite=self._nonfinite,
+            backend=self._backend,
+        )
+
+    def fuse(self) -> FuseStats:
+        return select_and_fuse_(
+            self._grads,
+            self._base,
+            self._inner,
+            self._outer,
+            *self._sides,
+            density=DENSITY,
+            weights=WEIGHTS,
+            backend=self._backend,
+        )
+
+    def thresholds(self) -> None:
+        for scores in self._sides:
+            score_thresholds(scores, density=DENSITY, backend=self._backend)
+
+    def merge(self, thresholds: tuple[torch.Tensor, torch.Tensor]) -> None:
+        fuse_(
+            self._grads,
+            self._base,
+            self._inner,
+            self._outer,
+            *self._sides,
+            thresholds=thresholds,
+            weights=WEIGHTS,
+            backend=self._backend,
+        )
+
+
+def _profile(part: Part, group: _Group, several: bool) -> None:
+    """Add a group's times to a part's: of one run of each step, or of the mean of several."""
+    steps: dict[str, Callable[[], Any]] = {"observe": group.observe, "fuse": group.fuse}
+    for name, run in steps.items():
+        with Peak(group.device) as peak:
+            once = seconds(run, group.device)
+        used = peak.total if group.device.type == "cuda" else peak.extra
+        part.peak = max(part.peak, used or 0)
+        part.taken[name] += _mean(run, group.device, once) if several else once
+    if group.device.type == "cuda":
+        part.breakdown = part.breakdown or _kernels(steps)
+        return
+    found = group.fuse().thresholds
+    apart: dict[str, Callable[[], Any]] = {
+        "observe": group.observe,
+        "thresholds": group.thresholds,
+        "fuse, thresholds given": lambda: group.merge(found),
+    }
+    for name, run in apart.items():
+        part.breakdown[name] += seconds(run, group.device)
+
+
+def _mean(run: Callable[[], Any], device: torch.device, first: float) -> float:
+    """Seconds of a run among many: what brackets them does not count."""
+    seconds(run, device)
+    _, iterations = plan(min(first, 0.05), round_s=0.2, total_s=0.2, rounds=(1, 1))
+
+    def many() -> None:
+        for _ in range(iterations):
+            run()
+
+    return seconds(many, device) / iterations
+
+
+def _kernels(steps: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Seconds of every GPU kernel of one run of each step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for run in steps.values():
+            run()
+        torch.cuda.synchronize()
+    return {
+        event.key: event.self_device_time_total / 1e6
+        for event in trace.key_averages()
+        if event.self_device_time_total
+    }

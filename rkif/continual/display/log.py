@@ -1,0 +1,219 @@
+"""``rkif log``: a run's ledger as tables for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from rkif.continual.rundir.ledger import Record, read_ledger
+from rkif.continual.rundir.recorder import standing
+from rkif.continual.rundir.rundir import RunReader
+from rkif.fuser.parameters import short_name
+from rkif_kernels.checks import require_choice
+from rkif_kernels.types import CASES
+
+COLOURS = {"keep": "green", "damp": "yellow", "undo": "red", "stop": "red", "refused": "red"}
+CASE_HEADINGS = ("in", "out", "both", "none")
+VERDICTS = ("keep", "damp", "undo", "stop", "unchecked")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a round did to some parameters together.
+
+    Attributes:
+        moved: L2 norm of their change.
+        counts: elements selected by inner only, outer only, both, neither.
+        importance: mean score of an element, inner and outer.
+    """
+
+    moved: float
+    counts: tuple[int, ...]
+    importance: tuple[float, float]
+
+    @property
+    def shares(self) -> list[str]:
+        """The counts in per cent."""
+        total = sum(self.counts) or 1
+        return [f"{100 * count / total:.1f}" for count in self.counts]
+
+
+def read(run: Path) -> list[Record]:
+    """A run's records, the chain checked.
+
+    Raises:
+        ValueError: there is no run, or it has no ledger, or the ledger is empty or does not hold together.
+    """
+    RunReader(run)
+    path = run / "ledger.jsonl"
+    if not path.exists():
+        raise ValueError(f"{run} has no ledger")
+    records = list(read_ledger(path))
+    if not records:
+        raise ValueError(f"{path} holds no record")
+    return records
+
+
+def select(records: Sequence[Record], *, task: str | None = None, verdict: str | None = None) -> list[Record]:
+    """The records of a task, or of rounds with a verdict.
+
+    Raises:
+        ValueError: there is no such task or verdict.
+    """
+    if task is not None:
+        tasks = next(record["tasks"] for record in records if record["event"] == "begin")
+        require_choice("--task", task, tasks)
+        records = [record for record in records if record.get("task") == task]
+    if verdict is not None:
+        require_choice("--verdict", verdict, list(VERDICTS))
+        records = [record for record in records if record["event"] == "round" and _verdict(record) == verdict]
+    return list(records)
+
+
+def only_module(records: Sequence[Record], module: str | None) -> Iterator[Record]:
+    """The records, rounds with the modules whose names contain ``module`` alone."""
+    for record in records:
+        if module is not None and "modules" in record:
+            found = {name: value for name, value in record["modules"].items() if module in name}
+            record = {**record, "modules": found}
+        yield record
+
+
+def table(records: Sequence[Record], module: str | None) -> Table:
+    """A row a record; with ``module``, rounds only, and what they did to those parameters.
+
+    Raises:
+        ValueError: no parameter's name contains ``module``.
+    """
+    shown = _table(("round", "task", "steps", "gate", *CASE_HEADINGS, "moved"), caption=_caption(module))
+    for record in records:
+        if record["event"] == "round":
+            part = _share(record, module)
+            first, stop = record["steps"]
+            shown.add_row(
+                str(record["round"]),
+                record["task"],
+                f"{first + 1}-{stop}",
+                _coloured(_verdict(record)),
+                *part.shares,
+                f"{part.moved:.3g}",
+            )
+        elif module is None:
+            shown.add_row("", record.get("task", ""), "", Text(_event(record), style="dim"))
+    return shown
+
+
+def explain(records: Sequence[Record], module: str) -> list[Table]:
+    """The rounds that moved some parameters, who won in them, and the same by task.
+
+    Raises:
+        ValueError: no parameter's name contains ``module``, or there are no rounds.
+    """
+    rounds = [record for record in standing(records) if record["event"] == "round"]
+    if not rounds:
+        raise ValueError("there is no round to explain: nothing has been fused")
+    parts = [(record, _share(record, module)) for record in rounds]
+    names = sorted({name for record in rounds for name in record["modules"] if module in name})
+    many = "s" if len(names) > 1 else ""
+    by_round = _table(
+        ("round", "task", "gate", "moved", *CASE_HEADINGS, "imp in", "imp out"),
+        title=f"{len(names)} parameter{many} with {module!r} in the name: the rounds that moved them",
+    )
+    by_task = _table(
+        ("task", "rounds", "moved in", "moved", *CASE_HEADINGS, "imp out then", "now"),
+        title="by task",
+        caption=f"{_caption(module)} imp: mean importance of an element, as either learner found it.",
+    )
+    for record, part in parts:
+        if part.moved > 0:
+            importance = [f"{value:.1e}" for value in part.importance]
+            by_round.add_row(
+                str(record["round"]),
+                record["task"],
+                _coloured(_verdict(record)),
+                f"{part.moved:.3g}",
+                *part.shares,
+                *importance,
+            )
+    for task in dict.fromkeys(record["task"] for record in rounds):
+        own = [part for record, part in parts if record["task"] == task]
+        # Elements counted once a round: who won how often.
+        counts = tuple(sum(column) for column in zip(*(part.counts for part in own), strict=True))
+        moved = sum(part.moved for part in own)
+        total = Share(moved, counts, own[-1].importance)
+        by_task.add_row(
+            task,
+            str(len(own)),
+            str(sum(part.moved > 0 for part in own)),
+            f"{moved:.3g}",
+            *total.shares,
+            f"{own[-1].importance[1]:.1e}",
+            f"{parts[-1][1].importance[1]:.1e}",
+        )
+    return [by_round, by_task]
+
+
+def _share(record: Record, module: str | None) -> Share:
+    """What a round did to the parameters whose names contain ``module``; to all without one."""
+    found = [value for name, value in record["modules"].items() if module is None or module in name]
+    if not found:
+        names = ", ".join(sorted({short_name(name) for name in record["modules"]})[:3])
+        raise ValueError(f"no parameter's name contains {module!r}; there are {names}, ...")
+    sizes = [value["numel"] for value in found]
+    importance = [
+        sum(value["importance"][side] * size for value, size in zip(found, sizes, strict=True)) / sum(sizes)
+        for side in (0, 1)
+    ]
+    return Share(
+        math.sqrt(sum(value["moved"] ** 2 for value in found)),
+        tuple(sum(value["counts"][case] for value in found) for case in range(len(CASES))),
+        (importance[0], importance[1]),
+    )
+
+
+def _verdict(record: Record) -> str:
+    """The gate's, or what came of a round without one."""
+    if record["gate"] is not None:
+        return str(record["gate"]["verdict"])
+    return "-" if record["applied"] else "refused"
+
+
+def _coloured(verdict: str) -> Text:
+    return Text(verdict, style=COLOURS.get(verdict, ""))
+
+
+def _table(headings: Sequence[str], *, title: str | None = None, caption: str | None = None) -> Table:
+    shown = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        title=title,
+        caption=caption,
+        caption_justify="left",
+    )
+    for heading in headings:
+        justify: Literal["left", "right"] = "left" if heading in ("task", "gate") else "right"
+        shown.add_column(heading, justify=justify, no_wrap=True)
+    return shown
+
+
+def _event(record: Record) -> str:
+    return {"begin": "begun", "task": "learned", "rollback": f"back to round {record.get('to')}"}[
+        record["event"]
+    ]
+
+
+def _caption(module: str | None) -> str:
+    of = "all parameters" if module is None else f"the parameters with {escape(repr(module))} in the name"
+    return (
+        f"in, out, both, none: per cent of {of} that the inner learner alone selected, the outer alone, "
+        "both, neither. moved: L2 norm of their change."
+    )

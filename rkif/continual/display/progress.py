@@ -1,0 +1,173 @@
+"""What a run shows in the terminal: progress bars while it goes, tables at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from rkif.continual.config import RunConfig
+from rkif.continual.tasks.tasks import Task
+
+MOST_COLUMNS = 6  # tasks whose accuracies fit beside the other figures
+
+
+class RunProgress:
+    """Shows a run on a console: one bar for the tasks, one for what is being done.
+
+    Args:
+        console: where to; a console that is no terminal gets a line for each measurement instead of bars.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextmanager
+    def shown(self, config: RunConfig, tasks: Sequence[Task]) -> Iterator[None]:
+        """Show bars while the block runs."""
+        self._tasks = tasks
+        self._bars = Progress(
+            TextColumn("{task.description:<36}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            transient=True,
+        )
+        with self._bars:
+            self._whole = self._bars.add_task(config.method, total=len(tasks), note="")
+            self._part = self._bars.add_task("", total=None, note="")
+            try:
+                yield
+            except KeyboardInterrupt:
+                self.console.print("Interrupted; --resume goes on from the last checkpoint.")
+                raise
+
+    def warn(self, what: str) -> None:
+        self.console.print(f"[yellow]warning:[/] {what}")
+
+    def stage(self, what: str) -> None:
+        self._bars.reset(self._part, description=what, total=None, note="")
+
+    def task(self, index: int, steps: int, done: int) -> None:
+        """A task's training begins, ``done`` of its steps being done already."""
+        description = f"learning {self._tasks[index].name}"
+        self._bars.update(self._whole, completed=index)
+        self._bars.reset(self._part, description=description, total=steps, completed=done, note="")
+
+    def advance(self, loss: float) -> None:
+        self._bars.update(self._part, advance=1, note=f"loss {loss:.3f}")
+
+    def evaluating(self, when: str) -> None:
+        self._bars.reset(self._part, description=f"measuring {when}", total=len(self._tasks), note="")
+
+    def evaluated(self) -> None:
+        self._bars.update(self._part, advance=1)
+
+    def measured(self, index: int, metrics: Mapping[str, Any]) -> None:
+        """All tasks have been measured after task ``index``."""
+        self._bars.update(self._whole, completed=index + 1)
+        column = [row[index] for row in metrics["accuracy"]]
+        shown = "  ".join(f"{task.name} {value:.1f}" for task, value in zip(self._tasks, column, strict=True))
+        self.console.print(f"[bold]{metrics['method']}[/] after {self._tasks[index].name}: {shown}")
+
+
+def run_tables(metrics: Mapping[str, Any]) -> list[Table]:
+    """One run: each task's accuracy before training, right after learning it, and at the end.
+
+    A metric of the user's gets such a table, too.
+    """
+    accuracy = _run_table(
+        f"{metrics['method']}: accuracy in % ({metrics['split']} split)",
+        metrics,
+        metrics["accuracy"],
+        metrics["initial"],
+        figure,
+    )
+    accuracy.caption = (
+        f"OP {figure(metrics['op'])}   BWT {figure(metrics['bwt'], sign=True)}   "
+        f"FWT {figure(metrics['fwt'], sign=True)}   ({metrics['samples']:,} training samples)"
+    )
+    own = [
+        _run_table(f"{metrics['method']}: {name}", metrics, part["matrix"], part["initial"], _any_figure)
+        for name, part in metrics["metrics"].items()
+    ]
+    return [accuracy, *own]
+
+
+def _run_table(
+    title: str,
+    metrics: Mapping[str, Any],
+    matrix: Sequence[Sequence[float]],
+    initial: Sequence[float],
+    write: Callable[..., str],
+) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title)
+    table.add_column("task")
+    for heading in ("records", "before", "learned", "at the end", "change"):
+        table.add_column(heading, justify="right")
+    for i, (name, row) in enumerate(zip(metrics["tasks"], matrix, strict=True)):
+        table.add_row(
+            name,
+            str(metrics["records"][i]),
+            write(initial[i]),
+            write(row[i]),
+            write(row[-1]),
+            write(row[-1] - row[i], sign=True),
+        )
+    return table
+
+
+def _any_figure(value: float, *, sign: bool = False) -> str:
+    """A number of unknown size."""
+    return f"{value:{'+' if sign else ''}.4g}"
+
+
+def comparison_table(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """Several runs over the same tasks, side by side: accuracy at the end, and the figures over all tasks.
+
+    Single tasks are left out where there are too many for a terminal's width.
+    """
+    table = Table(
+        title=f"accuracy in % at the end ({runs[0]['split']} split)",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("method", no_wrap=True)
+    shown = len(runs[0]["tasks"]) <= MOST_COLUMNS
+    for name in runs[0]["tasks"] if shown else []:
+        table.add_column(name, justify="right")
+    for heading in ("OP", "BWT", "FWT", "samples"):
+        table.add_column(heading, justify="right", style="bold")
+    for metrics in runs:
+        table.add_row(
+            metrics["method"],
+            *(figure(row[-1]) for row in metrics["accuracy"] if shown),
+            figure(metrics["op"]),
+            figure(metrics["bwt"], sign=True),
+            figure(metrics["fwt"], sign=True),
+            f"{metrics['samples']:,}",
+        )
+    return table
+
+
+def figure(value: float | None, *, sign: bool = False) -> str:
+    """A number with one decimal place; a dash for none."""
+    if value is None:
+        return "-"
+    return f"{value:+.1f}" if sign else f"{value:.1f}"

@@ -1,0 +1,120 @@
+"""``rkif report``: a run as one page that needs nothing but a browser."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rkif.continual.display.progress import figure
+from rkif.continual.display.report import figures
+from rkif.continual.display.report.ledger_section import account
+from rkif.continual.display.report.page import PAGE
+from rkif.continual.rundir.rundir import RunReader
+from rkif.files import write_text
+
+ABOUT = {
+    "op": "OP: mean accuracy over all tasks at the end.",
+    "bwt": "BWT: mean change of a task's accuracy since it was learned; below zero is forgetting.",
+    "fwt": "FWT: mean accuracy on a task not learned yet, above that before training.",
+}
+
+
+def write_report(run: Path) -> Path:
+    """Write ``RUN/report.html`` from what the run's folder holds; of an unfinished run what there is.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ValueError: there is no run, it has measured nothing yet, or a file of it is damaged.
+        ImportError: matplotlib is not installed.
+    """
+    reader = RunReader(run)
+    metrics = reader.metrics()
+    if not metrics.get("initial"):
+        raise ValueError(f"{run} has measured nothing yet")
+    sections = [_summary(metrics), _curves(metrics)]
+    sections += [_matrix(name, *matrix) for name, matrix in _matrices(metrics).items()]
+    rounds = reader.rounds()
+    if rounds:
+        sections += [_rounds(rounds)]
+    sections += account(run)
+    settings = f"<section><h2>Settings</h2><pre>{html.escape(reader.config_text())}</pre></section>"
+    title = f"{metrics['method']}: {len(metrics['tasks'])} tasks"
+    page = PAGE.replace("{{title}}", html.escape(title)).replace("{{body}}", "\n".join([*sections, settings]))
+    out = run / "report.html"
+    write_text(out, page)
+    return out
+
+
+def _summary(metrics: Mapping[str, Any]) -> str:
+    tiles = "".join(
+        f'<div class="tile"><b>{figure(metrics[key], sign=key != "op")}</b>{key.upper()}</div>'
+        for key in ABOUT
+    )
+    learned = len(metrics["accuracy"][0])
+    facts = (
+        f"{learned} of {len(metrics['tasks'])} tasks learned; {metrics['trainable']:,} parameters trained; "
+        f"{metrics['samples']:,} training samples; measured on {sum(metrics['records']):,} records of the "
+        f"{html.escape(metrics['split'])} split."
+    )
+    notes = "<br>".join(ABOUT.values())
+    return f'<section><div class="tiles">{tiles}</div><p>{facts}</p><p class="note">{notes}</p></section>'
+
+
+def _matrices(metrics: Mapping[str, Any]) -> dict[str, tuple[Sequence[str], Any, Any]]:
+    """Name -> tasks, matrix, values before training: accuracy and the user's own metrics."""
+    own = {name: (metrics["tasks"], f["matrix"], f["initial"]) for name, f in metrics["metrics"].items()}
+    return {"accuracy": (metrics["tasks"], metrics["accuracy"], metrics["initial"]), **own}
+
+
+def _curves(metrics: Mapping[str, Any]) -> str:
+    picture = figures.forgetting_curves(metrics["tasks"], metrics["accuracy"], metrics["initial"])
+    return (
+        "<section><h2>Forgetting</h2><p>Accuracy in per cent of every task after each task of the sequence; "
+        f"the dot marks the moment it was learned.</p>{picture}</section>"
+    )
+
+
+def _matrix(name: str, tasks: Sequence[str], matrix: Any, initial: Sequence[float]) -> str:
+    """Rows are tasks, columns the moments of measuring; shaded between the table's extremes."""
+    values = [value for row in [*matrix, initial] for value in row]
+    low, high = min(values), max(values)
+    learned = len(matrix[0])
+    head = "".join(f"<th>{html.escape(task)}</th>" for task in tasks[:learned])
+    rows = []
+    for i, (task, row, before) in enumerate(zip(tasks, matrix, initial, strict=True)):
+        cells = [
+            _cell(value, _share(value, low, high), learned=j == i)
+            for j, value in enumerate([before, *row], start=-1)
+        ]
+        rows.append(f"<tr><th>{html.escape(task)}</th>{''.join(cells)}</tr>")
+    return (
+        f"<section><h2>{html.escape(name.capitalize())}</h2><p>Row: the task that is asked. Column: the task "
+        "learned last. Framed: right after learning it.</p>"
+        f'<div class="scroll"><table><tr><th></th><th>before</th>{head}</tr>{"".join(rows)}</table></div>'
+        "</section>"
+    )
+
+
+def _cell(value: float, share: float, *, learned: bool) -> str:
+    return f'<td{" class=learned" if learned else ""} style="--shade:{share:.2f}">{value:.4g}</td>'
+
+
+def _share(value: float, low: float, high: float) -> float:
+    return (value - low) / (high - low) if high > low else 0.5
+
+
+def _rounds(rounds: Mapping[str, Mapping[str, Any]]) -> str:
+    return (
+        "<section><h2>Importance</h2><p>Mean importance of each layer's tensors, round by round, as either "
+        "learner found it; the brighter, the more important. Each map has a logarithmic scale of its own.</p>"
+        f"{figures.importance_maps(rounds)}</section>"
+        "<section><h2>Masks</h2><p>The share of parameters that either learner selected, and the overlap: of "
+        "those that one of the two selected, the share that both did.</p>"
+        f"{figures.mask_overlap(rounds)}</section>"
+        "<section><h2>Movement</h2><p>Length (L2) of the two task vectors of a round, and of the fusion's "
+        f"update.</p>{figures.movement(rounds)}</section>"
+    )

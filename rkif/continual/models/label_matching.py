@@ -1,0 +1,117 @@
+"""Sentence encoders: the answer is the label whose text lies nearest to the question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from rkif.continual.models.objective import Batch
+from rkif.continual.models.scoring import in_batches
+from rkif.continual.tasks.tasks import Item, Task
+from rkif.continual.tasks.text import TextFormat, cut
+
+TEMPERATURE = 0.05  # of cosines, as sentence encoders are commonly trained with
+
+
+class Matching:
+    """Question and labels run through one encoder; cosines of their mean token vectors are the scores.
+
+    So one adapter serves every set of labels, and no task has a head of its own. The loss is the
+    cross-entropy over the labels of the record's task, of cosines divided by 0.05.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        text: prompt and target templates; the target's is filled with each label.
+        max_length: the most tokens of a question; its middle is cut.
+        labels: task name -> the answers to choose from, for all tasks that records may come from.
+        batch_size: questions at a time where answers are asked for.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        text: TextFormat,
+        max_length: int,
+        labels: Mapping[str, Sequence[str]],
+        batch_size: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._text = text
+        self._max_length = max_length
+        self._labels = labels
+        self._batch_size = batch_size
+
+    def batch(self, items: Sequence[Item]) -> Batch:
+        """Questions, the labels of their tasks, which of these are a question's, and the right one.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, int64 [questions, length]; ``label_ids`` and ``label_mask``,
+            int64 [labels, length]; ``allowed``, bool [questions, labels]; ``target``, int64 [questions].
+
+        Raises:
+            ValueError: a record's answer is not among its task's labels.
+        """
+        tasks = list(dict.fromkeys(record.task for _, record in items))
+        columns = [(task, label) for task in tasks for label in self._labels[task]]
+        for _, record in items:
+            if (record.task, record.output) not in columns:
+                raise ValueError(
+                    f"record {record.id!r} of task {record.task!r}: {record.output!r} is not among its labels"
+                )
+        questions = self._questions(items)
+        answers = self._answers([label for _, label in columns])
+        return {
+            **questions,
+            "label_ids": answers["input_ids"],
+            "label_mask": answers["attention_mask"],
+            "allowed": torch.tensor([[task == record.task for task, _ in columns] for _, record in items]),
+            "target": torch.tensor([columns.index((record.task, record.output)) for _, record in items]),
+        }
+
+    def weight(self, batch: Batch) -> int:
+        return len(batch["target"])
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        questions = _embed(model, batch["input_ids"], batch["attention_mask"])
+        answers = _embed(model, batch["label_ids"], batch["label_mask"])
+        scores = (questions @ answers.T / TEMPERATURE).masked_fill(~batch["allowed"], -torch.inf)
+        return cross_entropy(scores, batch["target"])
+
+    def predict(self, model: nn.Module, task: Task) -> list[str]:
+        items = [(task.instruction, record) for record in task.dev]
+        device = next(model.parameters()).device
+
+        def embed(batch: Batch) -> Tensor:
+            return _embed(model, *(batch[name].to(device) for name in ("input_ids", "attention_mask")))
+
+        def nearest(chunk: Sequence[Item]) -> list[str]:
+            scores = embed(self._questions(chunk)) @ embed(self._answers(task.labels)).T
+            for (_, record), bad in zip(chunk, scores.isnan().any(1).tolist(), strict=True):
+                if bad:
+                    raise ValueError(f"model gives NaN for record {record.id!r} of task {record.task!r}")
+            return [task.labels[i] for i in scores.argmax(1).tolist()]
+
+        return in_batches(model, items, self._batch_size, nearest)
+
+    def _questions(self, items: Sequence[Item]) -> Batch:
+        texts = [self._text.prompt.format(instruction=one, input=record.input) for one, record in items]
+        rows = [self.tokenizer(text, verbose=False)["input_ids"] for text in texts]
+        return self._padded([cut(row, self._max_length) for row in rows])
+
+    def _answers(self, labels: Sequence[str]) -> Batch:
+        return self._padded([self.tokenizer(self._text.target.format(output=x))["input_ids"] for x in labels])
+
+    def _padded(self, rows: list[list[int]]) -> Batch:
+        return dict(self.tokenizer.pad({"input_ids": rows}, return_tensors="pt"))
+
+
+def _embed(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """The mean of a text's token vectors, of length 1: float32 [texts, width]."""
+    hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+    weights = mask.unsqueeze(-1)
+    return normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)

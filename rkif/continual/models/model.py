@@ -1,0 +1,165 @@
+"""The language model of a run, and what of it is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rkif.continual.config import RunConfig
+from rkif.continual.models.label_matching import Matching
+from rkif.continual.models.objective import Objective, Writing
+from rkif.continual.tasks.tasks import Task
+from rkif.continual.tasks.text import Encoder, TextFormat
+from rkif.seeding import derive_seed
+
+
+def build(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> tuple[nn.Module, Objective]:
+    """Load the model and its tokenizer, put the adapter on, and say what the model is to do with the tasks.
+
+    The adapter has ``slices`` times the rank that the config says. Its initial values depend on the run's
+    seed alone.
+
+    Raises:
+        ImportError: transformers or peft is not installed.
+        ValueError: the model cannot be loaded, or lacks the modules that the adapter is for.
+    """
+    transformers = require_transformers()
+    is_path = config.model.startswith((".", "/", "~")) or config.model.count("/") > 1
+    if is_path and not Path(config.model).is_dir():
+        raise ValueError(f"model: no such folder: {config.model}")
+
+    # The run has a progress display of its own.
+    transformers.utils.logging.disable_progress_bar()
+    if config.architecture == "encoder":
+        # It would warn of a pooler without weights, which nobody asks.
+        transformers.utils.logging.set_verbosity_error()
+    kind = {
+        "causal": transformers.AutoModelForCausalLM,
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
+        "encoder": transformers.AutoModel,
+    }[config.architecture]
+    # On CPUs the fused attention is the slower one in bfloat16: half the speed of a small encoder's step.
+    attention = "eager" if device(config).type == "cpu" and config.precision == "bfloat16" else None
+    frozen = torch.bfloat16 if config.precision == "bfloat16" and config.adapter else torch.float32
+    try:
+        found = _architecture(transformers, config.model)
+        if found != config.architecture:
+            raise ValueError(f"it is of architecture {found!r}, the config says {config.architecture!r}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+        model: Any = kind.from_pretrained(config.model, dtype=frozen, attn_implementation=attention)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {config.model!r} cannot be loaded: {_first_line(error)}") from error
+    if config.architecture == "encoder":
+        for name, parameter in model.named_parameters():
+            # Answers are found by token vectors: what pools them is not asked, and must not be fused.
+            parameter.requires_grad_("pooler" not in name)
+        most = getattr(model.config, "max_position_embeddings", None)
+        if most is not None and config.text.max_length > most:
+            raise ValueError(
+                f"text.max_length {config.text.max_length}: the model reads {most} tokens at most"
+            )
+    with warnings.catch_warnings():
+        # transformers is renaming what these two call; the old names are those of all its supported versions.
+        warnings.simplefilter("ignore", FutureWarning)
+        if config.training.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.adapter is not None:
+            model = _with_adapter(model, config, slices)
+    return model.to(device(config)), _objective(config, tokenizer, tasks)
+
+
+def _objective(config: RunConfig, tokenizer: Any, tasks: Sequence[Task]) -> Objective:
+    text, length = TextFormat(config.text.prompt, config.text.target), config.text.max_length
+    if config.architecture == "encoder":
+        labels = {task.name: task.labels for task in tasks}
+        size = config.evaluation.batch_size
+        return Matching(tokenizer, text=text, max_length=length, labels=labels, batch_size=size)
+    seq2seq = config.architecture == "seq2seq"
+    return Writing(Encoder(tokenizer, seq2seq=seq2seq, max_length=length, text=text), config.evaluation)
+
+
+def _architecture(transformers: Any, model: str) -> str:
+    """What the model's own config says it is: an encoder-decoder, a causal language model, or an encoder."""
+    settings = transformers.AutoConfig.from_pretrained(model)
+    if settings.is_encoder_decoder:
+        return "seq2seq"
+    causal = any("CausalLM" in name or "LMHead" in name for name in settings.architectures or ["CausalLM"])
+    return "causal" if causal else "encoder"
+
+
+def require_transformers() -> Any:
+    """The transformers package, imported here and nowhere before.
+
+    Raises:
+        ImportError: it or peft is not installed; the message says how to get them.
+    """
+    try:
+        import peft  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise ImportError('running tasks needs transformers and peft: pip install "rkif[hf]"') from error
+    return transformers
+
+
+def device(config: RunConfig) -> torch.device:
+    """The device that ``config.device`` names; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: no such device.
+    """
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {_first_line(error)}") from error
+    return chosen
+
+
+def autocast(config: RunConfig) -> contextlib.AbstractContextManager[Any]:
+    """The precision a run computes in."""
+    enabled = config.precision == "bfloat16"
+    return torch.autocast(device(config).type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def _with_adapter(model: Any, config: RunConfig, slices: int) -> Any:
+    import peft
+
+    assert config.adapter is not None
+    targets = config.adapter.target_modules
+    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    # peft is content if one of them is there.
+    for target in targets if isinstance(targets, list) else []:
+        if target.rpartition(".")[2] not in modules:
+            raise ValueError(f"adapter.target_modules: the model has no module {target!r}")
+    settings = peft.LoraConfig(
+        r=config.adapter.r * slices,
+        lora_alpha=config.adapter.alpha * slices,  # what is trained is scaled by alpha / r
+        lora_dropout=config.adapter.dropout,
+        target_modules=targets,
+        task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}[
+            config.architecture
+        ],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(config.seed, "adapter"))
+        try:
+            model = peft.get_peft_model(model, settings)
+        except ValueError as error:
+            raise ValueError(f"adapter.target_modules {targets}: {_first_line(error)}") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,70 @@
+"""What a model is trained to do with a record and asked to do with a question: write the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from rkif.continual.config import EvaluationSettings
+from rkif.continual.models.scoring import predict_by_generation, predict_by_likelihood
+from rkif.continual.tasks.tasks import Item, Task
+from rkif.continual.tasks.text import IGNORED, Encoder
+
+Batch = dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """The loss of a batch and the answers to questions, for one kind of model.
+
+    Attributes:
+        tokenizer: saved beside the model.
+    """
+
+    tokenizer: Any
+
+    def batch(self, items: Sequence[Item]) -> Batch:
+        """The tensors of a training batch, on the CPU."""
+
+    def weight(self, batch: Batch) -> int:
+        """The number of terms that the batch's loss is a mean of."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss of a batch on the model's device; a scalar with a graph."""
+
+    def predict(self, model: nn.Module, task: Task) -> list[str]:
+        """The answers to a task's dev records.
+
+        Raises:
+            ValueError: the answers are to be chosen among labels, and the task has none.
+        """
+
+
+class Writing:
+    """A language model writes the answer: cross-entropy over the answer's tokens, its EOS included."""
+
+    def __init__(self, encoder: Encoder, settings: EvaluationSettings) -> None:
+        self.tokenizer = encoder.tokenizer
+        self._encoder = encoder
+        self._settings = settings
+
+    def batch(self, items: Sequence[Item]) -> Batch:
+        return self._encoder.training_batch(items)
+
+    def weight(self, batch: Batch) -> int:
+        return int((batch["labels"] != IGNORED).sum())
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss: Tensor = model(**batch).loss
+        return loss
+
+    def predict(self, model: nn.Module, task: Task) -> list[str]:
+        settings, encoder = self._settings, self._encoder
+        items = [(task.instruction, record) for record in task.dev]
+        size = settings.batch_size
+        if settings.scoring == "generation":
+            return predict_by_generation(
+                model, encoder, items, batch_size=size, max_new_tokens=settings.max_new_tokens
+            )
+        return predict_by_likelihood(model, encoder, items, task.labels, batch_size=size)

@@ -1,0 +1,95 @@
+"""``rkif rollback``: a run as it was after an earlier round."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from rkif.continual.rundir.ledger import Ledger, Record
+from rkif.continual.rundir.recorder import parameter_digest, standing
+from rkif.continual.rundir.rundir import (
+    RunReader,
+    read_checkpoint,
+    task_folder,
+    write_checkpoint,
+    write_metrics,
+)
+from rkif.continual.rundir.snapshots import Snapshots
+from rkif.files import claimed
+
+
+def rollback(run: Path, to: int) -> Record:
+    """Return a run to the state after a round: parameters, importance, memory, optimizers, figures.
+
+    ``rkif run --resume`` goes on from there, with the bits the run had the first time. What came later is
+    given up: tasks, snapshots and figures; the ledger keeps its records, and gets one of the rollback.
+    Killed at any moment, it is completed by the next rollback or resumption.
+
+    Args:
+        run: the run's folder.
+        to: a round as the ledger numbers them, from 1; 0 for the state before the first.
+
+    Returns:
+        The ledger's record of it.
+
+    Raises:
+        ValueError: no such run or round, its state was not kept, or it is not what the ledger says it was.
+        RuntimeError: another process is at work in the folder.
+    """
+    reader = RunReader(run)
+    with claimed(run):
+        return _rollback(reader, to)
+
+
+def _rollback(reader: RunReader, to: int) -> Record:
+    run = reader.path
+    finish_rollback(run)
+    ledger = Ledger(run / "ledger.jsonl")
+    rounds = {record["round"]: record for record in standing(ledger.records) if record["event"] == "round"}
+    if to != 0 and to not in rounds:
+        raise ValueError(f"no round {to}: {run} has {len(rounds)} of them")
+    state = Snapshots(run / "snapshots", 0).read(to)
+    found = parameter_digest(state.parameters)
+    side, number = ("after", to) if to else ("before", 1)
+    if number in rounds and found != rounds[number]["parameters"][side]:
+        raise ValueError(f"the state kept of round {to} is not what the ledger says it was")
+    checkpoint = read_checkpoint(run)
+    record = ledger.append(
+        {
+            "event": "rollback",
+            "to": to,
+            "task": reader.metrics()["tasks"][state.task],
+            "finished": state.task,
+            "parameters": {
+                "before": None if checkpoint is None else parameter_digest(checkpoint.parameters),
+                "after": found,
+            },
+        }
+    )
+    finish_rollback(run)
+    return record
+
+
+def finish_rollback(run: Path) -> None:
+    """Do what the ledger's last record says if it is a rollback, and was not done to its end."""
+    path = run / "ledger.jsonl"
+    records = Ledger(path).records if path.exists() else []
+    if not records or records[-1]["event"] != "rollback":
+        return
+    record = records[-1]
+    checkpoint = read_checkpoint(run)
+    if checkpoint is not None and checkpoint.recorded == len(records):
+        return
+    snapshots = Snapshots(run / "snapshots", 0)
+    state = snapshots.read(record["to"])
+    snapshots.forget_after(record["to"])
+    metrics = RunReader(run).metrics()
+    for index in range(state.task, len(metrics["tasks"])):
+        shutil.rmtree(task_folder(run, index, metrics["tasks"][index]), ignore_errors=True)
+    for matrix in (metrics["accuracy"], *(own["matrix"] for own in metrics["metrics"].values())):
+        for row in matrix:
+            del row[state.task :]
+    write_metrics(run, metrics | {"op": None, "bwt": None, "fwt": None})
+    # At the end: until it is there, all of this is done again.
+    write_checkpoint(run, replace(state, recorded=len(records)))

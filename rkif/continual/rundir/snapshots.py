@@ -1,0 +1,74 @@
+"""The states that a run can return to: one after every round, thinned to a budget of disk space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rkif.continual.rundir.rundir import Checkpoint, read_state, state_bytes, write_state
+
+
+class Snapshots:
+    """States by the number of rounds that had been fused by then.
+
+    Where they would take more than ``budget`` bytes, some are given up: of all but the newest the one whose
+    neighbours lie closest together for its age. So the gaps grow with the age, and what is left of a long run
+    is dense at its end. A state that is larger than the budget by itself is not written.
+
+    Args:
+        folder: made by the first snapshot.
+        budget: bytes; 0 for no snapshots.
+    """
+
+    def __init__(self, folder: Path, budget: int) -> None:
+        self.folder = folder
+        self.budget = budget
+
+    def write(self, number: int, state: Checkpoint) -> None:
+        """Keep the state after ``number`` rounds, in place of what was kept under that number."""
+        if state_bytes(state) > self.budget:
+            return
+        self.folder.mkdir(exist_ok=True)
+        write_state(self._path(number), state)
+        sizes = {n: self._path(n).stat().st_size for n in self.numbers()}
+        while sum(sizes.values()) > self.budget:
+            given_up = least_missed(sorted(sizes))
+            self._path(given_up).unlink()
+            del sizes[given_up]
+
+    def read(self, number: int) -> Checkpoint:
+        """The state after ``number`` rounds.
+
+        Raises:
+            ValueError: it was not kept, or the file is damaged.
+        """
+        if number not in self.numbers():
+            kept = ", ".join(map(str, self.numbers())) or "none"
+            raise ValueError(f"the state after round {number} was not kept; there are: {kept}")
+        return read_state(self._path(number))
+
+    def numbers(self) -> list[int]:
+        """What is there, in order."""
+        return sorted(int(path.stem) for path in self.folder.glob("*.safetensors"))
+
+    def forget_after(self, number: int) -> None:
+        """Give up the states of later rounds."""
+        for later in self.numbers():
+            if later > number:
+                self._path(later).unlink()
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.safetensors"
+
+
+def least_missed(numbers: Sequence[int]) -> int:
+    """Of ascending numbers the one to give up: never the newest while there is another."""
+    if len(numbers) == 1:
+        return numbers[0]
+    newest = numbers[-1]
+    before = [-1, *numbers]
+    gaps = {
+        number: (numbers[place + 1] - before[place]) / (newest - number)
+        for place, number in enumerate(numbers[:-1])
+    }
+    return min(gaps, key=lambda number: (gaps[number], number))

@@ -1,0 +1,193 @@
+"""The replay memory: a few records of every earlier task, kept so that their old data need not be."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import asdict
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+from rkif.continual.tasks.tasks import Item, Record, json_lines, stratified_subset, string_field
+from rkif.files import write_text
+from rkif.seeding import derive_seed
+
+
+class ReplayMemory:
+    """A small sample of each earlier task, and an endless, restartable walk over it.
+
+    Two memories are equal if they hold the same items in the same order.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, tuple[Item, ...]] = {}
+
+    def add(
+        self,
+        task: str,
+        instruction: str,
+        records: Sequence[Record],
+        *,
+        fraction: float = 0.02,
+        cap: int | None = None,
+        seed: int,
+    ) -> None:
+        """Remembers `n = max(1, floor(fraction * len(records)))` records of a task, at most `cap`.
+
+        The product is formed with the decimal value of `fraction` (0.29 of 100 records is 29, where floats
+        give 28). The sample is spread over the labels as `stratified_subset` does it, each distinct output
+        counting as a label: every label is there while n allows it, and there are never more than n records,
+        however many labels there are. It depends on the records, n, the seed and the task's name alone.
+
+        Args:
+            task: the task's name.
+            instruction: what its prompts begin with; kept beside the records.
+            records: the task's training records.
+            fraction: the share to keep, in (0, 1]. The paper's is 2 %.
+            cap: the most records to keep.
+            seed: the run's seed.
+
+        Raises:
+            ValueError: the task was added before, there are no records, or one belongs to another task;
+                `fraction` is outside (0, 1] or `cap` below 1.
+        """
+        if task in self._tasks:
+            raise ValueError(f"task {task!r} is in the memory already")
+        if not records:
+            raise ValueError(f"task {task!r} has no records to remember")
+        for record in records:
+            if record.task != task:
+                raise ValueError(f"record {record.id!r} belongs to task {record.task!r}, not to {task!r}")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction must be in (0, 1], got {fraction}")
+        if cap is not None and cap < 1:
+            raise ValueError(f"cap must be at least 1, got {cap}")
+        n = max(1, int(Fraction(str(fraction)) * len(records)))
+        kept = stratified_subset(
+            records, n if cap is None else min(n, cap), derive_seed(seed, "memory", task)
+        )
+        self._tasks[task] = tuple((instruction, record) for record in kept)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._tasks.values()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ReplayMemory) and self.items == other.items
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks, in order of addition."""
+        return tuple(self._tasks)
+
+    @property
+    def by_task(self) -> dict[str, tuple[Item, ...]]:
+        """Task -> every (instruction, record) kept of it, in order of addition."""
+        return dict(self._tasks)
+
+    @property
+    def ids(self) -> dict[str, tuple[str, ...]]:
+        """The ids of the records kept of each task."""
+        return {task: tuple(record.id for _, record in items) for task, items in self._tasks.items()}
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """Every (instruction, record), task by task in order of addition."""
+        return tuple(item for items in self._tasks.values() for item in items)
+
+    def batch(self, step: int, size: int, *, seed: int) -> list[Item]:
+        """Returns the batch of one step of the walk over the memory.
+
+        The walk is an endless sequence of epochs. Each epoch passes once over the memory, reshuffled, with
+        the tasks interleaved as evenly as can be: among its first p items, a task that holds the share w of
+        the memory has floor(p * w) or ceil(p * w). Batch `step` is the items
+        [step * size, (step + 1) * size) of the walk. It is a function of the memory's content and of the
+        arguments, so a run resumes from its step counter alone; no state is kept and no global one touched.
+        Of W processes, the r-th takes the batch of ``step * W + r``: together they have those of one.
+
+        Args:
+            step: the batch's number, from 0.
+            size: its number of items; it may exceed the memory's.
+            seed: the run's seed.
+
+        Returns:
+            `size` items.
+
+        Raises:
+            ValueError: the memory is empty, `step` is negative or `size` below 1.
+        """
+        if not self._tasks:
+            raise ValueError("the memory is empty: add a task before drawing a batch")
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        items = self.items
+        sizes = tuple(len(kept) for kept in self._tasks.values())
+        walk = (divmod(position, len(items)) for position in range(step * size, (step + 1) * size))
+        return [items[_epoch_order(sizes, epoch, seed)[place]] for epoch, place in walk]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the memory as JSON lines: under a temporary name first, so that `path` is always whole."""
+        rows: list[dict[str, str | int]] = [{"rkif_memory": 1, "records": len(self)}]
+        for instruction, record in self.items:
+            rows.append({"instruction": instruction, **asdict(record)})
+        write_text(Path(path), "".join(json.dumps(row) + "\n" for row in rows))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ReplayMemory:
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a whole memory; the message names file and line.
+        """
+        path = Path(path)
+        lines = json_lines(path)
+        where, head = next(lines, (f"{path}:1", {}))
+        if head.get("rkif_memory") != 1:
+            raise ValueError(f"{where}: not a replay memory: the first line must hold 'rkif_memory': 1")
+        found: dict[str, list[Item]] = {}
+        for where, row in lines:
+            instruction = string_field(row, "instruction", where)
+            record = Record(*(string_field(row, key, where) for key in ("task", "id", "input", "output")))
+            found.setdefault(record.task, []).append((instruction, record))
+        memory = cls()
+        memory._tasks = {task: tuple(items) for task, items in found.items()}
+        if len(memory) != head.get("records"):
+            raise ValueError(
+                f"{where}: {len(memory)} records, where the first line announces {head.get('records')}"
+            )
+        return memory
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(sizes: tuple[int, ...], epoch: int, seed: int) -> tuple[int, ...]:
+    """The order of one epoch over tasks of the given sizes, as positions in the memory's items.
+
+    Which task comes next is a schedule of unit jobs by earliest deadline: the j-th item of a task with m of
+    the N items may come once its fair share exceeds j and must come before it exceeds j + 1. That all
+    deadlines can be met at once is Tijdeman's theorem (The chairman assignment problem, 1980).
+    """
+    rng = random.Random(derive_seed(seed, "replay", epoch))
+    total, start = sum(sizes), 0
+    queues: list[list[int]] = []
+    for size in sizes:
+        queues.append(rng.sample(range(start, start + size), size))
+        start += size
+    rng.shuffle(queues)
+
+    order: list[int] = []
+    taken = [0] * len(queues)
+    for position in range(1, total + 1):
+        due = [
+            (-(-(taken[i] + 1) * total // len(queue)), i)
+            for i, queue in enumerate(queues)
+            if taken[i] * total < position * len(queue) and taken[i] < len(queue)
+        ]
+        _, chosen = min(due)
+        order.append(queues[chosen][taken[chosen]])
+        taken[chosen] += 1
+    return tuple(order)

@@ -1,0 +1,207 @@
+"""From records to the token tensors a language model is trained and asked with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rkif.continual.tasks.tasks import Item
+
+IGNORED = -100
+"""The label that cross-entropy passes over."""
+
+_TAIL = 16
+"""Tokens kept of a cut prompt's end, where "Answer:" or its like stands."""
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How a record becomes text.
+
+    `prompt` must hold the placeholder {input} and may hold {instruction}; `target` must hold {output}. The
+    two are tokenized apart, so the space between question and answer belongs to the target, where most
+    tokenizers have it in the word's own token.
+
+    Raises:
+        ValueError: a template is malformed, lacks its placeholder, or has one that is not known.
+    """
+
+    prompt: str = "{instruction}{input}"
+    target: str = " {output}"
+
+    def __post_init__(self) -> None:
+        _check_template("prompt", self.prompt, needed="input", allowed={"instruction", "input"})
+        _check_template("target", self.target, needed="output", allowed={"output"})
+
+
+class Encoder:
+    """Turns (instruction, record) pairs into batches for one tokenizer and one kind of model.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer. It must have an EOS token, which ends every target; EOS also pads
+            where the tokenizer has no padding token of its own.
+        seq2seq: True for encoder-decoder models (T5), where prompt and target are separate sequences; False
+            for causal ones, where the target follows the prompt.
+        max_length: the most tokens of a sequence: prompt and target together for causal models, the prompt
+            for encoder-decoder ones. Prompts that are too long lose their middle: the instruction's head
+            and the last 16 tokens stay. Targets are never cut.
+        text: the templates.
+
+    Raises:
+        ValueError: the tokenizer has no EOS token.
+    """
+
+    def __init__(self, tokenizer: Any, *, seq2seq: bool, max_length: int, text: TextFormat) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer has no EOS token: targets could not end, and nothing could pad them")
+        self.tokenizer = tokenizer
+        self.seq2seq = seq2seq
+        self.max_length = max_length
+        self.text = text
+        self.eos_id: int = tokenizer.eos_token_id
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._before, self._after = _special_tokens(tokenizer)
+        if not seq2seq:
+            # An EOS between question and answer would tell the model to stop there.
+            self._after = []
+
+    def prompt(self, instruction: str, record_input: str, *, reserve: int = 0) -> list[int]:
+        """Encodes a question.
+
+        Args:
+            instruction: fills {instruction}.
+            record_input: fills {input}.
+            reserve: tokens of `max_length` that a causal model's target will need.
+
+        Returns:
+            Token ids, with the special tokens the tokenizer puts around a text (in front of it only, for
+            causal models), cut to `max_length` (less `reserve`, for causal models).
+
+        Raises:
+            ValueError: the target leaves no room for 17 tokens of the prompt, or the prompt has no tokens.
+        """
+        room = self.max_length if self.seq2seq else self.max_length - reserve
+        if room <= _TAIL:
+            raise ValueError(
+                f"max_length must hold at least {_TAIL + 1} tokens of the prompt"
+                + ("" if self.seq2seq else f" beside {reserve} of the target")
+                + f", got {self.max_length}"
+            )
+        filled = self.text.prompt.format(instruction=instruction, input=record_input)
+        tokens = [*self._before, *_encode(self.tokenizer, filled), *self._after]
+        if not tokens:
+            raise ValueError(f"prompt has no tokens: {filled!r}")
+        return cut(tokens, room)
+
+    def target(self, output: str) -> list[int]:
+        """Encodes an answer: its tokens and EOS, and no other special token."""
+        return [*_encode(self.tokenizer, self.text.target.format(output=output)), self.eos_id]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Turns generated tokens into an answer: the text before the first EOS, without surrounding space."""
+        answer = list(tokens)
+        if self.eos_id in answer:
+            answer = answer[: answer.index(self.eos_id)]
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+
+    def training_batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        """Builds a batch whose loss is on the answers, each with its EOS, alone.
+
+        Args:
+            items: (instruction, record) pairs.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, int64, on the CPU, padded on the right. Causal: all of
+            shape [len(items), length], the sequence being prompt and target. Encoder-decoder: the prompts'
+            [len(items), length] and, for the labels, the targets' [len(items), target length]. Labels are
+            -100 on prompts and padding.
+
+        Raises:
+            ValueError: there are no items, or a target leaves too little of `max_length`.
+        """
+        targets = [self.target(record.output) for _, record in items]
+        prompts = [
+            self.prompt(instruction, record.input, reserve=len(target))
+            for (instruction, record), target in zip(items, targets, strict=True)
+        ]
+        if self.seq2seq:
+            return {**self._padded(prompts, "right"), "labels": pad(targets, IGNORED, "right")}
+        pairs = list(zip(prompts, targets, strict=True))
+        # By position, not by token: where EOS also pads, the EOS of the answer must still be learned.
+        labels = pad([[IGNORED] * len(prompt) + target for prompt, target in pairs], IGNORED, "right")
+        return {**self._padded([prompt + target for prompt, target in pairs], "right"), "labels": labels}
+
+    def prompt_batch(
+        self, items: Sequence[Item], *, side: Literal["left", "right"], reserve: int = 0
+    ) -> dict[str, Tensor]:
+        """Builds a batch of questions without their answers.
+
+        Args:
+            items: (instruction, record) pairs.
+            side: where the padding goes. A causal model that is to go on writing needs it on the left.
+            reserve: tokens of `max_length` kept free for the longest answer of a causal model.
+
+        Returns:
+            `input_ids` and `attention_mask`, int64 [len(items), length], on the CPU.
+
+        Raises:
+            ValueError: there are no items, or `reserve` leaves too little of `max_length`.
+        """
+        prompts = [self.prompt(instruction, record.input, reserve=reserve) for instruction, record in items]
+        return self._padded(prompts, side)
+
+    def _padded(self, rows: Sequence[list[int]], side: Literal["left", "right"]) -> dict[str, Tensor]:
+        return {
+            "input_ids": pad(rows, self.pad_id, side),
+            "attention_mask": pad([[1] * len(row) for row in rows], 0, side),
+        }
+
+
+def cut(tokens: list[int], room: int) -> list[int]:
+    """At most `room` tokens (more than 16): where there are more the middle goes, the last 16 stay."""
+    return tokens if len(tokens) <= room else tokens[: room - _TAIL] + tokens[-_TAIL:]
+
+
+def pad(rows: Sequence[list[int]], value: int, side: Literal["left", "right"]) -> Tensor:
+    """Stacks lists of integers into an int64 tensor [len(rows), longest], filled up with `value` on one side.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if not rows:
+        raise ValueError("a batch needs at least one item")
+    longest = max(map(len, rows))
+    filling = [[value] * (longest - len(row)) for row in rows]
+    pairs = zip(filling, rows, strict=True) if side == "left" else zip(rows, filling, strict=True)
+    return torch.tensor([first + second for first, second in pairs], dtype=torch.int64)
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids a tokenizer puts before and after a text, found by trying: no attribute tells them."""
+    plain = _encode(tokenizer, "Answer:")
+    full = list(tokenizer("Answer:")["input_ids"])
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start], full[start + len(plain) :]
+    raise ValueError(f"tokenizer changes a text's tokens when it adds special ones: {plain} became {full}")
+
+
+def _check_template(name: str, template: str, *, needed: str, allowed: set[str]) -> None:
+    try:
+        parsed = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"{name} template {template!r} is malformed: {error}") from error
+    fields = {field for _, field, _, _ in parsed if field is not None}
+    if needed not in fields:
+        raise ValueError(f"{name} template {template!r} lacks the placeholder {{{needed}}}")
+    if fields - allowed or any(spec or conversion for _, _, spec, conversion in parsed):
+        raise ValueError(f"{name} template {template!r} may hold only the placeholders {sorted(allowed)}")

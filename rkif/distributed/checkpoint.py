@@ -1,0 +1,146 @@
+"""State in a folder of safetensors files, written by all processes together and read by as many or others."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from rkif.distributed.process_group import Ranks
+from rkif.files import settle, sync_folder
+
+# How torch.distributed.checkpoint calls the files of a state.
+_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+
+
+def write_state(folder: str | os.PathLike[str], state: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Write tensors, spread or not, as ``torch.distributed.checkpoint`` does; all ranks must call.
+
+    The folder appears when it is complete, in the place of one that was there; a kill leaves either of them.
+
+    Raises:
+        ValueError: what is there holds more than a state, which would be lost.
+        OSError, RuntimeError: it could not be written, here or on another rank.
+    """
+    # Imported where it is needed: it takes as long as everything else in rkif.
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    folder = Path(folder).resolve()  # of a link what it leads to is replaced
+    temporary = folder.with_name(folder.name + ".tmp")
+    with ranks.together():
+        if ranks.rank == 0:
+            _restore(folder)
+            _require_state(folder)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+    alone = ranks.size == 1
+    with _in_words(f"{folder} could not be written"), ranks.announced():
+        save(dict(state), storage_writer=writer, process_group=ranks.group, no_dist=alone)
+    with ranks.together():
+        if ranks.rank == 0:
+            for path in temporary.iterdir():
+                settle(path)
+            sync_folder(temporary)
+            _replace_folder(folder, temporary)
+
+
+def read_state(
+    folder: str | os.PathLike[str],
+    room: Callable[[str, torch.Size, torch.dtype], Tensor],
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """Read what :func:`write_state` wrote, on as many ranks or others; all must call.
+
+    Args:
+        room: makes the tensor that one of some name, whole shape and dtype is read into, spread or not.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        RuntimeError: it could not be read, here or on another rank.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    folder = Path(folder).resolve()
+    with ranks.together():
+        if ranks.rank == 0:
+            _restore(folder)
+    with _in_words(f"{folder} could not be read"), ranks.together():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no state in {folder}")
+        reader = HuggingFaceStorageReader(str(folder))
+        stored = reader.read_metadata().state_dict_metadata
+    state = {
+        name: room(name, about.size, about.properties.dtype)
+        for name, about in sorted(stored.items())
+        if isinstance(about, TensorStorageMetadata)
+    }
+    with _in_words(f"{folder} could not be read"), ranks.announced():
+        load(state, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1)
+    return state
+
+
+def _replace_folder(folder: Path, new: Path) -> None:
+    """Put ``new`` in the place of a folder, which is there under another name until it is."""
+    old = _aside(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        _restore(folder)
+        raise
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _require_state(folder: Path) -> None:
+    """Refuse to replace what is not, or not only, a state."""
+    if not folder.exists():
+        return
+    others = [folder.name] if not folder.is_dir() else sorted(path.name for path in folder.iterdir())
+    others = [name for name in others if not _SHARD.fullmatch(name)]
+    if others:
+        raise ValueError(
+            f"{folder} holds {others[0]!r}, which is no state of rkif's and would be lost; "
+            "name a folder that is not there, is empty, or holds a state"
+        )
+
+
+def _restore(folder: Path) -> None:
+    """Give a folder its name back, if whoever replaced it came no further."""
+    if _aside(folder).exists() and not folder.exists():
+        os.rename(_aside(folder), folder)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
+
+
+@contextmanager
+def _in_words(what: str) -> Iterator[None]:
+    """What torch.distributed.checkpoint raises, on all ranks, is no Exception and many lines long.
+
+    Raises:
+        RuntimeError: in its place, with the first cause; or for a damaged file.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        raise RuntimeError(f"{what}: rank {rank} failed: {type(cause).__name__}: {cause}") from error
+    except SafetensorError as error:
+        raise RuntimeError(f"{what}: {error}") from error

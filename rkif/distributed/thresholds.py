@@ -1,0 +1,97 @@
+"""Exact thresholds over the parts of the scores that lie in several processes.
+
+A sample from all ranks tells between which two scores the threshold probably lies, then every rank counts its
+scores in that window and the counts are summed: whole numbers, so the thresholds are those of one process,
+bit for bit, however the scores are split. What is sent does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import rkif_kernels
+from rkif.distributed.process_group import Ranks
+from rkif_kernels import Scores, order_statistic_rank
+from rkif_kernels.selection.counting import CountingSearch
+from rkif_kernels.selection.sampled import per_tensor_scores
+from rkif_kernels.types import Scope
+
+# Scores that all ranks together send. A quantile is then known to about a thousandth, which is a window of a
+# few per cent of its value: as many bytes of counts as of samples. Fewer scores than that are all sent.
+SAMPLE = 1 << 18
+SIGMAS = 4.5  # half-width of the window, in standard deviations of a quantile of the sample
+TENSOR_BINS = 1 << 11  # in a window of each tensor's search, where there is one for every tensor
+
+
+def sharded_thresholds(
+    scores: Scores, sizes: Sequence[int], *, density: float, scope: Scope, ranks: Ranks
+) -> Tensor:
+    """:func:`rkif_kernels.score_thresholds` of scores that are spread over processes.
+
+    Args:
+        scores: the parts that this process counts; tensors may be empty, or all of them.
+        sizes: number of elements of each tensor on all ranks together.
+        density, scope: as there.
+        ranks: the processes; all must call.
+
+    Returns:
+        float32 [1], or [len(sizes)] under scope="tensor" (inf for an empty tensor), the same on every rank.
+    """
+    device = scores.sensitivity[0].device
+    groups = len(sizes) if scope == "tensor" else 1
+    if density in (0, 1):
+        return torch.full((groups,), -math.inf if density == 1 else math.inf, device=device)
+    found = _of_tensors if scope == "tensor" else _global
+    return torch.tensor(found(scores, sizes, density, ranks), dtype=torch.float32, device=device)
+
+
+def _global(scores: Scores, sizes: Sequence[int], density: float, ranks: Ranks) -> list[float]:
+    numel = sum(sizes)
+    rank = order_statistic_rank(numel, density)
+    sample = _gathered_sample(scores, -(-numel // SAMPLE), ranks)
+    if numel <= SAMPLE:
+        return [float(np.partition(sample, rank)[rank])]
+    search = CountingSearch(rank, _bracket(sample, rank / (numel - 1)))
+    _count_until_done([(search, scores)], ranks)
+    return [search.value]
+
+
+def _of_tensors(scores: Scores, sizes: Sequence[int], density: float, ranks: Ranks) -> list[float]:
+    searches = [
+        CountingSearch(order_statistic_rank(size, density), bins=TENSOR_BINS) if size else None
+        for size in sizes
+    ]
+    pairs = zip(searches, per_tensor_scores(scores), strict=True)
+    _count_until_done([(search, one) for search, one in pairs if search is not None], ranks)
+    return [math.inf if search is None else search.value for search in searches]
+
+
+def _count_until_done(searches: Sequence[tuple[CountingSearch, Scores]], ranks: Ranks) -> None:
+    while left := [(search, scores) for search, scores in searches if not search.done]:
+        sizes = [search.window.bins + 3 for search, _ in left]
+        device = left[0][1].sensitivity[0].device
+        counts = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        for (search, scores), part in zip(left, torch.split(counts, sizes), strict=True):
+            rkif_kernels.count_scores_(part, scores, low=search.window.low, shift=search.window.shift)
+        for (search, _), part in zip(left, torch.split(ranks.total(counts).cpu(), sizes), strict=True):
+            search.narrow(part.numpy())
+
+
+def _gathered_sample(scores: Scores, step: int, ranks: Ranks) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """Every ``step``-th score of each rank; what is not positive as zero, as wherever scores are counted."""
+    sample = ranks.gathered(rkif_kernels.sample_scores(scores, step))
+    return torch.where(sample > 0, sample, 0.0).cpu().numpy()
+
+
+def _bracket(sample: np.ndarray[tuple[int], np.dtype[np.float32]], quantile: float) -> tuple[float, float]:
+    """Two scores between which the quantile of all scores very probably lies."""
+    last = len(sample) - 1
+    margin = SIGMAS * math.sqrt(quantile * (1 - quantile) * len(sample)) + 1
+    low, high = math.floor(quantile * last - margin), math.ceil(quantile * last + margin)
+    ranked = np.partition(sample, [max(low, 0), min(high, last)])
+    return (float(ranked[low]) if low >= 0 else 0.0, float(ranked[high]) if high <= last else math.inf)

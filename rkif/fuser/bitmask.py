@@ -1,0 +1,54 @@
+"""Masks of one bit an element."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rkif_kernels import Scores
+from rkif_kernels.selection.sampled import per_tensor_scores
+
+
+def packed_masks(scores: Scores, thresholds: Tensor) -> list[Tensor]:
+    """What thresholds select, ``score > threshold``: uint8 [ceil(numel / 8)] for each tensor.
+
+    Args:
+        scores: importance of some tensors.
+        thresholds: float32 [1], or one for each tensor; -inf selects everything.
+    """
+    limits = thresholds.expand(len(scores.sensitivity)).tolist()
+    return [_packed(one, limit) for one, limit in zip(per_tensor_scores(scores), limits, strict=True)]
+
+
+def _packed(scores: Scores, limit: float) -> Tensor:
+    (s,) = scores.sensitivity
+    packed = torch.empty(-(-s.numel() // 8), dtype=torch.uint8, device=s.device)
+    parts = [s.reshape(-1)] + ([] if scores.uncertainty is None else [scores.uncertainty[0].reshape(-1)])
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=s.device)
+    for start in range(0, s.numel(), _BLOCK):
+        values = [part[start : start + _BLOCK].float() for part in parts]
+        mask = math.prod(values[1:], start=values[0]) > limit
+        if limit == -math.inf:
+            mask = torch.ones_like(mask)
+        whole = torch.zeros(-(-mask.numel() // 8) * 8, dtype=torch.uint8, device=s.device)
+        whole[: mask.numel()] = mask
+        found = (whole.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+        packed[start // 8 : start // 8 + found.numel()] = found
+    return packed
+
+
+_BLOCK = 1 << 20  # elements unpacked at a time, a multiple of 8
+
+
+def unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
+    """The mask as scores: bfloat16 0 and 1, which a threshold of one half tells apart."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed[:, None] >> shifts) & 1
+    return bits.view(-1)[: shape.numel()].view(shape).to(torch.bfloat16)
+
+
+def repacked(mask: Tensor) -> Tensor:
+    """A mask of 0 and 1 of any dtype, packed."""
+    return _packed(Scores([mask]), 0.5)

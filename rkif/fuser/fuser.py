@@ -1,0 +1,563 @@
+"""The recurrent method inside a training loop of one's own."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rkif.config import FusionConfig, merge_weights
+from rkif.distributed.checkpoint import read_state, write_state
+from rkif.distributed.shards import Held, local_as, spread_as
+from rkif.fuser.grouped_fusion import fuse_in_turns, squared_distance
+from rkif.fuser.importance import Importance
+from rkif.fuser.no_compile import uncompiled
+from rkif.fuser.parameters import trainable_parameters
+from rkif.fuser.snapshot import Snapshot, in_turns
+from rkif.fusion import FusionReport, Thresholds, fuse_lists, report_of
+from rkif.gate import Gate, Gatekeeper
+from rkif_kernels.types import CASES
+
+Learner = Literal["inner", "outer"]
+
+# What stands before a parameter's name in a state, see Fuser._tensors.
+_KIND = re.compile(r"^(base|inner|(start\.)?(inner|outer)_importance\.(sensitivity|uncertainty|mask))\.")
+
+
+class Fuser:
+    """Follows an inner and an outer learner over a model's trainable parameters and fuses what they did.
+
+    A round starts from ``base``, the parameters when the fuser was made or last fused::
+
+        for batch in new_task:                                  # inner learner, Q steps
+            loss.backward(); fuser.observe(); optimizer.step(); optimizer.zero_grad()
+        with fuser.outer():                                     # outer learner, M steps; leaving fuses
+            for batch in memory:
+                loss.backward(); fuser.observe(); outer_optimizer.step(); outer_optimizer.zero_grad()
+
+    Gradients must be those the step will use: accumulated, unscaled, clipped. Memory beside the model: a copy
+    of the parameters from the start, a second one in the outer phase, a third while they are fused; and S,
+    perhaps U, for either learner. The config can have less of each: see docs/memory.md.
+
+    Wrapped models (DDP, FSDP2's ``fully_shard``, tensor parallelism, ``torch.compile``) are given as they
+    are. Where parameters are spread over processes every method but :meth:`observe` must be called by all
+    of them; a call that fails on one fails on all, with the cause. See docs/distributed.md.
+
+    Args:
+        parameters: a module, or an iterable of (name, parameter); the trainable ones take part.
+        config: settings; the default is :class:`FusionConfig`'s.
+        gate: what every fusion is checked by before it is kept; see :mod:`rkif.gate`. After a verdict of
+            "undo" or "stop" parameters and importance are as at the start of the round (which takes a copy
+            of the importance); the optimizers' state is the caller's.
+
+    Attributes:
+        config: the settings.
+        parameters: name -> trainable parameter.
+        sharded: whether they are spread over processes.
+        phase: "inner" or "outer", whose turn it is.
+        round: rounds that have ended, by a fusion or a rollback.
+        inner_observed, outer_observed: calls of :meth:`observe` in this round.
+        last_report: report of the last fusion, or None.
+
+    Raises:
+        TypeError, ValueError: nothing is trainable, parameters on several devices, unsupported dtypes, or a
+            model that is spread in a way that hides its gradients (DeepSpeed, FSDP1).
+        RuntimeError: other settings, parameters or another gate than on another rank.
+    """
+
+    def __init__(
+        self,
+        parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
+        config: FusionConfig | None = None,
+        *,
+        gate: Gate | None = None,
+    ) -> None:
+        self.config = FusionConfig() if config is None else config
+        if not isinstance(self.config, FusionConfig):
+            raise TypeError(f"config must be a FusionConfig; got {type(config).__name__}")
+        if gate is not None and not isinstance(gate, Gate):
+            raise TypeError(f"gate must be a Gate; got {type(gate).__name__}")
+        self.parameters = trainable_parameters(parameters)
+        self._held = Held(parameters, self.parameters)
+        self._held.require_agreement(self.config, None if gate is None else gate.settings)
+        self._gatekeeper = None
+        if gate is not None:
+            self._gatekeeper = Gatekeeper(gate, self._held.ranks.mean)
+        parts = self._held.parts()
+        named = dict(zip(self.parameters, parts, strict=True))
+        self._importance: dict[Learner, Importance] = {
+            "inner": Importance(named, self.config),
+            "outer": Importance(named, self.config),
+        }
+        self._dtypes = [part.dtype for part in parts]
+        masters = [torch.promote_types(dtype, torch.float32) for dtype in self._dtypes]
+        self._base_dtypes = masters if self.config.fp32_master else self._dtypes
+        self._base = self._snapshot(self._base_dtypes, parts)
+        self._inner: Snapshot | None = None  # where the inner learner stopped; only in the outer phase
+        # Importance at the start of the round, which a gate may return to where it is not zero.
+        self._start = {name: t.clone() for name, t in self._kept_importance().items() if gate is not None}
+        # Elements whose importance was not finite: those that this process counts, and its replicas.
+        self._nonfinite = torch.zeros(2, dtype=torch.int64, device=parts[0].device)
+        self._with_gradient: set[str] = set()
+        self._observed: dict[Learner, int] = {"inner": 0, "outer": 0}
+        self._outer_settled = False  # refresh_outer=False: whether a fusion has gone by the outer importance
+        self.phase: Learner = "inner"
+        self.round = 0
+        self.last_report: FusionReport | None = None
+
+    @property
+    def sharded(self) -> bool:
+        return self._held.sharded
+
+    @property
+    def inner_observed(self) -> int:
+        return self._observed["inner"]
+
+    @property
+    def outer_observed(self) -> int:
+        return self._observed["outer"]
+
+    @uncompiled
+    def observe(self) -> None:
+        """Take the importance of every parameter from ``parameter.grad``, before the optimizer's step.
+
+        It goes to the learner whose phase it is. A parameter without a gradient counts as one with a zero
+        gradient. Elements with a non-finite importance are left as they were, and counted.
+        """
+        gradients = self._held.gradients()
+        parts, learner = self._held.parts(), self._importance[self.phase]
+        frozen = self.phase == "outer" and self._outer_settled
+        for count, numbers in zip(torch.split(self._nonfinite, 1), self._held.numbers, strict=True):
+            if numbers:
+                learner.update(parts, gradients, count, numbers, frozen=frozen)
+        for snapshot in (self._base, self._inner):
+            if snapshot is not None:
+                snapshot.settle()  # the step that follows changes what is still being copied
+        self._observed[self.phase] += 1
+        if len(self._with_gradient) < len(self.parameters):
+            self._with_gradient.update(
+                name
+                for name, gradient in zip(self.parameters, gradients, strict=True)
+                if gradient is not None
+            )
+
+    @uncompiled
+    def begin_outer(self) -> None:
+        """End the inner phase: what the parameters are now is what the inner learner made of them.
+
+        Raises:
+            RuntimeError: the outer phase has begun already.
+        """
+        if self.phase == "outer":
+            raise RuntimeError(
+                "begin_outer() was called twice in a round; end the round with fuse() or rollback()"
+            )
+        if self.config.pack_inner:
+            thresholds = self._threshold("inner")
+        inner = self._snapshot(self._dtypes, self._held.parts())
+        if self.config.pack_inner:
+            self._importance["inner"].pack(thresholds)
+        self._inner = inner
+        self.phase = "outer"
+
+    @uncompiled
+    def fuse(self) -> FusionReport:
+        """End the round: replace the parameters by the fusion, which is the next round's ``base``.
+
+        Raises:
+            RuntimeError: not in the outer phase, a learner was never observed, or a non-finite importance
+                was seen and the config says "raise".
+            ValueError: a parameter had no gradient in any step of the round.
+                Parameters, importance and the round are as before then: call :meth:`rollback` to give
+                the round up.
+        """
+        with self._held.ranks.together():
+            if self.phase != "outer":
+                raise RuntimeError(
+                    "fuse() was called in the inner phase; call begin_outer() first, or use `with outer()`"
+                )
+            for learner, observed in self._observed.items():
+                if observed == 0:
+                    raise RuntimeError(f"observe() was never called for the {learner} learner in this round")
+        seen = torch.tensor([int(name in self._with_gradient) for name in self.parameters])
+        for name, count in zip(self.parameters, self._held.counted(seen).tolist(), strict=True):
+            if not count:
+                raise ValueError(f"parameter {name!r} had no gradient in any observe() of this round")
+        nonfinite = int(self._held.counted(self._nonfinite)[0])
+        if nonfinite and self.config.nonfinite == "raise":
+            raise RuntimeError(
+                f"{nonfinite} elements had a non-finite importance |w*g| in this round (NaN or infinite "
+                "gradients or weights); nothing was fused. rollback() returns to the round's start"
+            )
+        with self._held.ranks.announced():
+            report = self._refused(nonfinite) if nonfinite else self._fuse()
+        self._outer_settled |= report.applied and not self.config.refresh_outer
+        self._end_round()
+        self.last_report = report
+        return report
+
+    @contextmanager
+    def outer(self) -> Iterator[Fuser]:
+        """The outer phase as a block; leaving it fuses.
+
+        An exception in the block leaves the round as it is. Other ranks, which may be waiting for this one,
+        fail with it.
+        """
+        self.begin_outer()
+        with self._held.ranks.announced():
+            yield self
+        self.fuse()
+
+    @uncompiled
+    def rollback(self) -> None:
+        """Give the round up: the parameters return to ``base``, bit for bit, and a new round begins.
+
+        What the outer learner has observed stays in its importance, as after a fusion, unless the config
+        clears it.
+        """
+        self._give(self._base)
+        self._end_round()
+
+    def scores(self, learner: Learner) -> dict[str, Tensor]:
+        """Name -> importance scores so far: float32 copies of the parameters' shapes, spread as they are.
+
+        Raises:
+            ValueError: ``learner`` is neither "inner" nor "outer".
+            RuntimeError: the inner learner's have been packed into a mask (``pack_inner``).
+        """
+        if learner not in self._importance:
+            raise ValueError(f"learner must be 'inner' or 'outer'; got {learner!r}")
+        if self._importance[learner].packed:
+            raise RuntimeError("pack_inner=True: of the inner scores only a mask is left in the outer phase")
+        return self._held.spread(self._importance[learner].score_copies())
+
+    def base(self) -> dict[str, Tensor]:
+        """Name -> the parameters at the start of the round, as copies, spread as they are."""
+        copies = [torch.empty_like(part) for part in self._held.parts()]
+        self._base.give(copies)
+        return self._held.spread(dict(zip(self.parameters, copies, strict=True)))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything needed to go on from here, at any point of a round, beside the parameters themselves.
+
+        Returns:
+            A flat dict of tensors that share no memory, as safetensors wants them; those of the parameters'
+            shapes spread as the parameters are, as ``torch.distributed.checkpoint`` wants them.
+        """
+        self._settle_host()
+        state = {
+            name: spread_as(tensor.to(memory_format=torch.contiguous_format, copy=True), self._of(name))
+            for name, tensor in self._tensors().items()
+        }
+        if self._gatekeeper is not None:
+            state |= {f"gate.{name}": tensor for name, tensor in self._gatekeeper.tensors().items()}
+        if (thresholds := self._importance["inner"].thresholds) is not None:
+            state["inner_thresholds"] = thresholds.clone()
+        if not self.config.refresh_outer:
+            state["outer_settled"] = torch.tensor(int(self._outer_settled))
+        state["nonfinite"] = self._held.total(self._nonfinite)[0].clone()
+        state["phase"] = torch.tensor(["inner", "outer"].index(self.phase))
+        state["round"] = torch.tensor(self.round)
+        state["inner_observed"] = torch.tensor(self.inner_observed)
+        state["outer_observed"] = torch.tensor(self.outer_observed)
+        state["with_gradient"] = torch.tensor(
+            [name in self._with_gradient for name in sorted(self.parameters)]
+        )
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from where :meth:`state_dict` was taken. The parameters must be restored by the caller.
+
+        Tensors may be whole or spread in any way; every process takes its part.
+
+        Raises:
+            ValueError: other names, shapes or dtypes than this fuser's; nothing has been changed then.
+        """
+        scalars = {"nonfinite", "phase", "round", "inner_observed", "outer_observed", "with_gradient"}
+        scalars |= set() if self.config.refresh_outer else {"outer_settled"}
+        for name in sorted(scalars - set(state)):
+            raise ValueError(f"the state lacks {name!r}")
+        for name in sorted(scalars - {"with_gradient"}):
+            number = state[name]
+            if number.numel() != 1 or number.is_floating_point() or int(number) < 0:
+                raise ValueError(f"state[{name!r}] must be one whole number; got {number!r}")
+        in_outer = bool(state["phase"])
+        packed = in_outer and self.config.pack_inner
+        expected = self._expected(in_outer=in_outer, packed=packed)
+        others = {"gate.counters", "gate.known"} if self._gatekeeper is not None else set()
+        others |= {"inner_thresholds"} if packed else set()
+        for name in sorted(set(state) - scalars ^ (set(expected) | others)):
+            which = "has, unlike this fuser," if name in state else "lacks"
+            raise ValueError(f"the state {which} {name!r}")
+        for name, dtype in expected.items():
+            given, shape = state[name], self._of(name).shape
+            if given.shape != shape or given.dtype != dtype:
+                raise ValueError(
+                    f"state[{name!r}] is {given.dtype} {tuple(given.shape)}; "
+                    f"this fuser has {dtype} {tuple(shape)}"
+                )
+        if state["with_gradient"].shape != (len(self.parameters),):
+            raise ValueError(f"state['with_gradient'] must have {len(self.parameters)} elements")
+        thresholds = state["inner_thresholds"].to(self._nonfinite.device) if packed else None
+        if thresholds is not None and thresholds.shape != (self._thresholds_a_side,):
+            raise ValueError(f"state['inner_thresholds'] must have {self._thresholds_a_side} elements")
+
+        parts = {name: local_as(state[name], self._of(name)) for name in expected}
+        if self._gatekeeper is not None:
+            stored = {name: state[f"gate.{name}"] for name in ("counters", "known")}
+            self._gatekeeper.load_tensors(stored)
+        for learner, importance in self._importance.items():
+            prefix = f"{learner}_importance."
+            own = {name[len(prefix) :]: t for name, t in parts.items() if name.startswith(prefix)}
+            importance.load_tensors(own, thresholds if learner == "inner" else None)
+        self._inner = self._snapshot(self._dtypes) if in_outer else None
+        self._settle_host()
+        for name, tensor in self._tensors().items():
+            if not name.startswith(("inner_importance.", "outer_importance.")):
+                tensor.copy_(parts[name])
+        # A count that all processes share is one of them to remember.
+        self._nonfinite.copy_(torch.tensor([int(state["nonfinite"]) if self._held.ranks.rank == 0 else 0, 0]))
+        if not self._held.sharded:
+            self._nonfinite[0] = int(state["nonfinite"])
+        self.phase = "outer" if in_outer else "inner"
+        self._outer_settled = bool(state.get("outer_settled", False))
+        self.round = int(state["round"])
+        self._observed = {"inner": int(state["inner_observed"]), "outer": int(state["outer_observed"])}
+        flags = zip(sorted(self.parameters), state["with_gradient"].tolist(), strict=True)
+        self._with_gradient = {name for name, flag in flags if flag}
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write :meth:`state_dict` into a folder, with ``torch.distributed.checkpoint``: safetensors files.
+
+        The folder is the state's alone: it takes the place of a state that was there.
+
+        Raises:
+            ValueError: the folder holds something else.
+            RuntimeError, OSError: it could not be written; a folder that was there before still is then.
+        """
+        self.write(folder, self.state_dict())
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Go on from what :meth:`save` wrote, on as many processes or on others.
+
+        Raises:
+            FileNotFoundError, RuntimeError: it could not be read.
+            ValueError: see :meth:`load_state_dict`.
+        """
+        self.load_state_dict(self.read(folder))
+
+    def write(self, folder: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
+        """Write tensors, :meth:`state_dict`'s and others, into a folder together with all processes."""
+        write_state(folder, state, self._held.ranks)
+
+    def read(self, folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+        """Read what :meth:`write` wrote; what is called like a parameter at its end is spread as it is."""
+
+        def room(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+            for parameter_name, parameter in self.parameters.items():
+                if name.endswith(f".{parameter_name}") and parameter.shape == shape:
+                    return torch.empty_like(parameter, dtype=dtype)
+            return torch.empty(shape, dtype=dtype)
+
+        return read_state(folder, room, self._held.ranks)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors of the state that have parameters' shapes, by name; only packed masks are copies."""
+        tensors = {f"base.{name}": t for name, t in zip(self.parameters, self._base.tensors, strict=True)}
+        if self._inner is not None:
+            tensors |= {
+                f"inner.{name}": t for name, t in zip(self.parameters, self._inner.tensors, strict=True)
+            }
+        for learner, importance in self._importance.items():
+            tensors |= {f"{learner}_importance.{name}": t for name, t in importance.tensors().items()}
+        return tensors | {f"start.{name}": t for name, t in self._start.items()}
+
+    def _expected(self, *, in_outer: bool, packed: bool) -> dict[str, torch.dtype]:
+        """Name -> dtype of the tensors that a state has in a phase."""
+        kinds = {"base": self._base_dtypes} | ({"inner": self._dtypes} if in_outer else {})
+        scores = ["sensitivity", "uncertainty"] if self.config.uses_uncertainty else ["sensitivity"]
+        state_dtypes = [self.config.state_dtype] * len(self._dtypes)
+        for learner in self._importance:
+            mask = packed and learner == "inner"
+            for part in ["mask"] if mask else scores:
+                dtypes = [torch.uint8] * len(self._dtypes) if mask else state_dtypes
+                kinds[f"{learner}_importance.{part}"] = dtypes
+        expected = {
+            f"{kind}.{name}": dtype
+            for kind, dtypes in kinds.items()
+            for name, dtype in zip(self.parameters, dtypes, strict=True)
+        }
+        return expected | {f"start.{name}": tensor.dtype for name, tensor in self._start.items()}
+
+    def _of(self, name: str) -> Tensor:
+        """The parameter that a tensor of the state belongs to."""
+        return self.parameters[_KIND.sub("", name)]
+
+    def _kept_importance(self) -> dict[str, Tensor]:
+        """The importance that outlives a round, not copies."""
+        cleared = {"inner": self.config.clear_inner, "outer": self.config.clear_outer}
+        return {
+            f"{learner}_importance.{name}": tensor
+            for learner, importance in self._importance.items()
+            if not cleared[learner]
+            for name, tensor in importance.tensors().items()
+        }
+
+    def _snapshot(self, dtypes: Sequence[torch.dtype], values: Sequence[Tensor] | None = None) -> Snapshot:
+        snapshot = Snapshot(self._held.parts(), dtypes, offload=self.config.offload)
+        if values is not None:
+            snapshot.put(range(len(values)), [value.detach() for value in values])
+        return snapshot
+
+    @torch.no_grad()
+    def _give(self, snapshot: Snapshot) -> None:
+        """Make the parameters what a snapshot has of them."""
+        snapshot.give(self._held.parts())
+        self._held.changed()
+
+    def _settle_host(self) -> None:
+        for snapshot in (self._base, self._inner):
+            if snapshot is not None:
+                snapshot.settle_host()
+
+    @property
+    def _thresholds_a_side(self) -> int:
+        return len(self.parameters) if self.config.scope == "tensor" else 1
+
+    def _threshold(self, learner: Learner) -> Tensor:
+        """Of what a learner has found out: one, or one for each parameter, over all processes."""
+        scores = self._importance[learner].scores
+        return self._held.thresholds(scores, density=self.config.density, scope=self.config.scope)
+
+    def _fuse(self) -> FusionReport:
+        """Fuse, let the gate judge, and make of the result the next round's base."""
+        # Into memory of its own, which is the next base: so one pass over memory is enough.
+        with self._held.ranks.together():
+            fused = self._snapshot(self._base_dtypes)
+        report = self._fused(fused)
+        if self._gatekeeper is None:
+            self._give(fused)
+            self._base = fused
+            return report
+        return self._gated(self._gatekeeper, fused, report)
+
+    def _fused(self, fused: Snapshot) -> FusionReport:
+        assert self._inner is not None
+        inner, outer = self._importance["inner"], self._importance["outer"]
+        names, parts = list(self.parameters), [part.detach() for part in self._held.parts()]
+        weights = merge_weights(self.config.rule)
+        plain = self._base_dtypes == self._dtypes and not (self.config.offload or self.config.pack_inner)
+        if plain and not self._held.sharded:
+            with self._held.ranks.together():
+                return fuse_lists(
+                    names,
+                    self._base.tensors,
+                    self._inner.tensors,
+                    parts,
+                    inner.scores,
+                    outer.scores,
+                    out=fused.tensors,
+                    density=self.config.density,
+                    weights=weights,
+                    scope=self.config.scope,
+                )
+        inner_thresholds = self._threshold("inner") if inner.thresholds is None else inner.thresholds
+        outer_thresholds = self._threshold("outer")
+        with self._held.ranks.together():
+            stats = fuse_in_turns(
+                fused,
+                self._base,
+                self._inner,
+                parts,
+                (inner, outer),
+                thresholds=(inner_thresholds, outer_thresholds),
+                weights=weights.cases,
+                owned=self._held.owned,
+                names=names,
+            )
+        # Counts below 2^53 are exact in double.
+        summed = self._held.total(torch.cat([stats.counts.double(), stats.squared_norms]))
+        stats = stats._replace(counts=summed[:4].long(), squared_norms=summed[4:])
+        numel = sum(self._held.sizes)
+        return report_of(names, stats, numel=numel, scope=self.config.scope)
+
+    def _gated(self, gatekeeper: Gatekeeper, fused: Snapshot, report: FusionReport) -> FusionReport:
+        """Let the gate decide how much of the step from base to ``fused`` is taken."""
+        parts = [part.detach() for part in self._held.parts()]
+
+        def share(factor: float) -> Iterator[tuple[int, Tensor]]:
+            for numbers, (starts, ends) in in_turns([self._base, fused]):
+                for number, start, end in zip(numbers, starts, ends, strict=True):
+                    yield number, start.float() + factor * (end.float() - start.float())
+
+        @torch.no_grad()
+        def take(factor: float) -> None:
+            if factor in (0.0, 1.0):
+                self._give(fused if factor else self._base)
+                return
+            for number, value in share(factor):
+                parts[number].copy_(value)
+            self._held.changed()
+
+        # The criteria may fail: then nothing has been fused, and the round can be given up.
+        outer, state = self._snapshot(self._dtypes, parts), gatekeeper.tensors()
+        outer.settle()  # what is tried is written over the parameters
+        try:
+            with self._held.ranks.announced():
+                verdict = gatekeeper.judge(take)
+        except BaseException:
+            self._give(outer)
+            gatekeeper.load_tensors(state)
+            raise
+        if verdict.factor == 0:
+            self._undo_importance()
+            norms = report.norms | {"update": 0.0}
+            return replace(report, norms=norms, applied=False, gate=verdict)
+        if verdict.factor != 1:
+            for number, value in share(verdict.factor):
+                fused.put([number], [value.to(self._base_dtypes[number])])
+        update = squared_distance(fused, self._base, self._held.owned)
+        norms = report.norms | {"update": math.sqrt(float(self._held.total(update)))}
+        self._base = fused
+        return replace(report, norms=norms, gate=verdict)
+
+    def _undo_importance(self) -> None:
+        """Back to the round's start: what was kept by its copy, and what was cleared then to zero."""
+        kept = self._kept_importance()
+        for name, tensor in self._start.items():
+            kept[name].copy_(tensor)
+
+    def _refused(self, nonfinite: int) -> FusionReport:
+        self._give(self._base)
+        per_tensor = self.config.scope == "tensor"
+        unknown: Thresholds = dict.fromkeys(self.parameters, math.nan) if per_tensor else math.nan
+        return FusionReport(
+            numel=sum(self._held.sizes),
+            thresholds=(unknown, unknown),
+            counts=dict.fromkeys(CASES, 0),
+            norms={"inner": math.nan, "outer": math.nan, "update": 0.0},
+            nonfinite=nonfinite,
+            applied=False,
+        )
+
+    def _end_round(self) -> None:
+        if self.config.clear_inner:
+            self._importance["inner"].clear()
+        if self.config.clear_outer:
+            self._importance["outer"].clear()
+        for name, tensor in self._start.items():
+            tensor.copy_(self._kept_importance()[name])
+        self._inner = None
+        self._nonfinite.zero_()
+        self._with_gradient.clear()
+        self._observed = {"inner": 0, "outer": 0}
+        self.phase = "inner"
+        self.round += 1

@@ -1,0 +1,95 @@
+"""A fusion turn by turn: what it reads may lie elsewhere, and its result keeps what rounding takes away."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+import rkif_kernels
+from rkif.fuser.importance import Importance
+from rkif.fuser.snapshot import Snapshot, in_turns
+from rkif_kernels import FuseStats
+from rkif_kernels.types import CASES, CaseWeights
+
+
+@torch.no_grad()
+def fuse_in_turns(
+    fused: Snapshot,
+    base: Snapshot,
+    inner: Snapshot,
+    outer: Sequence[Tensor],
+    importance: tuple[Importance, Importance],
+    *,
+    thresholds: tuple[Tensor, Tensor],
+    weights: CaseWeights,
+    owned: Collection[int],
+    names: Sequence[str],
+) -> FuseStats:
+    """Write the fusion of the parts that lie in this process into ``fused``.
+
+    Where ``base`` is wider than the parameters (a float32 master of 16-bit ones), the learners have started
+    from its rounded value: with ``start = round(base)``, the result is
+
+        ``base + (w_in*(inner - start) + w_out*(outer - inner))``
+
+    formed as ``((start + w_in*(inner - start)) + w_out*(outer - inner)) + (base - start)`` in float32. So an
+    element that nobody changes keeps its master, and what a round's rounding takes away comes back later.
+
+    Args:
+        fused: mutated, of base's shapes and dtypes.
+        base, inner, outer: the parameters at the round's start, and where either learner stopped.
+        importance, thresholds: of the inner and the outer learner.
+        weights: of the four cases, see :func:`rkif_kernels.fuse_`.
+        owned: numbers of the tensors that this process counts.
+        names: for errors.
+
+    Returns:
+        Counts and squared norms of the tensors that this process counts, and the thresholds.
+    """
+    device = thresholds[0].device
+    counts = torch.zeros(len(CASES), dtype=torch.int64, device=device)
+    squared_norms = torch.zeros(3, dtype=torch.float64, device=device)
+    for numbers, (masters, middles) in in_turns([base, inner]):
+        ends = [outer[number] for number in numbers]
+        starts = [master.to(end.dtype) for master, end in zip(masters, ends, strict=True)]
+        out = fused.room(numbers)
+        for counted in (True, False):
+            places = [place for place, number in enumerate(numbers) if (number in owned) == counted]
+            if not places:
+                continue
+            own = [numbers[place] for place in places]
+            sides = [
+                side.selection(threshold, own) for side, threshold in zip(importance, thresholds, strict=True)
+            ]
+            rows = [[row[place] for place in places] for row in (out, starts, middles, ends)]
+            stats = rkif_kernels.fuse_(
+                rows[0],
+                rows[1],
+                rows[2],
+                rows[3],
+                sides[0][0],
+                sides[1][0],
+                thresholds=(sides[0][1], sides[1][1]),
+                weights=weights,
+                names=[names[number] for number in own],
+            )
+            if counted:
+                counts += stats.counts
+                squared_norms += stats.squared_norms
+        for result, master, start in zip(out, masters, starts, strict=True):
+            if master.dtype != start.dtype:
+                result.add_(master - start)  # in float32: the narrower one is widened
+        fused.put(numbers, out)
+    return FuseStats(counts, squared_norms, thresholds)
+
+
+def squared_distance(one: Snapshot, other: Snapshot, owned: Collection[int]) -> Tensor:
+    """Squared L2 distance of the tensors that this process counts; float64."""
+    total = torch.zeros((), dtype=torch.float64)
+    for numbers, (ends, starts) in in_turns([one, other]):
+        for number, end, start in zip(numbers, ends, starts, strict=True):
+            if number in owned:
+                total += (end.float() - start.float()).double().square().sum().cpu()
+    return total

@@ -1,0 +1,143 @@
+"""What one learner has found out about the importance of every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+import rkif_kernels
+from rkif.config import FusionConfig
+from rkif.fuser.bitmask import packed_masks, repacked, unpacked
+from rkif.fuser.parameters import arena
+from rkif_kernels import Scores
+
+
+class Importance:
+    """Smoothed sensitivity S, and uncertainty U where the config uses it, of a list of tensors.
+
+    The inner and the outer learner each have one. Both start at zero. What a learner has selected can take
+    the place of the scores (:meth:`pack`), one bit an element, until they are cleared.
+
+    Args:
+        tensors: name -> the parameter, or the part of it that lies in this process.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: FusionConfig) -> None:
+        self._config = config
+        self._names = list(tensors)
+        self._shapes = [tensor.shape for tensor in tensors.values()]
+        self._device = next(iter(tensors.values())).device
+        self._flat: dict[str, Tensor] = {}
+        self._views: dict[str, list[Tensor]] = {}
+        self._packed: list[Tensor] = []
+        self.thresholds: Tensor | None = None
+        self.clear()
+
+    def update(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        nonfinite: Tensor,
+        numbers: Sequence[int] | None = None,
+        *,
+        frozen: bool = False,
+    ) -> None:
+        """Take in one step: importance of the weights as they are, under these gradients (None is zero).
+
+        Args:
+            parameters, gradients: all of them.
+            nonfinite: see :func:`rkif_kernels.update_importance_`.
+            numbers: which tensors to update; all by default.
+            frozen: leave the importance as it is, and only count what is not finite.
+        """
+        # With nothing taken of the new, S and U are written back as they were: 1*S + 0*I.
+        beta1, beta2 = (1.0, 1.0) if frozen else (self._config.beta1, self._config.beta2)
+        numbers = range(len(self._names)) if numbers is None else numbers
+        rkif_kernels.update_importance_(
+            [parameters[number] for number in numbers],
+            [gradients[number] for number in numbers],
+            [self._views["sensitivity"][number] for number in numbers],
+            [self._views["uncertainty"][number] for number in numbers]
+            if "uncertainty" in self._views
+            else None,
+            beta1=beta1,
+            beta2=beta2,
+            order=self._config.order,
+            nonfinite=nonfinite,
+            names=[self._names[number] for number in numbers],
+        )
+
+    def clear(self) -> None:
+        """Back to zero importance."""
+        self._packed, self.thresholds = [], None
+        if self._flat:
+            for flat in self._flat.values():
+                flat.zero_()
+            return
+        for part in ("sensitivity", "uncertainty") if self._config.uses_uncertainty else ("sensitivity",):
+            self._flat[part], self._views[part] = arena(self._shapes, self._config.state_dtype, self._device)
+
+    @property
+    def scores(self) -> Scores:
+        """The scores, without a copy."""
+        return Scores(self._views["sensitivity"], self._views.get("uncertainty"))
+
+    @property
+    def packed(self) -> bool:
+        return self.thresholds is not None
+
+    def pack(self, thresholds: Tensor) -> None:
+        """Keep of the scores only which of them are above their thresholds, and free their memory."""
+        self._packed = packed_masks(self.scores, thresholds)
+        self.thresholds = thresholds
+        self._flat, self._views = {}, {}
+
+    def selection(self, thresholds: Tensor, numbers: Sequence[int]) -> tuple[Scores, Tensor]:
+        """Scores and thresholds by which :func:`rkif_kernels.fuse_` tells what is selected of some tensors.
+
+        Args:
+            thresholds: those of the scores, [1] or one for each of all tensors.
+        """
+        if self.packed:
+            masks = [unpacked(self._packed[number], self._shapes[number]) for number in numbers]
+            return Scores(masks), torch.full_like(thresholds[:1], 0.5)
+        own = thresholds if thresholds.numel() == 1 else thresholds[list(numbers)]
+        return self.of(numbers), own
+
+    def of(self, numbers: Sequence[int]) -> Scores:
+        """The scores of some tensors, without a copy."""
+        parts = [[views[number] for number in numbers] for views in self._views.values()]
+        return Scores(parts[0], parts[1] if len(parts) > 1 else None)
+
+    def score_copies(self) -> dict[str, Tensor]:
+        """Name -> float32 scores of the tensor's shape, as copies."""
+        copies = [s.to(torch.float32, copy=True) for s in self._views["sensitivity"]]
+        if "uncertainty" in self._views:
+            for copy, u in zip(copies, self._views["uncertainty"], strict=True):
+                copy.mul_(u.float())
+        return dict(zip(self._names, copies, strict=True))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The key "part.name" -> the state itself, not a copy; a packed mask as a copy, bytes 0 and 1."""
+        if self.packed:
+            rows = zip(self._names, self._packed, self._shapes, strict=True)
+            return {f"mask.{name}": unpacked(bits, shape).to(torch.uint8) for name, bits, shape in rows}
+        return {
+            f"{part}.{name}": view
+            for part, views in self._views.items()
+            for name, view in zip(self._names, views, strict=True)
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], thresholds: Tensor | None = None) -> None:
+        """Take up the state that :meth:`tensors` gave; with thresholds, that of a packed mask."""
+        if thresholds is not None:
+            self._packed = [repacked(tensors[f"mask.{name}"]) for name in self._names]
+            self.thresholds = thresholds
+            self._flat, self._views = {}, {}
+            return
+        if self.packed:
+            self.clear()
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])

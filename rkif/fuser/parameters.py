@@ -1,0 +1,126 @@
+"""Which parameters take part, and flat memory for what rkif keeps about them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rkif.distributed.shards import fsdp_units, is_spread, local, reshard
+from rkif_kernels.checks import Arguments, require_disjoint
+
+# What wraps a module inside a model and shows in its parameters' names.
+_INSIDE = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
+
+
+def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
+    """Name -> trainable parameter, in the model's order. A wrapped module's names are those without wrapper.
+
+    Raises:
+        TypeError: ``source`` is neither a module nor pairs of a name and a parameter, a dtype is not one that
+            rkif computes with, or the parameters are DeepSpeed's or those of the first FSDP.
+        ValueError: a name comes twice, two parameters share memory, nothing is trainable, or parameters are
+            on several devices.
+    """
+    pairs: Any = source
+    reshard(fsdp_units(source))
+    if isinstance(source, nn.Module):
+        _refuse_flat(source)
+        named = _unwrapped(source).named_parameters()
+        pairs = ((_INSIDE.sub("", name), parameter) for name, parameter in named)
+    parameters: dict[str, Any] = {}
+    for pair in pairs if isinstance(pairs, Iterable) else [pairs]:
+        match pair:
+            case (str() as name, Tensor() as parameter):
+                if name in parameters:
+                    raise ValueError(f"the parameter name {name!r} comes twice")
+                _refuse_zero(name, parameter)
+                _refuse_freed(name, parameter)
+                if parameter.requires_grad:
+                    parameters[name] = parameter
+            case _:
+                raise TypeError(
+                    "expected an nn.Module or an iterable of (name, parameter), such as "
+                    f"model.named_parameters(); got {type(source).__name__} with {type(pair).__name__}"
+                )
+    if not parameters:
+        raise ValueError(
+            "no parameter is trainable (requires_grad): there is nothing to fuse in a frozen model"
+        )
+    devices = sorted({str(parameter.device) for parameter in parameters.values()})
+    if len(devices) > 1:
+        raise ValueError(f"trainable parameters must be on one device; found {', '.join(devices)}")
+    arguments = Arguments(list(parameters))
+    parts = [local(parameter) for parameter in parameters.values()]
+    arguments.add("parameters", parts)
+    require_disjoint(arguments, parts, {}, argument="parameters")
+    return parameters
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, DDP and nn.DataParallel, in whatever order they are wrapped."""
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            module = module.module
+        elif isinstance(inside := getattr(module, "_orig_mod", None), nn.Module):
+            module = inside
+        else:
+            return module
+
+
+def _refuse_flat(module: nn.Module) -> None:
+    for inside in module.modules():
+        # By name: importing the class would warn every user of a module that is on its way out.
+        if type(inside).__name__ == "FullyShardedDataParallel":
+            raise TypeError(
+                "FullyShardedDataParallel (FSDP1) makes one flat parameter of many; use FSDP2: "
+                "torch.distributed.fsdp.fully_shard(model), or fsdp_version: 2 in accelerate"
+            )
+        if type(inside).__name__ == "DeepSpeedEngine":
+            _refuse_deepspeed("a DeepSpeedEngine")
+
+
+def _refuse_zero(name: str, parameter: Tensor) -> None:
+    # What ZeRO leaves on a parameter: stage 3's number, and the link to the float32 master of stages 1 to 3.
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        _refuse_deepspeed(f"the parameter {name!r}")
+
+
+def _refuse_freed(name: str, parameter: Tensor) -> None:
+    if not is_spread(parameter) and parameter.untyped_storage().nbytes() < parameter.nbytes:
+        raise ValueError(
+            f"the memory of parameter {name!r} has been given back: it is one that FSDP2 had gathered for a "
+            "forward; give the module, or list its parameters after reshard()"
+        )
+
+
+def _refuse_deepspeed(what: str) -> None:
+    raise TypeError(
+        f"{what} is DeepSpeed's: its ZeRO keeps gradients and float32 masters in buffers of its own, so that "
+        ".grad is not the gradient and a fusion of the weights would be undone by the next step; use "
+        "FSDP2 (fully_shard) or DDP instead"
+    )
+
+
+def arena(
+    shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, list[Tensor]]:
+    """One flat zeroed tensor, and views of it in the given shapes, each starting on a 64-byte boundary."""
+    step = 64 // dtype.itemsize
+    starts, total = [], 0
+    for shape in shapes:
+        starts.append(total)
+        total += -(-shape.numel() // step) * step
+    flat = torch.zeros(total, dtype=dtype, device=device)
+    views = [
+        flat[start : start + shape.numel()].view(shape) for start, shape in zip(starts, shapes, strict=True)
+    ]
+    return flat, views
+
+
+def short_name(name: str) -> str:
+    """A parameter's name for people: without the wrappers that all of a model's have in common."""
+    return re.sub(r"^(base_model\.model\.|model\.)+|(\.default)?\.weight$", "", name)

@@ -1,0 +1,289 @@
+"""LoRA adapters fused as the weight updates they stand for, B·A, instead of factor by factor.
+
+A fusion of factors is not one of updates: selecting elements of A and of B keeps whole rows and columns of
+cross terms, and the average of two products is not the product of two averages. Here every module's update is
+formed, fused element by element, and factorised again. That is dearer, loses what does not fit into the rank,
+and knows no importance but how far an update moved: gradients belong to the factors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rkif_kernels
+from rkif.config import MergeWeights, merge_weights
+from rkif.fusion import FusionReport, common_names, report_of
+from rkif_kernels import FuseStats, Scores, magnitudes, order_statistic_rank
+from rkif_kernels.checks import require_choice, require_fraction
+from rkif_kernels.selection.counting import CountingSearch
+from rkif_kernels.types import CASES, OuterFrom, Scope
+
+_A = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?A(?P<rest>(\..+)?)$")
+_POWER_ITERATIONS = 2
+
+
+@dataclass(frozen=True)
+class DeltaResult:
+    """What :func:`fuse_delta` makes.
+
+    Attributes:
+        params: name -> fused tensor, in the shapes and dtypes of ``base``.
+        report: of the fusion, whose elements are those of the updates; thresholds by module.
+        truncation: module -> what of its fused update the rank cannot hold, as a share of its Frobenius norm.
+    """
+
+    params: dict[str, Tensor]
+    report: FusionReport
+    truncation: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A weight whose update is ``scaling * B @ A``; or, without factors, a tensor of its own."""
+
+    name: str
+    a: str
+    b: str | None
+    scaling: float
+
+    def update(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """float32 [out, in], or the tensor itself."""
+        if self.b is None:
+            return tensors[self.a].detach()
+        return (tensors[self.b].detach().float() @ tensors[self.a].detach().float()).mul_(self.scaling)
+
+
+def fuse_delta(
+    base: Mapping[str, Tensor],
+    inner: Mapping[str, Tensor],
+    outer: Mapping[str, Tensor],
+    *,
+    scaling: float | Mapping[str, float],
+    density: float = 0.2,
+    rule: str | MergeWeights = "paper",
+    scope: Scope = "global",
+    outer_from: OuterFrom = "inner",
+) -> DeltaResult:
+    """Fuse adapters in delta-weight space: element by element of ``scaling * B @ A``, then factorise again.
+
+    Elements are selected by the magnitude of the updates' task vectors, above exact thresholds over all
+    modules (or each). A fused update has full rank; it is brought to the adapter's own by a subspace
+    iteration that starts from the span of the three B, with QR at each step (Halko, Martinsson and Tropp,
+    2011, algorithm 4.4), and the singular vectors in what it ends with. The factors are balanced: both have
+    the square roots of the singular values. Tensors without factors (modules_to_save) are fused as they are.
+
+    Memory is that of one module's updates, of which there are four. The factors' last bits depend on the
+    linear algebra library.
+
+    Args:
+        base, inner, outer: name -> tensor, as peft names them: "....lora_A.weight" [r, in] and
+            "....lora_B.weight" [out, r], also "....lora_A.default.weight"; float32, bfloat16 or float16.
+        scaling: what a product is multiplied with, for all modules or by their names; see
+            :func:`lora_scaling`.
+        density, rule, scope, outer_from: see :func:`rkif.fuse`.
+
+    Raises:
+        TypeError, ValueError: names, shapes or dtypes that do not fit together, factors that are no
+            matrices (convolutions), a DoRA magnitude, no module with factors, or one without scaling; NaN
+            or infinity in a tensor, or in a fused update.
+    """
+    names = common_names({"base": base, "inner": inner, "outer": outer})
+    require_fraction("density", density)
+    require_choice("scope", scope, ["global", "tensor"])
+    require_choice("outer_from", outer_from, ["inner", "base"])
+    weights = merge_weights(rule).cases
+    modules = _modules(names, base, scaling)
+    sets = {"base": base, "inner": inner, "outer": outer}
+    for argument in ("inner", "outer"):
+        for name in names:
+            if sets[argument][name].shape != base[name].shape:
+                raise ValueError(
+                    f"{argument}[{name!r}] has shape {tuple(sets[argument][name].shape)}, "
+                    f"base has {tuple(base[name].shape)}"
+                )
+    for argument, tensors in sets.items():
+        for name in names:
+            if not bool(tensors[name].isfinite().all()):
+                raise ValueError(f"{argument}[{name!r}] has NaN or infinite elements")
+    triples = _Triples(modules, base, inner, outer, outer_from)
+    device = base[names[0]].device
+    thresholds = _thresholds(triples, density=density, scope=scope, device=device)
+    counts = torch.zeros(len(CASES), dtype=torch.int64, device=device)
+    squared_norms = torch.zeros(3, dtype=torch.float64, device=device)
+    params: dict[str, Tensor] = {}
+    truncation: dict[str, float] = {}
+    for number, (module, (start, middle, end)) in enumerate(zip(modules, triples, strict=True)):
+        out = torch.empty_like(start)
+        own = [side if scope == "global" else side[number : number + 1] for side in thresholds]
+        stats = rkif_kernels.fuse_(
+            [out],
+            [start],
+            [middle],
+            [end],
+            *triples.scores(start, middle, end),
+            thresholds=(own[0], own[1]),
+            weights=weights,
+            outer_from=outer_from,
+            names=[module.name],
+        )
+        counts += stats.counts
+        squared_norms += stats.squared_norms
+        if module.b is None:
+            params[module.a] = out
+            continue
+        basis = torch.cat([tensors[module.b].detach().float() for tensors in sets.values()], dim=1)
+        rank = base[module.a].shape[0]
+        if not bool(out.isfinite().all()):
+            raise ValueError(f"the fused update of {module.name!r} is beyond what float32 holds")
+        b, a, truncation[module.name] = _factorised(out, basis, rank, module.scaling)
+        params[module.a], params[module.b] = a.to(base[module.a].dtype), b.to(base[module.b].dtype)
+    stats = FuseStats(counts, squared_norms, (thresholds[0], thresholds[1]))
+    labels = [module.name for module in modules]
+    report = report_of(labels, stats, numel=sum(triples.sizes), scope=scope)
+    return DeltaResult({name: params[name] for name in names}, report, truncation)
+
+
+def lora_scaling(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """Module -> what peft multiplies its B·A with: alpha / r; rsLoRA (Kalajdzievski, 2023): alpha / sqrt(r).
+
+    Args:
+        config: of an adapter_config.json, or ``LoraConfig(...).to_dict()``: lora_alpha, r, use_rslora,
+            alpha_pattern and rank_pattern, whose keys are regular expressions for modules' names in the
+            model that was adapted, or for the ends of these names.
+        names: of the adapter's tensors.
+
+    Raises:
+        ValueError: DoRA, whose updates depend on the weights they are added to.
+    """
+    if config.get("use_dora"):
+        raise ValueError(_NO_DORA)
+    found = {}
+    for match in filter(None, map(_A.match, names)):
+        module = match["module"]
+        inside = module.removeprefix("base_model.model.")  # which is what peft matches patterns with
+        alpha = _of_pattern(config.get("alpha_pattern"), inside, config["lora_alpha"])
+        rank = _of_pattern(config.get("rank_pattern"), inside, config["r"])
+        found[module] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return found
+
+
+_NO_DORA = (
+    "DoRA's update depends on the weights that it is added to (their norms), so it is no sum of adapters: "
+    "fuse it in factor space (rkif.fuse), where magnitudes are parameters as any others"
+)
+
+
+def _of_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _modules(
+    names: Sequence[str], base: Mapping[str, Tensor], scaling: float | Mapping[str, float]
+) -> list[_Module]:
+    modules, taken = [], set()
+    for name in names:
+        if "lora_magnitude_vector" in name:
+            raise ValueError(f"{name!r}: {_NO_DORA}")
+        match = _A.match(name)
+        if match is None:
+            continue
+        module = match["module"]
+        partner = f"{module}.lora_{match['kind'] or ''}B{match['rest']}"
+        if partner not in base:
+            raise ValueError(f"base has {name!r}, but not {partner!r}")
+        for factor in (name, partner):
+            if base[factor].dim() != 2:
+                shape = tuple(base[factor].shape)
+                raise ValueError(f"base[{factor!r}] has shape {shape}; factors are matrices")
+        if not isinstance(scaling, Mapping):
+            factor_scale = float(scaling)
+        elif module in scaling:
+            factor_scale = float(scaling[module])
+        else:
+            raise ValueError(f"scaling lacks {module!r}")
+        modules.append(_Module(module, name, partner, factor_scale))
+        taken |= {name, partner}
+    if not modules:
+        raise ValueError("base has no LoRA factors (....lora_A.weight and ....lora_B.weight)")
+    return modules + [_Module(name, name, None, 1.0) for name in names if name not in taken]
+
+
+class _Triples:
+    """The three updates of each module, formed when they are asked for."""
+
+    def __init__(
+        self,
+        modules: Sequence[_Module],
+        base: Mapping[str, Tensor],
+        inner: Mapping[str, Tensor],
+        outer: Mapping[str, Tensor],
+        outer_from: OuterFrom,
+    ) -> None:
+        self._modules, self._sets, self._outer_from = modules, (base, inner, outer), outer_from
+        self.sizes = [
+            base[one.a].numel() if one.b is None else base[one.b].shape[0] * base[one.a].shape[1]
+            for one in modules
+        ]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for module in self._modules:
+            start, middle, end = (module.update(tensors) for tensors in self._sets)
+            yield start, middle, end
+
+    def scores(self, start: Tensor, middle: Tensor, end: Tensor) -> tuple[Scores, Scores]:
+        origin = middle if self._outer_from == "inner" else start
+        return magnitudes([middle], [start]), magnitudes([end], [origin])
+
+
+def _thresholds(triples: _Triples, *, density: float, scope: Scope, device: torch.device) -> list[Tensor]:
+    """For each side float32 [1], or one a module."""
+    if scope == "tensor" or density in (0, 1):
+        found: list[list[Tensor]] = [[], []]
+        for size, triple in zip(triples.sizes, triples, strict=True):
+            for side, scores in zip(found, triples.scores(*triple), strict=True):
+                side.append(
+                    rkif_kernels.score_thresholds(scores, density=density)
+                    if size
+                    else torch.full((1,), torch.inf, device=device)
+                )
+        return [torch.cat(side) if scope == "tensor" else side[0] for side in found]
+    searches = [CountingSearch(order_statistic_rank(sum(triples.sizes), density)) for _ in range(2)]
+    while left := [which for which, search in enumerate(searches) if not search.done]:
+        windows = [search.window for search in searches]
+        counts = [torch.zeros(one.bins + 3, dtype=torch.int64, device=device) for one in windows]
+        for triple in triples:
+            both = triples.scores(*triple)
+            for which in left:
+                low, shift, _ = windows[which]
+                rkif_kernels.count_scores_(counts[which], both[which], low=low, shift=shift)
+        for which in left:
+            searches[which].narrow(counts[which].cpu().numpy())
+    return [torch.tensor([search.value], dtype=torch.float32, device=device) for search in searches]
+
+
+def _factorised(update: Tensor, basis: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor, float]:
+    """B [out, rank] and A [rank, in]; ``scaling`` times their product is about ``update``; the error."""
+    size = update.norm()
+    if size == 0 or scaling == 0:
+        return update.new_zeros(update.shape[0], rank), update.new_zeros(rank, update.shape[1]), 0.0
+    q = torch.linalg.qr(torch.cat([update @ (update.T @ basis), basis], dim=1)).Q
+    for _ in range(_POWER_ITERATIONS):
+        q = torch.linalg.qr(update.T @ q).Q
+        q = torch.linalg.qr(update @ q).Q
+    u, s, vh = torch.linalg.svd(q.T @ update, full_matrices=False)
+    kept = min(rank, s.numel())
+    roots = (s[:kept] / abs(scaling)).sqrt()
+    b = update.new_zeros(update.shape[0], rank)
+    a = update.new_zeros(rank, update.shape[1])
+    b[:, :kept] = (q @ u[:, :kept]) * roots * (1 if scaling > 0 else -1)
+    a[:kept] = roots[:, None] * vh[:kept]
+    return b, a, float((update - scaling * (b @ a)).norm() / size)

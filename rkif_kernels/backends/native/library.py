@@ -1,0 +1,82 @@
+"""The compiled library, and how lists of tensors are handed to it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rkif_kernels.contiguous import dense
+
+_DTYPES = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+_pointer, _float, _int, _long = ctypes.c_void_p, ctypes.c_float, ctypes.c_int32, ctypes.c_int64
+_LISTS = [_long, _pointer, _pointer, _pointer]  # tensors, numels, addresses, dtypes
+_SIGNATURES = {
+    "rkif_update_importance": (_long, [*_LISTS, _float, _float, _float, _float, _int, _int]),
+    "rkif_sample": (None, [*_LISTS, _int, _long, _pointer, _int]),
+    "rkif_split": (None, [*_LISTS, _int, _float, _float, _pointer, _long, _pointer, _int]),
+    "rkif_count": (None, [*_LISTS, _int, _long, _int, _long, _pointer, _int]),
+    "rkif_fuse": (None, [*_LISTS, *[_pointer] * 4, _int, _int, _int, _pointer, _pointer, _int]),
+}
+
+
+ABI = 2  # of the signatures above; rkif_abi() in kernels.cpp
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, whose calls release the interpreter's lock.
+
+    None where there is none, where it cannot be loaded, or where it was built from another version.
+    """
+    folder = Path(__file__).parent
+    paths = (folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES)
+    path = next((path for path in paths if path.exists()), None)
+    try:
+        loaded = ctypes.CDLL(str(path)) if path else None
+        if loaded is None or loaded.rkif_abi() != ABI:
+            return None
+    except (OSError, AttributeError):
+        return None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
+
+
+class Lists:
+    """Lists of tensors, one a role, as arrays of addresses and dtypes; keeps alive what it points to.
+
+    Tensors that are not contiguous are replaced by copies: what is to be written comes through ``in_place``.
+    """
+
+    def __init__(self, roles: Sequence[Sequence[Tensor | None] | None]) -> None:
+        first = roles[0]
+        assert first is not None
+        rows = [first if role is None else role for role in roles]
+        self._tensors = [
+            [None if role is None or tensor is None else dense(tensor) for tensor in row]
+            for role, row in zip(roles, rows, strict=True)
+        ]
+        flat = [tensor for row in self._tensors for tensor in row]
+        # NumPy arrays: what PyTorch makes has the default dtype and device of the user's choice.
+        self._arrays = (
+            np.array([tensor.numel() for tensor in first if tensor is not None], np.int64),
+            np.array([0 if tensor is None else tensor.data_ptr() for tensor in flat], np.int64),
+            np.array([_DTYPES[None if tensor is None else tensor.dtype] for tensor in flat], np.int32),
+        )
+
+    def call(self, function: str, *arguments: float) -> int:
+        """Call a function of the library with these lists, ``arguments`` and the number of threads."""
+        lists = (array.ctypes.data for array in self._arrays)
+        result: int = getattr(library(), function)(
+            len(self._arrays[0]), *lists, *arguments, torch.get_num_threads()
+        )
+        return result

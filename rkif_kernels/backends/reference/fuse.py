@@ -1,0 +1,51 @@
+"""The masked, weighted merge of two task vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rkif_kernels.backends.reference.select import score_values
+from rkif_kernels.numerics import float32
+from rkif_kernels.types import CaseWeights, FuseStats, OuterFrom, Scores
+
+
+def fuse_(
+    out: Sequence[Tensor],
+    base: Sequence[Tensor],
+    inner: Sequence[Tensor],
+    outer: Sequence[Tensor],
+    inner_scores: Scores,
+    outer_scores: Scores,
+    *,
+    thresholds: tuple[Tensor, Tensor],
+    weights: CaseWeights,
+    outer_from: OuterFrom,
+) -> FuseStats:
+    """See :func:`rkif_kernels.ops.fuse_`."""
+    (in_only, out_only, both, neither) = weights
+    counts = torch.zeros(4, dtype=torch.int64)
+    squared_norms = torch.zeros(3, dtype=torch.float64)
+    inner_values, outer_values = score_values(inner_scores), score_values(outer_scores)
+    for index, target in enumerate(out):
+        b, i, o = base[index].float(), inner[index].float(), outer[index].float()
+        t_in, t_out = (t[index if t.numel() > 1 else 0] for t in thresholds)
+        m_in, m_out = inner_values[index] > t_in, outer_values[index] > t_out
+
+        w_in, w_out = torch.empty_like(b), torch.empty_like(b)
+        cases = (m_in & ~m_out, ~m_in & m_out, m_in & m_out, ~m_in & ~m_out)
+        for case, (mask, (weight_in, weight_out)) in enumerate(
+            zip(cases, (in_only, out_only, both, neither), strict=True)
+        ):
+            w_in[mask], w_out[mask] = float32(weight_in), float32(weight_out)
+            counts[case] += mask.sum()
+
+        tau_in = i - b
+        tau_out = o - (i if outer_from == "inner" else b)
+        fused = ((b + w_in * tau_in) + w_out * tau_out).to(target.dtype)
+        update = fused.float() - b
+        target.copy_(fused)
+        squared_norms += torch.stack([v.double().square().sum() for v in (tau_in, tau_out, update)])
+    return FuseStats(counts, squared_norms, thresholds)

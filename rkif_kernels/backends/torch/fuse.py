@@ -1,0 +1,103 @@
+"""The masked, weighted merge of two task vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rkif_kernels.backends.torch.blocks import Scratch, blocks
+from rkif_kernels.backends.torch.select import block_score
+from rkif_kernels.contiguous import in_place
+from rkif_kernels.numerics import float32
+from rkif_kernels.types import CaseWeights, FuseStats, OuterFrom, Scores
+
+
+def fuse_(
+    out: Sequence[Tensor],
+    base: Sequence[Tensor],
+    inner: Sequence[Tensor],
+    outer: Sequence[Tensor],
+    inner_scores: Scores,
+    outer_scores: Scores,
+    *,
+    thresholds: tuple[Tensor, Tensor],
+    weights: CaseWeights,
+    outer_from: OuterFrom,
+) -> FuseStats:
+    """See :func:`rkif_kernels.ops.fuse_`."""
+    device = thresholds[0].device
+    scratch = Scratch(device)
+    inner_weights, outer_weights = zip(
+        *[(float32(w_in), float32(w_out)) for w_in, w_out in weights], strict=True
+    )
+    counts = torch.zeros(4, dtype=torch.int64, device=device)
+    squared_norms = torch.zeros(3, dtype=torch.float64, device=device)
+    limits = [threshold.expand(len(out)).tolist() for threshold in thresholds]
+    with in_place(out) as targets:
+        for index, block in blocks(
+            targets,
+            base,
+            inner,
+            outer,
+            inner_scores.sensitivity,
+            inner_scores.uncertainty,
+            outer_scores.sensitivity,
+            outer_scores.uncertainty,
+        ):
+            target, b, i, o, *scores = block
+            assert target is not None
+            size = target.numel()
+            m_in = _mask(scores[0], scores[1], inner_scores.distance, limits[0][index], scratch, 8)
+            m_out = _mask(scores[2], scores[3], outer_scores.distance, limits[1][index], scratch, 9)
+            cases = _cases(m_in, m_out, scratch)
+            counts += torch.stack([mask.sum() for mask in cases]).long()
+
+            b, i, o = (scratch.float32(t, slot) for slot, t in enumerate((b, i, o)) if t is not None)
+            tau_in = torch.sub(i, b, out=scratch(3, size))
+            tau_out = torch.sub(o, i if outer_from == "inner" else b, out=scratch(4, size))
+            squared_norms[0] += _squared_norm(tau_in, scratch)
+            squared_norms[1] += _squared_norm(tau_out, scratch)
+            tau_in.mul_(_choose(cases, inner_weights, scratch))
+            tau_out.mul_(_choose(cases, outer_weights, scratch))
+            fused = tau_in.add_(b).add_(tau_out)
+            # The update is that of the stored, rounded value; `b` may be the very memory of the target.
+            stored = scratch.float32(fused.to(target.dtype), 5)
+            squared_norms[2] += _squared_norm(torch.sub(stored, b, out=scratch(4, size)), scratch)
+            target.copy_(fused)
+    return FuseStats(counts, squared_norms, thresholds)
+
+
+def _mask(
+    s: Tensor | None, u: Tensor | None, distance: bool, threshold: float, scratch: Scratch, slot: int
+) -> Tensor:
+    assert s is not None
+    if threshold == -torch.inf:  # selects everything, a score that is not a number included
+        return scratch(slot, s.numel()).fill_(1)
+    score = block_score(s, u, distance, scratch, (5, 6, 7))
+    # 0 and 1 in float32: PyTorch's comparisons into bool, and its where, are several times slower on CPUs.
+    return torch.gt(score, threshold, out=scratch(slot, s.numel()))
+
+
+def _cases(m_in: Tensor, m_out: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Masks of 0 and 1 for inner only, outer only, both, neither; overwrites the two it is given."""
+    both = torch.mul(m_in, m_out, out=scratch(10, m_in.numel()))
+    neither = torch.add(m_in, m_out, out=scratch(11, m_in.numel())).sub_(both).neg_().add_(1)
+    return m_in.sub_(both), m_out.sub_(both), both, neither
+
+
+def _choose(cases: Sequence[Tensor], weights: Sequence[float], scratch: Scratch) -> Tensor:
+    """One weight an element: a sum in which all terms but one are zero, hence exact."""
+    chosen = scratch(5, cases[0].numel()).zero_()
+    for mask, weight in zip(cases, weights, strict=True):
+        if weight == 1:
+            chosen.add_(mask)
+        elif weight != 0:
+            chosen.add_(torch.mul(mask, weight, out=scratch(6, mask.numel())))
+    return chosen
+
+
+def _squared_norm(vector: Tensor, scratch: Scratch) -> Tensor:
+    wide = scratch(0, vector.numel(), torch.float64).copy_(vector)
+    return torch.dot(wide, wide)

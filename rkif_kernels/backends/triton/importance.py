@@ -1,0 +1,162 @@
+"""Importance of parameters, smoothed over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rkif_kernels.backends.choose import interpreting
+from rkif_kernels.backends.triton.elements import in_lanes, kernel, load_float32, load_row, round_to
+from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig
+from rkif_kernels.backends.triton.table import ALIGNMENT, aligned, tables
+from rkif_kernels.contiguous import in_place
+from rkif_kernels.numerics import float32
+from rkif_kernels.types import Order
+
+
+@triton.jit
+def _update_tile(
+    w_ptr,
+    g_ptr,
+    s_ptr,
+    u_ptr,
+    offsets,
+    mask,
+    keep1,
+    take1,
+    keep2,
+    take2,
+    GRAD: tl.constexpr,
+    SENSITIVITY: tl.constexpr,
+    UNCERTAINTY: tl.constexpr,
+    ORDER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROUND_BF16: tl.constexpr,
+):
+    """Update one block; returns how many of its elements have a non-finite importance, in lanes."""
+    product = load_float32(w_ptr, offsets, mask)
+    if GRAD is None:
+        product *= 0.0
+    else:
+        product *= load_float32(g_ptr, offsets, mask)
+    if ORDER == "first":
+        importance = tl.abs(product)
+    elif ORDER == "second":
+        importance = product * product
+    else:
+        importance = tl.abs(product - product * product * 0.5)
+    finite = importance < float("inf")
+
+    # The old value is stored back where the importance is not finite: a mask would narrow the store.
+    s = load_float32(s_ptr, offsets, mask)
+    new_s = keep1 * s + take1 * importance
+    tl.store(s_ptr + offsets, round_to(tl.where(finite, new_s, s), SENSITIVITY, ROUND_BF16), mask=mask)
+    if UNCERTAINTY is not None:
+        u = load_float32(u_ptr, offsets, mask)
+        new_u = keep2 * u + take2 * tl.abs(importance - new_s)
+        tl.store(u_ptr + offsets, round_to(tl.where(finite, new_u, u), UNCERTAINTY, ROUND_BF16), mask=mask)
+    return in_lanes((mask & (finite == 0)).to(tl.int32), BLOCK)
+
+
+@kernel
+def _update_importance_kernel(
+    # Tensors
+    pointers_ptr,
+    numels_ptr,
+    chunk_tensors_ptr,
+    chunk_starts_ptr,
+    nonfinite_ptr,
+    # Scalars
+    n_tensors,
+    keep1,
+    take1,
+    keep2,
+    take2,
+    # Constexprs
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    SENSITIVITY: tl.constexpr,
+    UNCERTAINTY: tl.constexpr,
+    ORDER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    ROUND_BF16: tl.constexpr,
+):
+    """I = |w*g| (or a second-order form); S <- b1*S + (1-b1)*I; U <- b2*U + (1-b2)*|I - S|.
+
+    GRAD and UNCERTAINTY are None where there is none; a missing gradient is zero. A program owns one chunk of
+    one tensor. Float32: reads 16 bytes an element (w, g, S, U), writes 8 (S, U).
+    """
+    program = tl.program_id(0)
+    tensor = tl.load(chunk_tensors_ptr + program)
+    start = tl.multiple_of(tl.load(chunk_starts_ptr + program), BLOCK)
+    numel = tl.load(numels_ptr + tensor)
+    w_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, PARAM)
+    g_ptr = load_row(pointers_ptr, 1, tensor, n_tensors, GRAD)
+    s_ptr = load_row(pointers_ptr, 2, tensor, n_tensors, SENSITIVITY)
+    u_ptr = load_row(pointers_ptr, 3, tensor, n_tensors, UNCERTAINTY)
+
+    bad = tl.zeros((BLOCK // 4,), tl.int32)
+    for tile in range(TILES):
+        first = start + tile * BLOCK
+        offsets = first + tl.arange(0, BLOCK)
+        # A mask that depends on the size would narrow every access to one element; only the tail has one.
+        if first + BLOCK <= numel:
+            mask = tl.zeros((BLOCK,), tl.int1) == 0
+            bad += _update_tile(
+                w_ptr, g_ptr, s_ptr, u_ptr, offsets, mask, keep1, take1, keep2, take2,
+                GRAD, SENSITIVITY, UNCERTAINTY, ORDER, BLOCK, ROUND_BF16,
+            )  # fmt: skip
+        elif first < numel:
+            bad += _update_tile(
+                w_ptr, g_ptr, s_ptr, u_ptr, offsets, offsets < numel, keep1, take1, keep2, take2,
+                GRAD, SENSITIVITY, UNCERTAINTY, ORDER, BLOCK, ROUND_BF16,
+            )  # fmt: skip
+    total = tl.sum(bad)
+    if total > 0:
+        tl.atomic_add(nonfinite_ptr, total.to(tl.int64), sem="relaxed")
+
+
+def update_importance_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    sensitivity: Sequence[Tensor],
+    uncertainty: Sequence[Tensor] | None,
+    *,
+    beta1: float,
+    beta2: float,
+    order: Order,
+    nonfinite: Tensor,
+    config: LaunchConfig = STREAM,
+) -> None:
+    """See :func:`rkif_kernels.ops.update_importance_`."""
+    with in_place(sensitivity, ALIGNMENT) as s, in_place(uncertainty or (), ALIGNMENT) as u:
+        rows = aligned((params, grads, s, u or None))
+        for table in tables(rows, config.chunk):
+            _update_importance_kernel[(table.programs,)](
+                # Tensors
+                table.pointers,
+                table.layout.numels,
+                table.layout.chunk_tensors,
+                table.layout.chunk_starts,
+                nonfinite,
+                # Scalars
+                n_tensors=table.tensors,
+                keep1=float32(beta1),
+                take1=float32(1 - beta1),
+                keep2=float32(beta2),
+                take2=float32(1 - beta2),
+                # Constexprs
+                PARAM=table.dtypes[0],
+                GRAD=table.dtypes[1],
+                SENSITIVITY=table.dtypes[2],
+                UNCERTAINTY=table.dtypes[3],
+                ORDER=order,
+                BLOCK=config.block,
+                TILES=config.tiles,
+                ROUND_BF16=interpreting(),
+                **config.options,
+            )

@@ -1,0 +1,425 @@
+"""Exact order statistics by radix selection on the bit pattern: four histogram passes, no sorting.
+
+A positive float32 has 31 significant bits, and patterns order like values. The digits are 8, 8, 8 and 7 bits
+wide; each pass counts one digit of the scores that share the digits found so far, and then picks the next.
+Everything stays on the device: no result is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rkif_kernels.backends.triton.elements import (
+    in_lanes,
+    kernel,
+    load_float32,
+    load_raw_score,
+    load_row,
+    load_score,
+)
+from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig
+from rkif_kernels.backends.triton.table import Table, aligned, constant, tables
+from rkif_kernels.types import Scores
+
+# (shift, bits), most significant first. For a histogram of 2,048 bins Triton emits 512 population counts and
+# 64 additions to shared memory a thread and tile, far more time than the reads take; for 256 bins an eighth
+# of that, about as much as the reads, so a fourth reading is the cheaper one.
+DIGITS = ((23, 8), (15, 8), (7, 8), (0, 7))
+
+
+@triton.jit
+def _count_digits(score, mask, prefix, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    key = score.to(tl.int32, bitcast=True)
+    wanted = mask & ((key >> (SHIFT + BITS)) == prefix)
+    digit = (key >> SHIFT) & ((1 << BITS) - 1)
+    return tl.histogram(digit, 1 << BITS, mask=wanted)
+
+
+@kernel
+def _histogram_kernel(
+    # Tensors
+    pointers_ptr,
+    numels_ptr,
+    chunk_tensors_ptr,
+    chunk_starts_ptr,
+    indices_ptr,
+    remaining_ptr,
+    prefixes_ptr,
+    histograms_ptr,
+    # Scalars
+    n_tensors,
+    s_role,
+    first_group,
+    groups_a_tensor,
+    # Constexprs
+    SENSITIVITY: tl.constexpr,
+    UNCERTAINTY: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Count the digit at SHIFT of all scores whose higher bits equal their group's prefix.
+
+    A program owns one chunk of one tensor. Float32: reads 8 bytes an element (S, U). A group whose remaining
+    rank is negative has nothing to find, and reads nothing.
+    """
+    program = tl.program_id(0)
+    tensor = tl.load(chunk_tensors_ptr + program)
+    group = first_group + groups_a_tensor * tl.load(indices_ptr + tensor)
+    if tl.load(remaining_ptr + group) >= 0:
+        start = tl.multiple_of(tl.load(chunk_starts_ptr + program), BLOCK)
+        numel = tl.load(numels_ptr + tensor)
+        prefix = tl.load(prefixes_ptr + group)
+        s_ptr = load_row(pointers_ptr, s_role, tensor, n_tensors, SENSITIVITY)
+        u_ptr = load_row(pointers_ptr, s_role + 1, tensor, n_tensors, UNCERTAINTY)
+
+        BINS: tl.constexpr = 1 << BITS
+        histogram = tl.zeros((BINS,), tl.int32)
+        for tile in range(TILES):
+            first = start + tile * BLOCK
+            offsets = first + tl.arange(0, BLOCK)
+            # A mask that depends on the size would narrow every access to one element; only the tail has one.
+            if first + BLOCK <= numel:
+                mask = tl.zeros((BLOCK,), tl.int1) == 0
+                score = load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY, DISTANCE)
+                histogram += _count_digits(score, mask, prefix, SHIFT, BITS)
+            elif first < numel:
+                mask = offsets < numel
+                score = load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY, DISTANCE)
+                histogram += _count_digits(score, mask, prefix, SHIFT, BITS)
+        bins = histograms_ptr + group.to(tl.int64) * BINS + tl.arange(0, BINS)
+        tl.atomic_add(bins, histogram.to(tl.int64), mask=histogram > 0, sem="relaxed")
+
+
+@kernel
+def _list_histogram_kernel(
+    # Tensors
+    values_ptr,
+    count_ptr,
+    remaining_ptr,
+    prefixes_ptr,
+    histograms_ptr,
+    # Scalars
+    capacity,
+    # Constexprs
+    GROUPS_A_LIST: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The same for lists of scores, side by side in memory, whose common length only the device knows.
+
+    Every list serves GROUPS_A_LIST groups in a row.
+    """
+    group = tl.program_id(1)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    count = tl.load(count_ptr)
+    if first < count:
+        if tl.load(remaining_ptr + group) >= 0:
+            offsets = first + tl.arange(0, BLOCK)
+            mask = offsets < count
+            values = tl.load(values_ptr + (group // GROUPS_A_LIST) * capacity + offsets, mask=mask, other=0.0)
+            histogram = _count_digits(values, mask, tl.load(prefixes_ptr + group), SHIFT, BITS)
+            BINS: tl.constexpr = 1 << BITS
+            bins = histograms_ptr + group * BINS + tl.arange(0, BINS)
+            tl.atomic_add(bins, histogram.to(tl.int64), mask=histogram > 0, sem="relaxed")
+
+
+@kernel
+def _pick_kernel(
+    # Tensors
+    histograms_ptr,
+    remaining_ptr,
+    prefixes_ptr,
+    found_ptr,
+    # Constexprs
+    BITS: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """The digit that the remaining rank falls on; after the last, the order statistic. A program a group."""
+    group = tl.program_id(0)
+    remaining = tl.load(remaining_ptr + group)
+    if remaining >= 0:
+        BINS: tl.constexpr = 1 << BITS
+        bins = tl.arange(0, BINS)
+        histogram = tl.load(histograms_ptr + group.to(tl.int64) * BINS + bins)
+        digit = tl.sum((tl.cumsum(histogram) <= remaining).to(tl.int32))
+        prefix = (tl.load(prefixes_ptr + group) << BITS) | digit
+        tl.store(remaining_ptr + group, remaining - tl.sum(tl.where(bins < digit, histogram, 0)))
+        tl.store(prefixes_ptr + group, prefix)
+        if LAST:
+            tl.store(found_ptr + group, prefix.to(tl.float32, bitcast=True))
+
+
+def _radix_select(remaining: Tensor, found: Tensor, config: LaunchConfig, count: Callable[..., None]) -> None:
+    """Find one order statistic a group.
+
+    Args:
+        remaining: int64 [groups], ranks from 0; mutated. Groups with a negative one are left out.
+        found: float32 [groups]; the order statistics are written there.
+        count: launches the histogram kernels of one digit.
+    """
+    groups = remaining.numel()
+    prefixes = torch.zeros_like(remaining, dtype=torch.int32)
+    bins = sum(1 << bits for _, bits in DIGITS)
+    memory = torch.zeros(groups * bins, dtype=torch.int64, device=remaining.device)
+    for (shift, bits), histograms in zip(
+        DIGITS, memory.split([groups << bits for _, bits in DIGITS]), strict=True
+    ):
+        count(remaining, prefixes, histograms, SHIFT=shift, BITS=bits)
+        _pick_kernel[(groups,)](
+            histograms, remaining, prefixes, found, BITS=bits, LAST=shift == 0, **config.options
+        )
+
+
+def select_from_tables(
+    grouped: Sequence[Table],
+    s_roles: Sequence[int],
+    remaining: Tensor,
+    found: Tensor,
+    *,
+    per_tensor: bool,
+    distance: bool = False,
+    config: LaunchConfig,
+) -> None:
+    """Order statistics of tensors: one for each role of scores, or one for each tensor of the only role."""
+
+    def count(remaining: Tensor, prefixes: Tensor, histograms: Tensor, **digit: int) -> None:
+        for side, s_role in enumerate(s_roles):
+            for table in grouped:
+                _histogram_kernel[(table.programs,)](
+                    # Tensors
+                    table.pointers,
+                    table.layout.numels,
+                    table.layout.chunk_tensors,
+                    table.layout.chunk_starts,
+                    table.indices,
+                    remaining,
+                    prefixes,
+                    histograms,
+                    # Scalars
+                    n_tensors=table.tensors,
+                    s_role=s_role,
+                    first_group=side,
+                    groups_a_tensor=int(per_tensor),
+                    # Constexprs
+                    SENSITIVITY=table.dtypes[s_role],
+                    UNCERTAINTY=table.dtypes[s_role + 1],
+                    DISTANCE=distance,
+                    BLOCK=config.block,
+                    TILES=config.tiles,
+                    **digit,
+                    **config.options,
+                )
+
+    _radix_select(remaining, found, config, count)
+
+
+def select_from_lists(
+    values: Tensor,
+    length: Tensor,
+    remaining: Tensor,
+    found: Tensor,
+    *,
+    config: LaunchConfig,
+) -> None:
+    """Order statistics of lists.
+
+    Args:
+        values: float32 [lists, capacity], not negative.
+        length: int64 [1], how many values of each list count.
+        remaining, found: [groups], the same number of groups in a row for each list.
+    """
+    lists, capacity = values.shape
+
+    def count(remaining: Tensor, prefixes: Tensor, histograms: Tensor, **digit: int) -> None:
+        _list_histogram_kernel[(triton.cdiv(capacity, config.block), remaining.numel())](
+            # Tensors
+            values,
+            length,
+            remaining,
+            prefixes,
+            histograms,
+            # Scalars
+            capacity=capacity,
+            # Constexprs
+            GROUPS_A_LIST=remaining.numel() // lists,
+            BLOCK=config.block,
+            **digit,
+            **config.options,
+        )
+
+    _radix_select(remaining, found, config, count)
+
+
+@kernel
+def _count_kernel(
+    # Tensors
+    pointers_ptr,
+    numels_ptr,
+    chunk_tensors_ptr,
+    chunk_starts_ptr,
+    counts_ptr,
+    # Scalars
+    n_tensors,
+    low,
+    shift,
+    bins,
+    # Constexprs
+    SENSITIVITY: tl.constexpr,
+    UNCERTAINTY: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Count the scores below a window of keys, in each of its bins, beyond it, and those that are no scores.
+
+    A program owns one chunk of one tensor. Float32: reads 8 bytes an element (S, U). Only what lies inside
+    the window, a few per cent, is counted in memory one by one.
+    """
+    program = tl.program_id(0)
+    tensor = tl.load(chunk_tensors_ptr + program)
+    start = tl.multiple_of(tl.load(chunk_starts_ptr + program), BLOCK)
+    numel = tl.load(numels_ptr + tensor)
+    s_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, SENSITIVITY)
+    u_ptr = load_row(pointers_ptr, 1, tensor, n_tensors, UNCERTAINTY)
+    below = tl.zeros((BLOCK // 4,), tl.int32)
+    beyond = tl.zeros((BLOCK // 4,), tl.int32)
+    unfit = tl.zeros((BLOCK // 4,), tl.int32)
+    for tile in range(TILES):
+        first = start + tile * BLOCK
+        offsets = first + tl.arange(0, BLOCK)
+        if first < numel:
+            mask = offsets < numel
+            # A mask that depends on the size would narrow every access to one element; only the tail has one.
+            if first + BLOCK <= numel:
+                everywhere = tl.zeros((BLOCK,), tl.int1) == 0
+                score = load_raw_score(s_ptr, u_ptr, offsets, everywhere, UNCERTAINTY, DISTANCE)
+            else:
+                score = load_raw_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY, DISTANCE)
+            fit = (score >= 0) & (score < float("inf"))
+            unfit += in_lanes((mask & (fit == 0)).to(tl.int32), BLOCK)
+            score = tl.where(score > 0, score, 0.0)
+            distance = score.to(tl.int32, bitcast=True) - low
+            place = distance >> shift
+            inside = mask & (distance >= 0) & (place < bins)
+            tl.atomic_add(counts_ptr + 1 + place, (place * 0 + 1).to(tl.int64), mask=inside, sem="relaxed")
+            below += in_lanes((mask & (distance < 0)).to(tl.int32), BLOCK)
+            beyond += in_lanes((mask & (place >= bins)).to(tl.int32), BLOCK)
+    tl.atomic_add(counts_ptr, tl.sum(below).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts_ptr + bins + 1, tl.sum(beyond).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts_ptr + bins + 2, tl.sum(unfit).to(tl.int64), sem="relaxed")
+
+
+def count_scores_(
+    counts: Tensor, scores: Scores, *, low: int, shift: int, config: LaunchConfig = STREAM
+) -> None:
+    """See :func:`rkif_kernels.ops.count_scores_`."""
+    rows = aligned((scores.sensitivity, scores.uncertainty))
+    for table in tables(rows, config.chunk):
+        _count_kernel[(table.programs,)](
+            # Tensors
+            table.pointers,
+            table.layout.numels,
+            table.layout.chunk_tensors,
+            table.layout.chunk_starts,
+            counts,
+            # Scalars
+            n_tensors=table.tensors,
+            low=low,
+            shift=shift,
+            bins=counts.numel() - 3,
+            # Constexprs
+            SENSITIVITY=table.dtypes[0],
+            UNCERTAINTY=table.dtypes[1],
+            DISTANCE=scores.distance,
+            BLOCK=config.block,
+            TILES=config.tiles,
+            **config.options,
+        )
+
+
+@kernel
+def _invalid_kernel(
+    # Tensors
+    pointers_ptr,
+    numels_ptr,
+    chunk_tensors_ptr,
+    chunk_starts_ptr,
+    invalid_ptr,
+    # Scalars
+    n_tensors,
+    # Constexprs
+    SENSITIVITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Count the values that are negative or not a number. Float32: reads 4 bytes an element."""
+    program = tl.program_id(0)
+    tensor = tl.load(chunk_tensors_ptr + program)
+    start = tl.multiple_of(tl.load(chunk_starts_ptr + program), BLOCK)
+    numel = tl.load(numels_ptr + tensor)
+    row_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, SENSITIVITY)
+    invalid = tl.zeros((BLOCK // 4,), tl.int32)
+    for tile in range(TILES):
+        first = start + tile * BLOCK
+        offsets = first + tl.arange(0, BLOCK)
+        # A mask that depends on the size would narrow every access to one element; only the tail has one.
+        if first + BLOCK <= numel:
+            values = load_float32(row_ptr, offsets, tl.zeros((BLOCK,), tl.int1) == 0)
+            invalid += in_lanes((values >= 0).to(tl.int32) ^ 1, BLOCK)
+        elif first < numel:
+            values = load_float32(row_ptr, offsets, offsets < numel)
+            invalid += in_lanes((values >= 0).to(tl.int32) ^ 1, BLOCK)
+    total = tl.sum(invalid)
+    if total > 0:
+        tl.atomic_add(invalid_ptr, total.to(tl.int64), sem="relaxed")
+
+
+def all_valid(tensors: Sequence[Tensor], config: LaunchConfig = STREAM) -> bool:
+    """See :func:`rkif_kernels.ops.all_valid_scores`."""
+    invalid = torch.zeros(1, dtype=torch.int64, device=tensors[0].device)
+    rows = aligned((tensors,))
+    for table in tables(rows, config.chunk):
+        _invalid_kernel[(table.programs,)](
+            # Tensors
+            table.pointers,
+            table.layout.numels,
+            table.layout.chunk_tensors,
+            table.layout.chunk_starts,
+            invalid,
+            # Scalars
+            n_tensors=table.tensors,
+            # Constexprs
+            SENSITIVITY=table.dtypes[0],
+            BLOCK=config.block,
+            TILES=config.tiles,
+            **config.options,
+        )
+    return int(invalid) == 0
+
+
+def score_thresholds(
+    scores: Scores, *, ranks: Sequence[int], per_tensor: bool, config: LaunchConfig = STREAM
+) -> Tensor:
+    """See :func:`rkif_kernels.ops.score_thresholds`; ``ranks`` holds one rank for each group, from 0."""
+    device = scores.sensitivity[0].device
+    rows = aligned((scores.sensitivity, scores.uncertainty))
+    found = torch.empty(len(ranks), dtype=torch.float32, device=device)
+    select_from_tables(
+        tables(rows, config.chunk),
+        (0,),
+        constant(device, tuple(ranks), torch.int64).clone(),
+        found,
+        per_tensor=per_tensor,
+        distance=scores.distance,
+        config=config,
+    )
+    return found

@@ -1,0 +1,190 @@
+"""The tables by which one launch reaches a whole list of tensors.
+
+A table is a function of addresses, sizes and dtypes alone, so it is cached by them: while tensors stay where
+they are, a launch uploads nothing, and a tensor that has moved simply asks for another table.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from rkif_kernels.contiguous import dense
+
+ALIGNMENT = 16  # bytes: what a kernel may assume of every address, and the width of its accesses
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+Dtypes = tuple[torch.dtype | None, ...]
+Rows = list[list[Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the elements of some tensors are shared out to programs; all on the device.
+
+    Attributes:
+        numels: int64 [tensors].
+        chunk_tensors: int32 [programs], which of these tensors a program works on.
+        chunk_starts: int64 [programs], and from which element.
+    """
+
+    numels: Tensor
+    chunk_tensors: Tensor
+    chunk_starts: Tensor
+
+
+@dataclass(frozen=True)
+class Table:
+    """Tensors of one combination of dtypes.
+
+    Attributes:
+        dtypes: Triton dtype of each role; None for a role that these tensors lack.
+        pointers: int64 [roles, tensors], addresses; 0 for a role that is lacking.
+        indices: int32 [tensors], their positions in the caller's lists.
+        firsts: int64 [tensors + 1], where their elements begin if all tensors of all tables are laid end to
+            end, this table's after those of the tables before it.
+        start, numel: where this table's elements begin, and how many they are.
+        layout: how they are shared out.
+    """
+
+    dtypes: tuple[tl.dtype | None, ...]
+    pointers: Tensor
+    indices: Tensor
+    firsts: Tensor
+    start: int
+    numel: int
+    layout: Layout
+
+    @property
+    def programs(self) -> int:
+        return self.layout.chunk_starts.numel()
+
+    @property
+    def tensors(self) -> int:
+        return self.indices.numel()
+
+
+def aligned(roles: Sequence[Sequence[Tensor | None] | None]) -> Rows:
+    """The roles' tensors as kernels can address them; the caller keeps them until its last launch.
+
+    Tensors that are not contiguous, or not aligned, are replaced by copies: what is to be written comes
+    through ``in_place`` with :data:`ALIGNMENT`. A role that is None lacks every tensor.
+    """
+    first = roles[0]
+    assert first is not None
+    return [
+        [None] * len(first)
+        if role is None
+        else [None if tensor is None else dense(tensor, ALIGNMENT) for tensor in role]
+        for role in roles
+    ]
+
+
+def tables(rows: Rows, chunk: int) -> tuple[Table, ...]:
+    """One table for each combination of dtypes, or of lacking entries, among ``rows``; from :func:`aligned`.
+
+    Empty tensors are left out.
+    """
+    first = [tensor for tensor in rows[0] if tensor is not None]
+    found = _tables(
+        first[0].device if first else torch.device("cpu"),
+        tuple(tuple(0 if tensor is None else tensor.data_ptr() for tensor in row) for row in rows),
+        tuple(tuple(None if tensor is None else tensor.dtype for tensor in row) for row in rows),
+        tuple(tensor.numel() for tensor in first),
+        chunk,
+    )
+    _keep_for_graph(found, found[0].pointers if found else None)
+    return found
+
+
+# Gradients may alternate between a few places, and inner and outer learner have states of their own.
+@functools.lru_cache(maxsize=64)
+def _tables(
+    device: torch.device,
+    addresses: tuple[tuple[int, ...], ...],
+    dtypes: tuple[Dtypes, ...],
+    numels: tuple[int, ...],
+    chunk: int,
+) -> tuple[Table, ...]:
+    groups: dict[Dtypes, list[int]] = {}
+    for index, key in enumerate(zip(*dtypes, strict=True)):
+        if numels[index] > 0:
+            groups.setdefault(key, []).append(index)
+    made, start = [], 0
+    for key, indices in groups.items():
+        sizes = tuple(numels[index] for index in indices)
+        ends = _host([0, *sizes]).cumsum(0) + start
+        made.append(
+            Table(
+                tuple(None if dtype is None else TRITON_DTYPES[dtype] for dtype in key),
+                upload(_host([[row[index] for index in indices] for row in addresses]), device),
+                upload(_host(indices).int(), device),
+                upload(ends, device),
+                start,
+                sum(sizes),
+                _layout(device, sizes, chunk),
+            )
+        )
+        start += sum(sizes)
+    return tuple(made)
+
+
+@functools.lru_cache(maxsize=16)
+def _layout(device: torch.device, numels: tuple[int, ...], chunk: int) -> Layout:
+    sizes = _host(numels)
+    pieces = (sizes + chunk - 1) // chunk
+    tensors = torch.repeat_interleave(pieces)
+    starts = (torch.arange(len(tensors), device="cpu") - (pieces.cumsum(0) - pieces)[tensors]) * chunk
+    return Layout(upload(sizes, device), upload(tensors.int(), device), upload(starts, device))
+
+
+def _host(values: Sequence[object]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")  # whatever the defaults are
+
+
+def constant(device: torch.device, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """A small read-only tensor on the device, made once."""
+    found = _constant(device, values, dtype)
+    _keep_for_graph(found, found)
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(device: torch.device, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    return upload(torch.tensor(values, dtype=dtype, device="cpu"), device)
+
+
+# What a CUDA graph was captured with: it reads the memory at every replay, long after the caches forgot it.
+_captured: list[object] = []
+
+
+def _keep_for_graph(used: object, memory: Tensor | None) -> None:
+    if memory is not None and memory.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured.append(used)
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for it.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured: the copy would become part of it, its source not.
+    """
+    if device.type != "cuda":
+        return host.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "these tensors are new to rkif, and their addresses cannot be uploaded while a CUDA graph is "
+            "captured; make the same call, with the same tensors, once before the capture (tensors made in "
+            "the capture itself, such as gradients, must be allocated before it)"
+        )
+    return host.pin_memory().to(device, non_blocking=True)

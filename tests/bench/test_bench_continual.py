@@ -1,0 +1,196 @@
+"""The suite that compares methods: what it runs, keeps and shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from rich.console import Console
+from run_inputs import TASKS, make_config
+from typer.testing import CliRunner
+
+from bench.__main__ import app
+from bench.forgetting import continual
+from bench.forgetting import tables as continual_tables
+from bench.forgetting.continual import CONFIGS, MAIN, SUITES, Job, compare
+from rkif.config import FusionConfig
+from rkif.continual.config import Method, fusion_config, load_config
+from rkif.continual.methods import METHODS
+
+VARIANTS = yaml.safe_load((CONFIGS / "variants.yaml").read_text())
+
+
+def test_the_config_knows_every_method() -> None:
+    assert set(get_args(Method)) == set(METHODS)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*-*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("method", [*MAIN, *VARIANTS])
+def test_every_committed_config_and_variant_is_valid(path: Path, method: str) -> None:
+    order = load_config(path).tasks.order
+    assert order in SUITES[path.stem.partition("-")[0]]
+    settings = Job(path, "standard", "standard-3", method, 7, Path("out")).settings()
+    assert (settings.tasks.order, settings.seed) == ("standard-3", 7)
+    expected = FusionConfig.paper() if method == "recurrent_kif_paper" else None
+    if method == "recurrent_kif_release":
+        expected = FusionConfig.release()
+    if expected is not None:
+        assert fusion_config(settings.fusion) == expected
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*-*.yaml")), ids=lambda path: path.stem)
+def test_variants_change_what_they_name(path: Path) -> None:
+    base = Job(path, "standard", "standard-1", "recurrent_kif_release", 1, Path())
+    inner, outer = base.settings().training.learning_rate, base.settings().outer.learning_rate
+    seen = {base.settings().model_dump_json()}
+    for name in VARIANTS:
+        if name not in MAIN:
+            settings = Job(base.config, base.suite, base.order, name, 1, base.out).settings()
+            dump = settings.model_dump_json()
+            assert dump not in seen, name
+            seen.add(dump)
+            factor = {"half": 0.5, "double": 2.0}.get(name.rpartition("_")[2], 1.0)
+            wanted = inner if name.startswith("outer") else factor * inner
+            assert settings.training.learning_rate == pytest.approx(wanted)
+            wanted = factor * outer if name.startswith(("outer", "both_rates")) else outer
+            assert settings.outer.learning_rate == pytest.approx(wanted)
+
+
+@pytest.fixture
+def job(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    monkeypatch.setattr(continual, "RESULTS", tmp_path / "rows.jsonl")
+    config = make_config(inputs, tasks={"folder": str(inputs / "tasks"), "order": "demo"})
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return Job(tmp_path / "tiny.yaml", "demo", "demo", "recurrent_kif", 1, tmp_path / "runs")
+
+
+def test_a_suite_writes_rows_and_does_nothing_twice(job: Job, tmp_path: Path) -> None:
+    other = Job(job.config, job.suite, job.order, "sequential", 2, job.out)
+    shown = Console(file=(tmp_path / "shown").open("w"))
+    compare([job, other], 1, shown)
+    rows = continual.rows()
+    assert [(row["method"], row["seed"]) for row in rows] == [("recurrent_kif", 1), ("sequential", 2)]
+    fused, plain = rows
+    keys = {"suite", "order", "method", "seed", "op", "bwt", "fwt", "samples", "steps", "wall_s", "model"}
+    assert keys | {"trainable", "split", "device", "commit"} <= set(fused)
+    assert 0 < fused["rkif_share"] < 1
+    assert plain["rkif_share"] is None
+    assert fused["peak_mib"] > 100
+    before = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    compare([job, other], 1, shown)
+    shown.file.flush()
+    assert "2 of 2 runs have been done" in (tmp_path / "shown").read_text()
+    after = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    assert len(before) == len(after)
+    # The same run with other settings takes the row's place.
+    job.config.write_text(job.config.read_text().replace("steps: 7", "steps: 5"))
+    compare([Job(job.config, job.suite, job.order, "sequential", 2, tmp_path / "again")], 1, shown)
+    assert [(row["method"], row["steps"]) for row in continual.rows()] == [
+        ("recurrent_kif", fused["steps"]),
+        ("sequential", 5 * len(fused["tasks"])),
+    ]
+    assert TASKS[0] in fused["tasks"]
+
+
+def test_a_run_that_fails_does_not_cost_the_others(job: Job, tmp_path: Path) -> None:
+    out = Job(job.config, job.suite, job.order, "sequential", 3, job.out)
+    out.folder.mkdir(parents=True)
+    (out.folder / "something").touch()  # no run
+    with (
+        (tmp_path / "shown").open("w") as file,
+        pytest.raises(ValueError, match="1 of 2 runs failed, the first: demo sequential seed 3: ValueError"),
+    ):
+        compare([out, Job(job.config, job.suite, job.order, "sequential", 4, job.out)], 1, Console(file=file))
+    assert [row["seed"] for row in continual.rows()] == [4]
+
+
+@pytest.mark.parametrize("change", ["dev_limit", "model", "steps", "none"])
+def test_a_row_is_of_its_settings_data_and_model(job: Job, tmp_path: Path, change: str) -> None:
+    content = yaml.safe_load(job.config.read_text())
+    config = job.settings()
+    continual.write(
+        {
+            "config": job.config.stem,
+            "order": job.order,
+            "method": job.method,
+            "seed": job.seed,
+            "model": Path(config.model).name,
+            "settings": config.model_dump(mode="json", exclude={**continual.NAMED, "ewc": True}),
+        }
+    )
+    if change == "dev_limit":
+        content["tasks"]["dev_limit"] = 3
+    if change == "steps":
+        content["training"]["steps"] += 1
+    if change == "model":
+        content["model"] = content["model"].replace("model", "t5")
+    job.config.write_text(yaml.safe_dump(content))
+    assert continual._has_row(job) == (change == "none")
+
+
+def row(method: str, order: str, seed: int, op: float, **more: Any) -> dict[str, Any]:
+    settings = {"training": {"steps": 3, "batch_size": 2}, "adapter": more.pop("adapter", {"r": 4})}
+    return {
+        "suite": "s",
+        "order": order,
+        "method": method,
+        "seed": seed,
+        "op": op,
+        "bwt": op - 60,
+        "fwt": 1.0,
+        "samples": 1000,
+        "wall_s": 90.0,
+        "model": "m",
+        "split": "dev",
+        "device": "d",
+        "commit": "0123456789ab-dirty",
+        "config": "s-m",
+        "peak_mib": 512,
+        "rkif_share": None,
+        "tasks": ["a", "b"],
+        "records": [100, 100],
+        "accuracy": [[50, op], [50, op]],
+        "settings": settings,
+        **more,
+    }
+
+
+def test_tables_are_means_and_paired_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        row("replay", "s-1", 1, 60.0),
+        row("replay", "s-2", 1, 64.0),
+        row("recurrent_kif", "s-1", 1, 63.0, rkif_share=0.0123),
+        row("recurrent_kif", "s-2", 1, 65.0, rkif_share=0.0123),
+        row("recurrent_kif_release", "s-1", 1, 63.0),
+        row("replay_rate_half", "s-1", 1, 65.0),
+        row("density_0", "s-1", 1, 60.5),
+        row("replay", "s-1", 1, 50.0, adapter=None, config="s-full"),
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows))
+    monkeypatch.setattr(continual, "RESULTS", tmp_path / "rows.jsonl")
+    text = continual_tables.everything()
+    assert "| replay | 62.0 ± 2.8 | +2.0 ± 2.8 | +1.0 ± 0.0 | - | - | 1,000 | 2 | 1.5 | 512 | - |" in text
+    release = "| recurrent_kif | 64.0 ± 1.4 | +4.0 ± 1.4 | +1.0 ± 0.0 | +2.0 ± 1.0 | +2.0 ± 1.0 | 1,000 | 2 |"
+    assert f"{release} 1.5 | 512 | 1.2% |" in text
+    heading = "m, 2 tasks (s-1, s-2), 3 steps of 2 a task, LoRA of rank 4, seed 1, 200 dev records, on d, at"
+    assert f"{heading} 0123456." in text
+    assert "m, 2 tasks (s-1), 3 steps of 2 a task, all parameters, seed 1, 200 dev records" in text
+    # sqrt(2 * 60 * 40 / 100) / 2
+    assert "about 3.5 points" in text
+    assert "| density_0 | 60.5 | +0.5 | -2.5 | -2.5 | 1,000 | 1 |" in continual_tables.ablations()
+    assert "recurrent_kif_release" not in text  # the default has a row of its own
+    tuned = continual_tables.tuned()
+    assert "| replay_rate_half | 65.0 | +5.0 | +1.0 | +5.0 | +5.0 | 1,000 | 1 |" in tuned
+    assert "density_0" not in tuned
+    assert "replay_rate_half" not in continual_tables.ablations()
+
+
+def test_what_is_wrong_with_a_suite_is_said_before_anything_runs(tmp_path: Path) -> None:
+    failed = CliRunner().invoke(app, ["continual", "--suite", "short"])
+    assert "--suite must be one of standard, long; got 'short'" in str(failed.exception)
+    failed = CliRunner().invoke(app, ["continual", "--method", "magic", "--out", str(tmp_path / "runs")])
+    assert "no such method or variant: 'magic'" in str(failed.exception)
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,474 @@
+"""The command line, as a user meets it: what it prints, what it refuses, and with which status."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from checkpoint_files import Triple
+from safetensors import SafetensorError
+
+from rkif.cli import main
+from rkif.continual.config import RunConfig, dump_config, load_config
+from rkif.demo import write_inputs
+
+Rkif = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder, train=20, dev=4, seed=1)
+    return folder
+
+
+@pytest.fixture
+def settings(inputs: Path) -> dict[str, Any]:
+    return {
+        "model": str(inputs / "model"),
+        "adapter": {"r": 2, "target_modules": ["q_proj"]},
+        "tasks": {"folder": str(inputs / "tasks"), "order": ["review", "tense"]},
+        "text": {"max_length": 64},
+        "training": {"steps": 2, "batch_size": 2},
+        "outer": {"batch_size": 2},
+        "threads": 1,
+    }
+
+
+@pytest.fixture
+def rkif(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Rkif:
+    """Runs a command line; returns status, output and errors. An exception would be a traceback."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rkif", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        captured = capsys.readouterr()
+        return int(exit_info.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def test_run_prints_a_table_and_says_where_the_run_is(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = write(tmp_path / "config.yaml", settings)
+    status, out, _ = rkif("run", config, "--out", tmp_path / "out")
+    assert status == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    for text in ("review", "tense", f"OP {metrics['op']:.1f}", "dev split", str(tmp_path / "out")):
+        assert text in out.replace("\n", "")
+    assert "recurrent_kif after tense:" in out
+
+
+def test_a_second_run_needs_resume_and_the_same_settings(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = write(tmp_path / "config.yaml", settings)
+    out = tmp_path / "out"
+    assert rkif("run", config, "--out", out)[0] == 0
+    status, _, errors = rkif("run", config, "--out", out)
+    assert (status, errors.count("\n")) == (1, 1)
+    assert "holds a run already; go on with --resume" in errors
+    assert rkif("run", config, "--out", out, "--resume")[0] == 0
+    assert rkif("run", out / "config.yaml", "--out", out, "--resume")[0] == 0  # the recorded config is one
+    write(config, settings | {"seed": 7})
+    status, _, errors = rkif("run", config, "--out", out, "--resume")
+    assert status == 1
+    assert "has `seed: 42` where the config now says `seed: 7`" in errors
+
+
+def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    settings = json.loads(json.dumps(settings))
+    *parents, last = path.split(".")
+    inner = settings
+    for parent in parents:
+        inner = inner.setdefault(parent, {})
+    inner[last] = value
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("lerning_rate", 1, "config.yaml: lerning_rate: unknown setting"),
+        ("training.lerning_rate", 1, "config.yaml: training.lerning_rate: unknown setting"),
+        ("training.learning_rate", "fast", "training.learning_rate: Input should be a valid number"),
+        ("training.epochs", 3, "training: give either steps or epochs"),
+        ("training.steps", 0, "training.steps: Input should be greater than or equal to 1"),
+        ("method", "magic", "method: Input should be 'sequential', 'replay', 'replay_equal_steps', "),
+        ("fusion.density", 2, "fusion: density must be in [0, 1]; got 2"),
+        ("fusion.denstiy", 0.2, "fusion: a fusion setting must be one of preset, density"),
+        ("fusion.preset", "papers", "fusion: preset must be one of paper, release; got 'papers'"),
+        (
+            "fusion.rule",
+            {"both": [1, 1]},
+            "fusion: rule must give weights for inner_only, outer_only, both, neit",
+        ),
+        ("text.prompt", "{question}", "text: prompt template '{question}' lacks the placeholder {input}"),
+        ("tasks.folder", "nowhere", "no such folder:"),
+        ("tasks.order", ["review", "sums"], "task 'sums' is not in"),
+        ("tasks.order", "standard-9", "order 'standard-9' is not in"),
+        ("model", "nowhere/at-all", "model 'nowhere/at-all' cannot be loaded:"),
+        ("adapter.target_modules", ["q_proj", "v_prj"], "target_modules: the model has no module 'v_prj'"),
+        ("model", "../tinyy", "model: no such folder: ../tinyy"),
+        ("architecture", "seq2seq", "it is of architecture 'causal', the config says 'seq2seq'"),
+        ("device", "cuda:17", "device 'cuda:17' cannot be used:"),
+        ("device", "toaster", "device 'toaster' cannot be used:"),
+        ("text.max_length", 32, "max_length must hold"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path, path: str, value: Any, message: str
+) -> None:
+    if path == "text.max_length":  # room for nothing but the answer
+        settings["text"] = {"max_length": 32, "target": " {output}" * 20}
+    config = write(tmp_path / "config.yaml", changed(settings, path, value))
+    status, _, errors = rkif("run", config, "--out", tmp_path / "out")
+    assert status == 1
+    assert errors.startswith("rkif: error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1", "expected settings as `key: value`, got list"),
+        ("model: x", "tasks: this setting is required; training: this setting is required"),
+    ],
+)
+def test_bad_files_are_one_clear_line(rkif: Rkif, tmp_path: Path, content: str, message: str) -> None:
+    status, _, errors = rkif("run", write(tmp_path / "config.yaml", content))
+    assert (status, errors.count("\n")) == (1, 1)
+    assert message in errors
+
+
+def test_a_missing_config_is_named(rkif: Rkif, tmp_path: Path) -> None:
+    assert rkif("run", tmp_path / "no.yaml") == (
+        1,
+        "",
+        f"rkif: error: no such config file: {tmp_path / 'no.yaml'}\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"output": "superb"}, "output 'superb' is no label of 'review'; labels: ['good', 'bad']"),
+        ({"output": None}, "'output' must be a string"),
+        ({"id": "review-0"}, "id 'review-0' appears twice in task 'review'"),
+        (
+            {"task": "reviewy"},
+            "task 'reviewy' is not in tasks.json; known tasks: review, topic, tense, place",
+        ),
+    ],
+)
+def test_bad_records_are_named_with_file_and_line(
+    rkif: Rkif, settings: dict[str, Any], inputs: Path, tmp_path: Path, line: dict[str, Any], message: str
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("tasks.json", "dev.jsonl"):
+        (data / name).write_text((inputs / "tasks" / name).read_text())
+    record = {"task": "review", "id": "new", "input": "a new one", "output": "good"}
+    train = (inputs / "tasks" / "train.jsonl").read_text() + json.dumps(record | line) + "\n"
+    (data / "train.jsonl").write_text(train)
+    config = write(tmp_path / "config.yaml", changed(settings, "tasks.folder", str(data)))
+    status, _, errors = rkif("run", config, "--out", tmp_path / "out")
+    assert (status, errors.count("\n")) == (1, 1)
+    assert f"{data / 'train.jsonl'}:{len(train.splitlines())}: {message}" in errors
+
+
+def test_an_empty_task_is_named(rkif: Rkif, settings: dict[str, Any], inputs: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("tasks.json", "dev.jsonl", "train.jsonl"):
+        lines = (inputs / "tasks" / name).read_text().splitlines(keepends=True)
+        keep = lines if name != "train.jsonl" else [line for line in lines if '"tense"' not in line]
+        (data / name).write_text("".join(keep))
+    config = write(tmp_path / "config.yaml", changed(settings, "tasks.folder", str(data)))
+    status, _, errors = rkif("run", config, "--out", tmp_path / "out")
+    assert status == 1
+    assert "task 'tense' has no train records in" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_free_text_tasks_need_generation(
+    rkif: Rkif, settings: dict[str, Any], inputs: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("dev.jsonl", "train.jsonl"):
+        (data / name).write_text((inputs / "tasks" / name).read_text())
+    table = json.loads((inputs / "tasks" / "tasks.json").read_text())
+    del table["tasks"]["tense"]["labels"]
+    (data / "tasks.json").write_text(json.dumps(table))
+    settings = changed(settings, "tasks.folder", str(data))
+    status, _, errors = rkif("run", write(tmp_path / "config.yaml", settings), "--out", tmp_path / "out")
+    assert status == 1
+    assert "task 'tense' has no labels; its evaluation needs scoring: generation" in errors
+    settings = changed(settings, "evaluation", {"scoring": "generation", "max_new_tokens": 2})
+    assert rkif("run", write(tmp_path / "config.yaml", settings), "--out", tmp_path / "out")[0] == 0
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = write(tmp_path / "config.yaml", settings)
+    occupied = write(tmp_path / "file", "not a folder")
+    for out in (occupied, occupied / "below"):
+        status, _, errors = rkif("run", config, "--out", out)
+        assert (status, errors.count("\n")) == (1, 1)
+        assert str(occupied) in errors
+    (tmp_path / "full").mkdir()
+    write(tmp_path / "full" / "something", "else")
+    status, _, errors = rkif("run", config, "--out", tmp_path / "full")
+    assert status == 1
+    assert "is not empty, and no run" in errors
+
+
+@pytest.mark.parametrize("damage", ["checkpoint.safetensors", "metrics.json"])
+def test_a_damaged_run_is_named(rkif: Rkif, settings: dict[str, Any], tmp_path: Path, damage: str) -> None:
+    config = write(tmp_path / "config.yaml", settings)
+    out = tmp_path / "out"
+    assert rkif("run", config, "--out", out)[0] == 0
+    content = (out / damage).read_bytes()
+    (out / damage).write_bytes(content[: len(content) // 2])
+    status, _, errors = rkif("run", config, "--out", out, "--resume")
+    assert (status, errors.count("\n")) == (1, 1)
+    assert f"{out / damage} is damaged" in errors
+
+
+def test_settings_can_be_corrected_until_the_run_has_begun(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = write(tmp_path / "config.yaml", changed(settings, "adapter.target_modules", ["q_prj"]))
+    assert rkif("run", config, "--out", tmp_path / "out")[0] == 1
+    write(config, settings)
+    assert rkif("run", config, "--out", tmp_path / "out")[0] == 0
+
+
+def test_a_resumed_run_wants_the_data_it_began_with(
+    rkif: Rkif, settings: dict[str, Any], inputs: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(inputs / "tasks", data)
+    config = write(tmp_path / "config.yaml", changed(settings, "tasks.folder", str(data)))
+    assert rkif("run", config, "--out", tmp_path / "out")[0] == 0
+    dev = (data / "dev.jsonl").read_text()
+    (data / "dev.jsonl").write_text(dev.replace("Answer:", "answer:"))
+    status, _, errors = rkif("run", config, "--out", tmp_path / "out", "--resume")
+    assert status == 1
+    assert "the dev records of task 'review' have changed since this run began" in errors
+
+
+def test_labels_that_the_tokenizer_confuses_are_refused(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    table = {"tasks": {"parity": {"instruction": "Even?\n", "labels": ["quux", "zork"]}}}
+    (data / "tasks.json").write_text(json.dumps(table))
+    for split in ("train", "dev"):
+        row = {"task": "parity", "id": "1", "input": f"{split}\nAnswer:", "output": "quux"}
+        (data / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    settings["tasks"] = {"folder": str(data), "order": ["parity"]}
+    status, _, errors = rkif("run", write(tmp_path / "config.yaml", settings), "--out", tmp_path / "out")
+    assert (status, errors.count("\n")) == (1, 1)
+    assert "label 'quux' is the same to the tokenizer as another: [1]" in errors
+
+
+def test_a_full_disk_is_one_clear_line(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("rkif.continual.rundir.rundir.save_file", full)
+    config = write(tmp_path / "config.yaml", settings)
+    status, _, errors = rkif("run", config, "--out", tmp_path / "out")
+    assert (status, errors) == (1, "rkif: error: No space left on device (os error 28)\n")
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["rkif", "run", str(config), "--out", str(tmp_path / "out"), "--resume"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code
+
+
+def test_version(rkif: Rkif) -> None:
+    status, out, _ = rkif("--version")
+    assert (status, out) == (0, f"rkif {importlib.metadata.version('rkif')}\n")
+
+
+def test_without_transformers_the_way_to_get_it_is_said(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    status, _, errors = rkif("run", write(tmp_path / "config.yaml", settings), "--out", tmp_path / "out")
+    assert status == 1
+    assert 'pip install "rkif[hf]"' in errors
+    status, _, errors = rkif("demo", "--out", tmp_path / "demo")
+    assert status == 1
+    assert 'pip install "rkif[hf]"' in errors
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["demo"]])
+def test_help(rkif: Rkif, command: list[str]) -> None:
+    status, out, _ = rkif(*command, "--help")
+    assert status == 0
+    assert "Usage:" in out
+
+
+def test_an_unknown_command_is_refused(rkif: Rkif) -> None:
+    status, _, errors = rkif("fly")
+    assert status == 2
+    assert "No such command 'fly'" in errors
+
+
+def test_python_dash_m_is_the_same_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rkif", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "demo" in done.stdout
+
+
+def test_a_config_survives_being_recorded(settings: dict[str, Any], tmp_path: Path) -> None:
+    rule = {"inner_only": [1, 0], "outer_only": [0, 1], "both": [0.3, 0.7], "neither": [0, 0]}
+    settings["fusion"] = {"preset": "paper", "rule": rule, "state_dtype": "bfloat16", "density": 0.1}
+    first = load_config(write(tmp_path / "a.yaml", settings))
+    text = dump_config(first)
+    second = load_config(write(tmp_path / "b.yaml", text))
+    assert dump_config(second) == text
+    assert second.fusion["rule"] == rule
+    assert second.fusion["beta1"] == 0.55
+    assert second.fusion["state_dtype"] == "bfloat16"
+
+
+def test_relative_folders_are_meant_from_the_config(inputs: Path, settings: dict[str, Any]) -> None:
+    relative = settings | {"model": "model", "tasks": {"folder": "tasks", "order": ["review"]}}
+    config = load_config(write(inputs / "relative.yaml", relative))
+    assert config.model == str(inputs / "model")
+    assert config.tasks.folder == str(inputs / "tasks")
+    hub = load_config(write(inputs / "hub.yaml", settings | {"model": "someone/some-model"}))
+    assert hub.model == "someone/some-model"
+    assert isinstance(hub, RunConfig)
+
+
+@pytest.fixture
+def triple(tmp_path: Path) -> Triple:
+    return Triple(tmp_path)
+
+
+def paths(triple: Triple) -> list[Path]:
+    return [triple.path(name) for name in ("base", "inner", "outer")]
+
+
+def test_fuse_and_verify(rkif: Rkif, triple: Triple) -> None:
+    out = triple.folder / "out"
+    status, output, errors = rkif(
+        "fuse", *paths(triple), "--out", out, "--density", 0.3, "--max-memory", "2GiB"
+    )
+    assert (status, errors) == (0, "")
+    assert "density 0.3" in output
+    assert "selected by" in output
+    status, output, _ = rkif("verify", out)
+    assert status == 0
+    assert "are as they were written" in output
+    file = out / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    status, _, errors = rkif("verify", out)
+    assert status == 1
+    assert errors.startswith(f"rkif: error: {out}: model.safetensors: 'layer.")
+
+
+def test_fuse_for_machines(rkif: Rkif, triple: Triple) -> None:
+    out = triple.folder / "out"
+    status, output, _ = rkif(
+        "fuse", *paths(triple), "--out", out, "--json", "--method", "ties", "--weight", 0.4, 0.6
+    )
+    assert status == 0
+    summary = json.loads(output)
+    assert summary["out"] == str(out)
+    assert summary["settings"]["weight"] == [0.4, 0.6]
+    assert sum(summary["report"]["counts"].values()) == summary["report"]["numel"]
+    assert summary["cpu_seconds"] > 0
+
+
+@pytest.mark.parametrize("json_", [True, False])
+def test_a_dry_run_makes_nothing(rkif: Rkif, triple: Triple, json_: bool) -> None:
+    before = sorted(triple.folder.iterdir())
+    options = ["--json"] if json_ else []
+    status, output, _ = rkif(
+        "fuse", *paths(triple), "--out", triple.folder / "a" / "b", "--dry-run", *options
+    )
+    assert status == 0
+    assert sorted(triple.folder.iterdir()) == before
+    if json_:
+        plan = json.loads(output)
+        assert plan["problems"] == []
+        assert plan["memory"] <= 2 << 30
+    else:
+        assert "no problem found" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--density", "2"], "density must be in [0, 1]; got 2.0"),
+        (["--method", "merge"], "method must be one of recurrent_kif, linear"),
+        (["--method", "linear", "--density", "0.5"], "density is not a setting of linear"),
+        (["--max-memory", "much"], "--max-memory must be a size such as 2GiB or 500MB; got 'much'"),
+        (["--max-memory", "1MiB"], "--max-memory: 1 MiB are too few"),
+        (["--device", "tpu"], "--device must be auto, cpu or cuda; got 'tpu'"),
+        (["--inner-importance", "nowhere"], "--outer-importance belong together"),
+    ],
+)
+def test_what_is_wrong_with_a_fusion_is_said_in_one_line(
+    rkif: Rkif, triple: Triple, arguments: list[str], error: str
+) -> None:
+    status, output, errors = rkif("fuse", *paths(triple), "--out", triple.folder / "out", *arguments)
+    assert (status, output) == (1, "")
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("rkif: error: ")
+    assert error in errors
+    assert not (triple.folder / "out").exists()
+
+
+def test_all_problems_are_listed(rkif: Rkif, triple: Triple) -> None:
+    triple.inner.pop("layer.1.bias")
+    triple.save("inner")
+    triple.path("outer").unlink()
+    status, output, errors = rkif("fuse", *paths(triple), "--out", triple.folder / "out", "--json")
+    assert status == 1
+    listed = [line.removeprefix("- ") for line in errors.splitlines() if line.startswith("- ")]
+    assert listed == json.loads(output)["problems"]
+    assert len(listed) == 2
+    assert errors.splitlines()[-1].startswith("rkif: error: 2 problems; the first: ")
+
+
+def test_verify_of_something_else(rkif: Rkif, tmp_path: Path) -> None:
+    status, _, errors = rkif("verify", tmp_path)
+    assert status == 1
+    assert (
+        errors
+        == f"rkif: error: {tmp_path} has no rkif-manifest.json: it is not a finished output of rkif fuse\n"
+    )

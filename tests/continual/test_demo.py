@@ -1,0 +1,63 @@
+"""``rkif demo``: the first thing a user runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import rkif.demo
+from rkif.continual.tasks.tasks import load_tasks
+from rkif.demo import demo, write_inputs
+from rkif.demo.sentences import TASKS
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rkif.demo, "CONFIG", rkif.demo.CONFIG.replace("steps: 160", "steps: 4"))
+
+
+@pytest.mark.usefixtures("short")
+def test_demo_compares_the_methods_and_can_be_resumed(tmp_path: Path) -> None:
+    console = Console(file=(tmp_path / "shown").open("w"), width=120)
+    out = tmp_path / "out"
+    runs = demo(out, resume=False, console=console)
+    assert [metrics["method"] for metrics in runs] == ["sequential", "replay", "recurrent_kif"]
+    console.file.flush()
+    _, _, shown = (tmp_path / "shown").read_text().partition("accuracy in % at the end")
+    for metrics in runs:
+        assert json.loads((out / metrics["method"] / "metrics.json").read_text()) == metrics
+        row = next(line for line in shown.splitlines() if line.split()[:1] == [metrics["method"]])
+        assert f"{metrics['op']:.1f}" in row
+    with pytest.raises(ValueError, match="holds a demo already"):
+        demo(out, resume=False, console=console)
+    assert demo(out, resume=True, console=console) == runs
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "file").touch()
+    with pytest.raises(ValueError, match="is not empty, and no demo"):
+        demo(tmp_path / "foreign", resume=False, console=console)
+
+
+def test_demo_forgets_without_a_method_and_not_with_one(tmp_path: Path) -> None:
+    """The whole demo. No figure is promised, but the point it makes must be there to see."""
+    with open(os.devnull, "w") as nowhere:
+        sequential, _, recurrent = demo(tmp_path / "out", resume=False, console=Console(file=nowhere))
+    assert sequential["bwt"] < -25
+    assert recurrent["bwt"] > sequential["bwt"] + 25
+    assert recurrent["op"] > sequential["op"] + 25
+
+
+def test_inputs_are_whole_and_the_same_each_time(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_inputs(tmp_path / name, train=60, dev=20, seed=0)
+    tasks = load_tasks(tmp_path / "a" / "tasks", "demo")
+    assert [task.name for task in tasks] == list(TASKS)
+    for task in tasks:
+        assert (len(task.train), len(task.dev)) == (60, 20)
+        assert {record.output for record in task.dev} == set(task.labels)
+    for path in (tmp_path / "a").rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()

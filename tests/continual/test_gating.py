@@ -1,0 +1,266 @@
+"""The gate of a run: wrong labels and broken gradients do not get into the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from run_inputs import files, go, make_config, read_parameters
+from safetensors.torch import load_file
+
+from rkif.continual.config import RunConfig, load_config
+from rkif.continual.evaluation.gate import GateStopped, hold_out, mean_loss
+from rkif.continual.models.learner import Learner
+from rkif.continual.models.model import build
+from rkif.continual.rundir.ledger import read_ledger
+from rkif.continual.tasks.tasks import Item, Record, load_tasks
+from rkif.demo import write_inputs
+
+GATE = {
+    "criteria": [
+        {"metric": "accuracy", "floor": 80, "tolerance": 2},
+        {"metric": "memory_loss", "tolerance": 0.1},
+    ],
+    "records": 40,
+}
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Reviews that are good or bad; the same as a second task; the same with each label the wrong one."""
+    folder = tmp_path_factory.mktemp("reviews")
+    write_inputs(folder, train=400, dev=50, seed=0)
+    table = json.loads((folder / "tasks/tasks.json").read_text())
+    review = table["tasks"]["review"]
+    table["tasks"] |= {"again": review, "mislabelled": review}
+    (folder / "tasks/tasks.json").write_text(json.dumps(table))
+    good, bad = review["labels"]
+    for split in ("train", "dev"):
+        path = folder / f"tasks/{split}.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        mine = [record for record in records if record["task"] == "review"]
+        records += [{**record, "task": "again"} for record in mine]
+        wrong = {good: bad, bad: good}
+        records += [{**r, "task": "mislabelled", "output": wrong[r["output"]]} for r in mine]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def reviews_config(reviews: Path, second: str, gate: dict[str, Any] | None) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": str(reviews / "model"),
+            "adapter": None,
+            "tasks": {"folder": str(reviews / "tasks"), "order": ["review", second]},
+            "text": {"max_length": 64},
+            "training": {"steps": 120, "batch_size": 16, "learning_rate": 3e-3},
+            "outer": {"learning_rate": 3e-3, "batch_size": 8},
+            "memory": {"fraction": 0.05},
+            "gate": gate,
+            "threads": 1,
+            "seed": 0,
+            "checkpoint_every": 1000,
+        }
+    )
+
+
+def rounds(run: Path) -> list[dict[str, Any]]:
+    return [record for record in read_ledger(run / "ledger.jsonl") if record["event"] == "round"]
+
+
+def test_wrong_labels_do_not_cost_what_was_learned(reviews: Path, tmp_path: Path) -> None:
+    before, after = go(reviews_config(reviews, "mislabelled", None), tmp_path / "free")["accuracy"][0]
+    assert before >= 95
+    assert after <= 75, "the memory alone makes up for it: the test shows nothing"
+
+    before, after = go(reviews_config(reviews, "mislabelled", GATE), tmp_path / "gated")["accuracy"][0]
+    assert before >= 95
+    assert after >= 80
+    records = rounds(tmp_path / "gated")
+    refused = [record for record in records if record["gate"]["verdict"] == "undo"]
+    assert refused
+    for record in refused:
+        assert record["parameters"]["before"] == record["parameters"]["after"]
+        assert not record["applied"]
+        assert all(attempt["objections"] for attempt in record["gate"]["attempts"])
+    for one, other in pairwise(records):
+        assert one["parameters"]["after"] == other["parameters"]["before"]
+
+
+def test_broken_gradients_do_not_cost_what_was_learned(
+    reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = Learner.gradient
+    calls = [0]
+
+    def gradient(self: Learner, items: Sequence[Item], *, seed: int) -> float:
+        loss = sound(self, items, seed=seed)
+        calls[0] += 1
+        # From the eighth round on: 120 steps of the first task, then 8 inner and 4 outer ones a round.
+        if calls[0] > 120 + 7 * 12:
+            for parameter in self.parameters.values():
+                assert parameter.grad is not None
+                parameter.grad.mul_(-1e4)
+        return loss
+
+    monkeypatch.setattr(Learner, "gradient", gradient)
+    free = go(reviews_config(reviews, "again", None), tmp_path / "free")["accuracy"][0]
+    calls[0] = 0
+    gated = go(reviews_config(reviews, "again", GATE), tmp_path / "gated")["accuracy"][0]
+    assert calls[0] == 120 + 15 * 12
+    assert free[0] >= 95
+    assert free[1] <= 70
+    assert gated[1] >= 90
+    verdicts = [record["gate"]["verdict"] for record in rounds(tmp_path / "gated")]
+    assert set(verdicts[7:]) <= {"undo", "damp"}
+
+
+def test_an_undone_round_leaves_nothing_behind(inputs: Path, tmp_path: Path) -> None:
+    """Parameters, importance and both optimizers are as if the round had not been, whatever it saw."""
+    impossible = {"criteria": [{"metric": "memory_loss", "floor": -1, "tolerance": None}], "ladder": []}
+    settings = {"training": {"steps": 6, "batch_size": 4, "learning_rate": 1e-2}, "checkpoint_every": 3}
+    go(make_config(inputs, gate=impossible, **settings), tmp_path / "run")
+    records = rounds(tmp_path / "run")
+    assert [record["gate"]["verdict"] for record in records] == ["undo"] * 4
+    assert len({record["parameters"]["after"] for record in records}) == 1
+    assert {record["norms"]["update"] for record in records} == {0}
+    assert all(
+        not t.any() for t in load_file(tmp_path / "run/tasks/03-place/importance.safetensors").values()
+    )
+
+
+def test_a_gate_may_stop_the_run(inputs: Path, tmp_path: Path) -> None:
+    impossible = {
+        "criteria": [{"metric": "memory_loss", "floor": -1, "tolerance": None}],
+        "ladder": [],
+        "otherwise": "stop",
+    }
+    config = make_config(inputs, gate=impossible)
+    with pytest.raises(GateStopped, match=r"in round 1 of task 'tense': memory_loss .* is above -1"):
+        go(config, tmp_path / "run")
+    assert [record["gate"]["verdict"] for record in rounds(tmp_path / "run")] == ["stop"]
+    # Going on comes to the same end, and finds what it recorded.
+    with pytest.raises(GateStopped, match="in round 1"):
+        go(config, tmp_path / "run", resume=True)
+    assert len(rounds(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_a_gated_run_resumes_to_the_same_bits(
+    inputs: Path, tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Refuses what makes the loss smaller, so that there is something to refuse.
+    loss = {"metric": "memory_loss", "higher_is_better": True}
+    gate = {"criteria": [loss, {"metric": "accuracy", "tolerance": 50}], "records": 4, "every": 2}
+    config = make_config(inputs, gate=gate, checkpoint_every=1)
+    go(config, tmp_path / "whole")
+    expected = files(tmp_path / "whole")
+    verdicts = {record["gate"]["verdict"] for record in rounds(tmp_path / "whole")}
+    assert {"undo", "unchecked"} <= verdicts
+
+    from rkif.continual.methods import RecurrentKIF
+
+    sound = RecurrentKIF.train_step
+
+    def killed(self: RecurrentKIF, step: int) -> float:
+        if self.context.index == 2 and step == at:
+            raise KeyboardInterrupt
+        return sound(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecurrentKIF, "train_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(config, tmp_path / "cut")
+    go(config, tmp_path / "cut", resume=True)
+    assert files(tmp_path / "cut") == expected
+
+
+def test_records_are_set_aside_only_where_they_are_asked(inputs: Path) -> None:
+    task = load_tasks(inputs / "tasks", ["review"])[0]
+    accuracy = {"criteria": [{"metric": "accuracy"}], "records": 6}
+    trained, held = hold_out(task, make_config(inputs, gate=accuracy))
+    assert len(held) == 6
+    assert sorted(r.id for r in (*trained.train, *held)) == sorted(r.id for r in task.train)
+    counts = [sum(record.output == label for record in held) for label in task.labels]
+    assert counts == [3, 3]
+    for gate in (None, {"criteria": [{"metric": "memory_loss"}]}):
+        assert hold_out(task, make_config(inputs, gate=gate)) == (task, ())
+    with pytest.raises(ValueError, match=r"gate\.records: setting 400 records of task 'review' aside"):
+        hold_out(task, make_config(inputs, gate=accuracy | {"records": 400}))
+
+
+def test_the_mean_loss_does_not_depend_on_batches_or_dropout(inputs: Path) -> None:
+    config = make_config(inputs, adapter={"r": 4, "dropout": 0.5})
+    tasks = load_tasks(inputs / "tasks", ["review", "tense"])
+    model, objective = build(config, tasks, slices=1)
+    items = [(task.instruction, record) for task in tasks for record in task.train[:7]]
+    model.train()
+    whole = mean_loss(model, objective, items, config)
+    assert model.training
+    small = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch_size": 3})})
+    assert mean_loss(model, objective, items, small) == pytest.approx(whole, rel=1e-5)
+    with torch.no_grad():
+        model.eval()
+        assert float(objective.loss(model, objective.batch(items))) == pytest.approx(whole, rel=1e-5)
+
+
+def share_of_short(predictions: Sequence[str], records: Sequence[Record]) -> float:
+    return 100 * sum(len(prediction) < 5 for prediction in predictions) / len(records)
+
+
+def test_a_metric_of_ones_own_guards(inputs: Path, tmp_path: Path) -> None:
+    gate = {"criteria": [{"metric": f"{__name__}:share_of_short", "floor": 101, "tolerance": None}]}
+    go(make_config(inputs, gate=gate | {"records": 2, "ladder": []}), tmp_path / "run")
+    records = rounds(tmp_path / "run")
+    assert [record["gate"]["samples"] for record in records[:2]] == [4, 2]
+    assert records[0]["gate"]["attempts"][0]["objections"][0].startswith("share_of_short")
+    assert all(record["gate"]["verdict"] == "undo" for record in records)
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ({"criteria": []}, "gate.criteria: List should have at least 1 item"),
+        (
+            {"criteria": [{"metric": "acuracy"}]},
+            "gate.criteria.0.metric: expected module:function, got 'acur",
+        ),
+        (
+            {"criteria": [{"metric": "accuracy", "tolerance": -1}]},
+            "tolerance of criterion 'accuracy' must be",
+        ),
+        ({"criteria": [{"metric": "accuracy"}], "ladder": [2]}, "ladder must fall from below 1"),
+        ({"criteria": [{"metric": "accuracy"}] * 2}, "two criteria are called 'accuracy'"),
+        ({"criteria": [{"metric": "accuracy"}], "otherwise": "shrug"}, "gate.otherwise: Input should be"),
+        ({"criteria": [{"metric": "accuracy", "flor": 3}]}, "gate.criteria.0.flor: unknown setting"),
+    ],
+)
+def test_wrong_settings(inputs: Path, tmp_path: Path, gate: dict[str, Any], message: str) -> None:
+    import yaml
+
+    content = make_config(inputs).model_dump(mode="json") | {"gate": gate}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r".") as error:
+        load_config(path)
+    assert message in str(error.value)
+
+
+def test_only_the_fusions_of_the_recurrent_method_can_be_gated(inputs: Path) -> None:
+    with pytest.raises(ValidationError, match="only the fusions of recurrent_kif can be gated, not replay"):
+        make_config(inputs, method="replay", gate=GATE)
+
+
+def test_a_run_without_a_gate_has_its_parameters(inputs: Path, tmp_path: Path) -> None:
+    """A gate that everything passes, and that sets nothing aside, changes no bit."""
+    content = {"criteria": [{"metric": "memory_loss", "floor": 1e9, "tolerance": None}]}
+    go(make_config(inputs), tmp_path / "free")
+    go(make_config(inputs, gate=content), tmp_path / "gated")
+    free, gated = read_parameters(tmp_path / "free"), read_parameters(tmp_path / "gated")
+    assert all(torch.equal(free[name], gated[name]) for name in free)

@@ -1,0 +1,228 @@
+"""A run's ledger as people see it, and what verification finds."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_inputs import TASKS, go, make_config
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from rkif.cli import app
+from rkif.continual.config import RunConfig
+from rkif.continual.display import log
+from rkif.continual.rundir.ledger import Ledger, read_ledger
+from rkif.continual.rundir.rollback import rollback
+from rkif.continual.rundir.rundir import RunReader, write_state
+from rkif.continual.rundir.snapshots import Snapshots
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks with three rounds each, every second one undone."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    loss = {"metric": "memory_loss", "floor": -1, "tolerance": None}
+    go(make_config(inputs, gate={"criteria": [loss], "every": 2, "ladder": []}), folder)
+    return folder
+
+
+def shown(*arguments: Any) -> str:
+    done = CliRunner().invoke(app, ["log", *map(str, arguments)])
+    assert done.exit_code == 0, done.exception
+    return done.output
+
+
+def refused(*arguments: Any) -> str:
+    failed = CliRunner().invoke(app, ["log", *map(str, arguments)])
+    assert failed.exit_code == 1
+    assert isinstance(failed.exception, ValueError)
+    return str(failed.exception)
+
+
+def rows(text: str) -> list[list[str]]:
+    lines = [line.split() for line in text.splitlines()]
+    return [cells for cells in lines if cells[1:] and cells[0].isdigit() and cells[1] in TASKS]
+
+
+def test_the_table_has_every_round_with_its_shares(whole: Path) -> None:
+    found = rows(shown(whole))
+    records = [record for record in log.read(whole) if record["event"] == "round"]
+    assert [row[0] for row in found] == ["1", "2", "3", "4", "5", "6"]
+    for row, record in zip(found, records, strict=True):
+        assert row[1:3] == [record["task"], f"{record['steps'][0] + 1}-{record['steps'][1]}"]
+        assert row[3] == record["gate"]["verdict"]
+        counts = [record["counts"][case] for case in ("inner_only", "outer_only", "both", "neither")]
+        assert row[4:8] == [f"{100 * count / record['numel']:.1f}" for count in counts]
+        assert float(row[8]) == pytest.approx(record["norms"]["update"], rel=1e-2)
+
+
+def test_a_record_says_what_went_in_and_what_was_decided(whole: Path, inputs: Path) -> None:
+    rounds = RunReader(whole).rounds()
+    records = [record for record in log.read(whole) if record["event"] == "round"]
+    for record in records:
+        modules = record["modules"].values()
+        assert sum(value["numel"] for value in modules) == record["numel"]
+        assert [sum(column) for column in zip(*(value["counts"] for value in modules), strict=True)] == [
+            record["counts"][case] for case in ("inner_only", "outer_only", "both", "neither")
+        ]
+        assert math.hypot(*(value["moved"] for value in modules)) == pytest.approx(
+            record["norms"]["update"], rel=1e-5
+        )
+        assert len(record["data"]["inner"]) == 4 * (record["steps"][1] - record["steps"][0])
+        assert len(record["data"]["outer"]) == 2 * 4
+        earlier = TASKS[: TASKS.index(record["task"])]
+        assert {name.partition("/")[0] for name in record["data"]["outer"]} <= set(earlier)
+    assert set(rounds) == set(TASKS[1:])
+
+
+def test_filters(whole: Path) -> None:
+    assert [row[0] for row in rows(shown(whole, "--task", "place"))] == ["4", "5", "6"]
+    assert [row[0] for row in rows(shown(whole, "--verdict", "undo"))] == ["2", "5"]
+    printed = shown(whole, "--json", "--task", "tense", "--module", "layers.1").splitlines()
+    records = [json.loads(line) for line in printed]
+    assert [record["event"] for record in records] == ["round"] * 3 + ["task"]
+    assert all("layers.1" in name for record in records[:3] for name in record["modules"])
+    assert [json.loads(line) for line in shown(whole, "--json").splitlines()] == log.read(whole)
+    first = rows(shown(whole, "--module", "q_proj.lora_A"))[0]
+    record = next(record for record in log.read(whole) if record["event"] == "round")
+    wanted = [value for name, value in record["modules"].items() if "q_proj.lora_A" in name]
+    size = sum(value["numel"] for value in wanted)
+    assert first[4:8] == [f"{100 * sum(v['counts'][case] for v in wanted) / size:.1f}" for case in range(4)]
+    assert float(first[8]) == pytest.approx(math.hypot(*(v["moved"] for v in wanted)), rel=1e-2)
+
+
+def test_explain_names_the_rounds_that_moved_it_and_who_won(whole: Path) -> None:
+    text = shown(whole, "--explain", "layers.0.self_attn.v_proj.lora_B")
+    records = [record for record in log.read(whole) if record["event"] == "round"]
+    by_round = rows(text)
+    kept = [record for record in records if record["applied"]]
+    assert [row[0] for row in by_round] == [str(record["round"]) for record in kept]
+    for row, record in zip(by_round, kept, strict=True):
+        (value,) = [v for name, v in record["modules"].items() if "layers.0.self_attn.v_proj.lora_B" in name]
+        assert float(row[3]) == pytest.approx(value["moved"], rel=1e-2)
+        assert row[4:8] == [f"{100 * count / value['numel']:.1f}" for count in value["counts"]]
+        assert [float(cell) for cell in row[8:]] == pytest.approx(value["importance"], rel=0.1)
+    assert "by task" in text
+    assert [line.split()[0] for line in text.split("by task")[1].splitlines() if "place" in line] == ["place"]
+
+
+def test_a_run_without_rounds_and_one_rolled_back(
+    whole: Path, config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    go(config(method="sequential"), tmp_path / "plain")
+    assert shown(tmp_path / "plain").count("learned") == 3
+    assert "nothing has been fused" in refused(tmp_path / "plain", "--explain", "q_proj")
+    assert "4 records in a whole chain; 3 tasks' files and 0 kept" in shown(tmp_path / "plain", "--verify")
+    shutil.copytree(whole, tmp_path / "run")
+    rollback(tmp_path / "run", 1)
+    assert "back to round 1" in shown(tmp_path / "run")
+    assert {row[0] for row in rows(shown(tmp_path / "run", "--explain", "q_proj"))} <= {"1"}
+    assert "1 tasks' files and 2 kept states" in shown(tmp_path / "run", "--verify")
+
+
+def change(path: Path, edit: Callable[[dict[str, Any]], None], which: int) -> None:
+    lines = path.read_text().splitlines()
+    record = json.loads(lines[which])
+    edit(record)
+    lines[which] = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def forge(path: Path, edit: Callable[[dict[str, Any]], None], which: int) -> None:
+    """Change a record and make the chain anew, as somebody who knows how it works would."""
+    records = list(read_ledger(path))
+    path.unlink()
+    ledger = Ledger(path)
+    for record in records:
+        content = {key: value for key, value in record.items() if key not in ("seq", "previous", "hash")}
+        if record["seq"] == which:
+            edit(content)
+        ledger.append(content)
+
+
+def drop_lines(path: Path, kept: slice) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[kept]))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def other_snapshot(run: Path, number: int = 4) -> None:
+    snapshots = Snapshots(run / "snapshots", 0)
+    state = snapshots.read(number)
+    next(iter(state.parameters.values())).add_(1)
+    write_state(run / f"snapshots/{number:06d}.safetensors", state)
+
+
+def other_adapter(run: Path) -> None:
+    path = run / "tasks/03-place/adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda run: change(run / "ledger.jsonl", lambda r: r.update(seed=9), 3), "record 3 was changed"),
+        (lambda run: drop_lines(run / "ledger.jsonl", slice(1, None)), "record 0 says that it is record 1"),
+        (lambda run: drop_lines(run / "ledger.jsonl", slice(0, -1)), "record 9 is missing: the checkpoint"),
+        (
+            lambda run: forge(run / "ledger.jsonl", lambda r: r["parameters"].update(before="0" * 64), 3),
+            "record 3 begins with other parameters than the record before it ended with",
+        ),
+        (
+            lambda run: forge(run / "ledger.jsonl", lambda r: r["files"].pop("memory.jsonl"), 1),
+            "memory.jsonl was not there when the task was learned",
+        ),
+        (lambda run: flip(run / "tasks/02-tense/adapter_model.safetensors"), "record 5: "),
+        (lambda run: flip(run / "tasks/01-review/memory.jsonl"), "record 1: "),
+        (other_adapter, "adapter_model.safetensors is not the file that was written"),
+        (
+            lambda run: (run / "tasks/02-tense/importance.safetensors").unlink(),
+            "importance.safetensors is",
+        ),
+        (lambda run: shutil.rmtree(run / "tasks/03-place"), "03-place is missing"),
+        (other_snapshot, "record 6: the state kept of round 4 is another"),
+        (lambda run: other_snapshot(run, 0), "record 2: the state kept of before the first round is another"),
+        (
+            lambda run: (run / "config.yaml").write_text((run / "config.yaml").read_text() + "#"),
+            "record 0 is of other settings than",
+        ),
+        (lambda run: (run / "ledger.jsonl").write_text(""), "holds no record"),
+        (lambda run: (run / "ledger.jsonl").unlink(), "ledger.jsonl is missing"),
+        (lambda run: (run / "ledger.jsonl").open("a").write('{"half'), "record 10 is torn"),
+    ],
+)
+def test_the_first_bad_record_is_named(
+    whole: Path, tmp_path: Path, harm: Callable[[Path], Any], message: str
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    assert "10 records in a whole chain; 3 tasks' files and 7 kept states" in shown(
+        tmp_path / "run", "--verify"
+    )
+    harm(tmp_path / "run")
+    assert message in refused(tmp_path / "run", "--verify")
+
+
+def test_what_is_asked_for_wrongly(whole: Path, tmp_path: Path) -> None:
+    assert "--task must be one of review, tense, place; got 'plaice'" in refused(whole, "--task", "plaice")
+    assert "no parameter's name contains '[/x]'" in refused(whole, "--module", "[/x]")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.yaml").touch()
+    (tmp_path / "empty" / "ledger.jsonl").touch()
+    assert "ledger.jsonl holds no record" in refused(tmp_path / "empty")
+    assert "--verdict must be one of keep, damp" in refused(whole, "--verdict", "kept")
+    assert "no parameter's name contains 'layers.9'; there are layers.0" in refused(
+        whole, "--module", "layers.9"
+    )
+    assert "is no run" in refused(tmp_path)

@@ -1,0 +1,114 @@
+"""Sentence encoders: loss and answers against the definition, written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from run_inputs import TASKS, go
+from transformers import AutoModel, AutoTokenizer
+
+from rkif.continual.config import RunConfig
+from rkif.continual.models.label_matching import Matching
+from rkif.continual.models.model import build
+from rkif.continual.tasks.tasks import Record, load_tasks
+from rkif.continual.tasks.text import TextFormat
+
+
+@pytest.fixture
+def settings(config: Callable[..., RunConfig], inputs: Path) -> RunConfig:
+    return config(
+        model=str(inputs / "bert"),
+        architecture="encoder",
+        adapter={"r": 4, "dropout": 0.0, "target_modules": ["query", "value"]},
+        text={"max_length": 64, "prompt": "{input}", "target": "{output}"},
+    )
+
+
+def cosine_scores(inputs: Path, text: str, labels: tuple[str, ...]) -> torch.Tensor:
+    """One text at a time, without padding."""
+    model = AutoModel.from_pretrained(inputs / "bert").eval()
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "bert")
+
+    def embed(sentence: str) -> torch.Tensor:
+        tokens = torch.tensor([tokenizer(sentence)["input_ids"]])
+        with torch.no_grad():
+            return model(input_ids=tokens).last_hidden_state[0].mean(0)
+
+    question = embed(text)
+    return torch.stack([torch.cosine_similarity(question, embed(label), dim=0) for label in labels])
+
+
+def test_loss_and_answers_are_those_of_the_definition(settings: RunConfig, inputs: Path) -> None:
+    tasks = load_tasks(inputs / "tasks", TASKS)
+    model, objective = build(settings, tasks)
+    model.eval()  # the adapter adds nothing yet
+    items = [(task.instruction, record) for task in tasks for record in task.train[:2]]
+    losses = []
+    for task in tasks:
+        for record in task.train[:2]:
+            scores = cosine_scores(inputs, record.input, task.labels) / 0.05
+            losses.append(-scores.log_softmax(0)[task.labels.index(record.output)])
+    batch = objective.batch(items)
+    assert objective.weight(batch) == len(items)
+    with torch.no_grad():
+        torch.testing.assert_close(objective.loss(model, batch), torch.stack(losses).mean())
+    for task in tasks:
+        expected = [
+            task.labels[int(cosine_scores(inputs, record.input, task.labels).argmax())] for record in task.dev
+        ]
+        assert objective.predict(model, task) == expected
+
+
+def test_an_encoder_learns_a_sequence(
+    config: Callable[..., RunConfig], settings: RunConfig, tmp_path: Path
+) -> None:
+    training = {"steps": 80, "batch_size": 8, "learning_rate": 3e-3}
+    same = {key: getattr(settings, key) for key in ("model", "architecture", "text")}
+    metrics = go(config(**same, adapter=None, method="sequential", training=training), tmp_path)
+    assert metrics["accuracy"][1][1] == 100
+    assert metrics["accuracy"][2][2] >= metrics["initial"][2] + 25
+
+
+def test_long_questions_lose_their_middle(inputs: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "bert")
+    text = "good bad " * 60
+    matching = Matching(
+        tokenizer, text=TextFormat("{input}", "{output}"), max_length=20, labels={"t": ["good"]}, batch_size=1
+    )
+    whole = tokenizer(text)["input_ids"]
+    batch = matching.batch([("", Record("t", "1", text, "good"))])
+    assert batch["input_ids"].tolist() == [whole[:4] + whole[-16:]]
+
+
+def test_an_answer_outside_the_labels_is_refused(settings: RunConfig, inputs: Path) -> None:
+    tasks = load_tasks(inputs / "tasks", TASKS)
+    _, objective = build(settings, tasks)
+    with pytest.raises(ValueError, match="'blue' is not among its labels"):
+        objective.batch([("", Record(tasks[0].name, "7", "text", "blue"))])
+
+
+def test_a_language_model_is_no_encoder(settings: RunConfig, inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="architecture 'causal', the config says 'encoder'"):
+        go(settings.model_copy(update={"model": str(inputs / "model")}), tmp_path)
+
+
+def test_settings_that_an_encoder_cannot_follow(settings: RunConfig, tmp_path: Path) -> None:
+    content = settings.model_dump()
+    with pytest.raises(ValidationError, match=r"evaluation\.scoring: an encoder cannot generate"):
+        RunConfig.model_validate(content | {"evaluation": {"scoring": "generation"}})
+    long = RunConfig.model_validate(content | {"text": content["text"] | {"max_length": 2000}})
+    with pytest.raises(ValueError, match=r"text\.max_length 2000: the model reads 512 tokens at most"):
+        go(long, tmp_path)
+
+
+def test_a_model_that_gives_nan_is_not_taken_at_its_word(settings: RunConfig, inputs: Path) -> None:
+    tasks = load_tasks(inputs / "tasks", TASKS)
+    model, objective = build(settings, tasks)
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match=f"NaN for record .* of task '{TASKS[0]}'"):
+        objective.predict(model, tasks[0])

@@ -1,0 +1,210 @@
+"""The page of a run: whole, self-contained, and with the run's own figures."""
+
+from __future__ import annotations
+
+import html
+import importlib.metadata
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from run_inputs import TASKS, go
+from typer.testing import CliRunner
+
+from rkif.cli import app
+from rkif.continual.config import RunConfig
+from rkif.continual.display.report import write_report
+from rkif.continual.evaluation.history import RoundHistory
+from rkif.continual.rundir.ledger import read_ledger
+from rkif.continual.rundir.rundir import RunReader
+from rkif.fusion import FusionReport
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+VOID = {"meta", "br", "path", "use", "image"}
+
+
+class Page(HTMLParser):
+    """Collects text and attributes, and sees that every element is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_the_page_has_everything_in_it(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def right(predictions, records):\n    return 41.5 + len(records)\n")
+    metrics = go(config(metrics=[f"{tmp_path / 'own.py'}:right"]), tmp_path / "run")
+    written = CliRunner().invoke(app, ["report", str(tmp_path / "run")])
+    assert written.exit_code == 0
+    path = Path(written.output.strip())
+    assert path == tmp_path / "run" / "report.html"
+    page = Page()
+    page.feed(path.read_text())
+    assert page.open == []
+    assert all(link.startswith(("#", "data:image/png")) for link in page.links)  # nothing is fetched
+    text = " ".join(page.text)
+    assert f"{metrics['op']:.1f}" in text
+    for task in TASKS:
+        assert task in text
+    assert text.count("49.5") == len(TASKS) * (len(TASKS) + 1)  # the user's metric, everywhere
+    assert path.read_text().count("<svg") == 5  # curves, importance, masks, movement, and where
+    first = path.read_bytes()
+    write_report(tmp_path / "run")
+    assert path.read_bytes() == first
+
+
+def test_methods_without_rounds_and_unfinished_runs_have_a_page(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    run = go(config(method="multi_task"), tmp_path / "run")
+    assert run["bwt"] is None
+    assert write_report(tmp_path / "run").read_text().count("<svg") == 1
+    (tmp_path / "begun").mkdir()
+    shutil.copy(tmp_path / "run" / "config.yaml", tmp_path / "begun")
+    for folder, message in (("begun", "has measured nothing yet"), ("nowhere", "is no run")):
+        failed = CliRunner().invoke(app, ["report", str(tmp_path / folder)])
+        assert message in str(failed.exception)
+
+
+def test_names_are_text_whatever_they_look_like(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Neither HTML nor a formula of matplotlib's."""
+    name = '<script>alert(1)<,script>&$x$ "q'
+    go(config(), tmp_path / "run")
+    path = tmp_path / "run" / "metrics.json"
+    path.write_text(path.read_text().replace('"tense"', json.dumps(name)))
+    (tmp_path / "run/tasks/02-tense").rename(tmp_path / "run/tasks" / f"02-{name}")
+    page = write_report(tmp_path / "run").read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(1)&lt;,script&gt;&amp;$x$") >= 4
+
+
+def test_what_a_kill_left_is_no_task(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    go(config(), tmp_path)
+    expected = write_report(tmp_path).read_bytes()
+    (tmp_path / "tasks/02-tense.tmp").mkdir()
+    (tmp_path / "tasks/02-tense.tmp/rounds.safetensors").write_text("half")
+    assert write_report(tmp_path).read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("metrics.json", "[]", "metrics.json is damaged: it holds no object"),
+        (
+            "metrics.json",
+            '{"op": 1}',
+            "metrics.json is damaged, or of another version of rkif: it lacks 'met",
+        ),
+        ("metrics.json", "{", "metrics.json is damaged: Expecting"),
+        ("config.yaml", b"\xff\xfe", "config.yaml is damaged: 'utf-8'"),
+        ("tasks/02-tense/rounds.safetensors", "half", "rounds.safetensors is damaged"),
+    ],
+)
+def test_damage_is_said_in_one_line(
+    config: Callable[..., RunConfig], tmp_path: Path, file: str, content: str | bytes, message: str
+) -> None:
+    go(config(), tmp_path)
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        write_report(tmp_path)
+
+
+GATE = {"criteria": [{"metric": "memory_loss", "floor": -1, "tolerance": None}], "every": 2, "ladder": [0.5]}
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+def test_a_browser_shows_the_page(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Nothing is fetched, nothing fails, nothing is wider than the window, and every picture is drawn."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    go(config(gate=GATE), tmp_path / "run")
+    requests: list[str] = []
+    complaints: list[str] = []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1000, "height": 800})
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        url = write_report(tmp_path / "run").as_uri()
+        page.goto(url)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 1000
+        headings = [heading.inner_text() for heading in page.query_selector_all("h2")]
+        pictures = [picture.bounding_box() for picture in page.query_selector_all("svg")]
+        refused = page.query_selector_all("section:has(h2:text-is('Gate')) table tr")
+        browser.close()
+    assert requests == [url]
+    assert complaints == []
+    wanted = ["Forgetting", "Accuracy", "Importance", "Masks", "Movement", "Gate", "Where it moved", "Ledger"]
+    assert headings == [*wanted, "Settings"]
+    assert len(pictures) == 6
+    assert all(box["width"] > 500 and box["height"] > 100 for box in pictures)
+    assert len(refused) == 1 + 2  # a heading, and one of three rounds in each of two tasks
+
+
+def test_the_page_answers_for_the_run(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    go(config(gate=GATE), tmp_path)
+    text = html.unescape(write_report(tmp_path).read_text())
+    records = list(read_ledger(tmp_path / "ledger.jsonl"))
+    assert records[-1]["hash"] in text
+    assert records[-1]["parameters"]["after"] in text
+    assert f"torch {importlib.metadata.version('torch')}" in text
+    assert '<div class="tile"><b>2</b>undone</div><div class="tile"><b>4</b>not checked</div>' in text
+    for record in records:
+        if record["event"] == "round" and record["gate"]["verdict"] == "undo":
+            assert record["gate"]["attempts"][0]["objections"][0] in text
+    path = tmp_path / "ledger.jsonl"
+    path.write_text(path.read_text().replace('"seed":3', '"seed":4', 1))
+    broken = write_report(tmp_path).read_text()
+    assert "The ledger does not hold together" in broken
+    assert "record 0 was changed" in broken
+    assert "<h2>Gate</h2>" not in broken
+
+
+def test_history_counts_by_hand() -> None:
+    inner = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([[5.0]])}
+    outer = {"a": torch.tensor([4.0, 3.0, 2.0, 1.0]), "b": torch.tensor([[0.0]])}
+    norms = {"inner": 1.0, "outer": 2.0, "update": 3.0}
+    history = RoundHistory()
+    history.add(inner, outer, FusionReport(5, (2.0, 1.5), {}, norms))
+    history.add(inner, outer, FusionReport(5, ({"a": 2.0, "b": 9.0}, {"a": 0.0, "b": -1.0}), {}, norms))
+    history.add(inner, outer, FusionReport(5, (0.0, 0.0), {}, norms, applied=False))
+    tensors = history.tensors()
+    #                                    inner only, outer only, both, neither
+    assert tensors["counts.a"].tolist() == [[1, 2, 1, 0], [0, 2, 2, 0], [0, 0, 0, 0]]
+    assert tensors["counts.b"].tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert tensors["importance.a"].tolist() == [[2.5, 2.5]] * 3
+    assert tensors["norms"].tolist() == [[1.0, 2.0, 3.0]] * 3
+
+
+def test_history_adds_up_to_the_reports(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    metrics = go(config(), tmp_path)
+    rounds = RunReader(tmp_path).rounds()
+    assert list(rounds) == TASKS[1:]
+    for parts in rounds.values():
+        counts = torch.stack([tensor for name, tensor in parts.items() if name.startswith("counts.")]).sum(0)
+        assert counts.shape == (3, 4)  # 7 steps of Q = 3: three rounds
+        assert counts.sum(1).tolist() == [metrics["trainable"]] * 3
+        for side in (0, 1):  # density 0.2: of n scores n - 1 - floor(0.8 (n - 1)) are above, ties apart
+            selected = counts[:, side] + counts[:, 2]
+            n = metrics["trainable"]
+            assert (selected <= n - 1 - (n - 1) * 4 // 5).all()
+            assert (selected > 0).all()

@@ -1,0 +1,103 @@
+"""A round gone through again comes to what the ledger says, or it is said what differs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from run_inputs import files, go, make_config
+from typer.testing import CliRunner
+
+from rkif.cli import app
+from rkif.continual.config import RunConfig
+from rkif.continual.display.progress import RunProgress
+from rkif.continual.replay_round import reproduce
+from rkif.continual.rundir.ledger import Ledger, read_ledger
+from rkif.continual.rundir.rollback import rollback
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    loss = {"metric": "memory_loss", "higher_is_better": True}  # refuses some, so that there is more to do
+    go(make_config(inputs, gate={"criteria": [loss], "every": 2}), folder)
+    return folder
+
+
+def quiet() -> RunProgress:
+    return RunProgress(Console(file=open(os.devnull, "w")))
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_every_round_is_reproduced_and_nothing_written(whole: Path, number: int) -> None:
+    before = files(whole)
+    found = reproduce(whole, number, quiet())
+    assert found.differences == {}
+    assert found.record["round"] == number
+    assert found.start == number - 1
+    assert files(whole) == before
+
+
+def test_from_an_earlier_state_where_the_last_was_not_kept(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run/snapshots/000004.safetensors").unlink()
+    found = reproduce(tmp_path / "run", 5, quiet())
+    assert (found.start, found.differences) == (3, {})
+    (tmp_path / "run/snapshots/000003.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match="no state of the task was kept from before round 5; there are: 0, 1"
+    ):
+        reproduce(tmp_path / "run", 5, quiet())
+    failed = CliRunner().invoke(app, ["replay", str(tmp_path / "run"), "--round", "99"])
+    assert "no round 99: " in str(failed.exception)
+
+
+def test_a_round_that_was_done_again_after_a_rollback(whole: Path, tmp_path: Path, inputs: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    rollback(tmp_path / "run", 4)
+    failed = CliRunner().invoke(app, ["replay", str(tmp_path / "run"), "--round", "5"])
+    assert "no round 5" in str(failed.exception)
+    done = CliRunner().invoke(app, ["replay", str(tmp_path / "run"), "--round", "4"])
+    assert done.exit_code == 0, done.exception
+    assert "round 4 of task place, from the state after round 3: the same data" in done.output
+
+
+def test_what_differs_is_named(whole: Path, tmp_path: Path) -> None:
+    """A ledger that was rewritten whole holds together, but is not what happened."""
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run/ledger.jsonl"
+    records = list(read_ledger(path))
+    path.unlink()
+    forged = Ledger(path)
+    for record in records:
+        content = {key: value for key, value in record.items() if key not in ("seq", "previous", "hash")}
+        if content.get("round") == 2:
+            content["counts"] = {**content["counts"], "both": 123456}
+            content["parameters"] = {**content["parameters"], "after": "0" * 64}
+        forged.append(content)
+    assert list(read_ledger(path))
+    found = reproduce(tmp_path / "run", 2, quiet())
+    assert sorted(found.differences) == ["counts", "parameters"]
+    assert found.differences["counts"][0]["both"] == 123456
+    failed = CliRunner().invoke(app, ["replay", str(tmp_path / "run"), "--round", "2"])
+    assert failed.exit_code == 1
+    assert "round 2 was not reproduced: counts, parameters differ" in str(failed.exception)
+
+
+def test_other_data_is_refused(config: Callable[..., RunConfig], inputs: Path, tmp_path: Path) -> None:
+    shutil.copytree(inputs / "tasks", tmp_path / "tasks")
+    settings = config(tasks=config().tasks.model_dump() | {"folder": str(tmp_path / "tasks")})
+    go(settings, tmp_path / "run")
+    path = tmp_path / "tasks/train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if row["task"] == "tense":
+            row["input"] += " !"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="the train records of task 'tense' have changed"):
+        reproduce(tmp_path / "run", 2, quiet())

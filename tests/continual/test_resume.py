@@ -1,0 +1,158 @@
+"""A run that is killed and resumed ends with the same bytes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from run_inputs import TASKS, assert_same_files, files, go
+
+from rkif.continual.config import RunConfig
+from rkif.continual.display.progress import RunProgress
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it, as nothing catches a kill."""
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, events: int) -> list[int]:
+    """Die at the given event: every rename, before and after it, and every training step is one."""
+    count = [0]
+    rename = os.replace
+
+    def tick() -> None:
+        count[0] += 1
+        if count[0] == events:
+            raise Killed
+
+    def dying_rename(*args: Any) -> None:
+        tick()
+        rename(*args)
+        tick()
+
+    monkeypatch.setattr(os, "replace", dying_rename)
+    advance = RunProgress.advance
+
+    def dying_advance(self: RunProgress, loss: float) -> None:
+        advance(self, loss)
+        tick()
+
+    monkeypatch.setattr(RunProgress, "advance", dying_advance)
+    return count
+
+
+def test_killed_at_any_event_and_resumed_ends_with_the_same_bytes(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    settings = config(tasks=config().tasks.model_dump() | {"order": TASKS[:2]})
+    with pytest.MonkeyPatch.context() as patch:
+        count = kill_after(patch, -1)
+        go(settings, tmp_path / "straight")
+    expected = files(tmp_path / "straight")
+    assert count[0] > 40
+    for event in range(1, count[0] + 1):
+        out = tmp_path / f"{event}"
+        with pytest.MonkeyPatch.context() as patch:
+            kill_after(patch, event)
+            with pytest.raises(Killed):
+                go(settings, out)
+        go(settings, out, resume=True)
+        assert_same_files(files(out), expected, f"killed at event {event}")
+        shutil.rmtree(out)
+
+
+def test_killed_again_and_again(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Every resumption dies a little later; none may lose or repeat a step."""
+    settings = config(tasks=config().tasks.model_dump() | {"order": TASKS[:2]})
+    go(settings, tmp_path / "straight")
+    out = tmp_path / "killed"
+    for attempt in range(60):
+        with pytest.MonkeyPatch.context() as patch:
+            kill_after(patch, 5 + attempt % 7)
+            try:
+                go(settings, out, resume=attempt > 0)
+                break
+            except Killed:
+                pass
+    else:
+        pytest.fail("sixty lives were not enough")
+    assert attempt > 3
+    assert_same_files(files(out), files(tmp_path / "straight"))
+
+
+def test_killed_by_the_system(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """The real thing: SIGKILL to the command, wherever it happens to be."""
+    settings = config(training={"steps": 12, "batch_size": 4, "learning_rate": 1e-2})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    go(settings, tmp_path / "straight")
+    command = [
+        sys.executable,
+        "-m",
+        "rkif",
+        "run",
+        str(tmp_path / "config.yaml"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out" / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_same_files(files(tmp_path / "out"), files(tmp_path / "straight"))
+
+
+def test_old_training_data_need_not_stay(
+    config: Callable[..., RunConfig], inputs: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(inputs / "tasks", data)
+    settings = config(tasks={"folder": str(data), "order": TASKS})
+    go(settings, tmp_path / "straight")
+
+    out = tmp_path / "interrupted"
+    with pytest.MonkeyPatch.context() as patch:
+        steps = [0]
+
+        def stop(self: RunProgress, loss: float) -> None:
+            steps[0] += 1
+            if steps[0] == 10:  # in the second task
+                raise Killed
+
+        patch.setattr(RunProgress, "advance", stop)
+        with pytest.raises(Killed):
+            go(settings, out)
+    train = data / "train.jsonl"
+    lines = [line for line in train.read_text().splitlines(keepends=True) if '"task": "review"' not in line]
+    train.write_text("".join(lines))
+    go(settings, out, resume=True)
+    assert_same_files(files(out), files(tmp_path / "straight"))
+
+
+def test_a_finished_run_is_only_read(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    metrics = go(config(), tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert go(config(), tmp_path, resume=True) == metrics
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_run_without_its_figures_is_not_measured_anew(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """What the model knew before training cannot be found out afterwards."""
+    go(config(), tmp_path)
+    (tmp_path / "metrics.json").unlink()
+    with pytest.raises(ValueError, match=r"its metrics\.json is missing"):
+        go(config(), tmp_path, resume=True)

@@ -1,0 +1,237 @@
+"""Going back: a run resumed from an earlier round ends with the bits it ended with the first time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from run_inputs import files, go
+from typer.testing import CliRunner
+
+from rkif.cli import app
+from rkif.continual.config import RunConfig
+from rkif.continual.rundir.ledger import read_ledger
+from rkif.continual.rundir.recorder import standing
+from rkif.continual.rundir.rollback import rollback
+from rkif.continual.rundir.rundir import Checkpoint, read_checkpoint
+from rkif.continual.rundir.snapshots import Snapshots, least_missed
+from rkif.files import claimed
+
+Config = Callable[..., RunConfig]
+ROUNDS = 6  # of the tests' runs: two tasks with three rounds each
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    from run_inputs import make_config
+
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    config = make_config(inputs)
+    go(config, folder)
+    return config, folder
+
+
+def without_ledger(found: dict[str, bytes]) -> dict[str, bytes]:
+    """A ledger remembers the rollback, and checkpoints how many records there are."""
+    dropped = ("ledger.jsonl", "checkpoint.safetensors")
+    return {
+        name: content
+        for name, content in found.items()
+        if name not in dropped and not name.startswith("snapshots/")
+    }
+
+
+def assert_same_end(run: Path, expected: Path) -> None:
+    got, wanted = without_ledger(files(run)), without_ledger(files(expected))
+    assert set(got) == set(wanted)
+    assert [name for name in wanted if got[name] != wanted[name]] == []
+    ends = [read_checkpoint(folder) for folder in (run, expected)]
+    assert ends[0] is not None
+    assert ends[1] is not None
+    for part in ("parameters", "method"):
+        one, other = getattr(ends[0], part), getattr(ends[1], part)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("to", range(ROUNDS + 1))
+def test_a_run_resumed_from_any_round_ends_with_the_same_bits(
+    whole: tuple[RunConfig, Path], tmp_path: Path, to: int
+) -> None:
+    config, original = whole
+    shutil.copytree(original, tmp_path / "run")
+    run = tmp_path / "run"
+    before = list(read_ledger(run / "ledger.jsonl"))
+    rollback(run, to)
+    state, kept = read_checkpoint(run), Snapshots(original / "snapshots", 0).read(to)
+    assert state is not None
+    assert (state.task, state.step) == (kept.task, kept.step)
+    assert all(torch.equal(state.parameters[name], value) for name, value in kept.parameters.items())
+    assert max(Snapshots(run / "snapshots", 0).numbers()) == to
+    assert len(list((run / "tasks").iterdir())) == kept.task
+    assert go(config, run, resume=True) == json.loads((original / "metrics.json").read_text())
+    assert_same_end(run, original)
+    after = list(read_ledger(run / "ledger.jsonl"))
+    assert after[: len(before)] == before
+    assert after[len(before)]["event"] == "rollback"
+    again = [record for record in standing(after) if record["event"] == "round"]
+    assert [record["round"] for record in again] == list(range(1, ROUNDS + 1))
+    first = [record for record in before if record["event"] == "round"]
+    assert [r["parameters"] for r in again] == [r["parameters"] for r in first]
+
+
+def test_rolled_back_in_the_middle_of_a_run_and_again(
+    config: Config, whole: tuple[RunConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rkif.continual.methods import RecurrentKIF
+
+    settings, original = whole
+    step = RecurrentKIF.train_step
+
+    def killed(self: RecurrentKIF, number: int) -> float:
+        if self.context.index == 2 and number == 5:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecurrentKIF, "train_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(settings, tmp_path)
+    rollback(tmp_path, 3)
+    rollback(tmp_path, 1)
+    with pytest.raises(ValueError, match="no round 2"):
+        rollback(tmp_path, 2)
+    go(settings, tmp_path, resume=True)
+    assert_same_end(tmp_path, original)
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it, as nothing catches a kill."""
+
+
+def kill_at(patch: pytest.MonkeyPatch, event: int) -> None:
+    """Every rename, removal, truncation and write to the ledger is an event."""
+    count = [0]
+    for module, name in ((os, "replace"), (shutil, "rmtree"), (os, "unlink"), (os, "write")):
+        call = getattr(module, name)
+
+        def dying(*arguments: Any, call: Any = call, **more: Any) -> Any:
+            if count[0] == event:
+                raise Killed
+            count[0] += 1
+            return call(*arguments, **more)
+
+        patch.setattr(module, name, dying)
+
+
+def test_killed_at_any_event_and_completed(whole: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    """The next resumption completes what was begun."""
+    config, original = whole
+    for event in range(100):
+        run = tmp_path / str(event)
+        shutil.copytree(original, run)
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, event)
+            try:
+                rollback(run, 2)
+                break
+            except Killed:
+                pass
+        go(config, run, resume=True)
+        assert_same_end(run, original)
+        shutil.rmtree(run)
+    assert 5 < event < 99
+
+
+def test_what_cannot_be_returned_to(whole: tuple[RunConfig, Path], tmp_path: Path, config: Config) -> None:
+    _, original = whole
+    run = tmp_path / "run"
+    shutil.copytree(original, run)
+    shutil.rmtree(run / "snapshots")
+    untouched = files(run)
+    for arguments, message in (
+        ([str(run), "--to", "99"], "no round 99:"),
+        ([str(run), "--to", "2"], "the state after round 2 was not kept; there are: none"),
+        ([str(tmp_path / "nowhere"), "--to", "2"], "is no run"),
+    ):
+        failed = CliRunner().invoke(app, ["rollback", *arguments])
+        assert failed.exit_code == 1
+        assert message in str(failed.exception)
+    assert files(run) == untouched
+    shutil.copytree(original / "snapshots", run / "snapshots")
+    for number in (0, 2):
+        shutil.copy(run / "snapshots/000001.safetensors", run / f"snapshots/{number:06d}.safetensors")
+    with pytest.raises(ValueError, match="of round 0 is not what the ledger says it was"):
+        rollback(run, 0)
+    with pytest.raises(ValueError, match="of round 2 is not what the ledger says it was"):
+        rollback(run, 2)
+
+
+def test_one_process_at_a_time(whole: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    settings, finished = whole
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = files(run)
+    with claimed(run):
+        again = [lambda: go(settings, run, resume=True), lambda: go(settings, run)]
+        for attempt in (lambda: rollback(run, 1), *again):
+            with pytest.raises(RuntimeError, match="another process is working in "):
+                attempt()
+    assert files(run) == before
+    assert rollback(run, 1)["to"] == 1
+
+
+def test_the_command(whole: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    _, original = whole
+    shutil.copytree(original, tmp_path / "run")
+    done = CliRunner().invoke(app, ["rollback", str(tmp_path / "run"), "--to", "4"])
+    assert done.exit_code == 0, done.exception
+    assert "is as it was after round 4, in task place" in done.output
+
+
+def state(size: int) -> Checkpoint:
+    values = torch.arange(size, dtype=torch.float32)
+    return Checkpoint(1, 2, 3, 4, {"w": values, "v": -values}, {"base.w": values, "m": values + 1})
+
+
+def test_states_are_as_they_were_and_equal_tensors_are_stored_once(tmp_path: Path) -> None:
+    snapshots = Snapshots(tmp_path / "snapshots", 10**6)
+    snapshots.write(5, state(1000))
+    found = snapshots.read(5)
+    assert (found.task, found.step, found.samples, found.recorded) == (1, 2, 3, 4)
+    for part in ("parameters", "method"):
+        for name, tensor in getattr(state(1000), part).items():
+            assert torch.equal(getattr(found, part)[name], tensor)
+    assert (tmp_path / "snapshots/000005.safetensors").stat().st_size < 3.3 * 4000
+    found.parameters["w"].zero_()
+    assert found.method["base.w"].any()  # no memory is shared
+
+
+def test_the_budget_is_kept(tmp_path: Path) -> None:
+    snapshots = Snapshots(tmp_path / "snapshots", 60_000)
+    for number in range(1, 41):
+        snapshots.write(number, state(1000))
+        assert sum(path.stat().st_size for path in (tmp_path / "snapshots").iterdir()) <= 60_000
+        assert snapshots.numbers()[-1] == number
+    kept = snapshots.numbers()
+    assert len(kept) == 4
+    gaps = [second - first for first, second in pairwise(kept)]
+    assert gaps == sorted(gaps, reverse=True)
+    Snapshots(tmp_path / "none", 0).write(1, state(10))
+    Snapshots(tmp_path / "none", 100).write(1, state(1000))
+    assert not (tmp_path / "none").exists()
+
+
+@given(st.sets(st.integers(0, 10**6), min_size=2))
+def test_the_newest_is_never_given_up(numbers: set[int]) -> None:
+    ordered = sorted(numbers)
+    assert least_missed(ordered) in ordered[:-1]
+    assert least_missed(ordered[:1]) == ordered[0]

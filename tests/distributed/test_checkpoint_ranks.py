@@ -1,0 +1,173 @@
+"""`torchrun -m rkif fuse`: several processes share a fusion, and its bytes are those of one."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fuse_ranks_program
+import pytest
+import torch
+from checkpoint_files import Triple, files_of, split_folder
+from safetensors.torch import save_file
+from torchrun import TORCHRUN, quiet_environment
+
+from rkif.checkpoint import layout
+from rkif.checkpoint.layout import Piece, share
+from rkif.checkpoint.source import Entry
+
+SLOT = 4096
+
+
+def start(
+    ranks: int, arguments: Sequence[Any], *, fails: bool = False, **settings: Any
+) -> subprocess.CompletedProcess[str]:
+    patience = ["--monitor-interval", "3"] if fails else []
+    launcher = [sys.executable] if ranks == 1 else [*TORCHRUN, *patience, "--nproc-per-node", str(ranks)]
+    program = [fuse_ranks_program.__file__, json.dumps({"slot": SLOT, **settings}), "fuse"]
+    return subprocess.run(
+        [*launcher, *program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=quiet_environment(),
+        check=False,
+    )
+
+
+def fuse(ranks: int, arguments: Sequence[Any]) -> dict[str, Any]:
+    done = start(ranks, [*arguments, "--json"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = done.stdout.splitlines()
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+@pytest.fixture
+def triple(tmp_path: Path) -> Triple:
+    return Triple(tmp_path)
+
+
+def inputs(triple: Triple) -> list[Path]:
+    return [triple.path(name) for name in ("base", "inner", "outer")]
+
+
+IMPORTANCE = [
+    word for side in ("inner", "outer") for word in (f"--{side}-importance", f"{side}_scores.safetensors")
+]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (2, []),
+        (3, ["--density", "0.4", "--rule", "release", *IMPORTANCE]),
+        (3, ["--scope", "tensor"]),
+        (2, ["--density", "1", "--scope", "tensor", *IMPORTANCE]),
+        (3, ["--method", "dare_ties", "--density", "0.5"]),
+        (2, ["--method", "ties"]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else " ".join(value) or "default",
+)
+def test_the_bytes_are_those_of_one_process(triple: Triple, ranks: int, settings: list[str]) -> None:
+    chosen = [triple.folder / word if word.endswith(".safetensors") else word for word in settings]
+    outs = [triple.folder / f"out{count}" for count in (1, ranks)]
+    summaries = [
+        fuse(count, [*inputs(triple), "--out", out, *chosen])
+        for count, out in zip((1, ranks), outs, strict=True)
+    ]
+    one, several = (files_of(out) for out in outs)
+    assert one == several
+    assert not list(triple.folder.glob("*.partial"))
+    assert summaries[0]["report"] == summaries[1]["report"]
+    assert summaries[0]["read"] == summaries[1]["read"]
+
+
+def test_folders_of_several_files(triple: Triple) -> None:
+    for name in ("base", "inner", "outer"):
+        split_folder(triple.folder / name, getattr(triple, name), files=3)
+    folders = [triple.folder / name for name in ("base", "inner", "outer")]
+    for ranks in (1, 3):
+        fuse(ranks, [*folders, "--out", triple.folder / f"out{ranks}", "--max-shard-size", "20KB"])
+    assert files_of(triple.folder / "out1") == files_of(triple.folder / "out3")
+    assert len(list((triple.folder / "out3").glob("*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize(
+    ("first", "dies", "then"),
+    [(2, [1, 1], 2), (2, [1, 4], 1), (3, [0, 5], 2), (1, [0, 9], 3)],
+)
+def test_killed_and_resumed_by_as_many_or_others(
+    triple: Triple, first: int, dies: list[int], then: int
+) -> None:
+    expected = triple.folder / "expected"
+    fuse(1, [*inputs(triple), "--out", expected])
+    out = triple.folder / "out"
+    killed = start(first, [*inputs(triple), "--out", out], dies=dies)
+    assert killed.returncode != 0
+    assert not out.exists()
+    assert list((triple.folder / "out.partial").glob("journal*.jsonl")) or dies[1] == 1
+    resumed = fuse(then, [*inputs(triple), "--out", out, "--resume"])
+    assert resumed["resumed"] or dies[1] == 1
+    assert files_of(out) == files_of(expected)
+    assert not (triple.folder / "out.partial").exists()
+
+
+def test_a_full_disk_of_one_is_everybodys(triple: Triple) -> None:
+    out = triple.folder / "out"
+    done = start(2, [*inputs(triple), "--out", out], fails=True, full=[1, 3])
+    assert done.returncode != 0
+    assert "rkif: error: No space left on device: " in done.stderr
+    assert not out.exists()
+    assert (triple.folder / "out.partial").exists()
+
+
+def test_a_nan_in_the_share_of_one_stops_all(triple: Triple) -> None:
+    """Whose share it is makes no difference: nothing is left behind, and the next try begins anew."""
+    triple.inner["layer.1.weight"][3, 4] = math.nan
+    triple.save("inner")
+    done = start(3, [*inputs(triple), "--out", triple.folder / "out"], fails=True)
+    assert done.returncode != 0
+    assert "has nan in 'layer.1.weight', element 199; nothing was published" in done.stderr
+    assert not [path for path in triple.folder.iterdir() if path.stem == "out"]
+
+
+def test_what_is_wrong_beforehand_is_said_once(triple: Triple) -> None:
+    save_file({"other": torch.zeros(3)}, triple.path("inner"))
+    done = start(2, [*inputs(triple), "--out", triple.folder / "out"], fails=True)
+    assert done.returncode != 0
+    assert done.stderr.count("rkif: error: ") == 1
+    assert not [path for path in triple.folder.iterdir() if path.stem == "out"]
+
+
+def test_a_dry_run_is_shown_once(triple: Triple) -> None:
+    done = start(2, [*inputs(triple), "--out", triple.folder / "out", "--dry-run"])
+    assert done.returncode == 0
+    assert done.stdout.count("Pre-flight") == 1
+    assert not [path for path in triple.folder.iterdir() if path.stem == "out"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("sizes", [[1], [4, 4, 4, 4], [100, 1, 1], [1, 1, 100], [1, 50, 1, 50], []])
+def test_shares_are_whole_tensors_and_all_of_them(sizes: list[int], ranks: int) -> None:
+    tensors = [layout.Tensor(str(n), _entry(n, size), ()) for n, size in enumerate(sizes)]
+    chunks = [
+        (Piece(number, start, min(start + 10, size)),)
+        for number, size in enumerate(sizes)
+        for start in range(0, size, 10)
+    ]
+    shares = [share(chunks, tensors, rank, ranks) for rank in range(ranks)]
+    assert [number for one in shares for number in one] == list(range(len(chunks)))
+    for one in shares:
+        assert not len(one) or chunks[one.start][0].start == 0
+    most = max((sum(chunks[n][0].numel for n in one) for one in shares), default=0)
+    assert most <= sum(sizes) / ranks + max(sizes, default=0)
+
+
+def _entry(number: int, size: int) -> Entry:
+    return Entry(Path("x"), "F32", (size,), 0, 4 * size)

@@ -1,0 +1,55 @@
+"""Kernels that the ahead-of-time check must refuse; run as a script, it prints what it found for each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import triton
+import triton.language as tl
+
+from bench.kernels.aot import Case, compile_case
+from rkif_kernels.backends.triton.elements import kernel
+from rkif_kernels.backends.triton.launch import STREAM
+
+
+@kernel
+def _double(numels_ptr, values_ptr, numel, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(values_ptr + offsets, tl.load(values_ptr + offsets) * 2)
+
+
+@triton.jit
+def _double_under_a_mask(numels_ptr, values_ptr, numel, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(values_ptr + offsets, tl.load(values_ptr + offsets, offsets < numel) * 2, offsets < numel)
+
+
+@triton.jit
+def _hoard(numels_ptr, values_ptr, numel, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(values_ptr + offsets)
+    for _ in range(numel):
+        values = tl.dot(tl.reshape(values, (64, 64)), tl.reshape(values, (64, 64)), input_precision="ieee")
+        values = tl.reshape(values, (BLOCK,))
+    tl.store(values_ptr + offsets, values)
+
+
+@triton.jit
+def _contract(numels_ptr, values_ptr, numel, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(values_ptr + offsets)
+    tl.store(values_ptr + offsets, tl.fma(values, values, values))
+
+
+if __name__ == "__main__":
+    stream = (tl.float32,)
+    good = Case("good", _double, {}, stream, stream)
+    cases = [
+        good,
+        replace(good, name="narrow", kernel=_double_under_a_mask),
+        replace(good, name="spills", kernel=_hoard, config=replace(STREAM, block=4096, num_warps=1, tiles=1)),
+        replace(good, name="contracted", kernel=_contract),
+    ]
+    for case in cases:
+        for target in ("sm_90", "gfx942"):
+            print(case.name, target, *compile_case(case, target).problems, sep=" | ")

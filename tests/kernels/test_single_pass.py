@@ -1,0 +1,248 @@
+"""Thresholds and fusion in one pass, against the reference: where its brackets hold and where they do not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import BLOCK, CHUNK, CONFIG, SIZES, Guarded, assert_same_bits, hostile, normal, on, positive
+from torch import Tensor
+
+import rkif_kernels
+from rkif_kernels import Scores
+from rkif_kernels.backends import reference
+from rkif_kernels.backends.triton import select_and_fuse_, single_pass
+from rkif_kernels.backends.triton.launch import BRACKETING, Bracketing
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Half of a few hundred elements is sampled, and brackets are narrow enough to leave most of them decided.
+SMALL = Bracketing(least=1, one_in=2, most=1 << 20, sigmas=2.5, room=1.5)
+RELEASE = ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5))
+
+
+@pytest.fixture
+def fell_back(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """For each single pass, the flag that says whether its brackets failed."""
+    flags: list[Tensor] = []
+    launch = single_pass.launch_fuse
+
+    def spy(*args: Any, run: Tensor | None = None, **kwargs: Any) -> None:
+        flags.extend([] if run is None else [run])
+        launch(*args, run=run, **kwargs)
+
+    monkeypatch.setattr(single_pass, "launch_fuse", spy)
+    return flags
+
+
+def check(
+    tensors: dict[str, list[Tensor]],
+    inner_scores: Scores,
+    outer_scores: Scores,
+    rank: int,
+    bracketing: Bracketing = SMALL,
+    outer_from: str = "inner",
+    out_dtype: torch.dtype | None = None,
+) -> list[int]:
+    """One pass against the reference's thresholds and fusion; returns the four counts."""
+    fresh = [torch.full_like(b, torch.nan, dtype=out_dtype or b.dtype) for b in tensors["base"]]
+    filled = [
+        Scores(
+            [t for t in scores.sensitivity if t.numel()],
+            None if scores.uncertainty is None else [t for t in scores.uncertainty if t.numel()],
+        )
+        for scores in (inner_scores, outer_scores)
+    ]
+    limits = tuple(reference.score_thresholds(side, ranks=[rank], per_tensor=False) for side in filled)
+    expected = on("cpu", fresh)
+    rule = {"weights": RELEASE, "outer_from": outer_from}
+    wanted = reference.fuse_(
+        expected, *tensors.values(), inner_scores, outer_scores, thresholds=limits, **rule
+    )
+    got = Guarded(fresh, DEVICE)
+    stats = select_and_fuse_(
+        got.tensors,
+        *(on(DEVICE, part) for part in tensors.values()),
+        *(
+            Scores(on(DEVICE, side.sensitivity), on(DEVICE, side.uncertainty))
+            for side in (inner_scores, outer_scores)
+        ),
+        rank=rank,
+        config=CONFIG,
+        bracketing=bracketing,
+        **rule,
+    )
+    assert [limit.item() for limit in stats.thresholds] == [limit.item() for limit in limits]
+    assert_same_bits(got.tensors, expected)
+    got.assert_edges_untouched()
+    assert stats.counts.tolist() == wanted.counts.tolist()
+    torch.testing.assert_close(stats.squared_norms.cpu(), wanted.squared_norms, rtol=1e-12, atol=1e-12)
+    return wanted.counts.tolist()
+
+
+def models(sizes: list[int], dtype: torch.dtype = torch.float32) -> dict[str, list[Tensor]]:
+    return {name: normal(sizes, dtype, seed) for seed, name in enumerate(("base", "inner", "outer"))}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 0.8, 1.0])
+def test_single_pass(sizes: list[int], fraction: float) -> None:
+    inner = Scores(positive(sizes, torch.float32, 3), positive(sizes, torch.float32, 4))
+    check(models(sizes), inner, Scores(positive(sizes, torch.float32, 5)), int(fraction * (sum(sizes) - 1)))
+
+
+def test_good_brackets_need_no_second_fusion(fell_back: list[Tensor]) -> None:
+    sizes = [5 * CHUNK + 3, 77, 9 * CHUNK]
+    inner, outer = (Scores(positive(sizes, torch.float32, seed)) for seed in (3, 5))
+    counts = check(models(sizes), inner, outer, int(0.8 * (sum(sizes) - 1)))
+    assert all(counts), "a case that never comes up is not checked"
+    assert [int(flag) for flag in fell_back] == [0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_single_pass_over_mixed_dtypes(dtype: torch.dtype, fell_back: list[Tensor]) -> None:
+    """Three tables: the list holds positions in all of them, and each does over its own."""
+    sizes = [2 * CHUNK + 1, CHUNK, 3 * CHUNK, 40]
+    tensors = models(sizes)
+    tensors["base"][1] = tensors["base"][1].to(dtype)
+    tensors["outer"][2] = tensors["outer"][2].to(dtype)
+    inner = Scores(positive(sizes, torch.bfloat16, 3), positive(sizes, torch.float32, 4))
+    outer = Scores(positive(sizes, torch.float32, 5))
+    check(tensors, inner, outer, int(0.7 * (sum(sizes) - 1)), outer_from="base")
+    check(tensors, inner, outer, int(0.7 * (sum(sizes) - 1)), out_dtype=dtype)
+    assert [int(flag) for flag in fell_back] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "bracketing"),
+    [
+        ("no width", replace(SMALL, sigmas=-0.5)),
+        ("a sample of one", replace(SMALL, most=1, sigmas=0.0)),
+        ("no room", replace(SMALL, room=0.0)),
+        ("room for almost all", replace(SMALL, sigmas=10.0, room=0.5)),
+        ("everything undecided", replace(SMALL, sigmas=1e9)),
+    ],
+)
+@pytest.mark.parametrize("fraction", [0.0, 0.31, 0.8, 1.0])
+def test_brackets_that_fail_cost_time_only(name: str, bracketing: Bracketing, fraction: float) -> None:
+    sizes = [CHUNK + 9, 200]
+    inner = Scores(positive(sizes, torch.float32, 3), positive(sizes, torch.float32, 4))
+    outer = Scores(positive(sizes, torch.float32, 5))
+    check(models(sizes), inner, outer, int(fraction * (sum(sizes) - 1)), bracketing)
+
+
+@pytest.mark.parametrize(
+    ("bracketing", "failed"),
+    [
+        (replace(SMALL, room=0.0), 1),
+        (replace(SMALL, sigmas=1e9), 0),
+        (replace(SMALL, sigmas=1e9, room=3e-10), 1),
+    ],
+    ids=["no room", "everything listed", "room for half"],
+)
+def test_a_list_that_is_too_short_is_noticed(
+    bracketing: Bracketing, failed: int, fell_back: list[Tensor]
+) -> None:
+    sizes = [CHUNK + 9, 200]
+    scores = Scores(positive(sizes, torch.float32, 3))
+    check(models(sizes), scores, scores, 150, bracketing)
+    assert [int(flag) for flag in fell_back] == [failed]
+
+
+@pytest.mark.parametrize("inner_name", hostile(4).keys())
+def test_single_pass_of_hostile_scores(inner_name: str) -> None:
+    n = 2 * CHUNK + 9
+    cases = hostile(n)
+    names = list(cases)
+    other = cases[names[(names.index(inner_name) + 5) % len(names)]]
+    for rank in (0, n // 3, int(0.8 * (n - 1)), n - 1):
+        check(models([n]), Scores([cases[inner_name]]), Scores([other]), rank)
+
+
+def test_ties_at_the_lower_end_need_no_list(fell_back: list[Tensor]) -> None:
+    """95 % zeros: the threshold is zero itself, which is not above it, so nothing is undecided."""
+    n = 4 * CHUNK
+    zeros = torch.where(torch.arange(n) % 20 == 0, torch.rand(n), 0.0)
+    check(models([n]), Scores([zeros]), Scores([torch.full((n,), 0.3)]), int(0.8 * (n - 1)))
+    assert [int(flag) for flag in fell_back] == [0]
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.integers(0, 2 * CHUNK), min_size=1, max_size=4).filter(sum),
+    st.floats(0, 1),
+    st.floats(0, 5),
+    st.floats(0, 2),
+    st.integers(0, 10**6),
+)
+def test_single_pass_anywhere(
+    sizes: list[int], fraction: float, sigmas: float, room: float, seed: int
+) -> None:
+    bracketing = replace(SMALL, sigmas=sigmas, room=room)
+    few = [t.mul(3).floor() for t in positive(sizes, torch.float32, seed)]
+    inner, outer = Scores(positive(sizes, torch.bfloat16, seed + 1)), Scores(few)
+    check(models(sizes), inner, outer, int(fraction * (sum(sizes) - 1)), bracketing)
+
+
+def test_few_scores_are_read_several_times_instead(fell_back: list[Tensor]) -> None:
+    sizes = [CHUNK + 9, 5]
+    scores = Scores(positive(sizes, torch.float32, 3))
+    check(models(sizes), scores, scores, 99, BRACKETING)
+    assert fell_back == []
+
+
+@pytest.mark.parametrize("backend", rkif_kernels.backends.choose.available(torch.device(DEVICE)))
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize("density", [0, 0.2, 1])
+@pytest.mark.parametrize("target", ["memory of its own", "outer"])
+def test_select_and_fuse_is_selection_and_fusion(
+    backend: str, scope: str, density: float, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        single_pass.select_and_fuse_, "__kwdefaults__", {"config": CONFIG, "bracketing": SMALL}
+    )
+    sizes = [CHUNK + 1, 0, BLOCK]
+    base, inner, outer = (on(DEVICE, part) for part in models(sizes).values())
+    s_in, s_out = (Scores(on(DEVICE, positive(sizes, torch.float32, seed))) for seed in (3, 4))
+    limits = [
+        rkif_kernels.score_thresholds(s, density=density, scope=scope, backend="torch") for s in (s_in, s_out)
+    ]
+    rule = {"weights": RELEASE, "outer_from": "inner"}
+    expected = [torch.empty_like(b) for b in base]
+    wanted = rkif_kernels.fuse_(
+        expected, base, inner, outer, s_in, s_out, thresholds=limits, backend="torch", **rule
+    )
+    out = outer if target == "outer" else [torch.full_like(b, torch.nan) for b in base]
+    stats = rkif_kernels.select_and_fuse_(
+        out, base, inner, outer, s_in, s_out, density=density, scope=scope, backend=backend, **rule
+    )
+    assert_same_bits(out, on("cpu", expected))
+    assert stats.counts.tolist() == wanted.counts.tolist()
+    assert [t.tolist() for t in stats.thresholds] == [t.tolist() for t in limits]
+
+
+def test_over_one_of_its_inputs_nothing_is_guessed(fell_back: list[Tensor]) -> None:
+    """A single pass that has to be done over would find its input overwritten."""
+    sizes = [CHUNK]
+    tensors = {name: on(DEVICE, part) for name, part in models(sizes).items()}
+    scores = Scores(on(DEVICE, positive(sizes, torch.float32, 3)))
+    for name in tensors:
+        rkif_kernels.select_and_fuse_(
+            tensors[name], *tensors.values(), scores, scores, density=0.2, weights=RELEASE, backend="triton"
+        )
+    assert fell_back == []
+
+
+def test_a_bracket_is_where_the_sample_says() -> None:
+    """By hand: rank 80 of 101, 25 sampled: centre 19.2, margin 1 * sqrt(.8 * .2 * 25) + 1 = 3."""
+    assert replace(SMALL, sigmas=1.0).sample_ranks(80, 101, 25) == (16, 23)
+    assert replace(SMALL, sigmas=1.0).sample_ranks(0, 101, 25) == (-1, 1)
+    assert replace(SMALL, sigmas=1.0).sample_ranks(100, 101, 25) == (23, -1)
+    assert BRACKETING.step(64 << 20) == 64
+    assert BRACKETING.step(64 << 21) == 128
+    # 4 * 3 / 25 of 101 elements lie in the two brackets: 48.48, and half as many again: 72.7.
+    assert replace(SMALL, sigmas=1.0).capacity(80, 101, 25) == 73
