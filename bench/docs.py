@@ -1,4 +1,4 @@
-"""The README's figures: made from the committed results, never typed."""
+"""The tables of README.md and the docs: made from the committed results, never typed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.checkpoints import peers as checkpoints
-from bench.forgetting import delta, ledger, state_precision
+from bench.forgetting import delta, ledger, state_precision, task_vector_angles
 from bench.forgetting import tables as continual_tables
-from bench.forgetting import task_vector_angles as directions
 from bench.kernels import launches
 from bench.kernels import tables as kernels
 from bench.training import model_memory, overhead, scaling
@@ -21,10 +20,10 @@ FILES = (README, *(DOCS / f"{name}.md" for name in DOCUMENTS))  # those that hav
 
 
 def with_tables(text: str) -> str:
-    """``text`` with everything between a results marker and its end made anew.
+    """``text`` with new tables between each results marker and its end.
 
     Raises:
-        ValueError: a marker names results that nobody makes.
+        ValueError: a marker names an unknown table.
     """
 
     def table(match: re.Match[str]) -> str:
@@ -43,7 +42,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "continual": continual_tables.main,
     "continual_all": continual_tables.everything,
     "delta": delta.markdown,
-    "directions": directions.markdown,
+    "task_vector_angles": task_vector_angles.markdown,
     "kernels": kernels.markdown,
     "launches": launches.markdown,
     "ledger": ledger.markdown,

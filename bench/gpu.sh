@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: bench/gpu.sh [correct] [fast] [forgets], all three without a name.
+# Everything that needs a GPU: bench/gpu.sh [tests] [speed] [continual], all three without a name.
 #
-#   correct   all tests compiled, sweeps of random and hostile inputs, compute-sanitizer
-#   fast      the suite, the goals, the 13B profile, launch configurations, ncu, checkpoints on disk, training steps
-#   forgets   the long suite on SmolLM2-135M-Instruct, the standard one with all parameters (models/smollm2, data/cl15)
+#   tests     all tests compiled, sweeps of random and hostile inputs, compute-sanitizer
+#   speed     the suite, the goals, the 13B profile, launch configurations, ncu, checkpoints on disk, training steps
+#   continual the long suite on SmolLM2-135M-Instruct, the standard one with all parameters (models/smollm2, data/cl15)
 #
 #   OUT=folder     for rows and logs (default bench/results/gpu)
-#   PYTHON=python  with torch, triton and rkif's dev dependencies
+#   PYTHON=python3 with torch, triton and rkif's dev dependencies
 #   SECONDS_EACH   seconds that a part may take (540): late stages are cut short or left out, and that is said
 #   DEVICE=cpu     a rehearsal: the same stages, small, on this machine's processor; no figure of it counts
 #
-# Every stage has a limit of its own; one that fails stops no other. Its output goes to OUT/log.txt. What is
-# measured goes where the commands put it, bench/results, and copies of it to OUT. The exit status is that of
-# the correctness; the goals are printed, not enforced.
+# Every stage has a limit of its own; one that fails stops no other. Its output goes to OUT/log.txt. Rows go
+# to bench/results, copies of them to OUT. The exit status is that of the tests, the sweeps and the sanitizer; the
+# goals are printed, not enforced.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results/gpu}
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 SECONDS_EACH=${SECONDS_EACH:-540}
 RESULTS=bench/results
@@ -67,9 +67,9 @@ import platform
 
 import torch
 
-from bench.machine import commit
-from bench.rows import versions
-from rkif_kernels.backend import available
+from bench.common.machine import commit
+from bench.common.rows import versions
+from rkif_kernels.backends.choose import available
 
 print(platform.platform(), versions(), "CUDA", torch.version.cuda, "commit", commit())
 if torch.cuda.is_available():
@@ -78,6 +78,18 @@ PY
 }
 export -f bench environment
 export PYTHON DEVICE
+
+# Every import that a stage needs, looked up before the first minute is spent.
+"$PYTHON" - <<'PY' || exit 1
+import importlib.util
+import sys
+
+needed = "torch triton numpy safetensors huggingface_hub filelock pydantic yaml rich typer matplotlib".split()
+needed += "transformers peft accelerate datasets trl optuna pytest pytest_benchmark hypothesis".split()
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"bench/gpu.sh: error: {sys.executable} has no {', '.join(missing)}: pip install -e '.[dev]'")
+PY
 
 if [ "$DEVICE" = cuda ]; then
     if ! "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
@@ -105,7 +117,7 @@ KERNELS=(tests/kernels/test_kernels.py tests/kernels/test_counting.py tests/kern
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 NCU=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null)
 
-correct() {
+tests() {
     stage kernel-tests 200 "$PYTHON" -m pytest -x -q "${WORKERS[@]}" "${TESTS[@]}" "${KERNELS[@]}"
     stage sweep $((SWEEP + 30)) bash -c "bench sweep --device $DEVICE --seconds $SWEEP"
     if [ "$DEVICE" = cuda ]; then
@@ -113,7 +125,7 @@ correct() {
     else
         skip sweep-graphs "graphs are CUDA's"
     fi
-    for tool in memcheck racecheck; do
+    for tool in memcheck racecheck initcheck; do
         if [ -z "$SANITIZER" ]; then
             skip "$tool" "no compute-sanitizer here"
         else
@@ -125,7 +137,7 @@ correct() {
         "${KERNELS[@]/#/--ignore=}"
 }
 
-fast() {
+speed() {
     TAIL=3 stage suite-large 140 bash -c "bench run --device $DEVICE ${LARGE[*]}"
     TAIL=30 stage profile-13b 60 bash -c "bench profile-13b --device $DEVICE --layers $LAYERS"
     TAIL=30 stage profile-13b-bf16 60 bash -c "bench profile-13b --device $DEVICE --layers $LAYERS --dtype bfloat16"
@@ -147,7 +159,7 @@ fast() {
     TAIL=3 stage suite-quick 120 bash -c "bench run --device $DEVICE ${QUICK[*]}"
 }
 
-forgets() {
+continual() {
     if [ ! -d "$NEEDED" ] || [ ! -d data/cl15 ]; then
         skip continual "no $NEEDED or no data/cl15"
         return
@@ -158,12 +170,12 @@ forgets() {
 }
 
 TAIL=12 DEADLINE=$((SECONDS + 60)) stage environment 60 bash -c environment
-for part in "${@:-correct fast forgets}"; do
+for part in "${@:-tests speed continual}"; do
     for name in $part; do
         DEADLINE=$((SECONDS + SECONDS_EACH))
         case $name in
-            correct | fast | forgets) "$name" ;;
-            *) echo "bench/gpu.sh: error: no such part: $name (correct, fast, forgets)" >&2; exit 2 ;;
+            tests | speed | continual) "$name" ;;
+            *) echo "bench/gpu.sh: error: no such part: $name (tests, speed, continual)" >&2; exit 2 ;;
         esac
         cp "$RESULTS"/{gpu,checkpoints,overhead,launches,continual}.jsonl "$OUT" 2>/dev/null
     done
@@ -179,4 +191,4 @@ for name in "${STAGES[@]}"; do
 done | tee "$OUT/stages.txt"
 echo "took $SECONDS s; rows and log in $OUT"
 # What says that the kernels are right must have passed where it ran; only the sanitizer may be missing.
-! grep -E '^([a-z]+-tests|sweep(-graphs)?|memcheck|racecheck) ' "$OUT/stages.txt" | grep -qvE ' (ok|skipped: (no compute|graphs).*)$'
+! grep -E '^([a-z]+-tests|sweep(-graphs)?|memcheck|racecheck|initcheck) ' "$OUT/stages.txt" | grep -qvE ' (ok|skipped: (no compute|graphs).*)$'

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from bench.common.machine import commit, device_name
-from bench.common.rows import RESULTS, Row, read, versions
+from bench.common.rows import RESULTS, Row, read, versions, write_all
 from rkif.files import write_text
 
 ROWS = RESULTS / "checkpoints.jsonl"
@@ -124,12 +124,10 @@ def compare(
         for name, command in commands.items():
             costs[name].append(_run(command, folder))
             console.print(f"round {number + 1}: {name} {costs[name][-1].cpu_s:.1f} s of CPU")
-    rows = read(ROWS) if ROWS.exists() else []
     parameters = _parameters(folder / "base")
     fresh = [_row(name, found, peers, device) | {"parameters": parameters} for name, found in costs.items()]
-    done = {_key(row) for row in fresh}
-    rows = [row for row in rows if _key(row) not in done] + fresh
-    write_text(ROWS, "".join(json.dumps(row) + "\n" for row in rows))
+    replaced = {_key(row) for row in fresh}
+    write_all(ROWS, [*(row for row in read(ROWS) if _key(row) not in replaced), *fresh])
     console.print(markdown(), markup=False)
 
 

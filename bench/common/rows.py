@@ -1,4 +1,4 @@
-"""Measurements on disk: JSON lines, one a measurement, the latest of each kind."""
+"""The store of measurements: files of JSON lines in ``bench/results``, one line a measurement."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import importlib.metadata
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,31 +81,40 @@ def versions() -> dict[str, str]:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file.
+    """The rows of a file; none where there is no file yet.
 
     Raises:
         ValueError: a line is not a row.
     """
+    if not path.exists():
+        return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for line_number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is not a row: {error}") from error
+            raise ValueError(f"{path}:{line_number} is not a row: {error}") from error
     return rows
 
 
-def write(path: Path, new: Row) -> None:
-    """Put a row in place of the one with the same key, or at the end."""
-    rows = read(path) if path.exists() else []
-    key = _key(new)
-    at = next((index for index, old in enumerate(rows) if _key(old) == key), len(rows))
+def write(path: Path, new: Mapping[str, Any], key: Sequence[str] = KEY) -> None:
+    """Put a row in place of the one with the same values of ``key``, or at the end."""
+    rows: list[Mapping[str, Any]] = [*read(path)]
+    identity = [new[name] for name in key]
+    same = (index for index, old in enumerate(rows) if [old.get(name) for name in key] == identity)
+    at = next(same, len(rows))
     rows[at : at + 1] = [new]
+    write_all(path, rows)
+
+
+def write_all(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace the whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(item) + "\n" for item in rows), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     temporary.replace(path)
 
 
-def _key(item: Row) -> tuple[Any, ...]:
-    return tuple(item[name] for name in KEY)
+def commit_of(row: Mapping[str, Any]) -> str:
+    """The commit that a row was measured at, in short."""
+    return str(row["commit"]).removesuffix("-dirty")[:7]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,17 @@ import torch
 import yaml
 from rich.console import Console
 
+from bench.common import rows as store
 from bench.common.machine import commit, device_name
+from bench.forgetting.instrument import CONFIGS, seconds_by_part
 from rkif.continual.config import RunConfig, dump_config, load_config
 from rkif.continual.display.progress import RunProgress
 from rkif.continual.methods import METHODS, RecurrentKIF
 from rkif.continual.models.model import device
 from rkif.continual.run import run
 
-RESULTS = Path(__file__).parents[1] / "results" / "continual.jsonl"
-CONFIGS = Path(__file__).parents[1] / "configs"
+RESULTS = store.RESULTS / "continual.jsonl"
+KEY = ("config", "order", "method", "seed")  # of a row
 SUITES = {suite: tuple(f"{suite}-{number}" for number in (1, 2, 3)) for suite in ("standard", "long")}
 MAIN = (
     "sequential",
@@ -46,6 +46,13 @@ MAIN = (
     "recurrent_kif_release",
 )
 
+# Seconds of a run's rounds: all steps on the new task and on the memory, and what of them the fuser takes.
+TIMED: tuple[tuple[type, str, str], ...] = (
+    (RecurrentKIF, "observe", "fuser"),
+    (RecurrentKIF, "begin_outer", "fuser"),
+    (RecurrentKIF, "end_round", "fuser"),
+    (RecurrentKIF, "train_step", "steps"),
+)
 
 # What a row says in fields of its own, or what is a matter of the machine.
 NAMED: Any = {"model": True, "method": True, "seed": True, "tasks": {"folder", "order"}}
@@ -109,7 +116,7 @@ def compare(jobs: Sequence[Job], processes: int, console: Console) -> None:
                 failed.append(f"{job.order} {job.method} seed {job.seed}: {type(error).__name__}: {error}")
                 console.print(failed[-1], style="red", markup=False, highlight=False)
                 continue
-            write(row)
+            store.write(RESULTS, row, KEY)
             console.print(
                 f"{row['order']} {row['method']} seed {row['seed']}: OP {row['op']} BWT {row['bwt']}"
                 f" ({row['wall_s']} s)",
@@ -123,7 +130,7 @@ def _run(job: Job) -> dict[str, Any]:
     config = job.settings()
     resumed = job.folder.exists()
     started = time.monotonic()
-    with _timed_fuser() as spent, open(os.devnull, "w") as nowhere:
+    with seconds_by_part(TIMED) as spent, open(os.devnull, "w") as nowhere:
         metrics = run(config, job.folder, resume=resumed, progress=RunProgress(Console(file=nowhere)))
     wall = None if resumed else time.monotonic() - started
     return _row(job, config, metrics, wall, spent)
@@ -168,40 +175,6 @@ def _peak_of_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-@contextmanager
-def _timed_fuser() -> Iterator[dict[str, float]]:
-    """Add up the seconds that Recurrent-KIF's rounds take, and those of them that the fuser takes."""
-    spent = {"fuser": 0.0, "steps": 0.0}
-    names = {"observe": "fuser", "begin_outer": "fuser", "end_round": "fuser", "train_step": "steps"}
-    originals = {name: getattr(RecurrentKIF, name) for name in names}
-    for name, part in names.items():
-        setattr(RecurrentKIF, name, _timed(originals[name], spent, part))
-    try:
-        yield spent
-    finally:
-        for name, original in originals.items():
-            setattr(RecurrentKIF, name, original)
-
-
-def _timed(call: Callable[..., Any], spent: dict[str, float], part: str) -> Callable[..., Any]:
-    def timed(method: RecurrentKIF, *arguments: Any) -> Any:
-        if not method.has_memory:  # fine-tuning has no rounds
-            return call(method, *arguments)
-        _synchronize()
-        started = time.perf_counter()
-        result = call(method, *arguments)
-        _synchronize()
-        spent[part] += time.perf_counter() - started
-        return result
-
-    return timed
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """``settings`` with ``changes`` put in, section by section; "x2" stands for twice what is there."""
     merged = dict(settings)
@@ -216,11 +189,9 @@ def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     return merged
 
 
-def rows() -> list[dict[str, Any]]:
+def rows() -> list[store.Row]:
     """What has been measured."""
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    return store.read(RESULTS)
 
 
 def _has_row(job: Job) -> bool:
@@ -237,13 +208,3 @@ def _settings(row: Mapping[str, Any], config: RunConfig) -> RunConfig:
     named = config.model_dump(include={"model", "method", "seed"})
     where = config.tasks.model_dump(include={"folder", "order"})
     return RunConfig.model_validate({**stored, **named, "tasks": {**stored["tasks"], **where}})
-
-
-def write(row: Mapping[str, Any]) -> None:
-    """Put a row in place of the one of the same run, or at the end."""
-    keys = ("config", "order", "method", "seed")
-    kept = [old for old in rows() if any(old.get(key) != row[key] for key in keys)]
-    RESULTS.parent.mkdir(exist_ok=True)
-    temporary = RESULTS.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(item) + "\n" for item in [*kept, row]), encoding="utf-8")
-    temporary.replace(RESULTS)

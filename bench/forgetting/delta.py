@@ -13,13 +13,14 @@ from rich.console import Console
 from torch import Tensor
 
 import rkif
+from bench.common import rows as store
 from bench.common.machine import commit
-from bench.forgetting.instrument import commit_of, read_rows, replaced, silent_run, write_rows
+from bench.forgetting.instrument import replaced, silent_run
 from rkif.continual.config import RunConfig, load_config
 from rkif.fuser import Fuser
 from rkif.fuser.snapshot import Snapshot
 
-RESULTS = Path(__file__).parents[1] / "results" / "delta.jsonl"
+RESULTS = store.RESULTS / "delta.jsonl"
 SPACES = {
     "factors": "factors, by importance",
     "factors_moved": "factors, by how far they moved",
@@ -58,16 +59,16 @@ def measure(path: Path, console: Console) -> None:
             }
         )
         console.print(rows[-1])
-    write_rows(RESULTS, rows)
+    store.write_all(RESULTS, rows)
 
 
 def markdown() -> str:
     """The rows as a table."""
-    rows = read_rows(RESULTS)
+    rows = store.read(RESULTS)
     first = rows[0]
     lines = [
         f"{first['model']} ({first['config']}), one run each, {first['rounds']} rounds, at "
-        f"{commit_of(first)}.",
+        f"{store.commit_of(first)}.",
         "",
         "| | " + " | ".join(SPACES[row["space"]] for row in rows) + " |",
         "| --- |" + " ---: |" * len(rows),

@@ -1,24 +1,25 @@
-"""What the commands that look into runs share: a run that leaves nothing behind, and its rows."""
+"""Runs that are looked into: silent, in a temporary folder, with methods of a class replaced."""
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
-from bench.forgetting.continual import CONFIGS
 from rkif.continual.config import RunConfig
 from rkif.continual.display.progress import RunProgress
 from rkif.continual.run import run
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 DEFAULT = CONFIGS / "standard-minilm.yaml"
-HARDLY_MEASURED = {"dev_limit": 8}  # changes to `tasks` of a run whose accuracy nobody asks for
+FEW_DEV_RECORDS = {"dev_limit": 8}  # changes to `tasks` of a run whose accuracy is not needed
 
 
 @contextmanager
@@ -42,16 +43,38 @@ def replaced(kind: type, **methods: Callable[..., Any]) -> Iterator[None]:
             setattr(kind, name, method)
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One JSON line a row, in place of all that was there."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+@contextmanager
+def seconds_by_part(timed: Sequence[tuple[type, str, str]]) -> Iterator[dict[str, float]]:
+    """Time methods while the block runs.
+
+    Args:
+        timed: classes, names of their methods, and the part that a method's seconds are added to. A method of
+            an object whose ``has_memory`` is false is not timed: without replay memory there are no rounds.
+
+    Yields:
+        Part -> seconds so far.
+    """
+    spent = {part: 0.0 for _, _, part in timed}
+    with ExitStack() as stack:
+        for kind, name, part in timed:
+            stack.enter_context(replaced(kind, **{name: _timing(getattr(kind, name), spent, part)}))
+        yield spent
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _timing(call: Callable[..., Any], spent: dict[str, float], part: str) -> Callable[..., Any]:
+    def timing(owner: Any, *arguments: Any) -> Any:
+        if not getattr(owner, "has_memory", True):
+            return call(owner, *arguments)
+        _synchronize()
+        started = time.perf_counter()
+        result = call(owner, *arguments)
+        _synchronize()
+        spent[part] += time.perf_counter() - started
+        return result
+
+    return timing
 
 
-def commit_of(row: Mapping[str, Any]) -> str:
-    """The commit that a row was measured at, in short."""
-    return str(row["commit"]).removesuffix("-dirty")[:7]
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

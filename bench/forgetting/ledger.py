@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,8 +11,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from bench.common import rows as store
 from bench.common.machine import commit, device_name
-from bench.forgetting.instrument import HARDLY_MEASURED, commit_of, read_rows, silent_run, write_rows
+from bench.forgetting.instrument import FEW_DEV_RECORDS, seconds_by_part, silent_run
 from rkif.continual.config import RunConfig, load_config
 from rkif.continual.methods import RecurrentKIF
 from rkif.continual.models.model import device
@@ -22,7 +21,7 @@ from rkif.continual.rundir.recorder import Recorder
 from rkif.continual.rundir.snapshots import Snapshots
 from rkif.gate import Gatekeeper
 
-RESULTS = Path(__file__).parents[1] / "results" / "ledger.jsonl"
+RESULTS = store.RESULTS / "ledger.jsonl"
 # Whose time is counted for what. The ledger's record is made and written, the state collected and written.
 TIMED: tuple[tuple[type, str, str], ...] = (
     (RecurrentKIF, "train_step", "steps"),
@@ -66,17 +65,17 @@ def measure(path: Path, rounds: int, console: Console) -> None:
         }
         for name, runs in found.items()
     ]
-    write_rows(RESULTS, rows)
+    store.write_all(RESULTS, rows)
 
 
 def markdown() -> str:
     """The rows as a table."""
-    rows = read_rows(RESULTS)
+    rows = store.read(RESULTS)
     row = rows[0]
     lines = [
         f"{row['model']} ({row['config']}), {row['trainable']:,.0f} trained parameters, two tasks, "
         f"{row['rounds']:.0f} rounds, medians of {row['runs']} runs, on {row['device']}, "
-        f"torch {row['torch']}, at {commit_of(row)}. "
+        f"torch {row['torch']}, at {store.commit_of(row)}. "
         f"A state takes {row['state_mib']:.1f} MiB.",
         "",
         "| checked by | ledger | snapshots | gate | seconds a round |",
@@ -92,12 +91,12 @@ def _settings(path: Path, gate: dict[str, Any] | None) -> RunConfig:
     """The config's first two tasks; hardly any evaluation, which is not what is timed."""
     config = load_config(path)
     order = json.loads((Path(config.tasks.folder) / "tasks.json").read_text())["orders"]
-    tasks = config.tasks.model_dump() | {"order": order[config.tasks.order][:2]} | HARDLY_MEASURED
+    tasks = config.tasks.model_dump() | {"order": order[config.tasks.order][:2]} | FEW_DEV_RECORDS
     return RunConfig.model_validate(config.model_dump() | {"tasks": tasks, "gate": gate})
 
 
 def _measured(config: RunConfig) -> dict[str, Any]:
-    with _timed() as spent, silent_run(config) as (metrics, out):
+    with seconds_by_part(TIMED) as spent, silent_run(config) as (metrics, out):
         states = [path.stat().st_size for path in (out / "snapshots").iterdir()]
     # What is done between two steps is not part of the first.
     steps = spent["steps"] - spent["ledger"] - spent["gate"]
@@ -109,27 +108,3 @@ def _measured(config: RunConfig) -> dict[str, Any]:
         "state_mib": median(states) / 2**20,
         "trainable": metrics["trainable"],
     }
-
-
-@contextmanager
-def _timed() -> Iterator[dict[str, float]]:
-    """Seconds by part, while the block runs; only of tasks that have rounds."""
-    spent = {part: 0.0 for _, _, part in TIMED}
-    with ExitStack() as stack:
-        for kind, name, part in TIMED:
-            original = getattr(kind, name)
-            setattr(kind, name, _timing(original, spent, part))
-            stack.callback(setattr, kind, name, original)
-        yield spent
-
-
-def _timing(call: Callable[..., Any], spent: dict[str, float], part: str) -> Callable[..., Any]:
-    def timing(owner: Any, *arguments: Any) -> Any:
-        if not getattr(owner, "has_memory", True):
-            return call(owner, *arguments)
-        started = time.perf_counter()
-        result = call(owner, *arguments)
-        spent[part] += time.perf_counter() - started
-        return result
-
-    return timing

@@ -13,21 +13,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from bench.common import rows as store
 from bench.common.machine import commit
-from bench.forgetting.instrument import (
-    HARDLY_MEASURED,
-    commit_of,
-    read_rows,
-    replaced,
-    silent_run,
-    write_rows,
-)
+from bench.forgetting.instrument import FEW_DEV_RECORDS, replaced, silent_run
 from rkif.continual.config import RunConfig, load_config
 from rkif.fuser.fuser import Fuser, Learner
 from rkif.fuser.importance import Importance
 from rkif_kernels import score_thresholds
 
-RESULTS = Path(__file__).parents[1] / "results" / "state_precision.jsonl"
+RESULTS = store.RESULTS / "state_precision.jsonl"
 PRESETS = ("paper", "release")
 FIGURES = {
     "inner_equal": "inner mask, equal bits",
@@ -43,7 +37,7 @@ def measure(path: Path, console: Console) -> None:
     config = load_config(path)
     rows = []
     for preset in PRESETS:
-        tasks = config.tasks.model_dump() | HARDLY_MEASURED
+        tasks = config.tasks.model_dump() | FEW_DEV_RECORDS
         changes = {"method": "recurrent_kif", "tasks": tasks, "fusion": {"preset": preset}}
         chosen = RunConfig.model_validate(config.model_dump() | changes)
         with _shadowed() as rounds, silent_run(chosen):
@@ -60,16 +54,16 @@ def measure(path: Path, console: Console) -> None:
             }
         )
         console.print(rows[-1])
-    write_rows(RESULTS, rows)
+    store.write_all(RESULTS, rows)
 
 
 def markdown() -> str:
     """The rows as a table."""
-    rows = read_rows(RESULTS)
+    rows = store.read(RESULTS)
     first = rows[0]
     lines = [
         f"{first['model']} with LoRA ({first['config']}), means over {first['rounds']} rounds, at "
-        f"{commit_of(first)}: S and U in bfloat16 against float32, under the same "
+        f"{store.commit_of(first)}: S and U in bfloat16 against float32, under the same "
         "gradients.",
         "",
         "| | " + " | ".join(f"{row['preset']} preset" for row in rows) + " |",

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from bench.forgetting.continual import CONFIGS, MAIN, rows
+from bench.forgetting.continual import MAIN, rows
+from bench.forgetting.instrument import CONFIGS
 from rkif.continual.display.progress import figure
 
 Row = Mapping[str, Any]

@@ -12,19 +12,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from bench.common import rows as store
 from bench.common.machine import commit
-from bench.forgetting.instrument import (
-    HARDLY_MEASURED,
-    commit_of,
-    read_rows,
-    replaced,
-    silent_run,
-    write_rows,
-)
+from bench.forgetting.instrument import FEW_DEV_RECORDS, replaced, silent_run
 from rkif.continual.config import RunConfig, load_config
 from rkif.fuser import Fuser
 
-RESULTS = Path(__file__).parents[1] / "results" / "directions.jsonl"
+RESULTS = store.RESULTS / "task_vector_angles.jsonl"
 FIGURES = {
     "cosine": "cosine of the two task vectors",
     "same_sign": "elements that both move the same way",
@@ -38,7 +32,7 @@ FIGURES = {
 def measure(path: Path, console: Console) -> None:
     """Run a config, and write a row a task with the means over its rounds."""
     config = load_config(path)
-    changes = {"method": "recurrent_kif", "tasks": config.tasks.model_dump() | HARDLY_MEASURED}
+    changes = {"method": "recurrent_kif", "tasks": config.tasks.model_dump() | FEW_DEV_RECORDS}
     config = RunConfig.model_validate(config.model_dump() | changes)
     with _watched() as rounds, silent_run(config) as (metrics, _):
         pass
@@ -58,16 +52,16 @@ def measure(path: Path, console: Console) -> None:
     ]
     for row in rows:
         console.print(row)
-    write_rows(RESULTS, rows)
+    store.write_all(RESULTS, rows)
 
 
 def markdown() -> str:
     """The rows as a table."""
-    rows = read_rows(RESULTS)
+    rows = store.read(RESULTS)
     first = rows[0]
     lines = [
         f"{first['model']} ({first['config']}, {first['order']}), means over the {first['rounds']} rounds of "
-        f"each task, at {commit_of(first)}.",
+        f"each task, at {store.commit_of(first)}.",
         "",
         "| | " + " | ".join(row["task"] for row in rows) + " |",
         "| --- |" + " ---: |" * len(rows),

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from bench.common import rows
+from bench.common.options import resolved_device
 from bench.kernels.operations import DTYPES, OPERATIONS
 from bench.kernels.shapes import SHAPES
 from rkif_kernels.checks import require_choice
@@ -32,20 +31,6 @@ class Selection:
     threads: int | None = None
     memory: float | None = None
 
-    def resolved_device(self) -> str:
-        """ "cpu" or "cuda".
-
-        Raises:
-            ValueError: it is no device.
-            RuntimeError: "cuda" where there is none.
-        """
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"--device must be auto, cpu or cuda; got {self.device!r}")
-        there = torch.cuda.is_available()
-        if self.device == "cuda" and not there:
-            raise RuntimeError("--device cuda: PyTorch finds no CUDA device")
-        return ("cuda" if there else "cpu") if self.device == "auto" else self.device
-
     def arguments(self, out: Path) -> list[str]:
         """Of the pytest process, relative to the root of a checkout.
 
@@ -56,7 +41,7 @@ class Selection:
         for option, names, known in (*choices, ("--dtype", self.dtypes, DTYPES)):
             for name in names:
                 require_choice(option, name, list(known))
-        device = self.resolved_device()
+        device = resolved_device(self.device).type
         found = [f"bench/kernels/suite/bench_{op}.py" for op in self.ops or OPERATIONS]
         found += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-p", "no:cacheprovider"]
         found += ["-v", "-rs", "--benchmark-disable-gc", "--benchmark-columns=median,rounds"]
@@ -89,7 +74,7 @@ def run(selection: Selection, out: Path | None, root: Path = ROOT) -> Path:
     Raises:
         RuntimeError: a result was wrong, or nothing could be measured.
     """
-    out = out or rows.results_file(selection.resolved_device())
+    out = out or rows.results_file(resolved_device(selection.device).type)
     command = [sys.executable, "-m", "pytest", *selection.arguments(out)]
     if subprocess.run(command, cwd=root, env=_environment(os.environ, selection), check=False).returncode:
         raise RuntimeError("the suite failed, see above: what failed has no new row")

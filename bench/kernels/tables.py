@@ -77,7 +77,7 @@ def markdown() -> str:
     found: list[Row] = []
     for device in ("cuda", "cpu"):
         path = rows.results_file(device)
-        found += rows.read(path) if path.exists() else []
+        found += rows.read(path)
     parts: dict[str, list[str]] = {}
     for (device, op, shape, dtype), group in grouped(found).items():
         row = best(group)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -13,12 +12,12 @@ import torch
 from rich.console import Console
 
 import rkif
+from bench.common import rows as store
 from bench.common.machine import commit, device_name
 from bench.common.peak import GIB, Peak, release
 from bench.common.timing import seconds
-from bench.forgetting.instrument import commit_of, read_rows, write_rows
 
-RESULTS = Path(__file__).parents[1] / "results" / "overhead.jsonl"
+RESULTS = store.RESULTS / "overhead.jsonl"
 # The shapes of SmolLM2-135M: what a step takes does not depend on the weights, so they are random.
 SHAPES: dict[str, Any] = {
     "hidden_size": 576,
@@ -83,7 +82,7 @@ def measure(device: torch.device, batches: Batches, rounds: int, console: Consol
         release(device)
         found += here
     others = [row for row in rows() if row["device"] != device_name(device)]
-    write_rows(RESULTS, [*others, *found])
+    store.write_all(RESULTS, [*others, *found])
 
 
 def _peak(trained: str, with_fuser: bool, device: torch.device, batches: Batches) -> int | None:
@@ -141,7 +140,7 @@ def _model(trained: str) -> Any:
 
 def rows() -> list[dict[str, Any]]:
     """What has been measured."""
-    return read_rows(RESULTS) if RESULTS.exists() else []
+    return store.read(RESULTS)
 
 
 def markdown() -> str:
@@ -153,7 +152,7 @@ def markdown() -> str:
         lines = [
             f"{row['model']}, batches of {row['batch']} times {row['length']} tokens, float32 under bfloat16 "
             f"autocast, two AdamW; medians of {row['rounds']} rounds in turn, on {device}, "
-            f"torch {row['torch']}, at {commit_of(row)}.",
+            f"torch {row['torch']}, at {store.commit_of(row)}.",
             "",
             "| trained | parameters | fuser | ms a step | more than without | peak, GiB |",
             "| --- | ---: | --- | ---: | ---: | ---: |",

@@ -6,16 +6,15 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 
+from bench.common import rows as store
 from bench.common.machine import commit
-from bench.forgetting.instrument import commit_of, read_rows, write_rows
 from rkif.distributed.thresholds import SAMPLE
 from rkif_kernels.selection.counting import BINS
 
-RESULTS = Path(__file__).parents[1] / "results" / "scaling.jsonl"
+RESULTS = store.RESULTS / "scaling.jsonl"
 RANKS = 2
 # Bytes that a sharded fusion moves in memory for each float32 parameter, S and U: the counting pass reads 16;
 # the fusion reads base, inner, outer and scores, 28, and writes 4; the result is read and put back, 8.
@@ -61,15 +60,15 @@ def measure(console: Console) -> None:
         raise RuntimeError(f"the processes failed: {done.stderr.strip().splitlines()[-1]}")
     row = json.loads(done.stdout.splitlines()[-1]) | {"commit": commit()}
     console.print(row)
-    write_rows(RESULTS, [row])
+    store.write_all(RESULTS, [row])
 
 
 def markdown() -> str:
     """The row, and beside it what the same arithmetic says of clusters."""
-    (row,) = read_rows(RESULTS)
+    (row,) = store.read(RESULTS)
     measured = (
         f"Measured: {row['parameters']:,} float32 parameters over {row['ranks']} gloo processes on "
-        f"{row['device']}, {row['threads']} thread each, at {commit_of(row)}. A "
+        f"{row['device']}, {row['threads']} thread each, at {store.commit_of(row)}. A "
         f"fusion takes {row['fuse_ms']:.0f} ms (median of {row['rounds']}), one process with all parameters "
         f"and one thread {row['alone_ms']:.0f} ms. Each process hands {row['handed_bytes'] / 2**20:.2f} MiB "
         f"to collectives (counting passes: {row['passes']}, bins in all: {row['bins']:,}); "

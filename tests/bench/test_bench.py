@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -358,7 +359,7 @@ def test_the_overhead_of_a_small_model(tmp_path: Path, monkeypatch: pytest.Monke
     assert [(row["trained"], row["fuser"]) for row in found] == kinds
     assert all(row["round_ms"] > 0 for row in found)
     found[1]["round_ms"], found[0]["round_ms"] = 12.0, 8.0
-    overhead.write_rows(overhead.RESULTS, found)
+    rows.write_all(overhead.RESULTS, found)
     assert "| with | 1.0 | +50.0% | - |" in overhead.markdown()
 
 
@@ -432,7 +433,7 @@ def run_gpu_script(folder: Path, *parts: str, fails: str) -> tuple[int, list[str
         (folder / name).mkdir(parents=True)
     (folder / "bench" / "results" / "gpu.jsonl").touch()
     script = shutil.copy(Path(rows.__file__).parents[1] / "gpu.sh", folder / "bench")
-    for name in ("python", "compute-sanitizer", "ncu", "nvidia-smi"):
+    for name in ("python3", "compute-sanitizer", "ncu", "nvidia-smi"):
         (folder / "bin" / name).write_text(STUB)
         (folder / "bin" / name).chmod(0o755)
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
@@ -479,11 +480,12 @@ def test_every_command_of_the_gpu_script_is_one_that_there_is(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("part", "fails", "code"),
     [
-        ("correct", "-m pytest -x", 1),
-        ("correct", "racecheck", 1),
-        ("correct", "--graphs", 1),
-        ("fast", "profile-13b", 0),
-        ("correctly", "nothing at all", 2),
+        ("tests", "-m pytest -x", 1),
+        ("tests", "racecheck", 1),
+        ("tests", "initcheck", 1),
+        ("tests", "--graphs", 1),
+        ("speed", "profile-13b", 0),
+        ("testing", "nothing at all", 2),
     ],
 )
 def test_the_gpu_script_fails_where_something_is_wrong(
@@ -503,3 +505,20 @@ def test_scores_between_a_quantile_and_its_order_statistic_may_go_either_way() -
 
     with pytest.raises(AssertionError, match="not close"):
         operation.check(off, exact=False)
+
+
+def test_the_gpu_script_names_imports_that_are_missing_before_anything_else(tmp_path: Path) -> None:
+    """A Python without packages: one line with their names, and no stage has begun."""
+    script = Path(rows.__file__).parents[1] / "gpu.sh"
+    python = tmp_path / "bare"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out")}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        ["bash", script, "tests"], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "has no torch, triton, numpy" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "==" not in done.stdout

@@ -13,9 +13,11 @@ from run_inputs import TASKS, make_config
 from typer.testing import CliRunner
 
 from bench.__main__ import app
+from bench.common import rows
 from bench.forgetting import continual
 from bench.forgetting import tables as continual_tables
-from bench.forgetting.continual import CONFIGS, MAIN, SUITES, Job, compare
+from bench.forgetting.continual import MAIN, SUITES, Job, compare
+from bench.forgetting.instrument import CONFIGS
 from rkif.config import FusionConfig
 from rkif.continual.config import Method, fusion_config, load_config
 from rkif.continual.methods import METHODS
@@ -111,15 +113,18 @@ def test_a_run_that_fails_does_not_cost_the_others(job: Job, tmp_path: Path) -> 
 def test_a_row_is_of_its_settings_data_and_model(job: Job, tmp_path: Path, change: str) -> None:
     content = yaml.safe_load(job.config.read_text())
     config = job.settings()
-    continual.write(
-        {
-            "config": job.config.stem,
-            "order": job.order,
-            "method": job.method,
-            "seed": job.seed,
-            "model": Path(config.model).name,
-            "settings": config.model_dump(mode="json", exclude={**continual.NAMED, "ewc": True}),
-        }
+    rows.write_all(
+        continual.RESULTS,
+        [
+            {
+                "config": job.config.stem,
+                "order": job.order,
+                "method": job.method,
+                "seed": job.seed,
+                "model": Path(config.model).name,
+                "settings": config.model_dump(mode="json", exclude={**continual.NAMED, "ewc": True}),
+            }
+        ],
     )
     if change == "dev_limit":
         content["tasks"]["dev_limit"] = 3

@@ -86,7 +86,7 @@ def test_checkpoints_are_fused_as_it_says(
 def test_figures_are_those_of_the_committed_results() -> None:
     for file in FILES:
         text = file.read_text(encoding="utf-8")
-        assert with_tables(text) == text, f"{file.name}: run `python -m bench readme`"
+        assert with_tables(text) == text, f"{file.name}: run `python -m bench docs`"
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     assert rows
     for row in rows:

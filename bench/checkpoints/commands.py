@@ -1,0 +1,33 @@
+"""``python -m bench``: the command that measures fusing on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bench.common.options import Rounds, resolved_device
+
+app = typer.Typer()
+
+
+@app.command("checkpoints")
+def checkpoints_command(
+    folder: Annotated[Path, typer.Option("--folder", help="For three checkpoints, and a fourth.")] = Path(
+        "data/checkpoints"
+    ),
+    layers: Annotated[int, typer.Option("--layers", min=1, help="12: 440 MB each; 96: 2.6 GB.")] = 12,
+    peers: Annotated[
+        Path | None,
+        typer.Option("--peers", help="Python of an environment with mergekit and peft.", show_default="none"),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="Of rkif: auto, cpu or cuda.")] = "auto",
+    rounds: Rounds = 3,
+) -> None:
+    """Measure `rkif fuse` beside mergekit and peft."""
+    from bench.checkpoints.peers import compare
+
+    chosen = resolved_device(device)
+    compare(folder, layers, peers, chosen, rounds, Console())

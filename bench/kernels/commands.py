@@ -1,0 +1,208 @@
+"""``python -m bench``: the commands that measure and check the kernels."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from bench.common.options import Device, Rows, Threads, resolved_device
+
+if TYPE_CHECKING:
+    from bench.common.rows import Row
+    from bench.kernels.run import Selection
+
+app = typer.Typer()
+
+Only = Annotated[
+    list[str] | None, typer.Option("--only", help="observe, threshold or fuse; may be given several times.")
+]
+Shapes = Annotated[
+    list[str] | None, typer.Option("--shape", help="A name in bench/kernels/shapes.py; likewise.")
+]
+DtypeNames = Annotated[
+    list[str] | None, typer.Option("--dtype", help="A name in bench/kernels/operations.py; likewise.")
+]
+Ways = Annotated[str, typer.Option("--implementation", help="Only those whose name begins so.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Two shapes, few rounds.")]
+Memory = Annotated[float | None, typer.Option("--memory", help="GiB for inputs: models are cut to it.")]
+Results = Annotated[Path | None, typer.Argument(metavar="ROWS", help="File of rows.", show_default="all")]
+
+
+@app.command("aot")
+def aot_command() -> None:
+    """Compile every kernel for GPUs that need not be there; fails if one spills or has narrow accesses."""
+    from bench.kernels.aot import check
+
+    if not check(Console(width=170)):
+        raise typer.Exit(1)
+
+
+@app.command("run")
+def run_command(
+    only: Only = None,
+    shape: Shapes = None,
+    dtype: DtypeNames = None,
+    implementation: Ways = "",
+    device: Device = "auto",
+    quick: Quick = False,
+    threads: Threads = None,
+    memory: Memory = None,
+    out: Rows = None,
+) -> None:
+    """Measure the kernels and what they are compared with; nothing wrong is timed."""
+    from bench.kernels.run import run
+
+    print(run(_selection(only, shape, dtype, implementation, device, quick, threads, memory), out))
+
+
+@app.command("launches")
+def launches_command(shape: Shapes = None, device: Device = "auto") -> None:
+    """Measure the Triton kernels under other blocks and warps than they are launched with."""
+
+    from bench.kernels.launches import measure
+
+    chosen = _selection(shape=shape, device=device)
+    chosen.arguments(Path())  # which refuses shapes that do not exist
+    measure(resolved_device(device), chosen.shapes, Console(width=100))
+
+
+@app.command("compare")
+def compare_command(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="A commit.")],
+    only: Only = None,
+    shape: Shapes = None,
+    dtype: DtypeNames = None,
+    implementation: Ways = "rkif.",
+    device: Device = "auto",
+    quick: Quick = False,
+    threads: Threads = None,
+    memory: Memory = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Of each, in turn.")] = 2,
+) -> None:
+    """Measure another commit and this checkout in turn, side by side."""
+    from bench.kernels.compare import compare
+
+    selection = _selection(only, shape, dtype, implementation, device, quick, threads, memory)
+    Console(width=150).print(compare(ref, selection, rounds))
+
+
+@app.command("table")
+def table_command(results: Results = None) -> None:
+    """Show rows as a table."""
+    from bench.kernels.tables import rich_table
+
+    Console(width=150).print(rich_table(_rows(results)))
+
+
+@app.command("plot")
+def plot_command(
+    results: Results = None,
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", help="As in the rows.", show_default="smallest and largest")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="A PNG file.")] = Path("docs/kernels.png"),
+) -> None:
+    """Draw rows as a figure."""
+    from bench.kernels.tables import plot
+
+    plot(_rows(results), out, shape or ())
+    print(out)
+
+
+@app.command("goals")
+def goals_command(results: Results = None) -> None:
+    """Say of each goal for GPUs whether the rows reach it."""
+    from bench.kernels.goals import table
+
+    Console(width=160).print(table(_rows(results)))
+
+
+@app.command("profile-13b")
+def profile_command(
+    layers: Annotated[int, typer.Option("--layers", help="Of 40; all: embedding, norm and head too.")] = 1,
+    dtype: Annotated[str, typer.Option("--dtype", help="A name in bench/kernels/operations.py.")] = "float32",
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows, not words.")] = False,
+    out: Rows = None,
+) -> None:
+    """Merge throughput on LLaMA-2-13B's shapes: the adapter, and all parameters layer by layer."""
+    import torch
+
+    from bench.common import rows
+    from bench.kernels.profile import profile_13b, report
+
+    chosen = resolved_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    found = profile_13b(chosen, layers, dtype)
+    for row in found:
+        rows.write(out or rows.results_file(chosen.type), row)
+    for line in map(json.dumps, found) if as_json else report(found):
+        print(line)
+
+
+@app.command("sweep")
+def sweep_command(
+    seconds: Annotated[float, typer.Option("--seconds", help="For how long.")] = 60,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the first case.", show_default="any")] = None,
+    cases: Annotated[int | None, typer.Option("--cases", help="How many at most.")] = None,
+    backend: Annotated[list[str] | None, typer.Option("--backend", help="Likewise several.")] = None,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Replay CUDA graphs; --device cuda.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Compare every operation and backend with the reference, bit for bit, on random inputs."""
+
+    from bench.kernels.sweep import sweep
+
+    first = random.SystemRandom().randrange(2**31) if seed is None else seed
+    chosen = resolved_device(device)
+    print(f"from seed {first} on {chosen}", flush=True)
+    if graphs and chosen.type != "cuda":
+        raise ValueError(f"--graphs needs --device cuda; got {chosen.type!r}")
+    done, wrong = sweep(chosen, backend or [], seconds, cases, first, graphs)
+    if wrong:
+        raise RuntimeError(f"after {done} right cases: {wrong}")
+    print(f"{done} cases right")
+
+
+def _selection(
+    only: list[str] | None = None,
+    shape: list[str] | None = None,
+    dtype: list[str] | None = None,
+    implementation: str = "",
+    device: str = "auto",
+    quick: bool = False,
+    threads: int | None = None,
+    memory: float | None = None,
+) -> Selection:
+    from bench.kernels.run import Selection
+
+    return Selection(
+        device=device,
+        ops=tuple(only or ()),
+        shapes=tuple(shape or ()),
+        dtypes=tuple(dtype or ()),
+        implementation=implementation,
+        quick=quick,
+        threads=threads,
+        memory=memory,
+    )
+
+
+def _rows(results: Path | None) -> list[Row]:
+    """Of a file, or of all that were committed."""
+    from bench.common import rows
+
+    if results is not None:
+        return rows.read(results)
+    files = [rows.results_file(device) for device in ("cuda", "cpu")]
+    found = [row for file in files if file.exists() for row in rows.read(file)]
+    if not found:
+        raise ValueError("nothing has been measured yet: python -m bench run")
+    return found
