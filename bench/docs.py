@@ -15,8 +15,7 @@ from bench.training import model_memory, overhead, scaling
 
 README = Path(__file__).parent.parent / "README.md"
 DOCS = README.parent / "docs"
-DOCUMENTS = ("checkpoints", "continual", "kernels", "ledger", "lora", "memory", "scaling")
-FILES = (README, *(DOCS / f"{name}.md" for name in DOCUMENTS))  # those that have tables
+FILES = (README, *sorted(DOCS.rglob("*.md")))  # every page that may have tables
 
 
 def with_tables(text: str) -> str:

@@ -69,7 +69,7 @@ class FusionConfig:
     The defaults are the release's measure and rule. On the dev split of the long benchmark (15 tasks, three
     orders, a 22.7 M encoder with LoRA, 32 steps a task) they ended above the paper's in two orders of three
     and in the mean, and forgot less; on the short one the two are level. The rows are in
-    bench/results/continual.jsonl, the tables in docs/continual.md.
+    bench/results/continual.jsonl, the tables in docs/results/continual.md.
 
     Attributes:
         density: fraction of the parameters each learner selects, in [0, 1].

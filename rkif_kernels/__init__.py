@@ -6,7 +6,7 @@ The operations in :mod:`rkif_kernels.ops` validate their arguments and hand them
 * ``torch``: PyTorch, blocked so that temporaries stay in cache;
 * ``reference``: PyTorch without any cleverness; the specification, used by the tests only.
 
-All three give the same bits (see ``docs/semantics.md``).
+All three give the same bits (see ``docs/reference/semantics.md``).
 """
 
 from rkif_kernels.ops import (

@@ -105,7 +105,7 @@ def plot_command(
     shape: Annotated[
         list[str] | None, typer.Option("--shape", help="As in the rows.", show_default="smallest and largest")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="A PNG file.")] = Path("docs/kernels.png"),
+    out: Annotated[Path, typer.Option("--out", help="A PNG file.")] = Path("docs/results/kernels.png"),
 ) -> None:
     """Draw rows as a figure."""
     from bench.kernels.tables import plot

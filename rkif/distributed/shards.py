@@ -2,7 +2,7 @@
 
 What the method does to an element needs that element alone, except for the thresholds, so every process works
 on its own parts. Spread parameters are ``DTensor``: what ``fully_shard`` (FSDP2) and tensor parallelism make
-of a model. docs/distributed.md says how they fit together.
+of a model. docs/guide/distributed.md says how they fit together.
 """
 
 from __future__ import annotations

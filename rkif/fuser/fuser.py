@@ -44,11 +44,11 @@ class Fuser:
 
     Gradients must be those the step will use: accumulated, unscaled, clipped. Memory beside the model: a copy
     of the parameters from the start, a second one in the outer phase, a third while they are fused; and S,
-    perhaps U, for either learner. The config can have less of each: see docs/memory.md.
+    perhaps U, for either learner. The config can have less of each: see docs/guide/memory.md.
 
     Wrapped models (DDP, FSDP2's ``fully_shard``, tensor parallelism, ``torch.compile``) are given as they
     are. Where parameters are spread over processes every method but :meth:`observe` must be called by all
-    of them; a call that fails on one fails on all, with the cause. See docs/distributed.md.
+    of them; a call that fails on one fails on all, with the cause. See docs/guide/distributed.md.
 
     Args:
         parameters: a module, or an iterable of (name, parameter); the trainable ones take part.

@@ -50,7 +50,7 @@ def test_the_config_is_valid() -> None:
 
 
 def test_the_gate_is_as_documented() -> None:
-    text = (README.parent / "docs" / "ledger.md").read_text(encoding="utf-8")
+    text = (README.parent / "docs" / "guide" / "ledger.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(code, "ledger.md", "exec"), names)
@@ -103,7 +103,7 @@ def test_it_is_short_and_its_links_lead_somewhere() -> None:
 
 
 def test_the_documented_settings_are_all_there_are_with_their_defaults() -> None:
-    text = (README.parent / "docs" / "config.md").read_text(encoding="utf-8")
+    text = (README.parent / "docs" / "reference" / "config.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     documented = yaml.safe_load(code)
     required = {

@@ -56,7 +56,7 @@ class Run:
 def test_a_thousand_rounds_end_half_a_spacing_from_float32(
     dtype: torch.dtype, spacing: float, rule: str
 ) -> None:
-    """The bound of docs/semantics.md: the last rounding, and float32's own, four to a round."""
+    """The bound of docs/reference/semantics.md: the last rounding, and float32's own, four to a round."""
     config = rkif.FusionConfig(rule=rule, density=0.4)
     exact = Run(torch.float32, spacing, config).rounds(ROUNDS)
     found = Run(dtype, spacing, config).rounds(ROUNDS)
