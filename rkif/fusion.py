@@ -81,7 +81,7 @@ def fuse(
     """Fuse what two learners did to the same parameters (Feng et al., ACL 2025, section 3).
 
     Each learner selects the parameters whose importance is above the threshold that ``density`` asks for
-    (exactly: the k-th smallest score, k = ``floor((1-density)*(n-1))``; ``docs/reference/semantics.md``). Then
+    (the k-th smallest score, k = ``floor((1-density)*(n-1))``: docs/reference/semantics.md). Then
 
         ``result = base + w_in*(inner - base) + w_out*(outer - inner)``
 
