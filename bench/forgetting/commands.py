@@ -107,7 +107,7 @@ def delta_command(config: MiniLM = None) -> None:
 
 @app.command("state-precision")
 def state_precision_command(config: MiniLM = None) -> None:
-    """Measure how far masks from importance in bfloat16 are those from float32, round by round."""
+    """Measure how well masks from bfloat16 importance agree with those from float32, round by round."""
     from bench.forgetting.instrument import DEFAULT
     from bench.forgetting.state_precision import measure
 

@@ -23,8 +23,8 @@ from rkif.fuser.snapshot import Snapshot
 RESULTS = store.RESULTS / "delta.jsonl"
 SPACES = {
     "factors": "factors, by importance",
-    "factors_moved": "factors, by how far they moved",
-    "delta": "updates, by how far they moved",
+    "factors_moved": "factors, by magnitude of change",
+    "delta": "updates, by magnitude of change",
 }
 FIGURES = {
     "op": "OP",
@@ -81,7 +81,7 @@ def markdown() -> str:
 
 @contextmanager
 def _fused_in(space: str, scaling: float) -> Iterator[list[dict[str, float]]]:
-    """While the block runs fusions are made in that space; how far the other one's would have been."""
+    """Fuse in that space while the block runs; yields the distance to what the other space would give."""
     rounds: list[dict[str, float]] = []
     fuse = Fuser.fuse
 

@@ -1,4 +1,4 @@
-"""What it costs to answer for a run: ledger, snapshots and gate, as shares of the time of a round's steps."""
+"""The cost of ledger, snapshots and gate, as shares of the time of a round's steps."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def run(selection: Selection, out: Path | None, root: Path = ROOT) -> Path:
 
 
 def _environment(inherited: Mapping[str, str], selection: Selection) -> dict[str, str]:
-    """Without Triton's interpreter, which nobody wants timed, and with the number of threads.
+    """Without Triton's interpreter, whose time means nothing, and with the number of threads.
 
     And without what a pytest around this one says of itself: it would be taken for its own.
     """

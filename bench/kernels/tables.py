@@ -149,7 +149,7 @@ def milliseconds(value: float) -> str:
 
 _TEXT = ("operation, shape, dtype", "implementation")
 _HEADER = (
-    "| operation | parameters | backend | ms | GB/s | of a copy | others take |",
+    "| operation | parameters | backend | ms | GB/s | of a copy | speed-up over |",
     "| --- | --- | --- | ---: | ---: | ---: | --- |",
 )
 
