@@ -7,8 +7,15 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from rkif_kernels.checks import STATE_DTYPES, require_choice, require_fraction, require_weights
-from rkif_kernels.types import CaseWeights, Order, Scope
+from rkif_kernels import (
+    STATE_DTYPES,
+    CaseWeights,
+    Order,
+    Scope,
+    require_choice,
+    require_fraction,
+    require_weights,
+)
 
 Importance = Literal["sensitivity", "sensitivity_uncertainty"]
 Nonfinite = Literal["raise", "skip"]

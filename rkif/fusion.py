@@ -12,9 +12,7 @@ from torch import Tensor
 import rkif_kernels
 from rkif.config import MergeWeights, merge_weights
 from rkif.gate import GateReport
-from rkif_kernels import FuseStats, Scores
-from rkif_kernels.checks import Arguments
-from rkif_kernels.types import CASES, Backend, OuterFrom, Scope
+from rkif_kernels import CASES, Arguments, Backend, FuseStats, OuterFrom, Scope, Scores
 
 Thresholds = float | dict[str, float]
 

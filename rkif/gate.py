@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rkif_kernels.checks import require_choice
+from rkif_kernels import require_choice
 
 Verdict = Literal["keep", "damp", "undo", "stop", "unchecked"]
 

@@ -19,10 +19,18 @@ from torch import Tensor
 import rkif_kernels
 from rkif.config import MergeWeights, merge_weights
 from rkif.fusion import FusionReport, common_names, report_of
-from rkif_kernels import FuseStats, Scores, magnitudes, order_statistic_rank
-from rkif_kernels.checks import require_choice, require_fraction
-from rkif_kernels.selection.counting import CountingSearch
-from rkif_kernels.types import CASES, OuterFrom, Scope
+from rkif_kernels import (
+    CASES,
+    CountingSearch,
+    FuseStats,
+    OuterFrom,
+    Scope,
+    Scores,
+    magnitudes,
+    order_statistic_rank,
+    require_choice,
+    require_fraction,
+)
 
 _A = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?A(?P<rest>(\..+)?)$")
 _POWER_ITERATIONS = 2

@@ -1,21 +1,28 @@
-"""Importance, exact selection and fusion over lists of tensors: one set of operations, three implementations.
+"""Importance, exact selection and fusion over lists of tensors: one set of operations, four implementations.
 
-The operations in :mod:`rkif_kernels.ops` validate their arguments and hand them to one of
+The operations validate their arguments and hand them to one of
 
 * ``triton``: Triton, one launch for a whole list of tensors;
+* ``native``: C++ for CPUs, where it was built;
 * ``torch``: PyTorch, blocked so that temporaries stay in cache;
 * ``reference``: PyTorch without any cleverness; the specification, used by the tests only.
 
-All three give the same bits (see ``docs/reference/semantics.md``).
+All of them give the same bits (see ``docs/reference/semantics.md``). Everything that is for use outside the
+package is imported from here.
 """
 
+from rkif_kernels.checks import (
+    STATE_DTYPES,
+    Arguments,
+    require_choice,
+    require_disjoint,
+    require_fraction,
+    require_weights,
+)
 from rkif_kernels.ops import (
-    FuseStats,
-    Scores,
     all_valid_scores,
     count_scores_,
     fuse_,
-    magnitudes,
     order_statistic_rank,
     sample_scores,
     score_thresholds,
@@ -23,15 +30,46 @@ from rkif_kernels.ops import (
     select_and_fuse_,
     update_importance_,
 )
+from rkif_kernels.selection.counting import CountingSearch
+from rkif_kernels.types import (
+    CASES,
+    ROLES,
+    Backend,
+    CaseWeights,
+    FuseStats,
+    FusionInputs,
+    ImportanceInputs,
+    Order,
+    OuterFrom,
+    Scope,
+    Scores,
+    magnitudes,
+)
 
 __all__ = [
+    "CASES",
+    "ROLES",
+    "STATE_DTYPES",
+    "Arguments",
+    "Backend",
+    "CaseWeights",
+    "CountingSearch",
     "FuseStats",
+    "FusionInputs",
+    "ImportanceInputs",
+    "Order",
+    "OuterFrom",
+    "Scope",
     "Scores",
     "all_valid_scores",
     "count_scores_",
     "fuse_",
     "magnitudes",
     "order_statistic_rank",
+    "require_choice",
+    "require_disjoint",
+    "require_fraction",
+    "require_weights",
     "sample_scores",
     "score_thresholds",
     "scores_at_ranks",

@@ -92,7 +92,7 @@ class Arguments:
         return first.device if first is not None else torch.device("cpu")
 
 
-class Verified:
+class ValidatedLists:
     """Lists of tensors that have passed the checks, known again by their addresses, dtypes and shapes.
 
     A training loop passes the same tensors at every step. Checking hundreds of them takes longer than the

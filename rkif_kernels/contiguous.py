@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def dense(tensor: Tensor, alignment: int = 1) -> Tensor:
+def as_contiguous(tensor: Tensor, alignment: int = 1) -> Tensor:
     """``tensor`` itself, or a copy where it is not contiguous, not aligned (bytes), or a negated view."""
     if tensor.is_contiguous() and tensor.data_ptr() % alignment == 0 and not tensor.is_neg():
         return tensor
@@ -19,7 +19,7 @@ def dense(tensor: Tensor, alignment: int = 1) -> Tensor:
 @contextmanager
 def in_place(tensors: Sequence[Tensor], alignment: int = 1) -> Iterator[list[Tensor]]:
     """Dense stand-ins for tensors that are written; what was a copy is copied back on leaving."""
-    stand_ins = [dense(tensor, alignment) for tensor in tensors]
+    stand_ins = [as_contiguous(tensor, alignment) for tensor in tensors]
     yield stand_ins
     for tensor, stand_in in zip(tensors, stand_ins, strict=True):
         if stand_in is not tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 Order = Literal["first", "second", "mixed"]
@@ -17,6 +18,13 @@ Backend = Literal["auto", "triton", "native", "torch"]
 CASES = ("inner_only", "outer_only", "both", "neither")
 # (inner, outer) weights of the four cases, in this order.
 CaseWeights = tuple[tuple[float, float], tuple[float, float], tuple[float, float], tuple[float, float]]
+
+
+# The lists of a fusion in the order in which every backend is handed them: what is written, what is read, and
+# the scores of either learner, S and U. Kernels are compiled for a dtype under each of these names.
+ROLES = ("OUT", "BASE", "INNER", "OUTER", "INNER_S", "INNER_U", "OUTER_S", "OUTER_U")
+
+TensorLists = tuple[Sequence[Tensor | None] | None, ...]
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,121 @@ class Scores:
     uncertainty: Sequence[Tensor] | None = None
     distance: bool = False
 
+    def values(self, index: int, part: slice | None = None) -> Tensor:
+        """The float32 scores of one tensor, as they are: negative and NaN ones too.
+
+        Args:
+            index: position of the tensor in the lists.
+            part: elements of the flattened tensor to take; all of them, in its shape, by default.
+        """
+        lists = (self.sensitivity, self.uncertainty)
+        tensors = [tensors[index].detach() for tensors in lists if tensors is not None]
+        if part is not None:
+            tensors = [tensor.reshape(-1)[part] for tensor in tensors]
+        first, *second = (tensor.float() for tensor in tensors)
+        if not second:
+            return first
+        return (first - second[0]).abs() if self.distance else first * second[0]
+
+    def subset(self, indices: Iterable[int]) -> Scores:
+        """The scores of some of the tensors, without a copy."""
+        indices = list(indices)
+        uncertainty = None if self.uncertainty is None else [self.uncertainty[index] for index in indices]
+        return Scores([self.sensitivity[index] for index in indices], uncertainty, self.distance)
+
+    @property
+    def numel(self) -> int:
+        """Number of scores in all tensors together."""
+        return sum(tensor.numel() for tensor in self.sensitivity)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are; the CPU for empty lists."""
+        return _device(self.sensitivity)
+
 
 def magnitudes(ends: Sequence[Tensor], starts: Sequence[Tensor]) -> Scores:
     """The magnitudes of a task vector, ``|end - start|`` in float32, as scores; never stored either."""
     return Scores(ends, starts, distance=True)
+
+
+@dataclass(frozen=True)
+class FusionInputs:
+    """The lists of tensors that a fusion reads and writes, one entry a parameter.
+
+    Attributes:
+        out: where the result goes; the only list that is written.
+        base, inner, outer: parameters before the round, after the inner and after the outer learner.
+        inner_scores, outer_scores: importance.
+    """
+
+    out: Sequence[Tensor]
+    base: Sequence[Tensor]
+    inner: Sequence[Tensor]
+    outer: Sequence[Tensor]
+    inner_scores: Scores
+    outer_scores: Scores
+
+    @property
+    def lists(self) -> TensorLists:
+        """All lists in the order of :data:`ROLES`; None for an uncertainty that is not used."""
+        sides = (self.inner_scores, self.outer_scores)
+        states = [part for side in sides for part in (side.sensitivity, side.uncertainty)]
+        return self.out, self.base, self.inner, self.outer, *states
+
+    @property
+    def read(self) -> dict[str, Sequence[Tensor]]:
+        """The lists that are read, by the name that errors give them."""
+        read = {
+            "base": self.base,
+            "inner": self.inner,
+            "outer": self.outer,
+            "inner_scores": self.inner_scores.sensitivity,
+            "inner_scores.uncertainty": self.inner_scores.uncertainty,
+            "outer_scores": self.outer_scores.sensitivity,
+            "outer_scores.uncertainty": self.outer_scores.uncertainty,
+        }
+        return {argument: tensors for argument, tensors in read.items() if tensors is not None}
+
+    @property
+    def numel(self) -> int:
+        """Number of elements in all tensors together."""
+        return sum(tensor.numel() for tensor in self.out)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are; the CPU for empty lists."""
+        return _device(self.out)
+
+
+@dataclass(frozen=True)
+class ImportanceInputs:
+    """The lists of tensors that an update of the importance reads and writes, one entry a parameter.
+
+    Attributes:
+        params: weights.
+        grads: their gradients; None counts as a zero gradient.
+        sensitivity, uncertainty: S and U; written. ``uncertainty`` is None where only S is used.
+    """
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor | None]
+    sensitivity: Sequence[Tensor]
+    uncertainty: Sequence[Tensor] | None = None
+
+    @property
+    def lists(self) -> TensorLists:
+        """All lists: weights, gradients, S, and U or None."""
+        return self.params, self.grads, self.sensitivity, self.uncertainty
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are; the CPU for empty lists."""
+        return _device(self.params)
+
+
+def _device(tensors: Sequence[Tensor]) -> torch.device:
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 class FuseStats(NamedTuple):

@@ -18,6 +18,8 @@ from torch import Tensor
 from bench.common.timing import captured
 from bench.kernels.equality import require_same_bits
 from rkif_kernels import (
+    FusionInputs,
+    ImportanceInputs,
     Scores,
     fuse_,
     order_statistic_rank,
@@ -172,12 +174,14 @@ def check_replay(case: Case, device: torch.device, backend: Backend) -> None:
     scores = _on("cpu", case.sides[0])
     state = scores.sensitivity, scores.uncertainty
     none = torch.zeros(1, dtype=torch.int64)
-    reference.update_importance_(case.params[1], case.grads, *state, nonfinite=none, **observing)
+    reference.update_importance_(
+        ImportanceInputs(case.params[1], case.grads, *state), nonfinite=none, **observing
+    )
     updated = replace(case, sides=(scores, case.sides[1]))
     limits = [_expected_thresholds(updated, side) for side in updated.sides]
     wanted = [torch.full_like(tensor, torch.nan) for tensor in case.params[0]]
     expected = reference.fuse_(
-        wanted, *case.params, *updated.sides, thresholds=(limits[0], limits[1]), **fusing
+        FusionInputs(wanted, *case.params, *updated.sides), thresholds=(limits[0], limits[1]), **fusing
     )
     _require_all("replayed, S and U", _all([sides[0]]), _all([scores]))
     for name, found, limit in zip(("inner", "outer"), stats[-1].thresholds, limits, strict=True):
@@ -215,7 +219,9 @@ def _check_observe(case: Case, device: torch.device, backend: Backend) -> None:
     wanted_bad = torch.zeros(1, dtype=torch.int64)
     got_bad = wanted_bad.to(device, copy=True)
     settings: dict[str, Any] = {"beta1": case.betas[0], "beta2": case.betas[1], "order": case.order}
-    reference.update_importance_(params, case.grads, wanted_s, wanted_u, nonfinite=wanted_bad, **settings)
+    reference.update_importance_(
+        ImportanceInputs(params, case.grads, wanted_s, wanted_u), nonfinite=wanted_bad, **settings
+    )
     grads = [None if grad is None else grad.to(device) for grad in case.grads]
     moved = _copies(device, params)
     update_importance_(moved, grads, got_s, got_u, nonfinite=got_bad, backend=backend, **settings)
@@ -230,7 +236,9 @@ def _check_fuse(
     base = case.params[0]
     wanted = [torch.full_like(tensor, torch.nan) for tensor in base]
     settings: dict[str, Any] = {"weights": case.weights, "outer_from": case.outer_from}
-    stats = reference.fuse_(wanted, *case.params, *case.sides, thresholds=thresholds, **settings)
+    stats = reference.fuse_(
+        FusionInputs(wanted, *case.params, *case.sides), thresholds=thresholds, **settings
+    )
     inputs: list[Any] = [_copies(device, tensors) for tensors in case.params]
     inputs += [_on(device, scores) for scores in case.sides]
     limits = (thresholds[0].to(device), thresholds[1].to(device))

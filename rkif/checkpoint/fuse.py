@@ -32,7 +32,7 @@ from rkif.checkpoint.tiles import tiles
 from rkif.checkpoint.workdir import Workdir, clear
 from rkif.distributed.process_group import ALONE, Ranks
 from rkif.files import settle, write_text
-from rkif_kernels.types import CASES
+from rkif_kernels import CASES
 
 OUT = "OUT"  # the output's name among the arguments
 

@@ -20,9 +20,15 @@ from torch import Tensor
 import rkif_kernels
 from rkif.checkpoint.tiles import Tile
 from rkif.config import MergeWeights, merge_weights
-from rkif_kernels import FuseStats, Scores
-from rkif_kernels.checks import require_choice, require_fraction, require_weights
-from rkif_kernels.types import OuterFrom, Scope
+from rkif_kernels import (
+    FuseStats,
+    OuterFrom,
+    Scope,
+    Scores,
+    require_choice,
+    require_fraction,
+    require_weights,
+)
 
 EVERYTHING, NOTHING = -torch.inf, torch.inf  # thresholds that need no search
 

@@ -18,8 +18,7 @@ from rkif.checkpoint.layout import Chunk, runs
 from rkif.checkpoint.methods import EVERYTHING, NOTHING, Known, Method, TaskArithmetic
 from rkif.checkpoint.tiles import Tile
 from rkif.distributed.process_group import Ranks
-from rkif_kernels import Scores
-from rkif_kernels.selection.counting import CountingSearch
+from rkif_kernels import CountingSearch, Scores
 
 Sides = tuple[Scores, Scores]
 Guess = Callable[[], tuple[tuple[float, float], tuple[float, float]]]
@@ -117,7 +116,7 @@ class _Searches:
     def count(self, scores: Sides) -> bool:
         for side, search in enumerate(self._searches):
             if not search.done:
-                counts = self._counts[side] = self._counts[side].to(scores[side].sensitivity[0].device)
+                counts = self._counts[side] = self._counts[side].to(scores[side].device)
                 low, shift, _ = search.window
                 rkif_kernels.count_scores_(counts, scores[side], low=low, shift=shift)
         return not any(counts[-1] for counts in self._counts)
@@ -260,7 +259,7 @@ class TensorThresholds:
 
 def fit(scores: Scores) -> bool:
     """Whether all are scores: finite, and not negative."""
-    counts = torch.zeros(4, dtype=torch.int64, device=scores.sensitivity[0].device)
+    counts = torch.zeros(4, dtype=torch.int64, device=scores.device)
     rkif_kernels.count_scores_(counts, scores, low=0, shift=0)
     return int(counts[-1]) == 0
 

@@ -81,8 +81,7 @@ def guess_thresholds(
             for found, scores in zip(
                 picked, scores_of(method, _read(reader, tensors[number], piece)), strict=True
             ):
-                first = scores.sensitivity[0].float()
-                found.append((first - scores.uncertainty[0].float()).abs() if scores.uncertainty else first)
+                found.append(scores.values(0))
     finally:
         reader.close()
     inner, outer = (_bracket(torch.cat(found), rank / max(numel - 1, 1)) for found in picked)

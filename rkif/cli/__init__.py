@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from rkif.distributed.process_group import Ranks, processes
-from rkif_kernels.checks import require_choice
+from rkif_kernels import require_choice
 
 if TYPE_CHECKING:
     from rkif.checkpoint.preflight import Request

@@ -14,7 +14,7 @@ from rkif.config import FusionConfig, MergeWeights
 from rkif.continual.tasks.text import TextFormat
 from rkif.continual.user_metrics import locate, metric_name
 from rkif.gate import Criterion, Gate
-from rkif_kernels.checks import require_choice
+from rkif_kernels import require_choice
 
 
 class Settings(BaseModel):

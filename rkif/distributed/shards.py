@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from rkif.distributed.process_group import Ranks
 from rkif.distributed.thresholds import sharded_thresholds
-from rkif_kernels import Scores, score_thresholds
-from rkif_kernels.types import Scope
+from rkif_kernels import Scope, Scores, score_thresholds
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -163,11 +162,13 @@ class Held:
         if not self.sharded:
             return score_thresholds(scores, density=density, scope=scope)
         rows = [
-            [t if number in self.owned else t.reshape(-1)[:0] for number, t in enumerate(row)]
+            None
+            if row is None
+            else [t if index in self.owned else t.reshape(-1)[:0] for index, t in enumerate(row)]
             for row in (scores.sensitivity, scores.uncertainty)
-            if row is not None
         ]
-        counted = Scores(rows[0], rows[1] if len(rows) > 1 else None)
+        assert rows[0] is not None
+        counted = Scores(rows[0], rows[1], scores.distance)
         return sharded_thresholds(counted, self.sizes, density=density, scope=scope, ranks=self.ranks)
 
     def require_agreement(self, *settings: Any) -> None:

@@ -16,10 +16,7 @@ from torch import Tensor
 
 import rkif_kernels
 from rkif.distributed.process_group import Ranks
-from rkif_kernels import Scores, order_statistic_rank
-from rkif_kernels.selection.counting import CountingSearch
-from rkif_kernels.selection.sampled import per_tensor_scores
-from rkif_kernels.types import Scope
+from rkif_kernels import CountingSearch, Scope, Scores, order_statistic_rank
 
 # Scores that all ranks together send. A quantile is then known to about a thousandth, which is a window of a
 # few per cent of its value: as many bytes of counts as of samples. Fewer scores than that are all sent.
@@ -42,7 +39,7 @@ def sharded_thresholds(
     Returns:
         float32 [1], or [len(sizes)] under scope="tensor" (inf for an empty tensor), the same on every rank.
     """
-    device = scores.sensitivity[0].device
+    device = scores.device
     groups = len(sizes) if scope == "tensor" else 1
     if density in (0, 1):
         return torch.full((groups,), -math.inf if density == 1 else math.inf, device=device)
@@ -66,15 +63,17 @@ def _of_tensors(scores: Scores, sizes: Sequence[int], density: float, ranks: Ran
         CountingSearch(order_statistic_rank(size, density), bins=TENSOR_BINS) if size else None
         for size in sizes
     ]
-    pairs = zip(searches, per_tensor_scores(scores), strict=True)
-    _count_until_done([(search, one) for search, one in pairs if search is not None], ranks)
+    _count_until_done(
+        [(search, scores.subset([index])) for index, search in enumerate(searches) if search is not None],
+        ranks,
+    )
     return [math.inf if search is None else search.value for search in searches]
 
 
 def _count_until_done(searches: Sequence[tuple[CountingSearch, Scores]], ranks: Ranks) -> None:
     while left := [(search, scores) for search, scores in searches if not search.done]:
         sizes = [search.window.bins + 3 for search, _ in left]
-        device = left[0][1].sensitivity[0].device
+        device = left[0][1].device
         counts = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         for (search, scores), part in zip(left, torch.split(counts, sizes), strict=True):
             rkif_kernels.count_scores_(part, scores, low=search.window.low, shift=search.window.shift)

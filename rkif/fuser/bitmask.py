@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from rkif_kernels import Scores
-from rkif_kernels.selection.sampled import per_tensor_scores
 
 
 def packed_masks(scores: Scores, thresholds: Tensor) -> list[Tensor]:
@@ -19,17 +18,15 @@ def packed_masks(scores: Scores, thresholds: Tensor) -> list[Tensor]:
         thresholds: float32 [1], or one for each tensor; -inf selects everything.
     """
     limits = thresholds.expand(len(scores.sensitivity)).tolist()
-    return [_packed(one, limit) for one, limit in zip(per_tensor_scores(scores), limits, strict=True)]
+    return [_packed(scores, index, limit) for index, limit in enumerate(limits)]
 
 
-def _packed(scores: Scores, limit: float) -> Tensor:
-    (s,) = scores.sensitivity
+def _packed(scores: Scores, index: int, limit: float) -> Tensor:
+    s = scores.sensitivity[index]
     packed = torch.empty(-(-s.numel() // 8), dtype=torch.uint8, device=s.device)
-    parts = [s.reshape(-1)] + ([] if scores.uncertainty is None else [scores.uncertainty[0].reshape(-1)])
     weights = 1 << torch.arange(8, dtype=torch.uint8, device=s.device)
     for start in range(0, s.numel(), _BLOCK):
-        values = [part[start : start + _BLOCK].float() for part in parts]
-        mask = math.prod(values[1:], start=values[0]) > limit
+        mask = scores.values(index, slice(start, start + _BLOCK)) > limit
         if limit == -math.inf:
             mask = torch.ones_like(mask)
         whole = torch.zeros(-(-mask.numel() // 8) * 8, dtype=torch.uint8, device=s.device)
@@ -51,4 +48,4 @@ def unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
 
 def repacked(mask: Tensor) -> Tensor:
     """A mask of 0 and 1 of any dtype, packed."""
-    return _packed(Scores([mask]), 0.5)
+    return _packed(Scores([mask]), 0, 0.5)

@@ -23,7 +23,7 @@ from rkif.fuser.parameters import trainable_parameters
 from rkif.fuser.snapshot import Snapshot, in_turns
 from rkif.fusion import FusionReport, Thresholds, fuse_lists, report_of
 from rkif.gate import Gate, Gatekeeper
-from rkif_kernels.types import CASES
+from rkif_kernels import CASES
 
 Learner = Literal["inner", "outer"]
 

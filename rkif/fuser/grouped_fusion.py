@@ -10,8 +10,7 @@ from torch import Tensor
 import rkif_kernels
 from rkif.fuser.importance import Importance
 from rkif.fuser.snapshot import Snapshot, in_turns
-from rkif_kernels import FuseStats
-from rkif_kernels.types import CASES, CaseWeights
+from rkif_kernels import CASES, CaseWeights, FuseStats
 
 
 @torch.no_grad()

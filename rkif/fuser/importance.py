@@ -108,15 +108,14 @@ class Importance:
 
     def of(self, numbers: Sequence[int]) -> Scores:
         """The scores of some tensors, without a copy."""
-        parts = [[views[number] for number in numbers] for views in self._views.values()]
-        return Scores(parts[0], parts[1] if len(parts) > 1 else None)
+        return self.scores.subset(numbers)
 
     def score_copies(self) -> dict[str, Tensor]:
         """Name -> float32 scores of the tensor's shape, as copies."""
-        copies = [s.to(torch.float32, copy=True) for s in self._views["sensitivity"]]
-        if "uncertainty" in self._views:
-            for copy, u in zip(copies, self._views["uncertainty"], strict=True):
-                copy.mul_(u.float())
+        scores = self.scores
+        copies = (scores.values(index) for index in range(len(self._names)))
+        if scores.uncertainty is None and self._config.state_dtype == torch.float32:
+            copies = (values.clone() for values in copies)  # they are S itself
         return dict(zip(self._names, copies, strict=True))
 
     def tensors(self) -> dict[str, Tensor]:

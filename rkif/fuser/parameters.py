@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rkif.distributed.shards import fsdp_units, is_spread, local, reshard
-from rkif_kernels.checks import Arguments, require_disjoint
+from rkif_kernels import Arguments, require_disjoint
 
 # What wraps a module inside a model and shows in its parameters' names.
 _INSIDE = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")

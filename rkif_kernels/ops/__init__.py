@@ -10,15 +10,11 @@ from rkif_kernels.ops.select import (
     score_thresholds,
     scores_at_ranks,
 )
-from rkif_kernels.types import FuseStats, Scores, magnitudes
 
 __all__ = [
-    "FuseStats",
-    "Scores",
     "all_valid_scores",
     "count_scores_",
     "fuse_",
-    "magnitudes",
     "order_statistic_rank",
     "sample_scores",
     "score_thresholds",

@@ -11,7 +11,7 @@ from torch import Tensor
 from rkif_kernels.backends.choose import implementation, on_device
 from rkif_kernels.checks import (
     Arguments,
-    Verified,
+    ValidatedLists,
     require_choice,
     require_disjoint,
     require_fraction,
@@ -19,9 +19,9 @@ from rkif_kernels.checks import (
     require_writable,
 )
 from rkif_kernels.ops.select import order_statistic_rank, score_thresholds
-from rkif_kernels.types import CASES, Backend, CaseWeights, FuseStats, OuterFrom, Scope, Scores
+from rkif_kernels.types import CASES, Backend, CaseWeights, FuseStats, FusionInputs, OuterFrom, Scope, Scores
 
-_verified = Verified()
+_validated = ValidatedLists()
 
 
 def fuse_(
@@ -62,7 +62,9 @@ def fuse_(
         TypeError, ValueError: for tensors that do not fit together, or outputs that overlap each other or
             another parameter's input; nothing has been written then.
     """
-    device = _require_fusion(out, base, inner, outer, inner_scores, outer_scores, weights, outer_from, names)
+    inputs = FusionInputs(out, base, inner, outer, inner_scores, outer_scores)
+    _require_fusion(inputs, weights, outer_from, names)
+    device = inputs.device
     for side, threshold in zip(("inner", "outer"), thresholds, strict=True):
         right = threshold.dtype == torch.float32 and threshold.shape in ((1,), (len(out),))
         if not right or threshold.device != device:
@@ -70,19 +72,7 @@ def fuse_(
                 f"the {side} threshold must be float32 [1] or [{len(out)}] on {device}; "
                 f"got {threshold.dtype} {tuple(threshold.shape)} on {threshold.device}"
             )
-    with torch.no_grad(), on_device(device):
-        stats: FuseStats = implementation(device, backend).fuse_(
-            out,
-            base,
-            inner,
-            outer,
-            inner_scores,
-            outer_scores,
-            thresholds=(thresholds[0].contiguous(), thresholds[1].contiguous()),
-            weights=weights,
-            outer_from=outer_from,
-        )
-    return stats
+    return _fuse(inputs, thresholds, weights, outer_from, backend)
 
 
 def select_and_fuse_(
@@ -112,91 +102,59 @@ def select_and_fuse_(
     Returns:
         As :func:`fuse_`, with the thresholds that were found.
     """
-    device = _require_fusion(out, base, inner, outer, inner_scores, outer_scores, weights, outer_from, names)
+    inputs = FusionInputs(out, base, inner, outer, inner_scores, outer_scores)
+    _require_fusion(inputs, weights, outer_from, names)
     require_fraction("density", density)
     require_choice("scope", scope, get_args(Scope))
+    device = inputs.device
     module = implementation(device, backend)
-    numel = sum(tensor.numel() for tensor in out)
-    inputs = _inputs(base, inner, outer, inner_scores, outer_scores).values()
-    read = {tensor.data_ptr() for tensors in inputs for tensor in tensors if tensor.numel()}
+    numel = inputs.numel
+    read = {tensor.data_ptr() for tensors in inputs.read.values() for tensor in tensors if tensor.numel()}
     apart = all(tensor.data_ptr() not in read for tensor in out)
     apart &= not (inner_scores.distance or outer_scores.distance)
     if hasattr(module, "select_and_fuse_") and scope == "global" and 0 < density < 1 and numel and apart:
         with torch.no_grad(), on_device(device):
             stats: FuseStats = module.select_and_fuse_(
-                out,
-                base,
-                inner,
-                outer,
-                inner_scores,
-                outer_scores,
-                rank=order_statistic_rank(numel, density),
-                weights=weights,
-                outer_from=outer_from,
+                inputs, rank=order_statistic_rank(numel, density), weights=weights, outer_from=outer_from
             )
         return stats
     inner_threshold, outer_threshold = (
         score_thresholds(scores, density=density, scope=scope, names=names, backend=backend)
         for scores in (inner_scores, outer_scores)
     )
-    return fuse_(
-        out,
-        base,
-        inner,
-        outer,
-        inner_scores,
-        outer_scores,
-        thresholds=(inner_threshold, outer_threshold),
-        weights=weights,
-        outer_from=outer_from,
-        names=names,
-        backend=backend,
-    )
+    return _fuse(inputs, (inner_threshold, outer_threshold), weights, outer_from, backend)
 
 
-def _inputs(
-    base: Sequence[Tensor],
-    inner: Sequence[Tensor],
-    outer: Sequence[Tensor],
-    inner_scores: Scores,
-    outer_scores: Scores,
-) -> dict[str, Sequence[Tensor]]:
-    """What is read, by the name that errors give it."""
-    inputs = {
-        "base": base,
-        "inner": inner,
-        "outer": outer,
-        "inner_scores": inner_scores.sensitivity,
-        "inner_scores.uncertainty": inner_scores.uncertainty,
-        "outer_scores": outer_scores.sensitivity,
-        "outer_scores.uncertainty": outer_scores.uncertainty,
-    }
-    return {argument: tensors for argument, tensors in inputs.items() if tensors is not None}
+def _fuse(
+    inputs: FusionInputs,
+    thresholds: tuple[Tensor, Tensor],
+    weights: CaseWeights,
+    outer_from: OuterFrom,
+    backend: Backend,
+) -> FuseStats:
+    with torch.no_grad(), on_device(inputs.device):
+        stats: FuseStats = implementation(inputs.device, backend).fuse_(
+            inputs,
+            thresholds=(thresholds[0].contiguous(), thresholds[1].contiguous()),
+            weights=weights,
+            outer_from=outer_from,
+        )
+    return stats
 
 
 def _require_fusion(
-    out: Sequence[Tensor],
-    base: Sequence[Tensor],
-    inner: Sequence[Tensor],
-    outer: Sequence[Tensor],
-    inner_scores: Scores,
-    outer_scores: Scores,
-    weights: CaseWeights,
-    outer_from: OuterFrom,
-    names: Sequence[str] | None,
-) -> torch.device:
-    """Check everything that both fusions share; returns the device."""
-    inputs = _inputs(base, inner, outer, inner_scores, outer_scores)
+    inputs: FusionInputs, weights: CaseWeights, outer_from: OuterFrom, names: Sequence[str] | None
+) -> None:
+    """Check everything that both fusions share."""
     arguments = Arguments(names)
-    key = _verified.key(out=out, **inputs)
-    if key not in _verified:
-        arguments.add("out", out)
-        for argument, tensors in inputs.items():
+    key = _validated.key(out=inputs.out, **inputs.read)
+    if key not in _validated:
+        arguments.add("out", inputs.out)
+        for argument, tensors in inputs.read.items():
             arguments.add(argument, tensors)
-        require_disjoint(arguments, out, inputs)
-        require_writable(arguments, "out", out)
-        _verified.add(key)
+        require_disjoint(arguments, inputs.out, inputs.read)
+        require_writable(arguments, "out", inputs.out)
+        _validated.add(key)
     for case, pair in zip(CASES, weights, strict=True):
         require_weights(f"weights for {case!r}", pair)
     require_choice("outer_from", outer_from, get_args(OuterFrom))
-    return out[0].device if out else torch.device("cpu")

@@ -12,15 +12,15 @@ from rkif_kernels.backends.choose import implementation, on_device
 from rkif_kernels.checks import (
     STATE_DTYPES,
     Arguments,
-    Verified,
+    ValidatedLists,
     require_choice,
     require_disjoint,
     require_fraction,
     require_writable,
 )
-from rkif_kernels.types import Backend, Order
+from rkif_kernels.types import Backend, ImportanceInputs, Order
 
-_verified = Verified()
+_validated = ValidatedLists()
 
 
 def update_importance_(
@@ -70,8 +70,8 @@ def update_importance_(
         update(params, grads, sensitivity, uncertainty or [], beta1, beta2, order, nonfinite, backend)
         return
     arguments = Arguments(names)
-    key = _verified.key(params=params, grads=grads, sensitivity=sensitivity, uncertainty=uncertainty)
-    if key not in _verified:
+    key = _validated.key(params=params, grads=grads, sensitivity=sensitivity, uncertainty=uncertainty)
+    if key not in _validated:
         arguments.add("params", params)
         arguments.add("grads", grads, optional=True)
         arguments.add("sensitivity", sensitivity, STATE_DTYPES)
@@ -87,8 +87,9 @@ def update_importance_(
             rest = {name: tensors for name, tensors in written.items() if name != argument}
             require_disjoint(arguments, states, others | rest, argument, counterparts=False)
             require_writable(arguments, argument, states)
-        _verified.add(key)
-    device = params[0].device if params else torch.device("cpu")
+        _validated.add(key)
+    inputs = ImportanceInputs(params, grads, sensitivity, uncertainty)
+    device = inputs.device
     require_fraction("beta1", beta1)
     require_fraction("beta2", beta2)
     require_choice("order", order, get_args(Order))
@@ -100,14 +101,7 @@ def update_importance_(
     require_writable(Arguments(), "nonfinite", [nonfinite])
     with torch.no_grad(), on_device(device):
         implementation(device, backend).update_importance_(
-            params,
-            grads,
-            sensitivity,
-            uncertainty,
-            beta1=beta1,
-            beta2=beta2,
-            order=order,
-            nonfinite=nonfinite,
+            inputs, beta1=beta1, beta2=beta2, order=order, nonfinite=nonfinite
         )
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from rkif_kernels.backends.choose import implementation, on_device
-from rkif_kernels.checks import Arguments, Verified, require_choice, require_fraction
+from rkif_kernels.checks import Arguments, ValidatedLists, require_choice, require_fraction
 from rkif_kernels.selection import sampled as order_statistics
 from rkif_kernels.types import Backend, Scope, Scores
 
-_verified = Verified()
+_validated = ValidatedLists()
 
 
 def order_statistic_rank(numel: int, density: float) -> int:
@@ -34,10 +34,10 @@ def all_valid_scores(
     Raises:
         TypeError, ValueError: for tensors that do not fit together.
     """
-    key = _verified.key(sensitivity=tensors)
-    if key not in _verified:
+    key = _validated.key(sensitivity=tensors)
+    if key not in _validated:
         Arguments(names).add("scores", tensors)
-        _verified.add(key)
+        _validated.add(key)
     if not tensors:
         return True
     with torch.no_grad(), on_device(tensors[0].device):
@@ -150,11 +150,7 @@ def score_thresholds(
         return thresholds
     # An empty tensor has no order statistic; leaving it out keeps every group of the others non-empty.
     filled = [index for index, size in enumerate(sizes) if size > 0]
-    kept = Scores(
-        [scores.sensitivity[index] for index in filled],
-        [scores.uncertainty[index] for index in filled] if scores.uncertainty is not None else None,
-        scores.distance,
-    )
+    kept = scores.subset(filled)
     ranks = [
         order_statistic_rank(numel, density)
         for numel in ([sizes[index] for index in filled] if per_tensor else [sum(sizes)])
@@ -201,13 +197,13 @@ def scores_at_ranks(
 
 def _require_scores(scores: Scores, names: Sequence[str] | None) -> torch.device:
     """Check that the tensors fit together; returns their device."""
-    key = _verified.key(sensitivity=scores.sensitivity, uncertainty=scores.uncertainty)
-    if key not in _verified:
+    key = _validated.key(sensitivity=scores.sensitivity, uncertainty=scores.uncertainty)
+    if key not in _validated:
         arguments = Arguments(names)
         arguments.add("sensitivity", scores.sensitivity)
         if scores.uncertainty is not None:
             arguments.add("uncertainty", scores.uncertainty)
-        _verified.add(key)
+        _validated.add(key)
     if scores.distance and scores.uncertainty is None:
         raise ValueError("scores that are distances need two lists")
-    return scores.sensitivity[0].device if scores.sensitivity else torch.device("cpu")
+    return scores.device

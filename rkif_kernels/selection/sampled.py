@@ -8,7 +8,7 @@ at worst by bisection of the float's bit pattern: a bad sample costs a pass, nev
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -55,34 +55,22 @@ class Reader(Protocol):
 
 def score_thresholds(scores: Scores, *, ranks: Sequence[int], per_tensor: bool, read: Reader) -> Tensor:
     """One order statistic for each group of scores; ``ranks`` holds one rank a group, from 0."""
-    groups = per_tensor_scores(scores) if per_tensor else [scores]
+    groups = [scores.subset([index]) for index in range(len(ranks))] if per_tensor else [scores]
     found = [_order_statistic(group, rank, read) for group, rank in zip(groups, ranks, strict=True)]
-    return torch.tensor(found, dtype=torch.float32, device=scores.sensitivity[0].device)
-
-
-def per_tensor_scores(scores: Scores) -> Iterator[Scores]:
-    for index, s in enumerate(scores.sensitivity):
-        yield Scores(
-            [s], None if scores.uncertainty is None else [scores.uncertainty[index]], scores.distance
-        )
+    return torch.tensor(found, dtype=torch.float32, device=scores.device)
 
 
 def sample_scores(scores: Scores, step: int) -> Tensor:
     """Every ``step``-th score in float32, counted through all tensors; read by PyTorch."""
     picked, offset = [], 0
-    for group in per_tensor_scores(scores):
-        (s,) = group.sensitivity
-        part = s.detach().reshape(-1)[offset::step].float()
-        if group.uncertainty is not None:
-            other = group.uncertainty[0].detach().reshape(-1)[offset::step].float()
-            part = (part - other).abs() if scores.distance else part * other
-        picked.append(part)
+    for index, s in enumerate(scores.sensitivity):
+        picked.append(scores.values(index, slice(offset, None, step)))
         offset = (offset - s.numel()) % step
     return torch.cat(picked)
 
 
 def _order_statistic(scores: Scores, rank: int, read: Reader) -> float:
-    numel = sum(s.numel() for s in scores.sensitivity)
+    numel = scores.numel
     if numel <= SMALL:
         return _kth(read.sample(scores, 1), rank)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import rkif
 from rkif import Fuser, FusionConfig
+from rkif_kernels import ImportanceInputs
 from rkif_kernels.backends import reference
 
 PRESETS = [FusionConfig.paper(), FusionConfig.release()]
@@ -341,10 +342,7 @@ def test_every_setting_has_its_effect(changes: dict[str, Any]) -> None:
             fuser.observe()
             with torch.no_grad():
                 reference.update_importance_(
-                    list(parameters.values()),
-                    [p.grad for p in parameters.values()],
-                    s,
-                    u,
+                    ImportanceInputs(list(parameters.values()), [p.grad for p in parameters.values()], s, u),
                     beta1=config.beta1,
                     beta2=config.beta2,
                     order=config.order,

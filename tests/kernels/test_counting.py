@@ -144,3 +144,20 @@ def test_a_sample_is_counted_through_all_tensors(step: int, product: bool) -> No
     assert torch.equal(rkif_kernels.sample_scores(Scores(s, u), step), whole[::step])
     with pytest.raises(ValueError, match="step must be at least 1"):
         rkif_kernels.sample_scores(Scores(s, u), 0)
+
+
+@pytest.mark.parametrize("uncertain", [False, True])
+@pytest.mark.parametrize("distance", [False, True])
+def test_values_of_some_scores(uncertain: bool, distance: bool) -> None:
+    """Every form of a score, and that a subset keeps it."""
+    if distance and not uncertain:
+        pytest.skip("a distance is one between two lists")
+    s, u = positive([4, 1, 6], torch.bfloat16, 0), positive([4, 1, 6], torch.float32, 1)
+    scores = Scores(s, u if uncertain else None, distance)
+    subset = scores.subset([2, 0])
+    assert (scores.numel, subset.numel, scores.device) == (11, 10, s[0].device)
+    for place, index in enumerate([2, 0]):
+        a, b = s[index].float(), u[index].float()
+        expected = (a - b).abs() if distance else a * b if uncertain else a
+        assert torch.equal(subset.values(place), expected)
+        assert torch.equal(scores.values(index, slice(1, None, 2)), expected[1::2])

@@ -24,7 +24,7 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from rkif_kernels import Scores, magnitudes
+from rkif_kernels import FusionInputs, ImportanceInputs, Scores, magnitudes
 from rkif_kernels.backends import reference
 from rkif_kernels.backends import torch as torch_backend
 from rkif_kernels.backends.triton.table import aligned, tables
@@ -40,16 +40,17 @@ def check_update(implementation: Any, params, grads, s, u, order="first", beta1=
     settings = {"beta1": beta1, "beta2": beta2, "order": order}
     expected_s, expected_u = on("cpu", s), on("cpu", u)
     expected_bad = torch.zeros((), dtype=torch.int64)
-    reference.update_importance_(params, grads, expected_s, expected_u, nonfinite=expected_bad, **settings)
+    reference.update_importance_(
+        ImportanceInputs(params, grads, expected_s, expected_u), nonfinite=expected_bad, **settings
+    )
 
     device = implementation.device
     got_s, got_u = Guarded(s, device), Guarded(u or [], device)
     bad = torch.zeros((), dtype=torch.int64, device=device)
     implementation.update_importance_(
-        on(device, params),
-        on(device, grads),
-        got_s.tensors,
-        got_u.tensors if u is not None else None,
+        ImportanceInputs(
+            on(device, params), on(device, grads), got_s.tensors, got_u.tensors if u is not None else None
+        ),
         nonfinite=bad,
         **settings,
     )
@@ -292,16 +293,20 @@ def check_fuse(
     expected = on("cpu", fresh)
     settings = {"weights": weights, "outer_from": outer_from}
     wanted = reference.fuse_(
-        expected, base, inner, outer, inner_scores, outer_scores, thresholds=thresholds, **settings
+        FusionInputs(expected, base, inner, outer, inner_scores, outer_scores),
+        thresholds=thresholds,
+        **settings,
     )
     got = Guarded(fresh, device)
     stats = implementation.fuse_(
-        got.tensors,
-        on(device, base),
-        on(device, inner),
-        on(device, outer),
-        scores_on(device, inner_scores),
-        scores_on(device, outer_scores),
+        FusionInputs(
+            got.tensors,
+            on(device, base),
+            on(device, inner),
+            on(device, outer),
+            scores_on(device, inner_scores),
+            scores_on(device, outer_scores),
+        ),
         thresholds=tuple(t.to(device) for t in thresholds),
         **settings,
     )
@@ -398,14 +403,16 @@ def test_fuse_of_values_that_are_not_finite(implementation: Any) -> None:
     out, expected = [torch.zeros(CHUNK + 9, device=device)], [torch.zeros(CHUNK + 9)]
     settings = {"weights": PAPER, "outer_from": "inner"}
     thresholds = arguments.pop("thresholds")
-    reference.fuse_(expected, *arguments.values(), thresholds=thresholds, **settings)
+    reference.fuse_(FusionInputs(expected, *arguments.values()), thresholds=thresholds, **settings)
     moved = [
         Scores(on(device, a.sensitivity), on(device, a.uncertainty))
         if isinstance(a, Scores)
         else on(device, a)
         for a in arguments.values()
     ]
-    implementation.fuse_(out, *moved, thresholds=tuple(t.to(device) for t in thresholds), **settings)
+    implementation.fuse_(
+        FusionInputs(out, *moved), thresholds=tuple(t.to(device) for t in thresholds), **settings
+    )
     assert_same_bits(out, expected)
 
 
@@ -415,7 +422,7 @@ def test_fuse_over_one_of_its_inputs(implementation: Any, target: str) -> None:
     expected = on("cpu", arguments["base"])
     settings = {"weights": RELEASE, "outer_from": "inner"}
     thresholds = arguments.pop("thresholds")
-    reference.fuse_(expected, *arguments.values(), thresholds=thresholds, **settings)
+    reference.fuse_(FusionInputs(expected, *arguments.values()), thresholds=thresholds, **settings)
     device = implementation.device
     moved = {
         name: Scores(on(device, a.sensitivity), on(device, a.uncertainty))
@@ -424,7 +431,9 @@ def test_fuse_over_one_of_its_inputs(implementation: Any, target: str) -> None:
         for name, a in arguments.items()
     }
     implementation.fuse_(
-        moved[target], *moved.values(), thresholds=tuple(t.to(device) for t in thresholds), **settings
+        FusionInputs(moved[target], *moved.values()),
+        thresholds=tuple(t.to(device) for t in thresholds),
+        **settings,
     )
     assert_same_bits(moved[target], expected)
 
@@ -451,10 +460,7 @@ def test_splitting_tensors_changes_nothing(
         threshold = implementation.score_thresholds(kept, ranks=[rank], per_tensor=False)
         out = [torch.empty_like(part) for part in parts["b"]]
         stats = implementation.fuse_(
-            out,
-            *parts.values(),
-            scores,
-            scores,
+            FusionInputs(out, *parts.values(), scores, scores),
             thresholds=(threshold, threshold),
             weights=RELEASE,
             outer_from="inner",

@@ -13,7 +13,7 @@ import torch
 from kernel_cases import CHUNK, CONFIG, assert_same_bits, normal, on, positive
 
 import rkif
-from rkif_kernels import Scores
+from rkif_kernels import FusionInputs, ImportanceInputs, Scores
 from rkif_kernels.backends import reference
 from rkif_kernels.backends import triton as kernels
 from rkif_kernels.backends.triton import fuse, importance, single_pass, table
@@ -83,7 +83,12 @@ def everything(a: dict[str, Any]) -> None:
     s = a["s_in"].sensitivity
     zero = torch.zeros((), dtype=torch.int64, device=DEVICE)
     kernels.update_importance_(
-        a["base"], a["inner"], s, None, beta1=0.5, beta2=0.5, order="first", nonfinite=zero, config=CONFIG
+        ImportanceInputs(a["base"], a["inner"], s, None),
+        beta1=0.5,
+        beta2=0.5,
+        order="first",
+        nonfinite=zero,
+        config=CONFIG,
     )
     numel = sum(t.numel() for t in s)
     filled = Scores([t for t in s if t.numel()])
@@ -92,9 +97,11 @@ def everything(a: dict[str, Any]) -> None:
         filled, ranks=[t.numel() // 2 for t in filled.sensitivity], per_tensor=True, config=CONFIG
     )
     limits = (torch.zeros(1, device=DEVICE),) * 2
-    kernels.fuse_(*a.values(), thresholds=limits, config=CONFIG, **RULE)
+    kernels.fuse_(FusionInputs(*a.values()), thresholds=limits, config=CONFIG, **RULE)
     for bracketing in (SMALL, BRACKETING):
-        kernels.select_and_fuse_(*a.values(), rank=numel // 2, config=CONFIG, bracketing=bracketing, **RULE)
+        kernels.select_and_fuse_(
+            FusionInputs(*a.values()), rank=numel // 2, config=CONFIG, bracketing=bracketing, **RULE
+        )
     kernels.count_scores_(
         torch.zeros(6, dtype=torch.int64, device=DEVICE), a["s_in"], low=0, shift=9, config=CONFIG
     )
@@ -164,11 +171,11 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     (limit,) = reference.score_thresholds(scores, ranks=[100], per_tensor=False)
     limits = (limit[None], limit[None])
     expected = [torch.empty_like(b) for b in base]
-    reference.fuse_(expected, base, inner, outer, scores, scores, thresholds=limits, **RULE)
+    reference.fuse_(FusionInputs(expected, base, inner, outer, scores, scores), thresholds=limits, **RULE)
     states = on("cpu", scores.sensitivity)
     betas = {"beta1": 0.5, "beta2": 0.5, "order": "first"}
     bad = torch.zeros((), dtype=torch.int64)
-    reference.update_importance_(base, inner, states, None, nonfinite=bad, **betas)
+    reference.update_importance_(ImportanceInputs(base, inner, states, None), nonfinite=bad, **betas)
 
     tables_of = table.tables
     for module in (fuse, importance, select):
@@ -178,10 +185,13 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     found = kernels.score_thresholds(there, ranks=[100], per_tensor=False, config=CONFIG)
     assert found.item() == limit.item()
     out = [torch.full_like(b, torch.nan) for b in moved[0]]
-    kernels.fuse_(out, *moved, there, there, thresholds=(found, found), config=CONFIG, **RULE)
+    kernels.fuse_(FusionInputs(out, *moved, there, there), thresholds=(found, found), config=CONFIG, **RULE)
     assert_same_bits(out, expected)
     kernels.update_importance_(
-        moved[0], moved[1], there.sensitivity, None, nonfinite=bad.to(DEVICE), config=CONFIG, **betas
+        ImportanceInputs(moved[0], moved[1], there.sensitivity, None),
+        nonfinite=bad.to(DEVICE),
+        config=CONFIG,
+        **betas,
     )
     assert_same_bits(there.sensitivity, states)
 
@@ -204,7 +214,11 @@ def test_positions_beyond_32_bits_in_a_single_pass(before: int, monkeypatch: pyt
         )
         out = [torch.full_like(b, torch.nan) for b in base]
         stats = kernels.select_and_fuse_(
-            out, base, inner, outer, scores, scores, rank=200, config=CONFIG, bracketing=SMALL, **RULE
+            FusionInputs(out, base, inner, outer, scores, scores),
+            rank=200,
+            config=CONFIG,
+            bracketing=SMALL,
+            **RULE,
         )
         results.append(([t.cpu() for t in out], stats.counts.tolist()))
     assert_same_bits(results[1][0], results[0][0])
@@ -224,9 +238,11 @@ def test_nothing_waits_for_the_device_and_a_graph_can_be_captured() -> None:
 
     def step() -> Any:
         kernels.update_importance_(
-            base, inner, s, u, beta1=0.85, beta2=0.85, order="first", nonfinite=nonfinite
+            ImportanceInputs(base, inner, s, u), beta1=0.85, beta2=0.85, order="first", nonfinite=nonfinite
         )
-        return kernels.select_and_fuse_(out, base, inner, outer, scores, scores, rank=4_000_000, **RULE)
+        return kernels.select_and_fuse_(
+            FusionInputs(out, base, inner, outer, scores, scores), rank=4_000_000, **RULE
+        )
 
     step()
     torch.cuda.synchronize()
@@ -262,7 +278,9 @@ def test_more_than_two_to_the_31_elements() -> None:
     s_in, s_out = Scores([s_in.abs_()]), Scores([s_out.abs_()])
     out = torch.full_like(base, torch.nan)
     rank = int(0.8 * (n - 1))
-    stats = kernels.select_and_fuse_([out], [base], [inner], [outer], s_in, s_out, rank=rank, **RULE)
+    stats = kernels.select_and_fuse_(
+        FusionInputs([out], [base], [inner], [outer], s_in, s_out), rank=rank, **RULE
+    )
     for limit, scores in zip(stats.thresholds, (s_in, s_out), strict=True):
         below = sum(int((part.float() < limit).sum()) for part in scores.sensitivity[0].split(1 << 28))
         upto = sum(int((part.float() <= limit).sum()) for part in scores.sensitivity[0].split(1 << 28))
@@ -271,9 +289,11 @@ def test_more_than_two_to_the_31_elements() -> None:
         part = slice(start, start + 4096)
         expected = [torch.empty(4096, dtype=torch.bfloat16)]
         reference.fuse_(
-            expected,
-            *([t[part].cpu()] for t in (base, inner, outer)),
-            *(Scores([s.sensitivity[0][part].cpu()]) for s in (s_in, s_out)),
+            FusionInputs(
+                expected,
+                *([t[part].cpu()] for t in (base, inner, outer)),
+                *(Scores([s.sensitivity[0][part].cpu()]) for s in (s_in, s_out)),
+            ),
             thresholds=tuple(limit.cpu() for limit in stats.thresholds),
             **RULE,
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import NATIVE, Guarded, assert_same_bits, normal, positive
 
-from rkif_kernels import Scores
+from rkif_kernels import FusionInputs, ImportanceInputs, Scores
 from rkif_kernels.backends import native, reference
 
 pytestmark = [NATIVE, pytest.mark.usefixtures("poisoned")]
@@ -36,8 +36,8 @@ def test_tiles_are_shared_out_among_threads(threads: int, sizes: list[int]) -> N
     limits = tuple(torch.tensor([limit]) for limit in (0.3, 0.7))
     arguments = (base, inner, outer, Scores(s, u), Scores(u))
     settings = {"thresholds": limits, "weights": WEIGHTS, "outer_from": "inner"}
-    wanted = reference.fuse_(expected, *arguments, **settings)
-    got = native.fuse_(out.tensors, *arguments, **settings)
+    wanted = reference.fuse_(FusionInputs(expected, *arguments), **settings)
+    got = native.fuse_(FusionInputs(out.tensors, *arguments), **settings)
     assert_same_bits(out.tensors, expected)
     out.assert_edges_untouched()
     assert got.counts.tolist() == wanted.counts.tolist()
@@ -54,8 +54,10 @@ def test_tiles_are_shared_out_among_threads(threads: int, sizes: list[int]) -> N
     betas = {"beta1": 0.85, "beta2": 0.55, "order": "first"}
     bad, expected_bad = torch.zeros(2, 1, dtype=torch.int64)
     inner[-1][-1] = torch.inf
-    native.update_importance_(base, inner, *(state.tensors for state in states), nonfinite=bad, **betas)
-    reference.update_importance_(base, inner, s, u, nonfinite=expected_bad, **betas)
+    native.update_importance_(
+        ImportanceInputs(base, inner, *(state.tensors for state in states)), nonfinite=bad, **betas
+    )
+    reference.update_importance_(ImportanceInputs(base, inner, s, u), nonfinite=expected_bad, **betas)
     for state, wanted_state in zip(states, (s, u), strict=True):
         assert_same_bits(state.tensors, wanted_state)
         state.assert_edges_untouched()
@@ -73,7 +75,7 @@ def test_every_16_bit_number_is_read_as_it_is(dtype: torch.dtype, flush: bool) -
     if flush and (dtype == torch.bfloat16 or not torch.set_flush_denormal(True)):
         pytest.skip("a bfloat16 denormal is one in float32, too, or this processor cannot flush")
     native.fuse_(
-        out, [every], [zero], [zero], Scores([zero]), Scores([zero]),
+        FusionInputs(out, [every], [zero], [zero], Scores([zero]), Scores([zero])),
         thresholds=(torch.zeros(1), torch.zeros(1)), weights=keep, outer_from="inner",
     )  # fmt: skip
     torch.set_flush_denormal(False)
@@ -99,12 +101,12 @@ def test_16_bit_results_are_rounded_to_nearest_even(dtype: torch.dtype) -> None:
     # S <- 0*S + 1*|w*1| would lose the sign; a fusion that takes all of tau_in from base 0 keeps it.
     take = ((1.0, 0.0),) * 4
     native.fuse_(
-        out, [zero], [values], [values], Scores([zero]), Scores([zero]),
+        FusionInputs(out, [zero], [values], [values], Scores([zero]), Scores([zero])),
         thresholds=(torch.zeros(1), torch.zeros(1)), weights=take, outer_from="inner",
     )  # fmt: skip
     expected = [torch.empty(values.numel(), dtype=dtype)]
     reference.fuse_(
-        expected, [zero], [values], [values], Scores([zero]), Scores([zero]),
+        FusionInputs(expected, [zero], [values], [values], Scores([zero]), Scores([zero])),
         thresholds=(torch.zeros(1), torch.zeros(1)), weights=take, outer_from="inner",
     )  # fmt: skip
     assert_same_bits(out, expected)
@@ -115,6 +117,6 @@ def test_more_threads_than_there_is_work_for(monkeypatch: pytest.MonkeyPatch) ->
     ones, s = torch.ones(70 * TILE), torch.zeros(70 * TILE)
     settings = {"beta1": 0.5, "beta2": 0.0, "order": "first"}
     native.update_importance_(
-        [ones], [ones], [s], None, nonfinite=torch.zeros(1, dtype=torch.int64), **settings
+        ImportanceInputs([ones], [ones], [s], None), nonfinite=torch.zeros(1, dtype=torch.int64), **settings
     )
     assert (s == 0.5).all()

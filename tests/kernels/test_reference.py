@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkif_kernels import Scores, order_statistic_rank
+from rkif_kernels import FusionInputs, ImportanceInputs, Scores, order_statistic_rank
 from rkif_kernels.backends import reference
 
 finite = st.floats(-1e4, 1e4, width=32)
@@ -21,10 +21,7 @@ def update(w: float, g: float, s: float, u: float, order: str, beta1: float = 0.
     state, uncertainty = torch.tensor([s]), torch.tensor([u])
     nonfinite = torch.zeros(1, dtype=torch.int64)
     reference.update_importance_(
-        [torch.tensor([w])],
-        [torch.tensor([g])],
-        [state],
-        [uncertainty],
+        ImportanceInputs([torch.tensor([w])], [torch.tensor([g])], [state], [uncertainty]),
         beta1=beta1,
         beta2=beta2,
         order=order,
@@ -69,17 +66,19 @@ def test_a_missing_gradient_is_a_zero_gradient() -> None:
     state = torch.tensor([8.0])
     nonfinite = torch.zeros(1, dtype=torch.int64)
     settings = {"beta1": 0.75, "beta2": 0.5, "order": "first", "nonfinite": nonfinite}
-    reference.update_importance_([torch.tensor([3.0])], [None], [state], None, **settings)
+    reference.update_importance_(ImportanceInputs([torch.tensor([3.0])], [None], [state], None), **settings)
     assert state.item() == 6.0
 
 
 def test_bfloat16_state_is_rounded_once_and_uncertainty_sees_the_unrounded_sensitivity() -> None:
     s, u = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([0.0], dtype=torch.bfloat16)
     reference.update_importance_(
-        [torch.tensor([1.0])],
-        [torch.tensor([1.0078125])],  # 1 + 2^-7, the next bfloat16 after 1
-        [s],
-        [u],
+        ImportanceInputs(
+            [torch.tensor([1.0])],
+            [torch.tensor([1.0078125])],  # 1 + 2^-7, the next bfloat16 after 1
+            [s],
+            [u],
+        ),
         beta1=0.5,
         beta2=0.0,
         order="first",
@@ -137,12 +136,14 @@ WEIGHTS = ((1.0, 0.0), (0.0, 1.0), (0.25, 0.5), (2.0, -1.0))
 def test_fusion_of_one_element_by_hand(inner_score: float, outer_score: float, expected: float) -> None:
     out = torch.tensor([float("nan")])
     stats = reference.fuse_(
-        [out],
-        [torch.tensor([10.0])],
-        [torch.tensor([14.0])],
-        [torch.tensor([22.0])],
-        Scores([torch.tensor([inner_score])]),
-        Scores([torch.tensor([outer_score])]),
+        FusionInputs(
+            [out],
+            [torch.tensor([10.0])],
+            [torch.tensor([14.0])],
+            [torch.tensor([22.0])],
+            Scores([torch.tensor([inner_score])]),
+            Scores([torch.tensor([outer_score])]),
+        ),
         thresholds=(torch.tensor([1.0]), torch.tensor([1.0])),
         weights=WEIGHTS,
         outer_from="inner",
@@ -156,12 +157,14 @@ def test_fusion_of_one_element_by_hand(inner_score: float, outer_score: float, e
 def test_outer_from_base_measures_the_outer_task_vector_from_the_base() -> None:
     out = torch.empty(1)
     stats = reference.fuse_(
-        [out],
-        [torch.tensor([10.0])],
-        [torch.tensor([14.0])],
-        [torch.tensor([22.0])],
-        Scores([torch.tensor([0.0])]),
-        Scores([torch.tensor([2.0])]),
+        FusionInputs(
+            [out],
+            [torch.tensor([10.0])],
+            [torch.tensor([14.0])],
+            [torch.tensor([22.0])],
+            Scores([torch.tensor([0.0])]),
+            Scores([torch.tensor([2.0])]),
+        ),
         thresholds=(torch.tensor([1.0]), torch.tensor([1.0])),
         weights=WEIGHTS,
         outer_from="base",
@@ -178,12 +181,14 @@ def test_fusion_is_float32_arithmetic_from_left_to_right(
     expected = (f(base) + f(w_in) * (f(inner) - f(base))) + f(w_out) * (f(outer) - f(inner))
     out = torch.empty(1)
     reference.fuse_(
-        [out],
-        [torch.tensor([base])],
-        [torch.tensor([inner])],
-        [torch.tensor([outer])],
-        Scores([torch.zeros(1)]),
-        Scores([torch.zeros(1)]),
+        FusionInputs(
+            [out],
+            [torch.tensor([base])],
+            [torch.tensor([inner])],
+            [torch.tensor([outer])],
+            Scores([torch.zeros(1)]),
+            Scores([torch.zeros(1)]),
+        ),
         thresholds=(torch.zeros(1), torch.zeros(1)),
         weights=((0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (w_in, w_out)),
         outer_from="inner",

@@ -13,7 +13,7 @@ from kernel_cases import BLOCK, CHUNK, CONFIG, SIZES, Guarded, assert_same_bits,
 from torch import Tensor
 
 import rkif_kernels
-from rkif_kernels import Scores
+from rkif_kernels import FusionInputs, Scores
 from rkif_kernels.backends import reference
 from rkif_kernels.backends.triton import select_and_fuse_, single_pass
 from rkif_kernels.backends.triton.launch import BRACKETING, Bracketing
@@ -61,15 +61,17 @@ def check(
     expected = on("cpu", fresh)
     rule = {"weights": RELEASE, "outer_from": outer_from}
     wanted = reference.fuse_(
-        expected, *tensors.values(), inner_scores, outer_scores, thresholds=limits, **rule
+        FusionInputs(expected, *tensors.values(), inner_scores, outer_scores), thresholds=limits, **rule
     )
     got = Guarded(fresh, DEVICE)
     stats = select_and_fuse_(
-        got.tensors,
-        *(on(DEVICE, part) for part in tensors.values()),
-        *(
-            Scores(on(DEVICE, side.sensitivity), on(DEVICE, side.uncertainty))
-            for side in (inner_scores, outer_scores)
+        FusionInputs(
+            got.tensors,
+            *(on(DEVICE, part) for part in tensors.values()),
+            *(
+                Scores(on(DEVICE, side.sensitivity), on(DEVICE, side.uncertainty))
+                for side in (inner_scores, outer_scores)
+            ),
         ),
         rank=rank,
         config=CONFIG,

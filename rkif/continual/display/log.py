@@ -17,8 +17,7 @@ from rkif.continual.rundir.ledger import Record, read_ledger
 from rkif.continual.rundir.recorder import standing
 from rkif.continual.rundir.rundir import RunReader
 from rkif.fuser.parameters import short_name
-from rkif_kernels.checks import require_choice
-from rkif_kernels.types import CASES
+from rkif_kernels import CASES, require_choice
 
 COLOURS = {"keep": "green", "damp": "yellow", "undo": "red", "stop": "red", "refused": "red"}
 CASE_HEADINGS = ("in", "out", "both", "none")

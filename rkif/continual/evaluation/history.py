@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rkif.fusion import FusionReport
-from rkif_kernels.types import CASES
+from rkif_kernels import CASES
 
 
 class RoundHistory:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,16 +9,11 @@ from torch import Tensor
 from rkif_kernels.backends.native.library import Lists
 from rkif_kernels.contiguous import in_place
 from rkif_kernels.numerics import float32
-from rkif_kernels.types import CaseWeights, FuseStats, OuterFrom, Scores
+from rkif_kernels.types import CaseWeights, FuseStats, FusionInputs, OuterFrom
 
 
 def fuse_(
-    out: Sequence[Tensor],
-    base: Sequence[Tensor],
-    inner: Sequence[Tensor],
-    outer: Sequence[Tensor],
-    inner_scores: Scores,
-    outer_scores: Scores,
+    inputs: FusionInputs,
     *,
     thresholds: tuple[Tensor, Tensor],
     weights: CaseWeights,
@@ -29,33 +22,21 @@ def fuse_(
     """See :func:`rkif_kernels.ops.fuse_`."""
     selected = np.empty(3, np.int64)
     squared_norms = np.empty(3, np.float64)
-    limits = [np.ascontiguousarray(threshold.expand(len(out)).numpy()) for threshold in thresholds]
+    limits = [np.ascontiguousarray(threshold.expand(len(inputs.out)).numpy()) for threshold in thresholds]
     by_side = [
         np.array([float32(weight) for weight in side], np.float32) for side in zip(*weights, strict=True)
     ]
-    with in_place(out) as targets:
-        lists = Lists(
-            (
-                targets,
-                base,
-                inner,
-                outer,
-                inner_scores.sensitivity,
-                inner_scores.uncertainty,
-                outer_scores.sensitivity,
-                outer_scores.uncertainty,
-            )
-        )
-        lists.call(
+    with in_place(inputs.out) as targets:
+        Lists((targets, *inputs.lists[1:])).call(
             "rkif_fuse",
             *(array.ctypes.data for array in (*limits, *by_side)),
             outer_from == "inner",
-            inner_scores.distance,
-            outer_scores.distance,
+            inputs.inner_scores.distance,
+            inputs.outer_scores.distance,
             selected.ctypes.data,
             squared_norms.ctypes.data,
         )
     inner_all, outer_all, both = selected.tolist()
-    total = sum(tensor.numel() for tensor in out)
-    counts = [inner_all - both, outer_all - both, both, total - inner_all - outer_all + both]
+    neither = inputs.numel - inner_all - outer_all + both
+    counts = [inner_all - both, outer_all - both, both, neither]
     return FuseStats(torch.tensor(counts, device="cpu"), torch.from_numpy(squared_norms), thresholds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import get_args
 
 from torch import Tensor
@@ -10,14 +9,11 @@ from torch import Tensor
 from rkif_kernels.backends.native.library import Lists
 from rkif_kernels.contiguous import in_place
 from rkif_kernels.numerics import float32
-from rkif_kernels.types import Order
+from rkif_kernels.types import ImportanceInputs, Order
 
 
 def update_importance_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    sensitivity: Sequence[Tensor],
-    uncertainty: Sequence[Tensor] | None,
+    inputs: ImportanceInputs,
     *,
     beta1: float,
     beta2: float,
@@ -25,8 +21,8 @@ def update_importance_(
     nonfinite: Tensor,
 ) -> None:
     """See :func:`rkif_kernels.ops.update_importance_`."""
-    with in_place(sensitivity) as s, in_place(uncertainty or ()) as u:
-        nonfinite += Lists((params, grads, s, u or None)).call(
+    with in_place(inputs.sensitivity) as s, in_place(inputs.uncertainty or ()) as u:
+        nonfinite += Lists((inputs.params, inputs.grads, s, u or None)).call(
             "rkif_update_importance",
             float32(beta1),
             float32(1 - beta1),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rkif_kernels.contiguous import dense
+from rkif_kernels.contiguous import as_contiguous
 
 _DTYPES = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -62,7 +62,7 @@ class Lists:
         assert first is not None
         rows = [first if role is None else role for role in roles]
         self._tensors = [
-            [None if role is None or tensor is None else dense(tensor) for tensor in row]
+            [None if role is None or tensor is None else as_contiguous(tensor) for tensor in row]
             for role, row in zip(roles, rows, strict=True)
         ]
         flat = [tensor for row in self._tensors for tensor in row]

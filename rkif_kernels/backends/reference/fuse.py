@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from rkif_kernels.backends.reference.select import score_values
 from rkif_kernels.numerics import float32
-from rkif_kernels.types import CaseWeights, FuseStats, OuterFrom, Scores
+from rkif_kernels.types import CaseWeights, FuseStats, FusionInputs, OuterFrom
 
 
 def fuse_(
-    out: Sequence[Tensor],
-    base: Sequence[Tensor],
-    inner: Sequence[Tensor],
-    outer: Sequence[Tensor],
-    inner_scores: Scores,
-    outer_scores: Scores,
+    inputs: FusionInputs,
     *,
     thresholds: tuple[Tensor, Tensor],
     weights: CaseWeights,
@@ -28,9 +21,9 @@ def fuse_(
     (in_only, out_only, both, neither) = weights
     counts = torch.zeros(4, dtype=torch.int64)
     squared_norms = torch.zeros(3, dtype=torch.float64)
-    inner_values, outer_values = score_values(inner_scores), score_values(outer_scores)
-    for index, target in enumerate(out):
-        b, i, o = base[index].float(), inner[index].float(), outer[index].float()
+    inner_values, outer_values = score_values(inputs.inner_scores), score_values(inputs.outer_scores)
+    for index, target in enumerate(inputs.out):
+        b, i, o = (row[index].float() for row in (inputs.base, inputs.inner, inputs.outer))
         t_in, t_out = (t[index if t.numel() > 1 else 0] for t in thresholds)
         m_in, m_out = inner_values[index] > t_in, outer_values[index] > t_out
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from rkif_kernels.numerics import float32
-from rkif_kernels.types import Order
+from rkif_kernels.types import ImportanceInputs, Order
 
 
 def update_importance_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    sensitivity: Sequence[Tensor],
-    uncertainty: Sequence[Tensor] | None,
+    inputs: ImportanceInputs,
     *,
     beta1: float,
     beta2: float,
@@ -23,7 +18,8 @@ def update_importance_(
     nonfinite: Tensor,
 ) -> None:
     """See :func:`rkif_kernels.ops.update_importance_`."""
-    for index, (param, grad, s) in enumerate(zip(params, grads, sensitivity, strict=True)):
+    rows = zip(inputs.params, inputs.grads, inputs.sensitivity, strict=True)
+    for index, (param, grad, s) in enumerate(rows):
         product = param.float() * (torch.zeros_like(param) if grad is None else grad).float()
         if order == "first":
             importance = product.abs()
@@ -36,7 +32,7 @@ def update_importance_(
 
         new_s = float32(beta1) * s.float() + float32(1 - beta1) * importance
         s.copy_(torch.where(finite, new_s.to(s.dtype), s))
-        if uncertainty is not None:
-            u = uncertainty[index]
+        if inputs.uncertainty is not None:
+            u = inputs.uncertainty[index]
             new_u = float32(beta2) * u.float() + float32(1 - beta2) * (importance - new_s).abs()
             u.copy_(torch.where(finite, new_u.to(u.dtype), u))

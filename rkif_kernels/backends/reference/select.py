@@ -35,9 +35,4 @@ def score_values(scores: Scores) -> list[Tensor]:
 
 def raw_values(scores: Scores) -> list[Tensor]:
     """The same before what is not positive counts as zero."""
-    values = [s.float() for s in scores.sensitivity]
-    if scores.uncertainty is not None and scores.distance:
-        return [(s - u.float()).abs() for s, u in zip(values, scores.uncertainty, strict=True)]
-    if scores.uncertainty is not None:
-        return [s * u.float() for s, u in zip(values, scores.uncertainty, strict=True)]
-    return values
+    return [scores.values(index) for index in range(len(scores.sensitivity))]

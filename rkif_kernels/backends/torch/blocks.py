@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rkif_kernels.contiguous import dense
+from rkif_kernels.contiguous import as_contiguous
 
 # Elements. Six float32 streams of a block are 1.5 MiB, about what two cores' L2 caches hold, while a
 # block is still long enough (two of PyTorch's 32,768-element grains) to be shared between the cores.
@@ -42,7 +42,7 @@ def blocks(*roles: Sequence[Tensor | None] | None) -> Iterator[tuple[int, tuple[
     assert first is not None
     for index in range(len(first)):
         tensors = (None if role is None else role[index] for role in roles)
-        flat = [None if tensor is None else dense(tensor).view(-1) for tensor in tensors]
+        flat = [None if tensor is None else as_contiguous(tensor).view(-1) for tensor in tensors]
         size = flat[0].numel() if flat[0] is not None else 0
         for start in range(0, size, BLOCK):
             yield index, tuple(None if t is None else t[start : start + BLOCK] for t in flat)

@@ -11,16 +11,11 @@ from rkif_kernels.backends.torch.blocks import Scratch, blocks
 from rkif_kernels.backends.torch.select import block_score
 from rkif_kernels.contiguous import in_place
 from rkif_kernels.numerics import float32
-from rkif_kernels.types import CaseWeights, FuseStats, OuterFrom, Scores
+from rkif_kernels.types import CaseWeights, FuseStats, FusionInputs, OuterFrom
 
 
 def fuse_(
-    out: Sequence[Tensor],
-    base: Sequence[Tensor],
-    inner: Sequence[Tensor],
-    outer: Sequence[Tensor],
-    inner_scores: Scores,
-    outer_scores: Scores,
+    inputs: FusionInputs,
     *,
     thresholds: tuple[Tensor, Tensor],
     weights: CaseWeights,
@@ -34,23 +29,15 @@ def fuse_(
     )
     counts = torch.zeros(4, dtype=torch.int64, device=device)
     squared_norms = torch.zeros(3, dtype=torch.float64, device=device)
-    limits = [threshold.expand(len(out)).tolist() for threshold in thresholds]
-    with in_place(out) as targets:
-        for index, block in blocks(
-            targets,
-            base,
-            inner,
-            outer,
-            inner_scores.sensitivity,
-            inner_scores.uncertainty,
-            outer_scores.sensitivity,
-            outer_scores.uncertainty,
-        ):
+    limits = [threshold.expand(len(inputs.out)).tolist() for threshold in thresholds]
+    distances = inputs.inner_scores.distance, inputs.outer_scores.distance
+    with in_place(inputs.out) as targets:
+        for index, block in blocks(targets, *inputs.lists[1:]):
             target, b, i, o, *scores = block
             assert target is not None
             size = target.numel()
-            m_in = _mask(scores[0], scores[1], inner_scores.distance, limits[0][index], scratch, 8)
-            m_out = _mask(scores[2], scores[3], outer_scores.distance, limits[1][index], scratch, 9)
+            m_in = _mask(scores[0], scores[1], distances[0], limits[0][index], scratch, 8)
+            m_out = _mask(scores[2], scores[3], distances[1], limits[1][index], scratch, 9)
             cases = _cases(m_in, m_out, scratch)
             counts += torch.stack([mask.sum() for mask in cases]).long()
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from rkif_kernels.backends.torch.blocks import Scratch, blocks
 from rkif_kernels.numerics import float32
-from rkif_kernels.types import Order
+from rkif_kernels.types import ImportanceInputs, Order
 
 
 def update_importance_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    sensitivity: Sequence[Tensor],
-    uncertainty: Sequence[Tensor] | None,
+    inputs: ImportanceInputs,
     *,
     beta1: float,
     beta2: float,
@@ -27,7 +22,7 @@ def update_importance_(
     scratch = Scratch(nonfinite.device)
     keep1, take1 = float32(beta1), float32(1 - beta1)
     keep2, take2 = float32(beta2), float32(1 - beta2)
-    for _, (w, g, s, u) in blocks(params, grads, sensitivity, uncertainty):
+    for _, (w, g, s, u) in blocks(*inputs.lists):
         assert w is not None
         assert s is not None
         size = w.numel()

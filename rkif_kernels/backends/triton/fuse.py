@@ -21,13 +21,11 @@ from rkif_kernels.backends.triton.elements import (
     squares,
 )
 from rkif_kernels.backends.triton.launch import FUSE, LaunchConfig
-from rkif_kernels.backends.triton.table import ALIGNMENT, Rows, Table, aligned, tables
+from rkif_kernels.backends.triton.table import ALIGNMENT, Table, aligned, tables
 from rkif_kernels.contiguous import in_place
 from rkif_kernels.numerics import float32
-from rkif_kernels.types import CaseWeights, FuseStats, OuterFrom, Scores
+from rkif_kernels.types import ROLES, CaseWeights, FuseStats, FusionInputs, OuterFrom
 
-# Rows of a table: what is written, what is read, and each learner's scores, S and U.
-ROLES = ("OUT", "BASE", "INNER", "OUTER", "INNER_S", "INNER_U", "OUTER_S", "OUTER_U")
 INNER_SCORE, OUTER_SCORE = ROLES.index("INNER_S"), ROLES.index("OUTER_S")
 
 
@@ -209,12 +207,6 @@ def _fuse_kernel(
     store_norms(partial_norms_ptr, program, norm_in, norm_out, norm_update)
 
 
-def fuse_rows(targets: Sequence[Tensor], *inputs: Sequence[Tensor], scores: Sequence[Scores]) -> Rows:
-    """The tensors in the order of :data:`ROLES`."""
-    parts = [part for side in scores for part in (side.sensitivity, side.uncertainty)]
-    return aligned((targets, *inputs, *parts))
-
-
 def scalars(weights: CaseWeights) -> dict[str, float]:
     """The rule's weights as arguments of a kernel."""
     return {
@@ -289,12 +281,7 @@ def norms_of(grouped: Sequence[Table], extra: int, device: torch.device) -> tupl
 
 
 def fuse_(
-    out: Sequence[Tensor],
-    base: Sequence[Tensor],
-    inner: Sequence[Tensor],
-    outer: Sequence[Tensor],
-    inner_scores: Scores,
-    outer_scores: Scores,
+    inputs: FusionInputs,
     *,
     thresholds: tuple[Tensor, Tensor],
     weights: CaseWeights,
@@ -304,8 +291,8 @@ def fuse_(
     """See :func:`rkif_kernels.ops.fuse_`."""
     device = thresholds[0].device
     counts = torch.zeros(4, dtype=torch.int64, device=device)
-    with in_place(out, ALIGNMENT) as targets:
-        rows = fuse_rows(targets, base, inner, outer, scores=(inner_scores, outer_scores))
+    with in_place(inputs.out, ALIGNMENT) as targets:
+        rows = aligned((targets, *inputs.lists[1:]))
         grouped = tables(rows, config.chunk)
         norms, parts = norms_of(grouped, 0, device)
         launch_fuse(
@@ -316,6 +303,6 @@ def fuse_(
             weights=weights,
             outer_from=outer_from,
             config=config,
-            distances=(inner_scores.distance, outer_scores.distance),
+            distances=(inputs.inner_scores.distance, inputs.outer_scores.distance),
         )
     return FuseStats(counts, norms.sum(0), thresholds)

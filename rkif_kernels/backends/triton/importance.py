@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +12,7 @@ from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig
 from rkif_kernels.backends.triton.table import ALIGNMENT, aligned, tables
 from rkif_kernels.contiguous import in_place
 from rkif_kernels.numerics import float32
-from rkif_kernels.types import Order
+from rkif_kernels.types import ImportanceInputs, Order
 
 
 @triton.jit
@@ -121,10 +119,7 @@ def _update_importance_kernel(
 
 
 def update_importance_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    sensitivity: Sequence[Tensor],
-    uncertainty: Sequence[Tensor] | None,
+    inputs: ImportanceInputs,
     *,
     beta1: float,
     beta2: float,
@@ -133,8 +128,9 @@ def update_importance_(
     config: LaunchConfig = STREAM,
 ) -> None:
     """See :func:`rkif_kernels.ops.update_importance_`."""
-    with in_place(sensitivity, ALIGNMENT) as s, in_place(uncertainty or (), ALIGNMENT) as u:
-        rows = aligned((params, grads, s, u or None))
+    written = in_place(inputs.sensitivity, ALIGNMENT), in_place(inputs.uncertainty or (), ALIGNMENT)
+    with written[0] as s, written[1] as u:
+        rows = aligned((inputs.params, inputs.grads, s, u or None))
         for table in tables(rows, config.chunk):
             _update_importance_kernel[(table.programs,)](
                 # Tensors

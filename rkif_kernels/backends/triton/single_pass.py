@@ -37,10 +37,8 @@ from rkif_kernels.backends.triton.elements import (
 from rkif_kernels.backends.triton.fuse import (
     INNER_SCORE,
     OUTER_SCORE,
-    ROLES,
     cases,
     constants,
-    fuse_rows,
     launch_fuse,
     merge,
     norms_of,
@@ -49,9 +47,9 @@ from rkif_kernels.backends.triton.fuse import (
 )
 from rkif_kernels.backends.triton.launch import BRACKETING, FUSE, Bracketing, LaunchConfig
 from rkif_kernels.backends.triton.radix import select_from_lists, select_from_tables
-from rkif_kernels.backends.triton.table import ALIGNMENT, Table, constant, tables
+from rkif_kernels.backends.triton.table import ALIGNMENT, Table, aligned, constant, tables
 from rkif_kernels.contiguous import in_place
-from rkif_kernels.types import CaseWeights, FuseStats, OuterFrom, Scores
+from rkif_kernels.types import ROLES, CaseWeights, FuseStats, FusionInputs, OuterFrom
 
 # What the pass leaves behind in one int64 array: the four cases' counts; for each learner the scores < lo,
 # <= lo, and in the bracket, and one unused; how many elements were listed, how many entries of the list
@@ -363,12 +361,7 @@ def _fix_up_kernel(
 
 
 def select_and_fuse_(
-    out: Sequence[Tensor],
-    base: Sequence[Tensor],
-    inner: Sequence[Tensor],
-    outer: Sequence[Tensor],
-    inner_scores: Scores,
-    outer_scores: Scores,
+    inputs: FusionInputs,
     *,
     rank: int,
     weights: CaseWeights,
@@ -380,14 +373,13 @@ def select_and_fuse_(
 
     ``rank`` is that of both thresholds, from 0. ``out`` shares no memory with the inputs.
     """
-    device = base[0].device
-    numel = sum(tensor.numel() for tensor in out)
+    device, numel = inputs.device, inputs.numel
     tally = torch.zeros(TALLIES, dtype=torch.int64, device=device)
     thresholds = torch.empty(2, dtype=torch.float32, device=device)
     fusion = {"weights": weights, "outer_from": outer_from, "config": config}
     sides = {"s_roles": (INNER_SCORE, OUTER_SCORE), "per_tensor": False, "config": config}
-    with in_place(out, ALIGNMENT) as targets:
-        rows = fuse_rows(targets, base, inner, outer, scores=(inner_scores, outer_scores))
+    with in_place(inputs.out, ALIGNMENT) as targets:
+        rows = aligned((targets, *inputs.lists[1:]))
         grouped = tables(rows, config.chunk)
         if numel < bracketing.least:
             norms, parts = norms_of(grouped, 0, device)

@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from rkif_kernels.contiguous import dense
+from rkif_kernels.contiguous import as_contiguous
 
 ALIGNMENT = 16  # bytes: what a kernel may assume of every address, and the width of its accesses
 
@@ -85,7 +85,7 @@ def aligned(roles: Sequence[Sequence[Tensor | None] | None]) -> Rows:
     return [
         [None] * len(first)
         if role is None
-        else [None if tensor is None else dense(tensor, ALIGNMENT) for tensor in role]
+        else [None if tensor is None else as_contiguous(tensor, ALIGNMENT) for tensor in role]
         for role in roles
     ]
 
