@@ -23,7 +23,7 @@ from bench.forgetting.instrument import CONFIGS, seconds_by_part
 from rkif.continual.config import RunConfig, dump_config, load_config
 from rkif.continual.display.progress import RunProgress
 from rkif.continual.methods import METHODS, RecurrentKIF
-from rkif.continual.models.model import device
+from rkif.continual.models.device import run_device
 from rkif.continual.run import run
 
 RESULTS = store.RESULTS / "continual.jsonl"
@@ -139,7 +139,7 @@ def _run(job: Job) -> dict[str, Any]:
 def _row(
     job: Job, config: RunConfig, metrics: Mapping[str, Any], wall: float | None, spent: Mapping[str, float]
 ) -> dict[str, Any]:
-    on = device(config)
+    on = run_device(config)
     peak = torch.cuda.max_memory_allocated(on) if on.type == "cuda" else _peak_of_process()
     return {
         "suite": job.suite,

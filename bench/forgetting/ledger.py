@@ -16,9 +16,9 @@ from bench.common.machine import commit, device_name
 from bench.forgetting.instrument import FEW_DEV_RECORDS, seconds_by_part, silent_run
 from rkif.continual.config import RunConfig, load_config
 from rkif.continual.methods import RecurrentKIF
-from rkif.continual.models.model import device
+from rkif.continual.models.device import run_device
 from rkif.continual.rundir.recorder import Recorder
-from rkif.continual.rundir.snapshots import Snapshots
+from rkif.continual.rundir.round_states import RoundStates
 from rkif.gate import Gatekeeper
 
 RESULTS = store.RESULTS / "ledger.jsonl"
@@ -28,7 +28,7 @@ TIMED: tuple[tuple[type, str, str], ...] = (
     (RecurrentKIF, "_round_record", "ledger"),
     (Recorder, "record", "ledger"),
     (RecurrentKIF, "tensors", "snapshots"),
-    (Snapshots, "write", "snapshots"),
+    (RoundStates, "write", "snapshots"),
     (Gatekeeper, "judge", "gate"),
 )
 MEMORY_LOSS = {"metric": "memory_loss", "tolerance": 0.5}
@@ -59,7 +59,7 @@ def measure(path: Path, rounds: int, console: Console) -> None:
             "runs": len(runs),
             "model": Path(config.model).name,
             "config": path.stem,
-            "device": device_name(device(config)),
+            "device": device_name(run_device(config)),
             "torch": torch.__version__,
             "commit": commit(),
         }

@@ -11,7 +11,7 @@ import yaml
 
 from bench.forgetting.continual import MAIN, rows
 from bench.forgetting.instrument import CONFIGS
-from rkif.continual.display.progress import figure
+from rkif.continual.display.progress import format_number
 
 Row = Mapping[str, Any]
 Runs = dict[tuple[str, int], Row]  # (order, seed) -> row
@@ -98,7 +98,7 @@ def _table(group: Mapping[str, Runs], methods: Sequence[str], *, cost: bool = Fa
             peaks = [row["peak_mib"] for row in runs.values() if row.get("peak_mib")]
             shares = [row["rkif_share"] for row in runs.values() if row.get("rkif_share")]
             cells += [
-                figure(median(walls) if walls else None),
+                format_number(median(walls) if walls else None),
                 f"{median(peaks):,.0f}" if peaks else "-",
                 f"{100 * median(shares):.1f}%" if shares else "-",
             ]
@@ -139,7 +139,7 @@ def _mean(runs: Runs, key: str, *, sign: bool = False) -> str:
     if not values:
         return "-"
     spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-    return figure(fmean(values), sign=sign) + spread
+    return format_number(fmean(values), sign=sign) + spread
 
 
 def _difference(runs: Runs, baseline: Runs, figure_of: str = "op") -> str:
@@ -152,7 +152,7 @@ def _difference(runs: Runs, baseline: Runs, figure_of: str = "op") -> str:
     if not pairs or runs is baseline:
         return "-"
     spread = f" ± {stdev(pairs) / math.sqrt(len(pairs)):.1f}" if len(pairs) > 1 else ""
-    return figure(fmean(pairs), sign=True) + spread
+    return format_number(fmean(pairs), sign=True) + spread
 
 
 def _samples(runs: Runs) -> str:

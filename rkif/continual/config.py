@@ -167,7 +167,7 @@ class GateSettings(Settings):
 
 class SnapshotSettings(Settings):
     """``budget``: disk space for the states after rounds, such as 500MB; 0 for none. See
-    :mod:`rkif.continual.rundir.snapshots`.
+    :mod:`rkif.continual.rundir.round_states`.
     """
 
     budget: ByteSize = ByteSize(2**30)

@@ -10,10 +10,11 @@ from typing import Any
 from rkif.continual.config import load_config
 from rkif.continual.display.progress import RunProgress
 from rkif.continual.run import open_run
+from rkif.continual.rundir.folder import RunReader
 from rkif.continual.rundir.ledger import Record, read_ledger
-from rkif.continual.rundir.recorder import NOT_REPRODUCED, standing
-from rkif.continual.rundir.rundir import Checkpoint, RunReader
-from rkif.continual.rundir.snapshots import Snapshots
+from rkif.continual.rundir.recorder import NOT_REPRODUCED, not_rolled_back
+from rkif.continual.rundir.round_states import RoundStates
+from rkif.continual.rundir.state import RunState
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ def reproduce(run: Path, number: int, progress: RunProgress) -> Reproduction:
         LedgerError: the ledger does not hold together.
     """
     reader = RunReader(run)
-    records = standing(read_ledger(run / "ledger.jsonl"))
+    records = not_rolled_back(read_ledger(run / "ledger.jsonl"))
     rounds = {record["round"]: record for record in records if record["event"] == "round"}
     if number not in rounds:
         raise ValueError(f"no round {number}: {run} has {len(rounds)} of them")
     wanted = rounds[number]
     index = reader.metrics()["tasks"].index(wanted["task"])
-    start, state = _nearest(Snapshots(run / "snapshots", 0), number, index)
+    start, state = _nearest(RoundStates(run / "snapshots", 0), number, index)
     with open_run(load_config(run / "config.yaml"), run, index, progress) as sequence:
         sequence.set_parameters(state.parameters)
         now: list[Mapping[str, Any]] = []
@@ -72,11 +73,11 @@ def reproduce(run: Path, number: int, progress: RunProgress) -> Reproduction:
     return Reproduction(wanted, start, differences)
 
 
-def _nearest(snapshots: Snapshots, number: int, task: int) -> tuple[int, Checkpoint]:
+def _nearest(snapshots: RoundStates, number: int, task: int) -> tuple[int, RunState]:
     """The latest state from before a round, and how many rounds it has behind it."""
-    for start in reversed([kept for kept in snapshots.numbers() if kept < number]):
+    for start in reversed([kept for kept in snapshots.rounds() if kept < number]):
         state = snapshots.read(start)
         if state.task == task:
             return start, state
-    kept = ", ".join(map(str, snapshots.numbers())) or "none"
+    kept = ", ".join(map(str, snapshots.rounds())) or "none"
     raise ValueError(f"no state of the task was kept from before round {number}; there are: {kept}")

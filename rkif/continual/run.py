@@ -15,18 +15,21 @@ from torch import Tensor, nn
 
 from rkif.continual.config import RunConfig, dump_config
 from rkif.continual.display.progress import RunProgress
-from rkif.continual.evaluation.evaluation import ACCURACY, evaluate
-from rkif.continual.evaluation.gate import hold_out
+from rkif.continual.evaluation.criteria import hold_out
+from rkif.continual.evaluation.evaluate import ACCURACY, evaluate
 from rkif.continual.evaluation.metrics import backward_transfer, forward_transfer, overall_performance
 from rkif.continual.methods import METHODS, Context, Sequential
-from rkif.continual.models.model import build, device
+from rkif.continual.models.device import run_device
+from rkif.continual.models.load import load_model
 from rkif.continual.models.objective import Objective
+from rkif.continual.rundir.folder import RunFolder
 from rkif.continual.rundir.recorder import Recorder, parameter_digest
 from rkif.continual.rundir.rollback import finish_rollback
-from rkif.continual.rundir.rundir import Checkpoint, RunFolder, read_checkpoint
-from rkif.continual.rundir.snapshots import Snapshots
+from rkif.continual.rundir.round_states import RoundStates
+from rkif.continual.rundir.state import RunState, read_checkpoint
+from rkif.continual.tasks.load import load_tasks
+from rkif.continual.tasks.records import Task
 from rkif.continual.tasks.replay_memory import ReplayMemory
-from rkif.continual.tasks.tasks import Task, load_tasks
 from rkif.continual.user_metrics import Metric, load_metric, metric_name
 from rkif.files import claimed
 from rkif.fuser.parameters import trainable_parameters
@@ -40,7 +43,7 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
 
     Args:
         config: the settings.
-        out: the run's folder; see :mod:`rkif.continual.rundir.rundir` for what comes to lie there.
+        out: the run's folder; see :mod:`rkif.continual.rundir.folder` for what comes to lie there.
         resume: go on with the run that is there. A finished one is only read.
         progress: where progress is shown.
 
@@ -54,7 +57,7 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
     with _at_work(out):
         if resume:
             finish_rollback(out)
-        start = (read_checkpoint(out) if resume else None) or Checkpoint(0, 0, 0, 0, {}, {})
+        start = (read_checkpoint(out) if resume else None) or RunState(0, 0, 0, 0, {}, {})
         with open_run(config, out, start.task, progress, resume=resume) as sequence:
             return sequence.run(start)
 
@@ -98,13 +101,13 @@ def open_run(
         train_limit=config.tasks.train_limit,
         dev_limit=config.tasks.dev_limit,
         seed=config.seed,
-        finished=0 if method.needs_all else finished,
+        finished=0 if method.needs_all_tasks else finished,
     )
     _require_scorable(tasks, config)
     folder = RunFolder(out, config, resume=resume)
     with progress.shown(config, tasks):
         progress.stage("loading the model")
-        model, objective = build(config, tasks, slices=len(tasks) if method.slices else 1)
+        model, objective = load_model(config, tasks, slices=len(tasks) if method.slices else 1)
         sequence = TaskSequence(config, folder, tasks, model, objective, own, progress)
         sequence.require_same_data()
         yield sequence
@@ -132,7 +135,7 @@ class TaskSequence:
         self.objective = objective
         self.progress = progress
         self.own = own
-        self.snapshots = Snapshots(folder.path / "snapshots", config.snapshots.budget)
+        self.snapshots = RoundStates(folder.path / "snapshots", config.snapshots.budget)
         self.parameters = trainable_parameters(model)
         self.initial = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.metrics: dict[str, Any] = folder.read_metrics() or {
@@ -161,7 +164,7 @@ class TaskSequence:
                         f"the {split} records of task {task.name!r} have changed since this run began"
                     )
 
-    def run(self, start: Checkpoint) -> dict[str, Any]:
+    def run(self, start: RunState) -> dict[str, Any]:
         """Go on from ``start`` to the end of the last task."""
         if start.parameters:
             self.set_parameters(start.parameters)
@@ -170,13 +173,13 @@ class TaskSequence:
                     f"{self.folder.path} has a checkpoint, but not what was measured before: its "
                     "metrics.json is missing"
                 )
-        self.recorder = Recorder(self.folder.path / "ledger.jsonl", start.recorded)
+        self.recorder = Recorder(self.folder.path / "ledger.jsonl", start.ledger_records)
         if self.recorder.ledger.torn:
             self.progress.warn(
                 f"the ledger's last line was torn ({self.recorder.ledger.torn} bytes): it is now in "
                 "ledger.jsonl.torn, and its round is done again"
             )
-        if not start.recorded:
+        if not start.ledger_records:
             self._record(
                 {
                     "event": "begin",
@@ -195,18 +198,19 @@ class TaskSequence:
         for index in range(len(self.tasks)):
             if index >= start.task:
                 self._learn(
-                    index, start if index == start.task else Checkpoint(index, 0, 0, start.recorded, {}, {})
+                    index,
+                    start if index == start.task else RunState(index, 0, 0, start.ledger_records, {}, {}),
                 )
             if len(self.metrics["accuracy"][0]) <= index:
                 self._measure(index)
         return self.metrics
 
-    def _learn(self, index: int, start: Checkpoint) -> None:
+    def _learn(self, index: int, start: RunState) -> None:
         """Train task ``index`` from where ``start`` says, and publish what came of it."""
         task, context = self.tasks[index], self.context(index, self._record)
         memory, validation = context.memory, context.validation
         method = self.method(context, start)
-        if method.recorded and len(memory) and not start.step:
+        if method.logs_rounds and len(memory) and not start.step:
             self.snapshots.write(self.recorder.rounds, self._state(index, 0, 0, {}))
         self.progress.task(index, context.steps, start.step)
         for step in range(start.step, context.steps):
@@ -237,7 +241,7 @@ class TaskSequence:
             save_model=self._save_model,
             state={
                 "importance": method.importance(),
-                "handed_on": method.hand_on(),
+                "handed_on": method.task_state(),
                 "rounds": method.rounds(),
             },
             memory=memory,
@@ -268,12 +272,12 @@ class TaskSequence:
             index,
             memory=self.folder.read_memory(*before) if index else ReplayMemory(),
             validation=self.folder.read_validation(*before) if index else ReplayMemory(),
-            handed_on=self.folder.read_handed_on(*before) if index else {},
+            previous_task_state=self.folder.read_task_state(*before) if index else {},
             initial=self.initial,
             record=record,
         )
 
-    def method(self, context: Context, start: Checkpoint) -> Sequential:
+    def method(self, context: Context, start: RunState) -> Sequential:
         """The method in the state that ``start`` holds; its parameters are set by :meth:`set_parameters`."""
         method = METHODS[self.config.method](context)
         if start.step:
@@ -311,9 +315,9 @@ class TaskSequence:
     def _checkpoint(self, task: int, step: int, samples: int, method: dict[str, Tensor]) -> None:
         self.folder.write_checkpoint(self._state(task, step, samples, method))
 
-    def _state(self, task: int, step: int, samples: int, method: dict[str, Tensor]) -> Checkpoint:
+    def _state(self, task: int, step: int, samples: int, method: dict[str, Tensor]) -> RunState:
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        return Checkpoint(task, step, samples, self.recorder.position, parameters, method)
+        return RunState(task, step, samples, self.recorder.position, parameters, method)
 
     def _measure(self, index: int) -> None:
         """Fill the column of task ``index`` in the accuracy matrix, and the figures that follow from it."""
@@ -325,12 +329,12 @@ class TaskSequence:
         for name, (matrix, initial) in matrices.items():
             for i, (row, before) in enumerate(zip(matrix, initial, strict=True)):
                 # A method that knows the task answers with what it had made for it, if it has come to it yet.
-                kept = method.knows_task and i != index
+                kept = method.task_aware and i != index
                 row.append((row[-1] if row else before) if kept else columns[name][i])
         self.metrics["steps"], self.metrics["samples"] = self._totals(index)
         if index + 1 == len(self.tasks):
             self.metrics["op"] = overall_performance(accuracy)
-            if method.in_sequence:
+            if method.sequential:
                 self.metrics["bwt"] = backward_transfer(accuracy)
                 self.metrics["fwt"] = forward_transfer(accuracy, self.metrics["initial"])
         self.folder.write_metrics(self.metrics)
@@ -372,6 +376,6 @@ def _prepare_torch(config: RunConfig) -> None:
     """Resuming gives the same bits only if a step does; on GPUs that has to be asked for."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if device(config).type == "cuda":
+    if run_device(config).type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

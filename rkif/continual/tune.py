@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rkif.continual.config import RunConfig, dump_config
-from rkif.continual.display.progress import RunProgress, figure
+from rkif.continual.display.progress import RunProgress, format_number
 from rkif.continual.run import run
 from rkif.files import write_text
 from rkif.seeding import derive_seed
@@ -109,8 +109,8 @@ def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Co
         trial.set_user_attr("bwt", metrics["bwt"])
         trial.set_user_attr("samples", metrics["samples"])
         console.print(
-            f"trial {trial.number}: OP {figure(metrics['op'])}, BWT {figure(metrics['bwt'], sign=True)}, "
-            f"{_described(trial.params)}",
+            f"trial {trial.number}: OP {format_number(metrics['op'])}, "
+            f"BWT {format_number(metrics['bwt'], sign=True)}, {_described(trial.params)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -168,8 +168,8 @@ def best_table(study: Study) -> Table:
     for trial in sorted(done, key=lambda t: (-(t.value or 0.0), t.user_attrs["samples"])):
         table.add_row(
             str(trial.number),
-            figure(trial.value),
-            figure(trial.user_attrs["bwt"], sign=True),
+            format_number(trial.value),
+            format_number(trial.user_attrs["bwt"], sign=True),
             f"{trial.user_attrs['samples']:,}",
             *(str(trial.params[name]) for name in names),
         )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rkif.continual.tasks.tasks import Record
+from rkif.continual.tasks.records import Record
 
 Metric = Callable[[Sequence[str], Sequence[Record]], float]
 

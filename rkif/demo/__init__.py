@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from rkif.continual.config import RunConfig, load_config
 from rkif.continual.display.progress import RunProgress, comparison_table
-from rkif.continual.models.model import require_transformers
+from rkif.continual.models.load import require_transformers
 from rkif.continual.run import run
 from rkif.demo.model import write_model
 from rkif.demo.sentences import write_tasks

@@ -301,7 +301,7 @@ def test_a_full_disk_is_one_clear_line(
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("No space left on device (os error 28)")
 
-    monkeypatch.setattr("rkif.continual.rundir.rundir.save_file", full)
+    monkeypatch.setattr("rkif.continual.rundir.state.save_file", full)
     config = write(tmp_path / "config.yaml", settings)
     status, _, errors = rkif("run", config, "--out", tmp_path / "out")
     assert (status, errors) == (1, "rkif: error: No space left on device (os error 28)\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rkif.continual.models.scoring import accuracy, exact_match
-from rkif.continual.tasks.tasks import Record
+from rkif.continual.tasks.records import Record
 
 
 @pytest.mark.parametrize(

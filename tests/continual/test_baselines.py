@@ -115,7 +115,9 @@ def test_ewc_pulls_by_the_fisher_information(config: Config, inputs: Path) -> No
     shapes = {name: t.shape for name, t in parameters_of(one_task(config(), inputs, Ewc)).items()}
     fisher = {f"fisher.{name}": torch.rand(shapes[name]) for name in names}
     anchor = {f"anchor.{name}": torch.randn(shapes[name]) for name in names}
-    method = one_task(config(method="ewc", ewc={"strength": 3.0}), inputs, Ewc, handed_on=fisher | anchor)
+    method = one_task(
+        config(method="ewc", ewc={"strength": 3.0}), inputs, Ewc, previous_task_state=fisher | anchor
+    )
     values = method.inner.parameters
     energy = torch.stack(
         [(fisher[f"fisher.{name}"] * (values[name] - anchor[f"anchor.{name}"]) ** 2).sum() for name in names]
@@ -131,7 +133,7 @@ def test_ewc_pulls_by_the_fisher_information(config: Config, inputs: Path) -> No
 def test_ewc_sums_the_tasks_fisher_information(config: Config, inputs: Path) -> None:
     method = one_task(config(method="ewc"), inputs, Ewc)
     method.finish()
-    first = method.hand_on()
+    first = method.task_state()
     fisher = torch.cat([t.flatten() for name, t in first.items() if name.startswith("fisher.")])
     assert fisher.min() >= 0
     assert fisher.mean().item() == pytest.approx(1, rel=1e-5)
@@ -147,9 +149,9 @@ def test_ewc_sums_the_tasks_fisher_information(config: Config, inputs: Path) -> 
     for name, parameter in other.inner.parameters.items():
         torch.testing.assert_close(first[f"fisher.{name}"], squares[name] / mean)
         assert torch.equal(first[f"anchor.{name}"], parameter)
-    again = one_task(config(method="ewc"), inputs, Ewc, handed_on=first)
+    again = one_task(config(method="ewc"), inputs, Ewc, previous_task_state=first)
     again.finish()
-    for name, tensor in again.hand_on().items():
+    for name, tensor in again.task_state().items():
         if name.startswith("fisher."):
             torch.testing.assert_close(tensor, 2 * first[name])
 
@@ -217,7 +219,7 @@ def test_methods_refuse_what_they_cannot_do(
 
 def test_tasl_merges_unit_by_unit(config: Config, inputs: Path) -> None:
     history = torch.linspace(0, 1, 8)  # units 6 and 7 (of 8, top fifth) matter to earlier tasks
-    method = one_task(config(method="tasl"), inputs, Tasl, handed_on={"history": history})
+    method = one_task(config(method="tasl"), inputs, Tasl, previous_task_state={"history": history})
     before = parameters_of(method)
     for step in range(3):
         method.train_step(step)
@@ -239,7 +241,7 @@ def test_tasl_merges_unit_by_unit(config: Config, inputs: Path) -> None:
     scaled = (scores - scores.min()) / (scores.max() - scores.min())
     mixed = 0.3 * scaled + 0.7 * history
     expected = (mixed - mixed.min()) / (mixed.max() - mixed.min())
-    torch.testing.assert_close(method.hand_on()["history"], expected)
+    torch.testing.assert_close(method.task_state()["history"], expected)
 
 
 def test_ties_by_hand() -> None:

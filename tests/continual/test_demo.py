@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 import rkif.demo
-from rkif.continual.tasks.tasks import load_tasks
+from rkif.continual.tasks.load import load_tasks
 from rkif.demo import demo, write_inputs
 from rkif.demo.sentences import TASKS
 

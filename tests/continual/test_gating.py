@@ -15,11 +15,12 @@ from run_inputs import files, go, make_config, read_parameters
 from safetensors.torch import load_file
 
 from rkif.continual.config import RunConfig, load_config
-from rkif.continual.evaluation.gate import GateStopped, hold_out, mean_loss
+from rkif.continual.evaluation.criteria import GateStopped, hold_out, mean_loss
 from rkif.continual.models.learner import Learner
-from rkif.continual.models.model import build
+from rkif.continual.models.load import load_model
 from rkif.continual.rundir.ledger import read_ledger
-from rkif.continual.tasks.tasks import Item, Record, load_tasks
+from rkif.continual.tasks.load import load_tasks
+from rkif.continual.tasks.records import Item, Record
 from rkif.demo import write_inputs
 
 GATE = {
@@ -198,7 +199,7 @@ def test_records_are_set_aside_only_where_they_are_asked(inputs: Path) -> None:
 def test_the_mean_loss_does_not_depend_on_batches_or_dropout(inputs: Path) -> None:
     config = make_config(inputs, adapter={"r": 4, "dropout": 0.5})
     tasks = load_tasks(inputs / "tasks", ["review", "tense"])
-    model, objective = build(config, tasks, slices=1)
+    model, objective = load_model(config, tasks, slices=1)
     items = [(task.instruction, record) for task in tasks for record in task.train[:7]]
     model.train()
     whole = mean_loss(model, objective, items, config)
@@ -207,7 +208,7 @@ def test_the_mean_loss_does_not_depend_on_batches_or_dropout(inputs: Path) -> No
     assert mean_loss(model, objective, items, small) == pytest.approx(whole, rel=1e-5)
     with torch.no_grad():
         model.eval()
-        assert float(objective.loss(model, objective.batch(items))) == pytest.approx(whole, rel=1e-5)
+        assert float(objective.loss(model, objective.collate(items))) == pytest.approx(whole, rel=1e-5)
 
 
 def share_of_short(predictions: Sequence[str], records: Sequence[Record]) -> float:

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from rkif.cli import app
 from rkif.continual.config import RunConfig, load_config
-from rkif.continual.tasks.tasks import Record
+from rkif.continual.tasks.records import Record
 from rkif.continual.user_metrics import evaluate_metric, load_metric
 
-OWN = """
+CHAIN_KEYS = """
 def share_of_first(predictions, records):
     '''How often the answer is that of the first record.'''
     assert len(predictions) == len(records)
@@ -37,7 +37,7 @@ constant = 3
 
 
 def written(config: Callable[..., RunConfig], folder: Path, metrics: Any) -> Path:
-    (folder / "own.py").write_text(OWN)
+    (folder / "own.py").write_text(CHAIN_KEYS)
     settings = config().model_dump(mode="json") | {"metrics": metrics}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return folder / "config.yaml"

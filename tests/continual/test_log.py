@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 from rkif.cli import app
 from rkif.continual.config import RunConfig
 from rkif.continual.display import log
+from rkif.continual.rundir.folder import RunReader
 from rkif.continual.rundir.ledger import Ledger, read_ledger
 from rkif.continual.rundir.rollback import rollback
-from rkif.continual.rundir.rundir import RunReader, write_state
-from rkif.continual.rundir.snapshots import Snapshots
+from rkif.continual.rundir.round_states import RoundStates
+from rkif.continual.rundir.state import write_state
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def flip(path: Path) -> None:
 
 
 def other_snapshot(run: Path, number: int = 4) -> None:
-    snapshots = Snapshots(run / "snapshots", 0)
+    snapshots = RoundStates(run / "snapshots", 0)
     state = snapshots.read(number)
     next(iter(state.parameters.values())).add_(1)
     write_state(run / f"snapshots/{number:06d}.safetensors", state)

@@ -12,9 +12,10 @@ from run_inputs import TASKS, go
 from transformers import AutoModel, AutoTokenizer
 
 from rkif.continual.config import RunConfig
-from rkif.continual.models.label_matching import Matching
-from rkif.continual.models.model import build
-from rkif.continual.tasks.tasks import Record, load_tasks
+from rkif.continual.models.label_matching import LabelMatchingObjective
+from rkif.continual.models.load import load_model
+from rkif.continual.tasks.load import load_tasks
+from rkif.continual.tasks.records import Record
 from rkif.continual.tasks.text import TextFormat
 
 
@@ -44,7 +45,7 @@ def cosine_scores(inputs: Path, text: str, labels: tuple[str, ...]) -> torch.Ten
 
 def test_loss_and_answers_are_those_of_the_definition(settings: RunConfig, inputs: Path) -> None:
     tasks = load_tasks(inputs / "tasks", TASKS)
-    model, objective = build(settings, tasks)
+    model, objective = load_model(settings, tasks)
     model.eval()  # the adapter adds nothing yet
     items = [(task.instruction, record) for task in tasks for record in task.train[:2]]
     losses = []
@@ -52,8 +53,8 @@ def test_loss_and_answers_are_those_of_the_definition(settings: RunConfig, input
         for record in task.train[:2]:
             scores = cosine_scores(inputs, record.input, task.labels) / 0.05
             losses.append(-scores.log_softmax(0)[task.labels.index(record.output)])
-    batch = objective.batch(items)
-    assert objective.weight(batch) == len(items)
+    batch = objective.collate(items)
+    assert objective.loss_terms(batch) == len(items)
     with torch.no_grad():
         torch.testing.assert_close(objective.loss(model, batch), torch.stack(losses).mean())
     for task in tasks:
@@ -76,19 +77,19 @@ def test_an_encoder_learns_a_sequence(
 def test_long_questions_lose_their_middle(inputs: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(inputs / "bert")
     text = "good bad " * 60
-    matching = Matching(
+    matching = LabelMatchingObjective(
         tokenizer, text=TextFormat("{input}", "{output}"), max_length=20, labels={"t": ["good"]}, batch_size=1
     )
     whole = tokenizer(text)["input_ids"]
-    batch = matching.batch([("", Record("t", "1", text, "good"))])
+    batch = matching.collate([("", Record("t", "1", text, "good"))])
     assert batch["input_ids"].tolist() == [whole[:4] + whole[-16:]]
 
 
 def test_an_answer_outside_the_labels_is_refused(settings: RunConfig, inputs: Path) -> None:
     tasks = load_tasks(inputs / "tasks", TASKS)
-    _, objective = build(settings, tasks)
+    _, objective = load_model(settings, tasks)
     with pytest.raises(ValueError, match="'blue' is not among its labels"):
-        objective.batch([("", Record(tasks[0].name, "7", "text", "blue"))])
+        objective.collate([("", Record(tasks[0].name, "7", "text", "blue"))])
 
 
 def test_a_language_model_is_no_encoder(settings: RunConfig, inputs: Path, tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_settings_that_an_encoder_cannot_follow(settings: RunConfig, tmp_path: P
 
 def test_a_model_that_gives_nan_is_not_taken_at_its_word(settings: RunConfig, inputs: Path) -> None:
     tasks = load_tasks(inputs / "tasks", TASKS)
-    model, objective = build(settings, tasks)
+    model, objective = load_model(settings, tasks)
     with torch.no_grad():
         next(model.parameters()).fill_(torch.nan)
     with pytest.raises(ValueError, match=f"NaN for record .* of task '{TASKS[0]}'"):

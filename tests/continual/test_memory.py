@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rkif.continual.tasks.records import Record
 from rkif.continual.tasks.replay_memory import ReplayMemory
-from rkif.continual.tasks.tasks import Record
 
 
 def records(task: str, outputs: str) -> list[Record]:

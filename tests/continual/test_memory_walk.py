@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rkif.continual.tasks.records import Record
 from rkif.continual.tasks.replay_memory import ReplayMemory
-from rkif.continual.tasks.tasks import Record
 
 
 def questions(task: str, count: int) -> list[Record]:

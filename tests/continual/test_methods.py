@@ -148,7 +148,7 @@ def test_recurrent_kif_is_a_plain_loop_with_a_fuser(config: Callable[..., RunCon
     def step(optimizer: torch.optim.Optimizer, items: Any, rate: float, seed: int) -> None:
         torch.manual_seed(seed)
         model.train()
-        model(**plain.objective.batch(items)).loss.backward()
+        model(**plain.objective.collate(items)).loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, 0.5).item())
         fuser.observe()
         optimizer.param_groups[0]["lr"] = rate

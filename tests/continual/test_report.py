@@ -20,8 +20,8 @@ from rkif.cli import app
 from rkif.continual.config import RunConfig
 from rkif.continual.display.report import write_report
 from rkif.continual.evaluation.history import RoundHistory
+from rkif.continual.rundir.folder import RunReader
 from rkif.continual.rundir.ledger import read_ledger
-from rkif.continual.rundir.rundir import RunReader
 from rkif.fusion import FusionReport
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 from rkif.cli import app
 from rkif.continual.config import RunConfig
 from rkif.continual.rundir.ledger import read_ledger
-from rkif.continual.rundir.recorder import standing
+from rkif.continual.rundir.recorder import not_rolled_back
 from rkif.continual.rundir.rollback import rollback
-from rkif.continual.rundir.rundir import Checkpoint, read_checkpoint
-from rkif.continual.rundir.snapshots import Snapshots, least_missed
+from rkif.continual.rundir.round_states import RoundStates, next_to_drop
+from rkif.continual.rundir.state import RunState, read_checkpoint
 from rkif.files import claimed
 
 Config = Callable[..., RunConfig]
@@ -72,18 +72,18 @@ def test_a_run_resumed_from_any_round_ends_with_the_same_bits(
     run = tmp_path / "run"
     before = list(read_ledger(run / "ledger.jsonl"))
     rollback(run, to)
-    state, kept = read_checkpoint(run), Snapshots(original / "snapshots", 0).read(to)
+    state, kept = read_checkpoint(run), RoundStates(original / "snapshots", 0).read(to)
     assert state is not None
     assert (state.task, state.step) == (kept.task, kept.step)
     assert all(torch.equal(state.parameters[name], value) for name, value in kept.parameters.items())
-    assert max(Snapshots(run / "snapshots", 0).numbers()) == to
+    assert max(RoundStates(run / "snapshots", 0).rounds()) == to
     assert len(list((run / "tasks").iterdir())) == kept.task
     assert go(config, run, resume=True) == json.loads((original / "metrics.json").read_text())
     assert_same_end(run, original)
     after = list(read_ledger(run / "ledger.jsonl"))
     assert after[: len(before)] == before
     assert after[len(before)]["event"] == "rollback"
-    again = [record for record in standing(after) if record["event"] == "round"]
+    again = [record for record in not_rolled_back(after) if record["event"] == "round"]
     assert [record["round"] for record in again] == list(range(1, ROUNDS + 1))
     first = [record for record in before if record["event"] == "round"]
     assert [r["parameters"] for r in again] == [r["parameters"] for r in first]
@@ -197,16 +197,16 @@ def test_the_command(whole: tuple[RunConfig, Path], tmp_path: Path) -> None:
     assert "is as it was after round 4, in task place" in done.output
 
 
-def state(size: int) -> Checkpoint:
+def state(size: int) -> RunState:
     values = torch.arange(size, dtype=torch.float32)
-    return Checkpoint(1, 2, 3, 4, {"w": values, "v": -values}, {"base.w": values, "m": values + 1})
+    return RunState(1, 2, 3, 4, {"w": values, "v": -values}, {"base.w": values, "m": values + 1})
 
 
 def test_states_are_as_they_were_and_equal_tensors_are_stored_once(tmp_path: Path) -> None:
-    snapshots = Snapshots(tmp_path / "snapshots", 10**6)
+    snapshots = RoundStates(tmp_path / "snapshots", 10**6)
     snapshots.write(5, state(1000))
     found = snapshots.read(5)
-    assert (found.task, found.step, found.samples, found.recorded) == (1, 2, 3, 4)
+    assert (found.task, found.step, found.samples, found.ledger_records) == (1, 2, 3, 4)
     for part in ("parameters", "method"):
         for name, tensor in getattr(state(1000), part).items():
             assert torch.equal(getattr(found, part)[name], tensor)
@@ -216,22 +216,22 @@ def test_states_are_as_they_were_and_equal_tensors_are_stored_once(tmp_path: Pat
 
 
 def test_the_budget_is_kept(tmp_path: Path) -> None:
-    snapshots = Snapshots(tmp_path / "snapshots", 60_000)
+    snapshots = RoundStates(tmp_path / "snapshots", 60_000)
     for number in range(1, 41):
         snapshots.write(number, state(1000))
         assert sum(path.stat().st_size for path in (tmp_path / "snapshots").iterdir()) <= 60_000
-        assert snapshots.numbers()[-1] == number
-    kept = snapshots.numbers()
+        assert snapshots.rounds()[-1] == number
+    kept = snapshots.rounds()
     assert len(kept) == 4
     gaps = [second - first for first, second in pairwise(kept)]
     assert gaps == sorted(gaps, reverse=True)
-    Snapshots(tmp_path / "none", 0).write(1, state(10))
-    Snapshots(tmp_path / "none", 100).write(1, state(1000))
+    RoundStates(tmp_path / "none", 0).write(1, state(10))
+    RoundStates(tmp_path / "none", 100).write(1, state(1000))
     assert not (tmp_path / "none").exists()
 
 
 @given(st.sets(st.integers(0, 10**6), min_size=2))
 def test_the_newest_is_never_given_up(numbers: set[int]) -> None:
     ordered = sorted(numbers)
-    assert least_missed(ordered) in ordered[:-1]
-    assert least_missed(ordered[:1]) == ordered[0]
+    assert next_to_drop(ordered) in ordered[:-1]
+    assert next_to_drop(ordered[:1]) == ordered[0]

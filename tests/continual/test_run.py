@@ -18,9 +18,9 @@ from transformers import (
 
 from rkif.continual.config import RunConfig, load_config
 from rkif.continual.methods import METHODS, Context
-from rkif.continual.models.model import build
+from rkif.continual.models.load import load_model
+from rkif.continual.tasks.load import load_tasks
 from rkif.continual.tasks.replay_memory import ReplayMemory
-from rkif.continual.tasks.tasks import load_tasks
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -32,7 +32,7 @@ def test_every_method_leaves_a_whole_run(
     accuracy = metrics["accuracy"]
     assert [len(row) for row in accuracy] == [3, 3, 3]
     assert metrics["op"] == pytest.approx(sum(row[-1] for row in accuracy) / 3)
-    if METHODS[method].in_sequence:
+    if METHODS[method].sequential:
         assert metrics["bwt"] == pytest.approx(sum(accuracy[i][-1] - accuracy[i][i] for i in range(2)) / 2)
         assert metrics["fwt"] == pytest.approx(
             sum(accuracy[i][i - 1] - metrics["initial"][i] for i in (1, 2)) / 2
@@ -89,7 +89,7 @@ def test_adapters_reload_to_the_same_logits_and_are_what_the_next_task_starts_fr
 
     # Task by task by hand: after task 1 the run's parameters are the file's, byte for byte.
     tasks = load_tasks(inputs / "tasks", TASKS)
-    model, objective = build(settings, tasks)
+    model, objective = load_model(settings, tasks)
     first = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(inputs / "model"), tmp_path / "tasks" / "01-review"
     )

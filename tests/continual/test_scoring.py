@@ -17,100 +17,100 @@ from rkif.continual.models.scoring import (
     predict_by_generation,
     predict_by_likelihood,
 )
-from rkif.continual.tasks.tasks import Record
+from rkif.continual.tasks.records import Record
 
 
 @both
 @pytest.mark.parametrize("max_length", [48, 24])
 def test_scores_are_those_of_single_sequences(kind: str, max_length: int) -> None:
-    model, encoder = setup(kind, max_length=max_length)
-    expected = [[plain_score(model, encoder, item, label, 4) for label in LABELS] for item in items()]
-    scores = label_scores(model, encoder, items(), LABELS, batch_size=5)
+    model, collator = setup(kind, max_length=max_length)
+    expected = [[plain_score(model, collator, item, label, 4) for label in LABELS] for item in items()]
+    scores = label_scores(model, collator, items(), LABELS, batch_size=5)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(
         scores.double(), torch.tensor(expected, dtype=torch.float64), atol=2e-5, rtol=0
     )
-    predictions = predict_by_likelihood(model, encoder, items(), LABELS, batch_size=5)
+    predictions = predict_by_likelihood(model, collator, items(), LABELS, batch_size=5)
     assert predictions == [LABELS[row.index(max(row))] for row in expected]
 
 
 @both
 def test_scores_do_not_depend_on_the_batch(kind: str) -> None:
-    model, encoder = setup(kind)
-    single = label_scores(model, encoder, items(), LABELS, batch_size=1)
+    model, collator = setup(kind)
+    single = label_scores(model, collator, items(), LABELS, batch_size=1)
     for batch_size in (2, 13, 100):
-        batched = label_scores(model, encoder, items(), LABELS, batch_size=batch_size)
+        batched = label_scores(model, collator, items(), LABELS, batch_size=batch_size)
         torch.testing.assert_close(batched, single, atol=2e-5, rtol=0)
     assert single.std(0).min() > 0.01  # records differ by far more than the tolerance
 
 
 @both
 def test_the_likeliest_label_wins(kind: str) -> None:
-    model, encoder = setup(kind)
-    scores = label_scores(model, encoder, items(), WORDS, batch_size=4)
-    predictions = predict_by_likelihood(model, encoder, items(), WORDS, batch_size=4)
+    model, collator = setup(kind)
+    scores = label_scores(model, collator, items(), WORDS, batch_size=4)
+    predictions = predict_by_likelihood(model, collator, items(), WORDS, batch_size=4)
     assert predictions == [WORDS[i] for i in scores.argmax(1)]
     assert len(set(predictions)) > 1
 
 
 @both
 def test_the_first_of_equal_labels_wins(kind: str) -> None:
-    model, encoder = setup(kind)
+    model, collator = setup(kind)
     model.lm_head.weight.data.zero_()
     labels = ["w1 w2", "w3", "w4", "w5"]
-    assert predict_by_likelihood(model, encoder, items(3), labels, batch_size=2) == ["w3"] * 3
-    assert predict_by_likelihood(model, encoder, items(3), labels[::-1], batch_size=2) == ["w5"] * 3
+    assert predict_by_likelihood(model, collator, items(3), labels, batch_size=2) == ["w3"] * 3
+    assert predict_by_likelihood(model, collator, items(3), labels[::-1], batch_size=2) == ["w5"] * 3
 
 
 def test_positions_count_from_the_prompts_start() -> None:
-    _, encoder = setup("llama")
+    _, collator = setup("llama")
     # Unlike a Llama's, a GPT-2's positions are absolute: padding must not shift them.
     config = GPT2Config(
-        vocab_size=len(encoder.tokenizer), n_embd=32, n_layer=2, n_head=4, initializer_range=0.3
+        vocab_size=len(collator.tokenizer), n_embd=32, n_layer=2, n_head=4, initializer_range=0.3
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = GPT2LMHeadModel(config).eval()
-    expected = [[plain_score(model, encoder, item, label, 4) for label in LABELS] for item in items()]
-    scores = label_scores(model, encoder, items(), LABELS, batch_size=5)
+    expected = [[plain_score(model, collator, item, label, 4) for label in LABELS] for item in items()]
+    scores = label_scores(model, collator, items(), LABELS, batch_size=5)
     torch.testing.assert_close(
         scores.double(), torch.tensor(expected, dtype=torch.float64), atol=1e-4, rtol=0
     )
-    written = [encoder.decode(plain_generation(model, encoder, item, 6)) for item in items()]
-    assert predict_by_generation(model, encoder, items(), batch_size=5, max_new_tokens=6) == written
+    written = [collator.decode(plain_generation(model, collator, item, 6)) for item in items()]
+    assert predict_by_generation(model, collator, items(), batch_size=5, max_new_tokens=6) == written
 
 
 def test_a_prompt_is_computed_once() -> None:
-    model, encoder = setup("llama")
+    model, collator = setup("llama")
     shapes: list[tuple[int, int]] = []
     logits: list[tuple[int, int]] = []
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     model.lm_head.register_forward_pre_hook(lambda _, args: logits.append(tuple(args[0].shape[:2])))
     lengths = [3, 20, 3, 20]
     mixed = [("Ask: ", Record("t", str(i), " ".join(WORDS[:n]), "w1")) for i, n in enumerate(lengths)]
-    label_scores(model, encoder, mixed, LABELS, batch_size=2)
+    label_scores(model, collator, mixed, LABELS, batch_size=2)
     # Short records go together: BOS, "Ask:" and the words; then four labels of at most three tokens for each.
     assert shapes == [(2, 5), (8, 3), (2, 22), (8, 3)]
     assert logits == [(2, 1), (8, 3), (2, 1), (8, 3)]
     logits.clear()
-    predict_by_generation(model, encoder, mixed[:2], batch_size=2, max_new_tokens=1)
+    predict_by_generation(model, collator, mixed[:2], batch_size=2, max_new_tokens=1)
     assert logits == [(2, 1)]
 
 
 def test_an_encoder_runs_once_for_all_labels() -> None:
-    model, encoder = setup("t5")
+    model, collator = setup("t5")
     calls: list[int] = []
     model.encoder.register_forward_hook(lambda *_: calls.append(1))
-    label_scores(model, encoder, items(4), LABELS, batch_size=2)
+    label_scores(model, collator, items(4), LABELS, batch_size=2)
     assert len(calls) == 2
 
 
 @both
 def test_half_precision_models_are_summed_in_fp32(kind: str) -> None:
-    model, encoder = setup(kind)
-    exact = label_scores(model, encoder, items(), LABELS, batch_size=4)
+    model, collator = setup(kind)
+    exact = label_scores(model, collator, items(), LABELS, batch_size=4)
     with torch.autocast("cpu", torch.bfloat16):
-        scores = label_scores(model, encoder, items(), LABELS, batch_size=4)
+        scores = label_scores(model, collator, items(), LABELS, batch_size=4)
     torch.testing.assert_close(scores, exact, atol=1.0, rtol=0)
     assert not torch.equal(scores, exact)  # the caller's autocast is in force
     assert not torch.equal(scores, scores.bfloat16().float())
@@ -118,9 +118,9 @@ def test_half_precision_models_are_summed_in_fp32(kind: str) -> None:
 
 @both
 def test_modes_gradients_and_generators_are_left_alone(kind: str) -> None:
-    model, encoder = setup(kind)
-    expected = predict_by_likelihood(model, encoder, items(), LABELS, batch_size=4)
-    written = predict_by_generation(model, encoder, items(), batch_size=4, max_new_tokens=3)
+    model, collator = setup(kind)
+    expected = predict_by_likelihood(model, collator, items(), LABELS, batch_size=4)
+    written = predict_by_generation(model, collator, items(), batch_size=4, max_new_tokens=3)
     model.train()
     model.lm_head.eval()
     modes = [module.training for module in model.modules()]
@@ -128,8 +128,8 @@ def test_modes_gradients_and_generators_are_left_alone(kind: str) -> None:
     with_gradients: list[bool] = []
     model.register_forward_pre_hook(lambda *_: with_gradients.append(torch.is_grad_enabled()))
     before = torch.get_rng_state(), random.getstate()
-    assert predict_by_likelihood(model, encoder, items(), LABELS, batch_size=4) == expected
-    assert predict_by_generation(model, encoder, items(), batch_size=4, max_new_tokens=3) == written
+    assert predict_by_likelihood(model, collator, items(), LABELS, batch_size=4) == expected
+    assert predict_by_generation(model, collator, items(), batch_size=4, max_new_tokens=3) == written
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
@@ -138,16 +138,16 @@ def test_modes_gradients_and_generators_are_left_alone(kind: str) -> None:
 
 
 def test_modes_come_back_after_an_error() -> None:
-    model, encoder = setup("llama", max_length=20)
+    model, collator = setup("llama", max_length=20)
     model.train()
     with pytest.raises(ValueError, match="max_length must hold"):
-        predict_by_likelihood(model, encoder, items(), LABELS, batch_size=4)
+        predict_by_likelihood(model, collator, items(), LABELS, batch_size=4)
     assert all(module.training for module in model.modules())
 
 
 @both
 def test_training_goes_on_after_scoring(kind: str) -> None:
-    model, encoder = setup(kind)
+    model, collator = setup(kind)
     filled_on_first_use: list[torch.Tensor] = []
 
     def scaled(_module: Any, _args: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -155,39 +155,39 @@ def test_training_goes_on_after_scoring(kind: str) -> None:
         return logits * filled_on_first_use[0]
 
     model.lm_head.register_forward_hook(scaled)
-    label_scores(model, encoder, items(4), LABELS, batch_size=4)
+    label_scores(model, collator, items(4), LABELS, batch_size=4)
     model.train()
-    model(**encoder.training_batch(items(4))).loss.backward()
+    model(**collator.training_batch(items(4))).loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_no_items_no_answers() -> None:
-    model, encoder = setup("llama")
-    assert predict_by_likelihood(model, encoder, [], LABELS, batch_size=1) == []
-    assert label_scores(model, encoder, [], LABELS, batch_size=1).shape == (0, 4)
-    assert predict_by_generation(model, encoder, [], batch_size=1, max_new_tokens=1) == []
+    model, collator = setup("llama")
+    assert predict_by_likelihood(model, collator, [], LABELS, batch_size=1) == []
+    assert label_scores(model, collator, [], LABELS, batch_size=1).shape == (0, 4)
+    assert predict_by_generation(model, collator, [], batch_size=1, max_new_tokens=1) == []
 
 
 def test_wrong_arguments() -> None:
-    model, encoder = setup("llama")
+    model, collator = setup("llama")
     with pytest.raises(ValueError, match="labels are empty: for free text use predict_by_generation"):
-        predict_by_likelihood(model, encoder, items(), [], batch_size=4)
+        predict_by_likelihood(model, collator, items(), [], batch_size=4)
     with pytest.raises(ValueError, match="label ' ' has no tokens"):
-        predict_by_likelihood(model, encoder, items(), ["w1", " "], batch_size=4)
+        predict_by_likelihood(model, collator, items(), ["w1", " "], batch_size=4)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        predict_by_likelihood(model, encoder, items(), LABELS, batch_size=0)
+        predict_by_likelihood(model, collator, items(), LABELS, batch_size=0)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
-        predict_by_generation(model, encoder, items(), batch_size=-1, max_new_tokens=1)
+        predict_by_generation(model, collator, items(), batch_size=-1, max_new_tokens=1)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
-        predict_by_generation(model, encoder, items(), batch_size=1, max_new_tokens=0)
+        predict_by_generation(model, collator, items(), batch_size=1, max_new_tokens=0)
 
 
 @both
 def test_a_model_that_gives_nan_is_named(kind: str) -> None:
-    model, encoder = setup(kind)
+    model, collator = setup(kind)
     model.lm_head.weight.data[:] = float("nan")
     with pytest.raises(ValueError, match="model gives NaN for record '0' of task 't'"):
-        predict_by_likelihood(model, encoder, items(), LABELS, batch_size=4)
+        predict_by_likelihood(model, collator, items(), LABELS, batch_size=4)
 
 
 def test_import_needs_no_model_library() -> None:

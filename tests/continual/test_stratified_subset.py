@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkif.continual.tasks.tasks import Record, stratified_subset
+from rkif.continual.tasks.records import Record, stratified_subset
 
 
 def records(outputs: str) -> list[Record]:

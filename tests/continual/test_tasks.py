@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from rkif.continual.tasks.tasks import Record, Task, load_tasks
+from rkif.continual.tasks.load import load_tasks
+from rkif.continual.tasks.records import Record, Task
 
 TABLE: dict[str, Any] = {
     "tasks": {

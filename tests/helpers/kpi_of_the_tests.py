@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rkif.continual.tasks.tasks import Record
+from rkif.continual.tasks.records import Record
 
 
 def words(predictions: Sequence[str], records: Sequence[Record]) -> int:

@@ -20,12 +20,12 @@ from transformers import (
 from rkif.continual.config import RunConfig
 from rkif.continual.display.progress import RunProgress
 from rkif.continual.methods import Context, RecurrentKIF, Sequential
-from rkif.continual.models.model import build
+from rkif.continual.models.load import load_model
 from rkif.continual.run import run
 from rkif.continual.rundir.recorder import NOT_REPRODUCED
-from rkif.continual.rundir.rundir import read_checkpoint
+from rkif.continual.rundir.state import read_checkpoint
+from rkif.continual.tasks.load import load_tasks
 from rkif.continual.tasks.replay_memory import ReplayMemory
-from rkif.continual.tasks.tasks import load_tasks
 from rkif.demo import write_inputs
 
 M = TypeVar("M", bound=Sequential)
@@ -121,5 +121,5 @@ def one_task(settings: RunConfig, inputs: Path, method: type[M] = RecurrentKIF, 
     tasks = load_tasks(inputs / "tasks", TASKS)
     memory = ReplayMemory()
     memory.add(TASKS[0], tasks[0].instruction, tasks[0].train, fraction=0.1, seed=0)
-    model, objective = build(settings, tasks, slices=len(tasks) if method.slices else 1)
+    model, objective = load_model(settings, tasks, slices=len(tasks) if method.slices else 1)
     return method(Context(settings, model, objective, tasks, 1, memory, **more))

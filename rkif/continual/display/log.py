@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from rkif.continual.rundir.folder import RunReader
 from rkif.continual.rundir.ledger import Record, read_ledger
-from rkif.continual.rundir.recorder import standing
-from rkif.continual.rundir.rundir import RunReader
+from rkif.continual.rundir.recorder import not_rolled_back
 from rkif.fuser.parameters import short_name
 from rkif_kernels import CASES, require_choice
 
@@ -116,7 +116,7 @@ def explain(records: Sequence[Record], module: str) -> list[Table]:
     Raises:
         ValueError: no parameter's name contains ``module``, or there are no rounds.
     """
-    rounds = [record for record in standing(records) if record["event"] == "round"]
+    rounds = [record for record in not_rolled_back(records) if record["event"] == "round"]
     if not rounds:
         raise ValueError("there is no round to explain: nothing has been fused")
     parts = [(record, _share(record, module)) for record in rounds]

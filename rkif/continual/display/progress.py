@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from rkif.continual.config import RunConfig
-from rkif.continual.tasks.tasks import Task
+from rkif.continual.tasks.records import Task
 
 MOST_COLUMNS = 6  # tasks whose accuracies fit beside the other figures
 
@@ -96,11 +96,11 @@ def run_tables(metrics: Mapping[str, Any]) -> list[Table]:
         metrics,
         metrics["accuracy"],
         metrics["initial"],
-        figure,
+        format_number,
     )
     accuracy.caption = (
-        f"OP {figure(metrics['op'])}   BWT {figure(metrics['bwt'], sign=True)}   "
-        f"FWT {figure(metrics['fwt'], sign=True)}   ({metrics['samples']:,} training samples)"
+        f"OP {format_number(metrics['op'])}   BWT {format_number(metrics['bwt'], sign=True)}   "
+        f"FWT {format_number(metrics['fwt'], sign=True)}   ({metrics['samples']:,} training samples)"
     )
     own = [
         _run_table(f"{metrics['method']}: {name}", metrics, part["matrix"], part["initial"], _any_figure)
@@ -157,16 +157,16 @@ def comparison_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     for metrics in runs:
         table.add_row(
             metrics["method"],
-            *(figure(row[-1]) for row in metrics["accuracy"] if shown),
-            figure(metrics["op"]),
-            figure(metrics["bwt"], sign=True),
-            figure(metrics["fwt"], sign=True),
+            *(format_number(row[-1]) for row in metrics["accuracy"] if shown),
+            format_number(metrics["op"]),
+            format_number(metrics["bwt"], sign=True),
+            format_number(metrics["fwt"], sign=True),
             f"{metrics['samples']:,}",
         )
     return table
 
 
-def figure(value: float | None, *, sign: bool = False) -> str:
+def format_number(value: float | None, *, sign: bool = False) -> str:
     """A number with one decimal place; a dash for none."""
     if value is None:
         return "-"

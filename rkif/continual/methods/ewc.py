@@ -21,8 +21,8 @@ class Ewc(Sequential):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self._fisher = strip_prefix(context.handed_on, "fisher.")
-        self._anchor = strip_prefix(context.handed_on, "anchor.")
+        self._fisher = strip_prefix(context.previous_task_state, "fisher.")
+        self._anchor = strip_prefix(context.previous_task_state, "anchor.")
         device = next(iter(self.inner.parameters.values())).device
         for part in (self._fisher, self._anchor):
             part.update({name: tensor.to(device) for name, tensor in part.items()})
@@ -54,6 +54,6 @@ class Ewc(Sequential):
             self._fisher[name] = earlier + square / (mean or 1.0)
         self._anchor = {name: p.detach().clone() for name, p in self.inner.parameters.items()}
 
-    def hand_on(self) -> dict[str, Tensor]:
+    def task_state(self) -> dict[str, Tensor]:
         state = {f"fisher.{name}": tensor for name, tensor in self._fisher.items()}
         return state | {f"anchor.{name}": tensor for name, tensor in self._anchor.items()}

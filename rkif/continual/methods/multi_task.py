@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from rkif.continual.methods.replay import memory_share
 from rkif.continual.methods.sequential import Sequential
-from rkif.continual.tasks.tasks import Item
+from rkif.continual.tasks.records import Item
 from rkif.seeding import derive_seed, shuffled
 
 
@@ -17,8 +17,8 @@ class MultiTask(Sequential):
     The schedule of the learning rate begins anew with each task of the sequence, as for the other methods.
     """
 
-    in_sequence = False
-    needs_all = True
+    sequential = False
+    needs_all_tasks = True
 
     def batch(self, step: int) -> list[Item]:
         before = sum(self._seen(index) for index in range(self.context.index))

@@ -10,8 +10,8 @@ from rkif.continual.methods.sequential import Sequential
 class PerTask(Sequential):
     """Every task starts from the untrained parameters, and is asked of what was made of them: isolation."""
 
-    knows_task = True
-    in_sequence = False
+    task_aware = True
+    sequential = False
 
     @torch.no_grad()
     def begin(self) -> None:

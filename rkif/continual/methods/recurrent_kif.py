@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rkif.continual.evaluation.gate import GateStopped, make_gate
+from rkif.continual.evaluation.criteria import GateStopped, make_gate
 from rkif.continual.evaluation.history import RoundHistory
 from rkif.continual.methods.rounds import Rounds
 from rkif.continual.methods.sequential import Context, strip_prefix
@@ -19,7 +19,7 @@ from rkif.fusion import FusionReport
 class RecurrentKIF(Rounds):
     """The two task vectors of a round are pruned and merged by the importance that either learner found."""
 
-    recorded = True
+    logs_rounds = True
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

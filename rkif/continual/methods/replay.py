@@ -6,7 +6,7 @@ import math
 
 from rkif.continual.config import fusion_config
 from rkif.continual.methods.sequential import Context, Sequential
-from rkif.continual.tasks.tasks import Item
+from rkif.continual.tasks.records import Item
 
 
 class Replay(Sequential):

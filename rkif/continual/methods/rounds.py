@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rkif.continual.config import fusion_config
 from rkif.continual.methods.sequential import Context, Sequential, strip_prefix
-from rkif.continual.tasks.tasks import Item
+from rkif.continual.tasks.records import Item
 
 
 class Rounds(Sequential):

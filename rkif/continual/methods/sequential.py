@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from rkif.continual.config import RunConfig
 from rkif.continual.models.learner import Learner
 from rkif.continual.models.objective import Objective
+from rkif.continual.tasks.records import Item, Task
 from rkif.continual.tasks.replay_memory import ReplayMemory
-from rkif.continual.tasks.tasks import Item, Task
 from rkif.seeding import derive_seed, shuffled
 
 
@@ -34,7 +34,7 @@ class Context:
         index: which of them is to be learned.
         memory: holds records of the earlier tasks, and is empty for the first.
         validation: the same with the records that a gate measures on; empty where none does.
-        handed_on: what the method :meth:`handed on <Sequential.hand_on>` after the task before; empty for
+        previous_task_state: what :meth:`Sequential.task_state` returned after the previous task; empty for
             the first.
         initial: trainable parameters by name as they were before the first task.
         record: takes a record for the run's ledger.
@@ -47,7 +47,7 @@ class Context:
     index: int
     memory: ReplayMemory
     validation: ReplayMemory = field(default_factory=ReplayMemory)
-    handed_on: Mapping[str, Tensor] = field(default_factory=dict)
+    previous_task_state: Mapping[str, Tensor] = field(default_factory=dict)
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     record: Callable[[Mapping[str, Any]], None] = _unrecorded
 
@@ -69,19 +69,19 @@ class Sequential:
     """One inner learner on the new task. Other methods are this one and what they add.
 
     Attributes:
-        knows_task: each task is asked of the model as it was when the task had been learned.
-        in_sequence: the tasks come one after another, so that backward and forward transfer mean something.
-        needs_all: the training records of all tasks are needed for each.
+        task_aware: each task is asked of the model as it was when the task had been learned.
+        sequential: the tasks come one after another, so that backward and forward transfer mean something.
+        needs_all_tasks: the training records of all tasks are needed for each.
         slices: the adapter has ranks of its own for every task.
-        recorded: its rounds are in the run's ledger, and can be returned to.
+        logs_rounds: its rounds are in the run's ledger, and can be returned to.
         samples: records that went through the model in training so far, this task's and the memory's.
     """
 
-    knows_task: ClassVar[bool] = False
-    in_sequence: ClassVar[bool] = True
-    needs_all: ClassVar[bool] = False
+    task_aware: ClassVar[bool] = False
+    sequential: ClassVar[bool] = True
+    needs_all_tasks: ClassVar[bool] = False
     slices: ClassVar[bool] = False
-    recorded: ClassVar[bool] = False
+    logs_rounds: ClassVar[bool] = False
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -154,7 +154,7 @@ class Sequential:
     def finish(self) -> None:
         """What is left to do when the last step of the task has been taken."""
 
-    def hand_on(self) -> dict[str, Tensor]:
+    def task_state(self) -> dict[str, Tensor]:
         """What the method needs to know when it learns the next task, beside parameters and memory."""
         return {}
 

@@ -30,7 +30,7 @@ class Tasl(Sequential):
         self._importance = Importance(self.inner.parameters, FusionConfig.release())
         self._before = {name: p.detach().clone() for name, p in self.inner.parameters.items()}
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=next(iter(self._before.values())).device)
-        self._history = context.handed_on.get("history")
+        self._history = context.previous_task_state.get("history")
 
     def before_step(self) -> None:
         values = list(self.inner.parameters.values())
@@ -51,7 +51,7 @@ class Tasl(Sequential):
             parameter.copy_(torch.lerp(self._before[name], parameter, weight))
         self._history = _normalised(NEW * new + (1 - NEW) * old)
 
-    def hand_on(self) -> dict[str, Tensor]:
+    def task_state(self) -> dict[str, Tensor]:
         return {} if self._history is None else {"history": self._history}
 
     def tensors(self) -> dict[str, Tensor]:

@@ -11,13 +11,13 @@ from torch.nn.functional import cross_entropy, normalize
 
 from rkif.continual.models.objective import Batch
 from rkif.continual.models.scoring import in_batches
-from rkif.continual.tasks.tasks import Item, Task
+from rkif.continual.tasks.records import Item, Task
 from rkif.continual.tasks.text import TextFormat, cut
 
 TEMPERATURE = 0.05  # of cosines, as sentence encoders are commonly trained with
 
 
-class Matching:
+class LabelMatchingObjective:
     """Question and labels run through one encoder; cosines of their mean token vectors are the scores.
 
     So one adapter serves every set of labels, and no task has a head of its own. The loss is the
@@ -46,7 +46,7 @@ class Matching:
         self._labels = labels
         self._batch_size = batch_size
 
-    def batch(self, items: Sequence[Item]) -> Batch:
+    def collate(self, items: Sequence[Item]) -> Batch:
         """Questions, the labels of their tasks, which of these are a question's, and the right one.
 
         Returns:
@@ -73,7 +73,7 @@ class Matching:
             "target": torch.tensor([columns.index((record.task, record.output)) for _, record in items]),
         }
 
-    def weight(self, batch: Batch) -> int:
+    def loss_terms(self, batch: Batch) -> int:
         return len(batch["target"])
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

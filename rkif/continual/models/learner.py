@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from rkif.continual.config import RunConfig
-from rkif.continual.models.model import autocast
+from rkif.continual.models.device import autocast
 from rkif.continual.models.objective import Objective
-from rkif.continual.tasks.tasks import Item
+from rkif.continual.tasks.records import Item
 from rkif.fuser.parameters import trainable_parameters
 
 
@@ -86,8 +86,8 @@ class Learner:
         """Leave the gradient of a batch's mean loss in the parameters; returns the loss."""
         size = self._config.training.micro_batch_size or len(items)
         objective = self._objective
-        batches = [objective.batch(items[start : start + size]) for start in range(0, len(items), size)]
-        weights = [objective.weight(batch) for batch in batches]
+        batches = [objective.collate(items[start : start + size]) for start in range(0, len(items), size)]
+        weights = [objective.loss_terms(batch) for batch in batches]
         torch.manual_seed(seed)
         self._model.train()
         device = next(iter(self.parameters.values())).device

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from rkif.continual.config import EvaluationSettings
 from rkif.continual.models.scoring import predict_by_generation, predict_by_likelihood
-from rkif.continual.tasks.tasks import Item, Task
-from rkif.continual.tasks.text import IGNORED, Encoder
+from rkif.continual.tasks.records import Item, Task
+from rkif.continual.tasks.text import IGNORED, TextCollator
 
 Batch = dict[str, Tensor]
 
@@ -24,10 +24,10 @@ class Objective(Protocol):
 
     tokenizer: Any
 
-    def batch(self, items: Sequence[Item]) -> Batch:
+    def collate(self, items: Sequence[Item]) -> Batch:
         """The tensors of a training batch, on the CPU."""
 
-    def weight(self, batch: Batch) -> int:
+    def loss_terms(self, batch: Batch) -> int:
         """The number of terms that the batch's loss is a mean of."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -41,18 +41,18 @@ class Objective(Protocol):
         """
 
 
-class Writing:
+class GenerativeObjective:
     """A language model writes the answer: cross-entropy over the answer's tokens, its EOS included."""
 
-    def __init__(self, encoder: Encoder, settings: EvaluationSettings) -> None:
-        self.tokenizer = encoder.tokenizer
-        self._encoder = encoder
+    def __init__(self, collator: TextCollator, settings: EvaluationSettings) -> None:
+        self.tokenizer = collator.tokenizer
+        self._collator = collator
         self._settings = settings
 
-    def batch(self, items: Sequence[Item]) -> Batch:
-        return self._encoder.training_batch(items)
+    def collate(self, items: Sequence[Item]) -> Batch:
+        return self._collator.training_batch(items)
 
-    def weight(self, batch: Batch) -> int:
+    def loss_terms(self, batch: Batch) -> int:
         return int((batch["labels"] != IGNORED).sum())
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -60,11 +60,11 @@ class Writing:
         return loss
 
     def predict(self, model: nn.Module, task: Task) -> list[str]:
-        settings, encoder = self._settings, self._encoder
+        settings, collator = self._settings, self._collator
         items = [(task.instruction, record) for record in task.dev]
         size = settings.batch_size
         if settings.scoring == "generation":
             return predict_by_generation(
-                model, encoder, items, batch_size=size, max_new_tokens=settings.max_new_tokens
+                model, collator, items, batch_size=size, max_new_tokens=settings.max_new_tokens
             )
-        return predict_by_likelihood(model, encoder, items, task.labels, batch_size=size)
+        return predict_by_likelihood(model, collator, items, task.labels, batch_size=size)

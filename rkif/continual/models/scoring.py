@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rkif.continual.tasks.tasks import Item, Record
-from rkif.continual.tasks.text import IGNORED, Encoder, pad
+from rkif.continual.tasks.records import Item, Record
+from rkif.continual.tasks.text import IGNORED, TextCollator, pad
 
 T = TypeVar("T")
 
 
 def predict_by_likelihood(
-    model: nn.Module, encoder: Encoder, items: Sequence[Item], labels: Sequence[str], *, batch_size: int
+    model: nn.Module, collator: TextCollator, items: Sequence[Item], labels: Sequence[str], *, batch_size: int
 ) -> list[str]:
     """Answers each question with the label that `label_scores` finds most likely, the first of equal ones.
 
@@ -28,12 +28,12 @@ def predict_by_likelihood(
     Returns:
         One of `labels` for each item, in the order of the items.
     """
-    rows = label_scores(model, encoder, items, labels, batch_size=batch_size).tolist()
+    rows = label_scores(model, collator, items, labels, batch_size=batch_size).tolist()
     return [labels[row.index(max(row))] for row in rows]
 
 
 def label_scores(
-    model: nn.Module, encoder: Encoder, items: Sequence[Item], labels: Sequence[str], *, batch_size: int
+    model: nn.Module, collator: TextCollator, items: Sequence[Item], labels: Sequence[str], *, batch_size: int
 ) -> Tensor:
     """Computes log p(label | prompt), summed over the label's tokens, EOS included.
 
@@ -42,7 +42,7 @@ def label_scores(
 
     Args:
         model: a Hugging Face language model, or a PEFT model around one.
-        encoder: made for the model's tokenizer and kind. Prompts are cut to leave room for the longest label.
+        collator: made for the model's tokenizer and kind. It cuts prompts so that the longest label fits.
         items: (instruction, record) pairs.
         labels: the answers to choose from.
         batch_size: records at a time. It moves the scores by rounding at most.
@@ -53,21 +53,21 @@ def label_scores(
     Raises:
         ValueError: there are no labels (free text has to be generated), a label has no tokens
             or those of another, `batch_size`
-            is below 1, a prompt does not fit (see `Encoder.prompt`), or a score is NaN.
+            is below 1, a prompt does not fit (see `TextCollator.prompt`), or a score is NaN.
     """
     if not labels:
         raise ValueError("labels are empty: for free text use predict_by_generation")
-    targets = [encoder.target(label) for label in labels]
+    targets = [collator.target(label) for label in labels]
     for label, target in zip(labels, targets, strict=True):
         if len(target) == 1:
             raise ValueError(f"label {label!r} has no tokens")
         if targets.count(target) > 1:
             raise ValueError(f"label {label!r} is the same to the tokenizer as another: {target[:-1]}")
-    score = _seq2seq_scores if encoder.seq2seq else _causal_scores
+    score = _seq2seq_scores if collator.seq2seq else _causal_scores
     reserve = max(map(len, targets))
 
     def run(chunk: Sequence[Item]) -> list[list[float]]:
-        rows: list[list[float]] = score(model, _prompts(model, encoder, chunk, reserve), targets).tolist()
+        rows: list[list[float]] = score(model, _prompts(model, collator, chunk, reserve), targets).tolist()
         return rows
 
     scores = torch.tensor(in_batches(model, items, batch_size, run)).reshape(len(items), len(labels))
@@ -78,7 +78,7 @@ def label_scores(
 
 
 def predict_by_generation(
-    model: nn.Module, encoder: Encoder, items: Sequence[Item], *, batch_size: int, max_new_tokens: int
+    model: nn.Module, collator: TextCollator, items: Sequence[Item], *, batch_size: int, max_new_tokens: int
 ) -> list[str]:
     """Answers each question with the text the model writes when it takes the likeliest token every time.
 
@@ -87,7 +87,7 @@ def predict_by_generation(
 
     Args:
         model: a Hugging Face language model, or a PEFT model around one.
-        encoder: made for the model's tokenizer and kind. Prompts are cut to leave room for `max_new_tokens`.
+        collator: made for the model's tokenizer and kind. Prompts are cut to leave room for `max_new_tokens`.
         items: (instruction, record) pairs.
         batch_size: records at a time.
         max_new_tokens: where an answer without EOS is broken off.
@@ -102,8 +102,8 @@ def predict_by_generation(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
 
     def run(chunk: Sequence[Item]) -> list[str]:
-        tokens = _greedy(model, encoder, _prompts(model, encoder, chunk, max_new_tokens), max_new_tokens)
-        return [encoder.decode(row) for row in tokens.tolist()]
+        tokens = _greedy(model, collator, _prompts(model, collator, chunk, max_new_tokens), max_new_tokens)
+        return [collator.decode(row) for row in tokens.tolist()]
 
     return in_batches(model, items, batch_size, run)
 
@@ -156,8 +156,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _prompts(model: nn.Module, encoder: Encoder, items: Sequence[Item], reserve: int) -> dict[str, Tensor]:
-    batch = encoder.prompt_batch(items, side="right" if encoder.seq2seq else "left", reserve=reserve)
+def _prompts(
+    model: nn.Module, collator: TextCollator, items: Sequence[Item], reserve: int
+) -> dict[str, Tensor]:
+    batch = collator.prompt_batch(items, side="right" if collator.seq2seq else "left", reserve=reserve)
     device = next(model.parameters()).device
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
@@ -208,14 +210,14 @@ def _sum_log_probs(logits: Tensor, answers: Tensor) -> Tensor:
     return chosen.masked_fill(answers == IGNORED, 0).sum(-1)
 
 
-def _greedy(model: Any, encoder: Encoder, prompts: dict[str, Tensor], max_new_tokens: int) -> Tensor:
+def _greedy(model: Any, collator: TextCollator, prompts: dict[str, Tensor], max_new_tokens: int) -> Tensor:
     """Returns the tokens the model goes on with, [prompts, at most max_new_tokens].
 
     What follows a row's EOS means nothing.
     """
     step: dict[str, Any]
     mask = prompts["attention_mask"]
-    if encoder.seq2seq:
+    if collator.seq2seq:
         start = torch.full_like(mask[:, :1], model.config.decoder_start_token_id)
         encoded = model.get_encoder()(**prompts).last_hidden_state
         step = {"encoder_outputs": (encoded,), "attention_mask": mask, "decoder_input_ids": start}
@@ -227,9 +229,9 @@ def _greedy(model: Any, encoder: Encoder, prompts: dict[str, Tensor], max_new_to
         out = model(**step, use_cache=True)
         token = out.logits[:, -1].argmax(-1)
         written.append(token)
-        done |= token == encoder.eos_id
+        done |= token == collator.eos_id
         step["past_key_values"] = out.past_key_values
-        if encoder.seq2seq:
+        if collator.seq2seq:
             step["decoder_input_ids"] = token[:, None]
         else:
             step["input_ids"] = token[:, None]

@@ -18,7 +18,7 @@ from rkif.files import sync_folder
 
 Record = dict[str, Any]
 START = "0" * 64
-OWN = ("seq", "previous", "hash")
+CHAIN_KEYS = ("seq", "previous", "hash")
 
 
 class LedgerError(ValueError):
@@ -61,7 +61,7 @@ class Ledger:
         Returns:
             The record as written.
         """
-        for key in OWN:
+        for key in CHAIN_KEYS:
             if key in content:
                 raise ValueError(f"{key!r} is a key of the ledger's own")
         record = {"seq": len(self.records), "previous": self.head, **content}
@@ -113,7 +113,7 @@ def read_ledger(path: Path) -> Iterator[Record]:
             record = json.loads(line)
         except ValueError as error:
             raise LedgerError(f"{where} is not JSON") from error
-        if not isinstance(record, dict) or any(key not in record for key in OWN):
+        if not isinstance(record, dict) or any(key not in record for key in CHAIN_KEYS):
             raise LedgerError(f"{where} lacks its place in the chain")
         if record["seq"] != seq:
             raise LedgerError(f"{where} says that it is record {record['seq']!r}")

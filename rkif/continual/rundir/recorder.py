@@ -23,10 +23,10 @@ from typing import Any
 from torch import Tensor
 
 from rkif.checkpoint.stream import as_bytes
-from rkif.continual.rundir.ledger import OWN, Ledger, LedgerError, Record
+from rkif.continual.rundir.ledger import CHAIN_KEYS, Ledger, LedgerError, Record
 from rkif.fusion import FusionReport
 
-NOT_REPRODUCED = ("time", *OWN)  # what differs when a round is gone through again
+NOT_REPRODUCED = ("time", *CHAIN_KEYS)  # what differs when a round is gone through again
 
 
 class Recorder:
@@ -87,7 +87,7 @@ class Recorder:
             self.rounds = int(record["round" if record["event"] == "round" else "to"])
 
 
-def standing(records: Iterable[Record]) -> list[Record]:
+def not_rolled_back(records: Iterable[Record]) -> list[Record]:
     """The records of what was not rolled back: later rounds, and tasks, of a state that was left are out."""
     kept: list[Record] = []
     for record in records:

@@ -6,16 +6,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from rkif.continual.rundir.folder import RunReader, task_folder, write_metrics
 from rkif.continual.rundir.ledger import Ledger, Record
-from rkif.continual.rundir.recorder import parameter_digest, standing
-from rkif.continual.rundir.rundir import (
-    RunReader,
-    read_checkpoint,
-    task_folder,
-    write_checkpoint,
-    write_metrics,
-)
-from rkif.continual.rundir.snapshots import Snapshots
+from rkif.continual.rundir.recorder import not_rolled_back, parameter_digest
+from rkif.continual.rundir.round_states import RoundStates
+from rkif.continual.rundir.state import read_checkpoint, write_checkpoint
 from rkif.files import claimed
 
 
@@ -46,10 +41,12 @@ def _rollback(reader: RunReader, to: int) -> Record:
     run = reader.path
     finish_rollback(run)
     ledger = Ledger(run / "ledger.jsonl")
-    rounds = {record["round"]: record for record in standing(ledger.records) if record["event"] == "round"}
+    rounds = {
+        record["round"]: record for record in not_rolled_back(ledger.records) if record["event"] == "round"
+    }
     if to != 0 and to not in rounds:
         raise ValueError(f"no round {to}: {run} has {len(rounds)} of them")
-    state = Snapshots(run / "snapshots", 0).read(to)
+    state = RoundStates(run / "snapshots", 0).read(to)
     found = parameter_digest(state.parameters)
     side, number = ("after", to) if to else ("before", 1)
     if number in rounds and found != rounds[number]["parameters"][side]:
@@ -79,11 +76,11 @@ def finish_rollback(run: Path) -> None:
         return
     record = records[-1]
     checkpoint = read_checkpoint(run)
-    if checkpoint is not None and checkpoint.recorded == len(records):
+    if checkpoint is not None and checkpoint.ledger_records == len(records):
         return
-    snapshots = Snapshots(run / "snapshots", 0)
+    snapshots = RoundStates(run / "snapshots", 0)
     state = snapshots.read(record["to"])
-    snapshots.forget_after(record["to"])
+    snapshots.discard_after(record["to"])
     metrics = RunReader(run).metrics()
     for index in range(state.task, len(metrics["tasks"])):
         shutil.rmtree(task_folder(run, index, metrics["tasks"][index]), ignore_errors=True)
@@ -92,4 +89,4 @@ def finish_rollback(run: Path) -> None:
             del row[state.task :]
     write_metrics(run, metrics | {"op": None, "bwt": None, "fwt": None})
     # At the end: until it is there, all of this is done again.
-    write_checkpoint(run, replace(state, recorded=len(records)))
+    write_checkpoint(run, replace(state, ledger_records=len(records)))

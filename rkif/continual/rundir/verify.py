@@ -6,10 +6,11 @@ import hashlib
 from collections import Counter
 from pathlib import Path
 
+from rkif.continual.rundir.folder import RunReader, file_digests, task_folder
 from rkif.continual.rundir.ledger import LedgerError, Record, read_ledger
-from rkif.continual.rundir.recorder import parameter_digest, standing
-from rkif.continual.rundir.rundir import RunReader, file_digests, read_checkpoint, task_folder
-from rkif.continual.rundir.snapshots import Snapshots
+from rkif.continual.rundir.recorder import not_rolled_back, parameter_digest
+from rkif.continual.rundir.round_states import RoundStates
+from rkif.continual.rundir.state import read_checkpoint
 
 
 def verify(run: Path) -> Counter[str]:
@@ -37,15 +38,16 @@ def verify(run: Path) -> Counter[str]:
         raise LedgerError(f"{path} holds no record")
     settings = hashlib.sha256(reader.config_text().encode()).hexdigest()
     tasks = reader.metrics().get("tasks", [])
-    snapshots = Snapshots(run / "snapshots", 0)
-    kept = set(snapshots.numbers())
+    snapshots = RoundStates(run / "snapshots", 0)
+    kept = set(snapshots.rounds())
     checked = Counter({"records": len(records)})
     checkpoint = read_checkpoint(run)
-    if checkpoint is not None and checkpoint.recorded > len(records):
+    if checkpoint is not None and checkpoint.ledger_records > len(records):
         raise LedgerError(
-            f"{path}: record {len(records)} is missing: the checkpoint knows of {checkpoint.recorded} records"
+            f"{path}: record {len(records)} is missing: the checkpoint knows of "
+            f"{checkpoint.ledger_records} records"
         )
-    left = {record["seq"] for record in records} - {record["seq"] for record in standing(records)}
+    left = {record["seq"] for record in records} - {record["seq"] for record in not_rolled_back(records)}
     parameters = None
     for record in records:
         where = f"{path}: record {record['seq']}"

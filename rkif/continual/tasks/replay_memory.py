@@ -11,7 +11,8 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-from rkif.continual.tasks.tasks import Item, Record, json_lines, stratified_subset, string_field
+from rkif.continual.tasks.json_lines import json_lines, string_field
+from rkif.continual.tasks.records import Item, Record, stratified_subset
 from rkif.files import write_text
 from rkif.seeding import derive_seed
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rkif.continual.tasks.tasks import Item
+from rkif.continual.tasks.records import Item
 
 IGNORED = -100
 """The label that cross-entropy passes over."""
@@ -39,7 +39,7 @@ class TextFormat:
         _check_template("target", self.target, needed="output", allowed={"output"})
 
 
-class Encoder:
+class TextCollator:
     """Turns (instruction, record) pairs into batches for one tokenizer and one kind of model.
 
     Args:

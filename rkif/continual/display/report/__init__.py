@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rkif.continual.display.progress import figure
-from rkif.continual.display.report import figures
-from rkif.continual.display.report.ledger_section import account
+from rkif.continual.display.progress import format_number
+from rkif.continual.display.report import plots
+from rkif.continual.display.report.ledger_section import ledger_sections
 from rkif.continual.display.report.page import PAGE
-from rkif.continual.rundir.rundir import RunReader
+from rkif.continual.rundir.folder import RunReader
 from rkif.files import write_text
 
 ABOUT = {
@@ -40,7 +40,7 @@ def write_report(run: Path) -> Path:
     rounds = reader.rounds()
     if rounds:
         sections += [_rounds(rounds)]
-    sections += account(run)
+    sections += ledger_sections(run)
     settings = f"<section><h2>Settings</h2><pre>{html.escape(reader.config_text())}</pre></section>"
     title = f"{metrics['method']}: {len(metrics['tasks'])} tasks"
     page = PAGE.replace("{{title}}", html.escape(title)).replace("{{body}}", "\n".join([*sections, settings]))
@@ -51,7 +51,7 @@ def write_report(run: Path) -> Path:
 
 def _summary(metrics: Mapping[str, Any]) -> str:
     tiles = "".join(
-        f'<div class="tile"><b>{figure(metrics[key], sign=key != "op")}</b>{key.upper()}</div>'
+        f'<div class="tile"><b>{format_number(metrics[key], sign=key != "op")}</b>{key.upper()}</div>'
         for key in ABOUT
     )
     learned = len(metrics["accuracy"][0])
@@ -71,7 +71,7 @@ def _matrices(metrics: Mapping[str, Any]) -> dict[str, tuple[Sequence[str], Any,
 
 
 def _curves(metrics: Mapping[str, Any]) -> str:
-    picture = figures.forgetting_curves(metrics["tasks"], metrics["accuracy"], metrics["initial"])
+    picture = plots.forgetting_curves(metrics["tasks"], metrics["accuracy"], metrics["initial"])
     return (
         "<section><h2>Forgetting</h2><p>Accuracy in per cent of every task after each task of the sequence; "
         f"the dot marks the moment it was learned.</p>{picture}</section>"
@@ -111,10 +111,10 @@ def _rounds(rounds: Mapping[str, Mapping[str, Any]]) -> str:
     return (
         "<section><h2>Importance</h2><p>Mean importance of each layer's tensors, round by round, as either "
         "learner found it; the brighter, the more important. Each map has a logarithmic scale of its own.</p>"
-        f"{figures.importance_maps(rounds)}</section>"
+        f"{plots.importance_maps(rounds)}</section>"
         "<section><h2>Masks</h2><p>The share of parameters that either learner selected, and the overlap: of "
         "those that one of the two selected, the share that both did.</p>"
-        f"{figures.mask_overlap(rounds)}</section>"
+        f"{plots.mask_overlap(rounds)}</section>"
         "<section><h2>Movement</h2><p>Length (L2) of the two task vectors of a round, and of the fusion's "
-        f"update.</p>{figures.movement(rounds)}</section>"
+        f"update.</p>{plots.movement(rounds)}</section>"
     )

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rkif.continual.display.report import figures
+from rkif.continual.display.report import plots
 from rkif.continual.rundir.ledger import LedgerError, Record, read_ledger
-from rkif.continual.rundir.recorder import standing
+from rkif.continual.rundir.recorder import not_rolled_back
 
 MEANING = {
     "keep": "kept whole",
@@ -21,7 +21,7 @@ MEANING = {
 }
 
 
-def account(run: Path) -> list[str]:
+def ledger_sections(run: Path) -> list[str]:
     """The sections that a run's ledger gives; of one that does not hold together it is said, no more."""
     path = run / "ledger.jsonl"
     if not path.exists():
@@ -32,7 +32,7 @@ def account(run: Path) -> list[str]:
         return [_section("Ledger", f'<p class="bad">The ledger does not hold together: {_text(error)}</p>')]
     if not records:
         return [_section("Ledger", '<p class="bad">The ledger holds no record.</p>')]
-    rounds = [record for record in standing(records) if record["event"] == "round"]
+    rounds = [record for record in not_rolled_back(records) if record["event"] == "round"]
     sections = []
     if any(record["gate"] for record in rounds):
         sections.append(_gate(rounds))
@@ -41,7 +41,7 @@ def account(run: Path) -> list[str]:
             _section(
                 "Where it moved",
                 "<p>How far each round's fusion moved every tensor (L2, relative to the square root of its "
-                "size), on a logarithmic scale. Blank: not at all.</p>" + figures.movement_map(rounds),
+                "size), on a logarithmic scale. Blank: not at all.</p>" + plots.movement_map(rounds),
             )
         )
     return [*sections, _digests(records)]
@@ -68,7 +68,7 @@ def _gate(rounds: Sequence[Record]) -> str:
         "Gate",
         "<p>Fusions are checked by these figures before they are kept. The line shows what every round left "
         "them at; a cross, what the whole step would have made of them where it was refused.</p>"
-        f'<div class="tiles">{tiles}</div>{figures.gate_figures(rounds)}{refused if rows else ""}',
+        f'<div class="tiles">{tiles}</div>{plots.gate_figures(rounds)}{refused if rows else ""}',
     )
 
 

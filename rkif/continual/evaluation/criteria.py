@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from rkif.continual.config import CriterionSettings, GateSettings, RunConfig
-from rkif.continual.evaluation.evaluation import ACCURACY, evaluate
-from rkif.continual.models.model import autocast
+from rkif.continual.evaluation.evaluate import ACCURACY, evaluate
+from rkif.continual.models.device import autocast
 from rkif.continual.models.objective import Objective
+from rkif.continual.tasks.records import Item, Record, Task, stratified_subset
 from rkif.continual.tasks.replay_memory import ReplayMemory
-from rkif.continual.tasks.tasks import Item, Record, Task, stratified_subset
 from rkif.continual.user_metrics import load_metric
 from rkif.gate import Criterion, Gate
 from rkif.seeding import derive_seed
@@ -110,8 +110,8 @@ def mean_loss(model: nn.Module, objective: Objective, items: Sequence[Item], con
     size, total, weights = config.evaluation.batch_size, 0.0, 0
     try:
         for start in range(0, len(items), size):
-            batch = objective.batch(items[start : start + size])
-            weight = objective.weight(batch)
+            batch = objective.collate(items[start : start + size])
+            weight = objective.loss_terms(batch)
             with autocast(config):
                 inputs = {name: tensor.to(device) for name, tensor in batch.items()}
                 total += weight * float(objective.loss(model, inputs))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +11,15 @@ import torch
 from torch import nn
 
 from rkif.continual.config import RunConfig
-from rkif.continual.models.label_matching import Matching
-from rkif.continual.models.objective import Objective, Writing
-from rkif.continual.tasks.tasks import Task
-from rkif.continual.tasks.text import Encoder, TextFormat
+from rkif.continual.models.device import run_device
+from rkif.continual.models.label_matching import LabelMatchingObjective
+from rkif.continual.models.objective import GenerativeObjective, Objective
+from rkif.continual.tasks.records import Task
+from rkif.continual.tasks.text import TextCollator, TextFormat
 from rkif.seeding import derive_seed
 
 
-def build(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> tuple[nn.Module, Objective]:
+def load_model(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> tuple[nn.Module, Objective]:
     """Load the model and its tokenizer, put the adapter on, and say what the model is to do with the tasks.
 
     The adapter has ``slices`` times the rank that the config says. Its initial values depend on the run's
@@ -45,7 +45,7 @@ def build(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> tuple
         "encoder": transformers.AutoModel,
     }[config.architecture]
     # On CPUs the fused attention is the slower one in bfloat16: half the speed of a small encoder's step.
-    attention = "eager" if device(config).type == "cpu" and config.precision == "bfloat16" else None
+    attention = "eager" if run_device(config).type == "cpu" and config.precision == "bfloat16" else None
     frozen = torch.bfloat16 if config.precision == "bfloat16" and config.adapter else torch.float32
     try:
         found = _architecture(transformers, config.model)
@@ -71,7 +71,7 @@ def build(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> tuple
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.adapter is not None:
             model = _with_adapter(model, config, slices)
-    return model.to(device(config)), _objective(config, tokenizer, tasks)
+    return model.to(run_device(config)), _objective(config, tokenizer, tasks)
 
 
 def _objective(config: RunConfig, tokenizer: Any, tasks: Sequence[Task]) -> Objective:
@@ -79,9 +79,11 @@ def _objective(config: RunConfig, tokenizer: Any, tasks: Sequence[Task]) -> Obje
     if config.architecture == "encoder":
         labels = {task.name: task.labels for task in tasks}
         size = config.evaluation.batch_size
-        return Matching(tokenizer, text=text, max_length=length, labels=labels, batch_size=size)
+        return LabelMatchingObjective(tokenizer, text=text, max_length=length, labels=labels, batch_size=size)
     seq2seq = config.architecture == "seq2seq"
-    return Writing(Encoder(tokenizer, seq2seq=seq2seq, max_length=length, text=text), config.evaluation)
+    return GenerativeObjective(
+        TextCollator(tokenizer, seq2seq=seq2seq, max_length=length, text=text), config.evaluation
+    )
 
 
 def _architecture(transformers: Any, model: str) -> str:
@@ -105,29 +107,6 @@ def require_transformers() -> Any:
     except ImportError as error:
         raise ImportError('running tasks needs transformers and peft: pip install "rkif[hf]"') from error
     return transformers
-
-
-def device(config: RunConfig) -> torch.device:
-    """The device that ``config.device`` names; "auto" is a GPU where there is one.
-
-    Raises:
-        ValueError: no such device.
-    """
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(name)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {_first_line(error)}") from error
-    return chosen
-
-
-def autocast(config: RunConfig) -> contextlib.AbstractContextManager[Any]:
-    """The precision a run computes in."""
-    enabled = config.precision == "bfloat16"
-    return torch.autocast(device(config).type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def _with_adapter(model: Any, config: RunConfig, slices: int) -> Any:

@@ -19,40 +19,21 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from rkif.checkpoint.stream import as_bytes
 from rkif.continual.config import RunConfig, dump_config
+from rkif.continual.rundir.state import RunState, load_tensors, storable, write_checkpoint
 from rkif.continual.tasks.replay_memory import ReplayMemory
-from rkif.files import replace_file, settle, write_text
+from rkif.files import settle, write_text
 
-CHECKPOINT = "checkpoint.safetensors"
 METRICS = (
     *("method", "split", "tasks", "data", "records", "trainable", "initial", "accuracy", "metrics"),
     *("op", "bwt", "fwt", "steps", "samples"),
 )
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """``step`` inner steps of task number ``task`` are done, and ``samples`` records have been trained on.
-
-    ``recorded`` of the ledger's records account for them.
-    """
-
-    task: int
-    step: int
-    samples: int
-    recorded: int
-    parameters: dict[str, Tensor]
-    method: dict[str, Tensor]
 
 
 class RunReader:
@@ -100,19 +81,6 @@ def file_digests(task: Path) -> dict[str, str]:
     """Name -> SHA-256 of a task's tensors and records. peft's settings list modules in any order."""
     files = sorted(path for path in task.iterdir() if path.suffix in (".safetensors", ".jsonl"))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    return tensors
 
 
 class RunFolder:
@@ -171,7 +139,7 @@ class RunFolder:
         path = self.task(index, name) / "validation.jsonl"
         return ReplayMemory.load(path) if path.exists() else ReplayMemory()
 
-    def read_handed_on(self, index: int, name: str) -> dict[str, Tensor]:
+    def read_task_state(self, index: int, name: str) -> dict[str, Tensor]:
         """What the method handed on after a task; empty for most methods."""
         path = self.task(index, name) / "handed_on.safetensors"
         return load_tensors(path) if path.exists() else {}
@@ -199,7 +167,7 @@ class RunFolder:
         save_model(temporary)
         for file, tensors in state.items():
             if tensors:
-                save_file(_storable(tensors), temporary / f"{file}.safetensors")
+                save_file(storable(tensors), temporary / f"{file}.safetensors")
         memory.save(temporary / "memory.jsonl")
         if len(validation):
             validation.save(temporary / "validation.jsonl")
@@ -210,76 +178,13 @@ class RunFolder:
             shutil.rmtree(final)
         os.replace(temporary, final)
 
-    def write_checkpoint(self, checkpoint: Checkpoint) -> None:
+    def write_checkpoint(self, checkpoint: RunState) -> None:
         write_checkpoint(self.path, checkpoint)
-
-
-def read_checkpoint(run: Path) -> Checkpoint | None:
-    """Where a run was last; None if there is none, or it had not trained yet.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path = run / CHECKPOINT
-    return read_state(path) if path.exists() else None
-
-
-def write_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
-    """Say where a run is to go on."""
-    write_state(run / CHECKPOINT, checkpoint)
 
 
 def write_metrics(run: Path, metrics: Mapping[str, Any]) -> None:
     """Write a run's ``metrics.json``."""
     _write_json(run / "metrics.json", metrics)
-
-
-def write_state(path: Path, state: Checkpoint) -> None:
-    """Write a state, or nothing. Of tensors that are equal one is stored: a round's base is its parameters,
-    importance that has been cleared is zero.
-    """
-    tensors = {f"parameters.{name}": tensor for name, tensor in state.parameters.items()}
-    tensors |= {f"method.{name}": tensor for name, tensor in state.method.items()}
-    # As a tensor: safetensors writes several entries of metadata in an order that changes from file to file.
-    tensors["position"] = torch.tensor([state.task, state.step, state.samples, state.recorded])
-    stored: dict[str, Tensor] = {}
-    first: dict[Any, str] = {}
-    same = {}
-    for name, tensor in _storable(tensors).items():
-        content = hashlib.blake2b(as_bytes(tensor.view(-1)), digest_size=32).digest()
-        original = first.setdefault((tensor.dtype, tensor.shape, content), name)
-        if original == name:
-            stored[name] = tensor
-        else:
-            same[name] = original
-    metadata = {"same": json.dumps(same, sort_keys=True)}
-    replace_file(path, lambda temporary: save_file(stored, temporary, metadata=metadata))
-
-
-def state_bytes(state: Checkpoint) -> int:
-    """What a state takes on disk at most, headers apart."""
-    return sum(tensor.nbytes for tensor in (*state.parameters.values(), *state.method.values()))
-
-
-def read_state(path: Path) -> Checkpoint:
-    """What :func:`write_state` wrote.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "method": {}, "position": {}}
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            same = json.loads((file.metadata() or {})["same"])
-        tensors |= {name: tensors[original].clone() for name, original in same.items()}
-        for key, tensor in tensors.items():
-            part, _, name = key.partition(".")
-            parts[part][name] = tensor
-        task, step, samples, recorded = parts["position"][""].tolist()
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    return Checkpoint(task, step, samples, recorded, parts["parameters"], parts["method"])
 
 
 def _require_same(path: Path, text: str) -> None:
@@ -289,13 +194,6 @@ def _require_same(path: Path, text: str) -> None:
     for old, new in zip([*stored, ""], [*given, ""], strict=False):
         if old != new:
             raise ValueError(f"{path} has `{old.strip()}` where the config now says `{new.strip()}`")
-
-
-def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors wants contiguous tensors that share no memory."""
-    return {
-        name: t.detach().clone(memory_format=torch.contiguous_format).cpu() for name, t in tensors.items()
-    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

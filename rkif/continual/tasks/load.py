@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
-import random
 import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rkif.continual.tasks.json_lines import json_lines, json_object, string_field
+from rkif.continual.tasks.records import Record, Task, stratified_subset
 from rkif.seeding import derive_seed
-
-
-@dataclass(frozen=True)
-class Record:
-    """One example: the text that is asked about and the answer to give."""
-
-    task: str
-    id: str
-    input: str
-    output: str
-
-
-Item = tuple[str, Record]
-"""A task's instruction and one of its records: what a prompt is made of."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task of a sequence. `labels` is empty where the answers are free text."""
-
-    name: str
-    instruction: str
-    labels: tuple[str, ...]
-    train: tuple[Record, ...]
-    dev: tuple[Record, ...]
 
 
 def load_tasks(
@@ -103,72 +75,10 @@ def load_tasks(
     ]
 
 
-def stratified_subset(records: Sequence[Record], n: int, seed: int) -> tuple[Record, ...]:
-    """Chooses n records, as evenly over their outputs as can be.
-
-    The outputs, in random order, take turns to give one record each until there are n. So every output with
-    enough records gives `n // classes` or one more; where a rare one runs out the others fill its place;
-    where there are more outputs than n, n random ones give one record each. A larger n gives a superset.
-
-    Args:
-        records: the records to choose from.
-        n: how many; all of them where there are no more than that.
-        seed: decides which, together with the outputs and their order of appearance. No global state is used.
-
-    Returns:
-        The chosen records in the order they had in `records`.
-    """
-    rng = random.Random(seed)
-    groups: dict[str, list[int]] = {}
-    for index, record in enumerate(records):
-        groups.setdefault(record.output, []).append(index)
-    queues = list(groups.values())
-    rng.shuffle(queues)
-    for queue in queues:
-        rng.shuffle(queue)
-    turns = sorted((turn, place, i) for place, queue in enumerate(queues) for turn, i in enumerate(queue))
-    return tuple(records[i] for i in sorted(i for _, _, i in turns[:n]))
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("PATH:LINE", object) for each line of a `.jsonl` or `.jsonl.gz` file; blank lines are skipped.
-
-    Raises:
-        ValueError: a line is not a JSON object in UTF-8, or the compressed file is damaged.
-    """
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", _json_object(line, f"{path}:{number}")
-        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise ValueError(f"{path}: not a whole gzip file: {error}") from error
-
-
-def string_field(row: Mapping[str, Any], key: str, where: str) -> str:
-    """Returns `row[key]`; raises ValueError, naming `where`, if it is missing or not a string."""
-    if key not in row:
-        raise ValueError(f"{where}: key {key!r} is missing")
-    value = row[key]
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {key!r} must be a string, got {value!r}")
-    return value
-
-
-def _json_object(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def _read_table(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    table = _json_object(path.read_bytes(), str(path))
+    table = json_object(path.read_bytes(), str(path))
     for key in ("tasks", "orders"):
         if not isinstance(table.setdefault(key, {}), dict):
             raise ValueError(f"{path}: {key!r} must be an object, got {table[key]!r}")

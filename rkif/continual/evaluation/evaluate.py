@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from torch import nn
 
 from rkif.continual.config import RunConfig
-from rkif.continual.models.model import autocast
+from rkif.continual.models.device import autocast
 from rkif.continual.models.objective import Objective
 from rkif.continual.models.scoring import accuracy
-from rkif.continual.tasks.tasks import Task
+from rkif.continual.tasks.records import Task
 from rkif.continual.user_metrics import Metric, evaluate_metric
 
 ACCURACY = "accuracy"

@@ -1,0 +1,35 @@
+"""Where a run computes, and in which precision."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from rkif.continual.config import RunConfig
+
+
+def run_device(config: RunConfig) -> torch.device:
+    """The device that ``config.device`` names; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: no such device.
+    """
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {name!r} cannot be used: {str(error).strip().partition(chr(10))[0]}"
+        ) from error
+    return chosen
+
+
+def autocast(config: RunConfig) -> contextlib.AbstractContextManager[Any]:
+    """The precision a run computes in."""
+    enabled = config.precision == "bfloat16"
+    return torch.autocast(run_device(config).type, dtype=torch.bfloat16, enabled=enabled)

@@ -1,0 +1,118 @@
+"""A run's state between two steps, on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rkif.checkpoint.stream import as_bytes
+from rkif.files import replace_file
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """``step`` inner steps of task number ``task`` are done, and ``samples`` records have been trained on.
+
+    ``ledger_records`` of the ledger's records account for them.
+    """
+
+    task: int
+    step: int
+    samples: int
+    ledger_records: int
+    parameters: dict[str, Tensor]
+    method: dict[str, Tensor]
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return tensors
+
+
+def read_checkpoint(run: Path) -> RunState | None:
+    """Where a run was last; None if there is none, or it had not trained yet.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = run / CHECKPOINT
+    return read_state(path) if path.exists() else None
+
+
+def write_checkpoint(run: Path, checkpoint: RunState) -> None:
+    """Say where a run is to go on."""
+    write_state(run / CHECKPOINT, checkpoint)
+
+
+def write_state(path: Path, state: RunState) -> None:
+    """Write a state, or nothing. Of tensors that are equal one is stored: a round's base is its parameters,
+    importance that has been cleared is zero.
+    """
+    tensors = {f"parameters.{name}": tensor for name, tensor in state.parameters.items()}
+    tensors |= {f"method.{name}": tensor for name, tensor in state.method.items()}
+    # As a tensor: safetensors writes several entries of metadata in an order that changes from file to file.
+    tensors["position"] = torch.tensor([state.task, state.step, state.samples, state.ledger_records])
+    stored: dict[str, Tensor] = {}
+    first: dict[Any, str] = {}
+    same = {}
+    for name, tensor in storable(tensors).items():
+        content = hashlib.blake2b(as_bytes(tensor.view(-1)), digest_size=32).digest()
+        original = first.setdefault((tensor.dtype, tensor.shape, content), name)
+        if original == name:
+            stored[name] = tensor
+        else:
+            same[name] = original
+    metadata = {"same": json.dumps(same, sort_keys=True)}
+    replace_file(path, lambda temporary: save_file(stored, temporary, metadata=metadata))
+
+
+def state_bytes(state: RunState) -> int:
+    """What a state takes on disk at most, headers apart."""
+    return sum(tensor.nbytes for tensor in (*state.parameters.values(), *state.method.values()))
+
+
+def read_state(path: Path) -> RunState:
+    """What :func:`write_state` wrote.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "method": {}, "position": {}}
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            same = json.loads((file.metadata() or {})["same"])
+        tensors |= {name: tensors[original].clone() for name, original in same.items()}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = tensor
+        task, step, samples, ledger_records = parts["position"][""].tolist()
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return RunState(task, step, samples, ledger_records, parts["parameters"], parts["method"])
+
+
+def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors wants contiguous tensors that share no memory."""
+    return {
+        name: t.detach().clone(memory_format=torch.contiguous_format).cpu() for name, t in tensors.items()
+    }

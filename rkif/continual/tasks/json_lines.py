@@ -1,0 +1,45 @@
+"""JSON lines, read with errors that name the file and the line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields ("PATH:LINE", object) for each line of a `.jsonl` or `.jsonl.gz` file; blank lines are skipped.
+
+    Raises:
+        ValueError: a line is not a JSON object in UTF-8, or the compressed file is damaged.
+    """
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", json_object(line, f"{path}:{number}")
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{path}: not a whole gzip file: {error}") from error
+
+
+def string_field(row: Mapping[str, Any], key: str, where: str) -> str:
+    """Returns `row[key]`; raises ValueError, naming `where`, if it is missing or not a string."""
+    if key not in row:
+        raise ValueError(f"{where}: key {key!r} is missing")
+    value = row[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key!r} must be a string, got {value!r}")
+    return value
+
+
+def json_object(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value
