@@ -27,7 +27,7 @@ from rkif_kernels import (
     Scope,
     Scores,
     magnitudes,
-    order_statistic_rank,
+    order_statistic_k,
     require_choice,
     require_fraction,
 )
@@ -264,7 +264,7 @@ def _thresholds(triples: _Triples, *, density: float, scope: Scope, device: torc
                     else torch.full((1,), torch.inf, device=device)
                 )
         return [torch.cat(side) if scope == "tensor" else side[0] for side in found]
-    searches = [CountingSearch(order_statistic_rank(sum(triples.sizes), density)) for _ in range(2)]
+    searches = [CountingSearch(order_statistic_k(sum(triples.sizes), density)) for _ in range(2)]
     while left := [which for which, search in enumerate(searches) if not search.done]:
         windows = [search.window for search in searches]
         counts = [torch.zeros(one.bins + 3, dtype=torch.int64, device=device) for one in windows]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rkif_kernels import Scores, order_statistic_rank
+from rkif_kernels import Scores, order_statistic_k
 from rkif_kernels.types import CaseWeights
 
 T = TypeVar("T")
@@ -144,7 +144,7 @@ def released_threshold(scores: Scores, density: float) -> Tensor:
     values = all_scores(scores)
     if values.numel() <= QUANTILE_LIMIT:
         return torch.quantile(values, 1 - density)
-    return values.kthvalue(order_statistic_rank(values.numel(), density) + 1).values
+    return values.kthvalue(order_statistic_k(values.numel(), density) + 1).values
 
 
 def quantile(scores: Scores, density: float) -> Tensor:
@@ -153,24 +153,24 @@ def quantile(scores: Scores, density: float) -> Tensor:
 
 def kthvalue(scores: Scores, density: float) -> Tensor:
     values = all_scores(scores)
-    return values.kthvalue(order_statistic_rank(values.numel(), density) + 1).values
+    return values.kthvalue(order_statistic_k(values.numel(), density) + 1).values
 
 
 def topk(scores: Scores, density: float) -> Tensor:
     values = all_scores(scores)
-    above = values.numel() - order_statistic_rank(values.numel(), density)
+    above = values.numel() - order_statistic_k(values.numel(), density)
     return values.topk(above, sorted=False).values.min()
 
 
 def sort(scores: Scores, density: float) -> Tensor:
     values = all_scores(scores)
-    return values.sort().values[order_statistic_rank(values.numel(), density)]
+    return values.sort().values[order_statistic_k(values.numel(), density)]
 
 
 def numpy_partition(scores: Scores, density: float) -> Tensor:
     values = all_scores(scores).numpy()
-    rank = order_statistic_rank(values.size, density)
-    return torch.tensor(np.partition(values, rank)[rank])
+    k = order_statistic_k(values.size, density)
+    return torch.tensor(np.partition(values, k)[k])
 
 
 def peft_merge(method: str) -> Callable[..., None]:

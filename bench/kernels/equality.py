@@ -2,7 +2,7 @@
 
 Element by element the reference decides, on the device of the tensors and in chunks, so that it needs little
 memory at any size. A threshold is compared with the reference up to ``SORTED`` elements; beyond, where a sort
-of everything would not fit, it is held against the definition of an order statistic: of rank k is the value
+of everything would not fit, it is held against the definition of an order statistic: of k k is the value
 that at most k scores are below and more than k are not above.
 """
 
@@ -48,16 +48,16 @@ def require_close(what: str, got: Tensor, expected: Tensor, ignored: Tensor | No
     torch.testing.assert_close(got, expected, rtol=rtol, atol=1e-6, msg=lambda text: f"{what}: {text}")
 
 
-def exact_threshold(scores: Scores, rank: int, got: Tensor) -> Tensor:
-    """The threshold of that rank as float32 [1]: the reference's, or ``got`` where it can be proved right.
+def exact_threshold(scores: Scores, k: int, got: Tensor) -> Tensor:
+    """The ``k``-th smallest score as float32 [1]: the reference's, or ``got`` where it can be proved right.
 
     Raises:
         AssertionError: too large to sort, and ``got`` is not the order statistic.
     """
     if sum(tensor.numel() for tensor in scores.sensitivity) <= SORTED:
-        return reference.score_thresholds(scores, ranks=[rank], per_tensor=False)
+        return reference.score_thresholds(scores, ks=[k], per_tensor=False)
     below, up_to = rank_range(scores, got)
-    assert below <= rank < up_to, f"threshold {got.item()!r} has ranks {below} to {up_to - 1}, not {rank}"
+    assert below <= k < up_to, f"{got.item()!r} is the k-th for k from {below} to {up_to - 1}, not {k}"
     return got.reshape(1)
 
 

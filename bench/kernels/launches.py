@@ -17,7 +17,7 @@ from bench.common.timing import captured, copy_gbps, plan, seconds
 from bench.kernels.measure import Budget
 from bench.kernels.operations import DTYPES, OPERATIONS, bytes_per_element
 from bench.kernels.shapes import fitted
-from rkif_kernels import FusionInputs, ImportanceInputs, order_statistic_rank
+from rkif_kernels import FusionInputs, ImportanceInputs, order_statistic_k
 from rkif_kernels.backends.choose import available
 from rkif_kernels.backends.triton.launch import FUSE, STREAM, LaunchConfig
 from rkif_kernels.types import Scores
@@ -145,8 +145,8 @@ def _threshold(device: torch.device) -> Callable[..., Any]:
     from rkif_kernels.backends import triton as kernels
 
     def run(config: LaunchConfig, scores: Scores, density: float) -> Tensor:
-        rank = order_statistic_rank(sum(t.numel() for t in scores.sensitivity), density)
-        return kernels.score_thresholds(scores, ranks=[rank], per_tensor=False, config=config)
+        k = order_statistic_k(sum(t.numel() for t in scores.sensitivity), density)
+        return kernels.score_thresholds(scores, ks=[k], per_tensor=False, config=config)
 
     return run
 
@@ -155,9 +155,9 @@ def _fuse(device: torch.device) -> Callable[..., Any]:
     from rkif_kernels.backends import triton as kernels
 
     def run(config: LaunchConfig, out: list[Tensor], *inputs: Any, density: float, weights: Any) -> Any:
-        rank = order_statistic_rank(sum(t.numel() for t in out), density)
+        k = order_statistic_k(sum(t.numel() for t in out), density)
         return kernels.select_and_fuse_(
-            FusionInputs(out, *inputs), rank=rank, weights=weights, outer_from="inner", config=config
+            FusionInputs(out, *inputs), k=k, weights=weights, outer_from="inner", config=config
         )
 
     return run

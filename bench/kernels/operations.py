@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.kernels.baselines import QUANTILE_LIMIT, all_scores
 from bench.kernels.equality import chunks, exact_threshold, rank_range, require_close, require_same_bits
 from bench.kernels.shapes import Shape, ShapeSet
-from rkif_kernels import FusionInputs, ImportanceInputs, Scores, order_statistic_rank
+from rkif_kernels import FusionInputs, ImportanceInputs, Scores, order_statistic_k
 from rkif_kernels.backends import reference
 from rkif_kernels.backends.reference.select import score_values
 from rkif_kernels.types import CaseWeights
@@ -136,14 +136,14 @@ class Threshold(Operation):
 
     def check(self, run: Callable[..., Any], exact: bool) -> None:
         got = run(self.scores, DENSITY)
-        rank = order_statistic_rank(self.shapes.numel, DENSITY)
+        k = order_statistic_k(self.shapes.numel, DENSITY)
         if exact:
-            expected = exact_threshold(self.scores, rank, got)
+            expected = exact_threshold(self.scores, k, got)
             require_same_bits("threshold", got.reshape(1).to(expected), expected)
         else:
-            # torch.quantile interpolates, at a position that it forms in float32: up to one rank beside.
+            # torch.quantile interpolates, at a position that it forms in float32: up to one place beside.
             below, up_to = rank_range(self.scores, got)
-            assert below - 2 <= rank <= up_to, f"quantile between ranks {below} and {up_to}"
+            assert below - 2 <= k <= up_to, f"quantile between places {below} and {up_to}"
 
 
 class Fuse(Operation):
@@ -165,13 +165,13 @@ class Fuse(Operation):
         for tensor in self.out:
             tensor.fill_(torch.nan)
         stats = self.call(run)
-        rank = order_statistic_rank(self.shapes.numel, DENSITY)
+        k = order_statistic_k(self.shapes.numel, DENSITY)
         sides = (self.inner_scores, self.outer_scores)
         if exact:
             found = [t.reshape(1) for t in stats.thresholds]
         else:
-            found = [all_scores(scores).kthvalue(rank + 1).values.reshape(1) for scores in sides]
-        limits = [exact_threshold(scores, rank, t) for scores, t in zip(sides, found, strict=True)]
+            found = [all_scores(scores).kthvalue(k + 1).values.reshape(1) for scores in sides]
+        limits = [exact_threshold(scores, k, t) for scores, t in zip(sides, found, strict=True)]
         for side, got, expected in zip(("inner", "outer"), found, limits, strict=True):
             require_same_bits(f"{side} threshold", got, expected)
         # Where a quantile replaces the order statistic, the scores between the two may go either way.

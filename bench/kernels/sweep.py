@@ -22,7 +22,7 @@ from rkif_kernels import (
     ImportanceInputs,
     Scores,
     fuse_,
-    order_statistic_rank,
+    order_statistic_k,
     score_thresholds,
     select_and_fuse_,
     update_importance_,
@@ -277,8 +277,8 @@ def _expected_thresholds(case: Case, scores: Scores) -> Tensor:
         [scores.sensitivity[index] for index in filled],
         [scores.uncertainty[index] for index in filled] if scores.uncertainty is not None else None,
     )
-    ranks = [order_statistic_rank(size, case.density) for size in groups if size]
-    found = reference.score_thresholds(kept, ranks=ranks, per_tensor=per_tensor)
+    ks = [order_statistic_k(size, case.density) for size in groups if size]
+    found = reference.score_thresholds(kept, ks=ks, per_tensor=per_tensor)
     expected = torch.full((len(groups),), torch.inf)
     expected[[index for index, size in enumerate(groups) if size]] = found
     return expected

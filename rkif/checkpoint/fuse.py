@@ -305,8 +305,9 @@ class _Fusion:
         else:
             for tile in tiles(chunk, rows, targets, self._plan.tile, self._names):
                 scores = scores_of(self._method, tile)
-                if tile.importance is not None and self._method.rank(2) is None and not all(map(fit, scores)):
-                    raise unfit(self._tensors, tile)  # no scan has looked at them
+                scanned = tile.importance is None or self._method.threshold_k(2) is not None
+                if not scanned and not all(map(fit, scores)):
+                    raise unfit(self._tensors, tile)
                 stats = self._method.fuse(tile, scores, self._known)
                 squared = stats.squared_norms.tolist()
                 if not all(map(math.isfinite, squared)):  # nor is an input, or a result

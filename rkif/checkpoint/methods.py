@@ -52,7 +52,7 @@ class Method(Protocol):
     @property
     def outer_from(self) -> OuterFrom: ...
 
-    def rank(self, numel: int) -> int | None:
+    def threshold_k(self, numel: int) -> int | None:
         """The order statistic that is the threshold among so many scores; None for no search."""
 
     def fuse(self, tile: Tile, scores: tuple[Scores, Scores], known: Known) -> FuseStats:
@@ -88,10 +88,10 @@ class RecurrentKIF:
         require_choice("scope", self.scope, get_args(Scope))
         require_choice("outer_from", self.outer_from, get_args(OuterFrom))
 
-    def rank(self, numel: int) -> int | None:
+    def threshold_k(self, numel: int) -> int | None:
         if self.density in (0, 1):
             return None
-        return rkif_kernels.order_statistic_rank(numel, self.density)
+        return rkif_kernels.order_statistic_k(numel, self.density)
 
     def fuse(self, tile: Tile, scores: tuple[Scores, Scores], known: Known) -> FuseStats:
         assert known.thresholds is not None
@@ -148,7 +148,7 @@ class TaskArithmetic:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be in [0, 2^64); got {self.seed}")
 
-    def rank(self, numel: int) -> int | None:
+    def threshold_k(self, numel: int) -> int | None:
         if self.sparsification != "magnitude" or self.density in (0, 1):
             return None
         return numel - max(1, int(Fraction(str(self.density)) * numel)) - 1
@@ -241,7 +241,7 @@ class Linear:
         if self.normalize and sum(self.weight) == 0:
             raise ValueError(f"weight must not sum to zero if it is normalized; got {self.weight}")
 
-    def rank(self, numel: int) -> int | None:
+    def threshold_k(self, numel: int) -> int | None:
         return None
 
     def fuse(self, tile: Tile, scores: tuple[Scores, Scores], known: Known) -> FuseStats:

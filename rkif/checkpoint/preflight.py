@@ -406,7 +406,7 @@ def _require_space(request: Request, written: int, problems: list[str]) -> None:
 
 def _scanned(method: Method, checkpoints: Mapping[str, Checkpoint], whole: int) -> int:
     """Bytes that are read before the fusion, with the usual luck."""
-    if method.rank(2) is not None:
+    if method.threshold_k(2) is not None:
         scores = [checkpoint for argument, checkpoint in checkpoints.items() if argument.startswith("--")]
         if scores:
             return sum(entry.nbytes for checkpoint in scores for entry in checkpoint.tensors.values())

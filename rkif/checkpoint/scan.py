@@ -64,7 +64,7 @@ def make_scan(
         own: the chunks that this process goes over.
         ranks: the processes; what each finds is brought together at the end of a pass, or in :meth:`known`.
     """
-    if method.scope == "global" and method.rank(2) is not None:
+    if method.scope == "global" and method.threshold_k(2) is not None:
         numel = sum(tensor.target.numel for tensor in tensors if tensor.fused)
         return GlobalThresholds(method, numel, own, guess, ranks)
     if method.scope is not None:
@@ -101,8 +101,8 @@ class Nothing:
 class _Searches:
     """Two order statistics, inner and outer, from counts."""
 
-    def __init__(self, ranks: int, guesses: Sequence[tuple[float, float] | None]) -> None:
-        self._searches = [CountingSearch(ranks, guess) for guess in guesses]
+    def __init__(self, k: int, guesses: Sequence[tuple[float, float] | None]) -> None:
+        self._searches = [CountingSearch(k, guess) for guess in guesses]
         self._begin()
 
     def _begin(self) -> None:
@@ -145,10 +145,10 @@ class GlobalThresholds:
     """One threshold a side, over all tensors."""
 
     def __init__(self, method: Method, numel: int, own: range, guess: Guess, ranks: Ranks) -> None:
-        rank = method.rank(numel)
-        assert rank is not None
+        k = method.threshold_k(numel)
+        assert k is not None
         self._own, self._ranks = own, ranks
-        self._searches = _Searches(rank, guess())
+        self._searches = _Searches(k, guess())
         self.passes = 0
 
     def next_pass(self) -> range | None:
@@ -187,7 +187,7 @@ class TensorThresholds:
         ranks: Ranks,
     ) -> None:
         self._method, self._tensors, self._chunks, self._ranks = method, tensors, chunks, ranks
-        searched = method.rank(2) is not None
+        searched = method.threshold_k(2) is not None
         trivial = EVERYTHING if method.density == 1 else NOTHING
         size = len(tensors) if method.scope == "tensor" else 1
         self._thresholds = torch.full((2, size), NOTHING if searched else trivial)
@@ -198,17 +198,17 @@ class TensorThresholds:
         self._at = run
         self._searches = None
         if run < len(self._runs) and len(self._runs[run]) > 1:
-            self._searches = _Searches(self._rank(self._large), (None, None))
+            self._searches = _Searches(self._k(self._large), (None, None))
 
     @property
     def _large(self) -> int:
         """The tensor that the run's chunks are parts of."""
         return self._chunks[self._runs[self._at].start][0].tensor
 
-    def _rank(self, tensor: int) -> int:
-        rank = self._method.rank(self._tensors[tensor].target.numel)
-        assert rank is not None
-        return rank
+    def _k(self, tensor: int) -> int:
+        k = self._method.threshold_k(self._tensors[tensor].target.numel)
+        assert k is not None
+        return k
 
     def next_pass(self) -> range | None:
         return self._runs[self._at] if self._at < len(self._runs) else None
@@ -221,15 +221,13 @@ class TensorThresholds:
         if self._searches is not None:
             return self._searches.count(scores)
         numbers = list(tile.tensors)
-        ranks = [self._rank(number) for number in numbers]
+        ks = [self._k(number) for number in numbers]
         for side, values in enumerate(scores):
             if not fit(values):
                 return False
-            found = rkif_kernels.scores_at_ranks(
-                values, ranks=[max(r, 0) for r in ranks], scope="tensor"
-            ).cpu()
-            # What has a rank below the first score keeps all of them.
-            self._thresholds[side, numbers] = torch.where(torch.tensor(ranks) < 0, EVERYTHING, found)
+            found = rkif_kernels.kth_scores(values, ks=[max(k, 0) for k in ks], scope="tensor").cpu()
+            # A k below the first score keeps all of them.
+            self._thresholds[side, numbers] = torch.where(torch.tensor(ks) < 0, EVERYTHING, found)
         return True
 
     def end_pass(self) -> None:

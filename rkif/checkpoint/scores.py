@@ -68,8 +68,8 @@ def guess_thresholds(
     fused = [number for number, tensor in enumerate(tensors) if tensor.fused and tensor.target.numel]
     ends = list(accumulate(tensors[number].target.numel for number in fused))
     numel = ends[-1]
-    rank = method.rank(numel)
-    assert rank is not None
+    k = method.threshold_k(numel)
+    assert k is not None
     reader = Reader()
     picked: tuple[list[Tensor], list[Tensor]] = ([], [])
     try:
@@ -84,7 +84,7 @@ def guess_thresholds(
                 found.append(scores.values(0))
     finally:
         reader.close()
-    inner, outer = (_bracket(torch.cat(found), rank / max(numel - 1, 1)) for found in picked)
+    inner, outer = (_bracket(torch.cat(found), k / max(numel - 1, 1)) for found in picked)
     return inner, outer
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import rkif_kernels
 from rkif.distributed.process_group import Ranks
-from rkif_kernels import CountingSearch, Scope, Scores, order_statistic_rank
+from rkif_kernels import CountingSearch, Scope, Scores, order_statistic_k
 
 # Scores that all ranks together send. A quantile is then known to about a thousandth, which is a window of a
 # few per cent of its value: as many bytes of counts as of samples. Fewer scores than that are all sent.
@@ -49,19 +49,18 @@ def sharded_thresholds(
 
 def _global(scores: Scores, sizes: Sequence[int], density: float, ranks: Ranks) -> list[float]:
     numel = sum(sizes)
-    rank = order_statistic_rank(numel, density)
+    k = order_statistic_k(numel, density)
     sample = _gathered_sample(scores, -(-numel // SAMPLE), ranks)
     if numel <= SAMPLE:
-        return [float(np.partition(sample, rank)[rank])]
-    search = CountingSearch(rank, _bracket(sample, rank / (numel - 1)))
+        return [float(np.partition(sample, k)[k])]
+    search = CountingSearch(k, _bracket(sample, k / (numel - 1)))
     _count_until_done([(search, scores)], ranks)
     return [search.value]
 
 
 def _of_tensors(scores: Scores, sizes: Sequence[int], density: float, ranks: Ranks) -> list[float]:
     searches = [
-        CountingSearch(order_statistic_rank(size, density), bins=TENSOR_BINS) if size else None
-        for size in sizes
+        CountingSearch(order_statistic_k(size, density), bins=TENSOR_BINS) if size else None for size in sizes
     ]
     _count_until_done(
         [(search, scores.subset([index])) for index, search in enumerate(searches) if search is not None],

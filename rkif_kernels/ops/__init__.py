@@ -5,20 +5,20 @@ from rkif_kernels.ops.importance import update_importance_
 from rkif_kernels.ops.select import (
     all_valid_scores,
     count_scores_,
-    order_statistic_rank,
+    kth_scores,
+    order_statistic_k,
     sample_scores,
     score_thresholds,
-    scores_at_ranks,
 )
 
 __all__ = [
     "all_valid_scores",
     "count_scores_",
     "fuse_",
-    "order_statistic_rank",
+    "kth_scores",
+    "order_statistic_k",
     "sample_scores",
     "score_thresholds",
-    "scores_at_ranks",
     "select_and_fuse_",
     "update_importance_",
 ]

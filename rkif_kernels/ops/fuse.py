@@ -18,7 +18,7 @@ from rkif_kernels.checks import (
     require_weights,
     require_writable,
 )
-from rkif_kernels.ops.select import order_statistic_rank, score_thresholds
+from rkif_kernels.ops.select import order_statistic_k, score_thresholds
 from rkif_kernels.types import CASES, Backend, CaseWeights, FuseStats, FusionInputs, OuterFrom, Scope, Scores
 
 _validated = ValidatedLists()
@@ -115,7 +115,7 @@ def select_and_fuse_(
     if hasattr(module, "select_and_fuse_") and scope == "global" and 0 < density < 1 and numel and apart:
         with torch.no_grad(), on_device(device):
             stats: FuseStats = module.select_and_fuse_(
-                inputs, rank=order_statistic_rank(numel, density), weights=weights, outer_from=outer_from
+                inputs, k=order_statistic_k(numel, density), weights=weights, outer_from=outer_from
             )
         return stats
     inner_threshold, outer_threshold = (

@@ -17,10 +17,10 @@ from rkif_kernels.types import Backend, Scope, Scores
 _validated = ValidatedLists()
 
 
-def order_statistic_rank(numel: int, density: float) -> int:
+def order_statistic_k(numel: int, density: float) -> int:
     """``floor((1 - density) * (numel - 1))``, exact on the decimal value of the density.
 
-    The threshold is the score of this rank, counted from 0 in ascending order. In float arithmetic
+    The threshold is the ``k``-th smallest score, counted from 0. In float arithmetic
     ``(1 - 0.2) * 10`` is 8 only by luck; read as the decimal it was written as, 0.2 is one fifth.
     """
     return int((1 - Fraction(str(density))) * (numel - 1))
@@ -114,7 +114,7 @@ def score_thresholds(
 ) -> Tensor:
     """The exact threshold above which the fraction ``density`` of the scores lies.
 
-    With n scores the threshold is the order statistic of rank ``floor((1-density)*(n-1))``; the mask it
+    With n scores the threshold is the ``k``-th smallest, ``k = floor((1-density)*(n-1))`` from 0; the mask it
     stands for is ``score > threshold``, so ties at the threshold are left out and the mask does not depend
     on the order or the splitting of the tensors. ``density=1`` gives -inf and ``density=0`` gives inf,
     without reading the scores.
@@ -151,46 +151,46 @@ def score_thresholds(
     # An empty tensor has no order statistic; leaving it out keeps every group of the others non-empty.
     filled = [index for index, size in enumerate(sizes) if size > 0]
     kept = scores.subset(filled)
-    ranks = [
-        order_statistic_rank(numel, density)
+    ks = [
+        order_statistic_k(numel, density)
         for numel in ([sizes[index] for index in filled] if per_tensor else [sum(sizes)])
     ]
-    found = scores_at_ranks(kept, ranks=ranks, scope=scope, names=names, backend=backend)
+    found = kth_scores(kept, ks=ks, scope=scope, names=names, backend=backend)
     if per_tensor and len(filled) < len(sizes):
         rest = iter(torch.split(found, 1))  # no index is sent to the device, which may be capturing a graph
         return torch.cat([next(rest) if size else thresholds[:1] for size in sizes])
     return found
 
 
-def scores_at_ranks(
+def kth_scores(
     scores: Scores,
     *,
-    ranks: Sequence[int],
+    ks: Sequence[int],
     scope: Scope = "global",
     names: Sequence[str] | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """The scores of the given ranks, counted from 0 in ascending order: one of all, or one of each tensor.
+    """The k-th smallest score, counted from 0: one of all scores, or one of each tensor.
 
     Args:
         scores, scope, names, backend: as for :func:`score_thresholds`; no tensor may be empty.
-        ranks: one rank below the number of scores, or one for each tensor under scope="tensor".
+        ks: one ``k`` below the number of scores, or one for each tensor under scope="tensor".
 
     Returns:
-        float32 [len(ranks)] on the device of the scores.
+        float32 [len(ks)] on the device of the scores.
 
     Raises:
-        TypeError, ValueError: for tensors that do not fit together, or a rank that there is not.
+        TypeError, ValueError: for tensors that do not fit together, or a k that is out of range.
     """
     device = _require_scores(scores, names)
     require_choice("scope", scope, get_args(Scope))
     sizes = [tensor.numel() for tensor in scores.sensitivity]
     groups = sizes if scope == "tensor" else [sum(sizes)]
-    if len(ranks) != len(groups) or not all(0 <= r < size for r, size in zip(ranks, groups, strict=True)):
-        raise ValueError(f"ranks must be {len(groups)}, each from 0 to below {groups[:3]}...; got {ranks}")
+    if len(ks) != len(groups) or not all(0 <= r < size for r, size in zip(ks, groups, strict=True)):
+        raise ValueError(f"ks must be {len(groups)}, each from 0 to below {groups[:3]}...; got {ks}")
     with torch.no_grad(), on_device(device):
         found: Tensor = implementation(device, backend).score_thresholds(
-            scores, ranks=ranks, per_tensor=scope == "tensor"
+            scores, ks=ks, per_tensor=scope == "tensor"
         )
     return found
 

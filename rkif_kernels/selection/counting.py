@@ -2,7 +2,7 @@
 
 A float's bit pattern orders like its value, so the search narrows an interval of patterns ("keys"). Each pass
 counts all scores in a window of the interval, one bin a key where the window is narrow enough; the bin that
-the rank falls into is the next interval. Counts add up, so a pass may go over chunks of a file or over
+holds the k-th score is the next interval. Counts add up, so a pass may go over chunks of a file or over
 several machines, in any order, and its memory does not depend on how many scores there are, or are equal.
 """
 
@@ -26,18 +26,18 @@ class Window(NamedTuple):
 
 
 class CountingSearch:
-    """Finds the ``rank``-th smallest score: while not :attr:`done`, count in :attr:`window`, :meth:`narrow`.
+    """Finds the ``k``-th smallest score: while not :attr:`done`, count in :attr:`window`, :meth:`narrow`.
 
     It ends after one pass where the guess holds the answer in at most BINS keys, and after three at worst.
 
     Args:
-        rank: from 0, below the number of scores.
+        k: from 0, below the number of scores.
         guess: two scores between which the answer probably lies, if any are known.
         bins: at most so many in a window, a power of two; 2^11 end after three passes, too.
     """
 
-    def __init__(self, rank: int, guess: tuple[float, float] | None = None, bins: int = BINS) -> None:
-        self.rank = rank
+    def __init__(self, k: int, guess: tuple[float, float] | None = None, bins: int = BINS) -> None:
+        self.k = k
         self._bins = bins
         self._low, self._high = 0, KEYS
         first, last = (_key(score) for score in guess) if guess else (0, KEYS - 1)
@@ -55,7 +55,7 @@ class CountingSearch:
     def narrow(self, counts: npt.NDArray[np.int64]) -> None:
         """Take the counts of all scores in :attr:`window`, from :func:`rkif_kernels.count_scores_`."""
         low, shift, bins = self.window
-        bin_ = int(np.searchsorted(np.cumsum(counts), self.rank, side="right")) - 1  # -1: below the window
+        bin_ = int(np.searchsorted(np.cumsum(counts), self.k, side="right")) - 1  # -1: below the window
         if bin_ >= 0:
             self._low = max(self._low, low + (bin_ << shift))
         if bin_ < bins:
@@ -64,7 +64,7 @@ class CountingSearch:
 
     def state(self) -> list[int]:
         """What :meth:`restored` needs."""
-        return [self.rank, self._low, self._high, *self.window]
+        return [self.k, self._low, self._high, *self.window]
 
     @classmethod
     def restored(cls, state: list[int]) -> CountingSearch:

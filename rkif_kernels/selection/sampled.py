@@ -1,6 +1,6 @@
 """Exact order statistics of scores that are spread over many tensors, in constant memory.
 
-A sample proposes a narrow bracket around the wanted rank. One pass counts what lies on either side of it
+A sample proposes a narrow bracket around the k-th score. One pass counts what lies on either side of it
 and collects what lies inside; the counts prove whether the bracket was right. If it was, the answer is an
 order statistic of the few collected scores. If not, the search goes on in the part that the counts point to,
 at worst by bisection of the float's bit pattern: a bad sample costs a pass, never exactness.
@@ -53,10 +53,10 @@ class Reader(Protocol):
         ...
 
 
-def score_thresholds(scores: Scores, *, ranks: Sequence[int], per_tensor: bool, read: Reader) -> Tensor:
-    """One order statistic for each group of scores; ``ranks`` holds one rank a group, from 0."""
-    groups = [scores.subset([index]) for index in range(len(ranks))] if per_tensor else [scores]
-    found = [_order_statistic(group, rank, read) for group, rank in zip(groups, ranks, strict=True)]
+def score_thresholds(scores: Scores, *, ks: Sequence[int], per_tensor: bool, read: Reader) -> Tensor:
+    """One order statistic for each group of scores; one ``k`` a group, from 0."""
+    groups = [scores.subset([index]) for index in range(len(ks))] if per_tensor else [scores]
+    found = [_order_statistic(group, k, read) for group, k in zip(groups, ks, strict=True)]
     return torch.tensor(found, dtype=torch.float32, device=scores.device)
 
 
@@ -69,10 +69,10 @@ def sample_scores(scores: Scores, step: int) -> Tensor:
     return torch.cat(picked)
 
 
-def _order_statistic(scores: Scores, rank: int, read: Reader) -> float:
+def _order_statistic(scores: Scores, k: int, read: Reader) -> float:
     numel = scores.numel
     if numel <= SMALL:
-        return _kth(read.sample(scores, 1), rank)
+        return _kth(read.sample(scores, 1), k)
 
     size = min(max(numel >> SAMPLE_SHIFT, SAMPLE_LEAST), SAMPLE_MOST)
     sample = _positive(read.sample(scores, -(-numel // size))).view(torch.int32).sort().values
@@ -82,25 +82,25 @@ def _order_statistic(scores: Scores, rank: int, read: Reader) -> float:
         if low >= 0 and before - below <= SHORT:
             lo, hi = low, high
         elif passes < SAMPLED_PASSES:
-            lo, hi = _bracket(sample, low, high, (rank - below) / (before - below))
+            lo, hi = _bracket(sample, low, high, (k - below) / (before - below))
         else:
             lo = hi = _middle(low, high)
         above, reached, between = read.split(scores, _value(lo), _value(hi), SHORT)
         up_to_lo, before_hi = numel - above, numel - reached
         passes += 1
         # Each outcome leaves fewer keys: lo and hi lie inside, and where they are one key it is excluded.
-        if lo == hi and before_hi <= rank < up_to_lo:
+        if lo == hi and before_hi <= k < up_to_lo:
             return _value(lo)
-        if lo == hi and rank < before_hi:
+        if lo == hi and k < before_hi:
             high, before = lo, before_hi
         elif lo == hi:
             low, below = hi, up_to_lo
-        elif rank < up_to_lo:
+        elif k < up_to_lo:
             high, before = lo + 1, up_to_lo
-        elif rank >= before_hi:
+        elif k >= before_hi:
             low, below = hi - 1, before_hi
         elif between is not None:
-            return _kth(between, rank - up_to_lo)
+            return _kth(between, k - up_to_lo)
         else:
             low, high, below, before = lo, hi, up_to_lo, before_hi
     return _value(low + 1)
@@ -121,9 +121,9 @@ def _middle(low: int, high: int) -> int:
     return (low + high) // 2
 
 
-def _kth(values: Tensor, rank: int) -> float:
+def _kth(values: Tensor, k: int) -> float:
     # NumPy's partition is several times faster than PyTorch's kthvalue.
-    return float(np.partition(_positive(values).cpu().numpy(), rank)[rank])
+    return float(np.partition(_positive(values).cpu().numpy(), k)[k])
 
 
 def _positive(values: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from rkif_kernels.backends import reference
 from rkif_kernels.selection.counting import BINS, KEYS, CountingSearch
 
 
-def search(scores: list[torch.Tensor], rank: int, guess: tuple[float, float] | None) -> tuple[float, int]:
+def search(scores: list[torch.Tensor], k: int, guess: tuple[float, float] | None) -> tuple[float, int]:
     """The order statistic, and how many passes over the tensors it took."""
-    found, passes = CountingSearch(rank, guess), 0
+    found, passes = CountingSearch(k, guess), 0
     while not found.done:
         low, shift, bins = found.window
         assert bins <= BINS
@@ -38,9 +38,9 @@ def search(scores: list[torch.Tensor], rank: int, guess: tuple[float, float] | N
 def test_search_is_exact_whatever_the_guess(name: str, guess: tuple[float, float] | None) -> None:
     scores = hostile(700)[name]
     ordered = scores.sort().values
-    for rank in (0, 1, 350, 559, 698, 699):
-        value, passes = search([scores[:300], scores[300:]], rank, guess)
-        assert value == ordered[rank].item()
+    for k in (0, 1, 350, 559, 698, 699):
+        value, passes = search([scores[:300], scores[300:]], k, guess)
+        assert value == ordered[k].item()
         assert passes <= 3
 
 
@@ -59,9 +59,9 @@ def test_a_good_guess_needs_one_pass() -> None:
     st.tuples(st.floats(0, width=32, allow_nan=False), st.floats(0, width=32, allow_nan=False)).map(sorted),
 )
 def test_search_anywhere(values: list[float], fraction: float, guess: list[float]) -> None:
-    rank = int(fraction * (len(values) - 1))
-    value, passes = search([torch.tensor(values)], rank, (guess[0], guess[1]))
-    assert value == sorted(values)[rank]
+    k = int(fraction * (len(values) - 1))
+    value, passes = search([torch.tensor(values)], k, (guess[0], guess[1]))
+    assert value == sorted(values)[k]
     assert passes <= 3
 
 
@@ -116,17 +116,17 @@ def test_what_does_not_fit_together_is_refused() -> None:
     st.integers(0, 59),
     st.sampled_from([1 << 11, 1 << 15]),
 )
-def test_few_bins_find_the_same_in_three_passes(values: list[float], rank: int, bins: int) -> None:
+def test_few_bins_find_the_same_in_three_passes(values: list[float], k: int, bins: int) -> None:
     scores = torch.tensor(values, dtype=torch.float32)
-    rank %= len(values)
-    search, passes = CountingSearch(rank, bins=bins), 0
+    k %= len(values)
+    search, passes = CountingSearch(k, bins=bins), 0
     while not search.done:
         counts = torch.zeros(search.window.bins + 3, dtype=torch.int64)
         assert search.window.bins <= bins
         rkif_kernels.count_scores_(counts, Scores([scores]), low=search.window.low, shift=search.window.shift)
         search.narrow(counts.numpy())
         passes += 1
-    assert search.value == scores.sort().values[rank]
+    assert search.value == scores.sort().values[k]
     assert passes <= 3
 
 

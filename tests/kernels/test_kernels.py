@@ -131,16 +131,16 @@ def test_update_importance_anywhere(
     check_update(implementation, params, grads, s, u, order, beta1, beta2)
 
 
-def check_thresholds(implementation: Any, scores: Scores, ranks: list[int], per_tensor: bool) -> Tensor:
-    expected = reference.score_thresholds(scores, ranks=ranks, per_tensor=per_tensor)
+def check_thresholds(implementation: Any, scores: Scores, ks: list[int], per_tensor: bool) -> Tensor:
+    expected = reference.score_thresholds(scores, ks=ks, per_tensor=per_tensor)
     device = implementation.device
-    got = implementation.score_thresholds(scores_on(device, scores), ranks=ranks, per_tensor=per_tensor)
+    got = implementation.score_thresholds(scores_on(device, scores), ks=ks, per_tensor=per_tensor)
     assert got.dtype == torch.float32
     assert torch.equal(got.cpu(), expected)
     return expected
 
 
-def ranks_of_interest(numel: int) -> set[int]:
+def ks_of_interest(numel: int) -> set[int]:
     return {0, min(1, numel - 1), numel // 2, int(0.8 * (numel - 1)), max(numel - 2, 0), numel - 1}
 
 
@@ -150,37 +150,37 @@ def test_global_threshold(implementation: Any, sizes: list[int], with_uncertaint
     sizes = [size for size in sizes if size]
     u = positive(sizes, torch.float32, 1) if with_uncertainty else None
     scores = Scores(positive(sizes, torch.float32, 0), u)
-    for rank in ranks_of_interest(sum(sizes)):
-        check_thresholds(implementation, scores, [rank], per_tensor=False)
+    for k in ks_of_interest(sum(sizes)):
+        check_thresholds(implementation, scores, [k], per_tensor=False)
 
 
 @pytest.mark.parametrize("dtypes", list(itertools.product(PARAMETER_DTYPES, repeat=2)), ids=str)
 def test_threshold_of_magnitudes(implementation: Any, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     sizes = [CHUNK + 3, 1, 40]
     scores = magnitudes(normal(sizes, dtypes[0], 0), normal(sizes, dtypes[1], 1))
-    for rank in ranks_of_interest(sum(sizes)):
-        found = check_thresholds(implementation, scores, [rank], per_tensor=False)
+    for k in ks_of_interest(sum(sizes)):
+        found = check_thresholds(implementation, scores, [k], per_tensor=False)
         distances = [
             (a.float() - b.float()).abs() for a, b in zip(scores.sensitivity, scores.uncertainty, strict=True)
         ]
-        assert found.item() == torch.cat(distances).sort().values[rank].item()
+        assert found.item() == torch.cat(distances).sort().values[k].item()
     check_thresholds(implementation, scores, [CHUNK // 2, 0, 30], per_tensor=True)
 
 
 def test_thresholds_of_each_tensor(implementation: Any) -> None:
     sizes = [1, 40, CHUNK + 1, 2 * CHUNK]
     scores = Scores(positive(sizes, torch.float32, 0), positive(sizes, torch.bfloat16, 1))
-    for pick in (min, max, lambda ranks: sorted(ranks)[len(ranks) // 2]):
-        check_thresholds(implementation, scores, [pick(ranks_of_interest(n)) for n in sizes], per_tensor=True)
+    for pick in (min, max, lambda ks: sorted(ks)[len(ks) // 2]):
+        check_thresholds(implementation, scores, [pick(ks_of_interest(n)) for n in sizes], per_tensor=True)
 
 
 def test_tensors_of_other_dtypes_keep_their_own_threshold(implementation: Any) -> None:
-    """Tensors are grouped by dtype for a launch; each must still find its own rank and its own threshold."""
+    """Tensors are grouped by dtype for a launch; each must still find its own k and its own threshold."""
     sizes = [CHUNK + 5, 30, CHUNK, 7, 60]
     dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float16, torch.bfloat16]
     scores = Scores([positive([n], d, i)[0] for i, (n, d) in enumerate(zip(sizes, dtypes, strict=True))])
-    ranks = [int(0.1 * (i + 1) * (n - 1)) for i, n in enumerate(sizes)]
-    limits = check_thresholds(implementation, scores, ranks, per_tensor=True)
+    ks = [int(0.1 * (i + 1) * (n - 1)) for i, n in enumerate(sizes)]
+    limits = check_thresholds(implementation, scores, ks, per_tensor=True)
     assert len(set(limits.tolist())) == 5
     arguments = fuse_arguments(sizes)
     for index, dtype in enumerate(dtypes):
@@ -192,8 +192,8 @@ def test_tensors_of_other_dtypes_keep_their_own_threshold(implementation: Any) -
 @pytest.mark.parametrize("name", hostile(4).keys())
 def test_threshold_of_hostile_scores(implementation: Any, name: str) -> None:
     scores = hostile(2 * CHUNK + 9)[name]
-    for rank in ranks_of_interest(scores.numel()):
-        check_thresholds(implementation, Scores([scores]), [rank], per_tensor=False)
+    for k in ks_of_interest(scores.numel()):
+        check_thresholds(implementation, Scores([scores]), [k], per_tensor=False)
 
 
 @pytest.mark.parametrize("dtype", PARAMETER_DTYPES, ids=str)
@@ -212,10 +212,10 @@ def test_threshold_without_any_luck_in_the_sample(monkeypatch: pytest.MonkeyPatc
     split = reader.split
     monkeypatch.setattr(reader, "split", lambda *a: passes.append(a) or split(*a))
     scores = hostile(300)[name]
-    for rank in ranks_of_interest(300):
+    for k in ks_of_interest(300):
         passes.clear()
-        found = torch_backend.score_thresholds(Scores([scores]), ranks=[rank], per_tensor=False)
-        assert found.item() == scores.sort().values[rank].item()
+        found = torch_backend.score_thresholds(Scores([scores]), ks=[k], per_tensor=False)
+        assert found.item() == scores.sort().values[k].item()
         assert len(passes) <= 32
 
 
@@ -250,8 +250,8 @@ def test_a_product_that_is_not_a_number_counts_as_zero(implementation: Any) -> N
     s = torch.ones(CHUNK)
     u = torch.ones(CHUNK)
     s[: CHUNK // 2], u[: CHUNK // 2] = torch.inf, 0.0
-    for rank, value in ((CHUNK // 2 - 1, 0.0), (CHUNK // 2, 1.0)):
-        assert check_thresholds(implementation, Scores([s], [u]), [rank], per_tensor=False).item() == value
+    for k, value in ((CHUNK // 2 - 1, 0.0), (CHUNK // 2, 1.0)):
+        assert check_thresholds(implementation, Scores([s], [u]), [k], per_tensor=False).item() == value
 
 
 @settings(max_examples=30)
@@ -272,8 +272,8 @@ def test_threshold_anywhere(implementation: Any, groups: list[list[float]], frac
     scores = Scores([torch.tensor(group) for group in groups])
     numel = sum(map(len, groups))
     check_thresholds(implementation, scores, [int(fraction * (numel - 1))], per_tensor=False)
-    ranks = [int(fraction * (len(group) - 1)) for group in groups]
-    check_thresholds(implementation, scores, ranks, per_tensor=True)
+    ks = [int(fraction * (len(group) - 1)) for group in groups]
+    check_thresholds(implementation, scores, ks, per_tensor=True)
 
 
 def check_fuse(
@@ -450,14 +450,14 @@ def test_splitting_tensors_changes_nothing(
     numel = sum(sizes) + 1
     whole = {name: torch.cat(normal([numel], torch.float32, seed + i)) for i, name in enumerate("bio")}
     s = torch.rand(numel, generator=torch.Generator().manual_seed(seed))
-    rank = data.draw(st.integers(0, numel - 1))
+    k = data.draw(st.integers(0, numel - 1))
     device = implementation.device
     results = []
     for cut in ([numel], [*sizes, 1]):
         parts = {name: on(device, tensor.split(cut)) for name, tensor in whole.items()}
         scores = Scores(list(on(device, s.split(cut))))
         kept = Scores([part for part in scores.sensitivity if part.numel()])
-        threshold = implementation.score_thresholds(kept, ranks=[rank], per_tensor=False)
+        threshold = implementation.score_thresholds(kept, ks=[k], per_tensor=False)
         out = [torch.empty_like(part) for part in parts["b"]]
         stats = implementation.fuse_(
             FusionInputs(out, *parts.values(), scores, scores),

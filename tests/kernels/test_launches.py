@@ -92,15 +92,15 @@ def everything(a: dict[str, Any]) -> None:
     )
     numel = sum(t.numel() for t in s)
     filled = Scores([t for t in s if t.numel()])
-    kernels.score_thresholds(filled, ranks=[numel // 2], per_tensor=False, config=CONFIG)
+    kernels.score_thresholds(filled, ks=[numel // 2], per_tensor=False, config=CONFIG)
     kernels.score_thresholds(
-        filled, ranks=[t.numel() // 2 for t in filled.sensitivity], per_tensor=True, config=CONFIG
+        filled, ks=[t.numel() // 2 for t in filled.sensitivity], per_tensor=True, config=CONFIG
     )
     limits = (torch.zeros(1, device=DEVICE),) * 2
     kernels.fuse_(FusionInputs(*a.values()), thresholds=limits, config=CONFIG, **RULE)
     for bracketing in (SMALL, BRACKETING):
         kernels.select_and_fuse_(
-            FusionInputs(*a.values()), rank=numel // 2, config=CONFIG, bracketing=bracketing, **RULE
+            FusionInputs(*a.values()), k=numel // 2, config=CONFIG, bracketing=bracketing, **RULE
         )
     kernels.count_scores_(
         torch.zeros(6, dtype=torch.int64, device=DEVICE), a["s_in"], low=0, shift=9, config=CONFIG
@@ -168,7 +168,7 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [CHUNK + 5, 40]
     base, inner, outer = (normal(sizes, torch.float32, seed) for seed in range(3))
     scores = Scores(positive(sizes, torch.float32, 3), positive(sizes, torch.float32, 4))
-    (limit,) = reference.score_thresholds(scores, ranks=[100], per_tensor=False)
+    (limit,) = reference.score_thresholds(scores, ks=[100], per_tensor=False)
     limits = (limit[None], limit[None])
     expected = [torch.empty_like(b) for b in base]
     reference.fuse_(FusionInputs(expected, base, inner, outer, scores, scores), thresholds=limits, **RULE)
@@ -182,7 +182,7 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "tables", lambda *a, **k: shifted(tables_of(*a, **k)))
     moved = [on(DEVICE, part) for part in (base, inner, outer)]
     there = Scores(on(DEVICE, scores.sensitivity), on(DEVICE, scores.uncertainty))
-    found = kernels.score_thresholds(there, ranks=[100], per_tensor=False, config=CONFIG)
+    found = kernels.score_thresholds(there, ks=[100], per_tensor=False, config=CONFIG)
     assert found.item() == limit.item()
     out = [torch.full_like(b, torch.nan) for b in moved[0]]
     kernels.fuse_(FusionInputs(out, *moved, there, there), thresholds=(found, found), config=CONFIG, **RULE)
@@ -215,7 +215,7 @@ def test_positions_beyond_32_bits_in_a_single_pass(before: int, monkeypatch: pyt
         out = [torch.full_like(b, torch.nan) for b in base]
         stats = kernels.select_and_fuse_(
             FusionInputs(out, base, inner, outer, scores, scores),
-            rank=200,
+            k=200,
             config=CONFIG,
             bracketing=SMALL,
             **RULE,
@@ -277,14 +277,12 @@ def test_more_than_two_to_the_31_elements() -> None:
     )
     s_in, s_out = Scores([s_in.abs_()]), Scores([s_out.abs_()])
     out = torch.full_like(base, torch.nan)
-    rank = int(0.8 * (n - 1))
-    stats = kernels.select_and_fuse_(
-        FusionInputs([out], [base], [inner], [outer], s_in, s_out), rank=rank, **RULE
-    )
+    k = int(0.8 * (n - 1))
+    stats = kernels.select_and_fuse_(FusionInputs([out], [base], [inner], [outer], s_in, s_out), k=k, **RULE)
     for limit, scores in zip(stats.thresholds, (s_in, s_out), strict=True):
         below = sum(int((part.float() < limit).sum()) for part in scores.sensitivity[0].split(1 << 28))
         upto = sum(int((part.float() <= limit).sum()) for part in scores.sensitivity[0].split(1 << 28))
-        assert below <= rank < upto
+        assert below <= k < upto
     for start in (0, n // 2, (1 << 31) - 2048, n - 4096):
         part = slice(start, start + 4096)
         expected = [torch.empty(4096, dtype=torch.bfloat16)]

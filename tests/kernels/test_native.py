@@ -43,11 +43,11 @@ def test_tiles_are_shared_out_among_threads(threads: int, sizes: list[int]) -> N
     assert got.counts.tolist() == wanted.counts.tolist()
     torch.testing.assert_close(got.squared_norms, wanted.squared_norms, rtol=1e-12, atol=0)
 
-    ranks = [int(0.8 * (sum(sizes) - 1))]
+    ks = [int(0.8 * (sum(sizes) - 1))]
     filled = Scores([t for t in s if t.numel()], [t for t in u if t.numel()])
     assert torch.equal(
-        native.score_thresholds(filled, ranks=ranks, per_tensor=False),
-        reference.score_thresholds(filled, ranks=ranks, per_tensor=False),
+        native.score_thresholds(filled, ks=ks, per_tensor=False),
+        reference.score_thresholds(filled, ks=ks, per_tensor=False),
     )
 
     states = [Guarded(s, "cpu"), Guarded(u, "cpu")]

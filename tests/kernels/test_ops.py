@@ -74,8 +74,8 @@ def test_default_launch_at_its_boundaries(backend: str, n: int) -> None:
     if n:
         scores = arguments["inner_scores"]
         found = rkif_kernels.score_thresholds(scores, density=0.2, backend=backend)
-        rank = rkif_kernels.order_statistic_rank(n, 0.2)
-        assert found.item() == scores.sensitivity[0].sort().values[rank].item()
+        k = rkif_kernels.order_statistic_k(n, 0.2)
+        assert found.item() == scores.sensitivity[0].sort().values[k].item()
 
 
 @backends

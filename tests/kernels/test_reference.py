@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkif_kernels import FusionInputs, ImportanceInputs, Scores, order_statistic_rank
+from rkif_kernels import FusionInputs, ImportanceInputs, Scores, order_statistic_k
 from rkif_kernels.backends import reference
 
 finite = st.floats(-1e4, 1e4, width=32)
@@ -89,7 +89,7 @@ def test_bfloat16_state_is_rounded_once_and_uncertainty_sees_the_unrounded_sensi
 
 
 @pytest.mark.parametrize(
-    ("density", "numel", "rank"),
+    ("density", "numel", "k"),
     [
         (0.2, 11, 8),  # (1-0.2)*10 is 8, where float arithmetic may say 7.999...
         (0.2, 1, 0),
@@ -102,8 +102,8 @@ def test_bfloat16_state_is_rounded_once_and_uncertainty_sees_the_unrounded_sensi
         (Fraction(1, 3), 4, 2),
     ],
 )
-def test_rank_is_exact_on_the_decimal_density(density: float, numel: int, rank: int) -> None:
-    assert order_statistic_rank(numel, density) == rank
+def test_k_is_exact_on_the_decimal_density(density: float, numel: int, k: int) -> None:
+    assert order_statistic_k(numel, density) == k
 
 
 @given(st.lists(st.lists(score, min_size=1, max_size=9), min_size=1, max_size=4), st.integers(0, 20))
@@ -111,12 +111,12 @@ def test_threshold_by_sorting_python_floats(groups: list[list[float]], twentieth
     density = Fraction(twentieths, 20)
     scores = Scores([torch.tensor(group) for group in groups])
     flat = sorted(value for group in groups for value in group)
-    rank = int((1 - density) * (len(flat) - 1))
-    found = reference.score_thresholds(scores, ranks=[rank], per_tensor=False)
-    assert found.tolist() == [flat[rank]]
-    ranks = [int((1 - density) * (len(group) - 1)) for group in groups]
-    each = reference.score_thresholds(scores, ranks=ranks, per_tensor=True)
-    assert each.tolist() == [sorted(group)[rank] for group, rank in zip(groups, ranks, strict=True)]
+    k = int((1 - density) * (len(flat) - 1))
+    found = reference.score_thresholds(scores, ks=[k], per_tensor=False)
+    assert found.tolist() == [flat[k]]
+    ks = [int((1 - density) * (len(group) - 1)) for group in groups]
+    each = reference.score_thresholds(scores, ks=ks, per_tensor=True)
+    assert each.tolist() == [sorted(group)[k] for group, k in zip(groups, ks, strict=True)]
 
 
 WEIGHTS = ((1.0, 0.0), (0.0, 1.0), (0.25, 0.5), (2.0, -1.0))

@@ -43,7 +43,7 @@ def check(
     tensors: dict[str, list[Tensor]],
     inner_scores: Scores,
     outer_scores: Scores,
-    rank: int,
+    k: int,
     bracketing: Bracketing = SMALL,
     outer_from: str = "inner",
     out_dtype: torch.dtype | None = None,
@@ -57,7 +57,7 @@ def check(
         )
         for scores in (inner_scores, outer_scores)
     ]
-    limits = tuple(reference.score_thresholds(side, ranks=[rank], per_tensor=False) for side in filled)
+    limits = tuple(reference.score_thresholds(side, ks=[k], per_tensor=False) for side in filled)
     expected = on("cpu", fresh)
     rule = {"weights": RELEASE, "outer_from": outer_from}
     wanted = reference.fuse_(
@@ -73,7 +73,7 @@ def check(
                 for side in (inner_scores, outer_scores)
             ),
         ),
-        rank=rank,
+        k=k,
         config=CONFIG,
         bracketing=bracketing,
         **rule,
@@ -161,8 +161,8 @@ def test_single_pass_of_hostile_scores(inner_name: str) -> None:
     cases = hostile(n)
     names = list(cases)
     other = cases[names[(names.index(inner_name) + 5) % len(names)]]
-    for rank in (0, n // 3, int(0.8 * (n - 1)), n - 1):
-        check(models([n]), Scores([cases[inner_name]]), Scores([other]), rank)
+    for k in (0, n // 3, int(0.8 * (n - 1)), n - 1):
+        check(models([n]), Scores([cases[inner_name]]), Scores([other]), k)
 
 
 def test_ties_at_the_lower_end_need_no_list(fell_back: list[Tensor]) -> None:
@@ -240,10 +240,10 @@ def test_over_one_of_its_inputs_nothing_is_guessed(fell_back: list[Tensor]) -> N
 
 
 def test_a_bracket_is_where_the_sample_says() -> None:
-    """By hand: rank 80 of 101, 25 sampled: centre 19.2, margin 1 * sqrt(.8 * .2 * 25) + 1 = 3."""
-    assert replace(SMALL, sigmas=1.0).sample_ranks(80, 101, 25) == (16, 23)
-    assert replace(SMALL, sigmas=1.0).sample_ranks(0, 101, 25) == (-1, 1)
-    assert replace(SMALL, sigmas=1.0).sample_ranks(100, 101, 25) == (23, -1)
+    """By hand: k 80 of 101, 25 sampled: centre 19.2, margin 1 * sqrt(.8 * .2 * 25) + 1 = 3."""
+    assert replace(SMALL, sigmas=1.0).sample_ks(80, 101, 25) == (16, 23)
+    assert replace(SMALL, sigmas=1.0).sample_ks(0, 101, 25) == (-1, 1)
+    assert replace(SMALL, sigmas=1.0).sample_ks(100, 101, 25) == (23, -1)
     assert BRACKETING.step(64 << 20) == 64
     assert BRACKETING.step(64 << 21) == 128
     # 4 * 3 / 25 of 101 elements lie in the two brackets: 48.48, and half as many again: 72.7.

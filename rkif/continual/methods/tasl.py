@@ -71,5 +71,5 @@ def _normalised(units: Tensor) -> Tensor:
 
 
 def _important(units: Tensor) -> Tensor:
-    rank = rkif_kernels.order_statistic_rank(len(units), SHARE)
-    return units > units.sort().values[rank]
+    k = rkif_kernels.order_statistic_k(len(units), SHARE)
+    return units > units.sort().values[k]

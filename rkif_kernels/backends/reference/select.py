@@ -10,11 +10,11 @@ from torch import Tensor
 from rkif_kernels.types import Scores
 
 
-def score_thresholds(scores: Scores, *, ranks: Sequence[int], per_tensor: bool) -> Tensor:
-    """See :func:`rkif_kernels.ops.score_thresholds`; ``ranks`` holds one rank for each group, from 0."""
+def score_thresholds(scores: Scores, *, ks: Sequence[int], per_tensor: bool) -> Tensor:
+    """See :func:`rkif_kernels.ops.score_thresholds`; one ``k`` for each group, from 0."""
     values = [score.reshape(-1) for score in score_values(scores)]
     groups = values if per_tensor else [torch.cat(values)]
-    return torch.stack([group.sort().values[rank] for group, rank in zip(groups, ranks, strict=True)])
+    return torch.stack([group.sort().values[k] for group, k in zip(groups, ks, strict=True)])
 
 
 def count_scores_(counts: Tensor, scores: Scores, *, low: int, shift: int) -> None:

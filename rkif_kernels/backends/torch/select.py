@@ -12,9 +12,9 @@ from rkif_kernels.selection import sampled as order_statistics
 from rkif_kernels.types import Scores
 
 
-def score_thresholds(scores: Scores, *, ranks: Sequence[int], per_tensor: bool) -> Tensor:
-    """See :func:`rkif_kernels.ops.score_thresholds`; ``ranks`` holds one rank for each group, from 0."""
-    return order_statistics.score_thresholds(scores, ranks=ranks, per_tensor=per_tensor, read=_BlockReader())
+def score_thresholds(scores: Scores, *, ks: Sequence[int], per_tensor: bool) -> Tensor:
+    """See :func:`rkif_kernels.ops.score_thresholds`; one ``k`` for each group, from 0."""
+    return order_statistics.score_thresholds(scores, ks=ks, per_tensor=per_tensor, read=_BlockReader())
 
 
 def all_valid(tensors: Sequence[Tensor]) -> bool:

@@ -64,20 +64,20 @@ class Bracketing:
         """One score is sampled from so many neighbours."""
         return max(self.one_in, -(-numel // self.most))
 
-    def capacity(self, rank: int, numel: int, sampled: int) -> int:
+    def capacity(self, k: int, numel: int, sampled: int) -> int:
         """Elements that can be listed as undecided: both brackets' share of all, and room to spare."""
-        undecided = 2 * 2 * self._margin(rank / max(numel - 1, 1), sampled) / sampled * numel
+        undecided = 2 * 2 * self._margin(k / max(numel - 1, 1), sampled) / sampled * numel
         return min(max(math.ceil(self.room * undecided), 1), numel)
 
-    def sample_ranks(self, rank: int, numel: int, sampled: int) -> tuple[int, int]:
+    def sample_ks(self, k: int, numel: int, sampled: int) -> tuple[int, int]:
         """Ranks in the sample of the bracket's two sides; -1 for one that lies beyond the sample."""
-        fraction = rank / max(numel - 1, 1)
+        fraction = k / max(numel - 1, 1)
         centre, margin = fraction * (sampled - 1), self._margin(fraction, sampled)
         low, high = math.floor(centre - margin), math.ceil(centre + margin)
         return max(low, -1), high if high < sampled else -1
 
     def _margin(self, fraction: float, sampled: int) -> float:
-        """Half-width of a bracket, in ranks of the sample."""
+        """Half-width of a bracket, in places of the sorted sample."""
         return self.sigmas * math.sqrt(fraction * (1 - fraction) * sampled) + 1
 
 

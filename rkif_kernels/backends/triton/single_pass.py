@@ -146,7 +146,7 @@ def _pass_tile(
         place = tl.cumsum(listed.to(tl.int32)) - 1
         keep = listed & (place < capacity - first)
         tl.store(positions_ptr + first + place, position + offsets, mask=keep)
-        # Infinity on a side that is decided: it comes after all that the side's rank can fall on.
+        # Infinity on a side that is decided: it comes after every score that the side's k-th can be.
         tl.store(values_ptr + first + place, tl.where(open_in, score_in, float("inf")), mask=keep)
         tl.store(
             values_ptr + capacity + first + place, tl.where(open_out, score_out, float("inf")), mask=keep
@@ -269,7 +269,7 @@ def _decide_kernel(
     # Tensors
     tally_ptr,
     brackets_ptr,
-    ranks_ptr,
+    ks_ptr,
     thresholds_ptr,
     in_list_ptr,
     in_all_ptr,
@@ -278,22 +278,22 @@ def _decide_kernel(
 ):
     """Where each threshold is to be found: at lo, in the list, or, the brackets having failed, anywhere.
 
-    Writes each side's rank among the listed scores and among all, -1 where it need not be looked for there.
+    Writes each side's k among the listed scores and among all, -1 where it need not be looked for there.
     """
     listed = tl.load(tally_ptr + LISTED)
     failed = listed > capacity
     for side in tl.static_range(2):
-        rank = tl.load(ranks_ptr + side)
+        k = tl.load(ks_ptr + side)
         below = tl.load(tally_ptr + SIDES + 4 * side)
         upto = tl.load(tally_ptr + SIDES + 4 * side + 1)
         inside = tl.load(tally_ptr + SIDES + 4 * side + 2)
-        failed = failed | (rank < below) | (rank >= upto + inside)
+        failed = failed | (k < below) | (k >= upto + inside)
         tl.store(thresholds_ptr + side, tl.load(brackets_ptr + 2 * side))
     for side in tl.static_range(2):
-        rank = tl.load(ranks_ptr + side)
+        k = tl.load(ks_ptr + side)
         upto = tl.load(tally_ptr + SIDES + 4 * side + 1)
-        tl.store(in_list_ptr + side, tl.where(failed | (rank < upto), -1, rank - upto))
-        tl.store(in_all_ptr + side, tl.where(failed, rank, -1))
+        tl.store(in_list_ptr + side, tl.where(failed | (k < upto), -1, k - upto))
+        tl.store(in_all_ptr + side, tl.where(failed, k, -1))
     tl.store(tally_ptr + LENGTH, tl.where(failed, 0, listed))
     tl.store(tally_ptr + FAILED, failed.to(tl.int64))
     for case in tl.static_range(4):  # the second fusion counts again
@@ -363,7 +363,7 @@ def _fix_up_kernel(
 def select_and_fuse_(
     inputs: FusionInputs,
     *,
-    rank: int,
+    k: int,
     weights: CaseWeights,
     outer_from: OuterFrom,
     config: LaunchConfig = FUSE,
@@ -371,7 +371,7 @@ def select_and_fuse_(
 ) -> FuseStats:
     """See :func:`rkif_kernels.ops.select_and_fuse_`, for one threshold a side.
 
-    ``rank`` is that of both thresholds, from 0. ``out`` shares no memory with the inputs.
+    ``k`` is that of both thresholds, from 0. ``out`` shares no memory with the inputs.
     """
     device, numel = inputs.device, inputs.numel
     tally = torch.zeros(TALLIES, dtype=torch.int64, device=device)
@@ -383,13 +383,13 @@ def select_and_fuse_(
         grouped = tables(rows, config.chunk)
         if numel < bracketing.least:
             norms, parts = norms_of(grouped, 0, device)
-            ranks = constant(device, (rank, rank), torch.int64).clone()
-            select_from_tables(grouped, remaining=ranks, found=thresholds, **sides)
+            ks = constant(device, (k, k), torch.int64).clone()
+            select_from_tables(grouped, remaining=ks, found=thresholds, **sides)
             launch_fuse(grouped, parts[: len(grouped)], thresholds.split(1), tally, **fusion)
         else:
             step = bracketing.step(numel)
             cells = [triton.cdiv(table.numel, step) for table in grouped]
-            capacity = bracketing.capacity(rank, numel, sum(cells))
+            capacity = bracketing.capacity(k, numel, sum(cells))
             lists = triton.cdiv(capacity, config.block)
             norms, parts = norms_of(grouped, lists, device)
             first, fixed = parts[: len(grouped)], parts[len(grouped) :]
@@ -397,7 +397,7 @@ def select_and_fuse_(
             values = torch.empty((2, capacity), dtype=torch.float32, device=device)
             in_list, in_all = torch.empty((2, 2), dtype=torch.int64, device=device)
 
-            ends = bracketing.sample_ranks(rank, numel, sum(cells))
+            ends = bracketing.sample_ks(k, numel, sum(cells))
             brackets = _brackets(grouped, step, cells, ends, config, device)
             for table, partial in zip(grouped, first, strict=True):
                 _pass_kernel[(table.programs,)](
@@ -423,7 +423,7 @@ def select_and_fuse_(
                     **config.options,
                 )
             _decide_kernel[(1,)](
-                tally, brackets, constant(device, (rank, rank), torch.int64), thresholds, in_list, in_all,
+                tally, brackets, constant(device, (k, k), torch.int64), thresholds, in_list, in_all,
                 capacity=capacity, **config.options,
             )  # fmt: skip
             length, failed = (tally[place.value : place.value + 1] for place in (LENGTH, FAILED))
@@ -465,7 +465,7 @@ def _brackets(
     Args:
         step: neighbours that one score is sampled from.
         cells: scores sampled from each table.
-        ends: ranks of lo and hi in the sample; -1 for a side that lies beyond it, and excludes nothing.
+        ends: ks of lo and hi in the sample; -1 for a side that lies beyond it, and excludes nothing.
     """
     samples = torch.empty((2, sum(cells)), dtype=torch.float32, device=device)
     for index, (table, here) in enumerate(zip(grouped, cells, strict=True)):
