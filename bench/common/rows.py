@@ -7,7 +7,7 @@ import functools
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +118,32 @@ def write_all(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def commit_of(row: Mapping[str, Any]) -> str:
     """The commit that a row was measured at, in short."""
     return str(row["commit"]).removesuffix("-dirty")[:7]
+
+
+def transposed(
+    caption: str,
+    rows: Sequence[Row],
+    heading: Callable[[Row], str],
+    labels: Mapping[str, str],
+    show: Callable[[str, float], str],
+) -> str:
+    """Markdown: the caption and a table with a column for each row, a line for each figure.
+
+    Args:
+        caption: what was measured, on what, at which commit.
+        rows: the columns, in order.
+        heading: the column's heading.
+        labels: key of a figure -> its label, in order.
+        show: (key, value) -> the cell.
+    """
+    lines = [
+        caption,
+        "",
+        "| | " + " | ".join(map(heading, rows)) + " |",
+        "| --- |" + " ---: |" * len(rows),
+        *(
+            f"| {label} | " + " | ".join(show(key, row[key]) for row in rows) + " |"
+            for key, label in labels.items()
+        ),
+    ]
+    return "\n".join(lines) + "\n"

@@ -29,22 +29,8 @@ from rkif.continual.run import run
 RESULTS = store.RESULTS / "continual.jsonl"
 KEY = ("config", "order", "method", "seed")  # of a row
 SUITES = {suite: tuple(f"{suite}-{number}" for number in (1, 2, 3)) for suite in ("standard", "long")}
-MAIN = (
-    "sequential",
-    "replay",
-    "replay_equal_steps",
-    "ewc",
-    "o_lora",
-    "tasl",
-    "average",
-    "ties",
-    "dare",
-    "per_task",
-    "multi_task",
-    "recurrent_kif",
-    "recurrent_kif_paper",
-    "recurrent_kif_release",
-)
+# Every method but one, which is an ablation, and Recurrent-KIF's presets.
+MAIN = (*(name for name in METHODS if name != "adaptive"), "recurrent_kif_paper", "recurrent_kif_release")
 
 # Seconds of a run's rounds: all steps on the new task and on the memory, and what of them the fuser takes.
 TIMED: tuple[tuple[type, str, str], ...] = (

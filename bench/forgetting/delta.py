@@ -14,8 +14,7 @@ from torch import Tensor
 
 import rkif
 from bench.common import rows as store
-from bench.common.machine import commit
-from bench.forgetting.instrument import replaced, silent_run
+from bench.forgetting.instrument import replaced, row, silent_run
 from rkif.continual.config import RunConfig, load_config
 from rkif.fuser import Fuser
 from rkif.fuser.snapshot import Snapshot
@@ -46,18 +45,9 @@ def measure(path: Path, console: Console) -> None:
     for space in SPACES:
         with _fused_in(space, scaling) as rounds, silent_run(config) as (metrics, _):
             pass
-        rows.append(
-            {
-                "config": path.stem,
-                "model": Path(config.model).name,
-                "space": space,
-                "rounds": len(rounds),
-                "op": metrics["op"],
-                "bwt": metrics["bwt"],
-                **{key: fmean(one[key] for one in rounds) for key in ("distance", "cosine", "truncation")},
-                "commit": commit(),
-            }
-        )
+        means = {key: fmean(each[key] for each in rounds) for key in ("distance", "cosine", "truncation")}
+        figures = {"op": metrics["op"], "bwt": metrics["bwt"], **means}
+        rows.append(row(path, config, space=space, rounds=len(rounds), **figures))
         console.print(rows[-1])
     store.write_all(RESULTS, rows)
 
@@ -66,17 +56,14 @@ def markdown() -> str:
     """The rows as a table."""
     rows = store.read(RESULTS)
     first = rows[0]
-    lines = [
+    return store.transposed(
         f"{first['model']} ({first['config']}), one run each, {first['rounds']} rounds, at "
         f"{store.commit_of(first)}.",
-        "",
-        "| | " + " | ".join(SPACES[row["space"]] for row in rows) + " |",
-        "| --- |" + " ---: |" * len(rows),
-    ]
-    for key, meaning in FIGURES.items():
-        shown = (f"{row[key]:.1f}" if key in ("op", "bwt") else f"{row[key]:.3f}" for row in rows)
-        lines.append(f"| {meaning} | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
+        rows,
+        lambda row: SPACES[row["space"]],
+        FIGURES,
+        lambda key, value: f"{value:.1f}" if key in ("op", "bwt") else f"{value:.3f}",
+    )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from bench.common.machine import commit
 from rkif.continual.config import RunConfig
 from rkif.continual.display.progress import RunProgress
 from rkif.continual.run import run
@@ -28,6 +29,11 @@ def silent_run(config: RunConfig) -> Iterator[tuple[dict[str, Any], Path]]:
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         out = Path(folder) / "run"
         yield run(config, out, progress=RunProgress(Console(file=nowhere))), out
+
+
+def row(path: Path, config: RunConfig, **figures: Any) -> dict[str, Any]:
+    """A row of a run: the config's file, the model, the figures, the commit."""
+    return {"config": path.stem, "model": Path(config.model).name, **figures, "commit": commit()}
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from bench.common import rows as store
-from bench.common.machine import commit, device_name
-from bench.forgetting.instrument import FEW_DEV_RECORDS, seconds_by_part, silent_run
+from bench.common.machine import device_name
+from bench.forgetting.instrument import FEW_DEV_RECORDS, row, seconds_by_part, silent_run
 from rkif.continual.config import RunConfig, load_config
 from rkif.continual.methods import RecurrentKIF
 from rkif.continual.models.device import run_device
@@ -52,38 +52,34 @@ def measure(path: Path, rounds: int, console: Console) -> None:
             found[name].append(_measured(_settings(path, gate)))
             console.print(f"{name}: {found[name][-1]}", highlight=False, markup=False)
     config = _settings(path, None)
+    machine = {"device": device_name(run_device(config)), "torch": torch.__version__}
     rows = [
-        {
-            "checked": name,
-            **{key: median(run[key] for run in runs) for key in runs[0]},
-            "runs": len(runs),
-            "model": Path(config.model).name,
-            "config": path.stem,
-            "device": device_name(run_device(config)),
-            "torch": torch.__version__,
-            "commit": commit(),
-        }
+        row(path, config, checked=name, **_medians(runs), runs=len(runs), **machine)
         for name, runs in found.items()
     ]
     store.write_all(RESULTS, rows)
 
 
+def _medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {key: median(run[key] for run in runs) for key in runs[0]}
+
+
 def markdown() -> str:
     """The rows as a table."""
     rows = store.read(RESULTS)
-    row = rows[0]
+    first = rows[0]
     lines = [
-        f"{row['model']} ({row['config']}), {row['trainable']:,.0f} trained parameters, two tasks, "
-        f"{row['rounds']:.0f} rounds, medians of {row['runs']} runs, on {row['device']}, "
-        f"torch {row['torch']}, at {store.commit_of(row)}. "
-        f"A state takes {row['state_mib']:.1f} MiB.",
+        f"{first['model']} ({first['config']}), {first['trainable']:,.0f} trained parameters, two tasks, "
+        f"{first['rounds']:.0f} rounds, medians of {first['runs']} runs, on {first['device']}, "
+        f"torch {first['torch']}, at {store.commit_of(first)}. "
+        f"A state takes {first['state_mib']:.1f} MiB.",
         "",
         "| checked by | ledger | snapshots | gate | seconds a round |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for row in rows:
-        shares = [f"{100 * row[part]:.2f}%" for part in ("ledger", "snapshots", "gate")]
-        lines.append(f"| {row['checked']} | {' | '.join(shares)} | {row['round_s']:.2f} |")
+    for each in rows:
+        shares = [f"{100 * each[part]:.2f}%" for part in ("ledger", "snapshots", "gate")]
+        lines.append(f"| {each['checked']} | {' | '.join(shares)} | {each['round_s']:.2f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -14,8 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bench.common import rows as store
-from bench.common.machine import commit
-from bench.forgetting.instrument import FEW_DEV_RECORDS, replaced, silent_run
+from bench.forgetting.instrument import FEW_DEV_RECORDS, replaced, row, silent_run
 from rkif.continual.config import RunConfig, load_config
 from rkif.fuser.fuser import Fuser, Learner
 from rkif.fuser.importance import Importance
@@ -42,17 +41,9 @@ def measure(path: Path, console: Console) -> None:
         chosen = RunConfig.model_validate(config.model_dump() | changes)
         with _shadowed() as rounds, silent_run(chosen):
             pass
-        rows.append(
-            {
-                "config": path.stem,
-                "model": Path(config.model).name,
-                "preset": preset,
-                "rounds": len(rounds),
-                **{key: fmean(one[key] for one in rounds) for key in FIGURES},
-                "worst": min(one["cases_equal"] for one in rounds),
-                "commit": commit(),
-            }
-        )
+        figures = {key: fmean(each[key] for each in rounds) for key in FIGURES}
+        figures["worst"] = min(each["cases_equal"] for each in rounds)
+        rows.append(row(path, chosen, preset=preset, rounds=len(rounds), **figures))
         console.print(rows[-1])
     store.write_all(RESULTS, rows)
 
@@ -61,17 +52,15 @@ def markdown() -> str:
     """The rows as a table."""
     rows = store.read(RESULTS)
     first = rows[0]
-    lines = [
+    return store.transposed(
         f"{first['model']} with LoRA ({first['config']}), means over {first['rounds']} rounds, at "
         f"{store.commit_of(first)}: S and U in bfloat16 against float32, under the same "
         "gradients.",
-        "",
-        "| | " + " | ".join(f"{row['preset']} preset" for row in rows) + " |",
-        "| --- |" + " ---: |" * len(rows),
-    ]
-    for key, meaning in (FIGURES | {"worst": "the same, in the worst round"}).items():
-        lines.append(f"| {meaning} | " + " | ".join(f"{100 * row[key]:.2f} %" for row in rows) + " |")
-    return "\n".join(lines) + "\n"
+        rows,
+        lambda row: f"{row['preset']} preset",
+        FIGURES | {"worst": "the same, in the worst round"},
+        lambda _, value: f"{100 * value:.2f} %",
+    )
 
 
 @contextmanager

@@ -13,8 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bench.common import rows as store
-from bench.common.machine import commit
-from bench.forgetting.instrument import FEW_DEV_RECORDS, replaced, silent_run
+from bench.forgetting.instrument import FEW_DEV_RECORDS, replaced, row, silent_run
 from rkif.continual.config import RunConfig, load_config
 from rkif.fuser import Fuser
 
@@ -38,20 +37,11 @@ def measure(path: Path, console: Console) -> None:
         pass
     tasks = metrics["tasks"][1:]
     size = len(rounds) // len(tasks)
-    rows = [
-        {
-            "config": path.stem,
-            "model": Path(config.model).name,
-            "order": config.tasks.order,
-            "task": task,
-            "rounds": size,
-            **_means(rounds[place * size : (place + 1) * size]),
-            "commit": commit(),
-        }
-        for place, task in enumerate(tasks)
-    ]
-    for row in rows:
-        console.print(row)
+    rows = []
+    for place, task in enumerate(tasks):
+        figures = _means(rounds[place * size : (place + 1) * size])
+        rows.append(row(path, config, order=config.tasks.order, task=task, rounds=size, **figures))
+        console.print(rows[-1])
     store.write_all(RESULTS, rows)
 
 
@@ -59,20 +49,18 @@ def markdown() -> str:
     """The rows as a table."""
     rows = store.read(RESULTS)
     first = rows[0]
-    lines = [
+    return store.transposed(
         f"{first['model']} ({first['config']}, {first['order']}), means over the {first['rounds']} rounds of "
         f"each task, at {store.commit_of(first)}.",
-        "",
-        "| | " + " | ".join(row["task"] for row in rows) + " |",
-        "| --- |" + " ---: |" * len(rows),
-    ]
-    for key, meaning in FIGURES.items():
-        lines.append(f"| {meaning} | " + " | ".join(f"{row[key]:.2f}" for row in rows) + " |")
-    return "\n".join(lines) + "\n"
+        rows,
+        lambda row: str(row["task"]),
+        FIGURES,
+        lambda _, value: f"{value:.2f}",
+    )
 
 
 def _means(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {key: round(fmean(one[key] for one in rounds), 4) for key in FIGURES}
+    return {key: round(fmean(each[key] for each in rounds), 4) for key in FIGURES}
 
 
 @contextmanager
