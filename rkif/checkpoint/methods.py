@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import rkif_kernels
+from rkif.checkpoint.sign_election import elect_signs
 from rkif.checkpoint.tiles import Tile
 from rkif.config import MergeWeights, merge_weights
 from rkif_kernels import (
@@ -212,8 +213,7 @@ class TaskArithmetic:
         if not self.consensus:
             divisor = sum(self.weight) if self.normalize else 1.0
             return (weighted[0] + weighted[1]).mul_(self.lambda_ / (divisor if abs(divisor) >= 1e-8 else 1.0))
-        positive = weighted[0] + weighted[1] >= 0
-        first, second = (torch.where(positive, vector > 0, vector < 0) for vector in weighted)
+        first, second = elect_signs(*weighted)
         merged = torch.where(first, weighted[0], 0.0) + torch.where(second, weighted[1], 0.0)
         if self.normalize:
             divisors = first * self.weight[0] + second * self.weight[1]

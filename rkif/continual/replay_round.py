@@ -15,6 +15,7 @@ from rkif.continual.rundir.ledger import Record, read_ledger
 from rkif.continual.rundir.recorder import NOT_REPRODUCED, not_rolled_back
 from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import RunState
+from rkif.continual.rundir.writer import run_identity
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def reproduce(run: Path, number: int, progress: RunProgress) -> Reproduction:
     wanted = rounds[number]
     index = reader.metrics()["tasks"].index(wanted["task"])
     start, state = _nearest(RoundStates(run / "snapshots", 0), number, index)
-    with open_run(load_config(run / "config.yaml"), run, index, progress) as sequence:
+    config = load_config(run / "config.yaml")
+    with open_run(config, run, index, progress) as sequence:
         sequence.set_parameters(state.parameters)
         now: list[Mapping[str, Any]] = []
         context = sequence.context(index, now.append)
@@ -65,7 +67,7 @@ def reproduce(run: Path, number: int, progress: RunProgress) -> Reproduction:
         while len(now) < number - start:
             progress.advance(method.train_step(step))
             step += 1
-    again = {**sequence.identity(), **now[-1], "round": number}
+    again = {**run_identity(config), **now[-1], "round": number}
     keys = sorted((set(wanted) | set(again)) - set(NOT_REPRODUCED))
     differences = {
         key: (wanted.get(key), again.get(key)) for key in keys if wanted.get(key) != again.get(key)

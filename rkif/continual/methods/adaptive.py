@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rkif.continual.methods.merging import Merging
 from rkif.continual.methods.sequential import Context, strip_prefix
+from rkif.continual.methods.unit_interval import to_unit_interval
 from rkif.fuser.importance import Importance
 
 
@@ -32,7 +33,7 @@ class Adaptive(Merging):
         side.update(values, [value.grad for value in values], self._nonfinite)
 
     def end_round(self, steps: range) -> None:
-        inner, outer = (_normalised(side.score_copies()) for side in self._importance)
+        inner, outer = (to_unit_interval(side.score_copies()) for side in self._importance)
         temperature = self.context.config.adaptive.temperature
         self._weights = {name: ((inner[name] - outer[name]) / temperature).sigmoid() for name in inner}
         super().end_round(steps)
@@ -55,12 +56,3 @@ class Adaptive(Merging):
         super().load_tensors(tensors)
         for side, importance in enumerate(self._importance):
             importance.load_tensors(strip_prefix(tensors, f"importance{side}."))
-
-
-def _normalised(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    low = min(float(score.min()) for score in scores.values())
-    high = max(float(score.max()) for score in scores.values())
-    return {
-        name: (score - low) / max(high - low, torch.finfo(torch.float32).tiny)
-        for name, score in scores.items()
-    }

@@ -80,16 +80,14 @@ class RecurrentKIF(Rounds):
             }
             for name in base
         }
-        outer = self.outer_steps(steps[-1])
+        inner, outer = self.round_batches(steps)
         return {
             "event": "round",
             "task": self.context.task.name,
             "steps": [steps.start, steps.stop],
             "data": {
-                "inner": [record.id for step in steps for _, record in self.batch(step)],
-                "outer": [
-                    f"{record.task}/{record.id}" for step in outer for _, record in self.outer_batch(step)
-                ],
+                "inner": [record.id for _, record in inner],
+                "outer": [f"{record.task}/{record.id}" for _, record in outer],
             },
             **report_values(report),
             "modules": modules,

@@ -25,6 +25,9 @@ class Rounds(Sequential):
         self.fusion = fusion_config(context.config.fusion)
         self.outer = self.learner(context.config.outer.learning_rate)
         self.has_memory = len(context.memory) > 0
+        # Step -> the batch it drew, of the steps of this round that this process took.
+        self._inner_batches: dict[int, list[Item]] = {}
+        self._outer_batches: dict[int, list[Item]] = {}
 
     def begin_round(self) -> None:
         """The inner learner's first step of a round comes next."""
@@ -49,7 +52,7 @@ class Rounds(Sequential):
             return super().train_step(step)
         if step % self.fusion.inner_steps == 0:
             self.begin_round()
-        items = self.batch(step)
+        items = self._inner_batches[step] = self.batch(step)
         self.samples += len(items)
         loss = self.inner.step(
             items, lr_fraction=self.lr_fraction(step), seed=self.seed("inner", step), **self._observed()
@@ -58,6 +61,8 @@ class Rounds(Sequential):
             self.begin_outer()
             self._learn_memory(step)
             self.end_round(range(step // self.fusion.inner_steps * self.fusion.inner_steps, step + 1))
+            self._inner_batches.clear()
+            self._outer_batches.clear()
             if self.context.config.rounds.optimizers == "reset":
                 self.inner.reset()
                 self.outer.reset()
@@ -80,7 +85,7 @@ class Rounds(Sequential):
     def _learn_memory(self, step: int) -> None:
         """The outer learner's steps after inner step ``step``."""
         for outer_step in self.outer_steps(step):
-            items = self.outer_batch(outer_step)
+            items = self._outer_batches[outer_step] = self.outer_batch(outer_step)
             self.samples += len(items)
             self.outer.step(
                 items,
@@ -88,6 +93,15 @@ class Rounds(Sequential):
                 seed=self.seed("outer", outer_step),
                 **self._observed(),
             )
+
+    def round_batches(self, steps: range) -> tuple[list[Item], list[Item]]:
+        """The records that the two learners saw in the round of these inner steps, in order.
+
+        Batches that an earlier process drew before the run was resumed are drawn again.
+        """
+        inner = [item for step in steps for item in self._inner_batches.get(step) or self.batch(step)]
+        outer = [item for step in self.outer_steps(steps[-1]) for item in self._outer_batches[step]]
+        return inner, outer
 
     def outer_steps(self, step: int) -> range:
         """The outer learner's steps in the round of inner step ``step``."""

@@ -10,6 +10,7 @@ from torch import Tensor
 import rkif_kernels
 from rkif.config import FusionConfig
 from rkif.continual.methods.sequential import Context, Sequential, strip_prefix
+from rkif.continual.methods.unit_interval import to_unit_interval
 from rkif.fuser.importance import Importance
 
 SHARE = 0.2  # of the units, that each side holds important
@@ -39,7 +40,7 @@ class Tasl(Sequential):
     @torch.no_grad()
     def finish(self) -> None:
         units = torch.stack([score.mean().cpu() for score in self._importance.score_copies().values()])
-        new = _normalised(units)
+        new = to_unit_interval({"units": units})["units"]
         if self._history is None:
             self._history = new
             return
@@ -49,7 +50,7 @@ class Tasl(Sequential):
                 bool(_important(new)[position]), bool(_important(old)[position])
             ]
             parameter.copy_(torch.lerp(self._before[name], parameter, weight))
-        self._history = _normalised(NEW * new + (1 - NEW) * old)
+        self._history = to_unit_interval({"units": NEW * new + (1 - NEW) * old})["units"]
 
     def task_state(self) -> dict[str, Tensor]:
         return {} if self._history is None else {"history": self._history}
@@ -64,10 +65,6 @@ class Tasl(Sequential):
         for name, tensor in strip_prefix(tensors, "before.").items():
             self._before[name].copy_(tensor)
         self._importance.load_tensors(strip_prefix(tensors, "importance."))
-
-
-def _normalised(units: Tensor) -> Tensor:
-    return (units - units.min()) / (units.max() - units.min()).clamp(min=torch.finfo(units.dtype).tiny)
 
 
 def _important(units: Tensor) -> Tensor:

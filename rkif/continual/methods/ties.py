@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import rkif_kernels
+from rkif.checkpoint.sign_election import elect_signs
 from rkif.continual.methods.merging import Merging
 from rkif_kernels import Scores
 
@@ -28,7 +29,6 @@ class Ties(Merging):
 
 def agreeing_mean(inner: Tensor, outer: Tensor) -> Tensor:
     """The mean of those elements of two task vectors that have the sign of their sum."""
-    positive = inner + outer >= 0
-    first, second = (torch.where(positive, vector > 0, vector < 0) for vector in (inner, outer))
+    first, second = elect_signs(inner, outer)
     total = torch.where(first, inner, 0.0) + torch.where(second, outer, 0.0)
     return total / (first.to(total.dtype) + second).clamp(min=1)

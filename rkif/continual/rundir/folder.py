@@ -150,14 +150,14 @@ class RunFolder:
         name: str,
         *,
         save_model: Callable[[Path], object],
-        state: Mapping[str, Mapping[str, Tensor]],
+        tensors: Mapping[str, Mapping[str, Tensor]],
         memory: ReplayMemory,
         validation: ReplayMemory,
-        figures: Mapping[str, Any],
+        summary: Mapping[str, Any],
     ) -> None:
         """Write a task's folder; one that an interrupted run left is replaced.
 
-        ``state`` maps the name of a safetensors file, without its suffix, to its tensors; none, no file.
+        ``tensors`` maps the name of a safetensors file, without its suffix, to its tensors; none, no file.
         An empty ``validation`` is no file either.
         """
         final = self.task(index, name)
@@ -165,13 +165,13 @@ class RunFolder:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_model(temporary)
-        for file, tensors in state.items():
-            if tensors:
-                save_file(storable(tensors), temporary / f"{file}.safetensors")
+        for file, content in tensors.items():
+            if content:
+                save_file(storable(content), temporary / f"{file}.safetensors")
         memory.save(temporary / "memory.jsonl")
         if len(validation):
             validation.save(temporary / "validation.jsonl")
-        _write_json(temporary / "task.json", figures)
+        _write_json(temporary / "task.json", summary)
         for path in temporary.iterdir():
             settle(path)
         if final.exists():

@@ -1,0 +1,130 @@
+"""The content of ``metrics.json``: what each task scores before training and after every task."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from rkif.continual.config import RunConfig
+from rkif.continual.evaluation.evaluate import ACCURACY
+from rkif.continual.evaluation.metrics import backward_transfer, forward_transfer, overall_performance
+from rkif.continual.tasks.records import Task
+
+Column = Mapping[str, Sequence[float]]
+"""Name of a metric, "accuracy" among them -> its value on every task."""
+
+
+class AccuracyTable:
+    """A matrix for accuracy and for each of the user's metrics: a row per task, a column per task learned.
+
+    Args:
+        config: the run's settings.
+        tasks: in the order of learning.
+        metrics: names of the user's metrics.
+        trainable: number of trained parameters.
+        saved: what an earlier process of the run wrote; empty at the start of a run.
+
+    Attributes:
+        content: JSON values, written to ``metrics.json`` as they are.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tasks: Sequence[Task],
+        metrics: Iterable[str],
+        trainable: int,
+        saved: dict[str, Any],
+    ) -> None:
+        self.content: dict[str, Any] = saved or {
+            "method": config.method,
+            "split": "dev",
+            "tasks": [task.name for task in tasks],
+            "data": {task.name: _digests(task) for task in tasks},
+            "records": [len(task.dev) for task in tasks],
+            "trainable": trainable,
+            "initial": [],
+            "accuracy": [[] for _ in tasks],
+            "metrics": {name: {"initial": [], "matrix": [[] for _ in tasks]} for name in metrics},
+            "op": None,
+            "bwt": None,
+            "fwt": None,
+            "steps": 0,
+            "samples": 0,
+        }
+
+    @property
+    def begun(self) -> bool:
+        """Whether the tasks were measured before training."""
+        return bool(self.content["initial"])
+
+    @property
+    def columns(self) -> int:
+        """Number of tasks after which all tasks were measured."""
+        return len(self.content["accuracy"][0])
+
+    def require_same_data(self, tasks: Sequence[Task]) -> None:
+        """Raise ValueError where a task has other records than at the start of the run."""
+        for task in tasks:
+            for split, digest in _digests(task).items():
+                if self.content["data"][task.name][split] != digest:
+                    raise ValueError(
+                        f"the {split} records of task {task.name!r} have changed since this run began"
+                    )
+
+    def set_initial(self, column: Column) -> None:
+        """Store the values before training."""
+        self.content["initial"] = column[ACCURACY]
+        for name, metric in self.content["metrics"].items():
+            metric["initial"] = column[name]
+
+    def add(self, column: Column, *, task_aware: bool, steps: int, samples: int) -> None:
+        """Append the column measured after the next task.
+
+        Args:
+            column: the values on every task.
+            task_aware: a task-aware method answers each task with the model made for it. So only the task
+                just learned gets its value from ``column``; the others keep their last one.
+            steps, samples: inner steps and training samples of all tasks learned so far.
+        """
+        learned = self.columns
+        matrices = {ACCURACY: (self.content["accuracy"], self.content["initial"])}
+        for name, metric in self.content["metrics"].items():
+            matrices[name] = (metric["matrix"], metric["initial"])
+        for name, (matrix, initial) in matrices.items():
+            for i, (row, before) in enumerate(zip(matrix, initial, strict=True)):
+                kept = task_aware and i != learned
+                row.append((row[-1] if row else before) if kept else column[name][i])
+        self.content["steps"], self.content["samples"] = steps, samples
+
+    def summarise(self, *, sequential: bool) -> None:
+        """Compute OP from the complete matrix, and BWT and FWT where the tasks were learned in sequence."""
+        accuracy = self.content["accuracy"]
+        self.content["op"] = overall_performance(accuracy)
+        if sequential:
+            self.content["bwt"] = backward_transfer(accuracy)
+            self.content["fwt"] = forward_transfer(accuracy, self.content["initial"])
+
+
+def measure(
+    tasks: Iterable[Task],
+    metrics: Iterable[str],
+    evaluate: Callable[[Task], Mapping[str, float]],
+) -> dict[str, list[float]]:
+    """A column of the table: ``evaluate`` gives accuracy and the user's metrics of one task."""
+    column: dict[str, list[float]] = {ACCURACY: [], **{name: [] for name in metrics}}
+    for task in tasks:
+        for name, value in evaluate(task).items():
+            column[name].append(value)
+    return column
+
+
+def _digests(task: Task) -> dict[str, str]:
+    """SHA-256 of each split's records. A task that was learned may have no training records any more."""
+    splits = {"train": task.train, "dev": task.dev}
+    return {
+        split: hashlib.sha256(repr(records).encode()).hexdigest()
+        for split, records in splits.items()
+        if records
+    }

@@ -1,0 +1,199 @@
+"""The loop over a run's tasks: train on each, publish it, and measure all tasks after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rkif.continual.config import RunConfig
+from rkif.continual.display.progress import RunProgress
+from rkif.continual.evaluation.accuracy_table import AccuracyTable, measure
+from rkif.continual.evaluation.criteria import hold_out
+from rkif.continual.evaluation.evaluate import evaluate
+from rkif.continual.methods import METHODS, Context, Sequential
+from rkif.continual.models.objective import Objective
+from rkif.continual.rundir.folder import RunFolder
+from rkif.continual.rundir.state import RunState
+from rkif.continual.rundir.writer import RunWriter
+from rkif.continual.tasks.records import Task
+from rkif.continual.tasks.replay_memory import ReplayMemory
+from rkif.continual.user_metrics import Metric
+from rkif.fuser.parameters import trainable_parameters
+
+
+class TaskSequence:
+    """A run's tasks, its model, and the position in the sequence.
+
+    Args:
+        config: the run's settings.
+        folder: the run's folder.
+        tasks: in the order of learning.
+        model: untrained; trained in place.
+        objective: what the model does with records.
+        metrics: the user's metrics by name.
+        progress: where progress is shown.
+
+    Raises:
+        ValueError: the records that the gate sets aside would leave none to train on, or a task's records
+            differ from those at the start of the run.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        tasks: Sequence[Task],
+        model: nn.Module,
+        objective: Objective,
+        metrics: Mapping[str, Metric],
+        progress: RunProgress,
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        split = [hold_out(task, config) for task in tasks]
+        self._tasks = [task for task, _ in split]
+        self._held_out = [records for _, records in split]
+        self._model = model
+        self._objective = objective
+        self._metrics = metrics
+        self._progress = progress
+        self._parameters = trainable_parameters(model)
+        self._initial = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        trainable = sum(parameter.numel() for parameter in self._parameters.values())
+        self._table = AccuracyTable(config, self._tasks, metrics, trainable, folder.read_metrics())
+        self._table.require_same_data(self._tasks)
+
+    def run(self, start: RunState) -> dict[str, Any]:
+        """Train from ``start`` to the end of the last task; returns the content of ``metrics.json``."""
+        if start.parameters:
+            self.set_parameters(start.parameters)
+            if not self._table.begun:
+                raise ValueError(
+                    f"{self._folder.path} has a checkpoint, but not what was measured before: its "
+                    "metrics.json is missing"
+                )
+        writer = RunWriter(
+            self._folder,
+            self._config,
+            self._parameters,
+            self._model,
+            self._objective.tokenizer,
+            start.ledger_records,
+        )
+        if writer.torn_bytes:
+            self._progress.warn(
+                f"the ledger's last line was torn ({writer.torn_bytes} bytes): it is now in "
+                "ledger.jsonl.torn, and its round is done again"
+            )
+        if not start.ledger_records:
+            writer.record_begin([task.name for task in self._tasks])
+        if not self._table.begun:
+            self._table.set_initial(self._measure_all("before training"))
+            self._folder.write_metrics(self._table.content)
+        for index in range(len(self._tasks)):
+            if index >= start.task:
+                from_its_start = RunState(index, 0, 0, start.ledger_records, {}, {})
+                self._learn(index, start if index == start.task else from_its_start, writer)
+            if self._table.columns <= index:
+                self._add_column(index)
+        return self._table.content
+
+    def _learn(self, index: int, start: RunState, writer: RunWriter) -> None:
+        """Train on task ``index`` from the state ``start``, and publish it."""
+        task, context = self._tasks[index], self.context(index, writer.record)
+        memory, validation = context.memory, context.validation
+        method = self.method(context, start)
+        if method.logs_rounds and len(memory) and not start.step:
+            writer.write_round_state(index, 0, 0, {})
+        self._progress.task(index, context.steps, start.step)
+        for step in range(start.step, context.steps):
+            rounds = writer.rounds
+            loss = method.train_step(step)
+            self._progress.advance(loss)
+            if writer.rounds > rounds:
+                writer.write_round_state(index, step + 1, method.samples, method.tensors())
+            if (step + 1) % self._config.checkpoint_every == 0 and step + 1 < context.steps:
+                writer.write_checkpoint(index, step + 1, method.samples, method.tensors())
+
+        self._progress.stage("saving")
+        method.finish()
+        memory.add(
+            task.name,
+            task.instruction,
+            task.train,
+            fraction=self._config.memory.fraction,
+            cap=self._config.memory.cap,
+            seed=self._config.seed,
+        )
+        if held_out := self._held_out[index]:
+            validation.add(task.name, task.instruction, held_out, fraction=1.0, seed=self._config.seed)
+        writer.publish_task(
+            index, task.name, method, steps=context.steps, memory=memory, validation=validation
+        )
+
+    def context(self, index: int, record: Callable[[Mapping[str, Any]], None]) -> Context:
+        """What a method needs to learn task ``index``; ``record`` takes its ledger records."""
+        previous = (index - 1, self._tasks[index - 1].name)
+        return Context(
+            self._config,
+            self._model,
+            self._objective,
+            self._tasks,
+            index,
+            memory=self._folder.read_memory(*previous) if index else ReplayMemory(),
+            validation=self._folder.read_validation(*previous) if index else ReplayMemory(),
+            previous_task_state=self._folder.read_task_state(*previous) if index else {},
+            initial=self._initial,
+            record=record,
+        )
+
+    def method(self, context: Context, start: RunState) -> Sequential:
+        """The method in the state ``start``. The parameters are set apart, by :meth:`set_parameters`."""
+        method = METHODS[self._config.method](context)
+        if start.step:
+            method.load_tensors(start.method)
+            method.samples = start.samples
+        else:
+            method.begin()
+        return method
+
+    @torch.no_grad()
+    def set_parameters(self, values: Mapping[str, Tensor]) -> None:
+        """Copy values into the trainable parameters.
+
+        Raises:
+            ValueError: the names are not those of the trainable parameters.
+        """
+        if set(values) != set(self._parameters):
+            raise ValueError("the checkpoint is of a model with other trainable parameters")
+        for name, value in values.items():
+            self._parameters[name].copy_(value)
+
+    def _add_column(self, index: int) -> None:
+        """Measure all tasks after task ``index``, and write ``metrics.json``."""
+        method = METHODS[self._config.method]
+        column = self._measure_all(f"after {self._tasks[index].name}")
+        summaries = [self._folder.read_task(i, self._tasks[i].name) for i in range(index + 1)]
+        self._table.add(
+            column,
+            task_aware=method.task_aware,
+            steps=sum(summary["steps"] for summary in summaries),
+            samples=sum(summary["samples"] for summary in summaries),
+        )
+        if index + 1 == len(self._tasks):
+            self._table.summarise(sequential=method.sequential)
+        self._folder.write_metrics(self._table.content)
+        self._progress.measured(index, self._table.content)
+
+    def _measure_all(self, when: str) -> dict[str, list[float]]:
+        self._progress.evaluating(when)
+
+        def evaluate_task(task: Task) -> dict[str, float]:
+            values = evaluate(self._model, self._objective, task, self._config, self._metrics)
+            self._progress.evaluated()
+            return values
+
+        return measure(self._tasks, self._metrics, evaluate_task)
