@@ -20,6 +20,8 @@ from rkif_kernels.checks import (
     require_weights,
 )
 from rkif_kernels.ops import (
+    adamw_,
+    adamw_constants,
     all_valid_scores,
     count_scores_,
     fuse_,
@@ -34,6 +36,8 @@ from rkif_kernels.selection.counting import CountingSearch
 from rkif_kernels.types import (
     CASES,
     ROLES,
+    AdamWConstants,
+    AdamWInputs,
     Backend,
     CaseWeights,
     FuseStats,
@@ -50,6 +54,8 @@ __all__ = [
     "CASES",
     "ROLES",
     "STATE_DTYPES",
+    "AdamWConstants",
+    "AdamWInputs",
     "Arguments",
     "Backend",
     "CaseWeights",
@@ -61,6 +67,8 @@ __all__ = [
     "OuterFrom",
     "Scope",
     "Scores",
+    "adamw_",
+    "adamw_constants",
     "all_valid_scores",
     "count_scores_",
     "fuse_",

@@ -152,6 +152,61 @@ class ImportanceInputs:
         return _device(self.params)
 
 
+class AdamWConstants(NamedTuple):
+    """What an AdamW step multiplies by: formed in double, rounded to float32 once. See :func:`adamw_`."""
+
+    decay: float  # 1 - lr*weight_decay
+    take1: float  # 1 - beta1
+    keep2: float  # beta2
+    take2: float  # 1 - beta2
+    unbias2: float  # 1 / sqrt(1 - beta2^step)
+    eps: float
+    step_size: float  # lr / (1 - beta1^step)
+
+
+@dataclass(frozen=True)
+class AdamWInputs:
+    """The lists of tensors that an AdamW step reads and writes, one entry a parameter.
+
+    Attributes:
+        params: weights; written.
+        grads: their gradients.
+        exp_avg, exp_avg_sq: first and second moment; written.
+        sensitivity, uncertainty: S and U; written. None where no importance, or no uncertainty, is followed.
+    """
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avg: Sequence[Tensor]
+    exp_avg_sq: Sequence[Tensor]
+    sensitivity: Sequence[Tensor] | None = None
+    uncertainty: Sequence[Tensor] | None = None
+
+    @property
+    def lists(self) -> TensorLists:
+        """All lists: weights, gradients, moments, S or None, and U or None."""
+        return (
+            self.params,
+            self.grads,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.sensitivity,
+            self.uncertainty,
+        )
+
+    @property
+    def importance(self) -> ImportanceInputs | None:
+        """The lists of the importance's update; None where none is followed."""
+        if self.sensitivity is None:
+            return None
+        return ImportanceInputs(self.params, self.grads, self.sensitivity, self.uncertainty)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are; the CPU for empty lists."""
+        return _device(self.params)
+
+
 def _device(tensors: Sequence[Tensor]) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 

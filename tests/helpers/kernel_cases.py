@@ -45,7 +45,7 @@ STATE_DTYPES = [torch.float32, torch.bfloat16]
 
 def implementations() -> list[Any]:
     """The implementations that are checked against the reference, with the device their tensors go to."""
-    operations = ("update_importance_", "count_scores_", "score_thresholds", "fuse_")
+    operations = ("adamw_", "update_importance_", "count_scores_", "score_thresholds", "fuse_")
     triton = {name: partial(getattr(kernels, name), config=CONFIG) for name in operations}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     on_cpu = [

@@ -378,7 +378,7 @@ struct alignas(64) Tally {
 extern "C" {
 
 // What the callers of this library expect of it; to be raised with every change of a signature below.
-int32_t rkif_abi() { return 2; }
+int32_t rkif_abi() { return 3; }
 
 // Roles: parameter, gradient, sensitivity, uncertainty. Returns the number of non-finite importances.
 int64_t rkif_update_importance(int64_t tensors, const int64_t* numels, const int64_t* addresses,
@@ -527,3 +527,5 @@ void rkif_fuse(int64_t tensors, const int64_t* numels, const int64_t* addresses,
 }
 
 }  // extern "C"
+
+#include "adamw.h"

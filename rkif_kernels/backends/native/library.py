@@ -20,6 +20,7 @@ _pointer, _float, _int, _long = ctypes.c_void_p, ctypes.c_float, ctypes.c_int32,
 _LISTS = [_long, _pointer, _pointer, _pointer]  # tensors, numels, addresses, dtypes
 _SIGNATURES = {
     "rkif_update_importance": (_long, [*_LISTS, _float, _float, _float, _float, _int, _int]),
+    "rkif_adamw": (_long, [*_LISTS, *[_float] * 11, _int, _int]),
     "rkif_sample": (None, [*_LISTS, _int, _long, _pointer, _int]),
     "rkif_split": (None, [*_LISTS, _int, _float, _float, _pointer, _long, _pointer, _int]),
     "rkif_count": (None, [*_LISTS, _int, _long, _int, _long, _pointer, _int]),
@@ -27,7 +28,7 @@ _SIGNATURES = {
 }
 
 
-ABI = 2  # of the signatures above; rkif_abi() in kernels.cpp
+ABI = 3  # of the signatures above; rkif_abi() in kernels.cpp
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """The production path on CPUs: PyTorch in blocks that stay in cache. Callers have validated the arguments."""
 
+from rkif_kernels.backends.torch.adamw import adamw_
 from rkif_kernels.backends.torch.fuse import fuse_
 from rkif_kernels.backends.torch.importance import update_importance_
 from rkif_kernels.backends.torch.select import all_valid, count_scores_, score_thresholds
 
-__all__ = ["all_valid", "count_scores_", "fuse_", "score_thresholds", "update_importance_"]
+__all__ = ["adamw_", "all_valid", "count_scores_", "fuse_", "score_thresholds", "update_importance_"]

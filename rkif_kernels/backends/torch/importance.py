@@ -20,39 +20,55 @@ def update_importance_(
 ) -> None:
     """See :func:`rkif_kernels.ops.update_importance_`."""
     scratch = Scratch(nonfinite.device)
-    keep1, take1 = float32(beta1), float32(1 - beta1)
-    keep2, take2 = float32(beta2), float32(1 - beta2)
     for _, (w, g, s, u) in blocks(*inputs.lists):
         assert w is not None
         assert s is not None
-        size = w.numel()
-        importance = scratch(0, size)
-        # Named products and sums, never addcmul or add(alpha=...): those contract to a fused multiply-add.
-        torch.mul(
-            scratch.float32(w, 1),
-            scratch.float32(g, 2) if g is not None else scratch(2, size).zero_(),
-            out=importance,
-        )
-        if order == "second":
-            importance.mul_(importance)
-        elif order == "mixed":
-            importance.sub_(torch.mul(importance, importance, out=scratch(3, size)).div_(2))
-        importance.abs_()
+        update_block(w, g, s, u, scratch, beta1=beta1, beta2=beta2, order=order, nonfinite=nonfinite)
 
-        # A sum is not finite if a term is not; only then is it worth finding out which. (The sum of
-        # finite terms can overflow too: the exact mask decides.)
-        kept = None
-        if not importance.sum().isfinite():
-            kept = importance.isfinite().logical_not_()
-            nonfinite += kept.sum()
 
-        new_s = torch.mul(scratch.float32(s, 1), keep1, out=scratch(4, size))
-        new_s.add_(torch.mul(importance, take1, out=scratch(5, size)))
-        if u is not None:
-            deviation = importance.sub_(new_s).abs_().mul_(take2)
-            new_u = torch.mul(scratch.float32(u, 1), keep2, out=scratch(5, size)).add_(deviation)
-            _store(u, new_u, kept)
-        _store(s, new_s, kept)
+def update_block(
+    w: Tensor,
+    g: Tensor | None,
+    s: Tensor,
+    u: Tensor | None,
+    scratch: Scratch,
+    *,
+    beta1: float,
+    beta2: float,
+    order: Order,
+    nonfinite: Tensor,
+) -> None:
+    """Update the states of one block, in slots 0 to 5 of ``scratch``."""
+    keep1, take1 = float32(beta1), float32(1 - beta1)
+    keep2, take2 = float32(beta2), float32(1 - beta2)
+    size = w.numel()
+    importance = scratch(0, size)
+    # Named products and sums, never addcmul or add(alpha=...): those contract to a fused multiply-add.
+    torch.mul(
+        scratch.float32(w, 1),
+        scratch.float32(g, 2) if g is not None else scratch(2, size).zero_(),
+        out=importance,
+    )
+    if order == "second":
+        importance.mul_(importance)
+    elif order == "mixed":
+        importance.sub_(torch.mul(importance, importance, out=scratch(3, size)).div_(2))
+    importance.abs_()
+
+    # A sum is not finite if a term is not; only then is it worth finding out which. (The sum of
+    # finite terms can overflow too: the exact mask decides.)
+    kept = None
+    if not importance.sum().isfinite():
+        kept = importance.isfinite().logical_not_()
+        nonfinite += kept.sum()
+
+    new_s = torch.mul(scratch.float32(s, 1), keep1, out=scratch(4, size))
+    new_s.add_(torch.mul(importance, take1, out=scratch(5, size)))
+    if u is not None:
+        deviation = importance.sub_(new_s).abs_().mul_(take2)
+        new_u = torch.mul(scratch.float32(u, 1), keep2, out=scratch(5, size)).add_(deviation)
+        _store(u, new_u, kept)
+    _store(s, new_s, kept)
 
 
 def _store(state: Tensor, value: Tensor, kept: Tensor | None) -> None:

@@ -16,6 +16,18 @@ from rkif_kernels.types import ImportanceInputs, Order
 
 
 @triton.jit
+def importance_of(product, ORDER: tl.constexpr):
+    """I of the product w*g."""
+    if ORDER == "first":
+        importance = tl.abs(product)
+    elif ORDER == "second":
+        importance = product * product
+    else:
+        importance = tl.abs(product - product * product * 0.5)
+    return importance
+
+
+@triton.jit
 def _update_tile(
     w_ptr,
     g_ptr,
@@ -40,12 +52,7 @@ def _update_tile(
         product *= 0.0
     else:
         product *= load_float32(g_ptr, offsets, mask)
-    if ORDER == "first":
-        importance = tl.abs(product)
-    elif ORDER == "second":
-        importance = product * product
-    else:
-        importance = tl.abs(product - product * product * 0.5)
+    importance = importance_of(product, ORDER)
     finite = importance < float("inf")
 
     # The old value is stored back where the importance is not finite: a mask would narrow the store.

@@ -1,0 +1,163 @@
+"""AdamW, with the importance of the parameters updated in the same pass over memory."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from rkif_kernels.backends.choose import implementation, on_device
+from rkif_kernels.checks import (
+    STATE_DTYPES,
+    Arguments,
+    ValidatedLists,
+    require_choice,
+    require_disjoint,
+    require_fraction,
+    require_writable,
+)
+from rkif_kernels.numerics import float32
+from rkif_kernels.types import AdamWConstants, AdamWInputs, Backend, Order
+
+_validated = ValidatedLists()
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    sensitivity: Sequence[Tensor] | None = None,
+    uncertainty: Sequence[Tensor] | None = None,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    beta1: float = 0.0,
+    beta2: float = 0.0,
+    order: Order = "first",
+    nonfinite: Tensor | None = None,
+    names: Sequence[str] | None = None,
+    backend: Backend = "auto",
+) -> None:
+    r"""Take an AdamW step, and before it the importance of the weights as they were, in place.
+
+    With ``sensitivity``, S and U become what :func:`update_importance_` makes of them, bit for bit. Then
+    (Loshchilov & Hutter, 2019, algorithm 2), with ``(b1, b2) = betas`` and element by element in float32::
+
+        m <- m + (1-b1)*(g - m)
+        v <- b2*v + ((1-b2)*g)*g
+        w <- (1 - lr*weight_decay)*w - (lr/(1-b1^step) * m) / (sqrt(v) * 1/sqrt(1-b2^step) + eps)
+
+    from left to right, constants formed in double and rounded to float32 once, no fused multiply-add, one
+    rounding at each store; m and v are those just updated, before they are rounded to their storage dtype.
+    Float32 moves 44 bytes an element with U (36 with S alone, 28 without): w, g, m, v, S and U are read once
+    and all but g written once.
+
+    Args:
+        params: weights, any shapes; float32, bfloat16 or float16, also mixed; mutated.
+        grads: their gradients, of the same shapes.
+        exp_avg, exp_avg_sq: m and v, of the same shapes, contiguous, float32 or bfloat16; mutated.
+        sensitivity: S, likewise; mutated. None: no importance is followed.
+        uncertainty: U, likewise; mutated. None where only the sensitivity is used.
+        lr, betas, eps, weight_decay: the step's settings; ``lr``, ``eps`` and ``weight_decay`` not negative,
+            ``betas`` in [0, 1).
+        step: number of this step for these parameters, from 1.
+        beta1, beta2, order, nonfinite: the importance's, see :func:`update_importance_`. ``nonfinite`` is
+            needed with ``sensitivity``.
+        names: parameter names, for error messages.
+        backend: "auto", "triton", "native" or "torch"; all give the same bits.
+
+    Raises:
+        TypeError, ValueError: for tensors that do not fit together, or settings out of range; nothing has
+            been written then.
+    """
+    constants = adamw_constants(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step)
+    inputs = AdamWInputs(params, grads, exp_avg, exp_avg_sq, sensitivity, uncertainty)
+    _validate(inputs, names)
+    device = inputs.device
+    require_fraction("beta1", beta1)
+    require_fraction("beta2", beta2)
+    require_choice("order", order, get_args(Order))
+    if sensitivity is not None and nonfinite is None:
+        raise ValueError("nonfinite must be given with sensitivity; got None")
+    if nonfinite is None:
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+    if nonfinite.dtype != torch.int64 or nonfinite.numel() != 1 or nonfinite.device != device:
+        raise ValueError(
+            f"nonfinite must be one int64 on {device}; "
+            f"got {nonfinite.dtype} {tuple(nonfinite.shape)} on {nonfinite.device}"
+        )
+    require_writable(Arguments(), "nonfinite", [nonfinite])
+    with torch.no_grad(), on_device(device):
+        implementation(device, backend).adamw_(
+            inputs, constants, beta1=beta1, beta2=beta2, order=order, nonfinite=nonfinite
+        )
+
+
+def adamw_constants(
+    *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int
+) -> AdamWConstants:
+    """The constants of a step.
+
+    Raises:
+        ValueError: a setting is not a number, or out of its range.
+    """
+    for argument, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
+        if not _is_number(value) or not math.isfinite(value) or value < 0:
+            raise ValueError(f"{argument} must be a finite number, not negative, no tensor; got {value!r}")
+    for index, beta in enumerate(betas):
+        if not _is_number(beta) or not 0 <= beta < 1:
+            raise ValueError(f"betas[{index}] must be a number in [0, 1), no tensor; got {beta!r}")
+    if step < 1:
+        raise ValueError(f"step must be at least 1; got {step!r}")
+    b1, b2 = betas
+    return AdamWConstants(
+        decay=float32(1 - lr * weight_decay),
+        take1=float32(1 - b1),
+        keep2=float32(b2),
+        take2=float32(1 - b2),
+        unbias2=float32(1 / math.sqrt(1 - b2**step)),
+        eps=float32(eps),
+        step_size=float32(lr / (1 - b1**step)),
+    )
+
+
+def _is_number(value: Any) -> bool:
+    # A tensor's value would have to be waited for, and could change between this check and the step.
+    return isinstance(value, numbers.Real)
+
+
+def _validate(inputs: AdamWInputs, names: Sequence[str] | None) -> None:
+    states = {
+        "exp_avg": inputs.exp_avg,
+        "exp_avg_sq": inputs.exp_avg_sq,
+        "sensitivity": inputs.sensitivity,
+        "uncertainty": inputs.uncertainty,
+    }
+    written = {argument: tensors for argument, tensors in states.items() if tensors is not None}
+    lists = {"params": inputs.params, "grads": inputs.grads, **written}
+    key = _validated.key(**lists)
+    if key in _validated:
+        return
+    if inputs.uncertainty is not None and inputs.sensitivity is None:
+        raise ValueError("uncertainty was given without sensitivity")
+    arguments = Arguments(names)
+    arguments.add("params", inputs.params)
+    arguments.add("grads", inputs.grads)
+    for argument, tensors in written.items():
+        arguments.add(argument, tensors, STATE_DTYPES)
+        for index, tensor in enumerate(tensors):
+            if not tensor.is_contiguous():
+                raise ValueError(f"{arguments.label(argument, index)} must be contiguous")
+    for argument, tensors in {"params": inputs.params, **written}.items():
+        rest = {name: others for name, others in lists.items() if name != argument}
+        require_disjoint(arguments, tensors, rest, argument, counterparts=False)
+        require_writable(arguments, argument, tensors)
+    _validated.add(key)
