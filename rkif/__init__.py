@@ -1,10 +1,23 @@
-"""Recurrent Knowledge Identification and Fusion: models that learn task after task without forgetting."""
+"""Recurrent Knowledge Identification and Fusion: models that learn task after task without forgetting.
 
-from rkif.config import FusionConfig, MergeWeights
-from rkif.fuser import Fuser
-from rkif.fusion import FusionReport, FusionResult, fuse
-from rkif.gate import Criterion, Gate, GateReport
-from rkif.lora import DeltaResult, fuse_delta, lora_scaling
+The public names are imported when they are first used, so that ``import rkif``, and with it the command line,
+does not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rkif.config import FusionConfig, MergeWeights
+    from rkif.fuser import Fuser
+    from rkif.fusion import FusionReport, FusionResult, fuse
+    from rkif.gate import Criterion, Gate, GateReport
+    from rkif.lora import DeltaResult, fuse_delta, lora_scaling
+
+    __version__: str
 
 __all__ = [
     "Criterion",
@@ -16,7 +29,32 @@ __all__ = [
     "Gate",
     "GateReport",
     "MergeWeights",
+    "__version__",
     "fuse",
     "fuse_delta",
     "lora_scaling",
 ]
+
+_MODULES = {
+    "rkif.config": ("FusionConfig", "MergeWeights"),
+    "rkif.fuser": ("Fuser",),
+    "rkif.fusion": ("FusionReport", "FusionResult", "fuse"),
+    "rkif.gate": ("Criterion", "Gate", "GateReport"),
+    "rkif.lora": ("DeltaResult", "fuse_delta", "lora_scaling"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = importlib.metadata.version("rkif")
+    elif name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

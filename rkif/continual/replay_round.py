@@ -1,4 +1,4 @@
-"""``rkif replay``: a round of a run once more, and whether it comes to what the ledger says."""
+"""``rkif reproduce``: a round of a run once more, and whether it comes to what the ledger says."""
 
 from __future__ import annotations
 

@@ -53,16 +53,16 @@ def test_from_an_earlier_state_where_the_last_was_not_kept(whole: Path, tmp_path
         ValueError, match="no state of the task was kept from before round 5; there are: 0, 1"
     ):
         reproduce(tmp_path / "run", 5, quiet())
-    failed = CliRunner().invoke(app, ["replay", str(tmp_path / "run"), "--round", "99"])
+    failed = CliRunner().invoke(app, ["reproduce", str(tmp_path / "run"), "--round", "99"])
     assert "no round 99: " in str(failed.exception)
 
 
 def test_a_round_that_was_done_again_after_a_rollback(whole: Path, tmp_path: Path, inputs: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     rollback(tmp_path / "run", 4)
-    failed = CliRunner().invoke(app, ["replay", str(tmp_path / "run"), "--round", "5"])
+    failed = CliRunner().invoke(app, ["reproduce", str(tmp_path / "run"), "--round", "5"])
     assert "no round 5" in str(failed.exception)
-    done = CliRunner().invoke(app, ["replay", str(tmp_path / "run"), "--round", "4"])
+    done = CliRunner().invoke(app, ["reproduce", str(tmp_path / "run"), "--round", "4"])
     assert done.exit_code == 0, done.exception
     assert "round 4 of task place, from the state after round 3: the same data" in done.output
 
@@ -84,7 +84,7 @@ def test_what_differs_is_named(whole: Path, tmp_path: Path) -> None:
     found = reproduce(tmp_path / "run", 2, quiet())
     assert sorted(found.differences) == ["counts", "parameters"]
     assert found.differences["counts"][0]["both"] == 123456
-    failed = CliRunner().invoke(app, ["replay", str(tmp_path / "run"), "--round", "2"])
+    failed = CliRunner().invoke(app, ["reproduce", str(tmp_path / "run"), "--round", "2"])
     assert failed.exit_code == 1
     assert "round 2 was not reproduced: counts, parameters differ" in str(failed.exception)
 

@@ -1,0 +1,204 @@
+"""``rkif fuse`` and ``rkif verify``: checkpoints on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rkif.cli.options import Resume, announce, parse_size
+
+if TYPE_CHECKING:
+    import torch
+
+    from rkif.checkpoint.preflight import Request
+    from rkif.distributed.process_group import Ranks
+
+commands = typer.Typer()
+
+
+@commands.command("fuse")
+def fuse_command(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The checkpoint both learners started from.")],
+    inner: Annotated[Path, typer.Argument(metavar="INNER", help="What the inner learner made of it.")],
+    outer: Annotated[Path, typer.Argument(metavar="OUTER", help="What the outer learner made of it.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to be made; it appears when it is complete.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            help="recurrent_kif, or as in mergekit: linear, task_arithmetic, ties, dare_linear, dare_ties; "
+            "or magnitude_prune.",
+        ),
+    ] = "recurrent_kif",
+    inner_importance: Annotated[
+        Path | None,
+        typer.Option(help="Scores under the parameters' names.", show_default="magnitude of the task vector"),
+    ] = None,
+    outer_importance: Annotated[
+        Path | None, typer.Option(help="Likewise.", show_default="magnitude of the task vector")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Fraction that a side selects.", show_default="0.2")
+    ] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="paper or release (recurrent_kif).", show_default="paper")
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            help="global: one threshold over all parameters; tensor: one for each.",
+            show_default="global; tensor for ties and magnitude_prune",
+        ),
+    ] = None,
+    outer_from: Annotated[
+        str | None,
+        typer.Option(
+            help="inner, or base if OUTER was fine-tuned from BASE (recurrent_kif).", show_default="inner"
+        ),
+    ] = None,
+    weight: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Of INNER and OUTER (other methods).", show_default="1 1"),
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(help="Divide by the sum of the weights.", show_default="for linear and ties"),
+    ] = None,
+    lambda_: Annotated[
+        float | None,
+        typer.Option("--lambda", help="Factor of the merged task vector.", show_default="1"),
+    ] = None,
+    rescale: Annotated[
+        bool | None, typer.Option(help="Keep the L1 norm of what is thinned out.", show_default="for dare")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what dare drops.", show_default="0")] = None,
+    max_memory: Annotated[
+        str, typer.Option(help="Memory of the process's own, what Python takes itself included.")
+    ] = "2GiB",
+    max_shard_size: Annotated[str, typer.Option(help="Size of a file of the output.")] = "5GB",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; read no weight.")] = False,
+    resume: Resume = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Fuse checkpoints on disk, exactly, in bounded memory.
+
+    BASE, INNER and OUTER are folders in Hugging Face layout (models or adapters), or .safetensors files.
+    Under torchrun (torchrun --nproc-per-node N -m rkif fuse ...) the processes share the work, with the same
+    bytes as result; --max-memory is each one's.
+    """
+    announce(f"Fusing {base}, {inner} and {outer} into {out}")
+    from rkif.checkpoint.methods import make_method
+    from rkif.checkpoint.preflight import Request
+    from rkif.distributed.process_group import processes
+
+    given = {
+        "density": density,
+        "rule": rule,
+        "scope": scope,
+        "outer_from": outer_from,
+        "weight": weight,
+        "normalize": normalize,
+        "lambda": lambda_,
+        "rescale": rescale,
+        "seed": seed,
+    }
+    request = Request(
+        base,
+        inner,
+        outer,
+        out,
+        make_method(method, {name: value for name, value in given.items() if value is not None}),
+        inner_importance=inner_importance,
+        outer_importance=outer_importance,
+        max_memory=parse_size("--max-memory", max_memory),
+        max_shard_size=parse_size("--max-shard-size", max_shard_size),
+        device=_device(device),
+        resume=resume,
+    )
+    with processes() as ranks:
+        _fuse(request, ranks, dry_run=dry_run, as_json=as_json)
+
+
+def _fuse(request: Request, ranks: Ranks, *, dry_run: bool, as_json: bool) -> None:
+    """Plan and do it, together with other processes if there are any, of which the first one speaks."""
+    from rich.console import Console
+
+    from rkif.checkpoint.display import Bar, plan_dict, plan_table, summary_table
+    from rkif.checkpoint.fuse import fuse_checkpoints
+    from rkif.checkpoint.preflight import PreflightError, preflight
+
+    first = ranks.rank == 0
+    console = Console(stderr=as_json, quiet=not first)
+    try:
+        with ranks.together():  # before anyone writes where others look
+            plan = preflight(request)
+    except PreflightError as error:
+        if not first:
+            raise SystemExit(1) from error
+        if as_json:
+            print(json.dumps({"problems": error.problems}))
+        if len(error.problems) > 1:
+            for problem in error.problems:
+                print(f"- {problem}", file=sys.stderr)
+        raise
+    if dry_run:
+        if as_json and first:
+            print(json.dumps(plan_dict(plan)))
+        elif not as_json:
+            console.print(plan_table(plan))
+        return
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False)
+    with Bar(console) as bar:
+        summary = fuse_checkpoints(plan, bar, ranks)
+    if as_json and first:
+        print(json.dumps(summary.to_dict()))
+    elif not as_json:
+        console.print(summary_table(summary))
+
+
+@commands.command("verify")
+def verify_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An output of `rkif fuse`.")],
+) -> None:
+    """Check every byte of an output of `rkif fuse` against its manifest."""
+    announce(f"Checking every byte of {folder}")
+    from rich.console import Console
+
+    from rkif.checkpoint.display import Bar
+    from rkif.checkpoint.manifest import read_manifest, verify
+
+    manifest = read_manifest(folder)
+    console = Console()
+    with Bar(console) as bar:
+        bar.stage("verifying", sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+        problems = verify(folder, bar.advance)
+    for problem in problems[:-1]:
+        print(f"- {problem}", file=sys.stderr)
+    if problems:
+        raise ValueError(f"{folder}: {problems[-1]}")
+    console.print(
+        f"{folder}: {len(manifest['files'])} files and {len(manifest['tensors'])} tensors are as they were "
+        f"written; SHA-256 of the tensors {manifest['content_sha256']}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu or cuda; got {name!r}")
+    if name == "cuda" and not cuda:
+        raise ValueError("--device cuda was requested, but PyTorch sees no CUDA device")
+    if not cuda or name == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

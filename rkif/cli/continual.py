@@ -1,0 +1,172 @@
+"""Commands on runs: learn a sequence of tasks, look at what was done, go back, tune."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rkif.cli.options import Out, Resume, announce
+
+commands = typer.Typer()
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+
+
+@commands.command("run")
+def run_command(
+    config: Annotated[Path, typer.Argument(help="YAML file that describes the run.", metavar="CONFIG.yaml")],
+    out: Out = None,
+    resume: Resume = False,
+) -> None:
+    """Learn a sequence of tasks; measure all of them after each.
+
+    The run's folder is runs/<name of the config> unless --out names another.
+    """
+    folder = out or Path("runs") / config.stem
+    announce(f"Running {config} in {folder}")
+    from rich.console import Console
+
+    from rkif.continual.config import load_config
+    from rkif.continual.display.progress import RunProgress, run_tables
+    from rkif.continual.run import run
+
+    console = Console()
+    metrics = run(load_config(config), folder, resume=resume, progress=RunProgress(console))
+    for table in run_tables(metrics):
+        console.print(table)
+    console.print(f"The run is in {folder}", markup=False)
+
+
+@commands.command("log")
+def log_command(
+    run: Run,
+    task: Annotated[str | None, typer.Option("--task", help="Only this task's records.")] = None,
+    module: Annotated[
+        str | None, typer.Option("--module", help="Only parameters whose name contains this, summed up.")
+    ] = None,
+    verdict: Annotated[
+        str | None,
+        typer.Option("--verdict", help="Only rounds with this verdict: keep, damp, undo, stop, unchecked."),
+    ] = None,
+    explain: Annotated[
+        str | None, typer.Option("--explain", metavar="MODULE", help="Which rounds moved it, and who won.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the chain, and every file against its digest.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON lines.")] = False,
+) -> None:
+    """Show what every round of a run did, or prove that the record of it is whole."""
+    announce(f"{'Verifying' if verify else 'Reading'} the ledger of {run}")
+    from rkif.continual.display import log
+
+    if verify:
+        from rkif.continual.rundir.verify import verify as check
+
+        checked = check(run)
+        print(
+            f"{run}: {checked['records']} records in a whole chain; {checked['tasks']} tasks' files and "
+            f"{checked['snapshots']} kept states are as recorded; last hash {log.read(run)[-1]['hash']}"
+        )
+        return
+    records = log.select(log.read(run), task=task, verdict=verdict)
+    if as_json:
+        for record in log.only_module(records, explain or module):
+            print(json.dumps(record))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for table in log.explain(records, explain) if explain is not None else [log.table(records, module)]:
+        console.print(table)
+
+
+@commands.command("rollback")
+def rollback_command(
+    run: Run,
+    to: Annotated[int, typer.Option("--to", min=0, help="Round, as `rkif log` numbers them.")],
+) -> None:
+    """Return a run to the state after a round; `rkif run --resume` goes on from there."""
+    announce(f"Rolling {run} back to round {to}")
+    from rkif.continual.rundir.rollback import rollback
+
+    record = rollback(run, to)
+    print(
+        f"{run} is as it was after round {to}, in task {record['task']}; "
+        f"SHA-256 of the parameters {record['parameters']['after']}"
+    )
+
+
+@commands.command("reproduce")
+def reproduce_command(
+    run: Run,
+    round_: Annotated[int, typer.Option("--round", min=1, help="Round, as `rkif log` numbers them.")],
+) -> None:
+    """Repeat a round from the state before it and compare the result with the ledger; nothing is changed."""
+    announce(f"Reproducing round {round_} of {run}")
+    from rich.console import Console
+
+    from rkif.continual.display.progress import RunProgress
+    from rkif.continual.replay_round import reproduce
+
+    outcome = reproduce(run, round_, RunProgress(Console()))
+    for field, (then, now) in outcome.differences.items():
+        print(f"{field}: {then} in the ledger, {now} now", file=sys.stderr)
+    if outcome.differences:
+        raise ValueError(f"round {round_} was not reproduced: {', '.join(outcome.differences)} differ")
+    print(
+        f"round {round_} of task {outcome.record['task']}, from the state after round {outcome.start}: "
+        f"the same data, thresholds, counts and parameters; "
+        f"SHA-256 {outcome.record['parameters']['after']}"
+    )
+
+
+@commands.command("report")
+def report_command(run: Run) -> None:
+    """Write a run's report: one HTML page with its figures and pictures, for any browser."""
+    announce(f"Writing the report of {run}")
+    from rkif.continual.display.report import write_report
+
+    print(write_report(run))
+
+
+@commands.command("tune")
+def tune_command(
+    config: Annotated[Path, typer.Argument(help="A config of `rkif run`.", metavar="CONFIG.yaml")],
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Runs that it may take, in all.")] = 20,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the study.", show_default="tune/CONFIG")
+    ] = None,
+    resume: Resume = False,
+) -> None:
+    """Search density, Q, M and the outer learning rate for the best OP on the dev split."""
+    folder = out or Path("tune") / config.stem
+    announce(f"Searching settings for {config} in {folder}")
+    from rich.console import Console
+
+    from rkif.continual.config import load_config
+    from rkif.continual.tune import best_table, tune
+
+    console = Console()
+    study = tune(load_config(config), folder, trials=trials, resume=resume, console=console)
+    console.print(best_table(study))
+    console.print(f"The trials are in {folder}", markup=False)
+
+
+@commands.command("demo")
+def demo_command(out: Out = None, resume: Resume = False) -> None:
+    """Compare sequential fine-tuning, replay and Recurrent-KIF on small tasks; no download, no GPU, minutes.
+
+    The folder is rkif-demo unless --out names another.
+    """
+    folder = out or Path("rkif-demo")
+    announce(f"Comparing three methods in {folder}")
+    from rich.console import Console
+
+    from rkif.demo import demo
+
+    demo(folder, resume=resume, console=Console())

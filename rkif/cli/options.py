@@ -1,0 +1,41 @@
+"""What several groups of commands share: options, sizes in bytes, the line that is shown at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Out = Annotated[Path | None, typer.Option("--out", help="The run's folder.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is in that folder, if anything is.")]
+
+_SIZE = re.compile(r"\s*(\d*\.?\d+)\s*([kmgtpe]?)(i?)b?\s*", re.IGNORECASE)
+_POWERS = " kmgtpe"  # of 1000, or of 1024 with an i
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes, from "500MB", "2GiB" or a plain number.
+
+    Raises:
+        ValueError: the text is no size, or the size is less than a byte; names the option.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None or (match[3] and not match[2]):
+        raise ValueError(f"{option} must be a size such as 2GiB or 500MB; got {text!r}")
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS.index(match[2].lower() or " "))
+    if size <= 0:
+        raise ValueError(f"{option} must be more than nothing; got {text!r}")
+    return size
+
+
+def announce(line: str) -> None:
+    """Say on a terminal what begins, before imports that take a second; logs and pipes get the result alone.
+
+    Of several processes under torchrun the first one speaks.
+    """
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)

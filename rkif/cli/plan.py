@@ -1,0 +1,91 @@
+"""``rkif plan``: what recurrent training takes of a device's memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, cast, get_args
+
+import typer
+
+from rkif.cli.options import announce, parse_size
+
+commands = typer.Typer()
+
+
+@commands.command("plan")
+def plan_command(
+    model: Annotated[Path, typer.Option("--model", help="A config.json, or a folder that has one.")],
+    device_memory: Annotated[str, typer.Option("--device-memory", help="Of each device.")] = "80GiB",
+    reserve: Annotated[
+        str, typer.Option(help="Of it, for activations and whatever else is not counted.")
+    ] = "8GiB",
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "bfloat16",
+    lora_r: Annotated[
+        int | None, typer.Option(min=1, help="Train adapters of this rank.", show_default="all parameters")
+    ] = None,
+    target_modules: Annotated[
+        str | None,
+        typer.Option(help="What gets adapters: q_proj,v_proj.", show_default="peft's choice"),
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit or sgd, of both learners.")] = "adamw",
+    importance: Annotated[
+        str, typer.Option(help="sensitivity_uncertainty or sensitivity.")
+    ] = "sensitivity_uncertainty",
+    ranks: Annotated[int, typer.Option(min=1, help="Devices that FSDP2 shards everything over.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say what recurrent training takes of a device's memory, and with which settings it fits.
+
+    From the model's config.json alone; nothing is loaded. Fails if nothing fits.
+    """
+    announce(f"Counting the parameters of {model}")
+    from rich.console import Console
+
+    from rkif.config import Importance
+    from rkif.plan import Training, choose
+    from rkif.plan.bytes import Optimizer
+    from rkif.plan.display import as_json as plan_json
+    from rkif.plan.display import bytes_table, options_table, settings
+    from rkif.plan.model import count_parameters
+    from rkif_kernels import require_choice
+
+    memory, reserved = parse_size("--device-memory", device_memory), parse_size("--reserve", reserve)
+    require_choice("--dtype", dtype, ["float32", "bfloat16"])
+    require_choice("--optimizer", optimizer, get_args(Optimizer))
+    require_choice("--importance", importance, get_args(Importance))
+    if target_modules is not None and lora_r is None:
+        raise ValueError("--target-modules is for adapters: give their rank with --lora-r")
+    targets = None if target_modules is None else [one.strip() for one in target_modules.split(",")]
+    found = count_parameters(model, rank=lora_r, targets=targets)
+    width = 4 if dtype == "float32" else 2
+    training = Training(
+        found.trainable,
+        found.frozen,
+        found.largest,
+        trainable_bytes=width if lora_r is None else 4,  # peft trains adapters in float32
+        frozen_bytes=width,
+        optimizer=cast(Optimizer, optimizer),
+        uncertainty=importance == "sensitivity_uncertainty",
+        ranks=ranks,
+    )
+    budgets, chosen = choose(training, memory=memory, reserve=reserved)
+    if as_json:
+        print(json.dumps(plan_json(training, budgets, chosen)))
+    else:
+        console = Console()
+        of = f" on {ranks} devices" if ranks > 1 else ""
+        console.print(
+            f"{found.name}: {found.trainable:,} parameters are trained{of}, {found.frozen:,} are not\n",
+            highlight=False,
+        )
+        console.print(bytes_table(training, (chosen or budgets[-1]).option))
+        console.print(options_table(budgets, chosen, memory))
+        if chosen is not None and chosen.option.changes:
+            console.print(f"In a config:\n\n{settings(chosen.option)}\n", highlight=False)
+    if chosen is None:
+        least = min(one.bytes for one in budgets)
+        raise ValueError(
+            f"nothing fits: the least is {least / 2**30:.2f} GiB a device, of {memory / 2**30:.4g} GiB; "
+            "take more --ranks, another --optimizer, or adapters (--lora-r)"
+        )

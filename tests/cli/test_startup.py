@@ -1,0 +1,116 @@
+"""What the command line does before it imports PyTorch."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+import rkif
+from rkif.cli import app
+from rkif.cli.options import parse_size
+
+COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+
+# Runs a command line, and fails if it took one of the slow imports.
+PROGRAM = """
+import sys
+from rkif.cli import main
+sys.argv = ["rkif", *sys.argv[1:]]
+try:
+    main()
+finally:
+    heavy = {"torch", "transformers", "numpy"} & set(sys.modules)
+    assert not heavy, heavy
+"""
+
+
+def without_heavy_imports(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_package_is_imported_without_pytorch() -> None:
+    code = "import sys, rkif; assert 'torch' not in sys.modules; rkif.fuse; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_are_there_and_others_are_not() -> None:
+    assert all(getattr(rkif, name) is not None for name in rkif.__all__)
+    assert set(rkif.__all__) <= set(dir(rkif))
+    with pytest.raises(AttributeError, match="module 'rkif' has no attribute 'fuze'"):
+        rkif.fuze  # noqa: B018
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_needs_no_heavy_import(command: str) -> None:
+    assert "Usage:" in without_heavy_imports(*command.split(), "--help")
+
+
+def test_the_version_needs_no_heavy_import() -> None:
+    assert without_heavy_imports("--version") == f"rkif {rkif.__version__}\n"
+
+
+ARGUMENTS = {
+    "demo": ["--out", "{}/made"],
+    "fuse": ["{}/a", "{}/b", "{}/c", "--out", "{}/made"],
+    "plan": ["--model", "{}"],
+    "reproduce": ["{}", "--round", "1"],
+    "rollback": ["{}", "--to", "1"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_on_a_terminal_a_command_says_what_it_does_before_slow_imports(command: str, tmp_path: Path) -> None:
+    """PyTorch cannot be imported here: what is on the terminal was written before."""
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    arguments = [argument.format(tmp_path) for argument in ARGUMENTS.get(command, ["{}"])]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rkif", command, *arguments],
+        env=environment,
+        stderr=theirs,
+        stdout=subprocess.DEVNULL,
+        cwd=tmp_path,
+    )
+    os.close(theirs)
+    with os.fdopen(ours) as terminal:
+        first = terminal.readline()
+    assert process.wait() == 1
+    assert str(tmp_path) in first
+    assert "error" not in first
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1),
+        ("500MB", 500 * 10**6),
+        ("2GiB", 2 << 30),
+        ("0.5 kib", 512),
+        (" 3 T ", 3 * 10**12),
+        ("1.5e", 1500 * 10**15),
+        ("7b", 7),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size("--max-memory", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "GiB", "1iB", "-1", "1.2.3", "2GiB more", "nan"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match="--max-memory must be a size such as 2GiB or 500MB; got"):
+        parse_size("--max-memory", text)
+
+
+@pytest.mark.parametrize("text", ["0", "0.4", "0GiB"])
+def test_no_size_at_all(text: str) -> None:
+    with pytest.raises(ValueError, match="--max-memory must be more than nothing; got"):
+        parse_size("--max-memory", text)
