@@ -121,29 +121,28 @@ def commit_of(row: Mapping[str, Any]) -> str:
 
 
 def transposed(
-    caption: str,
-    rows: Sequence[Row],
+    path: Path,
+    caption: Callable[[Row], str],
     heading: Callable[[Row], str],
     labels: Mapping[str, str],
     show: Callable[[str, float], str],
 ) -> str:
-    """Markdown: the caption and a table with a column for each row, a line for each figure.
+    """Markdown of a file of rows: a caption, and a table with a column a row and a line a figure.
 
     Args:
-        caption: what was measured, on what, at which commit.
-        rows: the columns, in order.
-        heading: the column's heading.
+        path: the rows, all measured in one call.
+        caption: what was measured, on what, at which commit: from the first row.
+        heading: the heading of a row's column.
         labels: key of a figure -> its label, in order.
         show: (key, value) -> the cell.
     """
+    rows = read(path)
     lines = [
-        caption,
+        caption(rows[0]),
         "",
         "| | " + " | ".join(map(heading, rows)) + " |",
         "| --- |" + " ---: |" * len(rows),
-        *(
-            f"| {label} | " + " | ".join(show(key, row[key]) for row in rows) + " |"
-            for key, label in labels.items()
-        ),
     ]
+    for key, label in labels.items():
+        lines.append(f"| {label} | " + " | ".join(show(key, row[key]) for row in rows) + " |")
     return "\n".join(lines) + "\n"

@@ -54,15 +54,18 @@ def measure(path: Path, console: Console) -> None:
 
 def markdown() -> str:
     """The rows as a table."""
-    rows = store.read(RESULTS)
-    first = rows[0]
     return store.transposed(
-        f"{first['model']} ({first['config']}), one run each, {first['rounds']} rounds, at "
-        f"{store.commit_of(first)}.",
-        rows,
+        RESULTS,
+        _caption,
         lambda row: SPACES[row["space"]],
         FIGURES,
         lambda key, value: f"{value:.1f}" if key in ("op", "bwt") else f"{value:.3f}",
+    )
+
+
+def _caption(row: store.Row) -> str:
+    return (
+        f"{row['model']} ({row['config']}), one run each, {row['rounds']} rounds, at {store.commit_of(row)}."
     )
 
 

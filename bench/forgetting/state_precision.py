@@ -50,16 +50,19 @@ def measure(path: Path, console: Console) -> None:
 
 def markdown() -> str:
     """The rows as a table."""
-    rows = store.read(RESULTS)
-    first = rows[0]
     return store.transposed(
-        f"{first['model']} with LoRA ({first['config']}), means over {first['rounds']} rounds, at "
-        f"{store.commit_of(first)}: S and U in bfloat16 against float32, under the same "
-        "gradients.",
-        rows,
+        RESULTS,
+        _caption,
         lambda row: f"{row['preset']} preset",
         FIGURES | {"worst": "the same, in the worst round"},
         lambda _, value: f"{100 * value:.2f} %",
+    )
+
+
+def _caption(row: store.Row) -> str:
+    return (
+        f"{row['model']} with LoRA ({row['config']}), means over {row['rounds']} rounds, at "
+        f"{store.commit_of(row)}: S and U in bfloat16 against float32, under the same gradients."
     )
 
 

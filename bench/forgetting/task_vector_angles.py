@@ -47,15 +47,19 @@ def measure(path: Path, console: Console) -> None:
 
 def markdown() -> str:
     """The rows as a table."""
-    rows = store.read(RESULTS)
-    first = rows[0]
     return store.transposed(
-        f"{first['model']} ({first['config']}, {first['order']}), means over the {first['rounds']} rounds of "
-        f"each task, at {store.commit_of(first)}.",
-        rows,
+        RESULTS,
+        _caption,
         lambda row: str(row["task"]),
         FIGURES,
         lambda _, value: f"{value:.2f}",
+    )
+
+
+def _caption(row: store.Row) -> str:
+    return (
+        f"{row['model']} ({row['config']}, {row['order']}), means over the {row['rounds']} rounds of "
+        f"each task, at {store.commit_of(row)}."
     )
 
 

@@ -65,35 +65,19 @@ def observe_foreach(
     _store(uncertainty, u)
 
 
-def fuse(
-    out: Sequence[Tensor],
-    base: Sequence[Tensor],
-    inner: Sequence[Tensor],
-    outer: Sequence[Tensor],
-    inner_scores: Scores,
-    outer_scores: Scores,
-    *,
-    density: float,
-    weights: CaseWeights,
-) -> None:
-    """The release's fusion: a quantile of each learner's scores, masks as floats, weights by case."""
-    limits = [released_threshold(scores, density) for scores in (inner_scores, outer_scores)]
-    for tensors in _by_tensor(out, base, inner, outer, inner_scores, outer_scores):
+def fuse(*lists: Any, density: float, weights: CaseWeights) -> None:
+    """The release's fusion: a quantile of each learner's scores, masks as floats, weights by case.
+
+    ``lists`` are out, base, inner, outer, and the scores of either learner, as in every fusion here.
+    """
+    limits = [released_threshold(scores, density) for scores in lists[-2:]]
+    for tensors in _by_tensor(*lists):
         _merge_one(*tensors, limits=limits, weights=weights)
 
 
-def fuse_foreach(
-    out: Sequence[Tensor],
-    base: Sequence[Tensor],
-    inner: Sequence[Tensor],
-    outer: Sequence[Tensor],
-    inner_scores: Scores,
-    outer_scores: Scores,
-    *,
-    density: float,
-    weights: CaseWeights,
-) -> None:
+def fuse_foreach(*lists: Any, density: float, weights: CaseWeights) -> None:
     """:func:`fuse` with one fused operation a step over all tensors."""
+    out, base, inner, outer, inner_scores, outer_scores = lists
     m_in, m_out = (_masks_foreach(scores, density) for scores in (inner_scores, outer_scores))
     both = torch._foreach_mul(m_in, m_out)
     in_only, out_only = torch._foreach_sub(m_in, both), torch._foreach_sub(m_out, both)
