@@ -11,6 +11,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rkif import optim
     from rkif.config import FusionConfig, MergeWeights
     from rkif.fuser import Fuser
     from rkif.fusion import FusionReport, FusionResult, fuse
@@ -33,6 +34,7 @@ __all__ = [
     "fuse",
     "fuse_delta",
     "lora_scaling",
+    "optim",
 ]
 
 _MODULES = {
@@ -48,6 +50,8 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         value: Any = importlib.metadata.version("rkif")
+    elif name == "optim":
+        value = importlib.import_module("rkif.optim")
     elif name in _MODULE_OF:
         value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     else:

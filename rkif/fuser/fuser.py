@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
@@ -108,6 +108,7 @@ class Fuser:
         self._with_gradient: set[str] = set()
         self._observed: dict[Learner, int] = {"inner": 0, "outer": 0}
         self._outer_settled = False  # refresh_outer=False: whether a fusion has gone by the outer importance
+        self._observer: int | None = None  # the id of who has observed in this phase
         self.phase: Learner = "inner"
         self.round = 0
         self.last_report: FusionReport | None = None
@@ -130,16 +131,37 @@ class Fuser:
 
         It goes to the learner whose phase it is. A parameter without a gradient counts as one with a zero
         gradient. Elements with a non-finite importance are left as they were, and counted.
+
+        Raises:
+            RuntimeError: in this phase the steps of an optimizer that was given this fuser do it.
         """
+        self.observe_with(self, Importance.update)
+
+    def observe_with(self, observer: object, update: Callable[..., None]) -> None:
+        """As :meth:`observe`, for an optimizer whose step takes the importance along.
+
+        Args:
+            observer: the optimizer. A phase has one observer: two would count every step twice.
+            update: called as :meth:`Importance.update` is, in its place; it may write to the parameters.
+
+        Raises:
+            RuntimeError: another observer has observed in this phase.
+        """
+        if self._observer not in (None, id(observer)):
+            raise RuntimeError(
+                f"another than this {type(observer).__name__} has observed in this {self.phase} phase: steps "
+                "would count twice; call either observe(), or the step() of one optimizer that has this fuser"
+            )
         gradients = self._held.gradients()
         parts, learner = self._held.parts(), self._importance[self.phase]
         frozen = self.phase == "outer" and self._outer_settled
-        for count, numbers in zip(torch.split(self._nonfinite, 1), self._held.numbers, strict=True):
-            if numbers:
-                learner.update(parts, gradients, count, numbers, frozen=frozen)
         for snapshot in (self._base, self._inner):
             if snapshot is not None:
-                snapshot.settle()  # the step that follows changes what is still being copied
+                snapshot.settle()  # a step changes what is still being copied
+        for count, numbers in zip(torch.split(self._nonfinite, 1), self._held.numbers, strict=True):
+            if numbers:
+                update(learner, parts, gradients, count, numbers, frozen=frozen)
+        self._observer = id(observer)
         self._observed[self.phase] += 1
         if len(self._with_gradient) < len(self.parameters):
             self._with_gradient.update(
@@ -165,6 +187,7 @@ class Fuser:
         if self.config.pack_inner:
             self._importance["inner"].pack(thresholds)
         self._inner = inner
+        self._observer = None
         self.phase = "outer"
 
     @uncompiled
@@ -327,6 +350,7 @@ class Fuser:
         self._nonfinite.copy_(torch.tensor([int(state["nonfinite"]) if self._held.ranks.rank == 0 else 0, 0]))
         if not self._held.sharded:
             self._nonfinite[0] = int(state["nonfinite"])
+        self._observer = None
         self.phase = "outer" if in_outer else "inner"
         self._outer_settled = bool(state.get("outer_settled", False))
         self.round = int(state["round"])
@@ -559,5 +583,6 @@ class Fuser:
         self._nonfinite.zero_()
         self._with_gradient.clear()
         self._observed = {"inner": 0, "outer": 0}
+        self._observer = None
         self.phase = "inner"
         self.round += 1

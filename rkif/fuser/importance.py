@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,22 +53,21 @@ class Importance:
             numbers: which tensors to update; all by default.
             frozen: leave the importance as it is, and only count what is not finite.
         """
-        # With nothing taken of the new, S and U are written back as they were: 1*S + 0*I.
-        beta1, beta2 = (1.0, 1.0) if frozen else (self._config.beta1, self._config.beta2)
         numbers = range(len(self._names)) if numbers is None else numbers
         rkif_kernels.update_importance_(
             [parameters[number] for number in numbers],
             [gradients[number] for number in numbers],
-            [self._views["sensitivity"][number] for number in numbers],
-            [self._views["uncertainty"][number] for number in numbers]
-            if "uncertainty" in self._views
-            else None,
-            beta1=beta1,
-            beta2=beta2,
-            order=self._config.order,
             nonfinite=nonfinite,
-            names=[self._names[number] for number in numbers],
+            **self.update_arguments(numbers, frozen=frozen),
         )
+
+    def update_arguments(self, indices: Sequence[int], *, frozen: bool = False) -> dict[str, Any]:
+        """What every operation that updates the importance of some tensors is told of it, by keyword."""
+        # With nothing taken of the new, S and U are written back as they were: 1*S + 0*I.
+        beta1, beta2 = (1.0, 1.0) if frozen else (self._config.beta1, self._config.beta2)
+        states = {part: [views[index] for index in indices] for part, views in self._views.items()}
+        names = [self._names[index] for index in indices]
+        return {**states, "beta1": beta1, "beta2": beta2, "order": self._config.order, "names": names}
 
     def clear(self) -> None:
         """Back to zero importance."""

@@ -1,0 +1,281 @@
+"""An optimizer whose step takes the importance of the parameters along, in one pass over memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rkif.distributed.shards import local, local_as
+from rkif.fuser import Fuser
+from rkif.fuser.importance import Importance
+from rkif.fuser.no_compile import uncompiled
+from rkif_kernels import STATE_DTYPES, AdamWConstants, adamw_, adamw_constants
+from rkif_kernels.checks import PARAMETER_DTYPES
+
+# What torch.optim.AdamW's groups hold beyond the settings: kept, so that either loads the other's state.
+_OFF = {"amsgrad": False, "maximize": False, "capturable": False, "differentiable": False}
+_KEYS = {**_OFF, "foreach": None, "fused": None, "decoupled_weight_decay": True}
+_SETTINGS = ("lr", "betas", "eps", "weight_decay")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _Call(NamedTuple):
+    """What parameters must have in common to be stepped together."""
+
+    constants: AdamWConstants
+    device: torch.device
+    group: int
+    step: int
+
+
+class AdamW(torch.optim.Optimizer):
+    """``torch.optim.AdamW`` (Loshchilov & Hutter, 2019) whose step does what ``fuser.observe()`` does, too.
+
+    With a fuser, ``optimizer.step()`` stands for ``fuser.observe(); optimizer.step()``. The importance is
+    that of the weights before the step, bit for bit; the gradients must be final (accumulated, unscaled,
+    clipped). The two share one pass over memory: 44 bytes a float32 element instead of 24 and 28. Give the
+    inner and the outer optimizer the same fuser; its phase says whose importance it is. ::
+
+        fuser = rkif.Fuser(model, config)
+        optimizer = rkif.optim.AdamW(model.parameters(), lr=1e-4, fuser=fuser)
+        loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+    A step observes every parameter of the fuser, also one that this optimizer does not hold. A parameter
+    without a gradient counts as one with a zero gradient for the importance, and is not stepped. Parameters
+    that the fuser does not follow are stepped alone.
+
+    Moments are float32 whatever the parameters are, or bfloat16. Arithmetic is float32 with one rounding at
+    each store (see :func:`rkif_kernels.adamw_`). Weights differ from those of ``torch.optim.AdamW`` by
+    rounding: docs/reference/kernels.md states the bound. Each of the two loads the other's state dict.
+    Parameters that are sharded (DTensor) have sharded moments. A ``GradScaler`` works as usual: a step that
+    it skips is not observed. Refused are ``amsgrad``, ``maximize``, ``capturable``, ``differentiable``, a
+    tensor as learning rate, and sparse gradients.
+
+    Args:
+        params: parameters (float32, bfloat16 or float16) or groups of them, as for every optimizer.
+        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; decay is decoupled.
+        fuser: whose importance a step takes along; can be set later as ``optimizer.fuser``.
+        state_dtype: of the moments, float32 or bfloat16.
+
+    Raises:
+        TypeError, ValueError: a setting, a group or a parameter is not as described.
+    """
+
+    _fuser: Fuser | None = None
+    state_dtype: torch.dtype = torch.float32
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        fuser: Fuser | None = None,
+        state_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if state_dtype not in STATE_DTYPES:
+            raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16; got {state_dtype!r}")
+        self.state_dtype = state_dtype
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**settings, **_KEYS})
+        self.fuser = fuser
+
+    @property
+    def fuser(self) -> Fuser | None:
+        """Whose importance a step takes along; None: no importance is followed."""
+        return self._fuser
+
+    @fuser.setter
+    def fuser(self, fuser: Fuser | None) -> None:
+        if fuser is not None:
+            if not isinstance(fuser, Fuser):
+                raise TypeError(f"fuser must be a Fuser; got {type(fuser).__name__}")
+            own = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+            if own.isdisjoint(map(id, fuser.parameters.values())):
+                raise ValueError("fuser follows none of this optimizer's parameters")
+        self._fuser = fuser
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As every optimizer does it; raises before anything is added."""
+        merged = {**self.defaults, **param_group}
+        _require_supported(merged)
+        adamw_constants(**{name: merged[name] for name in _SETTINGS}, step=1)
+        given = param_group["params"]
+        given = [given] if isinstance(given, Tensor) else list(given)
+        for entry in given:
+            parameter = entry[1] if isinstance(entry, tuple) else entry
+            if isinstance(parameter, Tensor) and parameter.dtype not in PARAMETER_DTYPES:
+                raise TypeError(
+                    f"params has dtype {parameter.dtype}; supported are float32, bfloat16 and float16"
+                )
+        super().add_param_group({**param_group, "params": given})
+
+    @uncompiled
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step, and the importance along where there is a fuser.
+
+        Args:
+            closure: computes the loss and the gradients anew; its result is returned.
+
+        Raises:
+            RuntimeError: another observer has observed in this phase (see :meth:`rkif.Fuser.observe`), or a
+                CUDA graph is being captured: the step's number would be part of it.
+            TypeError, ValueError: a gradient is sparse, or a group's settings are out of range. Nothing has
+                been written then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        calls = self._calls()
+        followed: set[int] = set()
+        if self._fuser is not None:
+            followed = {id(parameter) for parameter in self._fuser.parameters.values()}
+            self._fuser.observe_with(self, partial(self._observe_and_step, calls))
+        for call, parameters in calls.items():
+            if alone := [parameter for parameter in parameters if id(parameter) not in followed]:
+                gradients = [local_as(parameter.grad, parameter) for parameter in alone]  # type: ignore[arg-type]
+                self._run(call, alone, [local(parameter) for parameter in alone], gradients)
+        if calls:
+            stepped = [parameter for parameters in calls.values() for parameter in parameters]
+            torch._foreach_add_([self.state[parameter]["step"] for parameter in stepped], 1)
+        return loss
+
+    def observe(self) -> None:
+        """Take the importance of gradients that are not stepped on, such as those that are not finite.
+
+        Raises:
+            RuntimeError: there is no fuser, or as :meth:`step`.
+        """
+        if self._fuser is None:
+            raise RuntimeError("observe() needs a fuser; this optimizer has none")
+        self._fuser.observe_with(self, Importance.update)
+
+    def _observe_and_step(
+        self,
+        calls: Mapping[_Call, Sequence[Tensor]],
+        importance: Importance,
+        parts: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        nonfinite: Tensor,
+        indices: Sequence[int],
+        *,
+        frozen: bool,
+    ) -> None:
+        """Stand in for :meth:`Importance.update`: step those of the parameters that are to be stepped."""
+        assert self._fuser is not None
+        parameters = list(self._fuser.parameters.values())
+        call_of = {id(parameter): call for call, those in calls.items() for parameter in those}
+        together: dict[_Call | None, list[int]] = defaultdict(list)
+        for index in indices:
+            together[call_of.get(id(parameters[index]))].append(index)
+        if others := together.pop(None, None):
+            importance.update(parts, gradients, nonfinite, others, frozen=frozen)
+        for call, here in together.items():
+            assert call is not None
+            self._run(
+                call,
+                [parameters[index] for index in here],
+                [parts[index] for index in here],
+                [gradients[index] for index in here],
+                nonfinite=nonfinite,
+                **importance.update_arguments(here, frozen=frozen),
+            )
+
+    def _run(
+        self,
+        call: _Call,
+        parameters: Sequence[Tensor],
+        parts: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        **importance: Any,
+    ) -> None:
+        """One operation for ``parameters``, of which ``parts`` lie in this process."""
+        states = [self._state_of(parameter) for parameter in parameters]
+        exp_avg, exp_avg_sq = ([local(state[moment]) for state in states] for moment in _MOMENTS)
+        group = self.param_groups[call.group]
+        settings = {name: group[name] for name in _SETTINGS}
+        adamw_(parts, gradients, exp_avg, exp_avg_sq, **settings, step=call.step, **importance)  # type: ignore[arg-type]
+
+    def _calls(self) -> dict[_Call, list[Tensor]]:
+        """The parameters with a gradient, by what must be the same to step them together."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "rkif.optim.AdamW.step() was called while a CUDA graph is captured: the step's number would "
+                "be part of the graph; capture forward and backward, and step outside"
+            )
+        calls: dict[_Call, list[Tensor]] = defaultdict(list)
+        for index, group in enumerate(self.param_groups):
+            settings = {name: group[name] for name in _SETTINGS}
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if parameter.grad.layout is not torch.strided or parameter.dtype not in PARAMETER_DTYPES:
+                    raise TypeError(
+                        f"param_groups[{index}] has a parameter of shape {tuple(parameter.shape)}, dtype "
+                        f"{parameter.dtype}, with a gradient of layout {parameter.grad.layout}; "
+                        "supported are float32, bfloat16 and float16 with dense gradients"
+                    )
+                state = self.state.get(parameter)
+                step = 1 + int(state["step"]) if state else 1
+                constants = adamw_constants(**settings, step=step)
+                calls[_Call(constants, parameter.device, index, step)].append(parameter)
+        return calls
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+            for moment in _MOMENTS:
+                state[moment] = torch.zeros_like(
+                    parameter,
+                    dtype=self.state_dtype,
+                    memory_format=torch.contiguous_format,
+                    requires_grad=False,
+                )
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state of this optimizer's or of ``torch.optim.AdamW``'s; moments get ``state_dtype``.
+
+        Raises:
+            ValueError: the state is of other groups, or of features that are not supported; nothing has been
+                changed then.
+        """
+        for group in state_dict["param_groups"]:
+            _require_supported(group)
+        super().load_state_dict(state_dict)
+        # PyTorch has rounded the moments to the parameters' dtype, or has kept those of the caller.
+        indices = (index for group in state_dict["param_groups"] for index in group["params"])
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        for index, parameter in zip(indices, parameters, strict=True):
+            if index in state_dict["state"]:
+                self.state[parameter] = self._converted(state_dict["state"][index], parameter.device)
+
+    def _converted(self, state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+        step = torch.as_tensor(state["step"]).to("cpu", torch.float32, copy=True)
+        moments = {
+            moment: state[moment]
+            .detach()
+            .to(device, self.state_dtype, copy=True, memory_format=torch.contiguous_format)
+            for moment in _MOMENTS
+        }
+        return {"step": step, **moments}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "state_dtype": self.state_dtype}
+
+
+def _require_supported(group: Mapping[str, Any]) -> None:
+    for name in _OFF:
+        if group.get(name):
+            raise ValueError(f"{name}={group[name]!r} is not supported; use torch.optim.AdamW and observe()")
+    if not group.get("decoupled_weight_decay", True):
+        raise ValueError("decoupled_weight_decay=False is Adam's weight decay; this is AdamW")
