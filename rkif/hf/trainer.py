@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 from rkif import Fuser, FusionConfig, Gate
 from rkif.files import replace_file
+from rkif.optim import AdamW
 from rkif.seeding import derive_seed, shuffled
 
 # Relied on beyond the Trainer's documented interface (read and run with transformers 5.0.0 and 5.23.0):
@@ -51,6 +52,9 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
     best; otherwise the round is fused before it is saved. The best model is loaded last, and nothing is fused
     into it. Within a round the model is the inner learner: evaluate every multiple of ``inner_steps`` to
     choose among fused models.
+
+    With `optimizer_cls_and_kwargs=(rkif.optim.AdamW, {"lr": ...})` the steps of both learners take the
+    importance along in one pass over memory; the bits are those of observing apart.
 
     Checkpoints hold the round and the outer learner: a resumed run has the same bits as one that was not
     interrupted. With ``save_only_model`` they do not, and cannot be resumed.
@@ -226,6 +230,9 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         # Not prepared by the accelerator: its clip_grad_norm_ unscales the gradients of every optimizer it
         # knows, so twice those of parameters that two of them share.
         self.optimizer = self.trainer.create_outer_optimizer()
+        for optimizer in self._optimizers():
+            if (fused := _fused(optimizer)) is not None:
+                fused.fuser = self.fuser
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self.lr_fraction = 1.0
@@ -241,7 +248,7 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         # Where clipping (or measuring the norm) has unscaled the gradients already, the scaler refuses to.
         with contextlib.suppress(RuntimeError):
             self.trainer.accelerator.unscale_gradients(optimizer)
-        if self._observe():
+        if self._observe(optimizer):
             group = optimizer.param_groups[0]
             base = group.get("initial_lr", self.trainer.args.learning_rate)
             self.lr_fraction = float(group["lr"] / base) if base else 1.0
@@ -304,7 +311,7 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         accelerator.unscale_gradients(self.optimizer)
         if args.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        taken = self._observe()
+        taken = self._observe(self.optimizer)
         if accelerator.scaler is None:
             self.optimizer.step()
         else:
@@ -313,15 +320,19 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         model.zero_grad()
         return taken
 
-    def _observe(self) -> bool:
-        """Observes the step about to be taken; returns False if the gradient scaler is going to skip it."""
+    def _observe(self, optimizer: Any) -> bool:
+        """Observes the step about to be taken; returns False if the gradient scaler is going to skip it.
+
+        An `rkif.optim.AdamW` observes in its own step.
+        """
         scaler = self.trainer.accelerator.scaler
         if scaler is not None and scaler.is_enabled():
             gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
             if not torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm):
                 return False
-        self.fuser.observe()
+        if _fused(optimizer) is None:
+            self.fuser.observe()
         return True
 
     def _memory_batches(self) -> Iterator[Any]:
@@ -403,6 +414,12 @@ def memory_walk(size: int, start: int, seed: int) -> Iterator[int]:
     """Endless epochs over `size` samples, each in an order of its own by the seed; from `start` on."""
     for epoch in count(start // size):
         yield from shuffled(size, derive_seed(seed, "memory order", epoch))[max(0, start - epoch * size) :]
+
+
+def _fused(optimizer: Any) -> AdamW | None:
+    """The optimizer, without accelerate's wrapper, if its steps take the importance along; else None."""
+    plain = getattr(optimizer, "optimizer", optimizer)
+    return plain if isinstance(plain, AdamW) else None
 
 
 def _has_samples(memory: Any) -> bool:
