@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rkif import optim
     from rkif.config import FusionConfig, MergeWeights
+    from rkif.distributed.process_group import RankFailedError
     from rkif.fuser import Fuser
     from rkif.fusion import FusionReport, FusionResult, fuse
     from rkif.gate import Criterion, Gate, GateReport
@@ -30,6 +31,7 @@ __all__ = [
     "Gate",
     "GateReport",
     "MergeWeights",
+    "RankFailedError",
     "__version__",
     "fuse",
     "fuse_delta",
@@ -39,6 +41,7 @@ __all__ = [
 
 _MODULES = {
     "rkif.config": ("FusionConfig", "MergeWeights"),
+    "rkif.distributed.process_group": ("RankFailedError",),
     "rkif.fuser": ("Fuser",),
     "rkif.fusion": ("FusionReport", "FusionResult", "fuse"),
     "rkif.gate": ("Criterion", "Gate", "GateReport"),

@@ -13,7 +13,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file under a temporary name, bring it to disk, and give it its own."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
-    settle(temporary)
+    fsync_file(temporary)
     os.replace(temporary, path)
 
 
@@ -22,7 +22,7 @@ def write_text(path: Path, text: str) -> None:
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
-def settle(path: Path) -> None:
+def fsync_file(path: Path) -> None:
     """Bring a file to disk, with the mode of any other: safetensors makes its own for their owner alone."""
     mask = os.umask(0)
     os.umask(mask)
@@ -31,7 +31,7 @@ def settle(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
+def fsync_folder(path: Path) -> None:
     """Bring a folder's entries to disk: new names, and those that were given up."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rkif.distributed.shards import local, local_as
+from rkif.distributed.shards import to_local, to_local_like
 from rkif.fuser import Fuser
 from rkif.fuser.importance import Importance
 from rkif.fuser.no_compile import uncompiled
@@ -141,8 +141,8 @@ class AdamW(torch.optim.Optimizer):
             self._fuser.observe_with(self, partial(self._observe_and_step, calls))
         for call, parameters in calls.items():
             if alone := [parameter for parameter in parameters if id(parameter) not in followed]:
-                gradients = [local_as(parameter.grad, parameter) for parameter in alone]  # type: ignore[arg-type]
-                self._run(call, alone, [local(parameter) for parameter in alone], gradients)
+                gradients = [to_local_like(parameter.grad, parameter) for parameter in alone]  # type: ignore[arg-type]
+                self._run(call, alone, [to_local(parameter) for parameter in alone], gradients)
         if calls:
             stepped = [parameter for parameters in calls.values() for parameter in parameters]
             torch._foreach_add_([self.state[parameter]["step"] for parameter in stepped], 1)
@@ -199,7 +199,7 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         """One operation for ``parameters``, of which ``parts`` lie in this process."""
         states = [self._state_of(parameter) for parameter in parameters]
-        exp_avg, exp_avg_sq = ([local(state[moment]) for state in states] for moment in _MOMENTS)
+        exp_avg, exp_avg_sq = ([to_local(state[moment]) for state in states] for moment in _MOMENTS)
         group = self.param_groups[call.group]
         settings = {name: group[name] for name in _SETTINGS}
         adamw_(parts, gradients, exp_avg, exp_avg_sq, **settings, step=call.step, **importance)  # type: ignore[arg-type]

@@ -118,7 +118,7 @@ def _put(fuser: Fuser, params: Mapping[str, Tensor]) -> None:
     for name, parameter in fuser.parameters.items():
         parameter.copy_(params[name])
     base: Snapshot = fuser._base
-    base.put(range(len(params)), [params[name] for name in fuser.parameters])
+    base.copy_from(range(len(params)), [params[name] for name in fuser.parameters])
 
 
 def _updates(tensors: Mapping[str, Tensor], scaling: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import rkif
 from bench.common.machine import device_name
-from rkif.distributed.process_group import Ranks
+from rkif.distributed.process_group import ProcessGroup
 from rkif_kernels.selection.counting import CountingSearch
 
 ROUNDS = 7
@@ -27,13 +27,13 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     handed, windows = [0], [0]
-    total, gathered, narrow = Ranks.total, Ranks.gathered, CountingSearch.narrow
+    total, gathered, narrow = ProcessGroup.all_reduce_sum, ProcessGroup.all_gather, CountingSearch.narrow
 
-    def counted_total(self: Ranks, tensor: Tensor) -> Tensor:
+    def counted_total(self: ProcessGroup, tensor: Tensor) -> Tensor:
         handed[0] += tensor.numel() * tensor.element_size()
         return total(self, tensor)
 
-    def counted_gathered(self: Ranks, tensor: Tensor) -> Tensor:
+    def counted_gathered(self: ProcessGroup, tensor: Tensor) -> Tensor:
         handed[0] += tensor.numel() * tensor.element_size()
         return gathered(self, tensor)
 
@@ -41,7 +41,7 @@ def main() -> None:
         windows.append(self.window.bins)
         narrow(self, counts)  # type: ignore[arg-type]
 
-    Ranks.total, Ranks.gathered = counted_total, counted_gathered  # type: ignore[method-assign]
+    ProcessGroup.all_reduce_sum, ProcessGroup.all_gather = counted_total, counted_gathered  # type: ignore[method-assign]
     CountingSearch.narrow = counted_narrow  # type: ignore[method-assign]
     times: dict[str, list[float]] = {"alone": [], "together": []}
     for kind, taken in times.items():

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from rkif.checkpoint.source import Checkpoint
-from rkif.files import settle, write_text
+from rkif.files import fsync_file, write_text
 
 # What a loader needs beside the weights, and what says on which terms they may be used.
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".py"}
@@ -27,7 +27,7 @@ def copy_companions(base: Checkpoint, folder: Path) -> None:
         target = folder / source.relative_to(base.path)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
-        settle(target)
+        fsync_file(target)
 
 
 def companions(base: Checkpoint) -> Iterator[Path]:

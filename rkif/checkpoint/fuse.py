@@ -30,8 +30,8 @@ from rkif.checkpoint.source import UnfitError, changes
 from rkif.checkpoint.stream import IN_FLIGHT, Buffers, Loader, as_bytes, parts
 from rkif.checkpoint.tiles import tiles
 from rkif.checkpoint.workdir import Workdir, clear
-from rkif.distributed.process_group import ALONE, Ranks
-from rkif.files import settle, write_text
+from rkif.distributed.process_group import ALONE, ProcessGroup
+from rkif.files import fsync_file, write_text
 from rkif_kernels import CASES
 
 OUT = "OUT"  # the output's name among the arguments
@@ -87,7 +87,9 @@ class Summary:
         return asdict(self)
 
 
-def fuse_checkpoints(plan: Plan, progress: Progress | None = None, ranks: Ranks = ALONE) -> Summary:
+def fuse_checkpoints(
+    plan: Plan, progress: Progress | None = None, processes: ProcessGroup = ALONE
+) -> Summary:
     """Do what :func:`preflight` has planned.
 
     ``request.out`` is made in one step when everything is complete; until then the work is in
@@ -113,29 +115,29 @@ def fuse_checkpoints(plan: Plan, progress: Progress | None = None, ranks: Ranks 
     # PyTorch's threads spin while they wait for the next small tile; kernels that stream have their own.
     threads = _threads(None if plan.streams else 1)
     # Every process has memory of its own, but all must cut the work alike.
-    plan = plan.cut(int(ranks.gathered(torch.tensor([plan.slot])).min()))
-    workdir = Workdir(out, plan.journal_identity, plan.slot, resume=plan.request.resume, ranks=ranks)
-    with threads, workdir as work, ranks.announced():
+    plan = plan.cut(int(processes.all_gather(torch.tensor([plan.slot])).min()))
+    workdir = Workdir(out, plan.journal_identity, plan.slot, resume=plan.request.resume, processes=processes)
+    with threads, workdir as work, processes.propagate_failure():
         resumed = bool(work.records)
-        fusion = _Fusion(plan, work, progress or Silent(), ranks)
+        fusion = _Fusion(plan, work, progress or Silent(), processes)
         try:
             fusion.fuse(fusion.scan())
-            with ranks.together():  # all chunks are on disk
+            with processes.raise_on_any_failure():  # all chunks are on disk
                 pass
-            with ranks.together():
-                if ranks.rank == 0:
+            with processes.raise_on_any_failure():
+                if processes.rank == 0:
                     fusion.finish()
                     _require_unchanged(plan)
         finally:
             fusion.close()
         manifest = read_manifest(work.data)
-        with ranks.together():  # all have read it
+        with processes.raise_on_any_failure():  # all have read it
             pass
-        if ranks.rank == 0:
+        if processes.rank == 0:
             work.publish(plan.layout.sizes)
     taken, cpu_taken = time.perf_counter() - begun, time.process_time() - cpu
-    read = int(ranks.total(torch.tensor(fusion.read)))
-    memory = int(ranks.gathered(torch.tensor([fusion.memory])).max())
+    read = int(processes.all_reduce_sum(torch.tensor(fusion.read)))
+    memory = int(processes.all_gather(torch.tensor([fusion.memory])).max())
     return _summary(plan, manifest, taken, cpu_taken, read, memory, resumed=resumed)
 
 
@@ -186,20 +188,20 @@ def _summary(
 class _Fusion:
     """One process's work on one plan in one folder."""
 
-    def __init__(self, plan: Plan, work: Workdir, progress: Progress, ranks: Ranks) -> None:
-        self._plan, self._work, self._progress, self._ranks = plan, work, progress, ranks
+    def __init__(self, plan: Plan, work: Workdir, progress: Progress, processes: ProcessGroup) -> None:
+        self._plan, self._work, self._progress, self._processes = plan, work, progress, processes
         self._method, self._tensors = plan.request.method, plan.layout.tensors
         self._names = [tensor.name for tensor in self._tensors]
         self._device = plan.request.device
         self._chunks = [*plan.chunks, *plan.copies]
-        self._own = share(self._chunks, self._tensors, ranks.rank, ranks.size)
+        self._own = share(self._chunks, self._tensors, processes.rank, processes.size)
         self.read = 0
         self.memory = 0
-        with ranks.together():
-            if ranks.rank == 0:
+        with processes.raise_on_any_failure():
+            if processes.rank == 0:
                 work.allocate(plan.layout.sizes)
         self._files = {name: os.open(work.data / name, os.O_WRONLY) for name in plan.layout.sizes}
-        if ranks.rank == 0:
+        if processes.rank == 0:
             for name, header in plan.layout.headers.items():
                 os.pwrite(self._files[name], header, 0)
         slots = [Buffers(len(plan.checkpoints), plan.slot, self._device) for _ in range(IN_FLIGHT)]
@@ -217,7 +219,7 @@ class _Fusion:
         if recorded is not None:
             scan.restore(recorded[0])
         # Where a kill has left the processes at different passes, all begin anew: the counts are sums.
-        if len(set(self._ranks.gathered(torch.tensor([scan.passes])).tolist())) > 1:
+        if len(set(self._processes.all_gather(torch.tensor([scan.passes])).tolist())) > 1:
             scan = self._scan()
         elif recorded is not None:
             begin = recorded[1]["next"]
@@ -244,7 +246,7 @@ class _Fusion:
             self._plan.chunks,
             lambda: guess_thresholds(self._method, self._tensors),
             own=fused,
-            ranks=self._ranks,
+            processes=self._processes,
         )
 
     def fuse(self, known: Known) -> None:
@@ -272,7 +274,7 @@ class _Fusion:
         with ThreadPoolExecutor(1, "rkif-write") as writer:
             writing: Future[None] | None = None
             for turn, (number, buffers, found) in enumerate(self._loader.load(left, digest)):
-                self._ranks.heed()
+                self._processes.check_peers()
                 out = outs[turn % IN_FLIGHT]
                 stats = self._compute(number, buffers, out)
                 if writing is not None:
@@ -365,7 +367,7 @@ class _Fusion:
         folder, base = self._work.data, self._plan.checkpoints["BASE"]
         for path in folder.iterdir():
             if path.name in self._files:
-                settle(path)
+                fsync_file(path)
             elif path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -17,7 +17,7 @@ from rkif.checkpoint import layout
 from rkif.checkpoint.layout import Chunk, runs
 from rkif.checkpoint.methods import EVERYTHING, NOTHING, Known, Method, TaskArithmetic
 from rkif.checkpoint.tiles import Tile
-from rkif.distributed.process_group import Ranks
+from rkif.distributed.process_group import ProcessGroup
 from rkif_kernels import CountingSearch, Scores
 
 Sides = tuple[Scores, Scores]
@@ -55,22 +55,22 @@ def make_scan(
     guess: Guess,
     *,
     own: range,
-    ranks: Ranks,
+    processes: ProcessGroup,
 ) -> Scan:
     """The scan that a method needs.
 
     Args:
         guess: for each side two scores between which a global threshold probably lies.
         own: the chunks that this process goes over.
-        ranks: the processes; what each finds is brought together at the end of a pass, or in :meth:`known`.
+        processes: the processes; their counts are summed at the end of a pass, or in :meth:`known`.
     """
     if method.scope == "global" and method.threshold_k(2) is not None:
         numel = sum(tensor.target.numel for tensor in tensors if tensor.fused)
-        return GlobalThresholds(method, numel, own, guess, ranks)
+        return GlobalThresholds(method, numel, own, guess, processes)
     if method.scope is not None:
-        return TensorThresholds(method, tensors, chunks, own, ranks)
+        return TensorThresholds(method, tensors, chunks, own, processes)
     if isinstance(method, TaskArithmetic) and method.sparsification == "random" and method.rescale:
-        return Scales(method, len(tensors), own, ranks)
+        return Scales(method, len(tensors), own, processes)
     return Nothing()
 
 
@@ -121,11 +121,11 @@ class _Searches:
                 rkif_kernels.count_scores_(counts, scores[side], low=low, shift=shift)
         return not any(counts[-1] for counts in self._counts)
 
-    def narrow(self, ranks: Ranks | None = None) -> None:
+    def narrow(self, processes: ProcessGroup | None = None) -> None:
         for search, counts in zip(self._searches, self._counts, strict=True):
             if not search.done:
                 found = counts.cpu()
-                search.narrow((found if ranks is None else ranks.total(found)).numpy())
+                search.narrow((found if processes is None else processes.all_reduce_sum(found)).numpy())
         self._begin()
 
     def values(self) -> Tensor:
@@ -144,10 +144,10 @@ class _Searches:
 class GlobalThresholds:
     """One threshold a side, over all tensors."""
 
-    def __init__(self, method: Method, numel: int, own: range, guess: Guess, ranks: Ranks) -> None:
+    def __init__(self, method: Method, numel: int, own: range, guess: Guess, processes: ProcessGroup) -> None:
         k = method.threshold_k(numel)
         assert k is not None
-        self._own, self._ranks = own, ranks
+        self._own, self._processes = own, processes
         self._searches = _Searches(k, guess())
         self.passes = 0
 
@@ -158,7 +158,7 @@ class GlobalThresholds:
         return self._searches.count(scores)
 
     def end_pass(self) -> None:
-        self._searches.narrow(self._ranks)
+        self._searches.narrow(self._processes)
         self.passes += 1
 
     def state(self) -> dict[str, Tensor]:
@@ -184,9 +184,9 @@ class TensorThresholds:
         tensors: Sequence[layout.Tensor],
         chunks: Sequence[Chunk],
         own: range,
-        ranks: Ranks,
+        processes: ProcessGroup,
     ) -> None:
-        self._method, self._tensors, self._chunks, self._ranks = method, tensors, chunks, ranks
+        self._method, self._tensors, self._chunks, self._processes = method, tensors, chunks, processes
         searched = method.threshold_k(2) is not None
         trivial = EVERYTHING if method.density == 1 else NOTHING
         size = len(tensors) if method.scope == "tensor" else 1
@@ -251,7 +251,7 @@ class TensorThresholds:
     def known(self) -> Known:
         # What a process has not looked at is +inf there, and only there.
         own = self._thresholds.flatten()
-        every = self._ranks.gathered(own).view(self._ranks.size, -1)
+        every = self._processes.all_gather(own).view(self._processes.size, -1)
         return Known(thresholds=every.amin(dim=0).view_as(self._thresholds))
 
 
@@ -267,8 +267,8 @@ class Scales:
 
     LEAST = 1e-7  # norms below it are left alone, as in mergekit
 
-    def __init__(self, method: TaskArithmetic, tensors: int, own: range, ranks: Ranks) -> None:
-        self._method, self._ranks = method, ranks
+    def __init__(self, method: TaskArithmetic, tensors: int, own: range, processes: ProcessGroup) -> None:
+        self._method, self._processes = method, processes
         self._chunks: range | None = own
         self._norms = torch.zeros(2, 2, tensors, dtype=torch.float64)  # [whole or kept, side, tensor]
 
@@ -301,6 +301,6 @@ class Scales:
             self._chunks = None
 
     def known(self) -> Known:
-        whole, kept = self._ranks.total(self._norms)
+        whole, kept = self._processes.all_reduce_sum(self._norms)
         small = (whole < self.LEAST) | (kept < self.LEAST)
         return Known(scales=torch.where(small, 1.0, whole / kept))

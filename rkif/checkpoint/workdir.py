@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rkif.checkpoint.source import UnfitError
-from rkif.distributed.process_group import ALONE, RankFailedError, Ranks
-from rkif.files import replace_file, sync_folder
+from rkif.distributed.process_group import ALONE, ProcessGroup, RankFailedError
+from rkif.files import fsync_folder, replace_file
 
 
 class Workdir:
@@ -34,15 +34,17 @@ class Workdir:
         plan: digest of everything that decides the output; work done for another is not resumed.
         slot: bytes of a chunk's buffer, by which the work is cut.
         resume: go on with what is there.
-        ranks: the processes.
+        processes: the processes.
 
     Raises:
         ValueError: ``out`` exists, or there is work that must not be resumed (on entering).
         RuntimeError: another process works on it.
     """
 
-    def __init__(self, out: Path, plan: str, slot: int, *, resume: bool, ranks: Ranks = ALONE) -> None:
-        self._out, self._resume, self._ranks = out, resume, ranks
+    def __init__(
+        self, out: Path, plan: str, slot: int, *, resume: bool, processes: ProcessGroup = ALONE
+    ) -> None:
+        self._out, self._resume, self._processes = out, resume, processes
         self._plan = {"plan": plan, "slot": slot}
         self._path = partial_folder(out)
         self._lock = FileLock(self._path / "lock")
@@ -51,11 +53,11 @@ class Workdir:
         self._begun = False  # whether this one's journal has its first line
 
     def __enter__(self) -> Workdir:
-        with self._ranks.together():
-            if self._ranks.rank == 0:
+        with self._processes.raise_on_any_failure():
+            if self._processes.rank == 0:
                 self._claim()
-        with self._ranks.together():
-            if self._ranks.rank > 0:
+        with self._processes.raise_on_any_failure():
+            if self._processes.rank > 0:
                 self._take_up()
         return self
 
@@ -79,7 +81,7 @@ class Workdir:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._ranks.rank > 0:
+        if self._processes.rank > 0:
             return
         # Nothing in it is of use if no chunk was done, or if an input, here or elsewhere, is not fit for any.
         unfit = isinstance(error, UnfitError) or (
@@ -128,7 +130,7 @@ class Workdir:
 
     @property
     def _suffix(self) -> str:
-        return f"-{self._ranks.rank}" if self._ranks.rank else ""
+        return f"-{self._processes.rank}" if self._processes.rank else ""
 
     @property
     def _journal(self) -> Path:
@@ -176,7 +178,7 @@ class Workdir:
 
     def record_scan(self, state: dict[str, Tensor], position: dict[str, Any]) -> None:
         """The same while scanning: state and position in one file, so that they are of one moment."""
-        text = {"position": json.dumps(position | {"ranks": self._ranks.size})}
+        text = {"position": json.dumps(position | {"ranks": self._processes.size})}
         replace_file(self._state, lambda path: save_file(state, path, metadata=text))
         if not self._begun:
             self.record({"scanning": True})
@@ -188,7 +190,7 @@ class Workdir:
         with safe_open(self._state, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
             position = json.loads(file.metadata()["position"])
-        return (state, position) if position["ranks"] == self._ranks.size else None
+        return (state, position) if position["ranks"] == self._processes.size else None
 
     def publish(self, sizes: dict[str, int]) -> None:
         """Give the finished files their place, all at once.
@@ -198,9 +200,9 @@ class Workdir:
         """
         self._require_written(sizes)
         for folder in (*(path for path in self.data.rglob("*") if path.is_dir()), self.data):
-            sync_folder(folder)
+            fsync_folder(folder)
         os.rename(self.data, self._out)
-        sync_folder(self._out.parent)
+        fsync_folder(self._out.parent)
         self.remove()
 
     def remove(self) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from rkif.checkpoint.preflight import Request
-    from rkif.distributed.process_group import Ranks
+    from rkif.distributed.process_group import ProcessGroup
 
 commands = typer.Typer()
 
@@ -95,7 +95,7 @@ def fuse_command(
     announce(f"Fusing {base}, {inner} and {outer} into {out}")
     from rkif.checkpoint.methods import make_method
     from rkif.checkpoint.preflight import Request
-    from rkif.distributed.process_group import processes
+    from rkif.distributed.process_group import launched_processes
 
     given = {
         "density": density,
@@ -121,11 +121,11 @@ def fuse_command(
         device=_device(device),
         resume=resume,
     )
-    with processes() as ranks:
-        _fuse(request, ranks, dry_run=dry_run, as_json=as_json)
+    with launched_processes() as processes:
+        _fuse(request, processes, dry_run=dry_run, as_json=as_json)
 
 
-def _fuse(request: Request, ranks: Ranks, *, dry_run: bool, as_json: bool) -> None:
+def _fuse(request: Request, processes: ProcessGroup, *, dry_run: bool, as_json: bool) -> None:
     """Plan and do it, together with other processes if there are any, of which the first one speaks."""
     from rich.console import Console
 
@@ -133,10 +133,10 @@ def _fuse(request: Request, ranks: Ranks, *, dry_run: bool, as_json: bool) -> No
     from rkif.checkpoint.fuse import fuse_checkpoints
     from rkif.checkpoint.preflight import PreflightError, preflight
 
-    first = ranks.rank == 0
+    first = processes.rank == 0
     console = Console(stderr=as_json, quiet=not first)
     try:
-        with ranks.together():  # before anyone writes where others look
+        with processes.raise_on_any_failure():  # before anyone writes where others look
             plan = preflight(request)
     except PreflightError as error:
         if not first:
@@ -156,7 +156,7 @@ def _fuse(request: Request, ranks: Ranks, *, dry_run: bool, as_json: bool) -> No
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
     with Bar(console) as bar:
-        summary = fuse_checkpoints(plan, bar, ranks)
+        summary = fuse_checkpoints(plan, bar, processes)
     if as_json and first:
         print(json.dumps(summary.to_dict()))
     elif not as_json:

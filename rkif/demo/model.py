@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rkif.files import settle
+from rkif.files import fsync_file
 from rkif.seeding import derive_seed
 
 
@@ -54,4 +54,4 @@ def write_model(folder: Path, texts: Iterable[str], *, seed: int) -> None:
         LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for path in folder.iterdir():
-        settle(path)
+        fsync_file(path)

@@ -13,14 +13,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rkif.distributed.process_group import Ranks
-from rkif.files import settle, sync_folder
+from rkif.distributed.process_group import ProcessGroup
+from rkif.files import fsync_file, fsync_folder
 
 # How torch.distributed.checkpoint calls the files of a state.
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 
 
-def write_state(folder: str | os.PathLike[str], state: Mapping[str, Tensor], ranks: Ranks) -> None:
+def write_state(folder: str | os.PathLike[str], state: Mapping[str, Tensor], processes: ProcessGroup) -> None:
     """Write tensors, spread or not, as ``torch.distributed.checkpoint`` does; all ranks must call.
 
     The folder appears when it is complete, in the place of one that was there; a kill leaves either of them.
@@ -35,33 +35,33 @@ def write_state(folder: str | os.PathLike[str], state: Mapping[str, Tensor], ran
 
     folder = Path(folder).resolve()  # of a link what it leads to is replaced
     temporary = folder.with_name(folder.name + ".tmp")
-    with ranks.together():
-        if ranks.rank == 0:
+    with processes.raise_on_any_failure():
+        if processes.rank == 0:
             _restore(folder)
             _require_state(folder)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
     writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-    alone = ranks.size == 1
-    with _in_words(f"{folder} could not be written"), ranks.announced():
-        save(dict(state), storage_writer=writer, process_group=ranks.group, no_dist=alone)
-    with ranks.together():
-        if ranks.rank == 0:
+    alone = processes.size == 1
+    with _in_words(f"{folder} could not be written"), processes.propagate_failure():
+        save(dict(state), storage_writer=writer, process_group=processes.group, no_dist=alone)
+    with processes.raise_on_any_failure():
+        if processes.rank == 0:
             for path in temporary.iterdir():
-                settle(path)
-            sync_folder(temporary)
+                fsync_file(path)
+            fsync_folder(temporary)
             _replace_folder(folder, temporary)
 
 
 def read_state(
     folder: str | os.PathLike[str],
-    room: Callable[[str, torch.Size, torch.dtype], Tensor],
-    ranks: Ranks,
+    empty_for: Callable[[str, torch.Size, torch.dtype], Tensor],
+    processes: ProcessGroup,
 ) -> dict[str, Tensor]:
     """Read what :func:`write_state` wrote, on as many ranks or others; all must call.
 
     Args:
-        room: makes the tensor that one of some name, whole shape and dtype is read into, spread or not.
+        empty_for: makes a tensor of this name, global shape and dtype to read into, sharded or not.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -72,21 +72,21 @@ def read_state(
     from torch.distributed.checkpoint.state_dict_loader import load
 
     folder = Path(folder).resolve()
-    with ranks.together():
-        if ranks.rank == 0:
+    with processes.raise_on_any_failure():
+        if processes.rank == 0:
             _restore(folder)
-    with _in_words(f"{folder} could not be read"), ranks.together():
+    with _in_words(f"{folder} could not be read"), processes.raise_on_any_failure():
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no state in {folder}")
         reader = HuggingFaceStorageReader(str(folder))
         stored = reader.read_metadata().state_dict_metadata
     state = {
-        name: room(name, about.size, about.properties.dtype)
+        name: empty_for(name, about.size, about.properties.dtype)
         for name, about in sorted(stored.items())
         if isinstance(about, TensorStorageMetadata)
     }
-    with _in_words(f"{folder} could not be read"), ranks.announced():
-        load(state, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1)
+    with _in_words(f"{folder} could not be read"), processes.propagate_failure():
+        load(state, storage_reader=reader, process_group=processes.group, no_dist=processes.size == 1)
     return state
 
 
@@ -101,7 +101,7 @@ def _replace_folder(folder: Path, new: Path) -> None:
     except OSError:
         _restore(folder)
         raise
-    sync_folder(folder.parent)
+    fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""The processes that hold a model together, and how they find out that one of them has failed."""
+"""Processes that share a model: collectives that notice when another process has failed."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class RankFailedError(RuntimeError):
     """Another rank has failed; the message has which, and why."""
 
 
-class Ranks:
-    """The ranks of a process group; without a group, one process on its own, for which nothing is sent.
+class ProcessGroup:
+    """The ranks of a ``torch.distributed`` group; without a group, one process, for which nothing is sent.
 
     Args:
-        group: the processes among which the parameters are spread, or which hold replicas of them.
+        group: the processes that hold shards or replicas of the parameters.
         device: where the group's tensors must be for it to send them.
 
     Attributes:
@@ -47,21 +47,21 @@ class Ranks:
             self._failure = f"rkif/{name}/{_made[name]}/failure"
             _made[name] += 1
 
-    def total(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks; of whole numbers exactly, of others with the same bits on every rank."""
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks: exact for integers, the same bits on every rank for floats."""
         if self.size == 1:
             return tensor
         sent = tensor.to(self._device, copy=True)
         self._complete(lambda: dist.all_reduce(sent, group=self.group, async_op=True))
         return sent.to(tensor.device)
 
-    def gathered(self, tensor: Tensor) -> Tensor:
-        """The ranks' one-dimensional tensors one after the other; their lengths may differ, and may be 0."""
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """The ranks' one-dimensional tensors, concatenated by rank; lengths may differ, and may be 0."""
         if self.size == 1:
             return tensor
         sizes = torch.zeros(self.size, dtype=torch.int64, device=self._device)
         sizes[self.rank] = tensor.numel()
-        lengths = self.total(sizes).tolist()
+        lengths = self.all_reduce_sum(sizes).tolist()
         padded = torch.zeros(max(lengths), dtype=tensor.dtype, device=self._device)
         padded[: tensor.numel()] = tensor
         found = [torch.empty_like(padded) for _ in lengths]
@@ -73,12 +73,14 @@ class Ranks:
         """The ranks' means of some figures, the same on all."""
         if self.size == 1:
             return list(figures)
-        found: list[float] = (self.total(torch.tensor(figures, dtype=torch.float64)) / self.size).tolist()
+        found: list[float] = (
+            self.all_reduce_sum(torch.tensor(figures, dtype=torch.float64)) / self.size
+        ).tolist()
         return found
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """A block without communication that no rank has passed if it fails on one: then it fails on all.
+    def raise_on_any_failure(self) -> Iterator[None]:
+        """A block without communication; if it fails on one rank, it fails on all of them.
 
         Raises:
             RankFailedError: it has failed on another rank.
@@ -93,25 +95,25 @@ class Ranks:
             raise RankFailedError("; ".join(causes))
 
     def _causes(self, own: str | None) -> list[str]:
-        """What has failed, by rank, after all have said how they fare."""
+        """The failures by rank; every rank contributes its own or None."""
         if self.size == 1:
             return []
-        if not int(self.total(torch.tensor(int(own is not None)))):
+        if not int(self.all_reduce_sum(torch.tensor(int(own is not None)))):
             return []
         text = torch.tensor(list((own or "").encode()), dtype=torch.uint8)
         length = torch.zeros(self.size, dtype=torch.int64)
         length[self.rank] = text.numel()
-        lengths, content = self.total(length).tolist(), bytes(self.gathered(text).tolist())
+        lengths, content = self.all_reduce_sum(length).tolist(), bytes(self.all_gather(text).tolist())
         starts = [sum(lengths[:rank]) for rank in range(self.size)]
         said = (content[a : a + n].decode(errors="replace") for a, n in zip(starts, lengths, strict=True))
         return [f"rank {rank} failed: {cause}" for rank, cause in enumerate(said) if cause]
 
     @contextmanager
-    def announced(self) -> Iterator[None]:
-        """A block with communication of others', such as training steps, of which a rank may drop out.
+    def propagate_failure(self) -> Iterator[None]:
+        """A block that communicates, such as training steps; a failure in it is told to the other ranks.
 
-        What fails in it is left where ranks that wait for this one look; after that they can do nothing
-        together any more. No process waits here. What failed in a :meth:`together` inside is known already.
+        It is written to the store that waiting ranks look at; the group cannot be used after that. No
+        process waits here. What failed in a :meth:`raise_on_any_failure` inside is known already.
 
         Raises:
             RankFailedError: the block has failed because another rank did.
@@ -129,8 +131,8 @@ class Ranks:
                 _get_default_store().set(self._failure, self._broken)
             raise
 
-    def heed(self) -> None:
-        """Fail if another rank has announced that it has; without waiting, for long work of one's own.
+    def check_peers(self) -> None:
+        """Raise if another rank has reported a failure; never waits. For long work without communication.
 
         Raises:
             RankFailedError: it has.
@@ -139,7 +141,7 @@ class Ranks:
             raise RankFailedError(cause)
 
     def _announcement(self) -> str | None:
-        """What another rank has left, if one has failed and the store can still be reached."""
+        """The failure that another rank has reported, if any, and if the store can be reached."""
         try:
             store = _get_default_store()
             if self._broken is None and store.check([self._failure]):
@@ -149,7 +151,7 @@ class Ranks:
         return self._broken
 
     def _complete(self, start: Any) -> None:
-        """Send and receive; fails, instead of waiting for ever, if a rank announces that it has failed."""
+        """Run a collective; raises, instead of waiting for ever, if a rank reports a failure."""
         if self._broken is not None:
             raise RankFailedError(f"{self._broken}; the ranks cannot go on together")
         try:
@@ -159,7 +161,7 @@ class Ranks:
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 if time.monotonic() - asked > _LONGEST_PAUSE:
                     asked = time.monotonic()
-                    self.heed()
+                    self.check_peers()
             work.wait()
         except RankFailedError:
             raise
@@ -169,18 +171,18 @@ class Ranks:
             raise
 
 
-ALONE = Ranks(None, torch.device("cpu"))
+ALONE = ProcessGroup(None, torch.device("cpu"))
 """One process."""
 
 
 @contextmanager
-def processes() -> Iterator[Ranks]:
+def launched_processes() -> Iterator[ProcessGroup]:
     """The processes that torchrun has started, connected over gloo in the block; or this one alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_torchelastic_launched():
         yield ALONE
         return
     dist.init_process_group("gloo")
     try:
-        yield Ranks(dist.group.WORLD, torch.device("cpu"))
+        yield ProcessGroup(dist.group.WORLD, torch.device("cpu"))
     finally:
         dist.destroy_process_group()

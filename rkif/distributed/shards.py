@@ -1,7 +1,7 @@
-"""Parameters that are spread over processes: the part that lies here, and whose it is to count.
+"""Parameters that are sharded over processes: the local part, and which process counts it.
 
 What the method does to an element needs that element alone, except for the thresholds, so every process works
-on its own parts. Spread parameters are ``DTensor``: what ``fully_shard`` (FSDP2) and tensor parallelism make
+on its own parts. Sharded parameters are ``DTensor``: what ``fully_shard`` (FSDP2) and tensor parallelism make
 of a model. docs/guide/distributed.md says how they fit together.
 """
 
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rkif.distributed.process_group import Ranks
+from rkif.distributed.process_group import ProcessGroup
 from rkif.distributed.thresholds import sharded_thresholds
 from rkif_kernels import Scope, Scores, score_thresholds
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def is_spread(tensor: Tensor) -> TypeGuard[DTensor]:
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is a ``DTensor``; its module, slow to import, has been imported by whoever has one."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -53,29 +53,29 @@ def reshard(units: Iterable[FSDPModule]) -> None:
 
 
 @torch.no_grad()
-def local(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """The part of a tensor that lies in this process, not a copy; a plain tensor itself, detached."""
-    return tensor.to_local() if is_spread(tensor) else tensor.detach()
+    return tensor.to_local() if is_dtensor(tensor) else tensor.detach()
 
 
 @torch.no_grad()
-def local_as(tensor: Tensor, parameter: Tensor) -> Tensor:
+def to_local_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """What of ``tensor``, of the parameter's shape, belongs to this process's part of ``parameter``."""
-    if is_spread(parameter):
+    if is_dtensor(parameter):
         from torch.distributed.tensor import distribute_tensor
 
         mesh, placements = parameter.device_mesh, parameter.placements
-        if is_spread(tensor):
+        if is_dtensor(tensor):
             if tensor.device_mesh == mesh:
                 return tensor.redistribute(mesh, placements).to_local()
             tensor = tensor.full_tensor()  # DTensor goes from one mesh to another by no other way
         return distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()
-    return tensor.full_tensor() if is_spread(tensor) else tensor.detach()
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor.detach()
 
 
-def spread_as(part: Tensor, parameter: Tensor) -> Tensor:
-    """A local part as a tensor that is spread as ``parameter`` is; as it is where the parameter is plain."""
-    if not is_spread(parameter):
+def to_dtensor_like(part: Tensor, parameter: Tensor) -> Tensor:
+    """A local part as a tensor that is sharded as ``parameter`` is; as it is where the parameter is plain."""
+    if not is_dtensor(parameter):
         return part
     from torch.distributed.tensor import DTensor
 
@@ -91,14 +91,14 @@ def spread_as(part: Tensor, parameter: Tensor) -> Tensor:
 
 def _counts(parameter: Tensor) -> bool:
     """Whether this process counts its part of a parameter: of replicas only the first does."""
-    if not is_spread(parameter):
+    if not is_dtensor(parameter):
         return True
     coordinate = parameter.device_mesh.get_coordinate()
     pairs = zip(coordinate or (), parameter.placements, strict=True)
     return all(place == 0 for place, placement in pairs if placement.is_replicate())
 
 
-class Held:
+class ShardedParameters:
     """A model's parameters as this process sees them: the parts that lie here, and who else has others.
 
     Args:
@@ -106,11 +106,11 @@ class Held:
         parameters: name -> parameter.
 
     Attributes:
-        ranks: the processes.
+        processes: those that hold the parameters.
         sharded: whether the parameters are spread over them; if not, every process has all.
         sizes: elements of each parameter, over all processes.
-        owned: numbers of the parameters whose parts this process counts; of replicas only the first does.
-        numbers: those that it counts, and those that it does not.
+        owned: indices of the parameters whose parts this process counts; of replicas only the first does.
+        owned_and_others: indices of these, and of all others.
 
     Raises:
         ValueError: some parameters are spread and others are not, or not over the same processes; or a
@@ -119,17 +119,19 @@ class Held:
 
     def __init__(self, source: Any, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
-        self.ranks, self.sharded = _ranks_of(source, list(parameters.items()))
+        self.processes, self.sharded = _processes_of(source, list(parameters.items()))
         self._units: WeakSet[FSDPModule] = WeakSet(fsdp_units(source) if self.sharded else ())
         self.sizes = [parameter.numel() for parameter in parameters.values()]
         flags = [_counts(parameter) for parameter in parameters.values()]
-        self.numbers = [[n for n, flag in enumerate(flags) if flag == wanted] for wanted in (True, False)]
-        self.owned = frozenset(self.numbers[0])
+        self.owned_and_others = [
+            [n for n, flag in enumerate(flags) if flag == wanted] for wanted in (True, False)
+        ]
+        self.owned = frozenset(self.owned_and_others[0])
 
     def parts(self) -> list[Tensor]:
         """The parameters, or what lies of them here; not copies."""
         parameters = list(self._parameters.values())
-        return [local(parameter) for parameter in parameters] if self.sharded else parameters
+        return [to_local(parameter) for parameter in parameters] if self.sharded else parameters
 
     def gradients(self) -> list[Tensor | None]:
         """The parts' gradients."""
@@ -137,25 +139,27 @@ class Held:
         if not self.sharded:
             return gradients
         pairs = zip(gradients, self._parameters.values(), strict=True)
-        return [None if gradient is None else local_as(gradient, parameter) for gradient, parameter in pairs]
+        return [
+            None if gradient is None else to_local_like(gradient, parameter) for gradient, parameter in pairs
+        ]
 
-    def changed(self) -> None:
-        """Say that parameters were written to here, not by a step: what was made of them is out of date."""
+    def invalidate_gathered(self) -> None:
+        """Call after writing to parameters: what FSDP2 gathered of them before is out of date."""
         reshard(self._units)
 
-    def spread(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Name -> part, as tensors that are spread as the parameters are."""
-        return {name: spread_as(part, self._parameters[name]) for name, part in parts.items()}
+    def to_dtensors(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name -> part, as tensors that are sharded as the parameters are."""
+        return {name: to_dtensor_like(part, self._parameters[name]) for name, part in parts.items()}
 
-    def total(self, sums: Tensor) -> Tensor:
+    def all_reduce_sum(self, sums: Tensor) -> Tensor:
         """Sums over the parts that are counted here, over all processes."""
-        return self.ranks.total(sums) if self.sharded else sums
+        return self.processes.all_reduce_sum(sums) if self.sharded else sums
 
-    def counted(self, counts: Tensor) -> Tensor:
+    def max_over_replicas(self, counts: Tensor) -> Tensor:
         """Counts of what was seen in the parts, [n]: over all processes, and of replicas the highest."""
         if self.sharded:
-            return self.ranks.total(counts)
-        return self.ranks.gathered(counts).view(self.ranks.size, -1).amax(0)
+            return self.processes.all_reduce_sum(counts)
+        return self.processes.all_gather(counts).view(self.processes.size, -1).amax(0)
 
     def thresholds(self, scores: Scores, *, density: float, scope: Scope) -> Tensor:
         """:func:`rkif_kernels.score_thresholds` over all processes."""
@@ -169,7 +173,7 @@ class Held:
         ]
         assert rows[0] is not None
         counted = Scores(rows[0], rows[1], scores.distance)
-        return sharded_thresholds(counted, self.sizes, density=density, scope=scope, ranks=self.ranks)
+        return sharded_thresholds(counted, self.sizes, density=density, scope=scope, processes=self.processes)
 
     def require_agreement(self, *settings: Any) -> None:
         """Refuse ranks that would compute different things, or wait for each other in different places.
@@ -179,7 +183,7 @@ class Held:
         """
         described = [(name, p.shape, p.dtype) for name, p in self._parameters.items()]
         digest = hashlib.sha256(repr((settings, described)).encode()).digest()[:8]
-        every = self.ranks.gathered(torch.tensor([int.from_bytes(digest, "big") >> 1])).tolist()
+        every = self.processes.all_gather(torch.tensor([int.from_bytes(digest, "big") >> 1])).tolist()
         for rank, other in enumerate(every):
             if other != every[0]:
                 raise RuntimeError(
@@ -187,18 +191,18 @@ class Held:
                 )
 
 
-def _ranks_of(source: Any, parameters: Sequence[tuple[str, Tensor]]) -> tuple[Ranks, bool]:
+def _processes_of(source: Any, parameters: Sequence[tuple[str, Tensor]]) -> tuple[ProcessGroup, bool]:
     """The processes that hold the parameters, and whether these are spread over them."""
-    spread = [(name, p) for name, p in parameters if is_spread(p)]
+    spread = [(name, p) for name, p in parameters if is_dtensor(p)]
     device = parameters[0][1].device
     if not spread:
         inside = source.modules() if isinstance(source, nn.Module) else ()
         replicas = (m for m in inside if isinstance(m, nn.parallel.DistributedDataParallel))
-        return Ranks(next((m.process_group for m in replicas), None), device), False
+        return ProcessGroup(next((m.process_group for m in replicas), None), device), False
     first_name, first = spread[0]
     members = sorted(first.device_mesh.mesh.flatten().tolist())
     for name, parameter in parameters:
-        if not is_spread(parameter):
+        if not is_dtensor(parameter):
             raise ValueError(
                 f"{name!r} is a plain tensor, but {first_name!r} is spread over processes: "
                 "wrap the root module, too (fully_shard(model))"
@@ -216,4 +220,4 @@ def _ranks_of(source: Any, parameters: Sequence[tuple[str, Tensor]]) -> tuple[Ra
         group = dist.group.WORLD
     else:
         group = dist.new_group(members, use_local_synchronization=True)
-    return Ranks(group, torch.device(first.device_mesh.device_type)), True
+    return ProcessGroup(group, torch.device(first.device_mesh.device_type)), True

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import rkif_kernels
-from rkif.distributed.process_group import Ranks
+from rkif.distributed.process_group import ProcessGroup
 from rkif_kernels import CountingSearch, Scope, Scores, order_statistic_k
 
 # Scores that all ranks together send. A quantile is then known to about a thousandth, which is a window of a
@@ -26,7 +26,7 @@ TENSOR_BINS = 1 << 11  # in a window of each tensor's search, where there is one
 
 
 def sharded_thresholds(
-    scores: Scores, sizes: Sequence[int], *, density: float, scope: Scope, ranks: Ranks
+    scores: Scores, sizes: Sequence[int], *, density: float, scope: Scope, processes: ProcessGroup
 ) -> Tensor:
     """:func:`rkif_kernels.score_thresholds` of scores that are spread over processes.
 
@@ -34,7 +34,7 @@ def sharded_thresholds(
         scores: the parts that this process counts; tensors may be empty, or all of them.
         sizes: number of elements of each tensor on all ranks together.
         density, scope: as there.
-        ranks: the processes; all must call.
+        processes: the processes; all must call.
 
     Returns:
         float32 [1], or [len(sizes)] under scope="tensor" (inf for an empty tensor), the same on every rank.
@@ -44,45 +44,49 @@ def sharded_thresholds(
     if density in (0, 1):
         return torch.full((groups,), -math.inf if density == 1 else math.inf, device=device)
     found = _of_tensors if scope == "tensor" else _global
-    return torch.tensor(found(scores, sizes, density, ranks), dtype=torch.float32, device=device)
+    return torch.tensor(found(scores, sizes, density, processes), dtype=torch.float32, device=device)
 
 
-def _global(scores: Scores, sizes: Sequence[int], density: float, ranks: Ranks) -> list[float]:
+def _global(scores: Scores, sizes: Sequence[int], density: float, processes: ProcessGroup) -> list[float]:
     numel = sum(sizes)
     k = order_statistic_k(numel, density)
-    sample = _gathered_sample(scores, -(-numel // SAMPLE), ranks)
+    sample = _gathered_sample(scores, -(-numel // SAMPLE), processes)
     if numel <= SAMPLE:
         return [float(np.partition(sample, k)[k])]
     search = CountingSearch(k, _bracket(sample, k / (numel - 1)))
-    _count_until_done([(search, scores)], ranks)
+    _count_until_done([(search, scores)], processes)
     return [search.value]
 
 
-def _of_tensors(scores: Scores, sizes: Sequence[int], density: float, ranks: Ranks) -> list[float]:
+def _of_tensors(scores: Scores, sizes: Sequence[int], density: float, processes: ProcessGroup) -> list[float]:
     searches = [
         CountingSearch(order_statistic_k(size, density), bins=TENSOR_BINS) if size else None for size in sizes
     ]
     _count_until_done(
         [(search, scores.subset([index])) for index, search in enumerate(searches) if search is not None],
-        ranks,
+        processes,
     )
     return [math.inf if search is None else search.value for search in searches]
 
 
-def _count_until_done(searches: Sequence[tuple[CountingSearch, Scores]], ranks: Ranks) -> None:
+def _count_until_done(searches: Sequence[tuple[CountingSearch, Scores]], processes: ProcessGroup) -> None:
     while left := [(search, scores) for search, scores in searches if not search.done]:
         sizes = [search.window.bins + 3 for search, _ in left]
         device = left[0][1].device
         counts = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         for (search, scores), part in zip(left, torch.split(counts, sizes), strict=True):
             rkif_kernels.count_scores_(part, scores, low=search.window.low, shift=search.window.shift)
-        for (search, _), part in zip(left, torch.split(ranks.total(counts).cpu(), sizes), strict=True):
+        for (search, _), part in zip(
+            left, torch.split(processes.all_reduce_sum(counts).cpu(), sizes), strict=True
+        ):
             search.narrow(part.numpy())
 
 
-def _gathered_sample(scores: Scores, step: int, ranks: Ranks) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def _gathered_sample(
+    scores: Scores, step: int, processes: ProcessGroup
+) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     """Every ``step``-th score of each rank; what is not positive as zero, as wherever scores are counted."""
-    sample = ranks.gathered(rkif_kernels.sample_scores(scores, step))
+    sample = processes.all_gather(rkif_kernels.sample_scores(scores, step))
     return torch.where(sample > 0, sample, 0.0).cpu().numpy()
 
 

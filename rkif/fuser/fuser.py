@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from rkif.config import FusionConfig, merge_weights
 from rkif.distributed.checkpoint import read_state, write_state
-from rkif.distributed.shards import Held, local_as, spread_as
-from rkif.fuser.grouped_fusion import fuse_in_turns, squared_distance
+from rkif.distributed.shards import ShardedParameters, to_dtensor_like, to_local_like
+from rkif.fuser.grouped_fusion import grouped_fusion, squared_distance
 from rkif.fuser.importance import Importance
 from rkif.fuser.no_compile import uncompiled
 from rkif.fuser.parameters import trainable_parameters
-from rkif.fuser.snapshot import Snapshot, in_turns
+from rkif.fuser.snapshot import Snapshot, iter_groups
 from rkif.fusion import FusionReport, Thresholds, fuse_lists, report_of
 from rkif.gate import Gate, Gatekeeper
 from rkif_kernels import CASES
@@ -85,12 +85,12 @@ class Fuser:
         if gate is not None and not isinstance(gate, Gate):
             raise TypeError(f"gate must be a Gate; got {type(gate).__name__}")
         self.parameters = trainable_parameters(parameters)
-        self._held = Held(parameters, self.parameters)
-        self._held.require_agreement(self.config, None if gate is None else gate.settings)
+        self._shards = ShardedParameters(parameters, self.parameters)
+        self._shards.require_agreement(self.config, None if gate is None else gate.settings)
         self._gatekeeper = None
         if gate is not None:
-            self._gatekeeper = Gatekeeper(gate, self._held.ranks.mean)
-        parts = self._held.parts()
+            self._gatekeeper = Gatekeeper(gate, self._shards.processes.mean)
+        parts = self._shards.parts()
         named = dict(zip(self.parameters, parts, strict=True))
         self._importance: dict[Learner, Importance] = {
             "inner": Importance(named, self.config),
@@ -115,7 +115,7 @@ class Fuser:
 
     @property
     def sharded(self) -> bool:
-        return self._held.sharded
+        return self._shards.sharded
 
     @property
     def inner_observed(self) -> int:
@@ -152,15 +152,17 @@ class Fuser:
                 f"another than this {type(observer).__name__} has observed in this {self.phase} phase: steps "
                 "would count twice; call either observe(), or the step() of one optimizer that has this fuser"
             )
-        gradients = self._held.gradients()
-        parts, learner = self._held.parts(), self._importance[self.phase]
+        gradients = self._shards.gradients()
+        parts, learner = self._shards.parts(), self._importance[self.phase]
         frozen = self.phase == "outer" and self._outer_settled
         for snapshot in (self._base, self._inner):
             if snapshot is not None:
-                snapshot.settle()  # a step changes what is still being copied
-        for count, numbers in zip(torch.split(self._nonfinite, 1), self._held.numbers, strict=True):
-            if numbers:
-                update(learner, parts, gradients, count, numbers, frozen=frozen)
+                snapshot.wait_stream()  # a step changes what is still being copied
+        for count, indices in zip(
+            torch.split(self._nonfinite, 1), self._shards.owned_and_others, strict=True
+        ):
+            if indices:
+                update(learner, parts, gradients, count, indices, frozen=frozen)
         self._observer = id(observer)
         self._observed[self.phase] += 1
         if len(self._with_gradient) < len(self.parameters):
@@ -183,7 +185,7 @@ class Fuser:
             )
         if self.config.pack_inner:
             thresholds = self._threshold("inner")
-        inner = self._snapshot(self._dtypes, self._held.parts())
+        inner = self._snapshot(self._dtypes, self._shards.parts())
         if self.config.pack_inner:
             self._importance["inner"].pack(thresholds)
         self._inner = inner
@@ -201,7 +203,7 @@ class Fuser:
                 Parameters, importance and the round are as before then: call :meth:`rollback` to give
                 the round up.
         """
-        with self._held.ranks.together():
+        with self._shards.processes.raise_on_any_failure():
             if self.phase != "outer":
                 raise RuntimeError(
                     "fuse() was called in the inner phase; call begin_outer() first, or use `with outer()`"
@@ -210,17 +212,17 @@ class Fuser:
                 if observed == 0:
                     raise RuntimeError(f"observe() was never called for the {learner} learner in this round")
         seen = torch.tensor([int(name in self._with_gradient) for name in self.parameters])
-        for name, count in zip(self.parameters, self._held.counted(seen).tolist(), strict=True):
+        for name, count in zip(self.parameters, self._shards.max_over_replicas(seen).tolist(), strict=True):
             if not count:
                 raise ValueError(f"parameter {name!r} had no gradient in any observe() of this round")
-        nonfinite = int(self._held.counted(self._nonfinite)[0])
+        nonfinite = int(self._shards.max_over_replicas(self._nonfinite)[0])
         if nonfinite and self.config.nonfinite == "raise":
             raise RuntimeError(
                 f"{nonfinite} elements had a non-finite importance |w*g| in this round (NaN or infinite "
                 "gradients or weights); nothing was fused. rollback() returns to the round's start"
             )
-        with self._held.ranks.announced():
-            report = self._refused(nonfinite) if nonfinite else self._fuse()
+        with self._shards.processes.propagate_failure():
+            report = self._skip_report(nonfinite) if nonfinite else self._finish_round()
         self._outer_settled |= report.applied and not self.config.refresh_outer
         self._end_round()
         self.last_report = report
@@ -234,7 +236,7 @@ class Fuser:
         fail with it.
         """
         self.begin_outer()
-        with self._held.ranks.announced():
+        with self._shards.processes.propagate_failure():
             yield self
         self.fuse()
 
@@ -245,7 +247,7 @@ class Fuser:
         What the outer learner has observed stays in its importance, as after a fusion, unless the config
         clears it.
         """
-        self._give(self._base)
+        self._restore(self._base)
         self._end_round()
 
     def scores(self, learner: Learner) -> dict[str, Tensor]:
@@ -259,13 +261,13 @@ class Fuser:
             raise ValueError(f"learner must be 'inner' or 'outer'; got {learner!r}")
         if self._importance[learner].packed:
             raise RuntimeError("pack_inner=True: of the inner scores only a mask is left in the outer phase")
-        return self._held.spread(self._importance[learner].score_copies())
+        return self._shards.to_dtensors(self._importance[learner].score_copies())
 
     def base(self) -> dict[str, Tensor]:
         """Name -> the parameters at the start of the round, as copies, spread as they are."""
-        copies = [torch.empty_like(part) for part in self._held.parts()]
-        self._base.give(copies)
-        return self._held.spread(dict(zip(self.parameters, copies, strict=True)))
+        copies = [torch.empty_like(part) for part in self._shards.parts()]
+        self._base.copy_to(copies)
+        return self._shards.to_dtensors(dict(zip(self.parameters, copies, strict=True)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on from here, at any point of a round, beside the parameters themselves.
@@ -274,9 +276,11 @@ class Fuser:
             A flat dict of tensors that share no memory, as safetensors wants them; those of the parameters'
             shapes spread as the parameters are, as ``torch.distributed.checkpoint`` wants them.
         """
-        self._settle_host()
+        self._synchronize()
         state = {
-            name: spread_as(tensor.to(memory_format=torch.contiguous_format, copy=True), self._of(name))
+            name: to_dtensor_like(
+                tensor.to(memory_format=torch.contiguous_format, copy=True), self._parameter_of(name)
+            )
             for name, tensor in self._tensors().items()
         }
         if self._gatekeeper is not None:
@@ -285,7 +289,7 @@ class Fuser:
             state["inner_thresholds"] = thresholds.clone()
         if not self.config.refresh_outer:
             state["outer_settled"] = torch.tensor(int(self._outer_settled))
-        state["nonfinite"] = self._held.total(self._nonfinite)[0].clone()
+        state["nonfinite"] = self._shards.all_reduce_sum(self._nonfinite)[0].clone()
         state["phase"] = torch.tensor(["inner", "outer"].index(self.phase))
         state["round"] = torch.tensor(self.round)
         state["inner_observed"] = torch.tensor(self.inner_observed)
@@ -309,9 +313,9 @@ class Fuser:
         for name in sorted(scalars - set(state)):
             raise ValueError(f"the state lacks {name!r}")
         for name in sorted(scalars - {"with_gradient"}):
-            number = state[name]
-            if number.numel() != 1 or number.is_floating_point() or int(number) < 0:
-                raise ValueError(f"state[{name!r}] must be one whole number; got {number!r}")
+            value = state[name]
+            if value.numel() != 1 or value.is_floating_point() or int(value) < 0:
+                raise ValueError(f"state[{name!r}] must be one whole number; got {value!r}")
         in_outer = bool(state["phase"])
         packed = in_outer and self.config.pack_inner
         expected = self._expected(in_outer=in_outer, packed=packed)
@@ -321,7 +325,7 @@ class Fuser:
             which = "has, unlike this fuser," if name in state else "lacks"
             raise ValueError(f"the state {which} {name!r}")
         for name, dtype in expected.items():
-            given, shape = state[name], self._of(name).shape
+            given, shape = state[name], self._parameter_of(name).shape
             if given.shape != shape or given.dtype != dtype:
                 raise ValueError(
                     f"state[{name!r}] is {given.dtype} {tuple(given.shape)}; "
@@ -333,7 +337,7 @@ class Fuser:
         if thresholds is not None and thresholds.shape != (self._thresholds_a_side,):
             raise ValueError(f"state['inner_thresholds'] must have {self._thresholds_a_side} elements")
 
-        parts = {name: local_as(state[name], self._of(name)) for name in expected}
+        parts = {name: to_local_like(state[name], self._parameter_of(name)) for name in expected}
         if self._gatekeeper is not None:
             stored = {name: state[f"gate.{name}"] for name in ("counters", "known")}
             self._gatekeeper.load_tensors(stored)
@@ -342,13 +346,15 @@ class Fuser:
             own = {name[len(prefix) :]: t for name, t in parts.items() if name.startswith(prefix)}
             importance.load_tensors(own, thresholds if learner == "inner" else None)
         self._inner = self._snapshot(self._dtypes) if in_outer else None
-        self._settle_host()
+        self._synchronize()
         for name, tensor in self._tensors().items():
             if not name.startswith(("inner_importance.", "outer_importance.")):
                 tensor.copy_(parts[name])
         # A count that all processes share is one of them to remember.
-        self._nonfinite.copy_(torch.tensor([int(state["nonfinite"]) if self._held.ranks.rank == 0 else 0, 0]))
-        if not self._held.sharded:
+        self._nonfinite.copy_(
+            torch.tensor([int(state["nonfinite"]) if self._shards.processes.rank == 0 else 0, 0])
+        )
+        if not self._shards.sharded:
             self._nonfinite[0] = int(state["nonfinite"])
         self._observer = None
         self.phase = "outer" if in_outer else "inner"
@@ -380,18 +386,18 @@ class Fuser:
 
     def write(self, folder: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
         """Write tensors, :meth:`state_dict`'s and others, into a folder together with all processes."""
-        write_state(folder, state, self._held.ranks)
+        write_state(folder, state, self._shards.processes)
 
     def read(self, folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         """Read what :meth:`write` wrote; what is called like a parameter at its end is spread as it is."""
 
-        def room(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        def empty_for(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
             for parameter_name, parameter in self.parameters.items():
                 if name.endswith(f".{parameter_name}") and parameter.shape == shape:
                     return torch.empty_like(parameter, dtype=dtype)
             return torch.empty(shape, dtype=dtype)
 
-        return read_state(folder, room, self._held.ranks)
+        return read_state(folder, empty_for, self._shards.processes)
 
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors of the state that have parameters' shapes, by name; only packed masks are copies."""
@@ -421,7 +427,7 @@ class Fuser:
         }
         return expected | {f"start.{name}": tensor.dtype for name, tensor in self._start.items()}
 
-    def _of(self, name: str) -> Tensor:
+    def _parameter_of(self, name: str) -> Tensor:
         """The parameter that a tensor of the state belongs to."""
         return self.parameters[_KIND.sub("", name)]
 
@@ -436,21 +442,21 @@ class Fuser:
         }
 
     def _snapshot(self, dtypes: Sequence[torch.dtype], values: Sequence[Tensor] | None = None) -> Snapshot:
-        snapshot = Snapshot(self._held.parts(), dtypes, offload=self.config.offload)
+        snapshot = Snapshot(self._shards.parts(), dtypes, offload=self.config.offload)
         if values is not None:
-            snapshot.put(range(len(values)), [value.detach() for value in values])
+            snapshot.copy_from(range(len(values)), [value.detach() for value in values])
         return snapshot
 
     @torch.no_grad()
-    def _give(self, snapshot: Snapshot) -> None:
+    def _restore(self, snapshot: Snapshot) -> None:
         """Make the parameters what a snapshot has of them."""
-        snapshot.give(self._held.parts())
-        self._held.changed()
+        snapshot.copy_to(self._shards.parts())
+        self._shards.invalidate_gathered()
 
-    def _settle_host(self) -> None:
+    def _synchronize(self) -> None:
         for snapshot in (self._base, self._inner):
             if snapshot is not None:
-                snapshot.settle_host()
+                snapshot.synchronize()
 
     @property
     def _thresholds_a_side(self) -> int:
@@ -459,28 +465,28 @@ class Fuser:
     def _threshold(self, learner: Learner) -> Tensor:
         """Of what a learner has found out: one, or one for each parameter, over all processes."""
         scores = self._importance[learner].scores
-        return self._held.thresholds(scores, density=self.config.density, scope=self.config.scope)
+        return self._shards.thresholds(scores, density=self.config.density, scope=self.config.scope)
 
-    def _fuse(self) -> FusionReport:
+    def _finish_round(self) -> FusionReport:
         """Fuse, let the gate judge, and make of the result the next round's base."""
         # Into memory of its own, which is the next base: so one pass over memory is enough.
-        with self._held.ranks.together():
+        with self._shards.processes.raise_on_any_failure():
             fused = self._snapshot(self._base_dtypes)
-        report = self._fused(fused)
+        report = self._compute_fusion(fused)
         if self._gatekeeper is None:
-            self._give(fused)
+            self._restore(fused)
             self._base = fused
             return report
-        return self._gated(self._gatekeeper, fused, report)
+        return self._apply_gate(self._gatekeeper, fused, report)
 
-    def _fused(self, fused: Snapshot) -> FusionReport:
+    def _compute_fusion(self, fused: Snapshot) -> FusionReport:
         assert self._inner is not None
         inner, outer = self._importance["inner"], self._importance["outer"]
-        names, parts = list(self.parameters), [part.detach() for part in self._held.parts()]
+        names, parts = list(self.parameters), [part.detach() for part in self._shards.parts()]
         weights = merge_weights(self.config.rule)
         plain = self._base_dtypes == self._dtypes and not (self.config.offload or self.config.pack_inner)
-        if plain and not self._held.sharded:
-            with self._held.ranks.together():
+        if plain and not self._shards.sharded:
+            with self._shards.processes.raise_on_any_failure():
                 return fuse_lists(
                     names,
                     self._base.tensors,
@@ -495,8 +501,8 @@ class Fuser:
                 )
         inner_thresholds = self._threshold("inner") if inner.thresholds is None else inner.thresholds
         outer_thresholds = self._threshold("outer")
-        with self._held.ranks.together():
-            stats = fuse_in_turns(
+        with self._shards.processes.raise_on_any_failure():
+            stats = grouped_fusion(
                 fused,
                 self._base,
                 self._inner,
@@ -504,41 +510,41 @@ class Fuser:
                 (inner, outer),
                 thresholds=(inner_thresholds, outer_thresholds),
                 weights=weights.cases,
-                owned=self._held.owned,
+                owned=self._shards.owned,
                 names=names,
             )
         # Counts below 2^53 are exact in double.
-        summed = self._held.total(torch.cat([stats.counts.double(), stats.squared_norms]))
+        summed = self._shards.all_reduce_sum(torch.cat([stats.counts.double(), stats.squared_norms]))
         stats = stats._replace(counts=summed[:4].long(), squared_norms=summed[4:])
-        numel = sum(self._held.sizes)
+        numel = sum(self._shards.sizes)
         return report_of(names, stats, numel=numel, scope=self.config.scope)
 
-    def _gated(self, gatekeeper: Gatekeeper, fused: Snapshot, report: FusionReport) -> FusionReport:
+    def _apply_gate(self, gatekeeper: Gatekeeper, fused: Snapshot, report: FusionReport) -> FusionReport:
         """Let the gate decide how much of the step from base to ``fused`` is taken."""
-        parts = [part.detach() for part in self._held.parts()]
+        parts = [part.detach() for part in self._shards.parts()]
 
         def share(factor: float) -> Iterator[tuple[int, Tensor]]:
-            for numbers, (starts, ends) in in_turns([self._base, fused]):
-                for number, start, end in zip(numbers, starts, ends, strict=True):
-                    yield number, start.float() + factor * (end.float() - start.float())
+            for indices, (starts, ends) in iter_groups([self._base, fused]):
+                for index, start, end in zip(indices, starts, ends, strict=True):
+                    yield index, start.float() + factor * (end.float() - start.float())
 
         @torch.no_grad()
         def take(factor: float) -> None:
             if factor in (0.0, 1.0):
-                self._give(fused if factor else self._base)
+                self._restore(fused if factor else self._base)
                 return
-            for number, value in share(factor):
-                parts[number].copy_(value)
-            self._held.changed()
+            for index, value in share(factor):
+                parts[index].copy_(value)
+            self._shards.invalidate_gathered()
 
         # The criteria may fail: then nothing has been fused, and the round can be given up.
         outer, state = self._snapshot(self._dtypes, parts), gatekeeper.tensors()
-        outer.settle()  # what is tried is written over the parameters
+        outer.wait_stream()  # what is tried is written over the parameters
         try:
-            with self._held.ranks.announced():
+            with self._shards.processes.propagate_failure():
                 verdict = gatekeeper.judge(take)
         except BaseException:
-            self._give(outer)
+            self._restore(outer)
             gatekeeper.load_tensors(state)
             raise
         if verdict.factor == 0:
@@ -546,10 +552,10 @@ class Fuser:
             norms = report.norms | {"update": 0.0}
             return replace(report, norms=norms, applied=False, gate=verdict)
         if verdict.factor != 1:
-            for number, value in share(verdict.factor):
-                fused.put([number], [value.to(self._base_dtypes[number])])
-        update = squared_distance(fused, self._base, self._held.owned)
-        norms = report.norms | {"update": math.sqrt(float(self._held.total(update)))}
+            for index, value in share(verdict.factor):
+                fused.copy_from([index], [value.to(self._base_dtypes[index])])
+        update = squared_distance(fused, self._base, self._shards.owned)
+        norms = report.norms | {"update": math.sqrt(float(self._shards.all_reduce_sum(update)))}
         self._base = fused
         return replace(report, norms=norms, gate=verdict)
 
@@ -559,12 +565,12 @@ class Fuser:
         for name, tensor in self._start.items():
             kept[name].copy_(tensor)
 
-    def _refused(self, nonfinite: int) -> FusionReport:
-        self._give(self._base)
+    def _skip_report(self, nonfinite: int) -> FusionReport:
+        self._restore(self._base)
         per_tensor = self.config.scope == "tensor"
         unknown: Thresholds = dict.fromkeys(self.parameters, math.nan) if per_tensor else math.nan
         return FusionReport(
-            numel=sum(self._held.sizes),
+            numel=sum(self._shards.sizes),
             thresholds=(unknown, unknown),
             counts=dict.fromkeys(CASES, 0),
             norms={"inner": math.nan, "outer": math.nan, "update": 0.0},

@@ -1,4 +1,4 @@
-"""A fusion turn by turn: what it reads may lie elsewhere, and its result keeps what rounding takes away."""
+"""A fusion group by group: its inputs may be in host memory, and its result keeps what rounding removes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 import rkif_kernels
 from rkif.fuser.importance import Importance
-from rkif.fuser.snapshot import Snapshot, in_turns
+from rkif.fuser.snapshot import Snapshot, iter_groups
 from rkif_kernels import CASES, CaseWeights, FuseStats
 
 
 @torch.no_grad()
-def fuse_in_turns(
+def grouped_fusion(
     fused: Snapshot,
     base: Snapshot,
     inner: Snapshot,
@@ -34,14 +34,14 @@ def fuse_in_turns(
         ``base + (w_in*(inner - start) + w_out*(outer - inner))``
 
     formed as ``((start + w_in*(inner - start)) + w_out*(outer - inner)) + (base - start)`` in float32. So an
-    element that nobody changes keeps its master, and what a round's rounding takes away comes back later.
+    element that nobody changes keeps its master, and what a round's rounding removes returns in a later one.
 
     Args:
         fused: mutated, of base's shapes and dtypes.
         base, inner, outer: the parameters at the round's start, and where either learner stopped.
         importance, thresholds: of the inner and the outer learner.
         weights: of the four cases, see :func:`rkif_kernels.fuse_`.
-        owned: numbers of the tensors that this process counts.
+        owned: indices of the tensors that this process counts.
         names: for errors.
 
     Returns:
@@ -50,15 +50,15 @@ def fuse_in_turns(
     device = thresholds[0].device
     counts = torch.zeros(len(CASES), dtype=torch.int64, device=device)
     squared_norms = torch.zeros(3, dtype=torch.float64, device=device)
-    for numbers, (masters, middles) in in_turns([base, inner]):
-        ends = [outer[number] for number in numbers]
+    for indices, (masters, middles) in iter_groups([base, inner]):
+        ends = [outer[index] for index in indices]
         starts = [master.to(end.dtype) for master, end in zip(masters, ends, strict=True)]
-        out = fused.room(numbers)
+        out = fused.scratch(indices)
         for counted in (True, False):
-            places = [place for place, number in enumerate(numbers) if (number in owned) == counted]
+            places = [place for place, index in enumerate(indices) if (index in owned) == counted]
             if not places:
                 continue
-            own = [numbers[place] for place in places]
+            own = [indices[place] for place in places]
             sides = [
                 side.selection(threshold, own) for side, threshold in zip(importance, thresholds, strict=True)
             ]
@@ -72,7 +72,7 @@ def fuse_in_turns(
                 sides[1][0],
                 thresholds=(sides[0][1], sides[1][1]),
                 weights=weights,
-                names=[names[number] for number in own],
+                names=[names[index] for index in own],
             )
             if counted:
                 counts += stats.counts
@@ -80,15 +80,15 @@ def fuse_in_turns(
         for result, master, start in zip(out, masters, starts, strict=True):
             if master.dtype != start.dtype:
                 result.add_(master - start)  # in float32: the narrower one is widened
-        fused.put(numbers, out)
+        fused.copy_from(indices, out)
     return FuseStats(counts, squared_norms, thresholds)
 
 
 def squared_distance(one: Snapshot, other: Snapshot, owned: Collection[int]) -> Tensor:
     """Squared L2 distance of the tensors that this process counts; float64."""
     total = torch.zeros((), dtype=torch.float64)
-    for numbers, (ends, starts) in in_turns([one, other]):
-        for number, end, start in zip(numbers, ends, starts, strict=True):
-            if number in owned:
+    for indices, (ends, starts) in iter_groups([one, other]):
+        for index, end, start in zip(indices, ends, starts, strict=True):
+            if index in owned:
                 total += (end.float() - start.float()).double().square().sum().cpu()
     return total

@@ -41,7 +41,7 @@ class Importance:
         parameters: Sequence[Tensor],
         gradients: Sequence[Tensor | None],
         nonfinite: Tensor,
-        numbers: Sequence[int] | None = None,
+        indices: Sequence[int] | None = None,
         *,
         frozen: bool = False,
     ) -> None:
@@ -50,15 +50,15 @@ class Importance:
         Args:
             parameters, gradients: all of them.
             nonfinite: see :func:`rkif_kernels.update_importance_`.
-            numbers: which tensors to update; all by default.
+            indices: which tensors to update; all by default.
             frozen: leave the importance as it is, and only count what is not finite.
         """
-        numbers = range(len(self._names)) if numbers is None else numbers
+        indices = range(len(self._names)) if indices is None else indices
         rkif_kernels.update_importance_(
-            [parameters[number] for number in numbers],
-            [gradients[number] for number in numbers],
+            [parameters[index] for index in indices],
+            [gradients[index] for index in indices],
             nonfinite=nonfinite,
-            **self.update_arguments(numbers, frozen=frozen),
+            **self.update_arguments(indices, frozen=frozen),
         )
 
     def update_arguments(self, indices: Sequence[int], *, frozen: bool = False) -> dict[str, Any]:
@@ -94,21 +94,21 @@ class Importance:
         self.thresholds = thresholds
         self._flat, self._views = {}, {}
 
-    def selection(self, thresholds: Tensor, numbers: Sequence[int]) -> tuple[Scores, Tensor]:
+    def selection(self, thresholds: Tensor, indices: Sequence[int]) -> tuple[Scores, Tensor]:
         """Scores and thresholds by which :func:`rkif_kernels.fuse_` tells what is selected of some tensors.
 
         Args:
             thresholds: those of the scores, [1] or one for each of all tensors.
         """
         if self.packed:
-            masks = [unpacked(self._packed[number], self._shapes[number]) for number in numbers]
+            masks = [unpacked(self._packed[index], self._shapes[index]) for index in indices]
             return Scores(masks), torch.full_like(thresholds[:1], 0.5)
-        own = thresholds if thresholds.numel() == 1 else thresholds[list(numbers)]
-        return self.of(numbers), own
+        own = thresholds if thresholds.numel() == 1 else thresholds[list(indices)]
+        return self.of(indices), own
 
-    def of(self, numbers: Sequence[int]) -> Scores:
+    def of(self, indices: Sequence[int]) -> Scores:
         """The scores of some tensors, without a copy."""
-        return self.scores.subset(numbers)
+        return self.scores.subset(indices)
 
     def score_copies(self) -> dict[str, Tensor]:
         """Name -> float32 scores of the tensor's shape, as copies."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rkif.distributed.shards import fsdp_units, is_spread, local, reshard
+from rkif.distributed.shards import fsdp_units, is_dtensor, reshard, to_local
 from rkif_kernels import Arguments, require_disjoint
 
 # What wraps a module inside a model and shows in its parameters' names.
@@ -54,7 +54,7 @@ def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]])
     if len(devices) > 1:
         raise ValueError(f"trainable parameters must be on one device; found {', '.join(devices)}")
     arguments = Arguments(list(parameters))
-    parts = [local(parameter) for parameter in parameters.values()]
+    parts = [to_local(parameter) for parameter in parameters.values()]
     arguments.add("parameters", parts)
     require_disjoint(arguments, parts, {}, argument="parameters")
     return parameters
@@ -90,7 +90,7 @@ def _refuse_zero(name: str, parameter: Tensor) -> None:
 
 
 def _refuse_freed(name: str, parameter: Tensor) -> None:
-    if not is_spread(parameter) and parameter.untyped_storage().nbytes() < parameter.nbytes:
+    if not is_dtensor(parameter) and parameter.untyped_storage().nbytes() < parameter.nbytes:
         raise ValueError(
             f"the memory of parameter {name!r} has been given back: it is one that FSDP2 had gathered for a "
             "forward; give the module, or list its parameters after reshard()"

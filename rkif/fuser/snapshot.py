@@ -1,4 +1,4 @@
-"""Copies of the parameters at one moment, on their device or in the host's memory."""
+"""Copies of the parameters at one moment, on their device or in host memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 # Elements that are in flight between host and device at a time, unless one tensor has more: 64 MiB of float32
 # take a millisecond to copy, long against a launch and short against memory.
-TURN = 1 << 24
+GROUP_NUMEL = 1 << 24
 
 
-def turns(sizes: Sequence[int]) -> list[range]:
-    """Neighbouring tensors, by number: at most TURN elements together, or one tensor and empty ones."""
+def groups(sizes: Sequence[int]) -> list[range]:
+    """Indices of neighbouring tensors: at most GROUP_NUMEL elements a group, or one tensor and empty ones."""
     starts, held = [0], 0
     for index, size in enumerate(sizes):
-        if held and held + size > TURN:
+        if held and held + size > GROUP_NUMEL:
             starts.append(index)
             held = 0
         held += size
@@ -26,105 +26,105 @@ def turns(sizes: Sequence[int]) -> list[range]:
 
 
 class Snapshot:
-    """Room for a copy of each of some tensors.
+    """A copy of each of some tensors; its memory is uninitialised at first.
 
     Args:
         like: the tensors, which give shapes and device.
         dtypes: of the copies, one a tensor.
-        offload: keep them in the host's memory: pinned where the tensors are on a GPU, to and from which
-            they are then copied beside its other work.
+        offload: keep them in host memory; pinned where the tensors are on a GPU, and then copied on a
+            stream of their own.
 
     Attributes:
-        tensors: the copies, where they lie.
-        device: where the tensors are that they are copies of.
-        away: whether they lie on another device.
+        tensors: the copies.
+        device: of the tensors that were copied.
+        offloaded: whether the copies are on another device than these.
     """
 
     def __init__(self, like: Sequence[Tensor], dtypes: Sequence[torch.dtype], *, offload: bool) -> None:
         self.device = like[0].device
-        self.away = offload and self.device.type == "cuda"
+        self.offloaded = offload and self.device.type == "cuda"
         device = torch.device("cpu") if offload else self.device
         with torch.inference_mode(False):  # whatever the caller's mode is, later rounds write to them
             self.tensors = [
                 torch.empty_strided(
-                    t.shape, _dense_strides(t), dtype=dtype, device=device, pin_memory=self.away
+                    t.shape, _dense_strides(t), dtype=dtype, device=device, pin_memory=self.offloaded
                 )
                 for t, dtype in zip(like, dtypes, strict=True)
             ]
-        self._stream: Any = torch.cuda.Stream(self.device) if self.away else None  # type: ignore[no-untyped-call]
+        self._stream: Any = torch.cuda.Stream(self.device) if self.offloaded else None  # type: ignore[no-untyped-call]
 
-    def room(self, numbers: Iterable[int]) -> list[Tensor]:
-        """Where to compute what is to be :meth:`put`: in place, unless the copies lie away."""
-        own = [self.tensors[number] for number in numbers]
-        return [torch.empty_like(t, device=self.device) for t in own] if self.away else own
+    def scratch(self, indices: Iterable[int]) -> list[Tensor]:
+        """Memory on the tensors' device for values of :meth:`copy_from`: the copies, or new if offloaded."""
+        own = [self.tensors[index] for index in indices]
+        return [torch.empty_like(t, device=self.device) for t in own] if self.offloaded else own
 
     @torch.no_grad()
-    def put(self, numbers: Iterable[int], values: Sequence[Tensor]) -> None:
-        """Take copies of values on the tensors' device, which must not change before :meth:`settle`."""
+    def copy_from(self, indices: Iterable[int], values: Sequence[Tensor]) -> None:
+        """Copy values, which are on the tensors' device and must not change before :meth:`wait_stream`."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            for number, value in zip(numbers, values, strict=True):
-                if value is self.tensors[number]:
+            for index, value in zip(indices, values, strict=True):
+                if value is self.tensors[index]:
                     continue
-                self.tensors[number].copy_(value, non_blocking=self.away)
+                self.tensors[index].copy_(value, non_blocking=self.offloaded)
                 if self._stream is not None:
                     value.record_stream(self._stream)
 
-    def settle(self) -> None:
-        """Let what the device does from now on wait until all copies have been taken."""
+    def wait_stream(self) -> None:
+        """Make the device's current stream wait for all copies."""
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
-    def settle_host(self) -> None:
-        """Wait until all copies have been taken: before the host reads :attr:`tensors`."""
+    def synchronize(self) -> None:
+        """Make the host wait for all copies: call it before the host reads :attr:`tensors`."""
         if self._stream is not None:
             self._stream.synchronize()
 
     @torch.no_grad()
-    def give(self, targets: Sequence[Tensor]) -> None:
-        """Copy back, with rounding where the targets' dtype is another."""
-        self.settle()
+    def copy_to(self, targets: Sequence[Tensor]) -> None:
+        """Copy all tensors to ``targets``, rounding where a target's dtype is narrower."""
+        self.wait_stream()
         for target, tensor in zip(targets, self.tensors, strict=True):
-            target.copy_(tensor, non_blocking=self.away)
+            target.copy_(tensor, non_blocking=self.offloaded)
 
-    def on_device(self, numbers: range) -> list[Tensor]:
-        """Some of the copies, where the parameters are: they themselves unless they lie away."""
-        return [self.tensors[number].to(self.device, non_blocking=self.away) for number in numbers]
+    def on_device(self, indices: range) -> list[Tensor]:
+        """Some of the copies on :attr:`device`: the tensors themselves unless they are offloaded."""
+        return [self.tensors[index].to(self.device, non_blocking=self.offloaded) for index in indices]
 
 
-def in_turns(snapshots: Sequence[Snapshot]) -> Iterator[tuple[range, list[list[Tensor]]]]:
-    """Yield some tensors' numbers and what each snapshot has of them, on the device, while the next come."""
-    numbers = turns([tensor.numel() for tensor in snapshots[0].tensors])
-    away = [snapshot for snapshot in snapshots if snapshot.away]
-    if not away:
-        for turn in numbers:
-            yield turn, [snapshot.on_device(turn) for snapshot in snapshots]
+def iter_groups(snapshots: Sequence[Snapshot]) -> Iterator[tuple[range, list[list[Tensor]]]]:
+    """Yield a group's indices and each snapshot's tensors, on the device; the next is being copied."""
+    indices = groups([tensor.numel() for tensor in snapshots[0].tensors])
+    offloaded = [snapshot for snapshot in snapshots if snapshot.offloaded]
+    if not offloaded:
+        for group in indices:
+            yield group, [snapshot.on_device(group) for snapshot in snapshots]
         return
-    device = away[0].device
+    device = offloaded[0].device
     stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    for snapshot in away:
-        snapshot.settle()
+    for snapshot in offloaded:
+        snapshot.wait_stream()
     stream.wait_stream(torch.cuda.current_stream(device))
 
-    def fetch(turn: range) -> tuple[range, list[list[Tensor]], Any]:
+    def fetch(group: range) -> tuple[range, list[list[Tensor]], Any]:
         with torch.cuda.stream(stream):
-            found = [snapshot.on_device(turn) for snapshot in snapshots]
+            found = [snapshot.on_device(group) for snapshot in snapshots]
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
-        return turn, found, event
+        return group, found, event
 
-    ahead = fetch(numbers[0])
-    for following in (*numbers[1:], None):
-        turn, found, event = ahead
+    ahead = fetch(indices[0])
+    for following in (*indices[1:], None):
+        group, found, event = ahead
         if following is not None:
             ahead = fetch(following)
         current = torch.cuda.current_stream(device)
         current.wait_event(event)
         for snapshot, tensors in zip(snapshots, found, strict=True):
-            for tensor in tensors if snapshot.away else ():
+            for tensor in tensors if snapshot.offloaded else ():
                 tensor.record_stream(current)
-        yield turn, found
+        yield group, found
 
 
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:

@@ -304,8 +304,8 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         batches = self._memory_batches()
         samples, num_items = trainer.get_batch_samples(batches, args.gradient_accumulation_steps, args.device)
         trainer.current_gradient_accumulation_steps = len(samples)
-        for number, inputs in enumerate(samples, start=1):
-            last = number == len(samples)
+        for index, inputs in enumerate(samples, start=1):
+            last = index == len(samples)
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 trainer.training_step(model, inputs, num_items)
         accelerator.unscale_gradients(self.optimizer)
@@ -366,8 +366,8 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         state = {f"fuser.{name}": tensor for name, tensor in self.fuser.state_dict().items()}
         slots = [self.optimizer.state_dict()["state"], *self.start]
         for kind, numbered in zip(("outer", "start_inner", "start_outer"), slots, strict=False):
-            for number, name in enumerate(self._names()):
-                for slot, value in numbered.get(number, {}).items():
+            for index, name in enumerate(self._names()):
+                for slot, value in numbered.get(index, {}).items():
                     state[f"{kind}.{slot}.{name}"] = torch.as_tensor(value)
         return state | {name: torch.tensor(value, dtype=torch.float64) for name, value in progress.items()}
 
@@ -383,12 +383,12 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
             {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         )
         slots: dict[str, dict[int, dict[str, Any]]] = {"outer": {}, "start_inner": {}, "start_outer": {}}
-        numbers = {name: number for number, name in enumerate(self._names())}
+        indices = {name: index for index, name in enumerate(self._names())}
         for key, tensor in state.items():
             kind, _, rest = key.partition(".")
             slot, _, name = rest.partition(".")
             if kind in slots:
-                slots[kind].setdefault(numbers[name], {})[slot] = tensor
+                slots[kind].setdefault(indices[name], {})[slot] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots.pop("outer"), "param_groups": groups})
         self.start = [] if self.trainer.gate is None else list(slots.values())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rkif.fuser.snapshot import TURN
+from rkif.fuser.snapshot import GROUP_NUMEL
 
 Optimizer = Literal["adamw", "adamw8bit", "sgd"]
 Phase = Literal["inner", "outer", "fusion"]
@@ -82,14 +82,14 @@ class Option:
         }
 
     def scratch(self, training: Training) -> int:
-        """Bytes that a fusion needs for the tensors it is at, where it goes through them in turns."""
-        elements = min(max(TURN, -(-training.largest // training.ranks)), training.trainable)
+        """Bytes that a fusion needs for the tensors it is at, where it goes through them in groups."""
+        elements = min(max(GROUP_NUMEL, -(-training.largest // training.ranks)), training.trainable)
         weight = training.trainable_bytes
         start = weight if weight < 4 else 0  # the base as the learners saw it
         mask = 2 if self.pack_inner else 0
-        # The result, and of this turn and the next base and inner result.
-        away = 4 + 2 * (4 + weight) if self.offload else 0
-        return elements * (start + mask + away)
+        # The result, and base and inner result of this group and the next.
+        offloaded = 4 + 2 * (4 + weight) if self.offload else 0
+        return elements * (start + mask + offloaded)
 
 
 OPTIONS = tuple(

@@ -11,7 +11,7 @@ from tiny import tiny_llama
 from typer.testing import CliRunner
 
 from rkif import cli
-from rkif.fuser.snapshot import TURN
+from rkif.fuser.snapshot import GROUP_NUMEL
 from rkif.plan import OPTIONS, Option, Training, choose
 from rkif.plan.bytes import budget
 from rkif.plan.model import count_parameters
@@ -74,8 +74,8 @@ def test_bytes_by_hand() -> None:
     assert budget(Option(), frozen, memory=memory, reserve=0).phases["inner"] == 2000 + 10 * 28
     shards = Training(800, 80, 800, ranks=8)
     assert budget(Option(), shards, memory=memory, reserve=0).phases["outer"] == 100 * 48 + 10 * 4
-    large = Training(10 * TURN, 0, TURN + 3)
-    assert Option(offload=True).scratch(large) == (TURN + 3) * (4 + 2 * 8)
+    large = Training(10 * GROUP_NUMEL, 0, GROUP_NUMEL + 3)
+    assert Option(offload=True).scratch(large) == (GROUP_NUMEL + 3) * (4 + 2 * 8)
 
 
 def test_the_first_that_fits_is_taken_and_a_byte_less_is_too_little() -> None:

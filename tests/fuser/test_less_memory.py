@@ -38,7 +38,7 @@ def test_the_bits_are_those_of_the_plain_way(
     turn: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(snapshots, "TURN", turn)
+    monkeypatch.setattr(snapshots, "GROUP_NUMEL", turn)
     config = preset(scope=scope, density=density)
     plain, lean = Loop(config), Loop(replace(config, **options))
     for loop in (plain, lean):
@@ -221,8 +221,8 @@ def test_everything_includes_what_is_no_number() -> None:
 def test_turns_cover_everything_once() -> None:
     for sizes, size in product([[], [0], [5], [3, 4, 0, 9, 1, 1], [0, 0, 20, 0]], [1, 4, 100]):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(snapshots, "TURN", size)
-            found = snapshots.turns(sizes)
+            patch.setattr(snapshots, "GROUP_NUMEL", size)
+            found = snapshots.groups(sizes)
         assert [number for turn in found for number in turn] == list(range(len(sizes)))
         for turn in found:
             filled = [sizes[number] for number in turn if sizes[number]]
@@ -236,7 +236,7 @@ def test_copies_beside_other_work_are_in_time(
     options: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU copies go on while the learners step: large tensors, small turns, no synchronisation by us."""
-    monkeypatch.setattr(snapshots, "TURN", 1 << 20)
+    monkeypatch.setattr(snapshots, "GROUP_NUMEL", 1 << 20)
     ends = []
     for chosen in ({}, options):
         torch.manual_seed(0)

@@ -28,7 +28,7 @@ from torch import Tensor
 from rkif.continual.config import RunConfig, dump_config
 from rkif.continual.rundir.state import RunState, load_tensors, storable, write_checkpoint
 from rkif.continual.tasks.replay_memory import ReplayMemory
-from rkif.files import settle, write_text
+from rkif.files import fsync_file, write_text
 
 METRICS = (
     *("method", "split", "tasks", "data", "records", "trainable", "initial", "accuracy", "metrics"),
@@ -173,7 +173,7 @@ class RunFolder:
             validation.save(temporary / "validation.jsonl")
         _write_json(temporary / "task.json", summary)
         for path in temporary.iterdir():
-            settle(path)
+            fsync_file(path)
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)

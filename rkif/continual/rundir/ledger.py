@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rkif.files import sync_folder
+from rkif.files import fsync_folder
 
 Record = dict[str, Any]
 START = "0" * 64
@@ -77,7 +77,7 @@ class Ledger:
         finally:
             os.close(descriptor)
         if new:
-            sync_folder(self.path.parent)
+            fsync_folder(self.path.parent)
         self.records.append(json.loads(line))
         return self.records[-1]
 
