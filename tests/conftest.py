@@ -30,7 +30,18 @@ settings.register_profile(
 settings.load_profile("rkif")
 
 
+# With `pytest -n`, tests of one of these modules go to one worker, so that what they share is made once.
+SHARING = {
+    *("test_log", "test_gating", "test_rollback", "test_reproduce", "test_aot", "test_hf_resume", "test_cli"),
+    *("test_ranks", "test_hf_ranks", "test_checkpoint_output", "test_checkpoint_crash"),
+}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SHARING:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -16,6 +16,7 @@ from rkif_kernels import Scores
 from rkif_kernels.backends import native
 from rkif_kernels.backends import torch as torch_backend
 from rkif_kernels.backends import triton as kernels
+from rkif_kernels.backends.choose import interpreting
 from rkif_kernels.backends.native.library import library
 from rkif_kernels.backends.triton.launch import LaunchConfig
 
@@ -50,13 +51,18 @@ def implementations() -> list[Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     on_cpu = [
         pytest.param(
-            SimpleNamespace(**{name: getattr(module, name) for name in operations}, device="cpu"),
+            SimpleNamespace(
+                **{name: getattr(module, name) for name in operations}, device="cpu", interpreted=False
+            ),
             id=module.__name__.rpartition(".")[2],
             marks=marks,
         )
         for module, marks in ((torch_backend, ()), (native, NATIVE))
     ]
-    return [pytest.param(SimpleNamespace(**triton, device=device), id="triton"), *on_cpu]
+    return [
+        pytest.param(SimpleNamespace(**triton, device=device, interpreted=interpreting()), id="triton"),
+        *on_cpu,
+    ]
 
 
 def normal(sizes: Sequence[int], dtype: torch.dtype, seed: int) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
     CHUNK,
@@ -111,12 +111,13 @@ def test_update_importance_keeps_denormals(implementation: Any) -> None:
 
 
 @settings(max_examples=15)
+@example(sizes=[CHUNK, 1], beta1=1.0, beta2=1.2e-38, order="mixed", seed=0)  # U is denormal
 @given(
-    st.lists(st.integers(0, 2 * CHUNK), min_size=1, max_size=4),
-    st.floats(0, 1),
-    st.floats(0, 1),
-    st.sampled_from(["first", "second", "mixed"]),
-    st.integers(0, 10**6),
+    sizes=st.lists(st.integers(0, 2 * CHUNK), min_size=1, max_size=4),
+    beta1=st.floats(0, 1),
+    beta2=st.floats(0, 1),
+    order=st.sampled_from(["first", "second", "mixed"]),
+    seed=st.integers(0, 10**6),
 )
 def test_update_importance_anywhere(
     implementation: Any,
@@ -128,7 +129,22 @@ def test_update_importance_anywhere(
 ) -> None:
     params, grads = normal(sizes, torch.float32, seed), normal(sizes, torch.bfloat16, seed + 1)
     s, u = positive(sizes, torch.float32, seed + 2), positive(sizes, torch.bfloat16, seed + 3)
+    if implementation.interpreted:
+        assume(not leaves_bfloat16_denormals(params, grads, s, u, order, beta1, beta2))
     check_update(implementation, params, grads, s, u, order, beta1, beta2)
+
+
+def leaves_bfloat16_denormals(params, grads, s, u, order, beta1, beta2) -> bool:
+    """Whether the new bfloat16 U has denormal numbers, which Triton's interpreter does not convert rightly."""
+    u = on("cpu", u)
+    reference.update_importance_(
+        ImportanceInputs(params, grads, on("cpu", s), u),
+        nonfinite=torch.zeros((), dtype=torch.int64),
+        beta1=beta1,
+        beta2=beta2,
+        order=order,
+    )
+    return any(((tensor != 0) & (tensor.abs() < torch.finfo(tensor.dtype).tiny)).any() for tensor in u)
 
 
 def check_thresholds(implementation: Any, scores: Scores, ks: list[int], per_tensor: bool) -> Tensor:

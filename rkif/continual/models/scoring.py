@@ -169,6 +169,15 @@ def _positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def _cache(out: Any) -> dict[str, Any]:
+    """The keys and values of an output, by the name of the argument that takes them.
+
+    transformers is renaming both from `past_key_values` to `cache`.
+    """
+    name = "cache" if "cache" in out else "past_key_values"
+    return {name: out[name]}
+
+
 def _causal_scores(model: Any, prompts: dict[str, Tensor], targets: Sequence[list[int]]) -> Tensor:
     mask = prompts["attention_mask"]
     positions = _positions(mask)
@@ -176,15 +185,16 @@ def _causal_scores(model: Any, prompts: dict[str, Tensor], targets: Sequence[lis
     answers = pad(targets, IGNORED, "right").to(mask.device).repeat(rows, 1)  # [rows * labels, longest]
     tokens = answers[:, :-1]
     asked = model(**prompts, position_ids=positions, use_cache=True, logits_to_keep=1)
-    cache = asked.past_key_values
-    cache.batch_repeat_interleave(labels)
+    cache = _cache(asked)
+    for states in cache.values():
+        states.batch_repeat_interleave(labels)
     answered = model(
         input_ids=tokens.clamp(min=0),
         attention_mask=torch.cat([mask.repeat_interleave(labels, 0), (tokens != IGNORED).to(mask.dtype)], 1),
         position_ids=positions[:, -1:].repeat_interleave(labels, 0)
         + torch.arange(1, tokens.shape[1] + 1, device=mask.device),
-        past_key_values=cache,
         use_cache=True,
+        **cache,
     )
     logits = torch.cat([asked.logits[:, -1:].repeat_interleave(labels, 0), answered.logits], 1)
     return _sum_log_probs(logits, answers).view(rows, labels)
@@ -230,7 +240,7 @@ def _greedy(model: Any, collator: TextCollator, prompts: dict[str, Tensor], max_
         token = out.logits[:, -1].argmax(-1)
         written.append(token)
         done |= token == collator.eos_id
-        step["past_key_values"] = out.past_key_values
+        step |= _cache(out)
         if collator.seq2seq:
             step["decoder_input_ids"] = token[:, None]
         else:
