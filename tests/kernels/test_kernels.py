@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
     CHUNK,
@@ -135,7 +135,7 @@ def test_update_importance_anywhere(
 
 
 def leaves_bfloat16_denormals(params, grads, s, u, order, beta1, beta2) -> bool:
-    """Whether the new bfloat16 U has denormal numbers, which Triton's interpreter does not convert rightly."""
+    """Whether the new bfloat16 U has denormal numbers, which the interpreter does not convert rightly."""
     u = on("cpu", u)
     reference.update_importance_(
         ImportanceInputs(params, grads, on("cpu", s), u),

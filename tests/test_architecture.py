@@ -1,0 +1,111 @@
+"""Who imports whom, as ``docs/architecture.md`` draws it, and how large a file and a folder may be."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = [path for root in ("rkif", "rkif_kernels", "bench") for path in sorted((ROOT / root).rglob("*.py"))]
+# A module imports from layers below its own, from its own folder, and from no other module of its layer.
+LAYERS = (
+    {"rkif.__main__"},
+    {"rkif.cli"},
+    {"rkif.demo"},
+    {"rkif.continual"},
+    {"rkif.hf", "rkif.checkpoint", "rkif.plan"},
+    {"rkif"},  # the face, `from rkif import Fuser`
+    {"rkif.fuser", "rkif.optim", "rkif.lora"},
+    {"rkif.fusion"},
+    {"rkif.gate", "rkif.distributed", "rkif.config"},
+    {"rkif.files", "rkif.seeding"},
+    {"rkif_kernels"},
+    {"rkif_kernels.ops"},
+    {"rkif_kernels.backends"},
+    {"rkif_kernels.selection"},
+    {"rkif_kernels.checks", "rkif_kernels.contiguous"},
+    {"rkif_kernels.types", "rkif_kernels.numerics"},
+)
+WINGS = {f"bench.{wing}" for wing in ("kernels", "training", "forgetting", "checkpoints")}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules that a file imports, wherever in the file; for ``from a import b`` that is a.b."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer(module: str) -> tuple[int, str] | None:
+    """The layer that a module belongs to, and its name there; the longest name decides."""
+    known = [
+        (level, name)
+        for level, names in enumerate(LAYERS)
+        for name in names
+        if module == name or module.startswith(f"{name}.")
+    ]
+    return max(known, key=lambda found: len(found[1]), default=None)
+
+
+ARROWS = [(module_of(path), target) for path in FILES for target in imports(path)]
+
+
+@pytest.mark.parametrize("package", ["rkif", "rkif_kernels"])
+def test_no_import_runs_upward(package: str) -> None:
+    for source, target in ARROWS:
+        if source.partition(".")[0] == package and target.partition(".")[0] in ("rkif", "rkif_kernels"):
+            (level, name), (target_level, target_name) = layer(source), layer(target)
+            assert name == target_name or level < target_level, f"{source} imports {target}"
+
+
+def test_every_module_has_a_layer() -> None:
+    for module in map(module_of, FILES):
+        if module.startswith("rkif") and module not in ("rkif", "rkif_kernels"):
+            assert layer(module)[1] not in ("rkif", "rkif_kernels"), f"{module} is in none of LAYERS"
+
+
+def test_the_kernels_are_reached_through_their_face_alone() -> None:
+    for source, target in ARROWS:
+        if source.startswith("rkif.") and target.startswith("rkif_kernels."):
+            face, *inner = target.split(".")[1:]
+            module = ROOT / "rkif_kernels" / face
+            assert not inner, f"{source} imports {target}"
+            assert not module.exists(), f"{source} imports {target}"
+            assert not module.with_suffix(".py").exists(), f"{source} imports {target}"
+        assert not (source.startswith("rkif_kernels") and target.startswith("rkif.")), (
+            f"{source} imports {target}"
+        )
+
+
+def test_triton_is_imported_by_its_backend_alone() -> None:
+    for source, target in ARROWS:
+        if target.partition(".")[0] == "triton" and not source.startswith("bench."):
+            assert source.startswith("rkif_kernels.backends.triton."), f"{source} imports {target}"
+
+
+def test_the_wings_of_bench_do_not_import_each_other() -> None:
+    for source, target in ARROWS:
+        wings = {".".join(name.split(".")[:2]) for name in (source, target)} & WINGS
+        shared = source in ("bench.__main__", "bench.docs")
+        assert shared or len(wings) < 2, f"{source} imports {target}"
+
+
+def test_the_parser_sees_every_package() -> None:
+    """What would make the tests above pass whatever is imported."""
+    assert {source.partition(".")[0] for source, _ in ARROWS} == {"rkif", "rkif_kernels", "bench"}
+    assert any(target.startswith("triton") for _, target in ARROWS)
+
+
+@pytest.mark.parametrize(("folder", "most"), [("rkif", 9), ("bench", 6), ("tests", 8)])
+def test_few_modules_are_loose(folder: str, most: int) -> None:
+    assert 0 < len(list((ROOT / folder).glob("*.py"))) <= most
