@@ -14,8 +14,7 @@ from rkif.distributed.shards import to_local, to_local_like
 from rkif.fuser import Fuser
 from rkif.fuser.importance import Importance
 from rkif.fuser.no_compile import uncompiled
-from rkif_kernels import STATE_DTYPES, AdamWConstants, adamw_, adamw_constants
-from rkif_kernels.checks import PARAMETER_DTYPES
+from rkif_kernels import PARAMETER_DTYPES, STATE_DTYPES, AdamWConstants, adamw_, adamw_constants
 
 # What torch.optim.AdamW's groups hold beyond the settings: kept, so that either loads the other's state.
 _OFF = {"amsgrad": False, "maximize": False, "capturable": False, "differentiable": False}

@@ -12,6 +12,7 @@ package is imported from here.
 """
 
 from rkif_kernels.checks import (
+    PARAMETER_DTYPES,
     STATE_DTYPES,
     Arguments,
     require_choice,
@@ -52,6 +53,7 @@ from rkif_kernels.types import (
 
 __all__ = [
     "CASES",
+    "PARAMETER_DTYPES",
     "ROLES",
     "STATE_DTYPES",
     "AdamWConstants",

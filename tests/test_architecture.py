@@ -18,7 +18,8 @@ LAYERS = (
     {"rkif.continual"},
     {"rkif.hf", "rkif.checkpoint", "rkif.plan"},
     {"rkif"},  # the face, `from rkif import Fuser`
-    {"rkif.fuser", "rkif.optim", "rkif.lora"},
+    {"rkif.optim", "rkif.lora"},
+    {"rkif.fuser"},
     {"rkif.fusion"},
     {"rkif.gate", "rkif.distributed", "rkif.config"},
     {"rkif.files", "rkif.seeding"},
