@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rkif_kernels.selection.bracket import Floats, bracket, positive
 from rkif_kernels.types import Scores
 
 SHORT = 1 << 22  # scores that are collected for a direct selection: 16 MiB
 SMALL = 1 << 17  # so few that no sample is needed
 SAMPLE_SHIFT, SAMPLE_LEAST, SAMPLE_MOST = 8, 1 << 12, 1 << 20  # one score in 256, within these limits
-SIGMAS = 4.5  # half-width of a bracket, in standard deviations of a sample quantile
 SAMPLED_PASSES = 3  # then bisection, which needs no luck
 
 # Positive floats order like their bit patterns, so a key is the pattern, and 0 for what is not positive.
@@ -38,14 +38,20 @@ class Split(NamedTuple):
 
     above: int
     reached: int
-    between: Tensor | None
+    between: Floats | None
 
 
 class Reader(Protocol):
-    """How an implementation reads scores."""
+    """How an implementation reads scores.
 
-    def sample(self, scores: Scores, step: int) -> Tensor:
-        """Every ``step``-th score in float32, counted through all tensors."""
+    Attributes:
+        run: so many neighbours a sample takes at each place.
+    """
+
+    run: int
+
+    def sample(self, scores: Scores, size: int) -> Floats:
+        """About ``size`` scores from all over the tensors; all of them, in order, if they are no more."""
         ...
 
     def split(self, scores: Scores, lower: float, upper: float, capacity: int) -> Split:
@@ -69,20 +75,31 @@ def sample_scores(scores: Scores, step: int) -> Tensor:
     return torch.cat(picked)
 
 
+def sample_size(numel: int) -> int:
+    """How many scores a sample of so many takes."""
+    return min(max(numel >> SAMPLE_SHIFT, SAMPLE_LEAST), SAMPLE_MOST)
+
+
+def kth(values: Floats, k: int) -> float:
+    """The ``k``-th smallest of the values, from 0; what is not positive counts as zero."""
+    # NumPy's partition is several times faster than PyTorch's kthvalue.
+    return float(np.partition(positive(values), k)[k])
+
+
 def _order_statistic(scores: Scores, k: int, read: Reader) -> float:
     numel = scores.numel
     if numel <= SMALL:
-        return _kth(read.sample(scores, 1), k)
+        return kth(read.sample(scores, numel), k)
 
-    size = min(max(numel >> SAMPLE_SHIFT, SAMPLE_LEAST), SAMPLE_MOST)
-    sample = _positive(read.sample(scores, -(-numel // size))).view(torch.int32).sort().values
+    sample = positive(read.sample(scores, sample_size(numel)))
     # The answer's key lies strictly between low and high; `below` keys are <= low, `before` are < high.
     low, high, below, before, passes = LOWEST, HIGHEST, 0, numel, 0
     while high - low > 2:
         if low >= 0 and before - below <= SHORT:
             lo, hi = low, high
         elif passes < SAMPLED_PASSES:
-            lo, hi = _bracket(sample, low, high, (k - below) / (before - below))
+            run = read.run if passes == 0 else 1
+            lo, hi = _bracket(sample, low, high, (k - below) / (before - below), run)
         else:
             lo = hi = _middle(low, high)
         above, reached, between = read.split(scores, _value(lo), _value(hi), SHORT)
@@ -100,34 +117,24 @@ def _order_statistic(scores: Scores, k: int, read: Reader) -> float:
         elif k >= before_hi:
             low, below = hi - 1, before_hi
         elif between is not None:
-            return _kth(between, k - up_to_lo)
+            return kth(between, k - up_to_lo)
         else:
             low, high, below, before = lo, hi, up_to_lo, before_hi
     return _value(low + 1)
 
 
-def _bracket(sample: Tensor, low: int, high: int, quantile: float) -> tuple[int, int]:
+def _bracket(sample: Floats, low: int, high: int, quantile: float, run: int) -> tuple[int, int]:
     """Two keys inside (low, high) between which the quantile of the scores in there very probably lies."""
-    part = sample[(sample > low) & (sample < high)]
-    if part.numel() == 0:
+    keys = sample.view(np.int32)
+    part = sample[(keys > low) & (keys < high)]
+    if part.size == 0:
         return (_middle(low, high),) * 2
-    center = quantile * (part.numel() - 1)
-    margin = SIGMAS * (quantile * (1 - quantile) * part.numel()) ** 0.5 + 1
-    last = part.numel() - 1
-    return int(part[max(int(center - margin), 0)]), int(part[min(int(center + margin) + 1, last)])
+    lo, hi = (int(np.float32(value).view(np.int32)) for value in bracket(part, quantile, run))
+    return max(lo, low + 1), min(hi, high - 1)
 
 
 def _middle(low: int, high: int) -> int:
     return (low + high) // 2
-
-
-def _kth(values: Tensor, k: int) -> float:
-    # NumPy's partition is several times faster than PyTorch's kthvalue.
-    return float(np.partition(_positive(values).cpu().numpy(), k)[k])
-
-
-def _positive(values: Tensor) -> Tensor:
-    return torch.where(values > 0, values, 0.0)
 
 
 def _value(key: int) -> float:

@@ -5,9 +5,17 @@ It is built from ``kernels.cpp`` when the package is installed, if there is a C+
 """
 
 from rkif_kernels.backends.native.adamw import adamw_
-from rkif_kernels.backends.native.fuse import fuse_
+from rkif_kernels.backends.native.fuse import fuse_, select_and_fuse_
 from rkif_kernels.backends.native.importance import update_importance_
 from rkif_kernels.backends.native.select import count_scores_, score_thresholds
 from rkif_kernels.backends.torch.select import all_valid
 
-__all__ = ["adamw_", "all_valid", "count_scores_", "fuse_", "score_thresholds", "update_importance_"]
+__all__ = [
+    "adamw_",
+    "all_valid",
+    "count_scores_",
+    "fuse_",
+    "score_thresholds",
+    "select_and_fuse_",
+    "update_importance_",
+]

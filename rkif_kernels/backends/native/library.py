@@ -7,6 +7,7 @@ import functools
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,10 @@ _SIGNATURES = {
     "rkif_split": (None, [*_LISTS, _int, _float, _float, _pointer, _long, _pointer, _int]),
     "rkif_count": (None, [*_LISTS, _int, _long, _int, _long, _pointer, _int]),
     "rkif_fuse": (None, [*_LISTS, *[_pointer] * 4, _int, _int, _int, _pointer, _pointer, _int]),
+    "rkif_begin": (_pointer, [*_LISTS, *[_pointer] * 3, _int, _int, _int, _long, _pointer, _int]),
+    "rkif_gather_undecided": (_long, [_pointer, _int, _float, _float, _pointer]),
+    "rkif_finish": (None, [_pointer] * 4),
+    "rkif_use_isa": (_int, [_int]),
 }
 
 
@@ -74,10 +79,12 @@ class Lists:
             np.array([_DTYPES[None if tensor is None else tensor.dtype] for tensor in flat], np.int32),
         )
 
-    def call(self, function: str, *arguments: float) -> int:
+    def call(self, function: str, *arguments: float) -> Any:
         """Call a function of the library with these lists, ``arguments`` and the number of threads."""
         lists = (array.ctypes.data for array in self._arrays)
-        result: int = getattr(library(), function)(
-            len(self._arrays[0]), *lists, *arguments, torch.get_num_threads()
-        )
-        return result
+        return call(function, len(self._arrays[0]), *lists, *arguments, torch.get_num_threads())
+
+
+def call(function: str, *arguments: float | None) -> Any:
+    """Call a function of the library."""
+    return getattr(library(), function)(*arguments)

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rkif_kernels.backends.native.library import Lists
 from rkif_kernels.selection import sampled as order_statistics
+from rkif_kernels.selection.bracket import Floats
 from rkif_kernels.types import Scores
+
+LINE = 16  # scores that a sample takes together: a cache line of float32
 
 
 def score_thresholds(scores: Scores, *, ks: Sequence[int], per_tensor: bool) -> Tensor:
     """See :func:`rkif_kernels.ops.score_thresholds`; one ``k`` for each group, from 0."""
-    return order_statistics.score_thresholds(scores, ks=ks, per_tensor=per_tensor, read=_NativeReader())
+    return order_statistics.score_thresholds(scores, ks=ks, per_tensor=per_tensor, read=NativeReader())
 
 
 def count_scores_(counts: Tensor, scores: Scores, *, low: int, shift: int) -> None:
@@ -24,13 +26,16 @@ def count_scores_(counts: Tensor, scores: Scores, *, low: int, shift: int) -> No
     lists.call("rkif_count", scores.distance, low, shift, counts.numel() - 3, counts.data_ptr())
 
 
-class _NativeReader:
-    def sample(self, scores: Scores, step: int) -> Tensor:
-        numel = sum(tensor.numel() for tensor in scores.sensitivity)
-        picked = np.empty(-(-numel // step), np.float32)
+class NativeReader:
+    run = LINE
+
+    def sample(self, scores: Scores, size: int) -> Floats:
+        numel = scores.numel
+        lines = 0 if numel <= size else -(-size // LINE)
+        picked = np.empty(lines * LINE or numel, np.float32)
         lists = Lists((scores.sensitivity, scores.uncertainty))
-        lists.call("rkif_sample", scores.distance, step, picked.ctypes.data)
-        return torch.from_numpy(picked)
+        lists.call("rkif_sample", scores.distance, lines, picked.ctypes.data)
+        return picked
 
     def split(self, scores: Scores, lower: float, upper: float, capacity: int) -> order_statistics.Split:
         between = np.empty(capacity, np.float32)
@@ -45,5 +50,4 @@ class _NativeReader:
             counts.ctypes.data,
         )
         above, reached, found = counts.tolist()
-        collected = torch.from_numpy(between[:found]) if found <= capacity else None
-        return order_statistics.Split(above, reached, collected)
+        return order_statistics.Split(above, reached, between[:found] if found <= capacity else None)

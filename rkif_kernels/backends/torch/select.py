@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rkif_kernels.backends.torch.blocks import Scratch, blocks
 from rkif_kernels.selection import sampled as order_statistics
+from rkif_kernels.selection.bracket import Floats
 from rkif_kernels.types import Scores
 
 
@@ -36,8 +37,11 @@ def count_scores_(counts: Tensor, scores: Scores, *, low: int, shift: int) -> No
 
 
 class _BlockReader:
-    def sample(self, scores: Scores, step: int) -> Tensor:
-        return order_statistics.sample_scores(scores, step)
+    run = 1
+
+    def sample(self, scores: Scores, size: int) -> Floats:
+        picked: Floats = order_statistics.sample_scores(scores, -(-scores.numel // size)).cpu().numpy()
+        return picked
 
     def split(self, scores: Scores, lower: float, upper: float, capacity: int) -> order_statistics.Split:
         scratch = Scratch(scores.sensitivity[0].device)
@@ -53,7 +57,7 @@ class _BlockReader:
             if 0 <= above - reached <= capacity and n_over > n_beyond:
                 between.append(block[over.sub_(beyond).bool()])
         complete = 0 <= above - reached <= capacity and between
-        return order_statistics.Split(above, reached, torch.cat(between) if complete else None)
+        return order_statistics.Split(above, reached, torch.cat(between).cpu().numpy() if complete else None)
 
 
 def _score_blocks(scores: Scores, scratch: Scratch) -> Iterator[Tensor]:

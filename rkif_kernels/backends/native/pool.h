@@ -1,0 +1,118 @@
+// Threads that live on between calls, and tiles that are handed out to them one after the other.
+#pragma once
+
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "elements.h"
+
+class Pool {
+  public:
+    // The pool of this process. After a fork the child has none of the parent's threads, and makes its own.
+    static Pool& of_process() {
+        static std::atomic<Pool*> current{nullptr};
+        Pool* pool = current.load();
+        if (pool && pool->process_ == getpid()) return *pool;
+        Pool* made = new Pool;
+        if (current.compare_exchange_strong(pool, made)) return *made;
+        delete made;
+        return *current.load();
+    }
+
+    // Call body(thread) on up to `threads` threads, this one included, and wait for all. Where another call
+    // has the pool, or no thread can be had, fewer take part: the body must do all the work that is left.
+    void run(int threads, const std::function<void(int)>& body) {
+        std::unique_lock<std::mutex> only(in_use_, std::try_to_lock);
+        if (threads <= 1 || !only.owns_lock()) return body(0);
+        std::unique_lock<std::mutex> lock(mutex_);
+        try {
+            for (int next = static_cast<int>(started_); next < threads - 1; ++next) {
+                std::thread([this, next] { work(next); }).detach();
+                ++started_;
+            }
+        } catch (const std::system_error&) {
+        }
+        body_ = &body;
+        active_ = left_ = std::min<int>(threads - 1, started_);
+        ++call_;
+        lock.unlock();
+        wake_.notify_all();
+        body(0);
+        lock.lock();
+        done_.wait(lock, [this] { return left_ == 0; });
+    }
+
+  private:
+    void work(int index) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (uint64_t seen = 0;;) {
+            wake_.wait(lock, [&] { return call_ != seen; });
+            seen = call_;
+            if (index >= active_) continue;
+            const std::function<void(int)>* body = body_;
+            lock.unlock();
+            (*body)(index + 1);
+            lock.lock();
+            if (--left_ == 0) done_.notify_one();
+        }
+    }
+
+    const pid_t process_ = getpid();
+    std::mutex in_use_, mutex_;
+    std::condition_variable wake_, done_;
+    const std::function<void(int)>* body_ = nullptr;
+    int started_ = 0, active_ = 0, left_ = 0;
+    uint64_t call_ = 0;
+};
+
+// The tiles of lists of tensors, in order.
+class Tiles {
+  public:
+    explicit Tiles(const Lists& lists) : lists_(lists), first_(lists.tensors + 1, 0) {
+        for (int64_t t = 0; t < lists.tensors; ++t) first_[t + 1] = first_[t] + (lists.numels[t] + TILE - 1) / TILE;
+    }
+
+    int64_t size() const { return first_.back(); }
+
+    int threads(int most) const {
+        return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(most, size() / TILES_A_THREAD)));
+    }
+
+    struct Place {
+        int64_t tensor, start, size;
+    };
+
+    Place operator[](int64_t tile) const {
+        const int64_t tensor = std::upper_bound(first_.begin(), first_.end(), tile) - first_.begin() - 1;
+        const int64_t start = (tile - first_[tensor]) * TILE;
+        return {tensor, start, std::min(TILE, lists_.numels[tensor] - start)};
+    }
+
+    // Call body(thread, tile, place) once for every tile. Who is ready takes the next few: a thread whose core
+    // does other work takes fewer, and nobody waits long for it.
+    template <class Body>
+    void for_each(int most_threads, Body body) const {
+        std::atomic<int64_t> next{0};
+        const int64_t tiles = size();
+        Pool::of_process().run(threads(most_threads), [&](int thread) {
+            for (int64_t first; (first = next.fetch_add(TILES_AT_ONCE, std::memory_order_relaxed)) < tiles;)
+                for (int64_t tile = first; tile < std::min(first + TILES_AT_ONCE, tiles); ++tile)
+                    body(thread, tile, (*this)[tile]);
+        });
+    }
+
+  private:
+    static constexpr int64_t TILES_A_THREAD = 8;  // less work than this is not worth waking a thread for
+    static constexpr int64_t TILES_AT_ONCE = 4;
+
+    const Lists& lists_;
+    std::vector<int64_t> first_;
+};

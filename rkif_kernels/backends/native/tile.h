@@ -1,0 +1,333 @@
+// What is done to a tile, written once for sixteen lanes. Included once for each instruction set, inside a
+// namespace of its own, after the lanes; TARGET stands before every function.
+
+constexpr int64_t AHEAD = 512;  // elements between what is computed on and what is fetched into the cache
+
+TARGET inline void prefetch(Row row, int64_t i) { __builtin_prefetch(row.at + (i + AHEAD) * row.width()); }
+
+// Sixteen elements from `i` on, in float32; the last `LANES - n` are zero.
+TARGET inline F load(Row row, int64_t i, int64_t n) {
+    const char* at = row.at + i * row.width();
+    alignas(64) char few[LANES * 4];
+    if (n < LANES) {
+        std::memset(few, 0, sizeof few);
+        std::memcpy(few, at, n * row.width());
+        at = few;
+    }
+    return row.dtype == FLOAT32 ? load_float32(at) : row.dtype == BFLOAT16 ? load_bfloat16(at) : load_float16(at);
+}
+
+// As it is once it is stored: rounded to the row's dtype.
+TARGET inline F rounded(int32_t dtype, F x) {
+    if (dtype == FLOAT32) return x;
+    alignas(64) float wide[LANES];
+    store(wide, x);
+    for (int lane = 0; lane < LANES; ++lane)
+        wide[lane] = dtype == BFLOAT16 ? from_bfloat16(to_bfloat16(wide[lane])) : from_half(to_half(wide[lane]));
+    return load_float32(wide);
+}
+
+TARGET inline void write(Row row, int64_t i, int64_t n, const float* values) {
+    char* at = row.at + i * row.width();
+    if (row.dtype == FLOAT32) {
+        std::memcpy(at, values, n * sizeof(float));
+        return;
+    }
+    uint16_t narrow[LANES];
+    for (int lane = 0; lane < LANES; ++lane)
+        narrow[lane] = row.dtype == BFLOAT16 ? to_bfloat16(values[lane]) : to_half(values[lane]);
+    std::memcpy(at, narrow, n * sizeof(uint16_t));
+}
+
+TARGET inline void write(Row row, int64_t i, int64_t n, F x) {
+    if (row.dtype == FLOAT32 && n == LANES) {
+        store(reinterpret_cast<float*>(row.at) + i, x);
+        return;
+    }
+    alignas(64) float values[LANES];
+    store(values, x);
+    write(row, i, n, values);
+}
+
+TARGET inline F score(const ScoreRows& rows, int64_t i, int64_t n) {
+    const F first = load(rows.first, i, n);
+    if (!rows.second.present()) return first;
+    const F second = load(rows.second, i, n);
+    return rows.distance ? magnitude(sub(first, second)) : mul(first, second);
+}
+
+TARGET inline double total(const Squares& sums) {
+    double lanes[LANES], sum = 0;
+    store(lanes, sums);
+    for (double lane : lanes) sum += lane;
+    return sum;
+}
+
+struct Weights {
+    F inner[4], outer[4];
+};
+
+TARGET inline Weights weights_of(const Rule& rule) {
+    Weights w;
+    for (int which = 0; which < 4; ++which) {
+        w.inner[which] = set(rule.inner[which]);
+        w.outer[which] = set(rule.outer[which]);
+    }
+    return w;
+}
+
+TARGET inline F weight(const F* w, Mask inner, Mask outer) {
+    return choose(outer, choose(inner, w[0], w[1]), choose(inner, w[2], w[3]));
+}
+
+TARGET inline F merge(F base, F tau_in, F tau_out, const Weights& w, Mask inner, Mask outer) {
+    const F half = add(base, mul(weight(w.inner, inner, outer), tau_in));
+    return add(half, mul(weight(w.outer, inner, outer), tau_out));
+}
+
+// Fuse a tile. What a bracket leaves undecided is written as if selected, listed, and not counted. `norms`:
+// squared, of both task vectors, and of the update where it is decided. The list has room for the tile.
+TARGET void fuse_tile(const Row& out, const Row* in, const ScoreRows* scores, int64_t size, const Bracket* brackets,
+                      const Rule& rule, bool streaming, FuseCounts& counts, Undecided& list, double* norms) {
+    const Row base_row = in[0], inner_row = in[1], outer_row = in[2];
+    const ScoreRows of_inner = scores[0], of_outer = scores[1];
+    const Weights w = weights_of(rule);
+    const F lo_in = set(brackets[0].lo), hi_in = set(brackets[0].hi);
+    const F lo_out = set(brackets[1].lo), hi_out = set(brackets[1].hi);
+    const bool from_inner = rule.from_inner;
+    Squares n_in = no_squares(), n_out = no_squares(), n_update = no_squares();
+    int64_t inner = 0, outer = 0, both = 0, below_in = 0, below_out = 0, over_in = 0, over_out = 0;
+    int64_t listed = list.size;
+    for (int64_t i = 0; i < size; i += LANES) {
+        const int64_t n = size - i < LANES ? size - i : LANES;
+        const Mask there = static_cast<Mask>((1u << n) - 1);
+        prefetch(base_row, i);
+        prefetch(inner_row, i);
+        prefetch(outer_row, i);
+        prefetch(of_inner.first, i);
+        prefetch(of_outer.first, i);
+        if (of_inner.second.present()) prefetch(of_inner.second, i);
+        if (of_outer.second.present()) prefetch(of_outer.second, i);
+        const F b = load(base_row, i, n), p = load(inner_row, i, n), q = load(outer_row, i, n);
+        // What is not a number counts as zero, here as in the selection.
+        const F s_in = not_negative(score(of_inner, i, n)), s_out = not_negative(score(of_outer, i, n));
+        const Mask m_in = greater(s_in, lo_in) & there, m_out = greater(s_out, lo_out) & there;
+        const Mask open = (m_in & at_least(hi_in, s_in)) | (m_out & at_least(hi_out, s_out));
+        const Mask sure = there & ~open;
+        below_in += count(greater(lo_in, s_in) & there);
+        below_out += count(greater(lo_out, s_out) & there);
+        over_in += count(m_in);
+        over_out += count(m_out);
+        inner += count(m_in & sure);
+        outer += count(m_out & sure);
+        both += count(m_in & m_out & sure);
+        const F tau_in = sub(p, b), tau_out = sub(q, from_inner ? p : b);
+        const F fused = merge(b, tau_in, tau_out, w, m_in, m_out);
+        if (streaming && n == LANES)
+            stream(reinterpret_cast<float*>(out.at) + i, fused);
+        else
+            write(out, i, n, fused);
+        add_squares(n_in, tau_in);
+        add_squares(n_out, tau_out);
+        add_squares(n_update, only(sure, sub(rounded(out.dtype, fused), b)));
+        if (open) {
+            compress_places(list.offset + listed, open, static_cast<int32_t>(i));
+            compress(list.inner_score + listed, open, s_in);
+            compress(list.outer_score + listed, open, s_out);
+            compress(list.base + listed, open, b);
+            compress(list.inner + listed, open, p);
+            compress(list.outer + listed, open, q);
+            listed += count(open);
+        }
+    }
+    list.size = listed;
+    counts.inner += inner;
+    counts.outer += outer;
+    counts.both += both;
+    counts.below[0] += below_in;
+    counts.below[1] += below_out;
+    counts.up_to[0] += size - over_in;
+    counts.up_to[1] += size - over_out;
+    norms[0] = total(n_in);
+    norms[1] = total(n_out);
+    norms[2] = total(n_update);
+}
+
+// Decide the listed elements of a tile, from `first` to before `last`; returns the squared norm of the update.
+TARGET double decide_tile(const Row& out, const Undecided& list, int64_t first, int64_t last, const float* thresholds,
+                          const Rule& rule, FuseCounts& counts) {
+    const Weights w = weights_of(rule);
+    const F limit_in = set(thresholds[0]), limit_out = set(thresholds[1]);
+    Squares n_update = no_squares();
+    const auto row = [](float* at) { return Row{reinterpret_cast<char*>(at), FLOAT32}; };
+    for (int64_t j = first; j < last; j += LANES) {
+        const int64_t n = last - j < LANES ? last - j : LANES;
+        const Mask there = static_cast<Mask>((1u << n) - 1);
+        const Mask m_in = greater(load(row(list.inner_score), j, n), limit_in) & there;
+        const Mask m_out = greater(load(row(list.outer_score), j, n), limit_out) & there;
+        const F b = load(row(list.base), j, n), p = load(row(list.inner), j, n), q = load(row(list.outer), j, n);
+        const F fused = merge(b, sub(p, b), sub(q, rule.from_inner ? p : b), w, m_in, m_out);
+        alignas(64) float values[LANES];
+        store(values, fused);
+        for (int64_t lane = 0; lane < n; ++lane) {
+            const Row place{out.at + list.offset[j + lane] * out.width(), out.dtype};
+            if (out.dtype == FLOAT32)
+                std::memcpy(place.at, values + lane, sizeof(float));
+            else {
+                const uint16_t narrow = out.dtype == BFLOAT16 ? to_bfloat16(values[lane]) : to_half(values[lane]);
+                std::memcpy(place.at, &narrow, sizeof narrow);
+            }
+        }
+        counts.inner += count(m_in);
+        counts.outer += count(m_out);
+        counts.both += count(m_in & m_out);
+        add_squares(n_update, only(there, sub(rounded(out.dtype, fused), b)));
+    }
+    return total(n_update);
+}
+
+// Gather the values with lo < value <= hi; returns how many. `to` has room for fifteen more.
+TARGET int64_t gather(const float* values, int64_t size, Bracket bracket, float* to) {
+    const Row row{reinterpret_cast<char*>(const_cast<float*>(values)), FLOAT32};
+    const F lo = set(bracket.lo), hi = set(bracket.hi);
+    int64_t found = 0;
+    for (int64_t i = 0; i < size; i += LANES) {
+        const int64_t n = size - i < LANES ? size - i : LANES;
+        const F x = load(row, i, n);
+        const Mask inside = greater(x, lo) & at_least(hi, x) & static_cast<Mask>((1u << n) - 1);
+        compress(to + found, inside, x);
+        found += count(inside);
+    }
+    return found;
+}
+
+// Count the scores > lower and those >= upper (nothing reaches a NaN), and gather those between.
+TARGET SplitCounts split_tile(const ScoreRows& rows, int64_t size, float lower, float upper, float* between) {
+    const ScoreRows source = rows;
+    const F lo = set(lower), hi = set(upper);
+    int64_t above = 0, reached = 0, found = 0;
+    for (int64_t i = 0; i < size; i += LANES) {
+        const int64_t n = size - i < LANES ? size - i : LANES;
+        const Mask there = static_cast<Mask>((1u << n) - 1);
+        prefetch(source.first, i);
+        if (source.second.present()) prefetch(source.second, i);
+        const F x = score(source, i, n);
+        const Mask over = greater(x, lo) & there, beyond = at_least(x, hi) & there, inside = over & ~beyond;
+        above += count(over);
+        reached += count(beyond);
+        if (inside) {
+            compress(between + found, inside, x);
+            found += count(inside);
+        }
+    }
+    return {above, reached, found};
+}
+
+TARGET void read_scores(const ScoreRows& rows, int64_t size, float* to) {
+    for (int64_t i = 0; i < size; i += LANES) {
+        const int64_t n = size - i < LANES ? size - i : LANES;
+        alignas(64) float values[LANES];
+        store(values, score(rows, i, n));
+        std::memcpy(to + i, values, n * sizeof(float));
+    }
+}
+
+TARGET void widen_row(const Row& row, int64_t size, float* to) {
+    if (row.dtype == FLOAT32) std::memcpy(to, row.at, size * sizeof(float));
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(row.at);
+    if (row.dtype == BFLOAT16)
+        for (int64_t i = 0; i < size; ++i) to[i] = from_bfloat16(from[i]);
+    if (row.dtype == FLOAT16)
+        for (int64_t i = 0; i < size; ++i) to[i] = from_half(from[i]);
+}
+
+TARGET void narrow_row(const Row& row, int64_t size, const float* values) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(row.at);
+    if (row.dtype == BFLOAT16)
+        for (int64_t i = 0; i < size; ++i) to[i] = to_bfloat16(values[i]);
+    if (row.dtype == FLOAT16)
+        for (int64_t i = 0; i < size; ++i) to[i] = to_half(values[i]);
+}
+
+template <int ORDER>
+TARGET inline float importance_of(float w, float g) {
+    const float product = w * g, square = product * product;
+    return ORDER == FIRST ? __builtin_fabsf(product)
+                          : ORDER == SECOND ? square : __builtin_fabsf(product - square * 0.5f);
+}
+
+// Updates s, and u if there is one; returns how many importances are not finite, which keep their states. To
+// count those first costs less than a choice at every element: the second reading of w and g is from the cache,
+// and almost never is there anything to choose.
+template <int ORDER>
+TARGET int64_t update_order(const float* __restrict w, const float* __restrict g, float* __restrict s,
+                            float* __restrict u, int64_t size, Smoothing b) {
+    constexpr float infinity = __builtin_inff();
+    int32_t bad = 0;
+    for (int64_t i = 0; i < size; ++i) bad += !(importance_of<ORDER>(w[i], g[i]) < infinity);
+    if (bad || !u) {
+        for (int64_t i = 0; i < size; ++i) {
+            const float importance = importance_of<ORDER>(w[i], g[i]);
+            const bool keep = !(importance < infinity);
+            const float next_s = b.keep1 * s[i] + b.take1 * importance;
+            s[i] = keep ? s[i] : next_s;
+            if (!u) continue;
+            const float next_u = b.keep2 * u[i] + b.take2 * __builtin_fabsf(importance - next_s);
+            u[i] = keep ? u[i] : next_u;
+        }
+        return bad;
+    }
+    for (int64_t i = 0; i < size; ++i) {
+        const float importance = importance_of<ORDER>(w[i], g[i]);
+        const float next_s = b.keep1 * s[i] + b.take1 * importance;
+        s[i] = next_s;
+        u[i] = b.keep2 * u[i] + b.take2 * __builtin_fabsf(importance - next_s);
+    }
+    return 0;
+}
+
+TARGET int64_t update_tile(const float* w, const float* g, float* s, float* u, int64_t size, Smoothing b,
+                           int order) {
+    if (order == FIRST) return update_order<FIRST>(w, g, s, u, size, b);
+    if (order == SECOND) return update_order<SECOND>(w, g, s, u, size, b);
+    return update_order<MIXED>(w, g, s, u, size, b);
+}
+
+constexpr int64_t FEW = 16;  // fewer, where more of them are looked for
+
+// Write the bins of the scores whose keys lie in the window to `inside`, in room for one more, and return how
+// many they are; adds those below it to `below`, and those that are no scores to `unfit`. The bit patterns of
+// positive floats order like their values; what is not positive, a NaN too, counts as zero.
+TARGET int64_t bin_tile(const float* __restrict scores, uint32_t low, int32_t shift, uint32_t bins,
+                        uint32_t* __restrict distances, uint32_t* __restrict inside, int64_t size,
+                        int64_t& below, int64_t& unfit) {
+    // Distances wrap: a key below the window is at least 2^31 from its beginning.
+    const uint64_t span = static_cast<uint64_t>(bins) << shift;
+    const uint32_t width = static_cast<uint32_t>(span < (uint64_t{1} << 31) ? span : uint64_t{1} << 31);
+    int32_t under = 0, fit = 0;
+    for (int64_t i = 0; i < size; ++i) {
+        const uint32_t key = scores[i] > 0 ? as_bits(scores[i]) : 0;
+        distances[i] = key - low;
+        under += key < low;
+        fit += (scores[i] >= 0) & (scores[i] < __builtin_inff());
+    }
+    below += under;
+    unfit += size - fit;
+    int64_t found = 0;
+    for (int64_t start = 0; start < size; start += FEW) {
+        const int64_t end = start + FEW < size ? start + FEW : size;
+        uint32_t nearest = ~uint32_t{0};
+        if (end - start == FEW)
+            for (int64_t i = 0; i < FEW; ++i) nearest = distances[start + i] < nearest ? distances[start + i] : nearest;
+        else
+            nearest = 0;
+        if (nearest < width)
+            for (int64_t i = start; i < end; ++i) {
+                inside[found] = distances[i] >> shift;
+                found += distances[i] < width;
+            }
+    }
+    return found;
+}
+
+const Isa ISA = {fuse_tile, decide_tile, gather, split_tile, read_scores, widen_row, narrow_row, update_tile, bin_tile};
