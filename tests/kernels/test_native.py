@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from kernel_cases import NATIVE, Guarded, assert_same_bits, normal, positive
 
 from rkif_kernels import FusionInputs, ImportanceInputs, Scores
 from rkif_kernels.backends import native, reference
+from rkif_kernels.backends.native import fuse as native_fuse
+from rkif_kernels.backends.native.library import library, use_instructions
 
-pytestmark = [NATIVE, pytest.mark.usefixtures("poisoned")]
-TILE, TILES_A_THREAD = 1024, 32
+pytestmark = [NATIVE, pytest.mark.usefixtures("poisoned", "instructions")]
+TILE, TILES_A_THREAD = 4096, 8
+INSTRUCTIONS = range(use_instructions(0) if library() is not None else 1)
 WEIGHTS = ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5))
+
+
+@pytest.fixture(params=INSTRUCTIONS, ids=lambda which: f"instructions {which}")
+def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every instruction set of this processor, from the best one to portable C++."""
+    use_instructions(request.param)
+    yield
+    use_instructions(0)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
@@ -120,3 +134,134 @@ def test_more_threads_than_there_is_work_for(monkeypatch: pytest.MonkeyPatch) ->
         ImportanceInputs([ones], [ones], [s], None), nonfinite=torch.zeros(1, dtype=torch.int64), **settings
     )
     assert (s == 0.5).all()
+
+
+SELECTED = 1 << 17  # elements beyond which brackets are used
+
+
+def check_single_pass(
+    sizes: list[int],
+    scores: Callable[[int], Scores],
+    *,
+    k: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    outer_from: str = "inner",
+) -> torch.Tensor:
+    """Compare the single pass with the reference, bit for bit; returns the squared norms."""
+    base, inner, outer = (normal(sizes, dtype, seed) for seed in range(3))
+    sides = scores(4), scores(5)
+    k = int(0.8 * (sum(sizes) - 1)) if k is None else k
+    limits = tuple(reference.score_thresholds(filled(side), ks=[k], per_tensor=False) for side in sides)
+    expected = [torch.empty_like(b) for b in base]
+    out = Guarded([torch.full_like(b, torch.nan) for b in base], "cpu")
+    settings = {"weights": WEIGHTS, "outer_from": outer_from}
+    wanted = reference.fuse_(
+        FusionInputs(expected, base, inner, outer, *sides), thresholds=limits, **settings
+    )
+    got = native.select_and_fuse_(FusionInputs(out.tensors, base, inner, outer, *sides), k=k, **settings)
+    assert_same_bits(out.tensors, expected)
+    out.assert_edges_untouched()
+    assert got.counts.tolist() == wanted.counts.tolist()
+    for found, limit in zip(got.thresholds, limits, strict=True):
+        assert torch.equal(found, limit)
+    torch.testing.assert_close(got.squared_norms, wanted.squared_norms, rtol=1e-12, atol=0)
+    return got.squared_norms
+
+
+def filled(scores: Scores) -> Scores:
+    return scores.subset(index for index, tensor in enumerate(scores.sensitivity) if tensor.numel())
+
+
+SIZES = [SELECTED + 3, 0, 1, TILE - 1, TILE, TILE + 1, 17, 5000]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["S", "S*U", "distance"])
+def test_the_single_pass_is_the_reference(dtype: torch.dtype, form: str) -> None:
+    def scores(seed: int) -> Scores:
+        first, second = positive(SIZES, dtype, seed), positive(SIZES, dtype, seed + 10)
+        return Scores(first, None if form == "S" else second, distance=form == "distance")
+
+    outer_from = "base" if form == "distance" else "inner"
+    check_single_pass(SIZES, scores, dtype=dtype, outer_from=outer_from)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        lambda n, seed: torch.zeros(n),
+        lambda n, seed: torch.ones(n),
+        lambda n, seed: (torch.arange(n) % 5 == 0).float(),
+        lambda n, seed: (torch.arange(n) * (seed + 3) % 11).float(),
+        lambda n, seed: torch.arange(n).float(),
+        lambda n, seed: torch.where(torch.arange(n) % 3 == 0, torch.inf, torch.arange(n).float()),
+        lambda n, seed: torch.where(torch.arange(n) % 7 == 0, torch.nan, torch.arange(n).float()),
+        lambda n, seed: (torch.arange(n) % 1000).float() * 1e-42,
+    ],
+    ids=["zero", "equal", "two values", "ties", "sorted", "inf", "NaN", "denormal"],
+)
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_the_single_pass_with_scores_of_all_kinds(
+    values: Callable[[int, int], torch.Tensor], place: str
+) -> None:
+    n = SELECTED + TILE + 5
+    k = {"first": 0, "middle": int(0.8 * (n - 1)), "last": n - 1}[place]
+    check_single_pass([n], lambda seed: Scores([values(n, seed).nan_to_num(0.0, torch.inf)]), k=k)
+
+
+def test_a_score_that_is_no_number_counts_as_zero_in_the_single_pass() -> None:
+    n = SELECTED + 100
+    zeros = Scores([torch.where(torch.arange(n) % 2 == 0, 0.0, torch.arange(n).float())])
+    nans = Scores([torch.where(torch.arange(n) % 2 == 0, torch.nan, torch.arange(n).float())])
+    results = []
+    for scores in (zeros, nans):
+        base, inner, outer = (normal([n], torch.float32, seed) for seed in range(3))
+        out = [torch.empty(n)]
+        stats = native.select_and_fuse_(
+            FusionInputs(out, base, inner, outer, scores, scores),
+            k=int(0.8 * n),
+            weights=WEIGHTS,
+            outer_from="inner",
+        )
+        results.append((out, stats.counts.tolist()))
+    assert_same_bits(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
+@pytest.mark.parametrize("bracket", [(0.0, 0.0), (1e30, float("inf"))], ids=["below", "above"])
+def test_a_bracket_that_misses_costs_a_pass_only(
+    bracket: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_fuse, "bracket", lambda *_: bracket)
+    sizes = [SELECTED + 1]
+    check_single_pass(sizes, lambda seed: Scores(positive(sizes, torch.float32, seed)))
+
+
+def test_more_undecided_elements_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_fuse, "MOST_UNDECIDED", 10)
+    sizes = [SELECTED + 1]
+    check_single_pass(sizes, lambda seed: Scores(positive(sizes, torch.float32, seed)))
+
+
+def test_norms_are_the_same_bits_on_any_number_of_threads_and_any_instructions() -> None:
+    sizes = [SELECTED * 3 + 7, 300]
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        use_instructions(threads % len(INSTRUCTIONS))
+        found.append(check_single_pass(sizes, lambda seed: Scores(positive(sizes, torch.float32, seed))))
+    for norms in found[1:]:
+        assert torch.equal(norms, found[0])
+
+
+def _threshold(scores: torch.Tensor) -> float:
+    return native.score_thresholds(Scores([scores]), ks=[1000], per_tensor=False).item()
+
+
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    torch.set_num_threads(2)
+    scores = positive([SELECTED * 2], torch.float32, 0)[0]
+    expected = _threshold(scores)
+    with multiprocessing.get_context("fork").Pool(1) as forked:
+        assert forked.apply_async(_threshold, (scores,)).get(timeout=60) == expected
+    assert _threshold(scores) == expected

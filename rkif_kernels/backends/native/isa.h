@@ -7,7 +7,7 @@ struct Isa {
     void (*fuse_tile)(const Row& out, const Row* in, const ScoreRows* scores, int64_t size, const Bracket* brackets,
                       const Rule& rule, bool streaming, FuseCounts& counts, Undecided& list, double* norms);
     double (*decide_tile)(const Row& out, const Undecided& list, int64_t first, int64_t last,
-                          const float* thresholds, const Rule& rule, FuseCounts& counts);
+                          const Bracket* brackets, const float* thresholds, const Rule& rule, FuseCounts& counts);
     int64_t (*gather)(const float* values, int64_t size, Bracket bracket, float* to);
     SplitCounts (*split_tile)(const ScoreRows& rows, int64_t size, float lower, float upper, float* between);
     void (*read_scores)(const ScoreRows& rows, int64_t size, float* to);
@@ -18,6 +18,12 @@ struct Isa {
     int64_t (*bin_tile)(const float* scores, uint32_t low, int32_t shift, uint32_t bins, uint32_t* distances,
                         uint32_t* inside, int64_t size, int64_t& below, int64_t& unfit);
 };
+
+#if defined(__GNUC__)
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#else
+#define ALWAYS_INLINE inline
+#endif
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define RKIF_X86 1

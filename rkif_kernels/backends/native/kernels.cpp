@@ -80,6 +80,7 @@ struct Fusion {
     Tiles tiles;
     std::vector<UndecidedList> undecided;
     std::vector<Norms> norms;  // of every tile
+    Bracket brackets[2] = {};  // of the two sides, where elements may be undecided
 
     Fusion(const Lists& of, const Rule& by, int most_threads)
         : lists(of), rule(by), threads(std::max(most_threads, 1)), tiles(lists), undecided(threads), norms(tiles.size()) {}
@@ -127,8 +128,8 @@ void decide(Fusion& fusion, const float* thresholds) {
             for (const auto [tile, first, last] : list.parts) {
                 const auto [tensor, start, size] = fusion.tiles[tile];
                 fusion.norms[tile].squared[2] +=
-                    isa->decide_tile(fusion.lists.row(0, tensor, start), list.elements, first, last, thresholds,
-                                     fusion.rule, list.counts);
+                    isa->decide_tile(fusion.lists.row(0, tensor, start), list.elements, first, last,
+                                     fusion.brackets, thresholds, fusion.rule, list.counts);
             }
         }
     });
@@ -329,8 +330,9 @@ void* rkif_begin(int64_t tensors, const int64_t* numels, const int64_t* addresse
                  int64_t* found, int32_t threads) {
     auto fusion = std::make_unique<Fusion>(Lists{tensors, numels, addresses, dtypes},
                                            rule_of(inner_weights, outer_weights, outer_from_inner), threads);
-    const Bracket inner{brackets[0], brackets[1]}, outer{brackets[2], brackets[3]};
-    if (!fuse_pass(*fusion, &inner, &outer, false, inner_distance != 0, outer_distance != 0, most)) return nullptr;
+    fusion->brackets[0] = {brackets[0], brackets[1]};
+    fusion->brackets[1] = {brackets[2], brackets[3]};
+    if (!fuse_pass(*fusion, fusion->brackets, fusion->brackets + 1, false, inner_distance != 0, outer_distance != 0, most)) return nullptr;
     std::fill_n(found, 5, 0);
     for (const UndecidedList& list : fusion->undecided) {
         for (int side = 0; side < 2; ++side) {

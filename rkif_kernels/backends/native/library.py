@@ -88,3 +88,12 @@ class Lists:
 def call(function: str, *arguments: float | None) -> Any:
     """Call a function of the library."""
     return getattr(library(), function)(*arguments)
+
+
+def use_instructions(which: int) -> int:
+    """Compute with the ``which``-th best instruction set, for tests; returns how many the processor has.
+
+    The best, 0, is chosen when the library is loaded: AVX-512, AVX2 or portable C++.
+    """
+    count: int = call("rkif_use_isa", which)
+    return count

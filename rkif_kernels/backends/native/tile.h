@@ -85,32 +85,36 @@ TARGET inline F merge(F base, F tau_in, F tau_out, const Weights& w, Mask inner,
     return add(half, mul(weight(w.outer, inner, outer), tau_out));
 }
 
-// Fuse a tile. What a bracket leaves undecided is written as if selected, listed, and not counted. `norms`:
-// squared, of both task vectors, and of the update where it is decided. The list has room for the tile.
-TARGET void fuse_tile(const Row& out, const Row* in, const ScoreRows* scores, int64_t size, const Bracket* brackets,
-                      const Rule& rule, bool streaming, FuseCounts& counts, Undecided& list, double* norms) {
-    const Row base_row = in[0], inner_row = in[1], outer_row = in[2];
-    const ScoreRows of_inner = scores[0], of_outer = scores[1];
-    const Weights w = weights_of(rule);
-    const F lo_in = set(brackets[0].lo), hi_in = set(brackets[0].hi);
-    const F lo_out = set(brackets[1].lo), hi_out = set(brackets[1].hi);
-    const bool from_inner = rule.from_inner;
-    Squares n_in = no_squares(), n_out = no_squares(), n_update = no_squares();
-    int64_t inner = 0, outer = 0, both = 0, below_in = 0, below_out = 0, over_in = 0, over_out = 0;
-    int64_t listed = list.size;
-    for (int64_t i = 0; i < size; i += LANES) {
-        const int64_t n = size - i < LANES ? size - i : LANES;
+// A tile's fusion. PLAIN: everything is float32, and no score is a distance.
+template <bool PLAIN>
+struct TileFusion {
+    Row out, base, inner, outer;
+    ScoreRows of_inner, of_outer;
+    Weights w;
+    F lo_in, hi_in, lo_out, hi_out;
+    bool from_inner, streaming;
+    Undecided list;
+    Squares n_in, n_out, n_update;
+    int64_t m_inner = 0, m_outer = 0, m_both = 0, below_in = 0, below_out = 0, over_in = 0, over_out = 0;
+
+    TARGET ALWAYS_INLINE F read(Row row, int64_t i, int64_t n) const {
+        prefetch({row.at, PLAIN ? FLOAT32 : row.dtype}, i);
+        return load({row.at, PLAIN ? FLOAT32 : row.dtype}, i, n);
+    }
+
+    // What is not a number counts as zero, here as in the selection.
+    TARGET ALWAYS_INLINE F read(const ScoreRows& rows, int64_t i, int64_t n) const {
+        const F first = read(rows.first, i, n);
+        if (!rows.second.present()) return not_negative(first);
+        const F second = read(rows.second, i, n);
+        return not_negative(!PLAIN && rows.distance ? magnitude(sub(first, second)) : mul(first, second));
+    }
+
+    // The `n` elements from `i` on, at most sixteen.
+    TARGET ALWAYS_INLINE void step(int64_t i, int64_t n) {
         const Mask there = static_cast<Mask>((1u << n) - 1);
-        prefetch(base_row, i);
-        prefetch(inner_row, i);
-        prefetch(outer_row, i);
-        prefetch(of_inner.first, i);
-        prefetch(of_outer.first, i);
-        if (of_inner.second.present()) prefetch(of_inner.second, i);
-        if (of_outer.second.present()) prefetch(of_outer.second, i);
-        const F b = load(base_row, i, n), p = load(inner_row, i, n), q = load(outer_row, i, n);
-        // What is not a number counts as zero, here as in the selection.
-        const F s_in = not_negative(score(of_inner, i, n)), s_out = not_negative(score(of_outer, i, n));
+        const F b = read(base, i, n), p = read(inner, i, n), q = read(outer, i, n);
+        const F s_in = read(of_inner, i, n), s_out = read(of_outer, i, n);
         const Mask m_in = greater(s_in, lo_in) & there, m_out = greater(s_out, lo_out) & there;
         const Mask open = (m_in & at_least(hi_in, s_in)) | (m_out & at_least(hi_out, s_out));
         const Mask sure = there & ~open;
@@ -118,58 +122,91 @@ TARGET void fuse_tile(const Row& out, const Row* in, const ScoreRows* scores, in
         below_out += count(greater(lo_out, s_out) & there);
         over_in += count(m_in);
         over_out += count(m_out);
-        inner += count(m_in & sure);
-        outer += count(m_out & sure);
-        both += count(m_in & m_out & sure);
+        m_inner += count(m_in & sure);
+        m_outer += count(m_out & sure);
+        m_both += count(m_in & m_out & sure);
         const F tau_in = sub(p, b), tau_out = sub(q, from_inner ? p : b);
         const F fused = merge(b, tau_in, tau_out, w, m_in, m_out);
-        if (streaming && n == LANES)
+        if (PLAIN && streaming && n == LANES)
             stream(reinterpret_cast<float*>(out.at) + i, fused);
         else
-            write(out, i, n, fused);
+            write({out.at, PLAIN ? FLOAT32 : out.dtype}, i, n, fused);
         add_squares(n_in, tau_in);
         add_squares(n_out, tau_out);
-        add_squares(n_update, only(sure, sub(rounded(out.dtype, fused), b)));
-        if (open) {
-            compress_places(list.offset + listed, open, static_cast<int32_t>(i));
-            compress(list.inner_score + listed, open, s_in);
-            compress(list.outer_score + listed, open, s_out);
-            compress(list.base + listed, open, b);
-            compress(list.inner + listed, open, p);
-            compress(list.outer + listed, open, q);
-            listed += count(open);
-        }
+        add_squares(n_update, only(sure, sub(PLAIN ? fused : rounded(out.dtype, fused), b)));
+        if (!open) return;
+        compress_places(list.offset + list.size, open, static_cast<int32_t>(i));
+        compress(list.inner_score + list.size, open, s_in);
+        compress(list.outer_score + list.size, open, s_out);
+        compress(list.base + list.size, open, b);
+        compress(list.inner + list.size, open, p);
+        compress(list.outer + list.size, open, q);
+        list.size += count(open);
     }
-    list.size = listed;
-    counts.inner += inner;
-    counts.outer += outer;
-    counts.both += both;
-    counts.below[0] += below_in;
-    counts.below[1] += below_out;
-    counts.up_to[0] += size - over_in;
-    counts.up_to[1] += size - over_out;
-    norms[0] = total(n_in);
-    norms[1] = total(n_out);
-    norms[2] = total(n_update);
+};
+
+template <bool PLAIN>
+TARGET void fuse_rows(const Row& out, const Row* in, const ScoreRows* scores, int64_t size, const Bracket* brackets,
+                      const Rule& rule, bool streaming, FuseCounts& counts, Undecided& list, double* norms) {
+    TileFusion<PLAIN> tile;
+    tile.out = out, tile.base = in[0], tile.inner = in[1], tile.outer = in[2];
+    tile.of_inner = scores[0], tile.of_outer = scores[1];
+    tile.w = weights_of(rule);
+    tile.lo_in = set(brackets[0].lo), tile.hi_in = set(brackets[0].hi);
+    tile.lo_out = set(brackets[1].lo), tile.hi_out = set(brackets[1].hi);
+    tile.from_inner = rule.from_inner, tile.streaming = streaming;
+    tile.list = list;
+    tile.n_in = tile.n_out = tile.n_update = no_squares();
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) tile.step(i, LANES);
+    if (i < size) tile.step(i, size - i);
+    list.size = tile.list.size;
+    counts.inner += tile.m_inner;
+    counts.outer += tile.m_outer;
+    counts.both += tile.m_both;
+    counts.below[0] += tile.below_in;
+    counts.below[1] += tile.below_out;
+    counts.up_to[0] += size - tile.over_in;
+    counts.up_to[1] += size - tile.over_out;
+    norms[0] = total(tile.n_in);
+    norms[1] = total(tile.n_out);
+    norms[2] = total(tile.n_update);
+}
+
+// Fuse a tile. What a bracket leaves undecided is written as if selected, listed, and not counted. `norms`:
+// squared, of both task vectors, and of the update where it is decided. The list has room for the tile.
+TARGET void fuse_tile(const Row& out, const Row* in, const ScoreRows* scores, int64_t size, const Bracket* brackets,
+                      const Rule& rule, bool streaming, FuseCounts& counts, Undecided& list, double* norms) {
+    bool plain = out.dtype == FLOAT32;
+    for (int role = 0; role < 3; ++role) plain &= in[role].dtype == FLOAT32;
+    for (int side = 0; side < 2; ++side) {
+        plain &= scores[side].first.dtype == FLOAT32 && !scores[side].distance;
+        plain &= scores[side].second.dtype == FLOAT32 || !scores[side].second.present();
+    }
+    (plain ? fuse_rows<true> : fuse_rows<false>)(out, in, scores, size, brackets, rule, streaming, counts, list, norms);
 }
 
 // Decide the listed elements of a tile, from `first` to before `last`; returns the squared norm of the update.
-TARGET double decide_tile(const Row& out, const Undecided& list, int64_t first, int64_t last, const float* thresholds,
-                          const Rule& rule, FuseCounts& counts) {
+TARGET double decide_tile(const Row& out, const Undecided& list, int64_t first, int64_t last, const Bracket* brackets,
+                          const float* thresholds, const Rule& rule, FuseCounts& counts) {
     const Weights w = weights_of(rule);
     const F limit_in = set(thresholds[0]), limit_out = set(thresholds[1]);
+    const F lo_in = set(brackets[0].lo), lo_out = set(brackets[1].lo);
     Squares n_update = no_squares();
     const auto row = [](float* at) { return Row{reinterpret_cast<char*>(at), FLOAT32}; };
     for (int64_t j = first; j < last; j += LANES) {
         const int64_t n = last - j < LANES ? last - j : LANES;
         const Mask there = static_cast<Mask>((1u << n) - 1);
-        const Mask m_in = greater(load(row(list.inner_score), j, n), limit_in) & there;
-        const Mask m_out = greater(load(row(list.outer_score), j, n), limit_out) & there;
+        const F s_in = load(row(list.inner_score), j, n), s_out = load(row(list.outer_score), j, n);
+        const Mask m_in = greater(s_in, limit_in) & there, m_out = greater(s_out, limit_out) & there;
         const F b = load(row(list.base), j, n), p = load(row(list.inner), j, n), q = load(row(list.outer), j, n);
         const F fused = merge(b, sub(p, b), sub(q, rule.from_inner ? p : b), w, m_in, m_out);
         alignas(64) float values[LANES];
         store(values, fused);
+        // The pass has written what is right where an element is selected after all.
+        const Mask wrong = there & ((m_in ^ greater(s_in, lo_in)) | (m_out ^ greater(s_out, lo_out)));
         for (int64_t lane = 0; lane < n; ++lane) {
+            if (!(wrong >> lane & 1)) continue;
             const Row place{out.at + list.offset[j + lane] * out.width(), out.dtype};
             if (out.dtype == FLOAT32)
                 std::memcpy(place.at, values + lane, sizeof(float));
