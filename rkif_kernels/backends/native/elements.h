@@ -86,6 +86,10 @@ struct Smoothing {
     float keep1, take1, keep2, take2;
 };
 
+struct AdamWConstants {
+    float decay, take1, keep2, take2, unbias2, eps, step_size;
+};
+
 // The merge: weights of the cases neither, inner only, outer only, both; where the second task vector starts.
 struct Rule {
     float inner[4], outer[4];

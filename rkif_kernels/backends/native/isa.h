@@ -15,6 +15,7 @@ struct Isa {
     void (*narrow_row)(const Row& row, int64_t size, const float* values);
     int64_t (*update_tile)(const float* w, const float* g, float* s, float* u, int64_t size, Smoothing smoothing,
                            int order);
+    void (*adamw_tile)(float* w, const float* g, float* m, float* v, int64_t size, AdamWConstants constants);
     int64_t (*bin_tile)(const float* scores, uint32_t low, int32_t shift, uint32_t bins, uint32_t* distances,
                         uint32_t* inside, int64_t size, int64_t& below, int64_t& unfit);
 };

@@ -28,6 +28,48 @@ struct alignas(64) Tally {
     int64_t counts[3] = {};
 };
 
+int64_t total(const std::vector<Tally>& tallies) {
+    int64_t sum = 0;
+    for (const Tally& tally : tallies) sum += tally.counts[0];
+    return sum;
+}
+
+constexpr int64_t PART = 1024;  // a quarter of a tile: what is widened stays in the first cache
+
+// A part of a tile in float32: where it lies, or widened into a buffer; null for a role that is absent.
+template <int ROLES>
+struct Parts {
+    alignas(64) float buffers[ROLES][PART];
+    Row rows[ROLES];
+    float* values[ROLES];
+
+    void read(const Lists& lists, int64_t tensor, int64_t start, int64_t size) {
+        for (int role = 0; role < ROLES; ++role) {
+            const Row row = rows[role] = lists.row(role, tensor, start);
+            if (row.dtype == BFLOAT16 || row.dtype == FLOAT16) isa->widen_row(row, size, buffers[role]);
+            values[role] = row.dtype == FLOAT32 ? reinterpret_cast<float*>(row.at) : buffers[role];
+            if (!row.present()) values[role] = nullptr;
+        }
+    }
+
+    void write(int role, int64_t size) const {
+        if (values[role] == buffers[role]) isa->narrow_row(rows[role], size, buffers[role]);
+    }
+};
+
+// Call body(thread, parts, size) for every part of every tile.
+template <int ROLES, class Body>
+void for_each_part(const Lists& lists, int threads, Body body) {
+    Tiles(lists).for_each(threads, [&](int thread, int64_t, Tiles::Place place) {
+        Parts<ROLES> parts;
+        for (int64_t start = place.start; start < place.start + place.size; start += PART) {
+            const int64_t size = std::min(PART, place.start + place.size - start);
+            parts.read(lists, place.tensor, start, size);
+            body(thread, parts, size);
+        }
+    });
+}
+
 ScoreRows scores_at(const Lists& lists, int role, bool distance, int64_t tensor, int64_t start) {
     return {lists.row(role, tensor, start), lists.row(role + 1, tensor, start), distance};
 }
@@ -168,7 +210,7 @@ uint32_t hashed(uint32_t x) {
 extern "C" {
 
 // What the callers of this library expect of it; to be raised with every change of a signature below.
-int32_t rkif_abi() { return 3; }
+int32_t rkif_abi() { return 4; }
 
 // Compute with the which-th best instruction set that the processor has; returns how many it has. For tests.
 int32_t rkif_use_isa(int32_t which) {
@@ -183,28 +225,14 @@ int64_t rkif_update_importance(int64_t tensors, const int64_t* numels, const int
     const Lists lists{tensors, numels, addresses, dtypes};
     const Smoothing smoothing{keep1, take1, keep2, take2};
     std::vector<Tally> tallies(std::max(threads, 1));
-    constexpr int64_t PART = 1024;  // a quarter of a tile: what is widened stays in the first cache
-    Tiles(lists).for_each(threads, [&](int thread, int64_t, Tiles::Place place) {
-        for (int64_t start = place.start; start < place.start + place.size; start += PART) {
-            const int64_t size = std::min(PART, place.start + place.size - start);
-            alignas(64) float buffers[4][PART];
-            float* parts[4];
-            Row rows[4];
-            for (int role = 0; role < 4; ++role) {
-                const Row row = rows[role] = lists.row(role, place.tensor, start);
-                parts[role] = row.dtype == FLOAT32 ? reinterpret_cast<float*>(row.at) : buffers[role];
-                if (row.dtype == BFLOAT16 || row.dtype == FLOAT16) isa->widen_row(row, size, buffers[role]);
-            }
-            if (!rows[1].present()) std::fill_n(buffers[1], size, 0.0f);
-            float* u = rows[3].present() ? parts[3] : nullptr;
-            tallies[thread].counts[0] += isa->update_tile(parts[0], parts[1], parts[2], u, size, smoothing, order);
-            isa->narrow_row(rows[2], size, parts[2]);
-            if (u) isa->narrow_row(rows[3], size, u);
-        }
+    for_each_part<4>(lists, threads, [&](int thread, Parts<4>& parts, int64_t size) {
+        auto [w, g, s, u] = parts.values;
+        if (!g) g = std::fill_n(parts.buffers[1], size, 0.0f) - size;
+        tallies[thread].counts[0] += isa->update_tile(w, g, s, u, size, smoothing, order);
+        parts.write(2, size);
+        parts.write(3, size);
     });
-    int64_t bad = 0;
-    for (const Tally& tally : tallies) bad += tally.counts[0];
-    return bad;
+    return total(tallies);
 }
 
 // Roles: sensitivity, uncertainty. With `lines` 0 writes all scores to `sample`, in order; else so many runs of

@@ -33,7 +33,7 @@ _SIGNATURES = {
 }
 
 
-ABI = 3  # of the signatures above; rkif_abi() in kernels.cpp
+ABI = 4  # of the signatures above; rkif_abi() in kernels.cpp
 
 
 @functools.cache

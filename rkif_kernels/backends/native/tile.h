@@ -330,6 +330,17 @@ TARGET int64_t update_tile(const float* w, const float* g, float* s, float* u, i
     return update_order<MIXED>(w, g, s, u, size, b);
 }
 
+TARGET void adamw_tile(float* __restrict w, const float* __restrict g, float* __restrict m, float* __restrict v,
+                       int64_t size, AdamWConstants c) {
+    for (int64_t i = 0; i < size; ++i) {
+        const float mean = m[i] + c.take1 * (g[i] - m[i]);
+        const float square = c.keep2 * v[i] + c.take2 * g[i] * g[i];
+        w[i] = c.decay * w[i] - c.step_size * mean / (__builtin_sqrtf(square) * c.unbias2 + c.eps);
+        m[i] = mean;
+        v[i] = square;
+    }
+}
+
 constexpr int64_t FEW = 16;  // fewer, where more of them are looked for
 
 // Write the bins of the scores whose keys lie in the window to `inside`, in room for one more, and return how
@@ -367,4 +378,4 @@ TARGET int64_t bin_tile(const float* __restrict scores, uint32_t low, int32_t sh
     return found;
 }
 
-const Isa ISA = {fuse_tile, decide_tile, gather, split_tile, read_scores, widen_row, narrow_row, update_tile, bin_tile};
+const Isa ISA = {fuse_tile, decide_tile, gather, split_tile, read_scores, widen_row, narrow_row, update_tile, adamw_tile, bin_tile};
