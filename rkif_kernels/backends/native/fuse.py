@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -87,8 +90,8 @@ def _fuse_bracketed(
         decided = True
     finally:
         call("rkif_finish", fusion, thresholds.ctypes.data if decided else None, *setup.results)
-    inner, outer = torch.from_numpy(thresholds).split(1)
-    return inner, outer
+    both = torch.from_numpy(thresholds)
+    return both[:1], both[1:]
 
 
 class _Call:
@@ -113,5 +116,5 @@ class _Call:
         )
 
 
-def _addresses(arrays: list[npt.NDArray[np.float32]] | list[npt.NDArray[np.generic]]) -> tuple[int, ...]:
+def _addresses(arrays: Sequence[npt.NDArray[Any]]) -> tuple[int, ...]:
     return tuple(array.ctypes.data for array in arrays)
