@@ -21,6 +21,7 @@ from rkif_kernels.checks import (
     require_weights,
 )
 from rkif_kernels.ops import (
+    ImportancePlan,
     adamw_,
     adamw_constants,
     all_valid_scores,
@@ -65,6 +66,7 @@ __all__ = [
     "FuseStats",
     "FusionInputs",
     "ImportanceInputs",
+    "ImportancePlan",
     "Order",
     "OuterFrom",
     "Scope",

@@ -6,6 +6,7 @@ import bisect
 import itertools
 import math
 import numbers
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from decimal import Decimal
@@ -103,6 +104,7 @@ class ValidatedLists:
 
     def __init__(self) -> None:
         self._keys: OrderedDict[Hashable, None] = OrderedDict()
+        self._lock = threading.Lock()
 
     def key(self, **lists: Sequence[Tensor | None] | None) -> Hashable:
         """What the checks of these lists depend on; None for what has no address, and is never known."""
@@ -115,17 +117,19 @@ class ValidatedLists:
             return None
 
     def __contains__(self, key: Hashable) -> bool:
-        if key not in self._keys:
-            return False
-        self._keys.move_to_end(key)
-        return True
+        with self._lock:
+            if key not in self._keys:
+                return False
+            self._keys.move_to_end(key)
+            return True
 
     def add(self, key: Hashable) -> None:
         """Remember a key; the one not seen for longest is forgotten."""
         if key is not None:
-            self._keys[key] = None
-            while len(self._keys) > self.LIMIT:
-                self._keys.popitem(last=False)
+            with self._lock:
+                self._keys[key] = None
+                while len(self._keys) > self.LIMIT:
+                    self._keys.popitem(last=False)
 
 
 def _properties(tensor: Tensor | None) -> Hashable:

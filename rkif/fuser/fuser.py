@@ -105,6 +105,7 @@ class Fuser:
         self._start = {name: t.clone() for name, t in self._kept_importance().items() if gate is not None}
         # Elements whose importance was not finite: those that this process counts, and its replicas.
         self._nonfinite = torch.zeros(2, dtype=torch.int64, device=parts[0].device)
+        self._counters = torch.split(self._nonfinite, 1)
         self._with_gradient: set[str] = set()
         self._observed: dict[Learner, int] = {"inner": 0, "outer": 0}
         self._outer_settled = False  # refresh_outer=False: whether a fusion has gone by the outer importance
@@ -158,9 +159,7 @@ class Fuser:
         for snapshot in (self._base, self._inner):
             if snapshot is not None:
                 snapshot.wait_stream()  # a step changes what is still being copied
-        for count, indices in zip(
-            torch.split(self._nonfinite, 1), self._shards.owned_and_others, strict=True
-        ):
+        for count, indices in zip(self._counters, self._shards.owned_and_others, strict=True):
             if indices:
                 update(learner, parts, gradients, count, indices, frozen=frozen)
         self._observer = id(observer)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import rkif_kernels
 from rkif.config import FusionConfig
 from rkif.fuser.bitmask import packed_masks, repacked, unpacked
 from rkif.fuser.parameters import arena
-from rkif_kernels import Scores
+from rkif_kernels import ImportancePlan, Scores
+
+_PLANS = 2  # that are kept
 
 
 class Importance:
@@ -33,6 +34,8 @@ class Importance:
         self._flat: dict[str, Tensor] = {}
         self._views: dict[str, list[Tensor]] = {}
         self._packed: list[Tensor] = []
+        # By the address of the counter: those of the tensors that this process counts, and of its replicas.
+        self._plans: dict[int, tuple[Sequence[int] | None, ImportancePlan]] = {}
         self.thresholds: Tensor | None = None
         self.clear()
 
@@ -53,13 +56,19 @@ class Importance:
             indices: which tensors to update; all by default.
             frozen: leave the importance as it is, and only count what is not finite.
         """
-        indices = range(len(self._names)) if indices is None else indices
-        rkif_kernels.update_importance_(
-            [parameters[index] for index in indices],
-            [gradients[index] for index in indices],
-            nonfinite=nonfinite,
-            **self.update_arguments(indices, frozen=frozen),
-        )
+        planned, plan = self._plans.get(nonfinite.data_ptr(), (None, None))
+        if plan is None or planned != indices:
+            plan = self._plan(nonfinite, range(len(self._names)) if indices is None else indices)
+            self._plans[nonfinite.data_ptr()] = indices, plan
+            if len(self._plans) > _PLANS:
+                del self._plans[next(iter(self._plans))]
+        if indices is not None and len(indices) < len(self._names):
+            parameters = [parameters[index] for index in indices]
+            gradients = [gradients[index] for index in indices]
+        plan.update(parameters, gradients, frozen=frozen)
+
+    def _plan(self, nonfinite: Tensor, indices: Sequence[int]) -> ImportancePlan:
+        return ImportancePlan(**self.update_arguments(indices), nonfinite=nonfinite)
 
     def update_arguments(self, indices: Sequence[int], *, frozen: bool = False) -> dict[str, Any]:
         """What every operation that updates the importance of some tensors is told of it, by keyword."""
@@ -92,7 +101,7 @@ class Importance:
         """Keep of the scores only which of them are above their thresholds, and free their memory."""
         self._packed = packed_masks(self.scores, thresholds)
         self.thresholds = thresholds
-        self._flat, self._views = {}, {}
+        self._flat, self._views, self._plans = {}, {}, {}
 
     def selection(self, thresholds: Tensor, indices: Sequence[int]) -> tuple[Scores, Tensor]:
         """Scores and thresholds by which :func:`rkif_kernels.fuse_` tells what is selected of some tensors.
@@ -134,7 +143,7 @@ class Importance:
         if thresholds is not None:
             self._packed = [repacked(tensors[f"mask.{name}"]) for name in self._names]
             self.thresholds = thresholds
-            self._flat, self._views = {}, {}
+            self._flat, self._views, self._plans = {}, {}, {}
             return
         if self.packed:
             self.clear()

@@ -3,6 +3,7 @@
 from rkif_kernels.ops.adamw import adamw_, adamw_constants
 from rkif_kernels.ops.fuse import fuse_, select_and_fuse_
 from rkif_kernels.ops.importance import update_importance_
+from rkif_kernels.ops.plan import ImportancePlan
 from rkif_kernels.ops.select import (
     all_valid_scores,
     count_scores_,
@@ -13,6 +14,7 @@ from rkif_kernels.ops.select import (
 )
 
 __all__ = [
+    "ImportancePlan",
     "adamw_",
     "adamw_constants",
     "all_valid_scores",

@@ -69,6 +69,26 @@ def update_importance_(
         update = torch.ops.rkif.update_importance_
         update(params, grads, sensitivity, uncertainty or [], beta1, beta2, order, nonfinite, backend)
         return
+    inputs = ImportanceInputs(params, grads, sensitivity, uncertainty)
+    require_importance(inputs, beta1, beta2, order, nonfinite, names)
+    with torch.no_grad(), on_device(inputs.device):
+        implementation(inputs.device, backend).update_importance_(
+            inputs, beta1=beta1, beta2=beta2, order=order, nonfinite=nonfinite
+        )
+
+
+def require_importance(
+    inputs: ImportanceInputs,
+    beta1: float,
+    beta2: float,
+    order: Order,
+    nonfinite: Tensor,
+    names: Sequence[str] | None,
+) -> None:
+    """Check the arguments of :func:`update_importance_`."""
+    params, grads, sensitivity, uncertainty = (
+        inputs.params, inputs.grads, inputs.sensitivity, inputs.uncertainty
+    )  # fmt: skip
     arguments = Arguments(names)
     key = _validated.key(params=params, grads=grads, sensitivity=sensitivity, uncertainty=uncertainty)
     if key not in _validated:
@@ -88,7 +108,6 @@ def update_importance_(
             require_disjoint(arguments, states, others | rest, argument, counterparts=False)
             require_writable(arguments, argument, states)
         _validated.add(key)
-    inputs = ImportanceInputs(params, grads, sensitivity, uncertainty)
     device = inputs.device
     require_fraction("beta1", beta1)
     require_fraction("beta2", beta2)
@@ -99,10 +118,6 @@ def update_importance_(
             f"got {nonfinite.dtype} {tuple(nonfinite.shape)} on {nonfinite.device}"
         )
     require_writable(Arguments(), "nonfinite", [nonfinite])
-    with torch.no_grad(), on_device(device):
-        implementation(device, backend).update_importance_(
-            inputs, beta1=beta1, beta2=beta2, order=order, nonfinite=nonfinite
-        )
 
 
 _library = torch.library.Library("rkif", "DEF")  # type: ignore[no-untyped-call]

@@ -3,10 +3,12 @@
 from rkif_kernels.backends.triton.adamw import adamw_
 from rkif_kernels.backends.triton.fuse import fuse_
 from rkif_kernels.backends.triton.importance import update_importance_
+from rkif_kernels.backends.triton.plan import PreparedUpdate
 from rkif_kernels.backends.triton.radix import all_valid, count_scores_, score_thresholds
 from rkif_kernels.backends.triton.single_pass import select_and_fuse_
 
 __all__ = [
+    "PreparedUpdate",
     "adamw_",
     "all_valid",
     "count_scores_",

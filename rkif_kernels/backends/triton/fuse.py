@@ -276,8 +276,10 @@ def launch_fuse(
 def norms_of(grouped: Sequence[Table], extra: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
     """Memory for three norms a program, behind it ``extra`` rows for each table; whole and in parts."""
     sizes = [table.programs for table in grouped] + [extra] * len(grouped)
-    whole = torch.empty((sum(sizes), 3), dtype=torch.float64, device=device)
-    return whole, list(whole.split(sizes))
+    # Two rows are 48 bytes: every part begins on a boundary of 16, or kernels would be compiled for either.
+    even = [size + size % 2 for size in sizes]
+    whole = torch.zeros((sum(even), 3), dtype=torch.float64, device=device)
+    return whole, [part[:size] for part, size in zip(whole.split(even), sizes, strict=True)]
 
 
 def fuse_(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rkif_kernels.backends.choose import interpreting
 from rkif_kernels.backends.triton.elements import in_lanes, kernel, load_float32, load_row, round_to
-from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig
-from rkif_kernels.backends.triton.table import ALIGNMENT, aligned, tables
+from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig, PreparedLaunch
+from rkif_kernels.backends.triton.table import ALIGNMENT, Table, aligned, tables
 from rkif_kernels.contiguous import in_place
 from rkif_kernels.numerics import float32
 from rkif_kernels.types import ImportanceInputs, Order
@@ -140,26 +142,51 @@ def update_importance_(
         rows = aligned((inputs.params, inputs.grads, s, u or None))
         for table in tables(rows, config.chunk):
             _update_importance_kernel[(table.programs,)](
-                # Tensors
-                table.pointers,
-                table.layout.numels,
-                table.layout.chunk_tensors,
-                table.layout.chunk_starts,
-                nonfinite,
-                # Scalars
-                n_tensors=table.tensors,
-                keep1=float32(beta1),
-                take1=float32(1 - beta1),
-                keep2=float32(beta2),
-                take2=float32(1 - beta2),
-                # Constexprs
-                PARAM=table.dtypes[0],
-                GRAD=table.dtypes[1],
-                SENSITIVITY=table.dtypes[2],
-                UNCERTAINTY=table.dtypes[3],
-                ORDER=order,
-                BLOCK=config.block,
-                TILES=config.tiles,
-                ROUND_BF16=interpreting(),
+                **update_arguments(table, nonfinite, order, config),
+                **smoothing(beta1, beta2),
                 **config.options,
             )
+
+
+def prepare_update(
+    table: Table, nonfinite: Tensor, order: Order, config: LaunchConfig = STREAM
+) -> PreparedLaunch:
+    """The launch for one table, which is called with :func:`smoothing`."""
+    arguments = update_arguments(table, nonfinite, order, config) | smoothing(0, 0)
+    return PreparedLaunch(_update_importance_kernel, table.programs, arguments, config.options)
+
+
+def update_arguments(
+    table: Table, nonfinite: Tensor, order: Order, config: LaunchConfig
+) -> dict[str, object]:
+    """The kernel's arguments for one table, without the :func:`smoothing`."""
+    return {
+        # Tensors
+        "pointers_ptr": table.pointers,
+        "numels_ptr": table.layout.numels,
+        "chunk_tensors_ptr": table.layout.chunk_tensors,
+        "chunk_starts_ptr": table.layout.chunk_starts,
+        "nonfinite_ptr": nonfinite,
+        # Scalars
+        "n_tensors": table.tensors,
+        # Constexprs
+        "PARAM": table.dtypes[0],
+        "GRAD": table.dtypes[1],
+        "SENSITIVITY": table.dtypes[2],
+        "UNCERTAINTY": table.dtypes[3],
+        "ORDER": order,
+        "BLOCK": config.block,
+        "TILES": config.tiles,
+        "ROUND_BF16": interpreting(),
+    }
+
+
+@functools.lru_cache(maxsize=16)
+def smoothing(beta1: float, beta2: float) -> dict[str, float]:
+    """The kernel's arguments that depend on the betas."""
+    return {
+        "keep1": float32(beta1),
+        "take1": float32(1 - beta1),
+        "keep2": float32(beta2),
+        "take2": float32(1 - beta2),
+    }

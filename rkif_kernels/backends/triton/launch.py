@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,38 @@ class LaunchConfig:
     def options(self) -> dict[str, Any]:
         """Compiler options. Without fused multiply-add the results are those of every other backend."""
         return {"num_warps": self.num_warps, "enable_fp_fusion": False}
+
+
+class PreparedLaunch:
+    """A kernel and the arguments that it keeps; a later launch passes those that change, and binds nothing.
+
+    Binding some twenty arguments and looking up the compiled kernel takes Triton longer than the rest of a
+    launch. What it depends on (dtypes, alignment, constants) does not change here, so the compiled kernel
+    of the first launch serves all others.
+
+    Args:
+        kernel: a Triton kernel.
+        programs: size of the grid.
+        arguments: by name, all of the kernel's.
+        options: of the compiler.
+    """
+
+    def __init__(
+        self, kernel: Any, programs: int, arguments: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> None:
+        self._kernel, self._grid, self._options = kernel, (programs, 1, 1), options
+        self._arguments = {name: arguments[name] for name in kernel.arg_names}
+        self._launch: Any = None
+
+    def __call__(self, **changed: float) -> None:
+        """Launch on the current stream; ``changed`` are float arguments, which no kernel is compiled for."""
+        self._arguments.update(changed)
+        if self._launch is not None:
+            self._launch(*self._arguments.values())
+            return
+        compiled = self._kernel[self._grid](**self._arguments, **self._options)
+        if compiled is not None:  # Triton's interpreter compiles nothing
+            self._launch = compiled[self._grid]
 
 
 # 1024 float32 elements over 4 warps are two 16-byte accesses a thread and stream. Several tiles a program

@@ -7,6 +7,7 @@ they are, a launch uploads nothing, and a tensor that has moved simply asks for 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,12 +67,51 @@ class Table:
     layout: Layout
 
     @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """Everything of it that lies on the device."""
+        layout = self.layout
+        return (
+            self.pointers, self.indices, self.firsts, layout.numels, layout.chunk_tensors, layout.chunk_starts
+        )  # fmt: skip
+
+    @property
     def programs(self) -> int:
         return self.layout.chunk_starts.numel()
 
     @property
     def tensors(self) -> int:
         return self.indices.numel()
+
+
+class StreamOrder:
+    """Lets several CUDA streams use the same memory, one after another.
+
+    Args:
+        device: of the memory; where it is no GPU there is nothing to order.
+        memory: written on the stream that is current now.
+    """
+
+    def __init__(self, device: torch.device, memory: Sequence[Tensor]) -> None:
+        self._device, self._memory = device, memory
+        self._lock = threading.Lock()
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def enter(self) -> None:
+        """Let the current stream wait for the last one that has entered, if that was another.
+
+        A capture of a CUDA graph cannot wait for work outside of it, and need not: it begins with a wait.
+        """
+        if self._stream is None:
+            return
+        current = torch.cuda.current_stream(self._device)
+        with self._lock:
+            if current == self._stream:
+                return
+            if not torch.cuda.is_current_stream_capturing():
+                current.wait_stream(self._stream)
+                self._stream = current
+            for tensor in self._memory:
+                tensor.record_stream(current)
 
 
 def aligned(roles: Sequence[Sequence[Tensor | None] | None]) -> Rows:
@@ -96,15 +136,49 @@ def tables(rows: Rows, chunk: int) -> tuple[Table, ...]:
     Empty tensors are left out.
     """
     first = [tensor for tensor in rows[0] if tensor is not None]
-    found = _tables(
+    found, order = _tables(
         first[0].device if first else torch.device("cpu"),
         tuple(tuple(0 if tensor is None else tensor.data_ptr() for tensor in row) for row in rows),
         tuple(tuple(None if tensor is None else tensor.dtype for tensor in row) for row in rows),
         tuple(tensor.numel() for tensor in first),
         chunk,
     )
+    order.enter()
     _keep_for_graph(found, found[0].pointers if found else None)
     return found
+
+
+def build_tables(
+    device: torch.device,
+    addresses: tuple[tuple[int, ...], ...],
+    dtypes: tuple[Dtypes, ...],
+    numels: tuple[int, ...],
+    chunk: int,
+) -> tuple[Table, ...]:
+    """:func:`tables` from what it depends on; ``addresses`` and ``dtypes`` have one row a role."""
+    groups: dict[Dtypes, list[int]] = {}
+    for index, key in enumerate(zip(*dtypes, strict=True)):
+        if numels[index] > 0:
+            groups.setdefault(key, []).append(index)
+    made, start = [], 0
+    for key, indices in groups.items():
+        sizes = tuple(numels[index] for index in indices)
+        ends = _host([0, *sizes]).cumsum(0) + start
+        layout, order = _layout(device, sizes, chunk)
+        order.enter()
+        made.append(
+            Table(
+                tuple(None if dtype is None else TRITON_DTYPES[dtype] for dtype in key),
+                upload(_host([[row[index] for index in indices] for row in addresses]), device),
+                upload(_host(indices).int(), device),
+                upload(ends, device),
+                start,
+                sum(sizes),
+                layout,
+            )
+        )
+        start += sum(sizes)
+    return tuple(made)
 
 
 # Gradients may alternate between a few places, and inner and outer learner have states of their own.
@@ -115,37 +189,19 @@ def _tables(
     dtypes: tuple[Dtypes, ...],
     numels: tuple[int, ...],
     chunk: int,
-) -> tuple[Table, ...]:
-    groups: dict[Dtypes, list[int]] = {}
-    for index, key in enumerate(zip(*dtypes, strict=True)):
-        if numels[index] > 0:
-            groups.setdefault(key, []).append(index)
-    made, start = [], 0
-    for key, indices in groups.items():
-        sizes = tuple(numels[index] for index in indices)
-        ends = _host([0, *sizes]).cumsum(0) + start
-        made.append(
-            Table(
-                tuple(None if dtype is None else TRITON_DTYPES[dtype] for dtype in key),
-                upload(_host([[row[index] for index in indices] for row in addresses]), device),
-                upload(_host(indices).int(), device),
-                upload(ends, device),
-                start,
-                sum(sizes),
-                _layout(device, sizes, chunk),
-            )
-        )
-        start += sum(sizes)
-    return tuple(made)
+) -> tuple[tuple[Table, ...], StreamOrder]:
+    made = build_tables(device, addresses, dtypes, numels, chunk)
+    return made, StreamOrder(device, [tensor for table in made for tensor in table.memory])
 
 
 @functools.lru_cache(maxsize=16)
-def _layout(device: torch.device, numels: tuple[int, ...], chunk: int) -> Layout:
+def _layout(device: torch.device, numels: tuple[int, ...], chunk: int) -> tuple[Layout, StreamOrder]:
     sizes = _host(numels)
     pieces = (sizes + chunk - 1) // chunk
     tensors = torch.repeat_interleave(pieces)
     starts = (torch.arange(len(tensors), device="cpu") - (pieces.cumsum(0) - pieces)[tensors]) * chunk
-    return Layout(upload(sizes, device), upload(tensors.int(), device), upload(starts, device))
+    memory = upload(sizes, device), upload(tensors.int(), device), upload(starts, device)
+    return Layout(*memory), StreamOrder(device, memory)
 
 
 def _host(values: Sequence[object]) -> Tensor:
@@ -154,23 +210,28 @@ def _host(values: Sequence[object]) -> Tensor:
 
 def constant(device: torch.device, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """A small read-only tensor on the device, made once."""
-    found = _constant(device, values, dtype)
+    found, order = _constant(device, values, dtype)
+    order.enter()
     _keep_for_graph(found, found)
     return found
 
 
 @functools.lru_cache(maxsize=64)
-def _constant(device: torch.device, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    return upload(torch.tensor(values, dtype=dtype, device="cpu"), device)
+def _constant(
+    device: torch.device, values: tuple[float, ...], dtype: torch.dtype
+) -> tuple[Tensor, StreamOrder]:
+    made = upload(torch.tensor(values, dtype=dtype, device="cpu"), device)
+    return made, StreamOrder(device, [made])
 
 
 # What a CUDA graph was captured with: it reads the memory at every replay, long after the caches forgot it.
-_captured: list[object] = []
+# By identity, so that capturing the same again adds nothing.
+_captured: dict[int, object] = {}
 
 
 def _keep_for_graph(used: object, memory: Tensor | None) -> None:
     if memory is not None and memory.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured.append(used)
+        _captured[id(memory)] = used
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:

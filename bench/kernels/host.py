@@ -1,0 +1,131 @@
+"""What a call costs the host, on a driver that launches nothing: time, launches, compilations.
+
+An adapter's tensors are so small that a GPU would wait for the host. A warm call is measured, of
+:class:`rkif.Fuser` where it has one. Fusions take the path of a large model, whatever their size.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+import rkif
+import rkif_kernels
+from bench.kernels.stub_driver import Counter, stub_driver
+from rkif_kernels.backends.triton import single_pass
+from rkif_kernels.backends.triton.launch import BRACKETING
+
+TENSORS = (1, 160, 640)
+SHAPE = (8, 16)  # small, so that PyTorch's own operations, which a GPU would run, take the CPU no time
+ROUNDS, WARM_UP = 41, 3
+# Microseconds a call may take at most, by (call, tensors).
+LIMITS = {
+    ("observe", 160): 40,
+    ("observe", 640): 150,
+    ("observe_moved", 160): 200,
+    ("observe_moved", 640): 600,
+    ("fuse", 160): 400,
+}
+
+
+class Row(NamedTuple):
+    """Attributes:
+    call: what was called.
+    tensors: number of parameters.
+    microseconds: host time of one warm call, the median.
+    launches: kernels launched by one warm call.
+    compilations: kernels compiled after the first round with the first number of tensors.
+    """
+
+    call: str
+    tensors: int
+    microseconds: float
+    launches: int
+    compilations: int
+
+
+def measure(rounds: int = ROUNDS) -> list[Row]:
+    """One row for each call and number of tensors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        large = replace(BRACKETING, least=1)
+        defaults = single_pass.select_and_fuse_.__kwdefaults__
+        with stub_driver() as counter, patch.dict(defaults, bracketing=large):
+            seen: dict[str, int] = {}
+            return [row for tensors in TENSORS for row in _Case(tensors).measure(counter, seen, rounds)]
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Case:
+    """A fuser over so many parameters, with two sets of gradients that take turns."""
+
+    def __init__(self, tensors: int) -> None:
+        shapes = [SHAPE] * tensors
+        self._tensors = tensors
+        self._parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        self._gradients = [[torch.zeros(shape) for shape in shapes] for _ in range(2)]
+        config = rkif.FusionConfig.release()
+        self._fuser = rkif.Fuser([(f"p{i}", p) for i, p in enumerate(self._parameters)], config)
+        sensitivity, uncertainty = ([torch.zeros(shape) for shape in shapes] for _ in range(2))
+        self._scores = rkif_kernels.Scores(sensitivity, uncertainty)
+        self._set(0)
+
+    def _set(self, which: int) -> None:
+        for parameter, gradient in zip(self._parameters, self._gradients[which], strict=True):
+            parameter.grad = gradient
+
+    def measure(self, counter: Counter, seen: dict[str, int], rounds: int) -> list[Row]:
+        turns = iter(range(10**9))
+        calls: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+            "observe": (lambda: None, self._fuser.observe),
+            "observe_moved": (lambda: self._set(next(turns) % 2), self._fuser.observe),
+            "threshold": (lambda: None, lambda: rkif_kernels.score_thresholds(self._scores, density=0.2)),
+            "fuse": (self._until_fuse, self._fuser.fuse),
+        }
+        rows = []
+        for call, (prepare, run) in calls.items():
+            first = call not in seen
+            before = len(counter.compilations)
+            seconds: list[float] = []
+            for turn in range(WARM_UP + rounds):
+                prepare()
+                counter.launches.clear()
+                start = time.perf_counter()
+                run()
+                if turn >= WARM_UP:
+                    seconds.append(time.perf_counter() - start)
+                elif first and turn == 0:
+                    before = len(counter.compilations)
+            seen[call] = 1
+            microseconds = round(statistics.median(seconds) * 1e6, 1)
+            compilations = len(counter.compilations) - before
+            rows.append(Row(call, self._tensors, microseconds, len(counter.launches), compilations))
+        return rows
+
+    def _until_fuse(self) -> None:
+        self._fuser.observe()
+        self._fuser.begin_outer()
+        self._fuser.observe()
+
+
+def over_limit(rows: Sequence[Row]) -> list[str]:
+    """What is slower than :data:`LIMITS`, or compiled again; one line each."""
+    lines = []
+    for row in rows:
+        limit = LIMITS.get((row.call, row.tensors))
+        if limit is not None and row.microseconds > limit:
+            lines.append(
+                f"{row.call} of {row.tensors} tensors takes {row.microseconds} us; the limit is {limit}"
+            )
+        if row.compilations:
+            lines.append(f"{row.call}, {row.tensors} tensors: compiled {row.compilations} kernels again")
+    return lines

@@ -1,0 +1,173 @@
+"""An update of the importance, prepared: its tables lie on the device and its launches are typed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rkif_kernels.backends.triton.importance import prepare_update, smoothing
+from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig, PreparedLaunch
+from rkif_kernels.backends.triton.table import ALIGNMENT, StreamOrder, Table, build_tables
+from rkif_kernels.types import ImportanceInputs, Order
+
+GRADIENTS = 1  # the gradients' row in a table
+
+
+class PreparedUpdate:
+    """One update of tensors that stay where they are, under gradients that may move.
+
+    A CUDA graph that is captured gets tables of its own, which every replay fills from memory that is kept
+    for it: replays do not disturb other steps, nor other steps the replays.
+
+    Args:
+        inputs: validated. Which tensors have a gradient, and all dtypes, are fixed by it.
+        nonfinite, order: see :func:`rkif_kernels.ops.update_importance_`.
+        captured: keeps alive what CUDA graphs read; appended to.
+    """
+
+    def __init__(
+        self,
+        inputs: ImportanceInputs,
+        nonfinite: Tensor,
+        order: Order,
+        captured: list[object],
+        config: LaunchConfig = STREAM,
+    ) -> None:
+        self._device, self._nonfinite, self._order, self._config = inputs.device, nonfinite, order, config
+        self._params, self._grads = _Places(), _Places()
+        states = [_addresses(row, inputs.params) for row in (inputs.sensitivity, inputs.uncertainty)]
+        self._rows = [self._params.find(inputs.params), self._grads.find(inputs.grads), *states]
+        self._tables = build_tables(
+            self._device,
+            tuple(map(tuple, self._rows)),
+            tuple(
+                tuple(None if tensor is None else tensor.dtype for tensor in row or [None] * len(states[0]))
+                for row in inputs.lists
+            ),
+            tuple(tensor.numel() for tensor in inputs.params),
+            config.chunk,
+        )
+        self._indices = [table.indices.tolist() for table in self._tables]
+        self._streams = StreamOrder(self._device, [t for table in self._tables for t in table.memory])
+        self._launches = self._prepare(self._tables)
+        # Pinned memory cannot be had during a capture: one whole table for each launch is kept ready.
+        self._spare = self._pinned()
+        self._captured = captured
+
+    def launch(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        beta1: float,
+        beta2: float,
+        *,
+        moved: bool,
+    ) -> None:
+        """Update once, on the current stream.
+
+        Args:
+            moved: whether a gradient is not where it was at the last launch.
+        """
+        self._streams.enter()
+        launches, capturing = self._launches, self._capturing()
+        if moved:
+            self._rows[GRADIENTS] = self._grads.find(grads)
+        if capturing:
+            launches = self._captured_launches()
+        elif moved:
+            self._upload()
+        if not self._spare and not capturing:
+            self._spare = self._pinned()
+        self._params.fill(params)
+        self._grads.fill(grads)
+        factors = smoothing(beta1, beta2)
+        for launch in launches:
+            launch(**factors)
+
+    def _capturing(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _prepare(self, tables: Sequence[Table]) -> list[PreparedLaunch]:
+        return [prepare_update(table, self._nonfinite, self._order, self._config) for table in tables]
+
+    def _upload(self) -> None:
+        """Send the row of the gradients' addresses. Each copy has a source of its own, which may wait."""
+        row = self._rows[GRADIENTS]
+        for table, indices in zip(self._tables, self._indices, strict=True):
+            addresses = row if len(indices) == len(row) else [row[index] for index in indices]
+            source = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+            if self._device.type == "cuda":
+                source = source.pin_memory()
+            table.pointers[GRADIENTS].copy_(source, non_blocking=True)
+
+    def _pinned(self) -> list[Tensor]:
+        if self._device.type != "cuda":
+            return []
+        return [
+            torch.empty(table.pointers.shape, dtype=torch.int64, device="cpu", pin_memory=True)
+            for table in self._tables
+        ]
+
+    def _captured_launches(self) -> list[PreparedLaunch]:
+        if not self._spare:
+            raise RuntimeError(
+                "a plan can be captured once after each step outside of a capture; "
+                "take a step outside, then capture again"
+            )
+        sources, self._spare = self._spare, []
+        tables = []
+        for table, source, indices in zip(self._tables, sources, self._indices, strict=True):
+            source.copy_(torch.tensor([[row[index] for index in indices] for row in self._rows]))
+            tables.append(replace(table, pointers=source.to(self._device, non_blocking=True)))
+        launches = self._prepare(tables)
+        self._captured.append((sources, launches))
+        return launches
+
+
+class _Places:
+    """Where a kernel finds the tensors of one role: where they are, or in copies that keep their place.
+
+    A tensor that is not contiguous, not aligned or negated is copied by every step, into memory that is
+    allocated once.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[int, Tensor] = {}
+        self._copied: list[int] = []
+
+    def find(self, tensors: Sequence[Tensor | None]) -> list[int]:
+        """Addresses, 0 for None."""
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        self._copied = [
+            index
+            for index, (tensor, address) in enumerate(zip(tensors, addresses, strict=True))
+            if tensor is not None and (address % ALIGNMENT or not tensor.is_contiguous() or tensor.is_neg())
+        ]
+        for index in self._copied:
+            tensor = tensors[index]
+            assert tensor is not None
+            if index not in self._copies:
+                self._copies[index] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            addresses[index] = self._copies[index].data_ptr()
+        return addresses
+
+    def fill(self, tensors: Sequence[Tensor | None]) -> None:
+        """Copy what has to be copied."""
+        if self._copied:
+            sources = [tensor.detach() for index in self._copied if (tensor := tensors[index]) is not None]
+            torch._foreach_copy_([self._copies[index] for index in self._copied], sources)
+
+
+def _addresses(states: Sequence[Tensor] | None, like: Sequence[Tensor]) -> list[int]:
+    if states is None:
+        return [0] * len(like)
+    for index, state in enumerate(states):
+        if state.data_ptr() % ALIGNMENT:
+            raise ValueError(
+                f"the state of tensor {index} must start on a boundary of {ALIGNMENT} bytes to be in a plan; "
+                f"it starts {state.data_ptr() % ALIGNMENT} bytes behind one"
+            )
+    return [state.data_ptr() for state in states]

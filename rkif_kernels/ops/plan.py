@@ -1,0 +1,187 @@
+"""Importance of parameters that stay where they are, step after step: checks and launch made ready once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from itertools import compress
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
+
+from rkif_kernels.backends.choose import implementation, on_device
+from rkif_kernels.ops.importance import require_importance
+from rkif_kernels.types import Backend, ImportanceInputs, Order
+
+
+class ImportancePlan:
+    """:func:`rkif_kernels.update_importance_` for the same states at every step, at a fraction of its cost.
+
+    The lists are validated and their addresses sent to the device once. A step compares the addresses of
+    weights and gradients, and the gradients' dtypes, shapes and strides: where nothing has changed it only
+    launches; where gradients have moved it sends their addresses; anything else (a weight that has moved,
+    another dtype, a gradient that is missing or back) is validated anew, as if by a new plan.
+
+    A plan may be used by several threads, and on several CUDA streams: each step waits for the one before it.
+    A step can be captured in a CUDA graph after one outside of it, with the gradients that it captures being
+    allocated before or during the capture, and replayed any number of times. The plan must outlive the graph.
+
+    Args:
+        sensitivity, uncertainty, beta1, beta2, order, nonfinite, names, backend: as there. On Triton the
+            states must start on boundaries of 16 bytes.
+
+    Raises:
+        TypeError, ValueError: by :meth:`update`, for tensors that do not fit together; nothing has been
+            written then.
+    """
+
+    def __init__(
+        self,
+        sensitivity: Sequence[Tensor],
+        uncertainty: Sequence[Tensor] | None = None,
+        *,
+        beta1: float,
+        beta2: float = 0.0,
+        order: Order = "first",
+        nonfinite: Tensor,
+        names: Sequence[str] | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        self._states = sensitivity, uncertainty
+        self._beta1, self._beta2, self._order, self._nonfinite = beta1, beta2, order, nonfinite
+        self._names, self._backend = names, backend
+        self._lock = threading.Lock()
+        self._bound: _Bound | None = None
+        self._captured: list[object] = []
+        # The views of an arena share its version, which autograd must see change.
+        owners = [_owner(state) for state in (*sensitivity, *(uncertainty or ()))]
+        self._owners = list({id(owner): owner for owner in owners}.values())
+
+    def update(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor | None], *, frozen: bool = False
+    ) -> None:
+        """Take in one step.
+
+        Args:
+            params, grads: as for :func:`rkif_kernels.update_importance_`.
+            frozen: leave S and U as they are, and only count what is not finite.
+        """
+        # With nothing taken of the new, S and U are written back as they were: 1*S + 0*I.
+        beta1, beta2 = (1.0, 1.0) if frozen else (self._beta1, self._beta2)
+        with self._lock:
+            bound, moved = self._bound, False
+            places = _addresses(params), _addresses(grads)
+            if bound is None or places[0] != bound.params or not bound.same_kind(grads):
+                bound = self._bind(params, grads, places)
+            elif places[1] != bound.grads:
+                bound, moved = bound._replace(grads=places[1]), True
+            # If the launch fails the next step begins anew.
+            self._bound = None
+            with on_device(self._nonfinite.device):
+                bound.prepared.launch(params, grads, beta1, beta2, moved=moved)
+            self._bound = bound
+        torch.autograd.graph.increment_version(self._owners)
+
+    def _bind(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        places: tuple[list[int], list[int]],
+    ) -> _Bound:
+        inputs = ImportanceInputs(list(params), list(grads), *self._states)
+        require_importance(inputs, self._beta1, self._beta2, self._order, self._nonfinite, self._names)
+        module = implementation(inputs.device, self._backend)
+        with torch.no_grad(), on_device(inputs.device):
+            make = getattr(module, "PreparedUpdate", None)
+            prepared: Prepared = (
+                make(inputs, self._nonfinite, self._order, self._captured)
+                if make is not None
+                else _Unprepared(module, inputs, self._nonfinite, self._order)
+            )
+        return _Bound(prepared, *places, _same_kind(grads))
+
+
+class Prepared(Protocol):
+    """What a backend makes ready for :class:`ImportancePlan`."""
+
+    def launch(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        beta1: float,
+        beta2: float,
+        *,
+        moved: bool,
+    ) -> None:
+        """One step, on the current device."""
+        ...
+
+
+class _Unprepared:
+    """For a backend that has nothing to prepare."""
+
+    def __init__(self, module: ModuleType, inputs: ImportanceInputs, nonfinite: Tensor, order: Order) -> None:
+        self._module, self._nonfinite, self._order = module, nonfinite, order
+        self._states = inputs.sensitivity, inputs.uncertainty
+
+    @torch.no_grad()
+    def launch(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        beta1: float,
+        beta2: float,
+        *,
+        moved: bool,
+    ) -> None:
+        inputs = ImportanceInputs(params, grads, *self._states)
+        self._module.update_importance_(
+            inputs, beta1=beta1, beta2=beta2, order=self._order, nonfinite=self._nonfinite
+        )
+
+
+class _Bound(NamedTuple):
+    """What was prepared, and what for."""
+
+    prepared: Prepared
+    params: list[int]
+    grads: list[int]
+    same_kind: Callable[[Sequence[Tensor | None]], bool]
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Where tensors begin; 0 for None."""
+    try:
+        return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    except TypeError:
+        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _same_kind(tensors: Sequence[Tensor | None]) -> Callable[[Sequence[Tensor | None]], bool]:
+    """A test for tensors of the same dtypes, shapes, strides and devices, and None in the same places."""
+    present = [tensor is not None for tensor in tensors]
+    some = list(compress(cast(Sequence[Tensor], tensors), present))
+    # One call for all tensors, where a comparison of three attributes takes Python three calls for each.
+    sizes: list[Any] = [list(tensor.shape) for tensor in some]
+    strides: list[Any] = [list(tensor.stride()) for tensor in some]
+    guards = TensorGuards(*some, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+    def all_present(others: Sequence[Tensor | None]) -> bool:
+        try:
+            return len(others) == len(present) and guards.check(*others)
+        except TypeError:  # a gradient is missing
+            return False
+
+    def some_present(others: Sequence[Tensor | None]) -> bool:
+        same = [tensor is not None for tensor in others] == present
+        return same and guards.check(*compress(others, present))
+
+    return all_present if all(present) else some_present
+
+
+def _owner(view: Tensor) -> Tensor:
+    """The tensor that a view is one of, or the tensor itself."""
+    return view if view._base is None else view._base
