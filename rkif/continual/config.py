@@ -33,7 +33,7 @@ class AdapterSettings(Settings):
 
 
 class TaskSettings(Settings):
-    """Where the tasks are, and which of them in which order. A limit is a number of records a task."""
+    """The tasks' folder and their order. The limits are numbers of records per task."""
 
     folder: str
     order: str | list[str]
@@ -42,7 +42,7 @@ class TaskSettings(Settings):
 
 
 class TextSettings(Settings):
-    """How records become tokens; a prompt over ``max_length`` tokens (target included) loses its middle."""
+    """How records become tokens. Prompt and target over ``max_length`` tokens: the prompt's middle is cut."""
 
     max_length: int = Field(512, ge=32)
     prompt: str = TextFormat.prompt
@@ -55,9 +55,9 @@ class TextSettings(Settings):
 
 
 class TrainingSettings(Settings):
-    """The inner learner. Either ``steps`` or ``epochs`` a task.
+    """The inner learner: its length in ``steps`` or in ``epochs`` per task, and its AdamW.
 
-    The learning rate rises over ``warmup_steps`` and falls linearly to the end of the task.
+    The learning rate rises linearly over ``warmup_steps`` and then falls linearly to the end of the task.
     """
 
     steps: int | None = Field(None, ge=1)
@@ -78,21 +78,21 @@ class TrainingSettings(Settings):
 
 
 class OuterSettings(Settings):
-    """The outer learner: its own optimizer, on the memory; its rate follows the inner one's schedule."""
+    """The outer learner: a second AdamW, on the replay memory, with the inner learner's schedule."""
 
     learning_rate: float = Field(1e-3, gt=0)
     batch_size: int = Field(8, ge=1)
 
 
 class MemorySettings(Settings):
-    """The share of each task's training records that is remembered, and the most of them."""
+    """The share of each task's training records that the replay memory keeps, and its maximum per task."""
 
     fraction: float = Field(0.02, gt=0, le=1)
     cap: int | None = Field(None, ge=1)
 
 
 class EvaluationSettings(Settings):
-    """ "likelihood" takes the likeliest label, "generation" what the model writes; both by exact match."""
+    """How answers are found: the likeliest label, or generated text. Both are scored by exact match."""
 
     scoring: Literal["likelihood", "generation"] = "likelihood"
     batch_size: int = Field(16, ge=1)
@@ -100,10 +100,10 @@ class EvaluationSettings(Settings):
 
 
 class RoundsSettings(Settings):
-    """The recurrent loop, beside what the fusion's settings say of it.
+    """The recurrent loop; the steps of a round are settings of the fusion.
 
-    ``observe``: importance is taken from a gradient before the step that uses it, or after. ``optimizers``:
-    the two learners keep their moments when a round has been merged, or start anew.
+    ``observe``: importance uses a gradient before the optimizer step, or after it. ``optimizers``: after a
+    fusion both learners keep their moments, or reset them.
     """
 
     observe: Literal["before", "after"] = "before"
@@ -111,11 +111,12 @@ class RoundsSettings(Settings):
 
 
 class CriterionSettings(Settings):
-    """A figure that a fusion must not make worse.
+    """A metric that a fusion must not make worse.
 
-    ``metric`` is "memory_loss", "accuracy", or a ``module:function`` as under ``metrics``. The loss is better
-    when lower, the others when higher, unless ``higher_is_better`` says otherwise. ``tolerance``: by how much
-    a fusion may worsen it; ``floor``: the worst acceptable value (a ceiling where lower is better).
+    ``metric`` is "memory_loss", "accuracy", or a ``module:function`` as under ``metrics``. By default a lower
+    loss is better, and a higher value of the others; ``higher_is_better`` overrides that. ``tolerance``: by
+    how much one fusion may worsen the value. ``floor``: the worst acceptable value; a ceiling where lower is
+    better.
     """
 
     metric: str
@@ -136,11 +137,11 @@ class CriterionSettings(Settings):
 
 
 class GateSettings(Settings):
-    """What a round's fusion is checked by before it is kept; see :mod:`rkif.gate`.
+    """The gate that checks a round's fusion before it is kept; see :mod:`rkif.gate`.
 
-    ``records``: that a measurement takes of each earlier task. For the loss they are the memory's; for
-    accuracy and metrics of one's own they are training records, set aside before the task is learned.
-    ``budget``: the most records that all measurements of a task may take.
+    ``records``: number of records measured from each earlier task. The loss uses memory records. Accuracy and
+    the user's metrics use training records that are set aside before the task is learned. ``budget``: maximum
+    number of records that all measurements of a task may use.
     """
 
     criteria: list[CriterionSettings] = Field(min_length=1)
@@ -153,40 +154,41 @@ class GateSettings(Settings):
     @model_validator(mode="after")
     def _possible(self) -> GateSettings:
         criteria = [
-            Criterion(one.name, lambda: 0.0, floor=one.floor, tolerance=one.tolerance)
-            for one in self.criteria
+            Criterion(criterion.name, lambda: 0.0, floor=criterion.floor, tolerance=criterion.tolerance)
+            for criterion in self.criteria
         ]
         Gate(criteria, ladder=tuple(self.ladder))
         return self
 
     @property
     def validates(self) -> bool:
-        """Whether records have to be set aside."""
-        return any(one.metric != "memory_loss" for one in self.criteria)
+        """Whether training records must be set aside."""
+        return any(criterion.metric != "memory_loss" for criterion in self.criteria)
 
 
 class SnapshotSettings(Settings):
-    """``budget``: disk space for the states after rounds, such as 500MB; 0 for none. See
-    :mod:`rkif.continual.rundir.round_states`.
+    """``budget``: disk space for the states after rounds, such as 500MB; 0 keeps none.
+
+    See :mod:`rkif.continual.rundir.round_states`.
     """
 
     budget: ByteSize = ByteSize(2**30)
 
 
 class EwcSettings(Settings):
-    """The spring's strength where the Fisher information is average."""
+    """``strength``: factor of the quadratic penalty, whose Fisher information has mean 1 per task."""
 
     strength: float = Field(1.0, ge=0)
 
 
 class OLoraSettings(Settings):
-    """The weight of the overlap between the tasks' subspaces in the loss."""
+    """``strength``: weight of the overlap between the tasks' subspaces in the loss."""
 
     strength: float = Field(0.5, ge=0)
 
 
 class AdaptiveSettings(Settings):
-    """The temperature of the softmax over the two importances, which are in [0, 1]."""
+    """``temperature``: of the softmax over the two learners' importance, scaled to [0, 1]."""
 
     temperature: float = Field(0.1, gt=0)
 
@@ -209,15 +211,14 @@ Method = Literal[
 
 
 class RunConfig(Settings):
-    """A task sequence: model, tasks, method, and how to train and measure.
+    """All settings of a run: model, tasks, method, training and evaluation.
 
-    ``model`` is a folder or a hub name, ``adapter: null`` trains all parameters. Relative folders are meant
-    from the file's own. ``precision: bfloat16`` computes under autocast, and stores frozen weights in it;
-    what is trained stays float32. ``threads`` are PyTorch's on a CPU: their number decides the order of
-    sums, hence the last bits, so a run that is to be repeated exactly should name it. ``metrics`` are
-    ``module:function``, the module importable or a file beside the config; see
-    :mod:`rkif.continual.user_metrics`.
-    ``gate`` is for the method recurrent_kif; null for none.
+    ``model``: a folder or a hub name. Relative paths start at the config file's folder. ``adapter: null``
+    trains all parameters. ``precision: bfloat16`` computes under autocast and stores frozen weights in
+    bfloat16; trained parameters stay float32. ``threads``: PyTorch's threads on a CPU. Their number decides
+    the order of sums and so the last bits; set it to repeat a run exactly. ``metrics``: ``module:function``
+    each; the module is importable or a file beside the config, see :mod:`rkif.continual.user_metrics`.
+    ``gate``: for the method recurrent_kif only.
     """
 
     model: str
@@ -280,13 +281,13 @@ class RunConfig(Settings):
 
 
 def require_function(spec: str) -> None:
-    """Raises ValueError for what is not written as ``module:function``."""
+    """Raise ValueError unless ``spec`` has the form ``module:function``."""
     if not re.fullmatch(r".+:[A-Za-z_]\w*", spec):
         raise ValueError(f"expected module:function, got {spec!r}")
 
 
 def fusion_config(settings: dict[str, Any]) -> FusionConfig:
-    """The fusion settings that a mapping describes: a ``preset`` ("paper" or "release") and changes to it.
+    """Make the fusion's settings from a mapping: a ``preset`` ("paper" or "release") and changes to it.
 
     Raises:
         ValueError, TypeError: unknown keys or values out of range.
@@ -315,7 +316,8 @@ def load_config(path: Path) -> RunConfig:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not YAML, or settings that are unknown, missing or out of range; one line that names them.
+        ValueError: the file is not YAML, or settings are unknown, missing or out of range; the message names
+            them in one line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such config file: {path}")
@@ -335,14 +337,17 @@ def load_config(path: Path) -> RunConfig:
     metrics = [locate(spec, here) for spec in config.metrics]
     gate = config.gate
     if gate is not None:
-        located = [one.model_copy(update={"metric": locate(one.metric, here)}) for one in gate.criteria]
+        located = [
+            criterion.model_copy(update={"metric": locate(criterion.metric, here)})
+            for criterion in gate.criteria
+        ]
         gate = gate.model_copy(update={"criteria": located})
     changed = {"tasks": tasks, "model": model, "metrics": metrics, "gate": gate}
     return config.model_copy(update=changed)
 
 
 def dump_config(config: RunConfig) -> str:
-    """The config as YAML, all defaults and the fusion's settings filled in: what a run records of itself."""
+    """The config as YAML with all defaults and the fusion's settings filled in: ``RUN/config.yaml``."""
     content = config.model_dump(mode="json")
     fusion = asdict(fusion_config(config.fusion))
     if isinstance(fusion["rule"], dict):

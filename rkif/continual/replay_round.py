@@ -1,4 +1,4 @@
-"""``rkif reproduce``: a round of a run once more, and whether it comes to what the ledger says."""
+"""``rkif reproduce``: train a round of a run again and compare the result with the ledger."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from rkif.continual.rundir.writer import run_identity
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What came of going through a round again.
+    """The comparison of a repeated round with the ledger.
 
     Attributes:
-        record: the ledger's.
-        start: the round whose state was kept, and from which the round was reached again.
-        differences: what differs, field -> (in the ledger, now); empty if all is the same, to the bit.
+        record: the ledger's record of the round.
+        start: the round whose state training started from.
+        differences: key -> (value in the ledger, value now); empty if all bits are the same.
     """
 
     record: Record
@@ -34,49 +34,48 @@ class Reproduction:
 
 
 def reproduce(run: Path, number: int, progress: RunProgress) -> Reproduction:
-    """Train the round's steps again, from the state kept before it, and fuse.
+    """Train again from the latest state before a round to its fusion, and compare the record.
 
-    Needs the model, the data and the arithmetic of the run: the same machine, or one that rounds alike.
-    Nothing is written.
+    It needs the run's model and data, and a machine that rounds the same way. Nothing is written.
 
     Args:
         run: the run's folder.
-        number: the round, as the ledger numbers them.
+        number: of the round in the ledger, from 1.
         progress: where progress is shown.
 
     Raises:
-        ValueError: no such run or round, or no state of the round's task was kept from before it.
-        LedgerError: the ledger does not hold together.
+        ValueError: no such run or round, or no earlier state of the round's task was kept.
+        LedgerError: the ledger's chain is broken.
     """
     reader = RunReader(run)
     records = not_rolled_back(read_ledger(run / "ledger.jsonl"))
     rounds = {record["round"]: record for record in records if record["event"] == "round"}
     if number not in rounds:
         raise ValueError(f"no round {number}: {run} has {len(rounds)} of them")
-    wanted = rounds[number]
-    index = reader.metrics()["tasks"].index(wanted["task"])
+    recorded = rounds[number]
+    index = reader.metrics()["tasks"].index(recorded["task"])
     start, state = _nearest(RoundStates(run / "snapshots", 0), number, index)
     config = load_config(run / "config.yaml")
     with open_run(config, run, index, progress) as sequence:
         sequence.set_parameters(state.parameters)
-        now: list[Mapping[str, Any]] = []
-        context = sequence.context(index, now.append)
+        new_records: list[Mapping[str, Any]] = []
+        context = sequence.context(index, new_records.append)
         method = sequence.method(context, state)
         step = state.step
-        progress.task(index, wanted["steps"][1], step)
-        while len(now) < number - start:
+        progress.task(index, recorded["steps"][1], step)
+        while len(new_records) < number - start:
             progress.advance(method.train_step(step))
             step += 1
-    again = {**run_identity(config), **now[-1], "round": number}
-    keys = sorted((set(wanted) | set(again)) - set(NOT_REPRODUCED))
+    repeated = {**run_identity(config), **new_records[-1], "round": number}
+    keys = sorted((set(recorded) | set(repeated)) - set(NOT_REPRODUCED))
     differences = {
-        key: (wanted.get(key), again.get(key)) for key in keys if wanted.get(key) != again.get(key)
+        key: (recorded.get(key), repeated.get(key)) for key in keys if recorded.get(key) != repeated.get(key)
     }
-    return Reproduction(wanted, start, differences)
+    return Reproduction(recorded, start, differences)
 
 
 def _nearest(snapshots: RoundStates, number: int, task: int) -> tuple[int, RunState]:
-    """The latest state from before a round, and how many rounds it has behind it."""
+    """The latest round before ``number`` with a kept state of the same task, and the state."""
     for start in reversed([kept for kept in snapshots.rounds() if kept < number]):
         state = snapshots.read(start)
         if state.task == task:

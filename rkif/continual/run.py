@@ -1,4 +1,4 @@
-"""A task sequence, from the first task to the last, in a folder it can go on from."""
+"""``rkif run``: learn the tasks of a config, or continue a run."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from rkif.files import claimed
 def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProgress) -> dict[str, Any]:
     """Learn the tasks of a config one after another, and measure all of them after each.
 
-    Killed at any moment and started again with ``resume`` it ends with the bits of a run that was not: every
-    step is a function of the parameters, the method's state and its own number, and those are checkpointed.
+    A run that is killed and resumed ends with the same bits as an uninterrupted one: a step is a function of
+    the parameters, the method's state and the step's number, and these are in the checkpoint.
 
     Args:
         config: the settings.
-        out: the run's folder; see :mod:`rkif.continual.rundir.folder` for what comes to lie there.
-        resume: go on with the run that is there. A finished one is only read.
+        out: the run's folder; see :mod:`rkif.continual.rundir.folder` for its files.
+        resume: continue the run in ``out``. A finished run is only read.
         progress: where progress is shown.
 
     Returns:
         The content of ``metrics.json``.
 
     Raises:
-        ValueError, OSError, ImportError: bad settings, tasks, model or folder, in one line.
-        RuntimeError: another process is at work in the folder.
+        ValueError, OSError, ImportError: bad settings, tasks, model or folder; a message of one line.
+        RuntimeError: another process uses the folder.
     """
-    with _at_work(out):
+    with _locked_folder(out):
         if resume:
             finish_rollback(out)
         start = (read_checkpoint(out) if resume else None) or RunState(0, 0, 0, 0, {}, {})
@@ -53,8 +53,8 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
 
 
 @contextmanager
-def _at_work(out: Path) -> Iterator[None]:
-    """Hold a run's folder from before anything is written to it; one that came to hold nothing is removed."""
+def _locked_folder(out: Path) -> Iterator[None]:
+    """Lock the run's folder before anything is written; remove it at the end if it is new and empty."""
     new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     with claimed(out):
@@ -69,14 +69,14 @@ def _at_work(out: Path) -> Iterator[None]:
 def open_run(
     config: RunConfig, out: Path, finished: int, progress: RunProgress, *, resume: bool = True
 ) -> Iterator[TaskSequence]:
-    """A run with its tasks and its model, which is untrained; progress is shown while the block runs.
+    """Load a run's tasks and its untrained model; progress is shown while the block runs.
 
     Args:
         config: the settings.
         out: the run's folder.
-        finished: tasks that have been learned; their training records are not read.
+        finished: number of learned tasks; their training records are not read.
         progress: where progress is shown.
-        resume: whether the run may be there already.
+        resume: whether the folder may hold the run already.
 
     Raises:
         ValueError, OSError, ImportError: as :func:`run`.
@@ -108,7 +108,7 @@ def _require_scorable(tasks: Sequence[Task], config: RunConfig) -> None:
 
 
 def _prepare_torch(config: RunConfig) -> None:
-    """Resuming gives the same bits only if a step does; on GPUs that has to be asked for."""
+    """Set PyTorch's threads, and deterministic algorithms on a GPU: a resumed run must give the same bits."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if run_device(config).type == "cuda":

@@ -1,4 +1,4 @@
-"""``rkif tune``: the settings of Recurrent-KIF that do best on the dev split, within a number of runs."""
+"""``rkif tune``: search for the settings of Recurrent-KIF with the best OP on the dev split."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rkif.continual.config import RunConfig, dump_config
+from rkif.continual.config import RunConfig, dump_config, fusion_config
 from rkif.continual.display.progress import RunProgress, format_number
 from rkif.continual.run import run
 from rkif.files import write_text
@@ -27,28 +27,27 @@ OUTER_RATES = (0.25, 0.5, 1.0, 2.0)  # of the inner learning rate
 
 
 def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Console) -> Study:
-    """Search density, Q, M and the outer learning rate by optuna's TPE sampler, which models what was seen.
+    """Search density, Q, M and the outer learning rate with optuna's TPE sampler.
 
-    What it finds was chosen on the dev split: the OP it is shown with is optimistic, the more so the more
-    trials there were.
+    The best settings are chosen on the dev split, so their OP is optimistic; the more trials, the more so.
 
-    The first trial is the config as it is, or the nearest that the search knows. A trial is a whole run; its
-    record is kept in ``out/study.db``, its folder only while it goes on. One that fails counts; one whose
-    settings were tried before has their figures. Interrupted, the search goes on with ``resume``, and the
-    interrupted trial with it.
+    A trial is a complete run. The first has the settings of the search space nearest to the config. Results
+    are kept in ``out/study.db``; a trial's folder is deleted when it ends. A failed trial counts. A trial
+    with settings that were tried before takes their result without a run. With ``resume`` the search
+    continues, and so does the interrupted trial.
 
     Args:
-        config: of method recurrent_kif; all that is not searched stays.
-        out: folder of the study.
-        trials: whole runs that it may take, those before an interruption included.
-        resume: go on with the study that is there.
-        console: where each trial is shown.
+        config: of method recurrent_kif; settings that are not searched stay.
+        out: the study's folder.
+        trials: number of trials, including those before an interruption.
+        resume: continue the study in ``out``.
+        console: each trial is shown here.
 
     Returns:
-        The study; its values are OP.
+        The study; its objective is OP.
 
     Raises:
-        ValueError: another method, a study that is there already or is of another config, no OP to search by.
+        ValueError: another method, a study that exists already or has another config, or no trial succeeded.
         ImportError: optuna is not installed.
     """
     try:
@@ -76,13 +75,13 @@ def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Co
         )
     except SQLAlchemyError as error:
         raise ValueError(f"{out / 'study.db'} is damaged: {error}") from error
-    # A sampler that begins anew with the seed would draw what it has drawn before the interruption.
+    # With the seed alone a resumed sampler would draw the same settings as before the interruption.
     study.sampler = optuna.samplers.TPESampler(
         seed=derive_seed(config.seed, "tune", len(study.trials)) % 2**32
     )
-    finished = optuna.trial.TrialState.COMPLETE
+    complete = optuna.trial.TrialState.COMPLETE
     for trial in study.trials:
-        if trial.state == optuna.trial.TrialState.RUNNING:  # interrupted: its parameters are tried again
+        if trial.state == optuna.trial.TrialState.RUNNING:  # interrupted: try its parameters again
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             study.enqueue_trial(trial.params)
     if not study.trials:
@@ -91,7 +90,7 @@ def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Co
     def objective(trial: Trial) -> float:
         chosen = _chosen(config, trial)
         for earlier in study.trials:
-            if earlier.state == finished and earlier.params == trial.params:
+            if earlier.state == complete and earlier.params == trial.params:
                 for key, value in earlier.user_attrs.items():
                     trial.set_user_attr(key, value)
                 return float(earlier.value or 0.0)
@@ -100,8 +99,8 @@ def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Co
             shutil.rmtree(folder)
         try:
             with open(os.devnull, "w") as nowhere:
-                quiet = RunProgress(Console(file=nowhere))
-                metrics = run(chosen, folder, resume=folder.exists(), progress=quiet)
+                silent = RunProgress(Console(file=nowhere))
+                metrics = run(chosen, folder, resume=folder.exists(), progress=silent)
         except (ValueError, RuntimeError) as error:
             trial.set_user_attr("error", str(error))
             console.print(f"trial {trial.number} failed: {error}", style="yellow", markup=False)
@@ -117,25 +116,23 @@ def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Co
         shutil.rmtree(folder)
         return float(metrics["op"])
 
-    left = trials - sum(trial.state == finished or "error" in trial.user_attrs for trial in study.trials)
+    left = trials - sum(trial.state == complete or "error" in trial.user_attrs for trial in study.trials)
     study.optimize(objective, n_trials=max(0, left), catch=(ValueError, RuntimeError))
-    if not any(trial.state == finished for trial in study.trials):
+    if not any(trial.state == complete for trial in study.trials):
         raise ValueError(f"no trial came to its end; the last: {study.trials[-1].user_attrs.get('error')}")
     return study
 
 
 def _start(config: RunConfig) -> dict[str, Any]:
-    """The nearest point of the search to the config."""
-    from rkif.continual.config import fusion_config
-
+    """The point of the search space nearest to the config."""
     fusion = fusion_config(config.fusion)
-    wanted = {
+    candidates = {
         "density": (DENSITIES, fusion.density),
         "inner_steps": (INNER_STEPS, fusion.inner_steps),
         "outer_share": (OUTER_SHARES, fusion.outer_steps / fusion.inner_steps),
         "outer_rate": (OUTER_RATES, config.outer.learning_rate / config.training.learning_rate),
     }
-    return {name: min(values, key=lambda v: abs(v - value)) for name, (values, value) in wanted.items()}
+    return {name: min(values, key=lambda v: abs(v - value)) for name, (values, value) in candidates.items()}
 
 
 def _chosen(config: RunConfig, trial: Trial) -> RunConfig:
@@ -159,13 +156,13 @@ def _described(parameters: dict[str, Any]) -> str:
 
 
 def best_table(study: Study) -> Table:
-    """The trials from best to worst; those that see fewer samples come first among equals."""
+    """The trials from best to worst; of equal ones the one with fewer samples first."""
     table = Table(box=box.SIMPLE_HEAD, title="OP on the dev split, best first")
     names = ("density", "inner_steps", "outer_share", "outer_rate")
     for heading in ("trial", "OP", "BWT", "samples", "density", "Q", "M / Q", "outer rate / inner"):
         table.add_column(heading, justify="right")
-    done = [trial for trial in study.trials if trial.value is not None]
-    for trial in sorted(done, key=lambda t: (-(t.value or 0.0), t.user_attrs["samples"])):
+    completed = [trial for trial in study.trials if trial.value is not None]
+    for trial in sorted(completed, key=lambda t: (-(t.value or 0.0), t.user_attrs["samples"])):
         table.add_row(
             str(trial.number),
             format_number(trial.value),

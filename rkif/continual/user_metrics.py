@@ -1,4 +1,4 @@
-"""Metrics of one's own: functions that are given predictions and records, and return a number."""
+"""Metrics of the user's: functions of predictions and records that return a number."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Metric = Callable[[Sequence[str], Sequence[Record]], float]
 
 
 def metric_name(spec: str) -> str:
-    """What a metric is called in tables: its function's name."""
+    """A metric's name in tables: that of its function."""
     return spec.rpartition(":")[2]
 
 
 def locate(spec: str, folder: Path) -> str:
-    """``module:function`` as ``/path/to/module.py:function`` where the module is a file in ``folder``."""
+    """``/path/to/module.py:function`` if the module is a file in ``folder``, else ``spec`` unchanged."""
     module, _, function = spec.rpartition(":")
     file = folder / (module if module.endswith(".py") else module.replace(".", "/") + ".py")
     return f"{file}:{function}" if file.is_file() else spec
@@ -36,15 +36,15 @@ def load_metric(spec: str) -> Metric:
     module_name, _, function = spec.rpartition(":")
     try:
         if module_name.endswith(".py"):
-            found = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
-            assert found is not None
-            assert found.loader is not None
-            module: Any = importlib.util.module_from_spec(found)
-            sys.modules.setdefault(found.name, module)  # where dataclasses look for a class's module
-            found.loader.exec_module(module)
+            module_spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
+            assert module_spec is not None
+            assert module_spec.loader is not None
+            module: Any = importlib.util.module_from_spec(module_spec)
+            sys.modules.setdefault(module_spec.name, module)  # dataclasses look up a class's module here
+            module_spec.loader.exec_module(module)
         else:
             module = importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's module does when it is imported
+    except Exception as error:  # a user's module may raise anything
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(f"metrics: {spec!r} cannot be imported: {problem}") from error
     metric = getattr(module, function, None)
@@ -56,17 +56,17 @@ def load_metric(spec: str) -> Metric:
 def evaluate_metric(
     name: str, metric: Metric, predictions: Sequence[str], records: Sequence[Record]
 ) -> float:
-    """The metric's value.
+    """Call the metric.
 
     Raises:
-        ValueError: it raises, or is not a finite number.
+        ValueError: the metric raises, or its value is not a finite number.
     """
     try:
         value: Any = metric(list(predictions), list(records))
-    except Exception as error:  # whatever a user's function does
+    except Exception as error:  # a user's function may raise anything
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(f"metric {name!r} failed on task {records[0].task!r}: {problem}") from error
-    if hasattr(value, "item") and getattr(value, "size", None) == 1:  # numpy's numbers are none of Python's
+    if hasattr(value, "item") and getattr(value, "size", None) == 1:  # a number of numpy's
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, float | int) or not math.isfinite(value):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""``rkif demo``: three methods side by side on tasks that need neither a download nor a GPU."""
+"""``rkif demo``: three methods on small tasks, without a download or a GPU."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ seed: 0
 
 
 def demo(out: Path, *, resume: bool, console: Console) -> list[dict[str, Any]]:
-    """Write a model, tasks and a config into ``out``; run three methods on them; show the figures.
+    """Write a model, tasks and a config into ``out``; run three methods; show their metrics.
 
     Returns:
-        The metrics of the runs, which are in ``out/<method>``.
+        The metrics of the runs in ``out/<method>``.
 
     Raises:
-        ValueError: ``out`` holds a demo already and ``resume`` is False.
+        ValueError: ``out`` holds a demo and ``resume`` is False, or holds other files.
         OSError, ImportError: the folder cannot be written, or transformers is not installed.
     """
     config_path = out / "config.yaml"
@@ -74,7 +74,7 @@ def demo(out: Path, *, resume: bool, console: Console) -> list[dict[str, Any]]:
 
 
 def write_inputs(out: Path, *, train: int, dev: int, seed: int) -> None:
-    """Write the tasks (``train`` and ``dev`` records each) and a model that knows their words."""
+    """Write tasks with ``train`` and ``dev`` records each, and an untrained model with their vocabulary."""
     tasks = out / "tasks"
     write_tasks(tasks, train=train, dev=dev, seed=seed)
     records = [json.loads(line) for line in (tasks / "train.jsonl").read_text().splitlines()]

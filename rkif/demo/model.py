@@ -1,4 +1,4 @@
-"""A small transformer with a word-level tokenizer, made on the spot: nothing is downloaded."""
+"""A small untrained transformer with a word-level tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rkif.seeding import derive_seed
 
 
 def word_tokenizer(texts: Iterable[str]) -> Any:
-    """A tokenizer whose tokens are the words and punctuation marks of some texts.
+    """A tokenizer whose tokens are the words and punctuation marks of ``texts``.
 
     Tokens: "<pad>" 0, "<unk>" 1, "</s>" 2, then the words in alphabetical order.
     """

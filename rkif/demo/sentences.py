@@ -1,4 +1,4 @@
-"""Four small tasks: sentences made from word lists, each with a question and its answers."""
+"""Four small classification tasks: sentences generated from word lists."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ PLACES = {
 
 @dataclass(frozen=True)
 class Sentences:
-    """A task: its question, its answers, and a way to make a sentence for an answer."""
+    """A task: a question, its labels, and a generator of sentences for a label."""
 
     instruction: str
     labels: tuple[str, ...]
@@ -63,7 +63,7 @@ class Sentences:
 
 
 class Review(Sentences):
-    """Praise or blame; "not" turns one into the other."""
+    """Praise or blame; "not" inverts it."""
 
     def sentence(self, label: str, rng: random.Random) -> str:
         negated = rng.random() < 0.3
@@ -74,7 +74,7 @@ class Review(Sentences):
 
 
 class Tense(Sentences):
-    """The tense is told by the auxiliary in front of the verb, not by the words around it."""
+    """Only the auxiliary verb tells the tense."""
 
     def sentence(self, label: str, rng: random.Random) -> str:
         auxiliary = {"past": "did", "present": "does", "future": "will"}[label]
@@ -83,7 +83,7 @@ class Tense(Sentences):
 
 @dataclass(frozen=True)
 class Topical(Sentences):
-    """Two words of the answer's list among words that tell nothing."""
+    """Two words of the label's list, among words that do not depend on the label."""
 
     lists: Mapping[str, tuple[str, ...]]
 
@@ -104,9 +104,9 @@ def write_tasks(folder: Path, *, train: int, dev: int, seed: int) -> None:
     """Write the tasks in the layout that ``rkif run`` reads: ``tasks.json``, ``train.jsonl``, ``dev.jsonl``.
 
     Args:
-        folder: made where it is missing.
-        train, dev: records a task; no sentence is in both.
-        seed: decides which.
+        folder: created if it is missing.
+        train, dev: numbers of records per task; no sentence is in both splits.
+        seed: of the sentences.
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = {

@@ -1,4 +1,4 @@
-"""``rkif log``: a run's ledger as tables for people."""
+"""``rkif log``: tables of a run's ledger."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VERDICTS = ("keep", "damp", "undo", "stop", "unchecked")
 
 @dataclass(frozen=True)
 class Share:
-    """What a round did to some parameters together.
+    """The effect of a round on a group of parameters.
 
     Attributes:
         moved: L2 norm of their change.
@@ -40,16 +40,16 @@ class Share:
 
     @property
     def shares(self) -> list[str]:
-        """The counts in per cent."""
+        """The counts in percent."""
         total = sum(self.counts) or 1
         return [f"{100 * count / total:.1f}" for count in self.counts]
 
 
 def read(run: Path) -> list[Record]:
-    """A run's records, the chain checked.
+    """Read a run's records and check the chain.
 
     Raises:
-        ValueError: there is no run, or it has no ledger, or the ledger is empty or does not hold together.
+        ValueError: there is no run or no ledger, the ledger is empty, or its chain is broken.
     """
     RunReader(run)
     path = run / "ledger.jsonl"
@@ -62,7 +62,7 @@ def read(run: Path) -> list[Record]:
 
 
 def select(records: Sequence[Record], *, task: str | None = None, verdict: str | None = None) -> list[Record]:
-    """The records of a task, or of rounds with a verdict.
+    """The records of a task, and of rounds with a verdict.
 
     Raises:
         ValueError: there is no such task or verdict.
@@ -78,16 +78,16 @@ def select(records: Sequence[Record], *, task: str | None = None, verdict: str |
 
 
 def only_module(records: Sequence[Record], module: str | None) -> Iterator[Record]:
-    """The records, rounds with the modules whose names contain ``module`` alone."""
+    """The records; each round keeps only the parameters whose names contain ``module``."""
     for record in records:
         if module is not None and "modules" in record:
-            found = {name: value for name, value in record["modules"].items() if module in name}
-            record = {**record, "modules": found}
+            values = {name: value for name, value in record["modules"].items() if module in name}
+            record = {**record, "modules": values}
         yield record
 
 
 def table(records: Sequence[Record], module: str | None) -> Table:
-    """A row a record; with ``module``, rounds only, and what they did to those parameters.
+    """A row per record. With ``module`` only rounds, and only their effect on those parameters.
 
     Raises:
         ValueError: no parameter's name contains ``module``.
@@ -111,7 +111,7 @@ def table(records: Sequence[Record], module: str | None) -> Table:
 
 
 def explain(records: Sequence[Record], module: str) -> list[Table]:
-    """The rounds that moved some parameters, who won in them, and the same by task.
+    """Two tables: the rounds that moved the parameters, with who selected them, and totals by task.
 
     Raises:
         ValueError: no parameter's name contains ``module``, or there are no rounds.
@@ -121,10 +121,10 @@ def explain(records: Sequence[Record], module: str) -> list[Table]:
         raise ValueError("there is no round to explain: nothing has been fused")
     parts = [(record, _share(record, module)) for record in rounds]
     names = sorted({name for record in rounds for name in record["modules"] if module in name})
-    many = "s" if len(names) > 1 else ""
+    plural = "s" if len(names) > 1 else ""
     by_round = _table(
         ("round", "task", "gate", "moved", *CASE_HEADINGS, "imp in", "imp out"),
-        title=f"{len(names)} parameter{many} with {module!r} in the name: the rounds that moved them",
+        title=f"{len(names)} parameter{plural} with {module!r} in the name: the rounds that moved them",
     )
     by_task = _table(
         ("task", "rounds", "moved in", "moved", *CASE_HEADINGS, "imp out then", "now"),
@@ -143,43 +143,43 @@ def explain(records: Sequence[Record], module: str) -> list[Table]:
                 *importance,
             )
     for task in dict.fromkeys(record["task"] for record in rounds):
-        own = [part for record, part in parts if record["task"] == task]
-        # Elements counted once a round: who won how often.
-        counts = tuple(sum(column) for column in zip(*(part.counts for part in own), strict=True))
-        moved = sum(part.moved for part in own)
-        total = Share(moved, counts, own[-1].importance)
+        parts_of_task = [part for record, part in parts if record["task"] == task]
+        # An element is counted once per round.
+        counts = tuple(sum(column) for column in zip(*(part.counts for part in parts_of_task), strict=True))
+        moved = sum(part.moved for part in parts_of_task)
+        total = Share(moved, counts, parts_of_task[-1].importance)
         by_task.add_row(
             task,
-            str(len(own)),
-            str(sum(part.moved > 0 for part in own)),
+            str(len(parts_of_task)),
+            str(sum(part.moved > 0 for part in parts_of_task)),
             f"{moved:.3g}",
             *total.shares,
-            f"{own[-1].importance[1]:.1e}",
+            f"{parts_of_task[-1].importance[1]:.1e}",
             f"{parts[-1][1].importance[1]:.1e}",
         )
     return [by_round, by_task]
 
 
 def _share(record: Record, module: str | None) -> Share:
-    """What a round did to the parameters whose names contain ``module``; to all without one."""
-    found = [value for name, value in record["modules"].items() if module is None or module in name]
-    if not found:
+    """The effect of a round on the parameters whose names contain ``module``; on all without it."""
+    values = [value for name, value in record["modules"].items() if module is None or module in name]
+    if not values:
         names = ", ".join(sorted({short_name(name) for name in record["modules"]})[:3])
         raise ValueError(f"no parameter's name contains {module!r}; there are {names}, ...")
-    sizes = [value["numel"] for value in found]
+    sizes = [value["numel"] for value in values]
     importance = [
-        sum(value["importance"][side] * size for value, size in zip(found, sizes, strict=True)) / sum(sizes)
+        sum(value["importance"][side] * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
         for side in (0, 1)
     ]
     return Share(
-        math.sqrt(sum(value["moved"] ** 2 for value in found)),
-        tuple(sum(value["counts"][case] for value in found) for case in range(len(CASES))),
+        math.sqrt(sum(value["moved"] ** 2 for value in values)),
+        tuple(sum(value["counts"][case] for value in values) for case in range(len(CASES))),
         (importance[0], importance[1]),
     )
 
 
 def _verdict(record: Record) -> str:
-    """The gate's, or what came of a round without one."""
+    """The gate's verdict; without a gate "-", or "refused" for a fusion that was not applied."""
     if record["gate"] is not None:
         return str(record["gate"]["verdict"])
     return "-" if record["applied"] else "refused"

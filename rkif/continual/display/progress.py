@@ -1,4 +1,4 @@
-"""What a run shows in the terminal: progress bars while it goes, tables at its end."""
+"""The terminal output of a run: progress bars while it runs, tables at its end."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from rich.table import Table
 from rkif.continual.config import RunConfig
 from rkif.continual.tasks.records import Task
 
-MOST_COLUMNS = 6  # tasks whose accuracies fit beside the other figures
+MAX_TASK_COLUMNS = 6  # more do not fit a terminal's width
 
 
 class RunProgress:
-    """Shows a run on a console: one bar for the tasks, one for what is being done.
+    """Shows a run on a console: a bar for the tasks, and a bar for the current activity.
 
     Args:
-        console: where to; a console that is no terminal gets a line for each measurement instead of bars.
+        console: one that is no terminal shows a line per measurement instead of bars.
     """
 
     def __init__(self, console: Console) -> None:
@@ -64,7 +64,7 @@ class RunProgress:
         self._bars.reset(self._part, description=what, total=None, note="")
 
     def task(self, index: int, steps: int, done: int) -> None:
-        """A task's training begins, ``done`` of its steps being done already."""
+        """A task's training begins, or continues after ``done`` steps."""
         description = f"learning {self._tasks[index].name}"
         self._bars.update(self._whole, completed=index)
         self._bars.reset(self._part, description=description, total=steps, completed=done, note="")
@@ -79,7 +79,7 @@ class RunProgress:
         self._bars.update(self._part, advance=1)
 
     def measured(self, index: int, metrics: Mapping[str, Any]) -> None:
-        """All tasks have been measured after task ``index``."""
+        """All tasks were measured after task ``index``."""
         self._bars.update(self._whole, completed=index + 1)
         column = [row[index] for row in metrics["accuracy"]]
         shown = "  ".join(f"{task.name} {value:.1f}" for task, value in zip(self._tasks, column, strict=True))
@@ -87,9 +87,9 @@ class RunProgress:
 
 
 def run_tables(metrics: Mapping[str, Any]) -> list[Table]:
-    """One run: each task's accuracy before training, right after learning it, and at the end.
+    """Tables of one run: each task's accuracy before training, right after learning it, and at the end.
 
-    A metric of the user's gets such a table, too.
+    There is a table for accuracy and one for each of the user's metrics.
     """
     accuracy = _run_table(
         f"{metrics['method']}: accuracy in % ({metrics['split']} split)",
@@ -102,11 +102,11 @@ def run_tables(metrics: Mapping[str, Any]) -> list[Table]:
         f"OP {format_number(metrics['op'])}   BWT {format_number(metrics['bwt'], sign=True)}   "
         f"FWT {format_number(metrics['fwt'], sign=True)}   ({metrics['samples']:,} training samples)"
     )
-    own = [
-        _run_table(f"{metrics['method']}: {name}", metrics, part["matrix"], part["initial"], _any_figure)
+    user_tables = [
+        _run_table(f"{metrics['method']}: {name}", metrics, part["matrix"], part["initial"], _format_any)
         for name, part in metrics["metrics"].items()
     ]
-    return [accuracy, *own]
+    return [accuracy, *user_tables]
 
 
 def _run_table(
@@ -132,15 +132,15 @@ def _run_table(
     return table
 
 
-def _any_figure(value: float, *, sign: bool = False) -> str:
-    """A number of unknown size."""
+def _format_any(value: float, *, sign: bool = False) -> str:
+    """A number with four significant digits."""
     return f"{value:{'+' if sign else ''}.4g}"
 
 
 def comparison_table(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """Several runs over the same tasks, side by side: accuracy at the end, and the figures over all tasks.
+    """A table with a row per run over the same tasks: final accuracies, OP, BWT, FWT and samples.
 
-    Single tasks are left out where there are too many for a terminal's width.
+    Accuracies of single tasks are left out where there are more than ``MAX_TASK_COLUMNS``.
     """
     table = Table(
         title=f"accuracy in % at the end ({runs[0]['split']} split)",
@@ -149,7 +149,7 @@ def comparison_table(runs: Sequence[Mapping[str, Any]]) -> Table:
         collapse_padding=True,
     )
     table.add_column("method", no_wrap=True)
-    shown = len(runs[0]["tasks"]) <= MOST_COLUMNS
+    shown = len(runs[0]["tasks"]) <= MAX_TASK_COLUMNS
     for name in runs[0]["tasks"] if shown else []:
         table.add_column(name, justify="right")
     for heading in ("OP", "BWT", "FWT", "samples"):
@@ -167,7 +167,7 @@ def comparison_table(runs: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def format_number(value: float | None, *, sign: bool = False) -> str:
-    """A number with one decimal place; a dash for none."""
+    """A number with one decimal place; "-" for None."""
     if value is None:
         return "-"
     return f"{value:+.1f}" if sign else f"{value:.1f}"

@@ -1,4 +1,4 @@
-"""The gate of a run: the criteria that its settings describe, measured on records of the earlier tasks."""
+"""The criteria of a run's gate, measured on records of the earlier tasks."""
 
 from __future__ import annotations
 
@@ -23,28 +23,31 @@ MEMORY_LOSS = "memory_loss"
 
 
 class GateStopped(RuntimeError):
-    """A gate said "stop": training has ended, with the parameters as they were before the round."""
+    """The gate's verdict was "stop": training ended, with the parameters from before the round."""
 
 
 def hold_out(task: Task, config: RunConfig) -> tuple[Task, tuple[Record, ...]]:
-    """The task without the training records that the gate will measure it on, and these.
+    """Split off the training records that the gate will measure the task on.
+
+    Returns:
+        The task without these records, and the records.
 
     Raises:
-        ValueError: nothing would be left to train on.
+        ValueError: no record would be left to train on.
     """
     if config.gate is None or not config.gate.validates:
         return task, ()
-    held = stratified_subset(
+    held_out = stratified_subset(
         task.train, config.gate.records, derive_seed(config.seed, "validation", task.name)
     )
-    kept = {record.id for record in held}
-    rest = tuple(record for record in task.train if record.id not in kept)
+    held_out_ids = {record.id for record in held_out}
+    rest = tuple(record for record in task.train if record.id not in held_out_ids)
     if task.train and not rest:
         raise ValueError(
             f"gate.records: setting {config.gate.records} records of task {task.name!r} aside would leave "
             f"none of its {len(task.train)} to train on"
         )
-    return replace(task, train=rest), held
+    return replace(task, train=rest), held_out
 
 
 def make_gate(
@@ -56,44 +59,46 @@ def make_gate(
     memory: ReplayMemory,
     validation: ReplayMemory,
 ) -> Gate:
-    """The gate for a task's rounds.
+    """Make the gate for the rounds of a task.
 
     Args:
         settings: the gate's.
         config: the run's.
-        model: what is measured, as it is at the time.
-        objective: gives its loss and its answers.
-        tasks: all of the run's; those in ``memory`` are measured.
-        memory: records of the earlier tasks that the outer learner trains on: the loss is measured on them.
-        validation: records of the earlier tasks that no learner saw: everything else is measured on them.
+        model: measured with its parameters at the time of the measurement.
+        objective: computes the model's loss and answers.
+        tasks: all tasks of the run.
+        memory: records of the earlier tasks that the outer learner trains on, for the memory loss.
+        validation: records of the earlier tasks that no learner saw, for accuracy and the user's metrics.
 
     Raises:
-        ValueError: a metric of one's own cannot be found.
+        ValueError: a metric of the user's cannot be imported.
     """
-    known = {task.name: task for task in tasks}
+    tasks_by_name = {task.name: task for task in tasks}
     remembered = [item for items in memory.by_task.values() for item in items[: settings.records]]
-    held = [
-        replace(known[name], dev=tuple(record for _, record in items))
+    held_out = [
+        replace(tasks_by_name[name], dev=tuple(record for _, record in items))
         for name, items in validation.by_task.items()
     ]
 
-    def criterion(one: CriterionSettings) -> Criterion:
+    def make_criterion(described: CriterionSettings) -> Criterion:
+        name, higher = described.name, described.higher_is_better
         measure: Callable[[], float]
-        if one.metric == MEMORY_LOSS:
+        if described.metric == MEMORY_LOSS:
             measure, samples = partial(mean_loss, model, objective, remembered, config), len(remembered)
         else:
-            own = {} if one.metric == ACCURACY else {one.name: load_metric(one.metric)}
+            user_metrics = {} if described.metric == ACCURACY else {name: load_metric(described.metric)}
 
             def measure() -> float:
-                values = [evaluate(model, objective, task, config, own)[one.name] for task in held]
+                values = [evaluate(model, objective, task, config, user_metrics)[name] for task in held_out]
                 return sum(values) / len(values)
 
-            samples = sum(len(task.dev) for task in held)
-        higher = one.metric != MEMORY_LOSS if one.higher_is_better is None else one.higher_is_better
-        return Criterion(one.name, measure, higher, one.floor, one.tolerance, samples)
+            samples = sum(len(task.dev) for task in held_out)
+        if higher is None:
+            higher = described.metric != MEMORY_LOSS
+        return Criterion(name, measure, higher, described.floor, described.tolerance, samples)
 
     return Gate(
-        [criterion(one) for one in settings.criteria],
+        [make_criterion(described) for described in settings.criteria],
         ladder=tuple(settings.ladder),
         otherwise=settings.otherwise,
         every=settings.every,
@@ -103,7 +108,7 @@ def make_gate(
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, objective: Objective, items: Sequence[Item], config: RunConfig) -> float:
-    """The mean loss over records, without dropout."""
+    """The mean loss over records in evaluation mode. The model's mode is restored."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device

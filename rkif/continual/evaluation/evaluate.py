@@ -1,4 +1,4 @@
-"""What a model is worth on a task of a run: accuracy, and metrics of one's own."""
+"""Accuracy and the user's metrics of a model on one task."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ ACCURACY = "accuracy"
 def evaluate(
     model: nn.Module, objective: Objective, task: Task, config: RunConfig, metrics: Mapping[str, Metric]
 ) -> dict[str, float]:
-    """Ask a task's dev records.
+    """Predict the answers to a task's dev records and score them.
 
     Returns:
-        "accuracy", per cent of the records answered exactly, and each metric's value by its name.
+        "accuracy", the percentage of exact answers, and each user metric's value by its name.
 
     Raises:
-        ValueError: the answers are to be chosen among labels, and the task has none; or a metric's value is
-            not a finite number.
+        ValueError: scoring is by likelihood and the task has no labels, or a metric's value is not a finite
+            number.
     """
     with autocast(config):
         predictions = objective.predict(model, task)
-    own = {name: evaluate_metric(name, metric, predictions, task.dev) for name, metric in metrics.items()}
-    return {ACCURACY: accuracy(predictions, task.dev), **own}
+    values = {ACCURACY: accuracy(predictions, task.dev)}
+    for name, metric in metrics.items():
+        values[name] = evaluate_metric(name, metric, predictions, task.dev)
+    return values

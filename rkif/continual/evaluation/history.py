@@ -1,4 +1,4 @@
-"""What the rounds of a task did, tensor by tensor: what pictures of a run are drawn from."""
+"""Statistics of a task's rounds for each tensor; the plots of a report are drawn from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rkif_kernels import CASES
 
 
 class RoundHistory:
-    """One line a round, kept as tensors so that a checkpoint can hold them.
+    """One row per round, stored as tensors so that a checkpoint can hold them.
 
     After R rounds :meth:`tensors` has ``norms``, float64 [R, 3] (L2 of inner and outer task vectors and
     of the update), and for each parameter ``importance.NAME``, float32 [R, 2] (mean score of both sides),
@@ -23,13 +23,18 @@ class RoundHistory:
         self._tensors: dict[str, Tensor] = {}
 
     def add(self, inner: Mapping[str, Tensor], outer: Mapping[str, Tensor], report: FusionReport) -> None:
-        """Take in a round: name -> scores as they were when it was fused, and the fusion's report."""
+        """Add a round.
+
+        Args:
+            inner, outer: name -> the learners' scores from before the fusion.
+            report: of the fusion.
+        """
         self._append("norms", torch.tensor(list(report.norms.values()), dtype=torch.float64))
         for name in inner:
             scores = (inner[name], outer[name])
             self._append(f"importance.{name}", torch.stack([score.mean() for score in scores]).cpu())
             counts = torch.zeros(len(CASES), dtype=torch.int64)
-            if report.applied or report.gate is not None:  # a gate decides on what was selected
+            if report.applied or report.gate is not None:  # a gate decides after the selection
                 first, second = (
                     score > (limit[name] if isinstance(limit, dict) else limit)
                     for score, limit in zip(scores, report.thresholds, strict=True)
@@ -38,9 +43,9 @@ class RoundHistory:
                 counts = torch.tensor([n_in - both, n_out - both, both, first.numel() - n_in - n_out + both])
             self._append(f"counts.{name}", counts)
 
-    def _append(self, name: str, line: Tensor) -> None:
-        lines = self._tensors.get(name, line.new_empty((0, *line.shape)))
-        self._tensors[name] = torch.cat([lines, line[None]])
+    def _append(self, name: str, row: Tensor) -> None:
+        rows = self._tensors.get(name, row.new_empty((0, *row.shape)))
+        self._tensors[name] = torch.cat([rows, row[None]])
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self._tensors)

@@ -1,13 +1,13 @@
-"""What a run over a sequence of tasks is judged by, computed from one accuracy matrix.
+"""OP, BWT and FWT of a task sequence, computed from one accuracy matrix.
 
 `a[i][j]` is the accuracy in percent on task i after training on task j, both from 0, in a list of K rows of K
 entries; None stands for an accuracy that was not measured. `initial[i]` is the accuracy on task i before any
 training. Definitions: Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning" (NeurIPS
 2017), section 2, where the matrix is written transposed (R[j][i]).
 
-Other code bases mean other things by the same names: some divide backward transfer by K instead of K - 1,
-some call the mean accuracy right after learning, less a constant or a separately trained model's, forward
-transfer, and some report the final mean alone. Figures are comparable only where the formula is the same.
+Other code bases use the same names for other formulas. Some divide backward transfer by K instead of K - 1.
+Some define forward transfer as the mean accuracy right after learning, minus a constant or the accuracy of a
+separately trained model. Compare values only where the formula is the same.
 """
 
 from __future__ import annotations

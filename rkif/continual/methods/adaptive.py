@@ -14,11 +14,11 @@ from rkif.fuser.importance import Importance
 
 
 class Adaptive(Merging):
-    """``w * tau_in + (1 - w) * tau_out``, element by element, ``w`` the softmax of the two importances.
+    """``w * tau_in + (1 - w) * tau_out`` for each element, where ``w`` is the softmax of the two importances.
 
-    Both learners' scores are first brought to [0, 1] over all parameters (raw scores are so small that every
-    weight would be 1/2), then divided by the temperature ``adaptive.temperature``. After the ablation in Feng
-    et al. (ACL 2025), section 5, and the published allocator.
+    Each learner's scores are scaled to [0, 1] over all parameters, because raw scores are so small that every
+    weight would be 1/2. They are then divided by ``adaptive.temperature``. Source: the ablation in Feng et
+    al. (ACL 2025), section 5, and the published code.
     """
 
     def __init__(self, context: Context) -> None:

@@ -8,7 +8,7 @@ from rkif.continual.methods.merging import Merging
 
 
 class Average(Merging):
-    """Half of what either learner added."""
+    """``(tau_in + tau_out) / 2``."""
 
     def merge(self, name: str, inner: Tensor, outer: Tensor) -> Tensor:
         return (inner + outer) / 2

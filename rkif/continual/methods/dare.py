@@ -10,9 +10,9 @@ from rkif.continual.methods.merging import Merging
 
 
 class Dare(Merging):
-    """Each element of a task vector is kept with probability ``fusion.density`` and divided by it.
+    """Keep each element of a task vector with probability ``fusion.density``, divided by the density.
 
-    What is left of the two vectors is averaged.
+    The two sparse vectors are averaged.
     """
 
     @staticmethod

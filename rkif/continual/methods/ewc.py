@@ -7,16 +7,15 @@ from torch import Tensor
 
 from rkif.continual.methods.sequential import Context, Sequential, strip_prefix
 
-RECORDS = 64  # of the task's training records, of which the Fisher information is estimated
+RECORDS = 64  # number of training records from which a task's Fisher information is estimated
 
 
 class Ewc(Sequential):
-    """Plain fine-tuning with a spring to where the task before ended; no memory.
+    """Fine-tuning with a quadratic penalty around the parameters after the previous task; no memory.
 
-    The spring of a parameter is as stiff as its Fisher information, the mean over single records of the
-    square of its gradient (the empirical Fisher), summed over the tasks so far. Each task's is divided by its
-    mean, so that ``ewc.strength`` means much the same on any model. The loss gets
-    ``strength / 2 * sum(F * (theta - anchor)^2)``.
+    The loss gets ``strength / 2 * sum(F * (theta - anchor)^2)``. F is the empirical Fisher information: the
+    mean of the squared gradient over single records, summed over the tasks so far. Each task's F is divided
+    by its mean, so that ``ewc.strength`` has a similar effect on any model.
     """
 
     def __init__(self, context: Context) -> None:
@@ -31,13 +30,13 @@ class Ewc(Sequential):
     def before_clip(self) -> None:
         for name, fisher in self._fisher.items():
             parameter = self.inner.parameters[name]
-            if parameter.grad is not None:  # or it does not move anyway
+            if parameter.grad is not None:  # a parameter without gradient does not move
                 pull = fisher * (parameter - self._anchor[name])
                 parameter.grad.add_(pull, alpha=self.context.config.ewc.strength)
 
     def finish(self) -> None:
         if self.context.index + 1 == len(self.context.tasks):
-            return  # nobody will be held
+            return  # no later task needs the penalty
         squares = {name: torch.zeros_like(p) for name, p in self.inner.parameters.items()}
         for number in range(RECORDS):
             items = self.records(number, number + 1)

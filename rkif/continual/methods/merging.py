@@ -1,4 +1,4 @@
-"""Merges of the two task vectors of a round that know nothing of importance."""
+"""The recurrent loop with a merge of the two task vectors that uses no importance."""
 
 from __future__ import annotations
 
@@ -13,21 +13,29 @@ from rkif.continual.methods.sequential import Context, strip_prefix
 
 
 class Merging(Rounds):
-    """The recurrent loop with another merge: ``theta = base + merge(inner - base, outer - inner)``."""
+    """``theta = base + merge(inner - base, outer - inner)`` after each round, tensor by tensor."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.parameters = self.inner.parameters
         self.base = self._snapshot()
-        self.stopped: dict[str, Tensor] = {}  # where the inner learner stopped; set in the outer phase alone
+        self.stopped: dict[
+            str, Tensor
+        ] = {}  # parameters at the end of the inner phase; empty outside the outer phase
         self.round = 0
 
     @abstractmethod
     def merge(self, name: str, inner: Tensor, outer: Tensor) -> Tensor:
-        """What is added to a parameter of that name, from what either learner added to it."""
+        """The update of the parameter ``name``, of its shape.
+
+        Args:
+            name: of the parameter.
+            inner: the inner learner's task vector, float32.
+            outer: the outer learner's task vector, float32.
+        """
 
     def observe(self) -> None:
-        """Nothing is learned from gradients."""
+        """A merge without importance ignores gradients."""
 
     def begin_outer(self) -> None:
         self.stopped = self._snapshot()

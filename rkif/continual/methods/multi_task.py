@@ -1,4 +1,4 @@
-"""All tasks at once: the bound for methods that see them one after another."""
+"""All tasks at once: an upper bound for methods that see them one after another."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rkif.seeding import derive_seed, shuffled
 
 
 class MultiTask(Sequential):
-    """Every step's records come from all tasks alike.
+    """Every step draws its records from all tasks.
 
-    There are as many steps as the sequence has in all, on as many records as the methods with a memory see.
-    The schedule of the learning rate begins anew with each task of the sequence, as for the other methods.
+    It takes as many steps as the whole sequence, on as many records as the methods with a memory see. The
+    learning-rate schedule restarts with each task of the sequence, as for the other methods.
     """
 
     sequential = False
@@ -22,11 +22,11 @@ class MultiTask(Sequential):
 
     def batch(self, step: int) -> list[Item]:
         before = sum(self._seen(index) for index in range(self.context.index))
-        own, steps = self._seen(self.context.index), self.context.steps
-        return self.records(before + step * own // steps, before + (step + 1) * own // steps)
+        count, steps = self._seen(self.context.index), self.context.steps
+        return self.records(before + step * count // steps, before + (step + 1) * count // steps)
 
     def _seen(self, index: int) -> int:
-        """Records that are trained on while a task is learned."""
+        """Number of records trained on while task ``index`` is learned."""
         context = replace(self.context, index=index)
         return context.steps * context.config.training.batch_size + memory_share(context)
 
@@ -42,5 +42,5 @@ class MultiTask(Sequential):
         return items
 
     def _seed(self, *parts: str | int) -> int:
-        """Not of the task: the walk goes on over all of them."""
+        """A seed that does not depend on the task: one walk covers all of them."""
         return derive_seed(self.context.config.seed, "multi_task", *parts)

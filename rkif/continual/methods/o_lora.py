@@ -13,11 +13,11 @@ from rkif.continual.methods.sequential import Context, Sequential
 
 
 class OLora(Sequential):
-    """A LoRA of its own for each task, the earlier ones frozen, all of them added up.
+    """One LoRA adapter per task; earlier adapters are frozen, and the model uses the sum of all.
 
-    They are the slices of one adapter of rank ``tasks * r``: rows of A and columns of B. A slice not learned
-    yet has B = 0 and adds nothing. The loss gets ``o_lora.strength * sum |A_old A_new^T|``, as in the
-    published code.
+    The adapters are slices of one adapter of rank ``tasks * r``: rows of A and columns of B. A slice that is
+    not trained yet has B = 0 and adds nothing. The loss gets ``o_lora.strength * sum |A_old A_new^T|``, as in
+    the published code.
     """
 
     slices = True
@@ -28,7 +28,7 @@ class OLora(Sequential):
         for name, parameter in self.inner.parameters.items():
             mask = torch.zeros_like(parameter)
             self._slice(name, mask).fill_(1)
-            # Before clipping, so that frozen slices have no part in the gradient's norm.
+            # Before clipping, so that the gradient's norm does not include frozen slices.
             self._hooks.append(parameter.register_hook(partial(torch.mul, mask)))  # type: ignore[no-untyped-call]
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""An adapter for each task: no forgetting, for those who know which task a question belongs to."""
+"""One set of trained parameters per task: no forgetting, if the task of each question is known."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rkif.continual.methods.sequential import Sequential
 
 
 class PerTask(Sequential):
-    """Every task starts from the untrained parameters, and is asked of what was made of them: isolation."""
+    """Isolation: each task starts from the untrained parameters and is answered by its own result."""
 
     task_aware = True
     sequential = False

@@ -17,7 +17,7 @@ from rkif.fusion import FusionReport
 
 
 class RecurrentKIF(Rounds):
-    """The two task vectors of a round are pruned and merged by the importance that either learner found."""
+    """Prunes and merges the two task vectors of a round by the importance each learner measured."""
 
     logs_rounds = True
 
@@ -37,7 +37,7 @@ class RecurrentKIF(Rounds):
                 context.validation,
             )
         self.fuser = Fuser(context.model, self.fusion, gate=gate) if self.has_memory else None
-        # The learners' moments at the start of the round, for a gate to return to; None without one.
+        # With a gate: the optimizers' moments at the start of the round, restored when the gate undoes it.
         self.start: dict[str, Tensor] | None = None if gate is None else {}
 
     def begin_round(self) -> None:
@@ -68,7 +68,7 @@ class RecurrentKIF(Rounds):
                 raise GateStopped(f"the gate stopped the run in {where}: {reasons}")
 
     def _round_record(self, steps: range, base: Mapping[str, Tensor], report: FusionReport) -> dict[str, Any]:
-        """What the ledger keeps of a round."""
+        """The ledger record of the round with these inner steps."""
         after = {name: parameter.detach() for name, parameter in self.inner.parameters.items()}
         moved, rounds = movement(base, after), self.history.tensors()
         modules = {

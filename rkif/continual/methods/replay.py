@@ -1,4 +1,4 @@
-"""Replay mix: records of earlier tasks in every batch. The baseline that any claim must beat."""
+"""Replay: records of earlier tasks in every batch. The baseline for all other methods."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from rkif.continual.tasks.records import Item
 
 
 class Replay(Sequential):
-    """Every batch of the new task is joined by records from the memory, in one optimizer step.
+    """Each batch has records of the new task and of the memory; both go into one optimizer step.
 
-    There are as many of them in a task as Recurrent-KIF's outer learner sees in the same number of inner
-    steps, spread evenly: both methods take the gradient of the same number of samples, from the same memory.
+    The number of memory records per task equals that of Recurrent-KIF's outer learner in the same number of
+    inner steps, distributed evenly. So both methods train on equally many samples of the same memory.
     """
 
     def batch(self, step: int) -> list[Item]:
@@ -24,17 +24,17 @@ class Replay(Sequential):
 
     @property
     def share(self) -> int:
-        """Memory records that the task sees."""
+        """Number of memory records per task."""
         return memory_share(self.context)
 
     def remembered(self, start: int, stop: int) -> list[Item]:
-        """A stretch of the walk over the memory."""
+        """Items ``start`` to ``stop`` of the walk over the memory."""
         seed = self.seed("memory")
         return [self.context.memory.batch(position, 1, seed=seed)[0] for position in range(start, stop)]
 
 
 def memory_share(context: Context) -> int:
-    """Memory records that Recurrent-KIF's outer learner sees while a task is learned."""
+    """Number of memory records that Recurrent-KIF's outer learner trains on in the context's task."""
     if context.index == 0:
         return 0
     fusion = fusion_config(context.config.fusion)

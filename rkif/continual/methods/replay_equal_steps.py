@@ -1,4 +1,4 @@
-"""Replay mix with as many optimizer steps as Recurrent-KIF takes, on as many samples."""
+"""Replay with the number of optimizer steps and samples of Recurrent-KIF."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from rkif.continual.methods.replay import Replay
 
 
 class ReplayEqualSteps(Replay):
-    """The new records and the memory's of a task are spread over Q + M steps a round, where replay takes Q.
+    """Q + M optimizer steps per round on the records that :class:`Replay` uses in Q steps.
 
-    So the batches are smaller, and neither method can owe its result to the number of its steps.
+    The batches are smaller, so the number of steps cannot explain a difference to Recurrent-KIF.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The loop of the recurrent methods: an inner learner, an outer learner, a merge; and again."""
+"""The loop of the recurrent methods: inner steps, outer steps, a merge, repeated."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rkif.continual.tasks.records import Item
 
 
 class Rounds(Sequential):
-    """Q inner steps on the new task, M outer steps on the memory, then what a subclass makes of the two.
+    """A round is Q inner steps on the new task, M outer steps on the memory, and a subclass's merge.
 
-    The outer learner has an optimizer of its own, kept over the rounds of a task; its learning rate follows
-    the inner schedule. The last round of a task ends with however many inner steps it has. The first task
-    has no memory and is fine-tuned.
+    The outer learner has a separate optimizer, kept through the rounds of a task, and the inner learner's
+    schedule. The last round of a task may have fewer inner steps. The first task has no memory: it is plain
+    fine-tuning.
     """
 
     def __init__(self, context: Context) -> None:
@@ -25,26 +25,27 @@ class Rounds(Sequential):
         self.fusion = fusion_config(context.config.fusion)
         self.outer = self.learner(context.config.outer.learning_rate)
         self.has_memory = len(context.memory) > 0
-        # Step -> the batch it drew, of the steps of this round that this process took.
+        # Step -> its batch, for the steps of the current round that this process took.
         self._inner_batches: dict[int, list[Item]] = {}
         self._outer_batches: dict[int, list[Item]] = {}
 
     def begin_round(self) -> None:
-        """The inner learner's first step of a round comes next."""
+        """Called before the first inner step of a round."""
 
     @abstractmethod
     def observe(self) -> None:
-        """Either learner's gradient is final, its step not yet taken."""
+        """Called at each step of both learners when the gradient is clipped; see ``rounds.observe``."""
 
     @abstractmethod
     def begin_outer(self) -> None:
-        """The inner learner has taken its last step of the round."""
+        """Called after the last inner step of a round."""
 
     @abstractmethod
     def end_round(self, steps: range) -> None:
-        """The outer learner has, too: merge, and begin the next round.
+        """Called after the last outer step of a round: merge.
 
-        ``steps`` are the round's inner steps.
+        Args:
+            steps: the round's inner steps.
         """
 
     def train_step(self, step: int) -> float:
@@ -69,21 +70,21 @@ class Rounds(Sequential):
         return loss
 
     def moments(self) -> dict[str, Tensor]:
-        """Both learners' optimizer state, not copies."""
+        """The state of both optimizers, by name; not copies."""
         learners = {"inner": self.inner} | ({"outer": self.outer} if self.has_memory else {})
         return {
-            f"{learner}.{name}": tensor
-            for learner, one in learners.items()
-            for name, tensor in one.tensors().items()
+            f"{side}.{name}": tensor
+            for side, learner in learners.items()
+            for name, tensor in learner.tensors().items()
         }
 
     def load_moments(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`moments` gave; other names are passed over."""
+        """Restore what :meth:`moments` returned; other names are ignored."""
         self.inner.load_tensors(strip_prefix(tensors, "inner."))
         self.outer.load_tensors(strip_prefix(tensors, "outer."))
 
     def _learn_memory(self, step: int) -> None:
-        """The outer learner's steps after inner step ``step``."""
+        """Take the outer steps that follow inner step ``step``."""
         for outer_step in self.outer_steps(step):
             items = self._outer_batches[outer_step] = self.outer_batch(outer_step)
             self.samples += len(items)
@@ -104,7 +105,7 @@ class Rounds(Sequential):
         return inner, outer
 
     def outer_steps(self, step: int) -> range:
-        """The outer learner's steps in the round of inner step ``step``."""
+        """The numbers of the outer steps in the round of inner step ``step``."""
         first = step // self.fusion.inner_steps * self.fusion.outer_steps
         return range(first, first + self.fusion.outer_steps)
 

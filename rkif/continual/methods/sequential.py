@@ -1,4 +1,4 @@
-"""Plain fine-tuning, task after task: what every method starts from, and the one that forgets."""
+"""Plain fine-tuning, task after task: the base class of every method."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from rkif.continual.tasks.replay_memory import ReplayMemory
 from rkif.seeding import derive_seed, shuffled
 
 
-def _unrecorded(content: Mapping[str, Any]) -> None:
-    """For methods outside of a run."""
+def _discard(content: Mapping[str, Any]) -> None:
+    """The default of ``Context.record``: outside a run there is no ledger."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a method gets to learn one task.
+    """What a method needs to learn one task.
 
     Attributes:
         config: the run's settings.
-        model: to be trained, as the task before left it.
-        objective: what the model is to do with records.
-        tasks: all of the run's. Those that have been learned may lack their training records.
-        index: which of them is to be learned.
-        memory: holds records of the earlier tasks, and is empty for the first.
-        validation: the same with the records that a gate measures on; empty where none does.
+        model: with the parameters after the previous task; trained in place.
+        objective: computes the loss of a batch.
+        tasks: all tasks of the run. A task that was learned may have no training records.
+        index: the task to learn.
+        memory: records of the earlier tasks; empty for the first task.
+        validation: records of the earlier tasks that the gate measures on; empty without a gate.
         previous_task_state: what :meth:`Sequential.task_state` returned after the previous task; empty for
-            the first.
-        initial: trainable parameters by name as they were before the first task.
+            the first task.
+        initial: name -> trainable parameter before the first task.
         record: takes a record for the run's ledger.
     """
 
@@ -49,11 +49,11 @@ class Context:
     validation: ReplayMemory = field(default_factory=ReplayMemory)
     previous_task_state: Mapping[str, Tensor] = field(default_factory=dict)
     initial: Mapping[str, Tensor] = field(default_factory=dict)
-    record: Callable[[Mapping[str, Any]], None] = _unrecorded
+    record: Callable[[Mapping[str, Any]], None] = _discard
 
     @property
     def task(self) -> Task:
-        """The task to be learned."""
+        """The task to learn."""
         return self.tasks[self.index]
 
     @property
@@ -66,15 +66,15 @@ class Context:
 
 
 class Sequential:
-    """One inner learner on the new task. Other methods are this one and what they add.
+    """One learner on the new task. Other methods override the hooks; see docs/adding-a-method.md.
 
     Attributes:
-        task_aware: each task is asked of the model as it was when the task had been learned.
-        sequential: the tasks come one after another, so that backward and forward transfer mean something.
-        needs_all_tasks: the training records of all tasks are needed for each.
-        slices: the adapter has ranks of its own for every task.
-        logs_rounds: its rounds are in the run's ledger, and can be returned to.
-        samples: records that went through the model in training so far, this task's and the memory's.
+        task_aware: each task is answered by the model as it was after learning that task.
+        sequential: the tasks are learned one after another; without that BWT and FWT are not defined.
+        needs_all_tasks: every task needs the training records of all tasks.
+        slices: the adapter has ``r`` ranks for each task.
+        logs_rounds: its rounds are recorded in the ledger, and their states are kept.
+        samples: number of records trained on in this task, memory records included.
     """
 
     task_aware: ClassVar[bool] = False
@@ -90,18 +90,18 @@ class Sequential:
 
     @staticmethod
     def require(config: RunConfig) -> None:
-        """Raise ValueError where the method cannot work with these settings."""
+        """Raise ValueError for settings that the method cannot work with."""
 
     def learner(self, learning_rate: float) -> Learner:
-        """A new learner over the model's trainable parameters."""
+        """Make a learner over the model's trainable parameters."""
         context = self.context
         return Learner(context.model, context.objective, context.config, learning_rate=learning_rate)
 
     def begin(self) -> None:
-        """The task begins; not called where one that was begun goes on."""
+        """Called when the task begins; not when it is resumed."""
 
     def train_step(self, step: int) -> float:
-        """Take inner step ``step``, from 0, and whatever the method does after it; returns the inner loss."""
+        """Take inner step ``step``, from 0, and all that follows it; returns the inner loss."""
         items = self.batch(step)
         self.samples += len(items)
         return self.inner.step(
@@ -113,10 +113,10 @@ class Sequential:
         )
 
     def before_clip(self) -> None:
-        """The gradient of an inner step's batch is there: that of a penalty may be added."""
+        """Called when an inner step's gradient is complete: the gradient of a penalty may be added."""
 
     def before_step(self) -> None:
-        """The gradient of an inner step is final, clipped; it may be looked at."""
+        """Called when an inner step's gradient is clipped; it may be read."""
 
     def batch(self, step: int) -> list[Item]:
         """The records of an inner step."""
@@ -124,7 +124,7 @@ class Sequential:
         return self.records(step * size, (step + 1) * size)
 
     def records(self, start: int, stop: int) -> list[Item]:
-        """A stretch of the walk over the task's training records, which are reshuffled every epoch."""
+        """Items ``start`` to ``stop`` of the walk over the training records, reshuffled every epoch."""
         instruction, records = self.context.task.instruction, self.context.task.train
         walk = (divmod(position, len(records)) for position in range(start, stop))
         return [
@@ -133,37 +133,37 @@ class Sequential:
         ]
 
     def lr_fraction(self, step: int) -> float:
-        """The schedule: linear warm-up, then linear decay that ends one step above zero."""
+        """The schedule's factor: linear warm-up, then a linear decay that ends one step above 0."""
         warmup = min(self.context.config.training.warmup_steps, self.context.steps - 1)
         if step < warmup:
             return (step + 1) / (warmup + 1)
         return (self.context.steps - step) / (self.context.steps - warmup)
 
     def seed(self, *parts: str | int) -> int:
-        """A seed of its own for each use, under the run's seed and this task."""
+        """A seed derived from the run's seed, the task and ``parts``; each use passes different parts."""
         return derive_seed(self.context.config.seed, self.context.task.name, *parts)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The method's state between two steps, beside the parameters."""
+        """The method's state between two steps, without the parameters."""
         return {f"inner.{name}": tensor for name, tensor in self.inner.tensors().items()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up the state that :meth:`tensors` gave."""
+        """Restore the state that :meth:`tensors` returned."""
         self.inner.load_tensors(strip_prefix(tensors, "inner."))
 
     def finish(self) -> None:
-        """What is left to do when the last step of the task has been taken."""
+        """Called after the last step of the task; may change the parameters."""
 
     def task_state(self) -> dict[str, Tensor]:
-        """What the method needs to know when it learns the next task, beside parameters and memory."""
+        """What the method needs at the next task, besides the parameters and the memory."""
         return {}
 
     def rounds(self) -> dict[str, Tensor]:
-        """What the task's rounds did, a :class:`~rkif.continual.evaluation.history.RoundHistory`; or {}."""
+        """The tensors of the task's :class:`~rkif.continual.evaluation.history.RoundHistory`; or {}."""
         return {}
 
     def importance(self) -> dict[str, Tensor]:
-        """What the method knows about the parameters' importance after the task; empty for most methods."""
+        """Name -> importance of the parameters after the task; empty for most methods."""
         return {}
 
 

@@ -13,17 +13,17 @@ from rkif.continual.methods.sequential import Context, Sequential, strip_prefix
 from rkif.continual.methods.unit_interval import to_unit_interval
 from rkif.fuser.importance import Importance
 
-SHARE = 0.2  # of the units, that each side holds important
-NEW = 0.3  # the new task's weight where both do, and in the history of scores
+SHARE = 0.2  # fraction of the units that count as important, on each side
+NEW = 0.3  # weight of the new task where both sides are important, and in the score history
 
 
 class Tasl(Sequential):
-    """Plain fine-tuning; then each tensor of the adapter is the new one, the old one, or a mix of them.
+    """Plain fine-tuning; then each tensor is kept, restored, or mixed with its value before the task.
 
-    A unit is a tensor, its score the mean of sensitivity times uncertainty, brought to [0, 1] over the units.
-    The top fifth counts as important. Units important to the new task alone are taken over, those to earlier
-    tasks alone are put back; where both hold one important 0.3 of the new is mixed with 0.7 of the old;
-    halves elsewhere. Constants as in the published code. There is no memory.
+    A unit is a tensor. Its score is the mean of sensitivity times uncertainty, scaled to [0, 1] over the
+    units. The top fifth of the units is important. A unit important to the new task only keeps its new value;
+    one important to earlier tasks only is restored. A unit important to both becomes 0.3 new + 0.7 old, any
+    other the mean. The constants are those of the published code. There is no memory.
     """
 
     def __init__(self, context: Context) -> None:

@@ -12,9 +12,9 @@ from rkif_kernels import Scores
 
 
 class Ties(Merging):
-    """Each task vector keeps the share ``fusion.density`` of its largest elements, tensor by tensor.
+    """Keep the fraction ``fusion.density`` of each task vector by magnitude, tensor by tensor; then merge.
 
-    Where the two disagree about the sign, the larger wins; those that agree are averaged.
+    Where the signs differ, the element of greater magnitude is taken; where they agree, the mean.
     """
 
     def merge(self, name: str, inner: Tensor, outer: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class Ties(Merging):
 
 
 def agreeing_mean(inner: Tensor, outer: Tensor) -> Tensor:
-    """The mean of those elements of two task vectors that have the sign of their sum."""
+    """For each element the mean of those of the two values that have the sign of their sum."""
     first, second = elect_signs(inner, outer)
     total = torch.where(first, inner, 0.0) + torch.where(second, outer, 0.0)
     return total / (first.to(total.dtype) + second).clamp(min=1)

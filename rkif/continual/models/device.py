@@ -11,10 +11,10 @@ from rkif.continual.config import RunConfig
 
 
 def run_device(config: RunConfig) -> torch.device:
-    """The device that ``config.device`` names; "auto" is a GPU where there is one.
+    """The device of ``config.device``; "auto" is "cuda" if available, else "cpu".
 
     Raises:
-        ValueError: no such device.
+        ValueError: the device does not exist or cannot be used.
     """
     name = config.device
     if name == "auto":
@@ -30,6 +30,6 @@ def run_device(config: RunConfig) -> torch.device:
 
 
 def autocast(config: RunConfig) -> contextlib.AbstractContextManager[Any]:
-    """The precision a run computes in."""
+    """A context of the run's precision: autocast to bfloat16, or float32."""
     enabled = config.precision == "bfloat16"
     return torch.autocast(run_device(config).type, dtype=torch.bfloat16, enabled=enabled)

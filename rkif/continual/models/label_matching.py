@@ -1,4 +1,4 @@
-"""Sentence encoders: the answer is the label whose text lies nearest to the question."""
+"""The objective of sentence encoders: the answer is the label with the most similar embedding."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ TEMPERATURE = 0.05  # of cosines, as sentence encoders are commonly trained with
 
 
 class LabelMatchingObjective:
-    """Question and labels run through one encoder; cosines of their mean token vectors are the scores.
+    """Scores are the cosines between the mean token vectors of the question and of each label.
 
-    So one adapter serves every set of labels, and no task has a head of its own. The loss is the
-    cross-entropy over the labels of the record's task, of cosines divided by 0.05.
+    One encoder embeds both, so one adapter serves every set of labels and no task needs a head. The loss is
+    the cross-entropy of cosines divided by 0.05, over the labels of the record's task.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         text: prompt and target templates; the target's is filled with each label.
-        max_length: the most tokens of a question; its middle is cut.
-        labels: task name -> the answers to choose from, for all tasks that records may come from.
-        batch_size: questions at a time where answers are asked for.
+        max_length: maximum number of tokens of a question; the middle of a longer one is cut.
+        labels: task name -> its labels, for every task whose records may occur.
+        batch_size: questions per batch in prediction.
     """
 
     def __init__(
@@ -47,11 +47,12 @@ class LabelMatchingObjective:
         self._batch_size = batch_size
 
     def collate(self, items: Sequence[Item]) -> Batch:
-        """Questions, the labels of their tasks, which of these are a question's, and the right one.
+        """Tokenize the questions and the labels of their tasks.
 
         Returns:
             ``input_ids`` and ``attention_mask``, int64 [questions, length]; ``label_ids`` and ``label_mask``,
-            int64 [labels, length]; ``allowed``, bool [questions, labels]; ``target``, int64 [questions].
+            int64 [labels, length]; ``allowed``, bool [questions, labels]: the label belongs to the question's
+            task; ``target``, int64 [questions]: the column of the right label.
 
         Raises:
             ValueError: a record's answer is not among its task's labels.
@@ -89,17 +90,20 @@ class LabelMatchingObjective:
         def embed(batch: Batch) -> Tensor:
             return _embed(model, *(batch[name].to(device) for name in ("input_ids", "attention_mask")))
 
-        def nearest(chunk: Sequence[Item]) -> list[str]:
+        def most_similar(chunk: Sequence[Item]) -> list[str]:
             scores = embed(self._questions(chunk)) @ embed(self._answers(task.labels)).T
             for (_, record), bad in zip(chunk, scores.isnan().any(1).tolist(), strict=True):
                 if bad:
                     raise ValueError(f"model gives NaN for record {record.id!r} of task {record.task!r}")
             return [task.labels[i] for i in scores.argmax(1).tolist()]
 
-        return in_batches(model, items, self._batch_size, nearest)
+        return in_batches(model, items, self._batch_size, most_similar)
 
     def _questions(self, items: Sequence[Item]) -> Batch:
-        texts = [self._text.prompt.format(instruction=one, input=record.input) for one, record in items]
+        texts = [
+            self._text.prompt.format(instruction=instruction, input=record.input)
+            for instruction, record in items
+        ]
         rows = [self.tokenizer(text, verbose=False)["input_ids"] for text in texts]
         return self._padded([cut(row, self._max_length) for row in rows])
 
@@ -111,7 +115,7 @@ class LabelMatchingObjective:
 
 
 def _embed(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """The mean of a text's token vectors, of length 1: float32 [texts, width]."""
+    """The mean token vector of each text, scaled to length 1: float32 [texts, width]."""
     hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
     weights = mask.unsqueeze(-1)
     return normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)

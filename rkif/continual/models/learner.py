@@ -1,4 +1,4 @@
-"""A learner: an optimizer over the trainable parameters, and the step it takes."""
+"""A learner: an optimizer over the trainable parameters, and its step."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rkif.fuser.parameters import trainable_parameters
 class Learner:
     """AdamW over a model's trainable parameters.
 
-    The inner and the outer learner are two of these over the same parameters: neither sees the other's
-    moments or learning rate.
+    The inner and the outer learner are two objects over the same parameters, with separate moments and
+    learning rates.
 
     Attributes:
         parameters: name -> trainable parameter.
@@ -35,7 +35,7 @@ class Learner:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the optimizer's moments."""
+        """Reset the optimizer's moments."""
         decay = self._config.training.weight_decay
         self._optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=self._learning_rate, weight_decay=decay
@@ -54,16 +54,16 @@ class Learner:
         """Take one optimizer step on the mean loss of a batch.
 
         Args:
-            items: the batch. Micro-batches change its gradient by rounding at most.
-            lr_fraction: the schedule's share of the learning rate.
-            seed: of everything random in the step (dropout). A step is thus a function of the parameters,
-                the optimizer's state and the arguments, and a resumed run needs no generator's state.
-            before_clip: called when the batch's gradient is there: a penalty of the loss adds its own.
-            before_step: called when the gradient is final: accumulated and clipped.
-            after_step: called when the step has been taken, with the same gradient.
+            items: the batch. Splitting it into micro-batches changes the gradient by rounding only.
+            lr_fraction: the schedule's factor of the learning rate.
+            seed: for dropout. A step is a function of the parameters, the optimizer's state and the
+                arguments, so a resumed run needs no generator state.
+            before_clip: called when the gradient is accumulated; a penalty may add its gradient.
+            before_step: called when the gradient is clipped.
+            after_step: called after the optimizer step; the gradient is still there.
 
         Returns:
-            The loss.
+            The mean loss of the batch.
         """
         total = self.gradient(items, seed=seed)
         if before_clip is not None:
@@ -74,7 +74,7 @@ class Learner:
             before_step()
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate * lr_fraction
-        # A step on what is not finite would leave the moments so for good, whatever the fusion then does.
+        # A step with a gradient that is not finite would make the moments NaN for the rest of the task.
         if norm.isfinite():
             self._optimizer.step()
         if after_step is not None:
@@ -83,7 +83,7 @@ class Learner:
         return total
 
     def gradient(self, items: Sequence[Item], *, seed: int) -> float:
-        """Leave the gradient of a batch's mean loss in the parameters; returns the loss."""
+        """Accumulate the gradient of a batch's mean loss into ``grad``; returns the loss."""
         size = self._config.training.micro_batch_size or len(items)
         objective = self._objective
         batches = [objective.collate(items[start : start + size]) for start in range(0, len(items), size)]
@@ -95,7 +95,7 @@ class Learner:
         for batch, weight in zip(batches, weights, strict=True):
             with autocast(self._config):
                 inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-                # A mean over the whole batch's terms, not one of the micro-batches' means.
+                # The mean over all terms of the batch, not the mean of the micro-batches' means.
                 loss = objective.loss(self._model, inputs) * (weight / sum(weights))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
@@ -105,12 +105,12 @@ class Learner:
         self._optimizer.zero_grad()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state, "parameter's position.key" -> tensor."""
+        """The optimizer's state: "INDEX.KEY" -> tensor, with the index of the parameter."""
         state = self._optimizer.state_dict()["state"]
         return {f"{index}.{key}": tensor for index, entry in state.items() for key, tensor in entry.items()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up the state that :meth:`tensors` gave."""
+        """Restore the state that :meth:`tensors` returned."""
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             index, _, key = name.partition(".")

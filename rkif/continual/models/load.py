@@ -1,4 +1,4 @@
-"""The language model of a run, and what of it is trained."""
+"""Load a run's model and tokenizer, and add the adapter."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from rkif.seeding import derive_seed
 
 
 def load_model(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> tuple[nn.Module, Objective]:
-    """Load the model and its tokenizer, put the adapter on, and say what the model is to do with the tasks.
+    """Load the model and its tokenizer, add the adapter, and make the objective.
 
-    The adapter has ``slices`` times the rank that the config says. Its initial values depend on the run's
-    seed alone.
+    The adapter's rank is ``slices`` times the config's. Its initial values depend on the run's seed only.
 
     Raises:
         ImportError: transformers or peft is not installed.
@@ -34,38 +33,40 @@ def load_model(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> 
     if is_path and not Path(config.model).is_dir():
         raise ValueError(f"model: no such folder: {config.model}")
 
-    # The run has a progress display of its own.
+    # The run shows its own progress.
     transformers.utils.logging.disable_progress_bar()
     if config.architecture == "encoder":
-        # It would warn of a pooler without weights, which nobody asks.
+        # It would warn about pooler weights that are missing; the pooler is not used.
         transformers.utils.logging.set_verbosity_error()
     kind = {
         "causal": transformers.AutoModelForCausalLM,
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
         "encoder": transformers.AutoModel,
     }[config.architecture]
-    # On CPUs the fused attention is the slower one in bfloat16: half the speed of a small encoder's step.
+    # On CPUs fused attention is slow in bfloat16: a step of a small encoder takes twice as long.
     attention = "eager" if run_device(config).type == "cpu" and config.precision == "bfloat16" else None
     frozen = torch.bfloat16 if config.precision == "bfloat16" and config.adapter else torch.float32
     try:
-        found = _architecture(transformers, config.model)
-        if found != config.architecture:
-            raise ValueError(f"it is of architecture {found!r}, the config says {config.architecture!r}")
+        architecture = _architecture(transformers, config.model)
+        if architecture != config.architecture:
+            raise ValueError(
+                f"it is of architecture {architecture!r}, the config says {config.architecture!r}"
+            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         model: Any = kind.from_pretrained(config.model, dtype=frozen, attn_implementation=attention)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {config.model!r} cannot be loaded: {_first_line(error)}") from error
     if config.architecture == "encoder":
         for name, parameter in model.named_parameters():
-            # Answers are found by token vectors: what pools them is not asked, and must not be fused.
+            # Answers are found from token vectors: the pooler gets no gradient, and must not be fused.
             parameter.requires_grad_("pooler" not in name)
-        most = getattr(model.config, "max_position_embeddings", None)
-        if most is not None and config.text.max_length > most:
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and config.text.max_length > limit:
             raise ValueError(
-                f"text.max_length {config.text.max_length}: the model reads {most} tokens at most"
+                f"text.max_length {config.text.max_length}: the model reads {limit} tokens at most"
             )
     with warnings.catch_warnings():
-        # transformers is renaming what these two call; the old names are those of all its supported versions.
+        # These calls use names that transformers is renaming; all supported versions have the old ones.
         warnings.simplefilter("ignore", FutureWarning)
         if config.training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -87,7 +88,7 @@ def _objective(config: RunConfig, tokenizer: Any, tasks: Sequence[Task]) -> Obje
 
 
 def _architecture(transformers: Any, model: str) -> str:
-    """What the model's own config says it is: an encoder-decoder, a causal language model, or an encoder."""
+    """The architecture in the model's config: "seq2seq", "causal" or "encoder"."""
     settings = transformers.AutoConfig.from_pretrained(model)
     if settings.is_encoder_decoder:
         return "seq2seq"
@@ -96,10 +97,10 @@ def _architecture(transformers: Any, model: str) -> str:
 
 
 def require_transformers() -> Any:
-    """The transformers package, imported here and nowhere before.
+    """Import transformers, and peft with it.
 
     Raises:
-        ImportError: it or peft is not installed; the message says how to get them.
+        ImportError: one of them is not installed; the message says how to install them.
     """
     try:
         import peft  # noqa: F401
@@ -115,13 +116,13 @@ def _with_adapter(model: Any, config: RunConfig, slices: int) -> Any:
     assert config.adapter is not None
     targets = config.adapter.target_modules
     modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    # peft is content if one of them is there.
+    # peft accepts a list of which only one module exists.
     for target in targets if isinstance(targets, list) else []:
         if target.rpartition(".")[2] not in modules:
             raise ValueError(f"adapter.target_modules: the model has no module {target!r}")
     settings = peft.LoraConfig(
         r=config.adapter.r * slices,
-        lora_alpha=config.adapter.alpha * slices,  # what is trained is scaled by alpha / r
+        lora_alpha=config.adapter.alpha * slices,  # keeps the scale alpha / r
         lora_dropout=config.adapter.dropout,
         target_modules=targets,
         task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}[

@@ -1,4 +1,4 @@
-"""What a model is trained to do with a record and asked to do with a question: write the answer."""
+"""The objective of a model: how a record becomes a loss, and a question an answer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Batch = dict[str, Tensor]
 
 
 class Objective(Protocol):
-    """The loss of a batch and the answers to questions, for one kind of model.
+    """The loss of a batch and the answers to questions, for one architecture.
 
     Attributes:
-        tokenizer: saved beside the model.
+        tokenizer: a Hugging Face tokenizer, saved beside the model.
     """
 
     tokenizer: Any
@@ -28,21 +28,21 @@ class Objective(Protocol):
         """The tensors of a training batch, on the CPU."""
 
     def loss_terms(self, batch: Batch) -> int:
-        """The number of terms that the batch's loss is a mean of."""
+        """The number of terms in the mean that :meth:`loss` computes."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The mean loss of a batch on the model's device; a scalar with a graph."""
+        """The mean loss of a batch on the model's device: a scalar to call ``backward`` on."""
 
     def predict(self, model: nn.Module, task: Task) -> list[str]:
         """The answers to a task's dev records.
 
         Raises:
-            ValueError: the answers are to be chosen among labels, and the task has none.
+            ValueError: answers are chosen among labels, and the task has none.
         """
 
 
 class GenerativeObjective:
-    """A language model writes the answer: cross-entropy over the answer's tokens, its EOS included."""
+    """A language model generates the answer; cross-entropy over the answer's tokens and its EOS."""
 
     def __init__(self, collator: TextCollator, settings: EvaluationSettings) -> None:
         self.tokenizer = collator.tokenizer

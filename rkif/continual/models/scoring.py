@@ -1,6 +1,6 @@
-"""What a model answers, and how often it is right.
+"""Predictions of a language model, and their accuracy.
 
-Nothing here draws random numbers, and everything runs under whichever autocast the caller has set.
+Nothing here draws random numbers. Autocast is the caller's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 def predict_by_likelihood(
     model: nn.Module, collator: TextCollator, items: Sequence[Item], labels: Sequence[str], *, batch_size: int
 ) -> list[str]:
-    """Answers each question with the label that `label_scores` finds most likely, the first of equal ones.
+    """Answer each question with its most likely label; the first of equally likely ones.
 
     Args, Raises: as `label_scores`.
 
@@ -35,25 +35,24 @@ def predict_by_likelihood(
 def label_scores(
     model: nn.Module, collator: TextCollator, items: Sequence[Item], labels: Sequence[str], *, batch_size: int
 ) -> Tensor:
-    """Computes log p(label | prompt), summed over the label's tokens, EOS included.
+    """Compute log p(label | prompt), summed over the label's tokens and EOS.
 
     A prompt runs through the model once; its keys and values (causal models) or its encoding (encoder-decoder
-    ones) are repeated for the labels, so that the peak memory grows with `batch_size * len(labels)`.
+    ones) are repeated for the labels, so peak memory grows with `batch_size * len(labels)`.
 
     Args:
         model: a Hugging Face language model, or a PEFT model around one.
         collator: made for the model's tokenizer and kind. It cuts prompts so that the longest label fits.
         items: (instruction, record) pairs.
         labels: the answers to choose from.
-        batch_size: records at a time. It moves the scores by rounding at most.
+        batch_size: records per batch. It changes the scores by rounding only.
 
     Returns:
         fp32 [len(items), len(labels)], on the CPU, in the order of the items.
 
     Raises:
-        ValueError: there are no labels (free text has to be generated), a label has no tokens
-            or those of another, `batch_size`
-            is below 1, a prompt does not fit (see `TextCollator.prompt`), or a score is NaN.
+        ValueError: there are no labels, a label has no tokens or those of another label, `batch_size` is
+            below 1, a prompt does not fit (see `TextCollator.prompt`), or a score is NaN.
     """
     if not labels:
         raise ValueError("labels are empty: for free text use predict_by_generation")
@@ -80,17 +79,17 @@ def label_scores(
 def predict_by_generation(
     model: nn.Module, collator: TextCollator, items: Sequence[Item], *, batch_size: int, max_new_tokens: int
 ) -> list[str]:
-    """Answers each question with the text the model writes when it takes the likeliest token every time.
+    """Answer each question with the text of greedy decoding.
 
-    The model's own `generation_config` has no say: penalties and sampling set there would make the answers
-    depend on the checkpoint's metadata.
+    The model's `generation_config` is ignored: its penalties and sampling would make the answers depend on
+    the checkpoint's metadata.
 
     Args:
         model: a Hugging Face language model, or a PEFT model around one.
         collator: made for the model's tokenizer and kind. Prompts are cut to leave room for `max_new_tokens`.
         items: (instruction, record) pairs.
-        batch_size: records at a time.
-        max_new_tokens: where an answer without EOS is broken off.
+        batch_size: records per batch.
+        max_new_tokens: maximum length of an answer.
 
     Returns:
         The answers up to EOS, without surrounding space, in the order of the items.
@@ -109,15 +108,15 @@ def predict_by_generation(
 
 
 def exact_match(prediction: str, output: str) -> bool:
-    """Tells whether two answers are the same but for case and surrounding space."""
+    """Whether two answers are equal up to case and surrounding whitespace."""
     return prediction.strip().lower() == output.strip().lower()
 
 
 def accuracy(predictions: Sequence[str], records: Sequence[Record]) -> float:
-    """Returns the percentage of predictions that match their record's output exactly.
+    """The percentage of predictions that match their record's output.
 
     Raises:
-        ValueError: there are no records, or not one prediction for each.
+        ValueError: there are no records, or their number differs from that of the predictions.
     """
     if not records:
         raise ValueError("no records to judge the predictions by")
@@ -130,7 +129,7 @@ def accuracy(predictions: Sequence[str], records: Sequence[Record]) -> float:
 def in_batches(
     model: nn.Module, items: Sequence[Item], batch_size: int, run: Callable[[Sequence[Item]], list[T]]
 ) -> list[T]:
-    """Runs `run` over batches of similar length and returns its results in the order of the items."""
+    """Call `run` on batches of items of similar length; returns the results in the order of the items."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     by_length = sorted(range(len(items)), key=lambda i: len(items[i][0]) + len(items[i][1].input))
@@ -144,11 +143,11 @@ def in_batches(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    # Each module's own mode comes back: a caller may train with some of them held in evaluation mode.
+    # Restore each module's mode: a caller may train with some modules in evaluation mode.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # Not inference_mode: buffers that a model fills lazily would then be barred from later training.
+        # Not inference_mode: buffers that a model fills lazily could then not be used in training.
         with torch.no_grad():
             yield
     finally:
@@ -165,7 +164,7 @@ def _prompts(
 
 
 def _positions(mask: Tensor) -> Tensor:
-    # Counted from each prompt's first token, so that padding on the left does not shift it.
+    # Count from each prompt's first token: padding on the left must not shift positions.
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -214,17 +213,19 @@ def _seq2seq_scores(model: Any, prompts: dict[str, Tensor], targets: Sequence[li
 
 
 def _sum_log_probs(logits: Tensor, answers: Tensor) -> Tensor:
-    """[n, length, vocabulary] and [n, length], -100 where there is no token, to fp32 [n]."""
+    """Sum of log-probabilities, fp32 [n].
+
+    Args:
+        logits: [n, length, vocabulary].
+        answers: int64 [n, length]; -100 where there is no token.
+    """
     log_probs = torch.log_softmax(logits.float(), -1)
     chosen = log_probs.gather(-1, answers.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return chosen.masked_fill(answers == IGNORED, 0).sum(-1)
 
 
 def _greedy(model: Any, collator: TextCollator, prompts: dict[str, Tensor], max_new_tokens: int) -> Tensor:
-    """Returns the tokens the model goes on with, [prompts, at most max_new_tokens].
-
-    What follows a row's EOS means nothing.
-    """
+    """Greedy continuation, int64 [prompts, at most max_new_tokens]; arbitrary after a row's EOS."""
     step: dict[str, Any]
     mask = prompts["attention_mask"]
     if collator.seq2seq:

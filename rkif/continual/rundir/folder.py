@@ -1,15 +1,20 @@
-"""A run on disk. Every file is written under a temporary name and renamed: at any moment all of it is whole.
+"""The folder of a run. Every file is written under a temporary name and renamed, so no file is ever partial.
 
 ::
 
     RUN/config.yaml               the settings, defaults filled in
     RUN/metrics.json              the accuracy matrix, OP, BWT, FWT
-    RUN/ledger.jsonl              what every round did, see rkif.continual.rundir.ledger
-    RUN/checkpoint.safetensors    where to go on: parameters and the method's state, at (task, step)
-    RUN/snapshots/                the same after the latest rounds, and some of the earlier ones
-    RUN/tasks/NN-name/            after each task: adapter (or model), importance, memory, figures,
-                                  its rounds, what the method hands on to the next, and the records that
-                                  a gate measures on
+    RUN/ledger.jsonl              a record of every round, see rkif.continual.rundir.recorder
+    RUN/checkpoint.safetensors    the state to continue from, see rkif.continual.rundir.state
+    RUN/snapshots/                the same after rounds, see rkif.continual.rundir.round_states
+    RUN/tasks/NN-name/            written after each task:
+        adapter or model          as save_pretrained writes it, with the tokenizer
+        task.json                 name, steps, samples
+        memory.jsonl              the replay memory after the task
+        validation.jsonl          records that the gate measures on
+        importance.safetensors    the outer learner's importance
+        rounds.safetensors        statistics of the task's rounds, see rkif.continual.evaluation.history
+        handed_on.safetensors     the method's task state, for the next task
 """
 
 from __future__ import annotations
@@ -37,10 +42,10 @@ METRICS = (
 
 
 class RunReader:
-    """What a run's folder holds, for those who only look at it.
+    """Reads a run's folder without changing it.
 
     Raises:
-        ValueError: there is no run.
+        ValueError: the folder holds no run.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +57,7 @@ class RunReader:
         return _read_text(self.path / "config.yaml")
 
     def metrics(self) -> dict[str, Any]:
-        """The content of ``metrics.json``; empty where nothing has been measured."""
+        """The content of ``metrics.json``; empty if nothing was measured yet."""
         path = self.path / "metrics.json"
         metrics = _read_json(path) if path.exists() else {}
         for key in METRICS if path.exists() else ():
@@ -61,24 +66,24 @@ class RunReader:
         return metrics
 
     def rounds(self) -> dict[str, dict[str, Tensor]]:
-        """Task -> what its rounds did, in the order of learning; only tasks that had rounds."""
-        found = {}
+        """Task -> statistics of its rounds, in the order of learning; only tasks that had rounds."""
+        rounds_of_task = {}
         for index, name in enumerate(self.metrics().get("tasks", [])):
             file = task_folder(self.path, index, name) / "rounds.safetensors"
             if file.exists():
-                found[name] = load_tensors(file)
-                if "norms" not in found[name]:
+                rounds_of_task[name] = load_tensors(file)
+                if "norms" not in rounds_of_task[name]:
                     raise ValueError(f"{file} is damaged: it has no 'norms'")
-        return found
+        return rounds_of_task
 
 
 def task_folder(run: Path, index: int, name: str) -> Path:
-    """The folder of a run's task, from 0."""
+    """The folder of the run's task ``index``, from 0."""
     return run / "tasks" / f"{index + 1:02d}-{name}"
 
 
 def file_digests(task: Path) -> dict[str, str]:
-    """Name -> SHA-256 of a task's tensors and records. peft's settings list modules in any order."""
+    """Name -> SHA-256 of a task's tensor and record files; not of peft's settings, whose order varies."""
     files = sorted(path for path in task.iterdir() if path.suffix in (".safetensors", ".jsonl"))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -87,12 +92,12 @@ class RunFolder:
     """The folder of one run.
 
     Args:
-        path: the folder; made where it is missing.
+        path: the folder; created if it is missing.
         config: the run's settings.
-        resume: whether to go on with a run that is there already.
+        resume: whether the folder may hold a run already.
 
     Raises:
-        ValueError: there is a run already and ``resume`` is False, or it has other settings.
+        ValueError: the folder holds files of no run, or a run and ``resume`` is False, or other settings.
         OSError: the folder cannot be written.
     """
 
@@ -101,7 +106,7 @@ class RunFolder:
         settings = path / "config.yaml"
         text = dump_config(config)
         path.mkdir(parents=True, exist_ok=True)
-        # With nothing but its settings a run has not begun: they may still be corrected.
+        # A folder with only the settings holds no run yet: the settings may still change.
         if {entry.name for entry in path.iterdir()} - {"config.yaml", "config.yaml.tmp"}:
             if not settings.exists():
                 raise ValueError(f"{path} is not empty, and no run; choose another --out")
@@ -112,35 +117,35 @@ class RunFolder:
         write_text(settings, text)
 
     def task(self, index: int, name: str) -> Path:
-        """The folder of a task, from 0."""
+        """The folder of task ``index``, from 0."""
         return task_folder(self.path, index, name)
 
     def read_metrics(self) -> dict[str, Any]:
-        """What :meth:`write_metrics` wrote last; empty if it never did."""
+        """The content of ``metrics.json``; empty if there is none."""
         return RunReader(self.path).metrics()
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         write_metrics(self.path, metrics)
 
     def read_task(self, index: int, name: str) -> dict[str, Any]:
-        """The figures that a task was published with."""
+        """The content of a task's ``task.json``: name, steps, samples."""
         return _read_json(self.task(index, name) / "task.json")
 
     def digests(self, index: int, name: str) -> dict[str, str]:
-        """SHA-256 of those of a task's files that are the same whenever the task is learned the same way."""
+        """Name -> SHA-256 of those files of a task that training determines to the bit."""
         return file_digests(self.task(index, name))
 
     def read_memory(self, index: int, name: str) -> ReplayMemory:
-        """The memory as it was after a task."""
+        """The replay memory after a task."""
         return ReplayMemory.load(self.task(index, name) / "memory.jsonl")
 
     def read_validation(self, index: int, name: str) -> ReplayMemory:
-        """The records that a gate may measure tasks on, as they were after a task; empty for no gate."""
+        """The records that the gate measures on, after a task; empty without a gate."""
         path = self.task(index, name) / "validation.jsonl"
         return ReplayMemory.load(path) if path.exists() else ReplayMemory()
 
     def read_task_state(self, index: int, name: str) -> dict[str, Tensor]:
-        """What the method handed on after a task; empty for most methods."""
+        """The method's task state after a task; empty for most methods."""
         path = self.task(index, name) / "handed_on.safetensors"
         return load_tensors(path) if path.exists() else {}
 
@@ -155,10 +160,14 @@ class RunFolder:
         validation: ReplayMemory,
         summary: Mapping[str, Any],
     ) -> None:
-        """Write a task's folder; one that an interrupted run left is replaced.
+        """Write a task's folder; a folder that an interrupted run left is replaced.
 
-        ``tensors`` maps the name of a safetensors file, without its suffix, to its tensors; none, no file.
-        An empty ``validation`` is no file either.
+        Args:
+            index, name: of the task.
+            save_model: writes the model into a folder.
+            tensors: name of a safetensors file without suffix -> its content; no file is written for {}.
+            memory, validation: after the task; no file is written for an empty ``validation``.
+            summary: the content of ``task.json``.
         """
         final = self.task(index, name)
         temporary = final.with_name(final.name + ".tmp")
@@ -188,7 +197,7 @@ def write_metrics(run: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def _require_same(path: Path, text: str) -> None:
-    """Two sets of settings in one run would make its figures mean nothing."""
+    """Raise ValueError where the stored settings differ: all metrics of a run must have the same."""
     stored = _read_text(path).splitlines()
     given = text.splitlines()
     for old, new in zip([*stored, ""], [*given, ""], strict=False):

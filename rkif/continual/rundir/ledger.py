@@ -1,8 +1,8 @@
-"""An append-only record of what was done to a model: JSON lines, each bound to the one before by its hash.
+"""An append-only hash chain of JSON lines: what was done to a model.
 
 A line is a JSON object with the keys "seq" (from 0), "previous" (the hash of the line before; of the first,
-64 zeros), the record's own, and "hash": the SHA-256 of the object without it, in canonical form. To change a
-line, all that follow must be made anew, and whoever has noted a later hash will see it.
+64 zeros), the keys of the record's content, and "hash": the SHA-256 of the object without "hash", in
+canonical form. Whoever changes a line must rewrite all lines after it, which a noted later hash reveals.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ CHAIN_KEYS = ("seq", "previous", "hash")
 
 
 class LedgerError(ValueError):
-    """A ledger that does not hold together; names the first bad record."""
+    """The chain is broken; the message names the first bad record."""
 
 
 class Ledger:
-    """The ledger in a file, for one writer.
+    """A ledger file, opened for one writer.
+
+    Opening moves an unfinished last line, which a kill can leave, to ``PATH.torn``.
 
     Args:
-        path: the file; made by the first record.
+        path: the file; the first record creates it.
 
     Raises:
-        LedgerError: a line that is whole is not what was written. A last line that is not whole, as a kill
-            leaves it, is moved to ``PATH.torn``, and :attr:`torn` says how many bytes it had.
+        LedgerError: a complete line differs from what was written.
 
     Attributes:
-        records: what has been written, oldest first.
-        torn: bytes of an unfinished last line that were moved away when the ledger was opened.
+        records: all records, oldest first.
+        torn: bytes of the unfinished last line; 0 if there was none.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,13 +54,16 @@ class Ledger:
         return str(self.records[-1]["hash"]) if self.records else START
 
     def append(self, content: Mapping[str, Any]) -> Record:
-        """Write a record, and bring it to disk before returning.
+        """Append a record and flush it to disk.
 
         Args:
-            content: JSON values. The keys "seq", "previous" and "hash" are the ledger's.
+            content: JSON values.
 
         Returns:
             The record as written.
+
+        Raises:
+            ValueError: ``content`` has a key "seq", "previous" or "hash", or a number that is not finite.
         """
         for key in CHAIN_KEYS:
             if key in content:
@@ -82,7 +86,7 @@ class Ledger:
         return self.records[-1]
 
     def _repair(self) -> None:
-        """Move away what a kill left of a line; a line ends with its line feed."""
+        """Move an unfinished last line away. A complete line ends with a line feed."""
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
         rest = content[whole:]
@@ -99,10 +103,10 @@ class Ledger:
 
 
 def read_ledger(path: Path) -> Iterator[Record]:
-    """The records of a ledger, each checked against the chain before it is given.
+    """The records of a ledger; each is checked against the chain before it is yielded.
 
     Raises:
-        LedgerError: at the first record that is not as it was written.
+        LedgerError: at the first record that breaks the chain.
     """
     previous = START
     content = path.read_bytes()

@@ -1,14 +1,14 @@
-"""What a run writes into its ledger.
+"""The records that a run writes into its ledger.
 
-Records have an "event":
+Each record has an "event":
 
 - "begin": method, tasks, versions, the parameters' digest;
-- "round": a fusion, see :class:`~rkif.continual.methods.RecurrentKIF`; rounds are numbered from 1 through all
+- "round": a fusion, see :class:`~rkif.continual.methods.RecurrentKIF`; rounds are numbered from 1 across all
   tasks;
-- "task": a task has been learned and published: the memory's records, digests of its files;
-- "rollback": the run returned to the state after round "to"; "finished" tasks of its remain.
+- "task": a task was learned and published: the ids of the memory's records, the digests of the task's files;
+- "rollback": the run returned to the state after round "to"; its first "finished" tasks remain learned.
 
-Each has "config" (the settings' SHA-256), "seed" and "time".
+Each record of a run has "config" (the SHA-256 of the settings), "seed" and "time".
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from rkif.checkpoint.stream import as_bytes
 from rkif.continual.rundir.ledger import CHAIN_KEYS, Ledger, LedgerError, Record
 from rkif.fusion import FusionReport
 
-NOT_REPRODUCED = ("time", *CHAIN_KEYS)  # what differs when a round is gone through again
+NOT_REPRODUCED = ("time", *CHAIN_KEYS)  # keys that differ when a round is trained again
 
 
 class Recorder:
-    """Writes rounds into a ledger, and sees that those gone through again after a kill are the same.
+    """Writes records into a ledger; compares records that a resumed run makes a second time.
 
-    A run resumes from a checkpoint. The rounds since then are in the ledger already; they are done again, and
-    what comes of them is compared with the record instead of being written twice.
+    A run resumes from a checkpoint. Rounds after the checkpoint may be in the ledger already. They are
+    trained again, and each new record is compared with the one in the ledger instead of being appended.
 
     Args:
         path: the ledger's file.
-        position: records that the checkpoint accounts for; None for all that are there.
+        position: number of records that the checkpoint accounts for; None for all.
 
     Raises:
-        LedgerError: the ledger does not hold together, or has fewer records than ``position``.
+        LedgerError: the chain is broken, or the ledger has fewer records than ``position``.
 
     Attributes:
-        position: records that account for what has happened so far.
-        rounds: rounds fused so far, those that were rolled back apart.
+        position: number of records written or confirmed so far.
+        rounds: number of rounds so far, without those that were rolled back.
     """
 
     def __init__(self, path: Path, position: int | None = None) -> None:
@@ -58,12 +58,12 @@ class Recorder:
             self._count(record)
 
     def record(self, content: Mapping[str, Any]) -> None:
-        """Write a record with the time, or confirm the one that is there.
+        """Append a record with the time, or confirm the record that the ledger has at this position.
 
-        A round is given its number.
+        A round's record is given the round's number.
 
         Raises:
-            LedgerError: what is recorded is not what happens now.
+            LedgerError: the record in the ledger differs from ``content``.
         """
         if content["event"] == "round":
             content = {**content, "round": self.rounds + 1}
@@ -82,24 +82,24 @@ class Recorder:
         self.position += 1
 
     def _count(self, record: Mapping[str, Any]) -> None:
-        """Keep ``rounds``, how many stand, up to date."""
+        """Update ``rounds``."""
         if record["event"] in ("round", "rollback"):
             self.rounds = int(record["round" if record["event"] == "round" else "to"])
 
 
 def not_rolled_back(records: Iterable[Record]) -> list[Record]:
-    """The records of what was not rolled back: later rounds, and tasks, of a state that was left are out."""
+    """The records without the rounds and tasks that a later rollback undid, in order."""
     kept: list[Record] = []
     for record in records:
         if record["event"] == "rollback":
             tasks = 0
-            rest = []
-            for one in kept:
-                tasks += one["event"] == "task"
-                late = one["event"] == "round" and one["round"] > record["to"]
-                if not late and not (one["event"] == "task" and tasks > record["finished"]):
-                    rest.append(one)
-            kept = rest
+            remaining = []
+            for earlier in kept:
+                tasks += earlier["event"] == "task"
+                late = earlier["event"] == "round" and earlier["round"] > record["to"]
+                if not late and not (earlier["event"] == "task" and tasks > record["finished"]):
+                    remaining.append(earlier)
+            kept = remaining
         kept.append(record)
     return kept
 
@@ -120,7 +120,7 @@ def movement(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[
 
 
 def report_values(report: FusionReport) -> dict[str, Any]:
-    """A report as JSON values; a number that is not finite becomes its name."""
+    """A report as JSON values; inf, -inf and NaN become strings."""
     return {key: _finite(value) for key, value in report.to_dict().items()}
 
 

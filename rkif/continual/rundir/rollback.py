@@ -1,4 +1,4 @@
-"""``rkif rollback``: a run as it was after an earlier round."""
+"""``rkif rollback``: return a run to the state after an earlier round."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from rkif.files import claimed
 
 
 def rollback(run: Path, to: int) -> Record:
-    """Return a run to the state after a round: parameters, importance, memory, optimizers, figures.
+    """Return a run to the state after a round: parameters, importance, memory, optimizers and metrics.
 
-    ``rkif run --resume`` goes on from there, with the bits the run had the first time. What came later is
-    given up: tasks, snapshots and figures; the ledger keeps its records, and gets one of the rollback.
-    Killed at any moment, it is completed by the next rollback or resumption.
+    ``rkif run --resume`` continues from there, with the same bits as the first time. Later task folders,
+    round states and columns of the metrics are deleted. The ledger keeps all records, and gets one of the
+    rollback. If the process is killed, the next rollback or resume completes the work.
 
     Args:
         run: the run's folder.
-        to: a round as the ledger numbers them, from 1; 0 for the state before the first.
+        to: number of the round in the ledger, from 1; 0 for the state before the first round.
 
     Returns:
-        The ledger's record of it.
+        The rollback's ledger record.
 
     Raises:
-        ValueError: no such run or round, its state was not kept, or it is not what the ledger says it was.
-        RuntimeError: another process is at work in the folder.
+        ValueError: no such run or round, its state was not kept, or the state differs from the ledger.
+        RuntimeError: another process uses the folder.
     """
     reader = RunReader(run)
     with claimed(run):
@@ -47,9 +47,9 @@ def _rollback(reader: RunReader, to: int) -> Record:
     if to != 0 and to not in rounds:
         raise ValueError(f"no round {to}: {run} has {len(rounds)} of them")
     state = RoundStates(run / "snapshots", 0).read(to)
-    found = parameter_digest(state.parameters)
+    digest = parameter_digest(state.parameters)
     side, number = ("after", to) if to else ("before", 1)
-    if number in rounds and found != rounds[number]["parameters"][side]:
+    if number in rounds and digest != rounds[number]["parameters"][side]:
         raise ValueError(f"the state kept of round {to} is not what the ledger says it was")
     checkpoint = read_checkpoint(run)
     record = ledger.append(
@@ -60,7 +60,7 @@ def _rollback(reader: RunReader, to: int) -> Record:
             "finished": state.task,
             "parameters": {
                 "before": None if checkpoint is None else parameter_digest(checkpoint.parameters),
-                "after": found,
+                "after": digest,
             },
         }
     )
@@ -69,7 +69,7 @@ def _rollback(reader: RunReader, to: int) -> Record:
 
 
 def finish_rollback(run: Path) -> None:
-    """Do what the ledger's last record says if it is a rollback, and was not done to its end."""
+    """Complete the rollback that the ledger's last record announces, if there is one."""
     path = run / "ledger.jsonl"
     records = Ledger(path).records if path.exists() else []
     if not records or records[-1]["event"] != "rollback":
@@ -84,9 +84,9 @@ def finish_rollback(run: Path) -> None:
     metrics = RunReader(run).metrics()
     for index in range(state.task, len(metrics["tasks"])):
         shutil.rmtree(task_folder(run, index, metrics["tasks"][index]), ignore_errors=True)
-    for matrix in (metrics["accuracy"], *(own["matrix"] for own in metrics["metrics"].values())):
+    for matrix in (metrics["accuracy"], *(metric["matrix"] for metric in metrics["metrics"].values())):
         for row in matrix:
             del row[state.task :]
     write_metrics(run, metrics | {"op": None, "bwt": None, "fwt": None})
-    # At the end: until it is there, all of this is done again.
+    # Last: as long as this checkpoint is missing, the next call repeats all steps.
     write_checkpoint(run, replace(state, ledger_records=len(records)))

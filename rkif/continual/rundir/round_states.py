@@ -1,4 +1,4 @@
-"""The states that a run can return to: one after every round, thinned to a budget of disk space."""
+"""The states after a run's rounds, kept within a budget of disk space."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from rkif.continual.rundir.state import RunState, read_state, state_bytes, write
 
 
 class RoundStates:
-    """States by the number of rounds that had been fused by then.
+    """Run states on disk, each under the number of the round it follows; 0 is before the first round.
 
-    Where they would take more than ``budget`` bytes, some are given up: of all but the newest the one whose
-    neighbours lie closest together for its age. So the gaps grow with the age, and what is left of a long run
-    is dense at its end. A state that is larger than the budget by itself is not written.
+    When the files exceed ``budget`` bytes, :func:`next_to_drop` chooses which to delete: states of recent
+    rounds are kept densely, older ones sparsely. A state larger than the budget by itself is not written.
 
     Args:
-        folder: made by the first snapshot.
-        budget: bytes; 0 for no snapshots.
+        folder: created with the first state.
+        budget: bytes; 0 keeps no states.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
@@ -25,22 +24,22 @@ class RoundStates:
         self.budget = budget
 
     def write(self, number: int, state: RunState) -> None:
-        """Keep the state after ``number`` rounds, in place of what was kept under that number."""
+        """Write the state after round ``number``, replacing an earlier one of that round."""
         if state_bytes(state) > self.budget:
             return
         self.folder.mkdir(exist_ok=True)
         write_state(self._path(number), state)
         sizes = {n: self._path(n).stat().st_size for n in self.rounds()}
         while sum(sizes.values()) > self.budget:
-            given_up = next_to_drop(sorted(sizes))
-            self._path(given_up).unlink()
-            del sizes[given_up]
+            dropped = next_to_drop(sorted(sizes))
+            self._path(dropped).unlink()
+            del sizes[dropped]
 
     def read(self, number: int) -> RunState:
-        """The state after ``number`` rounds.
+        """Read the state after round ``number``.
 
         Raises:
-            ValueError: it was not kept, or the file is damaged.
+            ValueError: the state was not kept, or its file is damaged.
         """
         if number not in self.rounds():
             kept = ", ".join(map(str, self.rounds())) or "none"
@@ -48,11 +47,11 @@ class RoundStates:
         return read_state(self._path(number))
 
     def rounds(self) -> list[int]:
-        """What is there, in order."""
+        """The rounds whose state is kept, ascending."""
         return sorted(int(path.stem) for path in self.folder.glob("*.safetensors"))
 
     def discard_after(self, number: int) -> None:
-        """Give up the states of later rounds."""
+        """Delete the states of later rounds."""
         for later in self.rounds():
             if later > number:
                 self._path(later).unlink()
@@ -62,7 +61,11 @@ class RoundStates:
 
 
 def next_to_drop(numbers: Sequence[int]) -> int:
-    """Of ascending numbers the one to give up: never the newest while there is another."""
+    """Of ascending round numbers the one whose state to delete.
+
+    It is the one with the smallest gap between its neighbours relative to its age, the earlier of equal ones;
+    the newest only if it is the only one. So the gaps grow with age.
+    """
     if len(numbers) == 1:
         return numbers[0]
     newest = numbers[-1]

@@ -22,9 +22,15 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class RunState:
-    """``step`` inner steps of task number ``task`` are done, and ``samples`` records have been trained on.
+    """Where a run is, and all that the next step depends on.
 
-    ``ledger_records`` of the ledger's records account for them.
+    Attributes:
+        task: index of the current task.
+        step: inner steps taken on it.
+        samples: records trained on in this task.
+        ledger_records: number of ledger records written by then.
+        parameters: name -> trainable parameter.
+        method: the method's state between two steps.
     """
 
     task: int
@@ -36,10 +42,10 @@ class RunState:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file.
+    """Read a safetensors file.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     try:
         tensors: dict[str, Tensor] = load_file(path)
@@ -49,7 +55,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_checkpoint(run: Path) -> RunState | None:
-    """Where a run was last; None if there is none, or it had not trained yet.
+    """Read a run's checkpoint; None where the run has not written one.
 
     Raises:
         ValueError: the file is damaged.
@@ -59,13 +65,14 @@ def read_checkpoint(run: Path) -> RunState | None:
 
 
 def write_checkpoint(run: Path, checkpoint: RunState) -> None:
-    """Say where a run is to go on."""
+    """Write the state that a resumed run continues from."""
     write_state(run / CHECKPOINT, checkpoint)
 
 
 def write_state(path: Path, state: RunState) -> None:
-    """Write a state, or nothing. Of tensors that are equal one is stored: a round's base is its parameters,
-    importance that has been cleared is zero.
+    """Write a state, under a temporary name first. Equal tensors are stored once.
+
+    Many are equal: after a round the base equals the parameters, and cleared importance is zero.
     """
     tensors = {f"parameters.{name}": tensor for name, tensor in state.parameters.items()}
     tensors |= {f"method.{name}": tensor for name, tensor in state.method.items()}
@@ -86,12 +93,12 @@ def write_state(path: Path, state: RunState) -> None:
 
 
 def state_bytes(state: RunState) -> int:
-    """What a state takes on disk at most, headers apart."""
+    """An upper bound of a state's size on disk in bytes, without the file's header."""
     return sum(tensor.nbytes for tensor in (*state.parameters.values(), *state.method.values()))
 
 
 def read_state(path: Path) -> RunState:
-    """What :func:`write_state` wrote.
+    """Read what :func:`write_state` wrote.
 
     Raises:
         ValueError: the file is damaged.
@@ -112,7 +119,7 @@ def read_state(path: Path) -> RunState:
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors wants contiguous tensors that share no memory."""
+    """Detached copies on the CPU: safetensors needs contiguous tensors that share no memory."""
     return {
         name: t.detach().clone(memory_format=torch.contiguous_format).cpu() for name, t in tensors.items()
     }

@@ -1,4 +1,4 @@
-"""``rkif log --verify``: whether a run's ledger, models and states are what they were when it was written."""
+"""``rkif log --verify``: check a run's files against its ledger."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from rkif.continual.rundir.state import read_checkpoint
 
 
 def verify(run: Path) -> Counter[str]:
-    """Check the chain, that each record begins where the one before ended, and every file it has a digest of.
+    """Check the ledger's chain, the succession of parameter digests, and every file with a recorded digest.
 
-    Records are checked in their order, so what is named is the first bad one. A ledger that was written anew
-    as a whole holds together: whoever must exclude that notes the hash of the last record elsewhere.
+    Records are checked in order, so the error names the first bad one. A ledger that was rewritten as a whole
+    passes. To exclude that, store the hash of the last record elsewhere and compare it.
 
     Args:
         run: the run's folder.
 
     Returns:
-        How many "records", "tasks" and "snapshots" were checked.
+        The number of "records", "tasks" and "snapshots" checked.
 
     Raises:
         ValueError: there is no run.
-        LedgerError: names the first record that does not hold, and what it does not fit.
+        LedgerError: names the first bad record and what it disagrees with.
     """
     reader = RunReader(run)
     path = run / "ledger.jsonl"
@@ -39,7 +39,7 @@ def verify(run: Path) -> Counter[str]:
     settings = hashlib.sha256(reader.config_text().encode()).hexdigest()
     tasks = reader.metrics().get("tasks", [])
     snapshots = RoundStates(run / "snapshots", 0)
-    kept = set(snapshots.rounds())
+    kept_rounds = set(snapshots.rounds())
     checked = Counter({"records": len(records)})
     checkpoint = read_checkpoint(run)
     if checkpoint is not None and checkpoint.ledger_records > len(records):
@@ -47,7 +47,7 @@ def verify(run: Path) -> Counter[str]:
             f"{path}: record {len(records)} is missing: the checkpoint knows of "
             f"{checkpoint.ledger_records} records"
         )
-    left = {record["seq"] for record in records} - {record["seq"] for record in not_rolled_back(records)}
+    valid = {record["seq"] for record in not_rolled_back(records)}
     parameters = None
     for record in records:
         where = f"{path}: record {record['seq']}"
@@ -55,18 +55,18 @@ def verify(run: Path) -> Counter[str]:
         if record["event"] == "round" and before != parameters:
             raise LedgerError(f"{where} begins with other parameters than the record before it ended with")
         parameters = record["parameters"]["after"]
-        if record["seq"] in left:
+        if record["seq"] not in valid:
             continue
-        if record.get("config", settings) != settings:  # a rollback's says nothing of it
+        if record.get("config", settings) != settings:  # a rollback's record has no settings
             raise LedgerError(f"{where} is of other settings than {run / 'config.yaml'} has now")
-        if record["event"] == "round" and record["round"] == 1 and 0 in kept:
+        if record["event"] == "round" and record["round"] == 1 and 0 in kept_rounds:
             if parameter_digest(snapshots.read(0).parameters) != before:
                 raise LedgerError(f"{where}: the state kept of before the first round is another")
             checked["snapshots"] += 1
         if record["event"] == "task":
             _check_task(task_folder(run, tasks.index(record["task"]), record["task"]), record, where)
             checked["tasks"] += 1
-        elif record["event"] == "round" and record["round"] in kept:
+        elif record["event"] == "round" and record["round"] in kept_rounds:
             if parameter_digest(snapshots.read(record["round"]).parameters) != parameters:
                 raise LedgerError(f"{where}: the state kept of round {record['round']} is another")
             checked["snapshots"] += 1
@@ -76,11 +76,11 @@ def verify(run: Path) -> Counter[str]:
 def _check_task(folder: Path, record: Record, where: str) -> None:
     if not folder.is_dir():
         raise LedgerError(f"{where}: {folder} is missing")
-    found = file_digests(folder)
-    for name in sorted(found.keys() | record["files"].keys()):
-        if name not in found:
+    digests = file_digests(folder)
+    for name in sorted(digests.keys() | record["files"].keys()):
+        if name not in digests:
             raise LedgerError(f"{where}: {folder / name} is missing")
         if name not in record["files"]:
             raise LedgerError(f"{where}: {folder / name} was not there when the task was learned")
-        if found[name] != record["files"][name]:
+        if digests[name] != record["files"][name]:
             raise LedgerError(f"{where}: {folder / name} is not the file that was written")

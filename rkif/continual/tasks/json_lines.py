@@ -11,7 +11,7 @@ from typing import Any
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("PATH:LINE", object) for each line of a `.jsonl` or `.jsonl.gz` file; blank lines are skipped.
+    """Yield ("PATH:LINE", object) for each line of a `.jsonl` or `.jsonl.gz` file; skip blank lines.
 
     Raises:
         ValueError: a line is not a JSON object in UTF-8, or the compressed file is damaged.
@@ -26,7 +26,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def string_field(row: Mapping[str, Any], key: str, where: str) -> str:
-    """Returns `row[key]`; raises ValueError, naming `where`, if it is missing or not a string."""
+    """Return `row[key]`; raise ValueError, naming `where`, if it is missing or not a string."""
     if key not in row:
         raise ValueError(f"{where}: key {key!r} is missing")
     value = row[key]
@@ -36,6 +36,7 @@ def string_field(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def json_object(text: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object; raise ValueError, naming `where`, for anything else."""
     try:
         value = json.loads(text)
     except ValueError as error:

@@ -22,29 +22,29 @@ def load_tasks(
     seed: int = 0,
     finished: int = 0,
 ) -> list[Task]:
-    """Reads the tasks of one order.
+    """Read the tasks of one order.
 
     The folder holds `tasks.json`, `{"tasks": {name: {"instruction": str, "labels": [str, ...]}}, "orders":
     {name: [task, ...]}}` (labels and orders may be left out, other keys are ignored), and
     `train.jsonl` and `dev.jsonl`, either of them also as `.jsonl.gz`, with one
-    `{"task", "id", "input", "output"}` a line. Records of tasks that are not asked for are passed over.
+    `{"task", "id", "input", "output"}` per line. Records of other tasks are ignored.
 
     Args:
-        folder: where the files lie.
+        folder: of the files.
         order: the name of an order, or the names of the tasks in the order in which they are learned.
-        train_limit: at most so many training records a task. The subset is as even over the labels as can
-            be, keeps the file's order, and depends on nothing but the seed, the task and the split.
+        train_limit: maximum number of training records per task; None for all. The subset is even over the
+            labels, keeps the file's order, and depends on the seed, the task and the split only.
         dev_limit: the same for the dev records.
         seed: the seed of the two subsets.
-        finished: so many tasks at the start of the order have been learned: their training records, which
-            need not be there any more, are not read.
+        finished: number of tasks at the start of the order that were learned. Their training records are not
+            read, and need not exist.
 
     Returns:
         The tasks, in order.
 
     Raises:
         FileNotFoundError: the folder or one of the files is missing.
-        ValueError: anything else that is wrong with the arguments or the files, named with file and line.
+        ValueError: an argument or a file is wrong; the message names the file and the line.
     """
     for split, limit in (("train", train_limit), ("dev", dev_limit)):
         if limit is not None and limit < 1:
@@ -124,12 +124,12 @@ def _describe_task(name: str, entry: Any, path: Path) -> tuple[str, tuple[str, .
 
 
 def _find(folder: Path, split: str) -> Path:
-    found = [path for path in (folder / f"{split}.jsonl", folder / f"{split}.jsonl.gz") if path.is_file()]
-    if not found:
+    files = [path for path in (folder / f"{split}.jsonl", folder / f"{split}.jsonl.gz") if path.is_file()]
+    if not files:
         raise FileNotFoundError(f"no such file: {folder / split}.jsonl or {split}.jsonl.gz")
-    if len(found) > 1:
-        raise ValueError(f"both {found[0]} and {found[1].name} exist: keep one of them")
-    return found[0]
+    if len(files) > 1:
+        raise ValueError(f"both {files[0]} and {files[1].name} exist: keep one of them")
+    return files[0]
 
 
 def _read_records(
@@ -138,9 +138,9 @@ def _read_records(
     tasks: Mapping[str, tuple[str, tuple[str, ...]]],
     train: Mapping[str, Sequence[Record]],
 ) -> dict[str, tuple[Record, ...]]:
-    """Reads the records of `tasks`, none of which may have the input of a record of `train`."""
+    """Read the records of `tasks`; raise where one has the same input as a training record in `train`."""
     trained = {(record.task, record.input): record.id for records in train.values() for record in records}
-    found: dict[str, dict[str, Record]] = {name: {} for name in tasks}
+    records_by_id: dict[str, dict[str, Record]] = {name: {} for name in tasks}
     for where, row in json_lines(path):
         task = string_field(row, "task", where)
         if task not in known:
@@ -153,15 +153,15 @@ def _read_records(
             raise ValueError(
                 f"{where}: output {record.output!r} is no label of {task!r}; labels: {list(labels)}"
             )
-        if record.id in found[task]:
+        if record.id in records_by_id[task]:
             raise ValueError(f"{where}: id {record.id!r} appears twice in task {task!r}")
-        # By text, not by id: published files number the records of each split from 0.
+        # Compare texts, not ids: published files number the records of each split from 0.
         if (task, record.input) in trained:
             raise ValueError(
                 f"{where}: same input as training record {trained[task, record.input]!r} of {task!r}"
             )
-        found[task][record.id] = record
-    for name, records in found.items():
+        records_by_id[task][record.id] = record
+    for name, records in records_by_id.items():
         if not records:
             raise ValueError(f"task {name!r} has no {path.name.split('.')[0]} records in {path}")
-    return {name: tuple(records.values()) for name, records in found.items()}
+    return {name: tuple(records.values()) for name, records in records_by_id.items()}

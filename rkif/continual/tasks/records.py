@@ -1,4 +1,4 @@
-"""What a task is made of: records, and a subset of them that is even over the answers."""
+"""Records and tasks, and subsets of records that are even over the outputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Record:
-    """One example: the text that is asked about and the answer to give."""
+    """One example: an input text and the expected answer."""
 
     task: str
     id: str
@@ -18,7 +18,7 @@ class Record:
 
 
 Item = tuple[str, Record]
-"""A task's instruction and one of its records: what a prompt is made of."""
+"""A task's instruction and one of its records: the content of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class Task:
 
 
 def stratified_subset(records: Sequence[Record], n: int, seed: int) -> tuple[Record, ...]:
-    """Chooses n records, as evenly over their outputs as can be.
+    """Choose n records, as evenly over their outputs as possible.
 
-    The outputs, in random order, take turns to give one record each until there are n. So every output with
-    enough records gives `n // classes` or one more; where a rare one runs out the others fill its place;
-    where there are more outputs than n, n random ones give one record each. A larger n gives a superset.
+    The outputs, in random order, give one record each in turn until there are n. So an output with enough
+    records gives `n // classes` or one more; others replace the records that a rare output lacks. With more
+    outputs than n, n random outputs give one record each. A larger n gives a superset.
 
     Args:
         records: the records to choose from.
-        n: how many; all of them where there are no more than that.
-        seed: decides which, together with the outputs and their order of appearance. No global state is used.
+        n: number to choose; all records if there are fewer.
+        seed: of the choice, which also depends on the outputs and their order. No global state is used.
 
     Returns:
         The chosen records in the order they had in `records`.

@@ -1,4 +1,4 @@
-"""The replay memory: a few records of every earlier task, kept so that their old data need not be."""
+"""The replay memory: a few records of every earlier task, kept in place of the task's data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rkif.seeding import derive_seed
 
 
 class ReplayMemory:
-    """A small sample of each earlier task, and an endless, restartable walk over it.
+    """A small sample of each earlier task, and an endless walk over it that can start at any step.
 
     Two memories are equal if they hold the same items in the same order.
     """
@@ -36,19 +36,18 @@ class ReplayMemory:
         cap: int | None = None,
         seed: int,
     ) -> None:
-        """Remembers `n = max(1, floor(fraction * len(records)))` records of a task, at most `cap`.
+        """Keep `n = max(1, floor(fraction * len(records)))` records of a task, at most `cap`.
 
-        The product is formed with the decimal value of `fraction` (0.29 of 100 records is 29, where floats
-        give 28). The sample is spread over the labels as `stratified_subset` does it, each distinct output
-        counting as a label: every label is there while n allows it, and there are never more than n records,
-        however many labels there are. It depends on the records, n, the seed and the task's name alone.
+        The product uses the decimal value of `fraction`: 0.29 of 100 records is 29, where floats give 28. The
+        sample is even over the outputs, see `stratified_subset`. It depends on the records, n, the seed and
+        the task's name only.
 
         Args:
             task: the task's name.
-            instruction: what its prompts begin with; kept beside the records.
+            instruction: the start of its prompts; stored with the records.
             records: the task's training records.
-            fraction: the share to keep, in (0, 1]. The paper's is 2 %.
-            cap: the most records to keep.
+            fraction: of the records to keep, in (0, 1]. The paper uses 2 %.
+            cap: maximum number of records to keep; None for no maximum.
             seed: the run's seed.
 
         Raises:
@@ -99,18 +98,17 @@ class ReplayMemory:
         return tuple(item for items in self._tasks.values() for item in items)
 
     def batch(self, step: int, size: int, *, seed: int) -> list[Item]:
-        """Returns the batch of one step of the walk over the memory.
+        """The batch of one step of the walk over the memory.
 
         The walk is an endless sequence of epochs. Each epoch passes once over the memory, reshuffled, with
-        the tasks interleaved as evenly as can be: among its first p items, a task that holds the share w of
-        the memory has floor(p * w) or ceil(p * w). Batch `step` is the items
-        [step * size, (step + 1) * size) of the walk. It is a function of the memory's content and of the
-        arguments, so a run resumes from its step counter alone; no state is kept and no global one touched.
-        Of W processes, the r-th takes the batch of ``step * W + r``: together they have those of one.
+        the tasks interleaved evenly: among its first p items, a task with the share w of the memory has
+        floor(p * w) or ceil(p * w). Batch `step` is the items [step * size, (step + 1) * size) of the walk.
+        It is a function of the memory's content and of the arguments, so a run resumes from its step counter
+        alone. Of W processes, process r takes the batch of ``step * W + r``.
 
         Args:
             step: the batch's number, from 0.
-            size: its number of items; it may exceed the memory's.
+            size: number of items; may exceed the memory's.
             seed: the run's seed.
 
         Returns:
@@ -131,7 +129,7 @@ class ReplayMemory:
         return [items[_epoch_order(sizes, epoch, seed)[place]] for epoch, place in walk]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the memory as JSON lines: under a temporary name first, so that `path` is always whole."""
+        """Write the memory as JSON lines, under a temporary name first."""
         rows: list[dict[str, str | int]] = [{"rkif_memory": 1, "records": len(self)}]
         for instruction, record in self.items:
             rows.append({"instruction": instruction, **asdict(record)})
@@ -139,24 +137,24 @@ class ReplayMemory:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ReplayMemory:
-        """Reads what `save` wrote.
+        """Read what `save` wrote.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is not a whole memory; the message names file and line.
+            ValueError: the file is not a complete memory; the message names the file and the line.
         """
         path = Path(path)
         lines = json_lines(path)
         where, head = next(lines, (f"{path}:1", {}))
         if head.get("rkif_memory") != 1:
             raise ValueError(f"{where}: not a replay memory: the first line must hold 'rkif_memory': 1")
-        found: dict[str, list[Item]] = {}
+        items_of_task: dict[str, list[Item]] = {}
         for where, row in lines:
             instruction = string_field(row, "instruction", where)
             record = Record(*(string_field(row, key, where) for key in ("task", "id", "input", "output")))
-            found.setdefault(record.task, []).append((instruction, record))
+            items_of_task.setdefault(record.task, []).append((instruction, record))
         memory = cls()
-        memory._tasks = {task: tuple(items) for task, items in found.items()}
+        memory._tasks = {task: tuple(items) for task, items in items_of_task.items()}
         if len(memory) != head.get("records"):
             raise ValueError(
                 f"{where}: {len(memory)} records, where the first line announces {head.get('records')}"
@@ -168,9 +166,9 @@ class ReplayMemory:
 def _epoch_order(sizes: tuple[int, ...], epoch: int, seed: int) -> tuple[int, ...]:
     """The order of one epoch over tasks of the given sizes, as positions in the memory's items.
 
-    Which task comes next is a schedule of unit jobs by earliest deadline: the j-th item of a task with m of
-    the N items may come once its fair share exceeds j and must come before it exceeds j + 1. That all
-    deadlines can be met at once is Tijdeman's theorem (The chairman assignment problem, 1980).
+    Positions p count from 1. Item j of a task with m of the N items may come as soon as p * m / N > j, and
+    comes at p = ceil((j + 1) * N / m) at the latest; the earliest deadline goes first. That all deadlines can
+    be met is Tijdeman's theorem (The chairman assignment problem, 1980).
     """
     rng = random.Random(derive_seed(seed, "replay", epoch))
     total, start = sum(sizes), 0

@@ -1,4 +1,4 @@
-"""From records to the token tensors a language model is trained and asked with."""
+"""From records to token tensors, for training and for prediction."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor
 from rkif.continual.tasks.records import Item
 
 IGNORED = -100
-"""The label that cross-entropy passes over."""
+"""The label that cross-entropy ignores."""
 
 _TAIL = 16
-"""Tokens kept of a cut prompt's end, where "Answer:" or its like stands."""
+"""Tokens kept at the end of a cut prompt, where "Answer:" or the like is."""
 
 
 @dataclass(frozen=True)
 class TextFormat:
     """How a record becomes text.
 
-    `prompt` must hold the placeholder {input} and may hold {instruction}; `target` must hold {output}. The
-    two are tokenized apart, so the space between question and answer belongs to the target, where most
-    tokenizers have it in the word's own token.
+    `prompt` must contain the placeholder {input} and may contain {instruction}; `target` must contain
+    {output}. The two are tokenized separately. The space between question and answer belongs to the target,
+    because most tokenizers merge it into the token of the word.
 
     Raises:
-        ValueError: a template is malformed, lacks its placeholder, or has one that is not known.
+        ValueError: a template is malformed, lacks its placeholder, or has an unknown one.
     """
 
     prompt: str = "{instruction}{input}"
@@ -40,16 +40,16 @@ class TextFormat:
 
 
 class TextCollator:
-    """Turns (instruction, record) pairs into batches for one tokenizer and one kind of model.
+    """Makes batches from (instruction, record) pairs, for one tokenizer and one kind of model.
 
     Args:
-        tokenizer: a Hugging Face tokenizer. It must have an EOS token, which ends every target; EOS also pads
-            where the tokenizer has no padding token of its own.
+        tokenizer: a Hugging Face tokenizer. It must have an EOS token, which ends every target. EOS also pads
+            where the tokenizer has no padding token.
         seq2seq: True for encoder-decoder models (T5), where prompt and target are separate sequences; False
             for causal ones, where the target follows the prompt.
-        max_length: the most tokens of a sequence: prompt and target together for causal models, the prompt
-            for encoder-decoder ones. Prompts that are too long lose their middle: the instruction's head
-            and the last 16 tokens stay. Targets are never cut.
+        max_length: maximum number of tokens of a sequence: prompt and target for causal models, the prompt
+            for encoder-decoder ones. The middle of a longer prompt is cut: its head and its last 16 tokens
+            stay. Targets are never cut.
         text: the templates.
 
     Raises:
@@ -71,7 +71,7 @@ class TextCollator:
             self._after = []
 
     def prompt(self, instruction: str, record_input: str, *, reserve: int = 0) -> list[int]:
-        """Encodes a question.
+        """Tokenize a question.
 
         Args:
             instruction: fills {instruction}.
@@ -99,18 +99,18 @@ class TextCollator:
         return cut(tokens, room)
 
     def target(self, output: str) -> list[int]:
-        """Encodes an answer: its tokens and EOS, and no other special token."""
+        """Tokenize an answer: its tokens and EOS, without other special tokens."""
         return [*_encode(self.tokenizer, self.text.target.format(output=output)), self.eos_id]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Turns generated tokens into an answer: the text before the first EOS, without surrounding space."""
+        """Decode generated tokens: the text before the first EOS, without surrounding whitespace."""
         answer = list(tokens)
         if self.eos_id in answer:
             answer = answer[: answer.index(self.eos_id)]
         return str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
     def training_batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """Builds a batch whose loss is on the answers, each with its EOS, alone.
+        """Make a batch whose loss covers only the answers with their EOS.
 
         Args:
             items: (instruction, record) pairs.
@@ -139,11 +139,11 @@ class TextCollator:
     def prompt_batch(
         self, items: Sequence[Item], *, side: Literal["left", "right"], reserve: int = 0
     ) -> dict[str, Tensor]:
-        """Builds a batch of questions without their answers.
+        """Make a batch of questions without answers.
 
         Args:
             items: (instruction, record) pairs.
-            side: where the padding goes. A causal model that is to go on writing needs it on the left.
+            side: of the padding. Generation with a causal model needs it on the left.
             reserve: tokens of `max_length` kept free for the longest answer of a causal model.
 
         Returns:
@@ -163,12 +163,12 @@ class TextCollator:
 
 
 def cut(tokens: list[int], room: int) -> list[int]:
-    """At most `room` tokens (more than 16): where there are more the middle goes, the last 16 stay."""
+    """At most `room` tokens (more than 16): the middle of a longer list is cut, the last 16 stay."""
     return tokens if len(tokens) <= room else tokens[: room - _TAIL] + tokens[-_TAIL:]
 
 
 def pad(rows: Sequence[list[int]], value: int, side: Literal["left", "right"]) -> Tensor:
-    """Stacks lists of integers into an int64 tensor [len(rows), longest], filled up with `value` on one side.
+    """Stack lists of integers into an int64 tensor [len(rows), longest], padded with `value` on one side.
 
     Raises:
         ValueError: there are no rows.
@@ -186,7 +186,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids a tokenizer puts before and after a text, found by trying: no attribute tells them."""
+    """The ids that a tokenizer adds before and after a text. No attribute has them, so they are tried out."""
     plain = _encode(tokenizer, "Answer:")
     full = list(tokenizer("Answer:")["input_ids"])
     for start in range(len(full) - len(plain) + 1):

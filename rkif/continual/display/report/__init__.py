@@ -1,4 +1,4 @@
-"""``rkif report``: a run as one page that needs nothing but a browser."""
+"""``rkif report``: a run as one HTML page without external files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rkif.continual.display.report.page import PAGE
 from rkif.continual.rundir.folder import RunReader
 from rkif.files import write_text
 
-ABOUT = {
+EXPLANATIONS = {
     "op": "OP: mean accuracy over all tasks at the end.",
     "bwt": "BWT: mean change of a task's accuracy since it was learned; below zero is forgetting.",
     "fwt": "FWT: mean accuracy on a task not learned yet, above that before training.",
@@ -22,13 +22,13 @@ ABOUT = {
 
 
 def write_report(run: Path) -> Path:
-    """Write ``RUN/report.html`` from what the run's folder holds; of an unfinished run what there is.
+    """Write ``RUN/report.html`` from the files of a run. An unfinished run gives the tasks learned so far.
 
     Returns:
         The page's path.
 
     Raises:
-        ValueError: there is no run, it has measured nothing yet, or a file of it is damaged.
+        ValueError: there is no run, nothing was measured yet, or a file is damaged.
         ImportError: matplotlib is not installed.
     """
     reader = RunReader(run)
@@ -52,7 +52,7 @@ def write_report(run: Path) -> Path:
 def _summary(metrics: Mapping[str, Any]) -> str:
     tiles = "".join(
         f'<div class="tile"><b>{format_number(metrics[key], sign=key != "op")}</b>{key.upper()}</div>'
-        for key in ABOUT
+        for key in EXPLANATIONS
     )
     learned = len(metrics["accuracy"][0])
     facts = (
@@ -60,14 +60,16 @@ def _summary(metrics: Mapping[str, Any]) -> str:
         f"{metrics['samples']:,} training samples; measured on {sum(metrics['records']):,} records of the "
         f"{html.escape(metrics['split'])} split."
     )
-    notes = "<br>".join(ABOUT.values())
+    notes = "<br>".join(EXPLANATIONS.values())
     return f'<section><div class="tiles">{tiles}</div><p>{facts}</p><p class="note">{notes}</p></section>'
 
 
 def _matrices(metrics: Mapping[str, Any]) -> dict[str, tuple[Sequence[str], Any, Any]]:
-    """Name -> tasks, matrix, values before training: accuracy and the user's own metrics."""
-    own = {name: (metrics["tasks"], f["matrix"], f["initial"]) for name, f in metrics["metrics"].items()}
-    return {"accuracy": (metrics["tasks"], metrics["accuracy"], metrics["initial"]), **own}
+    """Name -> (tasks, matrix, values before training), for accuracy and the user's metrics."""
+    matrices = {"accuracy": (metrics["tasks"], metrics["accuracy"], metrics["initial"])}
+    for name, metric in metrics["metrics"].items():
+        matrices[name] = (metrics["tasks"], metric["matrix"], metric["initial"])
+    return matrices
 
 
 def _curves(metrics: Mapping[str, Any]) -> str:
@@ -79,7 +81,7 @@ def _curves(metrics: Mapping[str, Any]) -> str:
 
 
 def _matrix(name: str, tasks: Sequence[str], matrix: Any, initial: Sequence[float]) -> str:
-    """Rows are tasks, columns the moments of measuring; shaded between the table's extremes."""
+    """A row per task, a column per measurement; the shade goes from the least value to the greatest."""
     values = [value for row in [*matrix, initial] for value in row]
     low, high = min(values), max(values)
     learned = len(matrix[0])

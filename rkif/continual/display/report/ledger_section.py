@@ -1,4 +1,4 @@
-"""The part of the page that answers for a run: verdicts, what was refused and why, movement, digests."""
+"""The report's sections from the ledger: verdicts, refused rounds with reasons, movement, digests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEANING = {
 
 
 def ledger_sections(run: Path) -> list[str]:
-    """The sections that a run's ledger gives; of one that does not hold together it is said, no more."""
+    """The sections as HTML; for a broken chain only a section that says so."""
     path = run / "ledger.jsonl"
     if not path.exists():
         return []
@@ -68,7 +68,7 @@ def _gate(rounds: Sequence[Record]) -> str:
         "Gate",
         "<p>Fusions are checked by these figures before they are kept. The line shows what every round left "
         "them at; a cross, what the whole step would have made of them where it was refused.</p>"
-        f'<div class="tiles">{tiles}</div>{plots.gate_figures(rounds)}{refused if rows else ""}',
+        f'<div class="tiles">{tiles}</div>{plots.gate_values(rounds)}{refused if rows else ""}',
     )
 
 

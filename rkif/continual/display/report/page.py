@@ -1,4 +1,4 @@
-"""The page's frame: everything it needs is in it."""
+"""The report's HTML template, style included."""
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">

@@ -1,4 +1,4 @@
-"""The report's pictures, as SVG text."""
+"""The report's plots, as SVG text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rounds = Mapping[str, Mapping[str, Tensor]]
-"""Task -> what its rounds did, see rkif.continual.evaluation.history; tasks without rounds are left out."""
+"""Task -> statistics of its rounds, see rkif.continual.evaluation.history; only tasks with rounds."""
 
 SIDES = ("inner", "outer")
 
@@ -24,7 +24,7 @@ SIDES = ("inner", "outer")
 def forgetting_curves(
     tasks: Sequence[str], matrix: Sequence[Sequence[float]], initial: Sequence[float]
 ) -> str:
-    """One small panel a task: its accuracy before training and after each task."""
+    """A panel per task: its accuracy before training and after each task."""
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns)
     figure = _figure(10.5, 2.1 * lines + 0.5)
@@ -47,7 +47,7 @@ def forgetting_curves(
 
 
 def importance_maps(rounds: Rounds) -> str:
-    """Layers and modules from top to bottom, rounds from left to right, one map for each learner."""
+    """A map per learner: parameters from top to bottom, rounds from left to right."""
     names = [
         key.removeprefix("importance.")
         for key in next(iter(rounds.values()))
@@ -76,7 +76,7 @@ def importance_maps(rounds: Rounds) -> str:
 
 
 def mask_overlap(rounds: Rounds) -> str:
-    """Shares selected by inner, by outer, and the intersection over the union."""
+    """The shares that each learner selected, and intersection over union."""
     counts = torch.cat([_total(parts, "counts.") for parts in rounds.values()]).double()  # [rounds, 4]
     inner_only, outer_only, both = counts.T[:3]
     numel = counts.sum(1).clamp(min=1)
@@ -90,7 +90,7 @@ def mask_overlap(rounds: Rounds) -> str:
 
 
 def movement(rounds: Rounds) -> str:
-    """Norms of the task vectors and of the update."""
+    """L2 norms of the task vectors and of the update."""
     norms = torch.cat([parts["norms"] for parts in rounds.values()])  # [rounds, 3]
     figure = _figure(10.5, 3.0)
     panel = figure.subplots()
@@ -102,7 +102,7 @@ def movement(rounds: Rounds) -> str:
 
 
 def movement_map(rounds: Sequence[Mapping[str, Any]]) -> str:
-    """Tensors from top to bottom, the ledger's rounds from left to right."""
+    """L2 norm of each parameter's change over sqrt(numel): parameters down, the ledger's rounds across."""
     names = sorted(rounds[0]["modules"], key=_natural)
     moved = torch.tensor(
         [
@@ -125,8 +125,8 @@ def movement_map(rounds: Sequence[Mapping[str, Any]]) -> str:
     return _svg(figure)
 
 
-def gate_figures(rounds: Sequence[Mapping[str, Any]]) -> str:
-    """One panel a criterion: its value round by round, and what was refused."""
+def gate_values(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """A panel per criterion: its value after each round, and the refused values."""
     checked = [(place, r["gate"]) for place, r in enumerate(rounds) if r["gate"] and r["gate"]["attempts"]]
     names = list(dict.fromkeys(name for _, gate in checked for name in gate["before"]))
     figure = _figure(10.5, 2.6 * max(1, len(names)) + 0.4)
@@ -136,7 +136,7 @@ def gate_figures(rounds: Sequence[Mapping[str, Any]]) -> str:
         for place, gate in checked:
             whole, last = gate["attempts"][0], gate["attempts"][-1]
             places.append(place)
-            # Refused altogether, the round leaves what was there before.
+            # A refused round leaves the value from before it.
             values.append(float((gate["before"] if gate["factor"] == 0 else last["figures"])[name]))
             if whole["objections"]:
                 refused.append((place, float(whole["figures"][name])))
@@ -169,7 +169,7 @@ def _mark_tasks(panel: Any, rounds: Rounds) -> None:
 
 
 def _mark_starts(panel: Any, tasks: Sequence[str]) -> None:
-    """A line where each task begins, and its name above; one name a round."""
+    """Mark where each task begins with a line and its name; ``tasks`` has a name per round."""
     starts = [place for place, task in enumerate(tasks) if place == 0 or tasks[place - 1] != task]
     for start in starts:
         panel.axvline(start - 0.5, color="#8896a5", linewidth=0.6)
@@ -182,18 +182,18 @@ def _mark_starts(panel: Any, tasks: Sequence[str]) -> None:
             transform=panel.get_xaxis_transform(),
             color="#5d6b7a",
         )
-    # Rounds are counted from 1, with at most some ten labels.
+    # Rounds are numbered from 1; about ten labels fit.
     step = max(1, -(-len(tasks) // 10))
     panel.set_xticks(range(0, len(tasks), step), [str(number + 1) for number in range(0, len(tasks), step)])
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """layers.2 before layers.10."""
+    """A sort key that puts layers.2 before layers.10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _plain(text: str) -> str:
-    """A dollar sign begins no formula."""
+    """Escape dollar signs, which begin formulas in matplotlib."""
     return text.replace("$", r"\$")
 
 
@@ -209,9 +209,9 @@ def _svg(figure: Figure) -> str:
     import matplotlib
 
     text = io.StringIO()
-    # Without a date, and with ids that do not change: the same run gives the same page.
+    # No date and constant ids: the same run gives the same page.
     with matplotlib.rc_context({"svg.hashsalt": "rkif", "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     drawing = text.getvalue()[text.getvalue().index("<svg") :]
-    # Names of matplotlib's groups, to which nothing refers: on one page they would be there several times.
+    # Remove the ids of matplotlib's groups: nothing refers to them, and several plots would repeat them.
     return re.sub(r' id="[a-zA-Z]\w*_\d+"', "", drawing)
