@@ -1,0 +1,1 @@
+"""Runs over task sequences: ``rkif run`` and what goes with it (log, rollback, reproduce, report, tune)."""

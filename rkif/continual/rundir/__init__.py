@@ -1,0 +1,1 @@
+"""The files of a run: folder, checkpoint, states after rounds, ledger; rollback and verification."""

@@ -1,0 +1,1 @@
+"""Records and tasks, read from files; tokens and batches made from them; the replay memory."""
