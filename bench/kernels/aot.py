@@ -24,23 +24,15 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rkif_kernels.backends.triton.fuse import INNER_SCORE, OUTER_SCORE, _fuse_kernel
+from rkif_kernels.backends.triton.bracket import _count_sample_kernel, _sample_kernel
+from rkif_kernels.backends.triton.count import _count_kernel, _invalid_kernel
+from rkif_kernels.backends.triton.fuse import INNER_SCORE, _fuse_kernel
 from rkif_kernels.backends.triton.importance import _update_importance_kernel
-from rkif_kernels.backends.triton.launch import FUSE, STREAM, LaunchConfig
-from rkif_kernels.backends.triton.radix import (
-    DIGITS,
-    _count_kernel,
-    _histogram_kernel,
-    _invalid_kernel,
-    _list_histogram_kernel,
-    _pick_kernel,
-)
-from rkif_kernels.backends.triton.single_pass import (
-    _decide_kernel,
-    _fix_up_kernel,
-    _pass_kernel,
-    _sample_kernel,
-)
+from rkif_kernels.backends.triton.launch import BRACKETING, FUSE, STREAM, LaunchConfig
+from rkif_kernels.backends.triton.radix import DIGITS, _histogram_kernel, _pick_kernel
+from rkif_kernels.backends.triton.single_pass import _bracketed_fuse_kernel, _finish_kernel
+from rkif_kernels.backends.triton.thresholds import _bracketed_scores_kernel
+from rkif_kernels.backends.triton.undecided import _list_kernel, _narrow_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -131,14 +123,14 @@ def _update_case(
 
 def _fuse_case(
     kernel: Any, param: tl.dtype, state: tl.dtype, *, out: tl.dtype | None = None, uncertain: bool = True,
-    from_inner: bool = True, guarded: bool = False,
+    from_inner: bool = True,
 ) -> Case:  # fmt: skip
     scores = (state,) * (1 + uncertain)
-    name = {_fuse_kernel: "fuse", _pass_kernel: "single pass", _fix_up_kernel: "fix up"}[kernel]
-    bulk = kernel is not _fix_up_kernel
+    names = {_fuse_kernel: "fuse", _bracketed_fuse_kernel: "bracketed fuse", _finish_kernel: "finish"}
+    name = names[kernel]
     return Case(
         f"{name} {param}{f' into {out}' if out else ''}, {'S*U' if uncertain else 'S'} {state}"
-        f"{'' if from_inner else ', from base'}{', guarded' if guarded else ''}",
+        f"{'' if from_inner else ', from base'}",
         kernel,
         {
             **dict.fromkeys(("BASE", "INNER", "OUTER"), param),
@@ -146,10 +138,9 @@ def _fuse_case(
             **dict.fromkeys(("INNER_U", "OUTER_U"), state if uncertain else None),
             "OUT": out or param,
             "OUTER_FROM_INNER": from_inner,
-            "GUARDED": guarded,
         },
-        (param, param, param, *scores, *scores) if bulk else (),
-        (out or param,) if bulk else (),
+        (param, param, param, *scores, *scores),
+        (out or param,),
         FUSE,
     )
 
@@ -160,32 +151,23 @@ def cases() -> Iterator[Case]:
     for param, state, uncertain in itertools.product(PARAMETERS, STATES, (True, False)):
         yield _update_case(param, state, uncertain=uncertain)
         yield _fuse_case(_fuse_kernel, param, state, uncertain=uncertain)
-        yield _fuse_case(_pass_kernel, param, state, uncertain=uncertain)
-        yield _fuse_case(_fix_up_kernel, param, state, uncertain=uncertain)
+        yield _fuse_case(_bracketed_fuse_kernel, param, state, uncertain=uncertain)
+        yield _fuse_case(_finish_kernel, param, state, uncertain=uncertain)
     for param, order in itertools.product((f32, bf16), ("second", "mixed")):
         yield _update_case(param, f32, order=order)
     for param in PARAMETERS:
         yield _update_case(param, f32, missing=True)
     for param, grad in ((bf16, f32), (f32, bf16), (f16, f32)):
         yield _update_case(param, f32, grad=grad)
-    for kernel in (_fuse_kernel, _pass_kernel):
+    for kernel in (_fuse_kernel, _bracketed_fuse_kernel):
         yield _fuse_case(kernel, f32, f32, from_inner=False)
         for param, out in ((bf16, f32), (f32, bf16), (f16, f32)):
             yield _fuse_case(kernel, param, f32, out=out)
-    for param, state in itertools.product(PARAMETERS, STATES):
-        yield _fuse_case(_fuse_kernel, param, state, guarded=True)
     # Selection is launched by itself and by the single pass, which has a configuration of its own.
     for config in (STREAM, FUSE):
         yield from _selection_cases(config)
-    for state, uncertain in itertools.product(STATES, (True, False)):
-        parts = (state, state if uncertain else None)
-        sides = {
-            f"{side}_{part}": dtype
-            for side in ("INNER", "OUTER")
-            for part, dtype in zip("SU", parts, strict=True)
-        }
-        yield Case(f"sample {'S*U' if uncertain else 'S'} {state}", _sample_kernel, sides, config=FUSE)
-    yield Case("decide", _decide_kernel, {}, config=FUSE)
+    for dtype, (kind, streams, distance) in itertools.product(PARAMETERS, SCORES):
+        yield from _bracket_cases(dtype, kind, streams, distance)
     for dtype, (kind, streams, distance) in itertools.product(PARAMETERS, SCORES):
         roles = {"SENSITIVITY": dtype, "UNCERTAINTY": dtype if streams == 2 else None, "DISTANCE": distance}
         yield Case(f"count {kind} {dtype}", _count_kernel, roles, (dtype,) * streams)
@@ -204,11 +186,33 @@ def cases() -> Iterator[Case]:
         yield Case(f"all valid {dtype}", _invalid_kernel, {"SENSITIVITY": dtype}, (dtype,))
 
 
+def _bracket_cases(dtype: tl.dtype, kind: str, streams: int, distance: bool) -> Iterator[Case]:
+    """What finds thresholds by brackets, of scores alone and of both sides of a fusion."""
+    parts = dtype, dtype if streams == 2 else None
+    inner = dict(zip(("INNER_S", "INNER_U"), parts, strict=True)) | {"DISTANCE": distance}
+    none = dict.fromkeys(("OUTER_S", "OUTER_U", "OUT", "BASE", "INNER", "OUTER"))
+    alone = inner | none | {"ROLE": 0}
+    yield Case(
+        f"bracketed scores {kind} {dtype}", _bracketed_scores_kernel, alone, (dtype,) * streams, config=FUSE
+    )
+    forms = {"": alone}
+    if not distance:
+        outer = dict(zip(("OUTER_S", "OUTER_U"), parts, strict=True))
+        both = dict.fromkeys(("OUT", "BASE", "INNER", "OUTER"), dtype)
+        forms[" of both sides"] = inner | outer | both | {"ROLE": INNER_SCORE}
+    for suffix, constants in forms.items():
+        for name, kernel in (
+            ("sample", _sample_kernel),
+            ("count sample", _count_sample_kernel),
+            ("list", _list_kernel),
+            ("narrow", _narrow_kernel),
+        ):
+            yield Case(f"{name} {kind} {dtype}{suffix}", kernel, constants, config=FUSE)
+
+
 def _selection_cases(config: LaunchConfig) -> Iterator[Case]:
     name = f"by {config.block}"
     for state, (kind, streams, distance), (shift, bits) in itertools.product(STATES, SCORES, DIGITS):
-        if distance and config is FUSE:
-            continue  # the single pass has none
         yield Case(
             f"histogram {kind} {state} bits {shift}+{bits}, {name}",
             _histogram_kernel,
@@ -227,14 +231,6 @@ def _selection_cases(config: LaunchConfig) -> Iterator[Case]:
         yield Case(
             f"pick bits {shift}+{bits}, {name}", _pick_kernel, digit | {"LAST": shift == 0}, config=config
         )
-        if config is FUSE:
-            for groups in (1, 2):
-                yield Case(
-                    f"histogram of lists bits {shift}+{bits}, groups {groups}",
-                    _list_histogram_kernel,
-                    digit | {"GROUPS_A_LIST": groups},
-                    config=config,
-                )
 
 
 # Constants that are the same for every case, where a kernel has them.
@@ -242,8 +238,10 @@ COMMON = {
     "ROUND_BF16": False,
     "INNER_DISTANCE": False,
     "OUTER_DISTANCE": False,
-    "INNER_ROLE": INNER_SCORE,
-    "OUTER_ROLE": OUTER_SCORE,
+    "STEP": 0,
+    "FIRST": True,
+    "RUN": BRACKETING.run,
+    "SAMPLES": BRACKETING.first_samples,
 }
 
 
@@ -323,18 +321,17 @@ def _widths(accesses: Counter[int]) -> str:
 def _argument_type(name: str, constants: dict[str, Any]) -> str:
     if name in constants:
         return "constexpr"
-    words = {"chunk_tensors_ptr", "indices_ptr", "prefixes_ptr"}
-    floats = {"brackets_ptr", "values_ptr", "samples_ptr", "found_ptr"}
+    words = {"chunk_tensors_ptr", "indices_ptr", "prefixes_ptr", "samples_ptr"}
+    floats = {"values_ptr", "found_ptr"}
     if name in words:
         return "*i32"
     if name in floats or name.endswith("thresholds_ptr"):
         return "*fp32"
     if name.endswith("_ptr"):
-        return "*fp64" if name == "partial_norms_ptr" else "*i64"
-    if name in ("start", "numel", "capacity"):
+        return "*fp64" if name.endswith("norms_ptr") else "*i64"
+    if name in ("start", "numel", "capacity", "k"):
         return "i64"
-    weights = name.startswith(("keep", "take")) or name.endswith(("_in", "_out"))
-    return "fp32" if weights else "i32"
+    return "fp32" if name.startswith(("keep", "take", "w_", "fraction", "spread")) else "i32"
 
 
 def _expected(dtypes: tuple[tl.dtype, ...], elements: int) -> Counter[int]:

@@ -16,13 +16,22 @@ import rkif
 from rkif_kernels import FusionInputs, ImportanceInputs, Scores
 from rkif_kernels.backends import reference
 from rkif_kernels.backends import triton as kernels
-from rkif_kernels.backends.triton import fuse, importance, single_pass, table
-from rkif_kernels.backends.triton import radix as select
+from rkif_kernels.backends.triton import (
+    bracket,
+    count,
+    fuse,
+    importance,
+    radix,
+    single_pass,
+    table,
+    thresholds,
+    undecided,
+)
 from rkif_kernels.backends.triton.launch import BRACKETING
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = replace(BRACKETING, least=1, one_in=2)
+SMALL = replace(BRACKETING, min_numel=1, sample_stride=2, run=1)
 RULE = {"weights": ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5)), "outer_from": "inner"}
 
 
@@ -44,7 +53,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Counted(name, getattr(module, name)))
 
-    for module in (fuse, importance, select, single_pass):
+    for module in (bracket, count, fuse, importance, radix, single_pass, thresholds, undecided):
         watch(module)
     return counter
 
@@ -178,7 +187,7 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     reference.update_importance_(ImportanceInputs(base, inner, states, None), nonfinite=bad, **betas)
 
     tables_of = table.tables
-    for module in (fuse, importance, select):
+    for module in (fuse, importance, radix, thresholds):
         monkeypatch.setattr(module, "tables", lambda *a, **k: shifted(tables_of(*a, **k)))
     moved = [on(DEVICE, part) for part in (base, inner, outer)]
     there = Scores(on(DEVICE, scores.sensitivity), on(DEVICE, scores.uncertainty))

@@ -17,11 +17,12 @@ from rkif_kernels import FusionInputs, Scores
 from rkif_kernels.backends import reference
 from rkif_kernels.backends.triton import select_and_fuse_, single_pass
 from rkif_kernels.backends.triton.launch import BRACKETING, Bracketing
+from rkif_kernels.backends.triton.windows import FAILED, Workspace
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Half of a few hundred elements is sampled, and brackets are narrow enough to leave most of them decided.
-SMALL = Bracketing(least=1, one_in=2, most=1 << 20, sigmas=2.5, room=1.5)
+SMALL = Bracketing(min_numel=1, sample_stride=2, max_samples=1 << 20, sigmas=2.5, list_slack=1.5)
 RELEASE = ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5))
 
 
@@ -29,13 +30,14 @@ RELEASE = ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5))
 def fell_back(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """For each single pass, the flag that says whether its brackets failed."""
     flags: list[Tensor] = []
-    launch = single_pass.launch_fuse
+    make = single_pass.Workspace.of
 
-    def spy(*args: Any, run: Tensor | None = None, **kwargs: Any) -> None:
-        flags.extend([] if run is None else [run])
-        launch(*args, run=run, **kwargs)
+    def spy(*args: Any) -> Workspace:
+        workspace = make(*args)
+        flags.append(workspace.fields[FAILED.value])
+        return workspace
 
-    monkeypatch.setattr(single_pass, "launch_fuse", spy)
+    monkeypatch.setattr(single_pass.Workspace, "of", spy)
     return flags
 
 
@@ -123,9 +125,9 @@ def test_single_pass_over_mixed_dtypes(dtype: torch.dtype, fell_back: list[Tenso
     ("name", "bracketing"),
     [
         ("no width", replace(SMALL, sigmas=-0.5)),
-        ("a sample of one", replace(SMALL, most=1, sigmas=0.0)),
-        ("no room", replace(SMALL, room=0.0)),
-        ("room for almost all", replace(SMALL, sigmas=10.0, room=0.5)),
+        ("a sample of one", replace(SMALL, max_samples=1, sigmas=0.0)),
+        ("no room", replace(SMALL, list_slack=0.0)),
+        ("room for almost all", replace(SMALL, sigmas=10.0, list_slack=0.5)),
         ("everything undecided", replace(SMALL, sigmas=1e9)),
     ],
 )
@@ -140,9 +142,9 @@ def test_brackets_that_fail_cost_time_only(name: str, bracketing: Bracketing, fr
 @pytest.mark.parametrize(
     ("bracketing", "failed"),
     [
-        (replace(SMALL, room=0.0), 1),
+        (replace(SMALL, list_slack=0.0), 1),
         (replace(SMALL, sigmas=1e9), 0),
-        (replace(SMALL, sigmas=1e9, room=3e-10), 1),
+        (replace(SMALL, sigmas=1e9, list_slack=3e-10), 1),
     ],
     ids=["no room", "everything listed", "room for half"],
 )
@@ -184,7 +186,7 @@ def test_ties_at_the_lower_end_need_no_list(fell_back: list[Tensor]) -> None:
 def test_single_pass_anywhere(
     sizes: list[int], fraction: float, sigmas: float, room: float, seed: int
 ) -> None:
-    bracketing = replace(SMALL, sigmas=sigmas, room=room)
+    bracketing = replace(SMALL, sigmas=sigmas, list_slack=room)
     few = [t.mul(3).floor() for t in positive(sizes, torch.float32, seed)]
     inner, outer = Scores(positive(sizes, torch.bfloat16, seed + 1)), Scores(few)
     check(models(sizes), inner, outer, int(fraction * (sum(sizes) - 1)), bracketing)
@@ -240,11 +242,18 @@ def test_over_one_of_its_inputs_nothing_is_guessed(fell_back: list[Tensor]) -> N
 
 
 def test_a_bracket_is_where_the_sample_says() -> None:
-    """By hand: k 80 of 101, 25 sampled: centre 19.2, margin 1 * sqrt(.8 * .2 * 25) + 1 = 3."""
-    assert replace(SMALL, sigmas=1.0).sample_ks(80, 101, 25) == (16, 23)
-    assert replace(SMALL, sigmas=1.0).sample_ks(0, 101, 25) == (-1, 1)
-    assert replace(SMALL, sigmas=1.0).sample_ks(100, 101, 25) == (23, -1)
-    assert BRACKETING.step(64 << 20) == 64
-    assert BRACKETING.step(64 << 21) == 128
-    # 4 * 3 / 25 of 101 elements lie in the two brackets: 48.48, and half as many again: 72.7.
-    assert replace(SMALL, sigmas=1.0).capacity(80, 101, 25) == 73
+    """By hand: 25 of 98 scores are counted, margin 1 * sqrt(.8 * .2 * 25) + 1 = 3 of them.
+
+    Of a first sample of 100 that is 12; its own margin is 4, so the window has 4 + 2 * 12 + 1 on either side.
+    """
+    one = replace(SMALL, sigmas=1.0, sample_stride=4)
+    assert one.sample_ks(0.8, 100, 98) == (50, 100)
+    assert one.sample_ks(0.0, 25, 98) == (-1, 3)
+    assert one.sample_ks(1.0, 25, 98) == (21, 25)
+    assert BRACKETING.stride(64 << 20) == 128
+    assert BRACKETING.stride(64 << 22) == 256
+    # Of 98 elements 25 are sampled; 4 * 3 / 25 of them lie in the brackets: 47.04, and half as many again.
+    assert one.capacity(0.8, 98, sides=2) == 71
+    # 4 runs of 8: a design effect of 4 doubles the standard deviation, 2 * sqrt(.16 * 32) + 1 = 5.53 scores.
+    runs = replace(one, run=8, design_effect=4.0, sample_stride=32, list_slack=1.0)
+    assert runs.capacity(0.8, 128, sides=1) == 45

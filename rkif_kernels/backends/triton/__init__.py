@@ -1,11 +1,12 @@
 """Triton kernels and their launchers, one launch for a list of tensors. Arguments have been validated."""
 
 from rkif_kernels.backends.triton.adamw import adamw_
+from rkif_kernels.backends.triton.count import all_valid, count_scores_
 from rkif_kernels.backends.triton.fuse import fuse_
 from rkif_kernels.backends.triton.importance import update_importance_
 from rkif_kernels.backends.triton.plan import PreparedUpdate
-from rkif_kernels.backends.triton.radix import all_valid, count_scores_, score_thresholds
 from rkif_kernels.backends.triton.single_pass import select_and_fuse_
+from rkif_kernels.backends.triton.thresholds import score_thresholds
 
 __all__ = [
     "PreparedUpdate",

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rkif_kernels.backends.choose import interpreting
-from rkif_kernels.backends.triton.elements import in_lanes, kernel, load_float32, load_row, round_to
+from rkif_kernels.backends.triton.elements import kernel, lane_sums, load_float32, load_row, round_to
 from rkif_kernels.backends.triton.importance import importance_of
 from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig
 from rkif_kernels.backends.triton.table import ALIGNMENT, aligned, tables
@@ -66,7 +66,7 @@ def _adamw_tile(
             new_u = round_to(tl.where(finite, new_u, u), UNCERTAINTY, ROUND_BF16)
             tl.store(u_ptr + offsets, new_u, mask=mask)
         tl.store(s_ptr + offsets, round_to(tl.where(finite, new_s, s), SENSITIVITY, ROUND_BF16), mask=mask)
-        bad = in_lanes((mask & (finite == 0)).to(tl.int32), BLOCK)
+        bad = lane_sums((mask & (finite == 0)).to(tl.int32), BLOCK)
 
     m = m + take1 * (g - m)
     v = keep2 * v + take2 * g * g
@@ -171,13 +171,9 @@ def adamw_(
         for table in tables(rows, config.chunk):
             _adamw_kernel[(table.programs,)](
                 # Tensors
-                table.pointers,
-                table.layout.numels,
-                table.layout.chunk_tensors,
-                table.layout.chunk_starts,
-                nonfinite,
+                **table.arguments,
+                nonfinite_ptr=nonfinite,
                 # Scalars
-                n_tensors=table.tensors,
                 **constants._asdict(),
                 importance_keep1=float32(beta1),
                 importance_take1=float32(1 - beta1),

@@ -12,7 +12,8 @@ kernel = partial(
     do_not_specialize=(
         *("n_tensors", "start", "numel", "inner_stride", "outer_stride"),
         *("s_role", "first_group", "groups_a_tensor", "low", "shift", "bins"),
-        *("step", "cells", "first_cell", "all_cells", "capacity"),
+        *("stride", "cells", "first_cell", "all_cells", "capacity"),
+        *("first_row", "rows", "k", "low_k", "high_k", "all_programs", "chunks", "first_program"),
     ),
 )
 
@@ -27,6 +28,53 @@ def load_row(pointers_ptr, role, tensor, n_tensors, DTYPE: tl.constexpr):
         # The alignment must be declared on the typed pointer: on the integer it is lost, and accesses fall
         # to 32 bits. The table only takes addresses that keep the promise.
         return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK: tl.constexpr):
+    """The tensor of a chunk, the chunk's first element in it, and how many elements the tensor has."""
+    tensor = tl.load(chunk_tensors_ptr + chunk)
+    start = tl.multiple_of(tl.load(chunk_starts_ptr + chunk), BLOCK)
+    return tensor, start, tl.load(numels_ptr + tensor)
+
+
+@triton.jit
+def load_rows(
+    pointers_ptr,
+    tensor,
+    n_tensors,
+    OUT: tl.constexpr,
+    BASE: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER_S: tl.constexpr,
+    INNER_U: tl.constexpr,
+    OUTER_S: tl.constexpr,
+    OUTER_U: tl.constexpr,
+):
+    """The base pointers of a tensor in every role of a fusion, in the order of ROLES."""
+    return (
+        load_row(pointers_ptr, 0, tensor, n_tensors, OUT),
+        load_row(pointers_ptr, 1, tensor, n_tensors, BASE),
+        load_row(pointers_ptr, 2, tensor, n_tensors, INNER),
+        load_row(pointers_ptr, 3, tensor, n_tensors, OUTER),
+        load_row(pointers_ptr, 4, tensor, n_tensors, INNER_S),
+        load_row(pointers_ptr, 5, tensor, n_tensors, INNER_U),
+        load_row(pointers_ptr, 6, tensor, n_tensors, OUTER_S),
+        load_row(pointers_ptr, 7, tensor, n_tensors, OUTER_U),
+    )
+
+
+@triton.jit
+def tile_mask(offsets, numel, FULL: tl.constexpr):
+    """Which elements of a block there are.
+
+    A mask that depends on the size would narrow every access to one element, so a FULL block has none.
+    """
+    if FULL:
+        return tl.zeros_like(offsets) == 0
+    else:
+        return offsets < numel
 
 
 @triton.jit
@@ -54,28 +102,28 @@ def load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY: tl.constexpr, DISTANCE:
 
 
 @triton.jit
-def in_lanes(values, BLOCK: tl.constexpr):
+def lane_sums(values, BLOCK: tl.constexpr):
     """Sums of four neighbours. One thread holds them, so that adding up over tiles needs no other thread."""
     return tl.sum(tl.reshape(values, (BLOCK // 4, 4)), axis=1)
 
 
 @triton.jit
-def squares(vector, BLOCK: tl.constexpr):
+def squared_lanes(vector, BLOCK: tl.constexpr):
     wide = vector.to(tl.float64)
-    return in_lanes(wide * wide, BLOCK)
+    return lane_sums(wide * wide, BLOCK)
 
 
 @triton.jit
-def packed(a, b, c, d, BLOCK: tl.constexpr):
+def pack_counts(a, b, c, d, BLOCK: tl.constexpr):
     """How many of each of four conditions hold, 8 bits each: a lane has four elements a tile."""
     low = a.to(tl.int32) | (b.to(tl.int32) << 8)
-    return in_lanes(low | (c.to(tl.int32) << 16) | (d.to(tl.int32) << 24), BLOCK)
+    return lane_sums(low | (c.to(tl.int32) << 16) | (d.to(tl.int32) << 24), BLOCK)
 
 
 @triton.jit
-def add_packed(counts_ptr, lanes):
-    """Add the four counts of a program to four in memory."""
-    for field in tl.static_range(4):
+def add_counts(counts_ptr, lanes, FIELDS: tl.constexpr = 4):
+    """Add the counts of a program to as many in memory."""
+    for field in tl.static_range(FIELDS):
         total = tl.sum((lanes >> (8 * field)) & 0xFF)
         if total > 0:
             tl.atomic_add(counts_ptr + field, total.to(tl.int64), sem="relaxed")
@@ -86,24 +134,6 @@ def gather_float32(pointers_ptr, role, tensors, n_tensors, offsets, mask, DTYPE:
     """Single elements of many tensors in float32; 0 beyond the mask."""
     addresses = tl.load(pointers_ptr + role * n_tensors + tensors, mask=mask, other=0)
     return tl.load(addresses.to(tl.pointer_type(DTYPE)) + offsets, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def gather_score(
-    pointers_ptr,
-    s_role,
-    tensors,
-    n_tensors,
-    offsets,
-    mask,
-    SENSITIVITY: tl.constexpr,
-    UNCERTAINTY: tl.constexpr,
-):
-    """Single scores of many tensors; the uncertainty is the role after the sensitivity."""
-    score = gather_float32(pointers_ptr, s_role, tensors, n_tensors, offsets, mask, SENSITIVITY)
-    if UNCERTAINTY is not None:
-        score *= gather_float32(pointers_ptr, s_role + 1, tensors, n_tensors, offsets, mask, UNCERTAINTY)
-    return tl.where(score > 0, score, 0.0)
 
 
 @triton.jit

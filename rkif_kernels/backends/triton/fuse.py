@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -11,20 +9,22 @@ from torch import Tensor
 
 from rkif_kernels.backends.choose import interpreting
 from rkif_kernels.backends.triton.elements import (
-    add_packed,
+    add_counts,
     kernel,
+    load_chunk,
     load_float32,
-    load_row,
+    load_rows,
     load_score,
-    packed,
+    pack_counts,
     round_to,
-    squares,
+    squared_lanes,
+    tile_mask,
 )
 from rkif_kernels.backends.triton.launch import FUSE, LaunchConfig
 from rkif_kernels.backends.triton.table import ALIGNMENT, Table, aligned, tables
 from rkif_kernels.contiguous import in_place
 from rkif_kernels.numerics import float32
-from rkif_kernels.types import ROLES, CaseWeights, FuseStats, FusionInputs, OuterFrom
+from rkif_kernels.types import CASES, ROLES, CaseWeights, FuseStats, FusionInputs, OuterFrom
 
 INNER_SCORE, OUTER_SCORE = ROLES.index("INNER_S"), ROLES.index("OUTER_S")
 
@@ -74,8 +74,9 @@ def _fuse_tile(
     rows,
     thresholds,
     weights,
-    offsets,
-    mask,
+    first,
+    numel,
+    FULL: tl.constexpr,
     OUT: tl.constexpr,
     INNER_U: tl.constexpr,
     OUTER_U: tl.constexpr,
@@ -87,6 +88,8 @@ def _fuse_tile(
 ):
     """Fuse one block; returns its counts of the cases and three squared norms, in lanes."""
     out_ptr, base_ptr, inner_ptr, outer_ptr, s_in_ptr, u_in_ptr, s_out_ptr, u_out_ptr = rows
+    offsets = first + tl.arange(0, BLOCK)
+    mask = tile_mask(offsets, numel, FULL)
     base = load_float32(base_ptr, offsets, mask)
     inner = load_float32(inner_ptr, offsets, mask)
     outer = load_float32(outer_ptr, offsets, mask)
@@ -98,11 +101,55 @@ def _fuse_tile(
     tl.store(out_ptr + offsets, fused, mask=mask)
     # Beyond the mask everything was loaded as zero, so only the counts need it.
     return (
-        packed(*cases(m_in, m_out, mask), BLOCK),
-        squares(tau_in, BLOCK),
-        squares(tau_out, BLOCK),
-        squares(fused.to(tl.float32) - base, BLOCK),
+        pack_counts(*cases(m_in, m_out, mask), BLOCK),
+        squared_lanes(tau_in, BLOCK),
+        squared_lanes(tau_out, BLOCK),
+        squared_lanes(fused.to(tl.float32) - base, BLOCK),
     )
+
+
+@triton.jit
+def fuse_chunk(
+    rows,
+    thresholds,
+    weights,
+    start,
+    numel,
+    norms,
+    OUT: tl.constexpr,
+    INNER_U: tl.constexpr,
+    OUTER_U: tl.constexpr,
+    INNER_DISTANCE: tl.constexpr,
+    OUTER_DISTANCE: tl.constexpr,
+    OUTER_FROM_INNER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    ROUND_BF16: tl.constexpr,
+):
+    """Fuse one chunk; returns its counts of the cases, and the three norms with its own added, in lanes."""
+    selected = tl.zeros((BLOCK // 4,), tl.int32)
+    norm_in, norm_out, norm_update = norms
+    for tile in range(TILES):
+        first = start + tile * BLOCK
+        if first + BLOCK <= numel:
+            n, x, y, z = _fuse_tile(
+                rows, thresholds, weights, first, numel, True, OUT, INNER_U, OUTER_U,
+                INNER_DISTANCE, OUTER_DISTANCE, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
+            )  # fmt: skip
+            selected += n
+            norm_in += x
+            norm_out += y
+            norm_update += z
+        elif first < numel:
+            n, x, y, z = _fuse_tile(
+                rows, thresholds, weights, first, numel, False, OUT, INNER_U, OUTER_U,
+                INNER_DISTANCE, OUTER_DISTANCE, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
+            )  # fmt: skip
+            selected += n
+            norm_in += x
+            norm_out += y
+            norm_update += z
+    return selected, norm_in, norm_out, norm_update
 
 
 @kernel
@@ -117,19 +164,18 @@ def _fuse_kernel(
     outer_thresholds_ptr,
     counts_ptr,
     partial_norms_ptr,
-    run_ptr,
     # Scalars
     n_tensors,
     inner_stride,
     outer_stride,
-    in_only_in,
-    in_only_out,
-    out_only_in,
-    out_only_out,
-    both_in,
-    both_out,
-    neither_in,
-    neither_out,
+    w_in_inner_only,
+    w_out_inner_only,
+    w_in_outer_only,
+    w_out_outer_only,
+    w_in_both,
+    w_out_both,
+    w_in_neither,
+    w_out_neither,
     # Constexprs
     OUT: tl.constexpr,
     BASE: tl.constexpr,
@@ -142,7 +188,6 @@ def _fuse_kernel(
     INNER_DISTANCE: tl.constexpr,
     OUTER_DISTANCE: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
-    GUARDED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
     ROUND_BF16: tl.constexpr,
@@ -151,24 +196,11 @@ def _fuse_kernel(
 
     A program owns one chunk of one tensor. Float32 with uncertainties: reads 28 bytes an element, writes 4.
     Counts are integer atomics; squared norms go to a slot a program, so that nothing depends on timing.
-    GUARDED: it runs only if ``run_ptr`` says so.
     """
-    if GUARDED:
-        if tl.load(run_ptr) == 0:
-            return
-    program = tl.program_id(0)
-    tensor = tl.load(chunk_tensors_ptr + program)
-    start = tl.multiple_of(tl.load(chunk_starts_ptr + program), BLOCK)
-    numel = tl.load(numels_ptr + tensor)
-    rows = (
-        load_row(pointers_ptr, 0, tensor, n_tensors, OUT),
-        load_row(pointers_ptr, 1, tensor, n_tensors, BASE),
-        load_row(pointers_ptr, 2, tensor, n_tensors, INNER),
-        load_row(pointers_ptr, 3, tensor, n_tensors, OUTER),
-        load_row(pointers_ptr, 4, tensor, n_tensors, INNER_S),
-        load_row(pointers_ptr, 5, tensor, n_tensors, INNER_U),
-        load_row(pointers_ptr, 6, tensor, n_tensors, OUTER_S),
-        load_row(pointers_ptr, 7, tensor, n_tensors, OUTER_U),
+    chunk = tl.program_id(0)
+    tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
+    rows = load_rows(
+        pointers_ptr, tensor, n_tensors, OUT, BASE, INNER, OUTER, INNER_S, INNER_U, OUTER_S, OUTER_U
     )
     index = tl.load(indices_ptr + tensor)
     thresholds = (
@@ -176,42 +208,23 @@ def _fuse_kernel(
         tl.load(outer_thresholds_ptr + index * outer_stride),
     )
     weights = (
-        in_only_in, in_only_out, out_only_in, out_only_out, both_in, both_out, neither_in, neither_out,
+        w_in_inner_only, w_out_inner_only, w_in_outer_only, w_out_outer_only,
+        w_in_both, w_out_both, w_in_neither, w_out_neither,
     )  # fmt: skip
-
-    selected = tl.zeros((BLOCK // 4,), tl.int32)
-    norm_in = tl.zeros((BLOCK // 4,), tl.float64)
-    norm_out, norm_update = norm_in, norm_in
-    for tile in range(TILES):
-        first = start + tile * BLOCK
-        offsets = first + tl.arange(0, BLOCK)
-        if first < numel:
-            # A mask that depends on the size would narrow every access to one element; only the tail has one.
-            if first + BLOCK <= numel:
-                n, x, y, z = _fuse_tile(
-                    rows, thresholds, weights, offsets, tl.zeros((BLOCK,), tl.int1) == 0,
-                    OUT, INNER_U, OUTER_U, INNER_DISTANCE, OUTER_DISTANCE, OUTER_FROM_INNER,
-                    BLOCK, ROUND_BF16,
-                )  # fmt: skip
-            else:
-                n, x, y, z = _fuse_tile(
-                    rows, thresholds, weights, offsets, offsets < numel,
-                    OUT, INNER_U, OUTER_U, INNER_DISTANCE, OUTER_DISTANCE, OUTER_FROM_INNER,
-                    BLOCK, ROUND_BF16,
-                )  # fmt: skip
-            selected += n
-            norm_in += x
-            norm_out += y
-            norm_update += z
-    add_packed(counts_ptr, selected)
-    store_norms(partial_norms_ptr, program, norm_in, norm_out, norm_update)
+    zero = tl.zeros((BLOCK // 4,), tl.float64)
+    selected, norm_in, norm_out, norm_update = fuse_chunk(
+        rows, thresholds, weights, start, numel, (zero, zero, zero), OUT, INNER_U, OUTER_U,
+        INNER_DISTANCE, OUTER_DISTANCE, OUTER_FROM_INNER, BLOCK, TILES, ROUND_BF16,
+    )  # fmt: skip
+    add_counts(counts_ptr, selected)
+    store_norms(partial_norms_ptr, chunk, norm_in, norm_out, norm_update)
 
 
 def scalars(weights: CaseWeights) -> dict[str, float]:
     """The rule's weights as arguments of a kernel."""
     return {
-        f"{case}_{side}": float32(weight)
-        for case, pair in zip(("in_only", "out_only", "both", "neither"), weights, strict=True)
+        f"w_{side}_{case}": float32(weight)
+        for case, pair in zip(CASES, weights, strict=True)
         for side, weight in zip(("in", "out"), pair, strict=True)
     }
 
@@ -223,63 +236,6 @@ def constants(table: Table, outer_from: OuterFrom) -> dict[str, object]:
         "OUTER_FROM_INNER": outer_from == "inner",
         "ROUND_BF16": interpreting(),
     }
-
-
-def launch_fuse(
-    grouped: Sequence[Table],
-    partial_norms: Sequence[Tensor],
-    thresholds: tuple[Tensor, Tensor],
-    counts: Tensor,
-    *,
-    weights: CaseWeights,
-    outer_from: OuterFrom,
-    config: LaunchConfig,
-    distances: tuple[bool, bool] = (False, False),
-    run: Tensor | None = None,
-) -> None:
-    """One launch a table.
-
-    Args:
-        partial_norms: float64 [programs, 3] for each table; written.
-        counts: int64 [4], added to.
-        distances: whether the scores of inner and outer are distances.
-        run: one int64; where it is zero on the device, nothing is done.
-    """
-    for table, norms in zip(grouped, partial_norms, strict=True):
-        _fuse_kernel[(table.programs,)](
-            # Tensors
-            table.pointers,
-            table.layout.numels,
-            table.layout.chunk_tensors,
-            table.layout.chunk_starts,
-            table.indices,
-            *thresholds,
-            counts,
-            norms,
-            counts if run is None else run,
-            # Scalars
-            n_tensors=table.tensors,
-            inner_stride=int(thresholds[0].numel() > 1),
-            outer_stride=int(thresholds[1].numel() > 1),
-            **scalars(weights),
-            # Constexprs
-            INNER_DISTANCE=distances[0],
-            OUTER_DISTANCE=distances[1],
-            GUARDED=run is not None,
-            BLOCK=config.block,
-            TILES=config.tiles,
-            **constants(table, outer_from),
-            **config.options,
-        )
-
-
-def norms_of(grouped: Sequence[Table], extra: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """Memory for three norms a program, behind it ``extra`` rows for each table; whole and in parts."""
-    sizes = [table.programs for table in grouped] + [extra] * len(grouped)
-    # Two rows are 48 bytes: every part begins on a boundary of 16, or kernels would be compiled for either.
-    even = [size + size % 2 for size in sizes]
-    whole = torch.zeros((sum(even), 3), dtype=torch.float64, device=device)
-    return whole, [part[:size] for part, size in zip(whole.split(even), sizes, strict=True)]
 
 
 def fuse_(
@@ -294,17 +250,29 @@ def fuse_(
     device = thresholds[0].device
     counts = torch.zeros(4, dtype=torch.int64, device=device)
     with in_place(inputs.out, ALIGNMENT) as targets:
-        rows = aligned((targets, *inputs.lists[1:]))
-        grouped = tables(rows, config.chunk)
-        norms, parts = norms_of(grouped, 0, device)
-        launch_fuse(
-            grouped,
-            parts[: len(grouped)],
-            thresholds,
-            counts,
-            weights=weights,
-            outer_from=outer_from,
-            config=config,
-            distances=(inputs.inner_scores.distance, inputs.outer_scores.distance),
-        )
+        grouped = tables(aligned((targets, *inputs.lists[1:])), config.chunk)
+        # Two rows are 48 bytes: every part begins on a boundary of 16, or kernels would be compiled for either.
+        sizes = [table.programs + table.programs % 2 for table in grouped]
+        norms = torch.zeros((sum(sizes), 3), dtype=torch.float64, device=device)
+        for table, partial_norms in zip(grouped, norms.split(sizes), strict=True):
+            _fuse_kernel[(table.programs,)](
+                # Tensors
+                **table.arguments,
+                indices_ptr=table.indices,
+                inner_thresholds_ptr=thresholds[0],
+                outer_thresholds_ptr=thresholds[1],
+                counts_ptr=counts,
+                partial_norms_ptr=partial_norms,
+                # Scalars
+                inner_stride=int(thresholds[0].numel() > 1),
+                outer_stride=int(thresholds[1].numel() > 1),
+                **scalars(weights),
+                # Constexprs
+                INNER_DISTANCE=inputs.inner_scores.distance,
+                OUTER_DISTANCE=inputs.outer_scores.distance,
+                BLOCK=config.block,
+                TILES=config.tiles,
+                **constants(table, outer_from),
+                **config.options,
+            )
     return FuseStats(counts, norms.sum(0), thresholds)

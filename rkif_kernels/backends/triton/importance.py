@@ -9,7 +9,15 @@ import triton.language as tl
 from torch import Tensor
 
 from rkif_kernels.backends.choose import interpreting
-from rkif_kernels.backends.triton.elements import in_lanes, kernel, load_float32, load_row, round_to
+from rkif_kernels.backends.triton.elements import (
+    kernel,
+    lane_sums,
+    load_chunk,
+    load_float32,
+    load_row,
+    round_to,
+    tile_mask,
+)
 from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig, PreparedLaunch
 from rkif_kernels.backends.triton.table import ALIGNMENT, Table, aligned, tables
 from rkif_kernels.contiguous import in_place
@@ -31,16 +39,14 @@ def importance_of(product, ORDER: tl.constexpr):
 
 @triton.jit
 def _update_tile(
-    w_ptr,
-    g_ptr,
-    s_ptr,
-    u_ptr,
-    offsets,
-    mask,
+    lists,
+    first,
+    numel,
     keep1,
     take1,
     keep2,
     take2,
+    FULL: tl.constexpr,
     GRAD: tl.constexpr,
     SENSITIVITY: tl.constexpr,
     UNCERTAINTY: tl.constexpr,
@@ -49,23 +55,28 @@ def _update_tile(
     ROUND_BF16: tl.constexpr,
 ):
     """Update one block; returns how many of its elements have a non-finite importance, in lanes."""
+    w_ptr, g_ptr, s_ptr, u_ptr = lists
+    offsets = first + tl.arange(0, BLOCK)
+    mask = tile_mask(offsets, numel, FULL)
+    # All loads come before the first store, or the later ones would wait for memory once more.
     product = load_float32(w_ptr, offsets, mask)
     if GRAD is None:
         product *= 0.0
     else:
         product *= load_float32(g_ptr, offsets, mask)
+    s = load_float32(s_ptr, offsets, mask)
+    if UNCERTAINTY is not None:
+        u = load_float32(u_ptr, offsets, mask)
+
     importance = importance_of(product, ORDER)
     finite = importance < float("inf")
-
     # The old value is stored back where the importance is not finite: a mask would narrow the store.
-    s = load_float32(s_ptr, offsets, mask)
     new_s = keep1 * s + take1 * importance
     tl.store(s_ptr + offsets, round_to(tl.where(finite, new_s, s), SENSITIVITY, ROUND_BF16), mask=mask)
     if UNCERTAINTY is not None:
-        u = load_float32(u_ptr, offsets, mask)
         new_u = keep2 * u + take2 * tl.abs(importance - new_s)
         tl.store(u_ptr + offsets, round_to(tl.where(finite, new_u, u), UNCERTAINTY, ROUND_BF16), mask=mask)
-    return in_lanes((mask & (finite == 0)).to(tl.int32), BLOCK)
+    return lane_sums((mask & (finite == 0)).to(tl.int32), BLOCK)
 
 
 @kernel
@@ -97,30 +108,26 @@ def _update_importance_kernel(
     GRAD and UNCERTAINTY are None where there is none; a missing gradient is zero. A program owns one chunk of
     one tensor. Float32: reads 16 bytes an element (w, g, S, U), writes 8 (S, U).
     """
-    program = tl.program_id(0)
-    tensor = tl.load(chunk_tensors_ptr + program)
-    start = tl.multiple_of(tl.load(chunk_starts_ptr + program), BLOCK)
-    numel = tl.load(numels_ptr + tensor)
-    w_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, PARAM)
-    g_ptr = load_row(pointers_ptr, 1, tensor, n_tensors, GRAD)
-    s_ptr = load_row(pointers_ptr, 2, tensor, n_tensors, SENSITIVITY)
-    u_ptr = load_row(pointers_ptr, 3, tensor, n_tensors, UNCERTAINTY)
-
+    chunk = tl.program_id(0)
+    tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
+    lists = (
+        load_row(pointers_ptr, 0, tensor, n_tensors, PARAM),
+        load_row(pointers_ptr, 1, tensor, n_tensors, GRAD),
+        load_row(pointers_ptr, 2, tensor, n_tensors, SENSITIVITY),
+        load_row(pointers_ptr, 3, tensor, n_tensors, UNCERTAINTY),
+    )
     bad = tl.zeros((BLOCK // 4,), tl.int32)
     for tile in range(TILES):
         first = start + tile * BLOCK
-        offsets = first + tl.arange(0, BLOCK)
-        # A mask that depends on the size would narrow every access to one element; only the tail has one.
         if first + BLOCK <= numel:
-            mask = tl.zeros((BLOCK,), tl.int1) == 0
             bad += _update_tile(
-                w_ptr, g_ptr, s_ptr, u_ptr, offsets, mask, keep1, take1, keep2, take2,
-                GRAD, SENSITIVITY, UNCERTAINTY, ORDER, BLOCK, ROUND_BF16,
+                lists, first, numel, keep1, take1, keep2, take2,
+                True, GRAD, SENSITIVITY, UNCERTAINTY, ORDER, BLOCK, ROUND_BF16,
             )  # fmt: skip
         elif first < numel:
             bad += _update_tile(
-                w_ptr, g_ptr, s_ptr, u_ptr, offsets, offsets < numel, keep1, take1, keep2, take2,
-                GRAD, SENSITIVITY, UNCERTAINTY, ORDER, BLOCK, ROUND_BF16,
+                lists, first, numel, keep1, take1, keep2, take2,
+                False, GRAD, SENSITIVITY, UNCERTAINTY, ORDER, BLOCK, ROUND_BF16,
             )  # fmt: skip
     total = tl.sum(bad)
     if total > 0:
@@ -162,13 +169,8 @@ def update_arguments(
     """The kernel's arguments for one table, without the :func:`smoothing`."""
     return {
         # Tensors
-        "pointers_ptr": table.pointers,
-        "numels_ptr": table.layout.numels,
-        "chunk_tensors_ptr": table.layout.chunk_tensors,
-        "chunk_starts_ptr": table.layout.chunk_starts,
+        **table.arguments,
         "nonfinite_ptr": nonfinite,
-        # Scalars
-        "n_tensors": table.tensors,
         # Constexprs
         "PARAM": table.dtypes[0],
         "GRAD": table.dtypes[1],

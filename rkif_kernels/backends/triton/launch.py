@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -80,42 +83,67 @@ class Bracketing:
     """How a sample brackets an order statistic of all scores.
 
     Attributes:
-        least: number of scores from which a single pass pays; below, the scores are read several times.
-        one_in: one score in so many is sampled,
-        most: but not more than these.
+        min_numel: number of scores from which a bracketed pass pays; below, they are read several times.
+        sample_stride: one run of scores is sampled from so many,
+        max_samples: but not more runs than these.
         sigmas: half-width of a bracket, in standard deviations of a quantile of the sample.
-        room: length of the list, in times of what a perfect sample would leave undecided.
+        list_slack: length of the list, in times of what a perfect sample would leave undecided.
+        run: neighbours in a run, a power of two; eight float32 are one access to memory.
+        design_effect: factor on the variance of a quantile, because neighbours resemble each other.
+        first_samples: how many scores give the first window.
     """
 
-    least: int
-    one_in: int
-    most: int
+    min_numel: int
+    sample_stride: int
+    max_samples: int
     sigmas: float
-    room: float
+    list_slack: float
+    run: int = 1
+    design_effect: float = 1.0
+    first_samples: int = 2048
 
-    def step(self, numel: int) -> int:
-        """One score is sampled from so many neighbours."""
-        return max(self.one_in, -(-numel // self.most))
+    def stride(self, numel: int) -> int:
+        """One run is sampled from so many neighbours."""
+        return max(self.sample_stride, -(-numel // self.max_samples))
 
-    def capacity(self, k: int, numel: int, sampled: int) -> int:
-        """Elements that can be listed as undecided: both brackets' share of all, and room to spare."""
-        undecided = 2 * 2 * self._margin(k / max(numel - 1, 1), sampled) / sampled * numel
-        return min(max(math.ceil(self.room * undecided), 1), numel)
+    def capacity(self, fraction: float, numel: int, sides: int) -> int:
+        """Elements that can be listed as undecided: all brackets' share, and some slack."""
+        sampled = -(-numel // self.stride(numel)) * self.run
+        width = 2 * self._margin(fraction, sampled) / sampled
+        return min(max(math.ceil(self.list_slack * sides * width * numel), 1), numel)
 
-    def sample_ks(self, k: int, numel: int, sampled: int) -> tuple[int, int]:
-        """Ranks in the sample of the bracket's two sides; -1 for one that lies beyond the sample."""
-        fraction = k / max(numel - 1, 1)
-        centre, margin = fraction * (sampled - 1), self._margin(fraction, sampled)
-        low, high = math.floor(centre - margin), math.ceil(centre + margin)
-        return max(low, -1), high if high < sampled else -1
+    def sample_ks(self, fraction: float, sampled: int, numel: int) -> tuple[int, int]:
+        """Orders in the first sample of the window's ends; -1 or ``sampled`` for one beyond it.
+
+        The window holds the bracket although both samples err.
+        """
+        margin = self.sigmas * math.sqrt(fraction * (1 - fraction) * sampled)
+        counted = -(-numel // self.stride(numel)) * self.run
+        margin += 2 * self._margin(fraction, counted) * sampled / counted + 1
+        centre = fraction * (sampled - 1)
+        return max(math.floor(centre - margin), -1), min(math.ceil(centre + margin), sampled)
 
     def _margin(self, fraction: float, sampled: int) -> float:
-        """Half-width of a bracket, in places of the sorted sample."""
-        return self.sigmas * math.sqrt(fraction * (1 - fraction) * sampled) + 1
+        """Half-width of a bracket, in sampled scores."""
+        return self.sigmas * math.sqrt(fraction * (1 - fraction) * sampled * self.design_effect) + 1
 
 
-# The sample costs 32 bytes and more a score and the bracket's width falls with its square root: a million
-# leave 0.35 % of the elements undecided on a side. An entry of the list takes 16 bytes: with room for twice
-# as many, 0.2 bytes a parameter for billions, 0.9 for four million. Below four million elements the extra
-# launches take longer than reading the scores again. Neither is measured yet.
-BRACKETING = Bracketing(least=1 << 22, one_in=64, most=1 << 20, sigmas=4.5, room=2.0)
+# A run costs a sector of 32 bytes for each of four streams, and a bracket's width falls with the square root
+# of their number: one run of eight in 128 scores reads 3 % of all bytes and leaves 0.7 % of 64 Mi elements
+# undecided, which cost as much again. Neighbours resemble each other, so eight are counted as three. Below
+# four million elements the extra launches take longer than reading the scores again. None of it is measured.
+BRACKETING = Bracketing(
+    min_numel=1 << 22, sample_stride=128, max_samples=1 << 20, sigmas=4.0, list_slack=2.0,
+    run=8, design_effect=2.5,
+)  # fmt: skip
+
+
+def capped_grid(programs: int, device: torch.device) -> int:
+    """As many programs as are wanted, but no more than a few for each multiprocessor: they loop."""
+    return max(1, min(programs, 4 * _multiprocessors(device)))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of a GPU; for the interpreter so few that programs do loop."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -15,10 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rkif_kernels.backends.triton.elements import (
-    in_lanes,
     kernel,
-    load_float32,
-    load_raw_score,
     load_row,
     load_score,
 )
@@ -68,7 +65,7 @@ def _histogram_kernel(
     """Count the digit at SHIFT of all scores whose higher bits equal their group's prefix.
 
     A program owns one chunk of one tensor. Float32: reads 8 bytes an element (S, U). A group whose remaining
-    k is negative has nothing to find, and reads nothing.
+    rank is negative has nothing to find, and reads nothing.
     """
     program = tl.program_id(0)
     tensor = tl.load(chunk_tensors_ptr + program)
@@ -99,40 +96,6 @@ def _histogram_kernel(
 
 
 @kernel
-def _list_histogram_kernel(
-    # Tensors
-    values_ptr,
-    count_ptr,
-    remaining_ptr,
-    prefixes_ptr,
-    histograms_ptr,
-    # Scalars
-    capacity,
-    # Constexprs
-    GROUPS_A_LIST: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The same for lists of scores, side by side in memory, whose common length only the device knows.
-
-    Every list serves GROUPS_A_LIST groups in a row.
-    """
-    group = tl.program_id(1)
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    count = tl.load(count_ptr)
-    if first < count:
-        if tl.load(remaining_ptr + group) >= 0:
-            offsets = first + tl.arange(0, BLOCK)
-            mask = offsets < count
-            values = tl.load(values_ptr + (group // GROUPS_A_LIST) * capacity + offsets, mask=mask, other=0.0)
-            histogram = _count_digits(values, mask, tl.load(prefixes_ptr + group), SHIFT, BITS)
-            BINS: tl.constexpr = 1 << BITS
-            bins = histograms_ptr + group * BINS + tl.arange(0, BINS)
-            tl.atomic_add(bins, histogram.to(tl.int64), mask=histogram > 0, sem="relaxed")
-
-
-@kernel
 def _pick_kernel(
     # Tensors
     histograms_ptr,
@@ -143,7 +106,7 @@ def _pick_kernel(
     BITS: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """The digit that the remaining k-th score has; after the last, the order statistic. A program a group."""
+    """The digit that the remaining rank falls on; after the last, the order statistic. A program a group."""
     group = tl.program_id(0)
     remaining = tl.load(remaining_ptr + group)
     if remaining >= 0:
@@ -162,7 +125,7 @@ def _radix_select(remaining: Tensor, found: Tensor, config: LaunchConfig, count:
     """Find one order statistic a group.
 
     Args:
-        remaining: int64 [groups], k of each, from 0; mutated. Groups with a negative one are left out.
+        remaining: int64 [groups], ranks from 0; mutated. Groups with a negative one are left out.
         found: float32 [groups]; the order statistics are written there.
         count: launches the histogram kernels of one digit.
     """
@@ -175,7 +138,13 @@ def _radix_select(remaining: Tensor, found: Tensor, config: LaunchConfig, count:
     ):
         count(remaining, prefixes, histograms, SHIFT=shift, BITS=bits)
         _pick_kernel[(groups,)](
-            histograms, remaining, prefixes, found, BITS=bits, LAST=shift == 0, **config.options
+            histograms_ptr=histograms,
+            remaining_ptr=remaining,
+            prefixes_ptr=prefixes,
+            found_ptr=found,
+            BITS=bits,
+            LAST=shift == 0,
+            **config.options,
         )
 
 
@@ -196,16 +165,12 @@ def select_from_tables(
             for table in grouped:
                 _histogram_kernel[(table.programs,)](
                     # Tensors
-                    table.pointers,
-                    table.layout.numels,
-                    table.layout.chunk_tensors,
-                    table.layout.chunk_starts,
-                    table.indices,
-                    remaining,
-                    prefixes,
-                    histograms,
+                    **table.arguments,
+                    indices_ptr=table.indices,
+                    remaining_ptr=remaining,
+                    prefixes_ptr=prefixes,
+                    histograms_ptr=histograms,
                     # Scalars
-                    n_tensors=table.tensors,
                     s_role=s_role,
                     first_group=side,
                     groups_a_tensor=int(per_tensor),
@@ -222,191 +187,7 @@ def select_from_tables(
     _radix_select(remaining, found, config, count)
 
 
-def select_from_lists(
-    values: Tensor,
-    length: Tensor,
-    remaining: Tensor,
-    found: Tensor,
-    *,
-    config: LaunchConfig,
-) -> None:
-    """Order statistics of lists.
-
-    Args:
-        values: float32 [lists, capacity], not negative.
-        length: int64 [1], how many values of each list count.
-        remaining, found: [groups], the same number of groups in a row for each list.
-    """
-    lists, capacity = values.shape
-
-    def count(remaining: Tensor, prefixes: Tensor, histograms: Tensor, **digit: int) -> None:
-        _list_histogram_kernel[(triton.cdiv(capacity, config.block), remaining.numel())](
-            # Tensors
-            values,
-            length,
-            remaining,
-            prefixes,
-            histograms,
-            # Scalars
-            capacity=capacity,
-            # Constexprs
-            GROUPS_A_LIST=remaining.numel() // lists,
-            BLOCK=config.block,
-            **digit,
-            **config.options,
-        )
-
-    _radix_select(remaining, found, config, count)
-
-
-@kernel
-def _count_kernel(
-    # Tensors
-    pointers_ptr,
-    numels_ptr,
-    chunk_tensors_ptr,
-    chunk_starts_ptr,
-    counts_ptr,
-    # Scalars
-    n_tensors,
-    low,
-    shift,
-    bins,
-    # Constexprs
-    SENSITIVITY: tl.constexpr,
-    UNCERTAINTY: tl.constexpr,
-    DISTANCE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """Count the scores below a window of keys, in each of its bins, beyond it, and those that are no scores.
-
-    A program owns one chunk of one tensor. Float32: reads 8 bytes an element (S, U). Only what lies inside
-    the window, a few per cent, is counted in memory one by one.
-    """
-    program = tl.program_id(0)
-    tensor = tl.load(chunk_tensors_ptr + program)
-    start = tl.multiple_of(tl.load(chunk_starts_ptr + program), BLOCK)
-    numel = tl.load(numels_ptr + tensor)
-    s_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, SENSITIVITY)
-    u_ptr = load_row(pointers_ptr, 1, tensor, n_tensors, UNCERTAINTY)
-    below = tl.zeros((BLOCK // 4,), tl.int32)
-    beyond = tl.zeros((BLOCK // 4,), tl.int32)
-    unfit = tl.zeros((BLOCK // 4,), tl.int32)
-    for tile in range(TILES):
-        first = start + tile * BLOCK
-        offsets = first + tl.arange(0, BLOCK)
-        if first < numel:
-            mask = offsets < numel
-            # A mask that depends on the size would narrow every access to one element; only the tail has one.
-            if first + BLOCK <= numel:
-                everywhere = tl.zeros((BLOCK,), tl.int1) == 0
-                score = load_raw_score(s_ptr, u_ptr, offsets, everywhere, UNCERTAINTY, DISTANCE)
-            else:
-                score = load_raw_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY, DISTANCE)
-            fit = (score >= 0) & (score < float("inf"))
-            unfit += in_lanes((mask & (fit == 0)).to(tl.int32), BLOCK)
-            score = tl.where(score > 0, score, 0.0)
-            distance = score.to(tl.int32, bitcast=True) - low
-            place = distance >> shift
-            inside = mask & (distance >= 0) & (place < bins)
-            tl.atomic_add(counts_ptr + 1 + place, (place * 0 + 1).to(tl.int64), mask=inside, sem="relaxed")
-            below += in_lanes((mask & (distance < 0)).to(tl.int32), BLOCK)
-            beyond += in_lanes((mask & (place >= bins)).to(tl.int32), BLOCK)
-    tl.atomic_add(counts_ptr, tl.sum(below).to(tl.int64), sem="relaxed")
-    tl.atomic_add(counts_ptr + bins + 1, tl.sum(beyond).to(tl.int64), sem="relaxed")
-    tl.atomic_add(counts_ptr + bins + 2, tl.sum(unfit).to(tl.int64), sem="relaxed")
-
-
-def count_scores_(
-    counts: Tensor, scores: Scores, *, low: int, shift: int, config: LaunchConfig = STREAM
-) -> None:
-    """See :func:`rkif_kernels.ops.count_scores_`."""
-    rows = aligned((scores.sensitivity, scores.uncertainty))
-    for table in tables(rows, config.chunk):
-        _count_kernel[(table.programs,)](
-            # Tensors
-            table.pointers,
-            table.layout.numels,
-            table.layout.chunk_tensors,
-            table.layout.chunk_starts,
-            counts,
-            # Scalars
-            n_tensors=table.tensors,
-            low=low,
-            shift=shift,
-            bins=counts.numel() - 3,
-            # Constexprs
-            SENSITIVITY=table.dtypes[0],
-            UNCERTAINTY=table.dtypes[1],
-            DISTANCE=scores.distance,
-            BLOCK=config.block,
-            TILES=config.tiles,
-            **config.options,
-        )
-
-
-@kernel
-def _invalid_kernel(
-    # Tensors
-    pointers_ptr,
-    numels_ptr,
-    chunk_tensors_ptr,
-    chunk_starts_ptr,
-    invalid_ptr,
-    # Scalars
-    n_tensors,
-    # Constexprs
-    SENSITIVITY: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """Count the values that are negative or not a number. Float32: reads 4 bytes an element."""
-    program = tl.program_id(0)
-    tensor = tl.load(chunk_tensors_ptr + program)
-    start = tl.multiple_of(tl.load(chunk_starts_ptr + program), BLOCK)
-    numel = tl.load(numels_ptr + tensor)
-    row_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, SENSITIVITY)
-    invalid = tl.zeros((BLOCK // 4,), tl.int32)
-    for tile in range(TILES):
-        first = start + tile * BLOCK
-        offsets = first + tl.arange(0, BLOCK)
-        # A mask that depends on the size would narrow every access to one element; only the tail has one.
-        if first + BLOCK <= numel:
-            values = load_float32(row_ptr, offsets, tl.zeros((BLOCK,), tl.int1) == 0)
-            invalid += in_lanes((values >= 0).to(tl.int32) ^ 1, BLOCK)
-        elif first < numel:
-            values = load_float32(row_ptr, offsets, offsets < numel)
-            invalid += in_lanes((values >= 0).to(tl.int32) ^ 1, BLOCK)
-    total = tl.sum(invalid)
-    if total > 0:
-        tl.atomic_add(invalid_ptr, total.to(tl.int64), sem="relaxed")
-
-
-def all_valid(tensors: Sequence[Tensor], config: LaunchConfig = STREAM) -> bool:
-    """See :func:`rkif_kernels.ops.all_valid_scores`."""
-    invalid = torch.zeros(1, dtype=torch.int64, device=tensors[0].device)
-    rows = aligned((tensors,))
-    for table in tables(rows, config.chunk):
-        _invalid_kernel[(table.programs,)](
-            # Tensors
-            table.pointers,
-            table.layout.numels,
-            table.layout.chunk_tensors,
-            table.layout.chunk_starts,
-            invalid,
-            # Scalars
-            n_tensors=table.tensors,
-            # Constexprs
-            SENSITIVITY=table.dtypes[0],
-            BLOCK=config.block,
-            TILES=config.tiles,
-            **config.options,
-        )
-    return int(invalid) == 0
-
-
-def score_thresholds(
+def radix_thresholds(
     scores: Scores, *, ks: Sequence[int], per_tensor: bool, config: LaunchConfig = STREAM
 ) -> Tensor:
     """See :func:`rkif_kernels.ops.score_thresholds`; one ``k`` for each group, from 0."""

@@ -2,15 +2,15 @@
 
 A sample gives each learner a bracket (lo, hi] that very probably holds the wanted order statistic, and holds
 few of the scores. One pass reads everything: a score that is not above lo is not selected and one above hi
-is, so almost every element is final when it is written. The few others are listed; the pass also counts what
-lies below the brackets. From the counts and the list follow the exact thresholds, and the listed elements
-are done over.
+is, so almost every element is final when it is written. The pass marks the few others and counts what lies
+below the brackets. They are listed with their values; from the counts and the list follow the exact
+thresholds, and the listed elements are done over.
 
 The counts prove whether a bracket held what it should. If one did not, or the list was too short (ties by
-the million at the threshold), a radix selection over everything and a second fusion follow. They are always
-launched, and do nothing where they are not needed: so nothing waits for the device, and the whole can be
-captured in a CUDA graph. The price is that ``out`` must not be one of the inputs, or the second fusion would
-find its inputs overwritten by the first.
+the million at the threshold), the launches that would search the list search among all scores, and the one
+that would do the list over fuses everything. Which of the two is decided on the device: nothing waits for it,
+and the whole can be captured in a CUDA graph. The price is that ``out`` must not be one of the inputs, or the
+second fusion would find its inputs overwritten by the first.
 """
 
 from __future__ import annotations
@@ -20,100 +20,60 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from rkif_kernels.backends.triton.bracket import find_brackets
 from rkif_kernels.backends.triton.elements import (
-    add_packed,
-    find_tensor,
-    gather_float32,
-    gather_score,
+    add_counts,
     kernel,
+    lane_sums,
+    load_chunk,
     load_float32,
-    load_row,
+    load_rows,
     load_score,
-    packed,
-    squares,
+    pack_counts,
+    squared_lanes,
+    tile_mask,
 )
 from rkif_kernels.backends.triton.fuse import (
     INNER_SCORE,
-    OUTER_SCORE,
     cases,
     constants,
-    launch_fuse,
+    fuse_,
+    fuse_chunk,
     merge,
-    norms_of,
     scalars,
     store_norms,
 )
-from rkif_kernels.backends.triton.launch import BRACKETING, FUSE, Bracketing, LaunchConfig
-from rkif_kernels.backends.triton.radix import select_from_lists, select_from_tables
-from rkif_kernels.backends.triton.table import ALIGNMENT, Table, aligned, constant, tables
+from rkif_kernels.backends.triton.launch import BRACKETING, FUSE, Bracketing, LaunchConfig, capped_grid
+from rkif_kernels.backends.triton.radix import radix_thresholds
+from rkif_kernels.backends.triton.table import ALIGNMENT, Table, aligned, tables
+from rkif_kernels.backends.triton.undecided import (
+    Undecided,
+    begin_searches,
+    list_and_search,
+    load_bracket,
+    store_undecided,
+)
+from rkif_kernels.backends.triton.windows import (
+    COUNTS,
+    FAILED,
+    FINISH_STEP,
+    PASS_STEP,
+    Workspace,
+    last_program,
+)
 from rkif_kernels.contiguous import in_place
 from rkif_kernels.types import ROLES, CaseWeights, FuseStats, FusionInputs, OuterFrom
 
-# What the pass leaves behind in one int64 array: the four cases' counts; for each learner the scores < lo,
-# <= lo, and in the bracket, and one unused; how many elements were listed, how many entries of the list
-# count, and whether the brackets failed.
-SIDES, LISTED, LENGTH, FAILED = (tl.constexpr(place) for place in (4, 12, 13, 14))
-TALLIES = 15
-
-
-@kernel
-def _sample_kernel(
-    # Tensors
-    pointers_ptr,
-    firsts_ptr,
-    samples_ptr,
-    # Scalars
-    n_tensors,
-    start,
-    numel,
-    step,
-    cells,
-    first_cell,
-    all_cells,
-    # Constexprs
-    INNER_S: tl.constexpr,
-    INNER_U: tl.constexpr,
-    OUTER_S: tl.constexpr,
-    OUTER_U: tl.constexpr,
-    INNER_ROLE: tl.constexpr,
-    OUTER_ROLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Both learners' scores of one element from every ``step`` neighbours, at a hashed place among them.
-
-    Equal distances alone would fall into step with a pattern in the parameters.
-    """
-    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = cell < cells
-    begin = cell.to(tl.int64) * step
-    bits = (first_cell + cell).to(tl.uint32)
-    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
-    bits = (bits ^ (bits >> 15)) * 0x846CA68B
-    bits = bits ^ (bits >> 16)
-    width = tl.minimum(numel - begin, step)
-    positions = start + begin + ((bits.to(tl.int64) * width) >> 32)
-    tensors = find_tensor(firsts_ptr, n_tensors, positions, mask)
-    offsets = positions - tl.load(firsts_ptr + tensors, mask=mask, other=0)
-    inner = gather_score(pointers_ptr, INNER_ROLE, tensors, n_tensors, offsets, mask, INNER_S, INNER_U)
-    outer = gather_score(pointers_ptr, OUTER_ROLE, tensors, n_tensors, offsets, mask, OUTER_S, OUTER_U)
-    tl.store(samples_ptr + first_cell + cell, inner, mask=mask)
-    tl.store(samples_ptr + all_cells + first_cell + cell, outer, mask=mask)
-
 
 @triton.jit
-def _pass_tile(
+def _bracketed_fuse_tile(
     rows,
     brackets,
     weights,
-    position,
-    offsets,
-    mask,
-    tally_ptr,
-    positions_ptr,
-    values_ptr,
-    capacity,
+    first,
+    numel,
+    FULL: tl.constexpr,
     OUT: tl.constexpr,
     INNER_U: tl.constexpr,
     OUTER_U: tl.constexpr,
@@ -121,8 +81,10 @@ def _pass_tile(
     BLOCK: tl.constexpr,
     ROUND_BF16: tl.constexpr,
 ):
-    """Fuse what the brackets decide, list what they do not; returns counts and squared norms, in lanes."""
+    """Fuse what the brackets decide; returns the bits of the rest, counts and squared norms, in lanes."""
     out_ptr, base_ptr, inner_ptr, outer_ptr, s_in_ptr, u_in_ptr, s_out_ptr, u_out_ptr = rows
+    offsets = first + tl.arange(0, BLOCK)
+    mask = tile_mask(offsets, numel, FULL)
     base = load_float32(base_ptr, offsets, mask)
     inner = load_float32(inner_ptr, offsets, mask)
     outer = load_float32(outer_ptr, offsets, mask)
@@ -133,60 +95,50 @@ def _pass_tile(
     m_out = score_out > brackets[2]
     open_in = mask & m_in & (score_in <= brackets[1])
     open_out = mask & m_out & (score_out <= brackets[3])
-    listed = open_in | open_out
-    # What is listed is stored with the rest, as if above the threshold: a mask would narrow the store.
+    undecided = open_in | open_out
+    # What is undecided is stored with the rest, as if above the threshold: a mask would narrow the store.
     fused, tau_in, tau_out = merge(
         base, inner, outer, m_in, m_out, weights, OUT, OUTER_FROM_INNER, ROUND_BF16
     )
     tl.store(out_ptr + offsets, fused, mask=mask)
-
-    n_listed = tl.sum(listed.to(tl.int32))
-    if n_listed > 0:
-        first = tl.atomic_add(tally_ptr + LISTED, n_listed.to(tl.int64), sem="relaxed")
-        place = tl.cumsum(listed.to(tl.int32)) - 1
-        keep = listed & (place < capacity - first)
-        tl.store(positions_ptr + first + place, position + offsets, mask=keep)
-        # Infinity on a side that is decided: it comes after every score that the side's k-th can be.
-        tl.store(values_ptr + first + place, tl.where(open_in, score_in, float("inf")), mask=keep)
-        tl.store(
-            values_ptr + capacity + first + place, tl.where(open_out, score_out, float("inf")), mask=keep
-        )
-
     none = tl.zeros_like(mask)
     return (
-        packed(*cases(m_in, m_out, mask & (listed == 0)), BLOCK),
-        packed(mask & (score_in < brackets[0]), mask & (m_in == 0), open_in, none, BLOCK),
-        packed(mask & (score_out < brackets[2]), mask & (m_out == 0), open_out, none, BLOCK),
-        squares(tau_in, BLOCK),
-        squares(tau_out, BLOCK),
-        squares(tl.where(listed, 0.0, fused.to(tl.float32) - base), BLOCK),
+        lane_sums(undecided.to(tl.int32) << (tl.arange(0, BLOCK) & 3), BLOCK),
+        pack_counts(*cases(m_in, m_out, mask & (undecided == 0)), BLOCK),
+        pack_counts(mask & (score_in < brackets[0]), mask & (m_in == 0), open_in, undecided, BLOCK),
+        pack_counts(mask & (score_out < brackets[2]), mask & (m_out == 0), open_out, none, BLOCK),
+        squared_lanes(tau_in, BLOCK),
+        squared_lanes(tau_out, BLOCK),
+        squared_lanes(tl.where(undecided, 0.0, fused.to(tl.float32) - base), BLOCK),
     )
 
 
 @kernel
-def _pass_kernel(
+def _bracketed_fuse_kernel(
     # Tensors
     pointers_ptr,
     numels_ptr,
     chunk_tensors_ptr,
     chunk_starts_ptr,
-    firsts_ptr,
-    brackets_ptr,
-    tally_ptr,
-    positions_ptr,
-    values_ptr,
+    fields_ptr,
+    thresholds_ptr,
+    bits_ptr,
+    offsets_ptr,
     partial_norms_ptr,
     # Scalars
     n_tensors,
+    first_row,
+    rows,
     capacity,
-    in_only_in,
-    in_only_out,
-    out_only_in,
-    out_only_out,
-    both_in,
-    both_out,
-    neither_in,
-    neither_out,
+    k,
+    w_in_inner_only,
+    w_out_inner_only,
+    w_in_outer_only,
+    w_out_outer_only,
+    w_in_both,
+    w_out_both,
+    w_in_neither,
+    w_out_neither,
     # Constexprs
     OUT: tl.constexpr,
     BASE: tl.constexpr,
@@ -197,130 +149,100 @@ def _pass_kernel(
     OUTER_S: tl.constexpr,
     OUTER_U: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
     ROUND_BF16: tl.constexpr,
 ):
-    """The pass over everything. Float32 with uncertainties: reads 28 bytes an element, writes 4.
+    """The pass over everything. Float32 with uncertainties: reads 28 bytes an element, writes 4 and a bit.
 
-    A program owns one chunk of one tensor. Counts are integer atomics, squared norms go to a slot a program.
-    The list's order depends on timing; it matters to the last bits of the update's norm alone.
+    A program owns one chunk of one tensor. Counts are integer atomics; bits, the number of undecided elements
+    and squared norms go to a row a program. Programs' loops have neither barriers nor atomics.
     """
-    program = tl.program_id(0)
-    tensor = tl.load(chunk_tensors_ptr + program)
-    start = tl.multiple_of(tl.load(chunk_starts_ptr + program), BLOCK)
-    numel = tl.load(numels_ptr + tensor)
-    position = tl.load(firsts_ptr + tensor)
-    rows = (
-        load_row(pointers_ptr, 0, tensor, n_tensors, OUT),
-        load_row(pointers_ptr, 1, tensor, n_tensors, BASE),
-        load_row(pointers_ptr, 2, tensor, n_tensors, INNER),
-        load_row(pointers_ptr, 3, tensor, n_tensors, OUTER),
-        load_row(pointers_ptr, 4, tensor, n_tensors, INNER_S),
-        load_row(pointers_ptr, 5, tensor, n_tensors, INNER_U),
-        load_row(pointers_ptr, 6, tensor, n_tensors, OUTER_S),
-        load_row(pointers_ptr, 7, tensor, n_tensors, OUTER_U),
+    chunk = tl.program_id(0)
+    tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
+    row = first_row + chunk
+    lists = load_rows(
+        pointers_ptr, tensor, n_tensors, OUT, BASE, INNER, OUTER, INNER_S, INNER_U, OUTER_S, OUTER_U
     )
-    brackets = (
-        tl.load(brackets_ptr),
-        tl.load(brackets_ptr + 1),
-        tl.load(brackets_ptr + 2),
-        tl.load(brackets_ptr + 3),
-    )
+    lo_in, hi_in = load_bracket(fields_ptr, 0)
+    lo_out, hi_out = load_bracket(fields_ptr, 1)
+    brackets = (lo_in, hi_in, lo_out, hi_out)
     weights = (
-        in_only_in, in_only_out, out_only_in, out_only_out, both_in, both_out, neither_in, neither_out,
+        w_in_inner_only, w_out_inner_only, w_in_outer_only, w_out_outer_only,
+        w_in_both, w_out_both, w_in_neither, w_out_neither,
     )  # fmt: skip
 
+    bits = tl.zeros((BLOCK // 4,), tl.int64)
     selected = tl.zeros((BLOCK // 4,), tl.int32)
     inner_side, outer_side = selected, selected
     norm_in = tl.zeros((BLOCK // 4,), tl.float64)
     norm_out, norm_update = norm_in, norm_in
     for tile in range(TILES):
         first = start + tile * BLOCK
-        offsets = first + tl.arange(0, BLOCK)
-        if first < numel:
-            # A mask that depends on the size would narrow every access to one element; only the tail has one.
-            if first + BLOCK <= numel:
-                a, b, c, x, y, z = _pass_tile(
-                    rows, brackets, weights, position, offsets, tl.zeros((BLOCK,), tl.int1) == 0,
-                    tally_ptr, positions_ptr, values_ptr, capacity,
-                    OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
-                )  # fmt: skip
-            else:
-                a, b, c, x, y, z = _pass_tile(
-                    rows, brackets, weights, position, offsets, offsets < numel,
-                    tally_ptr, positions_ptr, values_ptr, capacity,
-                    OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
-                )  # fmt: skip
+        if first + BLOCK <= numel:
+            marks, a, b, c, x, y, z = _bracketed_fuse_tile(
+                lists, brackets, weights, first, numel, True,
+                OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
+            )  # fmt: skip
+            bits |= marks.to(tl.int64) << (4 * tile)
             selected += a
             inner_side += b
             outer_side += c
             norm_in += x
             norm_out += y
             norm_update += z
-    add_packed(tally_ptr, selected)
-    add_packed(tally_ptr + SIDES, inner_side)
-    add_packed(tally_ptr + SIDES + 4, outer_side)
-    store_norms(partial_norms_ptr, program, norm_in, norm_out, norm_update)
+        elif first < numel:
+            marks, a, b, c, x, y, z = _bracketed_fuse_tile(
+                lists, brackets, weights, first, numel, False,
+                OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
+            )  # fmt: skip
+            bits |= marks.to(tl.int64) << (4 * tile)
+            selected += a
+            inner_side += b
+            outer_side += c
+            norm_in += x
+            norm_out += y
+            norm_update += z
+    store_undecided(bits_ptr, offsets_ptr, row, bits, tl.sum((inner_side >> 24) & 0xFF), BLOCK)
+    add_counts(fields_ptr, selected)
+    add_counts(fields_ptr + COUNTS, inner_side, 3)
+    add_counts(fields_ptr + COUNTS + 4, outer_side, 3)
+    store_norms(partial_norms_ptr, row, norm_in, norm_out, norm_update)
+    if last_program(fields_ptr, STEP, rows):
+        begin_searches(fields_ptr, thresholds_ptr, offsets_ptr, rows, capacity, k, 2, BLOCK)
 
 
 @kernel
-def _decide_kernel(
-    # Tensors
-    tally_ptr,
-    brackets_ptr,
-    ks_ptr,
-    thresholds_ptr,
-    in_list_ptr,
-    in_all_ptr,
-    # Scalars
-    capacity,
-):
-    """Where each threshold is to be found: at lo, in the list, or, the brackets having failed, anywhere.
-
-    Writes each side's k among the listed scores and among all, -1 where it need not be looked for there.
-    """
-    listed = tl.load(tally_ptr + LISTED)
-    failed = listed > capacity
-    for side in tl.static_range(2):
-        k = tl.load(ks_ptr + side)
-        below = tl.load(tally_ptr + SIDES + 4 * side)
-        upto = tl.load(tally_ptr + SIDES + 4 * side + 1)
-        inside = tl.load(tally_ptr + SIDES + 4 * side + 2)
-        failed = failed | (k < below) | (k >= upto + inside)
-        tl.store(thresholds_ptr + side, tl.load(brackets_ptr + 2 * side))
-    for side in tl.static_range(2):
-        k = tl.load(ks_ptr + side)
-        upto = tl.load(tally_ptr + SIDES + 4 * side + 1)
-        tl.store(in_list_ptr + side, tl.where(failed | (k < upto), -1, k - upto))
-        tl.store(in_all_ptr + side, tl.where(failed, k, -1))
-    tl.store(tally_ptr + LENGTH, tl.where(failed, 0, listed))
-    tl.store(tally_ptr + FAILED, failed.to(tl.int64))
-    for case in tl.static_range(4):  # the second fusion counts again
-        tl.store(tally_ptr + case, tl.where(failed, 0, tl.load(tally_ptr + case)))
-
-
-@kernel
-def _fix_up_kernel(
+def _finish_kernel(
     # Tensors
     pointers_ptr,
-    firsts_ptr,
-    positions_ptr,
+    numels_ptr,
+    chunk_tensors_ptr,
+    chunk_starts_ptr,
+    fields_ptr,
     thresholds_ptr,
-    tally_ptr,
+    offsets_ptr,
+    addresses_ptr,
+    values_ptr,
     partial_norms_ptr,
+    norms_ptr,
     # Scalars
     n_tensors,
-    start,
-    numel,
-    in_only_in,
-    in_only_out,
-    out_only_in,
-    out_only_out,
-    both_in,
-    both_out,
-    neither_in,
-    neither_out,
+    chunks,
+    first_row,
+    rows,
+    first_program,
+    all_programs,
+    capacity,
+    w_in_inner_only,
+    w_out_inner_only,
+    w_in_outer_only,
+    w_out_outer_only,
+    w_in_both,
+    w_out_both,
+    w_in_neither,
+    w_out_neither,
     # Constexprs
     OUT: tl.constexpr,
     BASE: tl.constexpr,
@@ -331,33 +253,69 @@ def _fix_up_kernel(
     OUTER_S: tl.constexpr,
     OUTER_U: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
     ROUND_BF16: tl.constexpr,
 ):
-    """Fuse the listed elements of this table, now that the thresholds are known."""
-    program = tl.program_id(0)
-    entries = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = entries < tl.load(tally_ptr + LENGTH)
-    positions = tl.load(positions_ptr + entries, mask=mask, other=-1)
-    mask = mask & (positions >= start) & (positions - start < numel)  # start + numel may not fit 32 bits
-    tensors = find_tensor(firsts_ptr, n_tensors, positions, mask)
-    offsets = positions - tl.load(firsts_ptr + tensors, mask=mask, other=0)
-    base = gather_float32(pointers_ptr, 1, tensors, n_tensors, offsets, mask, BASE)
-    inner = gather_float32(pointers_ptr, 2, tensors, n_tensors, offsets, mask, INNER)
-    outer = gather_float32(pointers_ptr, 3, tensors, n_tensors, offsets, mask, OUTER)
-    score_in = gather_score(pointers_ptr, 4, tensors, n_tensors, offsets, mask, INNER_S, INNER_U)
-    score_out = gather_score(pointers_ptr, 6, tensors, n_tensors, offsets, mask, OUTER_S, OUTER_U)
-    m_in = score_in > tl.load(thresholds_ptr)
-    m_out = score_out > tl.load(thresholds_ptr + 1)
+    """Fuse the listed elements of a table, now that the thresholds are known; where brackets failed, all.
+
+    The last program adds the norms up, always in the same order. The grid is capped; programs loop.
+    """
+    thresholds = (tl.load(thresholds_ptr), tl.load(thresholds_ptr + 1))
     weights = (
-        in_only_in, in_only_out, out_only_in, out_only_out, both_in, both_out, neither_in, neither_out,
+        w_in_inner_only, w_out_inner_only, w_in_outer_only, w_out_outer_only,
+        w_in_both, w_out_both, w_in_neither, w_out_neither,
     )  # fmt: skip
-    fused, _, _ = merge(base, inner, outer, m_in, m_out, weights, OUT, OUTER_FROM_INNER, ROUND_BF16)
-    targets = tl.load(pointers_ptr + tensors, mask=mask, other=0).to(tl.pointer_type(OUT))
-    tl.store(targets + offsets, fused, mask=mask)
-    add_packed(tally_ptr, packed(*cases(m_in, m_out, mask), BLOCK))
-    zero = tl.zeros((BLOCK // 4,), tl.float64)
-    store_norms(partial_norms_ptr, program, zero, zero, squares(fused.to(tl.float32) - base, BLOCK))
+    norm_in = tl.zeros((BLOCK // 4,), tl.float64)
+    norm_out, norm_update = norm_in, norm_in
+    failed = tl.load(fields_ptr + FAILED) != 0
+    if failed:
+        part = tl.program_id(0)
+        while part < chunks:
+            tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, part, BLOCK)
+            lists = load_rows(
+                pointers_ptr, tensor, n_tensors,
+                OUT, BASE, INNER, OUTER, INNER_S, INNER_U, OUTER_S, OUTER_U,
+            )  # fmt: skip
+            selected, norm_in, norm_out, norm_update = fuse_chunk(
+                lists, thresholds, weights, start, numel, (norm_in, norm_out, norm_update),
+                OUT, INNER_U, OUTER_U, False, False, OUTER_FROM_INNER, BLOCK, TILES, ROUND_BF16,
+            )  # fmt: skip
+            add_counts(fields_ptr, selected)
+            part += tl.num_programs(0)
+    else:
+        entry = tl.load(offsets_ptr + first_row) + tl.program_id(0).to(tl.int64) * BLOCK
+        end = tl.load(offsets_ptr + first_row + chunks)
+        while entry < end:
+            entries = entry + tl.arange(0, BLOCK)
+            mask = entries < end
+            m_in = tl.load(values_ptr + entries, mask=mask, other=0.0) > thresholds[0]
+            m_out = tl.load(values_ptr + capacity + entries, mask=mask, other=0.0) > thresholds[1]
+            base = tl.load(values_ptr + 2 * capacity + entries, mask=mask, other=0.0)
+            inner = tl.load(values_ptr + 3 * capacity + entries, mask=mask, other=0.0)
+            outer = tl.load(values_ptr + 4 * capacity + entries, mask=mask, other=0.0)
+            fused, _, _ = merge(base, inner, outer, m_in, m_out, weights, OUT, OUTER_FROM_INNER, ROUND_BF16)
+            addresses = tl.load(addresses_ptr + entries, mask=mask, other=0)
+            tl.store(addresses.to(tl.pointer_type(OUT)), fused, mask=mask)
+            add_counts(fields_ptr, pack_counts(*cases(m_in, m_out, mask), BLOCK))
+            norm_update += squared_lanes(fused.to(tl.float32) - base, BLOCK)
+            entry += tl.num_programs(0).to(tl.int64) * BLOCK
+    store_norms(partial_norms_ptr, rows + first_program + tl.program_id(0), norm_in, norm_out, norm_update)
+    if last_program(fields_ptr, STEP, all_programs):
+        row = tl.where(failed, rows, 0)  # the pass's norms count unless everything was done over
+        total_in = tl.zeros((BLOCK,), tl.float64)
+        total_out, total_update = total_in, total_in
+        while row < rows + all_programs:
+            here = row + tl.arange(0, BLOCK)
+            mask = here < rows + all_programs
+            total_in += tl.load(partial_norms_ptr + here * 3, mask=mask, other=0.0)
+            total_out += tl.load(partial_norms_ptr + here * 3 + 1, mask=mask, other=0.0)
+            total_update += tl.load(partial_norms_ptr + here * 3 + 2, mask=mask, other=0.0)
+            row += BLOCK
+        tl.store(norms_ptr, tl.sum(total_in))
+        tl.store(norms_ptr + 1, tl.sum(total_out))
+        tl.store(norms_ptr + 2, tl.sum(total_update))
 
 
 def select_and_fuse_(
@@ -373,128 +331,95 @@ def select_and_fuse_(
 
     ``k`` is that of both thresholds, from 0. ``out`` shares no memory with the inputs.
     """
-    device, numel = inputs.device, inputs.numel
-    tally = torch.zeros(TALLIES, dtype=torch.int64, device=device)
-    thresholds = torch.empty(2, dtype=torch.float32, device=device)
-    fusion = {"weights": weights, "outer_from": outer_from, "config": config}
-    sides = {"s_roles": (INNER_SCORE, OUTER_SCORE), "per_tensor": False, "config": config}
+    rule = {"weights": weights, "outer_from": outer_from, "config": config}
+    if inputs.numel < bracketing.min_numel:
+        inner, outer = (
+            radix_thresholds(scores, ks=[k], per_tensor=False, config=config)
+            for scores in (inputs.inner_scores, inputs.outer_scores)
+        )
+        return fuse_(inputs, thresholds=(inner, outer), **rule)
     with in_place(inputs.out, ALIGNMENT) as targets:
-        rows = aligned((targets, *inputs.lists[1:]))
-        grouped = tables(rows, config.chunk)
-        if numel < bracketing.least:
-            norms, parts = norms_of(grouped, 0, device)
-            ks = constant(device, (k, k), torch.int64).clone()
-            select_from_tables(grouped, remaining=ks, found=thresholds, **sides)
-            launch_fuse(grouped, parts[: len(grouped)], thresholds.split(1), tally, **fusion)
-        else:
-            step = bracketing.step(numel)
-            cells = [triton.cdiv(table.numel, step) for table in grouped]
-            capacity = bracketing.capacity(k, numel, sum(cells))
-            lists = triton.cdiv(capacity, config.block)
-            norms, parts = norms_of(grouped, lists, device)
-            first, fixed = parts[: len(grouped)], parts[len(grouped) :]
-            positions = torch.empty(capacity, dtype=torch.int64, device=device)
-            values = torch.empty((2, capacity), dtype=torch.float32, device=device)
-            in_list, in_all = torch.empty((2, 2), dtype=torch.int64, device=device)
-
-            ends = bracketing.sample_ks(k, numel, sum(cells))
-            brackets = _brackets(grouped, step, cells, ends, config, device)
-            for table, partial in zip(grouped, first, strict=True):
-                _pass_kernel[(table.programs,)](
-                    # Tensors
-                    table.pointers,
-                    table.layout.numels,
-                    table.layout.chunk_tensors,
-                    table.layout.chunk_starts,
-                    table.firsts,
-                    brackets,
-                    tally,
-                    positions,
-                    values,
-                    partial,
-                    # Scalars
-                    n_tensors=table.tensors,
-                    capacity=capacity,
-                    **scalars(weights),
-                    # Constexprs
-                    BLOCK=config.block,
-                    TILES=config.tiles,
-                    **constants(table, outer_from),
-                    **config.options,
-                )
-            _decide_kernel[(1,)](
-                tally, brackets, constant(device, (k, k), torch.int64), thresholds, in_list, in_all,
-                capacity=capacity, **config.options,
-            )  # fmt: skip
-            length, failed = (tally[place.value : place.value + 1] for place in (LENGTH, FAILED))
-            select_from_lists(values, length, in_list, thresholds, config=config)
-            for table, partial in zip(grouped, fixed, strict=True):
-                _fix_up_kernel[(lists,)](
-                    # Tensors
-                    table.pointers,
-                    table.firsts,
-                    positions,
-                    thresholds,
-                    tally,
-                    partial,
-                    # Scalars
-                    n_tensors=table.tensors,
-                    start=table.start,
-                    numel=table.numel,
-                    **scalars(weights),
-                    # Constexprs
-                    BLOCK=config.block,
-                    **constants(table, outer_from),
-                    **config.options,
-                )
-            select_from_tables(grouped, remaining=in_all, found=thresholds, **sides)
-            launch_fuse(grouped, first, thresholds.split(1), tally, run=failed, **fusion)
-    return FuseStats(tally[:4], norms.sum(0), thresholds.split(1))
+        grouped = tables(aligned((targets, *inputs.lists[1:])), config.chunk)
+        return _fuse_in_one_pass(grouped, k, bracketing, **rule)
 
 
-def _brackets(
+def _fuse_in_one_pass(
     grouped: Sequence[Table],
-    step: int,
-    cells: Sequence[int],
-    ends: tuple[int, int],
+    k: int,
+    bracketing: Bracketing,
+    *,
+    weights: CaseWeights,
+    outer_from: OuterFrom,
     config: LaunchConfig,
-    device: torch.device,
-) -> Tensor:
-    """float32 [4]: lo and hi for the inner learner, then for the outer one.
-
-    Args:
-        step: neighbours that one score is sampled from.
-        cells: scores sampled from each table.
-        ends: ks of lo and hi in the sample; -1 for a side that lies beyond it, and excludes nothing.
-    """
-    samples = torch.empty((2, sum(cells)), dtype=torch.float32, device=device)
-    for index, (table, here) in enumerate(zip(grouped, cells, strict=True)):
-        _sample_kernel[(triton.cdiv(here, config.block),)](
+) -> FuseStats:
+    device = grouped[0].pointers.device
+    numel = sum(table.numel for table in grouped)
+    fraction = k / max(numel - 1, 1)
+    workspace = Workspace.of(2, device)
+    undecided = Undecided.of(grouped, bracketing.capacity(fraction, numel, sides=2), 5, config)
+    rows = undecided.rows
+    programs = [
+        capped_grid(max(table.programs, triton.cdiv(undecided.capacity, config.block)), device)
+        for table in grouped
+    ]
+    partial_norms = torch.empty((rows[-1] + sum(programs), 3), dtype=torch.float64, device=device)
+    norms = torch.empty(3, dtype=torch.float64, device=device)
+    dtypes = [dict(zip(ROLES, table.dtypes, strict=True)) for table in grouped]
+    sides = [
+        {name: dtype for name, dtype in roles.items() if name[-2:] in ("_S", "_U")}
+        | {"ROLE": INNER_SCORE, "DISTANCE": False}
+        for roles in dtypes
+    ]
+    find_brackets(grouped, workspace, sides, fraction, bracketing, config)
+    fields, thresholds = workspace.fields, workspace.thresholds
+    for index, table in enumerate(grouped):
+        _bracketed_fuse_kernel[(table.programs,)](
             # Tensors
-            table.pointers,
-            table.firsts,
-            samples,
+            **table.arguments,
+            fields_ptr=fields,
+            thresholds_ptr=thresholds,
+            bits_ptr=undecided.bits,
+            offsets_ptr=undecided.offsets,
+            partial_norms_ptr=partial_norms,
             # Scalars
-            n_tensors=table.tensors,
-            start=table.start,
-            numel=table.numel,
-            step=step,
-            cells=here,
-            first_cell=sum(cells[:index]),
-            all_cells=sum(cells),
+            first_row=rows[index],
+            rows=rows[-1],
+            capacity=undecided.capacity,
+            k=k,
+            **scalars(weights),
             # Constexprs
-            **dict(zip(ROLES[INNER_SCORE:], table.dtypes[INNER_SCORE:], strict=True)),
-            INNER_ROLE=INNER_SCORE,
-            OUTER_ROLE=OUTER_SCORE,
+            STEP=PASS_STEP,
             BLOCK=config.block,
+            TILES=config.tiles,
+            **constants(table, outer_from),
             **config.options,
         )
-    brackets = constant(device, (-1.0, float("inf")) * 2, torch.float32).clone()
-    select_from_lists(
-        samples,
-        constant(device, (sum(cells),), torch.int64),
-        constant(device, ends * 2, torch.int64).clone(),
-        brackets,
-        config=config,
-    )
-    return brackets
+    parameters = [{name: roles[name] for name in ROLES[:INNER_SCORE]} for roles in dtypes]
+    list_and_search(grouped, workspace, undecided, sides, parameters, config)
+    for index, table in enumerate(grouped):
+        _finish_kernel[(programs[index],)](
+            # Tensors
+            **table.arguments,
+            fields_ptr=fields,
+            thresholds_ptr=thresholds,
+            offsets_ptr=undecided.offsets,
+            addresses_ptr=undecided.addresses,
+            values_ptr=undecided.values,
+            partial_norms_ptr=partial_norms,
+            norms_ptr=norms,
+            # Scalars
+            chunks=table.programs,
+            first_row=rows[index],
+            rows=rows[-1],
+            first_program=sum(programs[:index]),
+            all_programs=sum(programs),
+            capacity=undecided.capacity,
+            **scalars(weights),
+            # Constexprs
+            STEP=FINISH_STEP,
+            BLOCK=config.block,
+            TILES=config.tiles,
+            **constants(table, outer_from),
+            **config.options,
+        )
+    return FuseStats(fields[:4], norms, (thresholds[:1], thresholds[1:]))

@@ -82,6 +82,17 @@ class Table:
     def tensors(self) -> int:
         return self.indices.numel()
 
+    @property
+    def arguments(self) -> dict[str, object]:
+        """What every kernel that walks the chunks takes, by the names of its parameters."""
+        return {
+            "pointers_ptr": self.pointers,
+            "numels_ptr": self.layout.numels,
+            "chunk_tensors_ptr": self.layout.chunk_tensors,
+            "chunk_starts_ptr": self.layout.chunk_starts,
+            "n_tensors": self.tensors,
+        }
+
 
 class StreamOrder:
     """Lets several CUDA streams use the same memory, one after another.

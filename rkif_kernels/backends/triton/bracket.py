@@ -1,0 +1,324 @@
+"""Brackets around an order statistic, from a sample: two launches, nothing waits for the host.
+
+A first sample of a few thousand scores gives a window of keys that holds the order statistic's surroundings.
+A second one, of up to millions, is only counted: below the window, and in the window's bins. The bins that
+the order statistic very probably lies in are the bracket. Either end of the window is counted by itself, so
+that ties by the million there (zeros above all) are decided exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from rkif_kernels.backends.triton.elements import find_tensor, gather_float32, kernel
+from rkif_kernels.backends.triton.launch import Bracketing, LaunchConfig, capped_grid
+from rkif_kernels.backends.triton.table import Table
+from rkif_kernels.backends.triton.windows import (
+    ALL_BINS,
+    BINS,
+    BRACKETS,
+    COUNT_STEP,
+    LARGEST_KEY,
+    SAMPLE_STEP,
+    SAMPLED,
+    SEARCHES,
+    Workspace,
+    bin_bits,
+    last_program,
+)
+
+
+@triton.jit
+def _hashed(cells):
+    """Pseudo-random 32 bits of each cell: equal distances might follow a pattern in the scores."""
+    bits = cells.to(tl.uint32)
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    return (bits ^ (bits >> 16)).to(tl.int64)
+
+
+@triton.jit
+def _gather_key(
+    pointers_ptr,
+    ROLE: tl.constexpr,
+    tensors,
+    n_tensors,
+    offsets,
+    mask,
+    S: tl.constexpr,
+    U: tl.constexpr,
+    DISTANCE: tl.constexpr,
+):
+    """The keys of single scores of many tensors."""
+    score = gather_float32(pointers_ptr, ROLE, tensors, n_tensors, offsets, mask, S)
+    if DISTANCE:
+        score = tl.abs(score - gather_float32(pointers_ptr, ROLE + 1, tensors, n_tensors, offsets, mask, U))
+    elif U is not None:
+        score *= gather_float32(pointers_ptr, ROLE + 1, tensors, n_tensors, offsets, mask, U)
+    return tl.where(score > 0, score, 0.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _cell_elements(firsts_ptr, n_tensors, start, numel, stride, first_cell, cells, places, RUN: tl.constexpr):
+    """Where the sampled elements lie: (tensors, offsets, mask), RUN neighbours from each cell of ``stride``.
+
+    A run begins at a hashed place of its cell, on a multiple of RUN in its tensor: one access to memory.
+    """
+    cell = places // RUN
+    mask = cell < cells
+    begin = cell.to(tl.int64) * stride
+    width = tl.minimum(numel - begin, stride)
+    positions = start + begin + ((_hashed(first_cell + cell) * width) >> 32)
+    tensors = find_tensor(firsts_ptr, n_tensors, positions, mask)
+    tensor_start = tl.load(firsts_ptr + tensors, mask=mask, other=0)
+    tensor_end = tl.load(firsts_ptr + tensors + 1, mask=mask, other=0)
+    offsets = (positions - tensor_start) // RUN * RUN + places % RUN
+    return tensors, offsets, mask & (offsets < tensor_end - tensor_start)
+
+
+@triton.jit
+def _key_of_k(keys, mask, k):
+    """The key of order ``k`` among ``keys``, by radix; the smallest where k is negative."""
+    key = k.to(tl.int32) * 0
+    remaining = tl.maximum(k, 0)
+    for digit in tl.static_range(4):
+        shift = 24 - 8 * digit
+        wanted = mask & (((keys >> shift) >> 8) == key)
+        histogram = tl.histogram((keys >> shift) & 0xFF, 256, mask=wanted)
+        found = tl.sum((tl.cumsum(histogram) <= remaining).to(tl.int32))
+        remaining -= tl.sum(tl.where(tl.arange(0, 256) < found, histogram, 0))
+        key = (key << 8) | found
+    return key
+
+
+@kernel
+def _sample_kernel(
+    # Tensors
+    pointers_ptr,
+    firsts_ptr,
+    samples_ptr,
+    fields_ptr,
+    # Scalars
+    n_tensors,
+    start,
+    numel,
+    stride,
+    cells,
+    first_cell,
+    all_cells,
+    low_k,
+    high_k,
+    all_programs,
+    # Constexprs
+    INNER_S: tl.constexpr,
+    INNER_U: tl.constexpr,
+    OUTER_S: tl.constexpr,
+    OUTER_U: tl.constexpr,
+    ROLE: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    STEP: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sample one score of each cell; the last program stores the windows, from order ``low_k`` to ``high_k``.
+
+    ``low_k`` is -1, and ``high_k`` is ``all_cells``, for an end beyond the sample.
+    """
+    SIDES: tl.constexpr = 1 if OUTER_S is None else 2
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tensors, offsets, mask = _cell_elements(
+        firsts_ptr, n_tensors, start, numel, stride, first_cell, cells, places, 1
+    )
+    key = _gather_key(pointers_ptr, ROLE, tensors, n_tensors, offsets, mask, INNER_S, INNER_U, DISTANCE)
+    tl.store(samples_ptr + first_cell + places, key, mask=mask)
+    if SIDES == 2:
+        key = _gather_key(
+            pointers_ptr, ROLE + 2, tensors, n_tensors, offsets, mask, OUTER_S, OUTER_U, DISTANCE
+        )
+        tl.store(samples_ptr + all_cells + first_cell + places, key, mask=mask)
+    if last_program(fields_ptr, STEP, all_programs):
+        samples = tl.arange(0, SAMPLES)
+        there = samples < all_cells
+        for side in tl.static_range(SIDES):
+            sampled = tl.load(samples_ptr + side * all_cells + samples, mask=there, other=0)
+            low = tl.where(low_k < 0, 0, _key_of_k(sampled, there, low_k))
+            high = tl.where(high_k >= all_cells, LARGEST_KEY, _key_of_k(sampled, there, high_k))
+            tl.store(fields_ptr + BRACKETS + 2 * side, low.to(tl.int64))
+            tl.store(fields_ptr + BRACKETS + 2 * side + 1, high.to(tl.int64))
+            keys = tl.maximum(high - low, 1).to(tl.int64)
+            tl.store(fields_ptr + SEARCHES + 4 * side, bin_bits(keys, BINS - 1))
+
+
+@triton.jit
+def _count_key(fields_ptr, side, key, mask):
+    """Count sampled keys: below the window's lower end, up to it, all, and in the bins above it."""
+    low = tl.load(fields_ptr + BRACKETS + 2 * side).to(tl.int32)
+    high = tl.load(fields_ptr + BRACKETS + 2 * side + 1).to(tl.int32)
+    shift = tl.load(fields_ptr + SEARCHES + 4 * side).to(tl.int32)
+    at = fields_ptr + SAMPLED + 4 * side
+    tl.atomic_add(at, tl.sum((mask & (key < low)).to(tl.int32)).to(tl.int64), sem="relaxed")
+    tl.atomic_add(at + 1, tl.sum((mask & (key <= low)).to(tl.int32)).to(tl.int64), sem="relaxed")
+    tl.atomic_add(at + 2, tl.sum(mask.to(tl.int32)).to(tl.int64), sem="relaxed")
+    place = tl.where(key == high, BINS - 1, (key - low - 1) >> shift)
+    inside = mask & (key > low) & (key <= high)
+    bins_ptr = fields_ptr + ALL_BINS + side * BINS
+    tl.atomic_add(bins_ptr + place, (place * 0 + 1).to(tl.int64), mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _bracket_side(fields_ptr, side, fraction, spread):
+    """Replace a side's window by its bracket, and empty its bins."""
+    low = tl.load(fields_ptr + BRACKETS + 2 * side)
+    high = tl.load(fields_ptr + BRACKETS + 2 * side + 1)
+    shift = tl.load(fields_ptr + SEARCHES + 4 * side)
+    below = tl.load(fields_ptr + SAMPLED + 4 * side)
+    upto = tl.load(fields_ptr + SAMPLED + 4 * side + 1)
+    sampled = tl.load(fields_ptr + SAMPLED + 4 * side + 2).to(tl.float64)
+    centre = fraction * (sampled - 1)
+    margin = (spread * tl.sqrt(sampled.to(tl.float32))).to(tl.float64) + 1
+    low_k = tl.floor(centre - margin).to(tl.int64)
+    high_k = tl.ceil(centre + margin).to(tl.int64)
+    bins = tl.arange(0, BINS)
+    at = fields_ptr + ALL_BINS + side * BINS + bins
+    sums = tl.cumsum(tl.load(at)) + upto
+    low_bin = tl.sum((sums <= low_k).to(tl.int64))
+    high_bin = tl.sum((sums <= high_k).to(tl.int64))
+    tl.debug_barrier()
+    tl.store(at, tl.zeros_like(sums))
+    above = tl.where(low_bin >= BINS - 1, high, low + (low_bin << shift))
+    lo = tl.where(low_k < below, 0, tl.where(low_k < upto, low, above))
+    upper = tl.minimum(low + ((high_bin + 1) << shift), high - 1)
+    upper = tl.where(high_bin >= BINS, LARGEST_KEY, tl.where(high_bin == BINS - 1, high, upper))
+    hi = tl.where(high_k < upto, low, upper)
+    tl.store(fields_ptr + BRACKETS + 2 * side, lo)
+    tl.store(fields_ptr + BRACKETS + 2 * side + 1, tl.maximum(hi, lo))
+
+
+@kernel
+def _count_sample_kernel(
+    # Tensors
+    pointers_ptr,
+    firsts_ptr,
+    fields_ptr,
+    # Scalars
+    n_tensors,
+    start,
+    numel,
+    stride,
+    cells,
+    first_cell,
+    all_programs,
+    fraction,
+    spread,
+    # Constexprs
+    INNER_S: tl.constexpr,
+    INNER_U: tl.constexpr,
+    OUTER_S: tl.constexpr,
+    OUTER_U: tl.constexpr,
+    ROLE: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    STEP: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Count RUN neighbours of each cell in the windows; the last program stores the brackets.
+
+    A bracket reaches ``spread * sqrt(sampled) + 1`` sampled scores to either side of ``fraction`` of them.
+    """
+    SIDES: tl.constexpr = 1 if OUTER_S is None else 2
+    block = tl.program_id(0)
+    while block * BLOCK < cells * RUN:
+        places = block * BLOCK + tl.arange(0, BLOCK)
+        tensors, offsets, mask = _cell_elements(
+            firsts_ptr, n_tensors, start, numel, stride, first_cell, cells, places, RUN
+        )
+        key = _gather_key(pointers_ptr, ROLE, tensors, n_tensors, offsets, mask, INNER_S, INNER_U, DISTANCE)
+        _count_key(fields_ptr, 0, key, mask)
+        if SIDES == 2:
+            key = _gather_key(
+                pointers_ptr, ROLE + 2, tensors, n_tensors, offsets, mask, OUTER_S, OUTER_U, DISTANCE
+            )
+            _count_key(fields_ptr, 1, key, mask)
+        block += tl.num_programs(0)
+    if last_program(fields_ptr, STEP, all_programs):
+        for side in tl.static_range(SIDES):
+            _bracket_side(fields_ptr, side, fraction, spread)
+
+
+def find_brackets(
+    grouped: Sequence[Table],
+    workspace: Workspace,
+    sides: Sequence[dict[str, object]],
+    fraction: float,
+    bracketing: Bracketing,
+    config: LaunchConfig,
+) -> None:
+    """Write the brackets' keys into the workspace.
+
+    Args:
+        sides: for each table what the kernels are compiled for.
+        fraction: the order statistic's place among all scores, from 0 to 1.
+    """
+    numel = sum(table.numel for table in grouped)
+    device = workspace.fields.device
+    stride = max(1, -(-numel // bracketing.first_samples))
+    cells = [triton.cdiv(table.numel, stride) for table in grouped]
+    low_k, high_k = bracketing.sample_ks(fraction, sum(cells), numel)
+    samples = torch.empty((2, sum(cells)), dtype=torch.int32, device=device)
+    programs = [triton.cdiv(here, config.block) for here in cells]
+    for index, table in enumerate(grouped):
+        _sample_kernel[(programs[index],)](
+            # Tensors
+            pointers_ptr=table.pointers,
+            firsts_ptr=table.firsts,
+            samples_ptr=samples,
+            fields_ptr=workspace.fields,
+            # Scalars
+            n_tensors=table.tensors,
+            start=table.start,
+            numel=table.numel,
+            stride=stride,
+            cells=cells[index],
+            first_cell=sum(cells[:index]),
+            all_cells=sum(cells),
+            low_k=low_k,
+            high_k=high_k,
+            all_programs=sum(programs),
+            # Constexprs
+            **sides[index],
+            STEP=SAMPLE_STEP,
+            SAMPLES=triton.next_power_of_2(sum(cells)),
+            BLOCK=config.block,
+            **config.options,
+        )
+    stride = bracketing.stride(numel)
+    cells = [triton.cdiv(table.numel, stride) for table in grouped]
+    programs = [capped_grid(triton.cdiv(here * bracketing.run, config.block), device) for here in cells]
+    for index, table in enumerate(grouped):
+        _count_sample_kernel[(programs[index],)](
+            # Tensors
+            pointers_ptr=table.pointers,
+            firsts_ptr=table.firsts,
+            fields_ptr=workspace.fields,
+            # Scalars
+            n_tensors=table.tensors,
+            start=table.start,
+            numel=table.numel,
+            stride=stride,
+            cells=cells[index],
+            first_cell=sum(cells[:index]),
+            all_programs=sum(programs),
+            fraction=fraction,
+            spread=bracketing.sigmas * math.sqrt(fraction * (1 - fraction) * bracketing.design_effect),
+            # Constexprs
+            **sides[index],
+            STEP=COUNT_STEP,
+            RUN=bracketing.run,
+            BLOCK=config.block,
+            **config.options,
+        )

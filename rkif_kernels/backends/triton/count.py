@@ -1,0 +1,155 @@
+"""Counting scores: in a window of keys, and those that are no scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from rkif_kernels.backends.triton.elements import (
+    kernel,
+    lane_sums,
+    load_chunk,
+    load_float32,
+    load_raw_score,
+    load_row,
+)
+from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig
+from rkif_kernels.backends.triton.table import aligned, tables
+from rkif_kernels.types import Scores
+
+
+@kernel
+def _count_kernel(
+    # Tensors
+    pointers_ptr,
+    numels_ptr,
+    chunk_tensors_ptr,
+    chunk_starts_ptr,
+    counts_ptr,
+    # Scalars
+    n_tensors,
+    low,
+    shift,
+    bins,
+    # Constexprs
+    SENSITIVITY: tl.constexpr,
+    UNCERTAINTY: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Count the scores below a window of keys, in each of its bins, beyond it, and those that are no scores.
+
+    A program owns one chunk of one tensor. Float32: reads 8 bytes an element (S, U). Only what lies inside
+    the window, a few per cent, is counted in memory one by one.
+    """
+    chunk = tl.program_id(0)
+    tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
+    s_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, SENSITIVITY)
+    u_ptr = load_row(pointers_ptr, 1, tensor, n_tensors, UNCERTAINTY)
+    below = tl.zeros((BLOCK // 4,), tl.int32)
+    beyond = tl.zeros((BLOCK // 4,), tl.int32)
+    unfit = tl.zeros((BLOCK // 4,), tl.int32)
+    for tile in range(TILES):
+        first = start + tile * BLOCK
+        offsets = first + tl.arange(0, BLOCK)
+        if first < numel:
+            mask = offsets < numel
+            # A mask that depends on the size would narrow every access to one element; only the tail has one.
+            if first + BLOCK <= numel:
+                everywhere = tl.zeros((BLOCK,), tl.int1) == 0
+                score = load_raw_score(s_ptr, u_ptr, offsets, everywhere, UNCERTAINTY, DISTANCE)
+            else:
+                score = load_raw_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY, DISTANCE)
+            fit = (score >= 0) & (score < float("inf"))
+            unfit += lane_sums((mask & (fit == 0)).to(tl.int32), BLOCK)
+            score = tl.where(score > 0, score, 0.0)
+            distance = score.to(tl.int32, bitcast=True) - low
+            place = distance >> shift
+            inside = mask & (distance >= 0) & (place < bins)
+            tl.atomic_add(counts_ptr + 1 + place, (place * 0 + 1).to(tl.int64), mask=inside, sem="relaxed")
+            below += lane_sums((mask & (distance < 0)).to(tl.int32), BLOCK)
+            beyond += lane_sums((mask & (place >= bins)).to(tl.int32), BLOCK)
+    tl.atomic_add(counts_ptr, tl.sum(below).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts_ptr + bins + 1, tl.sum(beyond).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts_ptr + bins + 2, tl.sum(unfit).to(tl.int64), sem="relaxed")
+
+
+def count_scores_(
+    counts: Tensor, scores: Scores, *, low: int, shift: int, config: LaunchConfig = STREAM
+) -> None:
+    """See :func:`rkif_kernels.ops.count_scores_`."""
+    rows = aligned((scores.sensitivity, scores.uncertainty))
+    for table in tables(rows, config.chunk):
+        _count_kernel[(table.programs,)](
+            # Tensors
+            **table.arguments,
+            counts_ptr=counts,
+            # Scalars
+            low=low,
+            shift=shift,
+            bins=counts.numel() - 3,
+            # Constexprs
+            SENSITIVITY=table.dtypes[0],
+            UNCERTAINTY=table.dtypes[1],
+            DISTANCE=scores.distance,
+            BLOCK=config.block,
+            TILES=config.tiles,
+            **config.options,
+        )
+
+
+@kernel
+def _invalid_kernel(
+    # Tensors
+    pointers_ptr,
+    numels_ptr,
+    chunk_tensors_ptr,
+    chunk_starts_ptr,
+    invalid_ptr,
+    # Scalars
+    n_tensors,
+    # Constexprs
+    SENSITIVITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Count the values that are negative or not a number. Float32: reads 4 bytes an element."""
+    chunk = tl.program_id(0)
+    tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
+    row_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, SENSITIVITY)
+    invalid = tl.zeros((BLOCK // 4,), tl.int32)
+    for tile in range(TILES):
+        first = start + tile * BLOCK
+        offsets = first + tl.arange(0, BLOCK)
+        # A mask that depends on the size would narrow every access to one element; only the tail has one.
+        if first + BLOCK <= numel:
+            values = load_float32(row_ptr, offsets, tl.zeros((BLOCK,), tl.int1) == 0)
+            invalid += lane_sums((values >= 0).to(tl.int32) ^ 1, BLOCK)
+        elif first < numel:
+            values = load_float32(row_ptr, offsets, offsets < numel)
+            invalid += lane_sums((values >= 0).to(tl.int32) ^ 1, BLOCK)
+    total = tl.sum(invalid)
+    if total > 0:
+        tl.atomic_add(invalid_ptr, total.to(tl.int64), sem="relaxed")
+
+
+def all_valid(tensors: Sequence[Tensor], config: LaunchConfig = STREAM) -> bool:
+    """See :func:`rkif_kernels.ops.all_valid_scores`."""
+    invalid = torch.zeros(1, dtype=torch.int64, device=tensors[0].device)
+    rows = aligned((tensors,))
+    for table in tables(rows, config.chunk):
+        _invalid_kernel[(table.programs,)](
+            # Tensors
+            **table.arguments,
+            invalid_ptr=invalid,
+            # Constexprs
+            SENSITIVITY=table.dtypes[0],
+            BLOCK=config.block,
+            TILES=config.tiles,
+            **config.options,
+        )
+    return int(invalid) == 0

@@ -1,0 +1,160 @@
+"""Exact thresholds alone: one bracketed pass; radix selection for few scores, or for each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rkif_kernels.backends.triton.bracket import find_brackets
+from rkif_kernels.backends.triton.elements import (
+    add_counts,
+    kernel,
+    lane_sums,
+    load_chunk,
+    load_row,
+    load_score,
+    pack_counts,
+    tile_mask,
+)
+from rkif_kernels.backends.triton.launch import BRACKETING, FUSE, STREAM, Bracketing, LaunchConfig
+from rkif_kernels.backends.triton.radix import radix_thresholds
+from rkif_kernels.backends.triton.table import aligned, tables
+from rkif_kernels.backends.triton.undecided import (
+    Undecided,
+    begin_searches,
+    list_and_search,
+    load_bracket,
+    store_undecided,
+)
+from rkif_kernels.backends.triton.windows import COUNTS, PASS_STEP, Workspace, last_program
+from rkif_kernels.types import ROLES, Scores
+
+
+@triton.jit
+def _bracketed_scores_tile(
+    s_ptr,
+    u_ptr,
+    lo,
+    hi,
+    first,
+    numel,
+    FULL: tl.constexpr,
+    UNCERTAINTY: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The bits of the scores in the bracket, and the counts, in lanes."""
+    offsets = first + tl.arange(0, BLOCK)
+    mask = tile_mask(offsets, numel, FULL)
+    score = load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY, DISTANCE)
+    inside = mask & (score > lo) & (score <= hi)
+    return (
+        lane_sums(inside.to(tl.int32) << (tl.arange(0, BLOCK) & 3), BLOCK),
+        pack_counts(mask & (score < lo), mask & (score <= lo), inside, tl.zeros_like(mask), BLOCK),
+    )
+
+
+@kernel
+def _bracketed_scores_kernel(
+    # Tensors
+    pointers_ptr,
+    numels_ptr,
+    chunk_tensors_ptr,
+    chunk_starts_ptr,
+    fields_ptr,
+    thresholds_ptr,
+    bits_ptr,
+    offsets_ptr,
+    # Scalars
+    n_tensors,
+    first_row,
+    rows,
+    capacity,
+    k,
+    # Constexprs
+    INNER_S: tl.constexpr,
+    INNER_U: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Mark the scores in the bracket, and count those below it. Float32: reads 8 bytes an element (S, U)."""
+    chunk = tl.program_id(0)
+    tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
+    s_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, INNER_S)
+    u_ptr = load_row(pointers_ptr, 1, tensor, n_tensors, INNER_U)
+    lo, hi = load_bracket(fields_ptr, 0)
+    bits = tl.zeros((BLOCK // 4,), tl.int64)
+    counts = tl.zeros((BLOCK // 4,), tl.int32)
+    for tile in range(TILES):
+        first = start + tile * BLOCK
+        if first + BLOCK <= numel:
+            marks, n = _bracketed_scores_tile(
+                s_ptr, u_ptr, lo, hi, first, numel, True, INNER_U, DISTANCE, BLOCK
+            )
+            bits |= marks.to(tl.int64) << (4 * tile)
+            counts += n
+        elif first < numel:
+            marks, n = _bracketed_scores_tile(
+                s_ptr, u_ptr, lo, hi, first, numel, False, INNER_U, DISTANCE, BLOCK
+            )
+            bits |= marks.to(tl.int64) << (4 * tile)
+            counts += n
+    store_undecided(bits_ptr, offsets_ptr, first_row + chunk, bits, tl.sum((counts >> 16) & 0xFF), BLOCK)
+    add_counts(fields_ptr + COUNTS, counts, 3)
+    if last_program(fields_ptr, STEP, rows):
+        begin_searches(fields_ptr, thresholds_ptr, offsets_ptr, rows, capacity, k, 1, BLOCK)
+
+
+def score_thresholds(
+    scores: Scores,
+    *,
+    ks: Sequence[int],
+    per_tensor: bool,
+    config: LaunchConfig | None = None,
+    bracketing: Bracketing = BRACKETING,
+) -> Tensor:
+    """See :func:`rkif_kernels.ops.score_thresholds`; one ``k`` for each group, from 0."""
+    numel = scores.numel
+    if per_tensor or numel < bracketing.min_numel:
+        return radix_thresholds(scores, ks=ks, per_tensor=per_tensor, config=config or STREAM)
+    config = config or FUSE
+    (k,), fraction = ks, ks[0] / max(numel - 1, 1)
+    grouped = tables(aligned((scores.sensitivity, scores.uncertainty)), config.chunk)
+    workspace = Workspace.of(1, grouped[0].pointers.device)
+    undecided = Undecided.of(grouped, bracketing.capacity(fraction, numel, sides=1), 1, config)
+    sides = [
+        {"INNER_S": table.dtypes[0], "INNER_U": table.dtypes[1], "OUTER_S": None, "OUTER_U": None}
+        | {"ROLE": 0, "DISTANCE": scores.distance}
+        for table in grouped
+    ]
+    find_brackets(grouped, workspace, sides, fraction, bracketing, config)
+    for table, side, first_row in zip(grouped, sides, undecided.rows, strict=False):
+        _bracketed_scores_kernel[(table.programs,)](
+            # Tensors
+            **table.arguments,
+            fields_ptr=workspace.fields,
+            thresholds_ptr=workspace.thresholds,
+            bits_ptr=undecided.bits,
+            offsets_ptr=undecided.offsets,
+            # Scalars
+            first_row=first_row,
+            rows=undecided.rows[-1],
+            capacity=undecided.capacity,
+            k=k,
+            # Constexprs
+            INNER_S=side["INNER_S"],
+            INNER_U=side["INNER_U"],
+            DISTANCE=scores.distance,
+            STEP=PASS_STEP,
+            BLOCK=config.block,
+            TILES=config.tiles,
+            **config.options,
+        )
+    parameters = dict.fromkeys(ROLES[:4])
+    list_and_search(grouped, workspace, undecided, sides, [parameters] * len(grouped), config)
+    return workspace.thresholds

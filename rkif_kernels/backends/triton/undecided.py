@@ -1,0 +1,366 @@
+"""What brackets leave undecided: bits of the pass, then a list in the order of the elements.
+
+The pass stores a word of bits for each of its lanes and a count for each of its programs. Its last program
+adds the counts up: every program's part of the list has its place, which does not depend on timing. One
+launch gathers the undecided elements with their values; two more search the thresholds in the list. Where the
+brackets failed, the same launches search among all scores instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rkif_kernels.backends.triton.elements import (
+    kernel,
+    load_chunk,
+    load_float32,
+    load_row,
+    load_score,
+)
+from rkif_kernels.backends.triton.launch import LaunchConfig, capped_grid
+from rkif_kernels.backends.triton.table import Table
+from rkif_kernels.backends.triton.windows import (
+    BINS,
+    BITS,
+    BRACKETS,
+    COUNTS,
+    FAILED,
+    LIST_STEP,
+    LISTED,
+    SECOND_STEP,
+    THIRD_STEP,
+    Workspace,
+    add_to_bins,
+    bin_bits,
+    count_chunk,
+    last_program,
+    narrow_search,
+    store_search,
+)
+
+MOST_TILES = 16  # four bits of each in a word of 64
+
+
+@dataclass(frozen=True)
+class Undecided:
+    """The undecided elements of one pass.
+
+    Attributes:
+        bits: int64 [programs of the pass, lanes], bit ``4 * tile + element`` of a lane.
+        offsets: int64 [programs + 1]; where a program's part of the list begins.
+        addresses: int64 [capacity], of what is to be written.
+        values: float32 [values of an element, capacity], the scores first.
+        rows: the number of the first program of each table, and of one more.
+    """
+
+    bits: Tensor
+    offsets: Tensor
+    addresses: Tensor
+    values: Tensor
+    rows: list[int]
+
+    @staticmethod
+    def of(grouped: Sequence[Table], capacity: int, values: int, config: LaunchConfig) -> Undecided:
+        """Memory for the pass over some tables."""
+        assert config.tiles <= MOST_TILES
+        device = grouped[0].pointers.device
+        rows = [0]
+        for table in grouped:
+            rows.append(rows[-1] + table.programs)
+        return Undecided(
+            torch.empty((rows[-1], config.block // 4), dtype=torch.int64, device=device),
+            torch.empty(rows[-1] + 1, dtype=torch.int64, device=device),
+            torch.empty(capacity, dtype=torch.int64, device=device),
+            torch.empty((values, capacity), dtype=torch.float32, device=device),
+            rows,
+        )
+
+    @property
+    def capacity(self) -> int:
+        return self.addresses.numel()
+
+
+@triton.jit
+def load_bracket(fields_ptr, side):
+    """(lo, hi] of a side as float32: up to lo nothing is selected, above hi everything is."""
+    lo = tl.load(fields_ptr + BRACKETS + 2 * side).to(tl.int32)
+    hi = tl.load(fields_ptr + BRACKETS + 2 * side + 1).to(tl.int32)
+    return lo.to(tl.float32, bitcast=True), hi.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_undecided(bits_ptr, offsets_ptr, row, bits, undecided, BLOCK: tl.constexpr):
+    """What a program of the pass leaves undecided: its lanes' bits, and how many they are."""
+    tl.store(bits_ptr + row.to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4), bits)
+    tl.store(offsets_ptr + row + 1, undecided.to(tl.int64))
+
+
+@triton.jit
+def begin_searches(
+    fields_ptr, thresholds_ptr, offsets_ptr, rows, capacity, k, SIDES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """By the pass's last program: lay the list out, and tell where each threshold is to be found.
+
+    That is lo itself, the list, or, the brackets having failed, anywhere.
+    """
+    listed = k * 0
+    tl.store(offsets_ptr, listed)
+    row = listed
+    while row < rows:
+        here = row + tl.arange(0, BLOCK)
+        counts = tl.load(offsets_ptr + 1 + here, mask=here < rows, other=0)
+        tl.debug_barrier()
+        tl.store(offsets_ptr + 1 + here, listed + tl.cumsum(counts), mask=here < rows)
+        listed += tl.sum(counts)
+        row += BLOCK
+    failed = listed > capacity
+    for side in tl.static_range(SIDES):
+        below = tl.load(fields_ptr + COUNTS + 4 * side)
+        upto = tl.load(fields_ptr + COUNTS + 4 * side + 1)
+        inside = tl.load(fields_ptr + COUNTS + 4 * side + 2)
+        failed = failed | (k < below) | (k >= upto + inside)
+    for side in tl.static_range(SIDES):
+        lo = tl.load(fields_ptr + BRACKETS + 2 * side)
+        hi = tl.load(fields_ptr + BRACKETS + 2 * side + 1)
+        upto = tl.load(fields_ptr + COUNTS + 4 * side + 1)
+        found = k < upto
+        shift = bin_bits(tl.maximum(hi - lo, 1), BINS)
+        low = tl.where(failed, 0, tl.where(found, lo, lo + 1))
+        left = tl.where(failed, k, tl.where(found, -1, k - upto))
+        store_search(fields_ptr, thresholds_ptr, side, low, tl.where(failed, 31 - BITS, shift), left)
+    tl.store(fields_ptr + LISTED, tl.where(failed, 0, listed))
+    tl.store(fields_ptr + FAILED, failed.to(tl.int64))
+    if failed:  # the elements are counted again
+        tl.store(fields_ptr + tl.arange(0, 4), tl.zeros((4,), tl.int64))
+
+
+@triton.jit
+def _bit_count(words):
+    """How many bits of each int64 are set."""
+    pairs = words - ((words >> 1) & 0x5555555555555555)
+    fours = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
+    eights = (fours + (fours >> 4)) & 0x0F0F0F0F0F0F0F0F
+    sums = eights + (eights >> 8)
+    sums += sums >> 16
+    return (sums + (sums >> 32)) & 0x7F
+
+
+@triton.jit
+def _lowest_bit(words):
+    """The index of the lowest bit that is set, by the exponent of its value; the words are not zero."""
+    value = (words & (0 - words)).to(tl.float64).to(tl.int64, bitcast=True)
+    return ((value >> 52) & 0x7FF) - 1023
+
+
+@kernel
+def _list_kernel(
+    # Tensors
+    pointers_ptr,
+    numels_ptr,
+    chunk_tensors_ptr,
+    chunk_starts_ptr,
+    fields_ptr,
+    thresholds_ptr,
+    bits_ptr,
+    offsets_ptr,
+    addresses_ptr,
+    values_ptr,
+    # Scalars
+    n_tensors,
+    first_row,
+    capacity,
+    all_programs,
+    # Constexprs
+    OUT: tl.constexpr,
+    BASE: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER_S: tl.constexpr,
+    INNER_U: tl.constexpr,
+    OUTER_S: tl.constexpr,
+    OUTER_U: tl.constexpr,
+    ROLE: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Gather a chunk's undecided elements and count them in the windows; the last program narrows these.
+
+    An undecided element: 4 bytes of each of up to seven streams, a sector each; 36 bytes are written.
+    """
+    SIDES: tl.constexpr = 1 if OUTER_S is None else 2
+    chunk = tl.program_id(0)
+    tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
+    if tl.load(fields_ptr + FAILED) != 0:
+        count_chunk(
+            pointers_ptr, fields_ptr, n_tensors, tensor, start, numel, 0,
+            ROLE, INNER_S, INNER_U, DISTANCE, BLOCK, TILES,
+        )  # fmt: skip
+        if SIDES == 2:
+            count_chunk(
+                pointers_ptr, fields_ptr, n_tensors, tensor, start, numel, 1,
+                ROLE + 2, OUTER_S, OUTER_U, DISTANCE, BLOCK, TILES,
+            )  # fmt: skip
+    else:
+        row = first_row + chunk
+        place = tl.load(offsets_ptr + row)
+        if tl.load(offsets_ptr + row + 1) > place:
+            lanes = tl.arange(0, BLOCK // 4)
+            words = tl.load(bits_ptr + row.to(tl.int64) * (BLOCK // 4) + lanes)
+            counts = _bit_count(words)
+            places = place + tl.cumsum(counts) - counts
+            while tl.max((words != 0).to(tl.int32)) > 0:
+                mask = words != 0
+                bit = _lowest_bit(words)
+                offsets = start + (bit >> 2) * BLOCK + lanes * 4 + (bit & 3)
+                s_ptr = load_row(pointers_ptr, ROLE, tensor, n_tensors, INNER_S)
+                u_ptr = load_row(pointers_ptr, ROLE + 1, tensor, n_tensors, INNER_U)
+                score = load_score(s_ptr, u_ptr, offsets, mask, INNER_U, DISTANCE)
+                tl.store(values_ptr + places, score, mask=mask)
+                add_to_bins(fields_ptr, 0, score, mask)
+                if SIDES == 2:
+                    s_ptr = load_row(pointers_ptr, ROLE + 2, tensor, n_tensors, OUTER_S)
+                    u_ptr = load_row(pointers_ptr, ROLE + 3, tensor, n_tensors, OUTER_U)
+                    score = load_score(s_ptr, u_ptr, offsets, mask, OUTER_U, DISTANCE)
+                    tl.store(values_ptr + capacity + places, score, mask=mask)
+                    add_to_bins(fields_ptr, 1, score, mask)
+                    address = tl.load(pointers_ptr + tensor) + offsets * (OUT.primitive_bitwidth // 8)
+                    tl.store(addresses_ptr + places, address, mask=mask)
+                    base = load_float32(load_row(pointers_ptr, 1, tensor, n_tensors, BASE), offsets, mask)
+                    inner = load_float32(load_row(pointers_ptr, 2, tensor, n_tensors, INNER), offsets, mask)
+                    outer = load_float32(load_row(pointers_ptr, 3, tensor, n_tensors, OUTER), offsets, mask)
+                    tl.store(values_ptr + 2 * capacity + places, base, mask=mask)
+                    tl.store(values_ptr + 3 * capacity + places, inner, mask=mask)
+                    tl.store(values_ptr + 4 * capacity + places, outer, mask=mask)
+                words = words & (words - 1)
+                places += 1
+    if last_program(fields_ptr, STEP, all_programs):
+        for side in tl.static_range(SIDES):
+            narrow_search(fields_ptr, thresholds_ptr, side)
+
+
+@kernel
+def _narrow_kernel(
+    # Tensors
+    pointers_ptr,
+    numels_ptr,
+    chunk_tensors_ptr,
+    chunk_starts_ptr,
+    fields_ptr,
+    thresholds_ptr,
+    values_ptr,
+    # Scalars
+    n_tensors,
+    chunks,
+    capacity,
+    all_programs,
+    # Constexprs
+    INNER_S: tl.constexpr,
+    INNER_U: tl.constexpr,
+    OUTER_S: tl.constexpr,
+    OUTER_U: tl.constexpr,
+    ROLE: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    STEP: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Count the list, or all scores of the table, in the windows; the last program narrows these.
+
+    Of several tables' launches the FIRST counts the list. The grid is capped; programs loop.
+    """
+    SIDES: tl.constexpr = 1 if OUTER_S is None else 2
+    part = tl.program_id(0)
+    if tl.load(fields_ptr + FAILED) != 0:
+        while part < chunks:
+            tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, part, BLOCK)
+            count_chunk(
+                pointers_ptr, fields_ptr, n_tensors, tensor, start, numel, 0,
+                ROLE, INNER_S, INNER_U, DISTANCE, BLOCK, TILES,
+            )  # fmt: skip
+            if SIDES == 2:
+                count_chunk(
+                    pointers_ptr, fields_ptr, n_tensors, tensor, start, numel, 1,
+                    ROLE + 2, OUTER_S, OUTER_U, DISTANCE, BLOCK, TILES,
+                )  # fmt: skip
+            part += tl.num_programs(0)
+    elif FIRST:
+        listed = tl.load(fields_ptr + LISTED)
+        entry = part.to(tl.int64) * BLOCK
+        while entry < listed:
+            entries = entry + tl.arange(0, BLOCK)
+            mask = entries < listed
+            for side in tl.static_range(SIDES):
+                score = tl.load(values_ptr + side * capacity + entries, mask=mask, other=0.0)
+                add_to_bins(fields_ptr, side, score, mask)
+            entry += tl.num_programs(0).to(tl.int64) * BLOCK
+    if last_program(fields_ptr, STEP, all_programs):
+        for side in tl.static_range(SIDES):
+            narrow_search(fields_ptr, thresholds_ptr, side)
+
+
+def list_and_search(
+    grouped: Sequence[Table],
+    workspace: Workspace,
+    undecided: Undecided,
+    sides: Sequence[dict[str, object]],
+    parameters: Sequence[dict[str, object]],
+    config: LaunchConfig,
+) -> None:
+    """Make the list after the pass, and find the thresholds in it.
+
+    Args:
+        sides: for each table the constants of its scores.
+        parameters: for each table the dtypes of OUT, BASE, INNER and OUTER; None for scores alone.
+    """
+    state = {"fields_ptr": workspace.fields, "thresholds_ptr": workspace.thresholds}
+    blocks = {"BLOCK": config.block, "TILES": config.tiles}
+    for index, table in enumerate(grouped):
+        _list_kernel[(table.programs,)](
+            # Tensors
+            **table.arguments,
+            **state,
+            bits_ptr=undecided.bits,
+            offsets_ptr=undecided.offsets,
+            addresses_ptr=undecided.addresses,
+            values_ptr=undecided.values,
+            # Scalars
+            first_row=undecided.rows[index],
+            capacity=undecided.capacity,
+            all_programs=undecided.rows[-1],
+            # Constexprs
+            **sides[index],
+            **parameters[index],
+            STEP=LIST_STEP,
+            **blocks,
+            **config.options,
+        )
+    device = workspace.fields.device
+    wanted = max(triton.cdiv(undecided.capacity, config.block), *(table.programs for table in grouped))
+    programs = capped_grid(wanted, device)
+    for step in (SECOND_STEP, THIRD_STEP):
+        for index, table in enumerate(grouped):
+            _narrow_kernel[(programs,)](
+                # Tensors
+                **table.arguments,
+                **state,
+                values_ptr=undecided.values,
+                # Scalars
+                chunks=table.programs,
+                capacity=undecided.capacity,
+                all_programs=programs * len(grouped),
+                # Constexprs
+                **sides[index],
+                STEP=step,
+                FIRST=index == 0,
+                **blocks,
+                **config.options,
+            )

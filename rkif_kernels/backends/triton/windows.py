@@ -1,0 +1,144 @@
+"""Order statistics by counting keys in windows that narrow: the state of a search, kept on the device.
+
+A score's key is the bit pattern of its float32 value, which orders like the values themselves. A search knows
+in which window of keys its order statistic lies. A launch counts the keys of the window in equal bins; the
+last program of that launch picks the bin that the order statistic is in, which is the next window. Three
+launches with 2,048 bins resolve the 31 bits of any key.
+
+No program waits for another one: the last program is the one that finds, by an atomic counter, that all the
+others are done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rkif_kernels.backends.triton.elements import load_row, load_score, tile_mask
+
+BITS = tl.constexpr(11)
+BINS = tl.constexpr(1 << 11)
+LARGEST_KEY = tl.constexpr(0x7F800000)  # of infinity
+
+# The fields of the workspace, an int64 array. In the first four places: the counts of the four cases. From
+# COUNTS on, four for each side: scores below lo, up to lo, in the bracket, one unused. BRACKETS: keys of lo
+# and hi. SEARCHES, four for each side: first key of the window, log2 of the keys in a bin, how many keys of
+# the window precede the order statistic, one unused. SAMPLED, likewise: sampled scores below the window's
+# lower end, up to it, all, one unused. LISTED: number of undecided elements. FAILED: whether the brackets
+# failed. DONE: for each launch how many programs are done. ALL_BINS: the bins of each side.
+COUNTS, BRACKETS, SEARCHES, SAMPLED = (tl.constexpr(place) for place in (4, 12, 16, 24))
+LISTED, FAILED, DONE, ALL_BINS = (tl.constexpr(place) for place in (32, 33, 34, 48))
+SAMPLE_STEP, COUNT_STEP, PASS_STEP, LIST_STEP, SECOND_STEP, THIRD_STEP, FINISH_STEP = range(7)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What the launches of one call hand on to each other.
+
+    Attributes:
+        fields: int64, see above; zero in the beginning.
+        thresholds: float32 [sides], written as soon as they are known.
+    """
+
+    fields: Tensor
+    thresholds: Tensor
+
+    @staticmethod
+    def of(sides: int, device: torch.device) -> Workspace:
+        return Workspace(
+            torch.zeros(ALL_BINS.value + sides * BINS.value, dtype=torch.int64, device=device),
+            torch.empty(sides, dtype=torch.float32, device=device),
+        )
+
+
+@triton.jit
+def last_program(fields_ptr, step, programs):
+    """Whether all the other programs of a launch are done. What they wrote can then be read."""
+    tl.debug_barrier()  # what any thread of this program wrote comes before the addition
+    return tl.atomic_add(fields_ptr + DONE + step, 1, sem="acq_rel") == programs - 1
+
+
+@triton.jit
+def bin_bits(keys, bins):
+    """The log2 of the smallest bins by which so many bins cover so many keys."""
+    return tl.sum((((keys - 1) >> tl.arange(0, 32).to(tl.int64)) >= bins).to(tl.int64))
+
+
+@triton.jit
+def load_search(fields_ptr, side):
+    """The first key of a window, the log2 of a bin's keys, and how many keys precede; -1 once it is found."""
+    at = fields_ptr + SEARCHES + 4 * side
+    return tl.load(at).to(tl.int32), tl.load(at + 1).to(tl.int32), tl.load(at + 2)
+
+
+@triton.jit
+def store_search(fields_ptr, thresholds_ptr, side, low, shift, remaining):
+    at = fields_ptr + SEARCHES + 4 * side
+    tl.store(at, low)
+    tl.store(at + 1, shift)
+    tl.store(at + 2, remaining)
+    tl.store(thresholds_ptr + side, low.to(tl.int32).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def add_to_bins(fields_ptr, side, score, mask):
+    """Count the scores that lie in a search's window in memory, one by one: they are few."""
+    low, shift, remaining = load_search(fields_ptr, side)
+    low = tl.where(remaining < 0, 0x7FFFFFFF, low)  # found: beyond every key
+    distance = score.to(tl.int32, bitcast=True) - low
+    place = distance >> shift
+    inside = mask & (distance >= 0) & (place < BINS)
+    bins_ptr = fields_ptr + ALL_BINS + side * BINS
+    tl.atomic_add(bins_ptr + place, (place * 0 + 1).to(tl.int64), mask=inside, sem="relaxed")
+
+
+@triton.jit
+def narrow_search(fields_ptr, thresholds_ptr, side):
+    """Go on with the bin that the order statistic is in; by the last program alone."""
+    low, shift, remaining = load_search(fields_ptr, side)
+    if remaining >= 0:
+        bins = tl.arange(0, BINS)
+        at = fields_ptr + ALL_BINS + side * BINS + bins
+        counts = tl.load(at)
+        found = tl.sum((tl.cumsum(counts) <= remaining).to(tl.int32))
+        before = tl.sum(tl.where(bins < found, counts, 0))
+        tl.debug_barrier()
+        tl.store(at, tl.zeros_like(counts))
+        key = low.to(tl.int64) + (found.to(tl.int64) << shift.to(tl.int64))
+        left = tl.where(shift == 0, -1, remaining - before)
+        store_search(fields_ptr, thresholds_ptr, side, key, tl.maximum(shift - BITS, 0), left)
+
+
+@triton.jit
+def count_chunk(
+    pointers_ptr,
+    fields_ptr,
+    n_tensors,
+    tensor,
+    start,
+    numel,
+    side,
+    ROLE: tl.constexpr,
+    S: tl.constexpr,
+    U: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Count a chunk's scores in a search's window."""
+    if tl.load(fields_ptr + SEARCHES + 4 * side + 2) >= 0:
+        s_ptr = load_row(pointers_ptr, ROLE, tensor, n_tensors, S)
+        u_ptr = load_row(pointers_ptr, ROLE + 1, tensor, n_tensors, U)
+        for tile in range(TILES):
+            first = start + tile * BLOCK
+            offsets = first + tl.arange(0, BLOCK)
+            if first + BLOCK <= numel:
+                mask = tile_mask(offsets, numel, True)
+                add_to_bins(fields_ptr, side, load_score(s_ptr, u_ptr, offsets, mask, U, DISTANCE), mask)
+            elif first < numel:
+                mask = tile_mask(offsets, numel, False)
+                add_to_bins(fields_ptr, side, load_score(s_ptr, u_ptr, offsets, mask, U, DISTANCE), mask)
