@@ -9,13 +9,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import BLOCK, CHUNK, CONFIG, SIZES, Guarded, assert_same_bits, hostile, normal, on, positive
+from kernel_cases import (
+    BLOCK,
+    CHUNK,
+    CONFIG,
+    SIZES,
+    Guarded,
+    assert_same_bits,
+    hostile,
+    normal,
+    on,
+    positive,
+    scores_on,
+)
 from torch import Tensor
 
 import rkif_kernels
 from rkif_kernels import FusionInputs, Scores
 from rkif_kernels.backends import reference
-from rkif_kernels.backends.triton import select_and_fuse_, single_pass
+from rkif_kernels.backends.triton import select_and_fuse_, single_pass, thresholds
 from rkif_kernels.backends.triton.launch import BRACKETING, Bracketing
 from rkif_kernels.backends.triton.windows import FAILED, Workspace
 
@@ -165,6 +177,74 @@ def test_single_pass_of_hostile_scores(inner_name: str) -> None:
     other = cases[names[(names.index(inner_name) + 5) % len(names)]]
     for k in (0, n // 3, int(0.8 * (n - 1)), n - 1):
         check(models([n]), Scores([cases[inner_name]]), Scores([other]), k)
+
+
+@pytest.mark.parametrize("bracketing", [replace(SMALL, sigmas=1e9), replace(SMALL, sample_stride=3)])
+def test_a_listed_element_is_written_in_its_own_tensor(bracketing: Bracketing) -> None:
+    """Everything is listed, the first and last elements of every table among them; tables alternate."""
+    sizes = [2 * CHUNK + 1, CHUNK, 1, 3 * CHUNK, 3, 17]
+    tensors = models(sizes)
+    for index in (1, 2):
+        tensors["base"][index] = tensors["base"][index].bfloat16()
+    tensors["outer"][3] = tensors["outer"][3].half()
+    inner = Scores(positive(sizes, torch.bfloat16, 3), positive(sizes, torch.float32, 4))
+    outer = Scores(positive(sizes, torch.float32, 5))
+    check(tensors, inner, outer, int(0.7 * (sum(sizes) - 1)), bracketing, outer_from="base")
+
+
+@pytest.mark.parametrize("bracketing", [SMALL, replace(SMALL, list_slack=0.0)], ids=["listed", "failed"])
+def test_a_report_is_the_same_bits_twice(bracketing: Bracketing) -> None:
+    sizes = [5 * CHUNK + 3, 77]
+    scores = Scores(on(DEVICE, positive(sizes, torch.float32, 3)))
+    parts = [on(DEVICE, part) for part in models(sizes).values()]
+    reports = []
+    for _ in range(2):
+        out = [torch.full_like(b, torch.nan) for b in parts[0]]
+        stats = select_and_fuse_(
+            FusionInputs(out, *parts, scores, scores),
+            k=500,
+            weights=RELEASE,
+            outer_from="inner",
+            config=CONFIG,
+            bracketing=bracketing,
+        )
+        reports.append((stats.counts.tolist(), stats.squared_norms.tolist()))
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("run", [1, 8])
+@pytest.mark.parametrize("distance", [False, True], ids=["S*U", "distance"])
+@pytest.mark.parametrize("slack", [1.5, 0.0], ids=["listed", "failed"])
+def test_thresholds_alone_in_one_pass(
+    run: int, distance: bool, slack: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [3 * CHUNK + 5, 40, CHUNK]
+    scores = Scores(positive(sizes, torch.float32, 3), positive(sizes, torch.float32, 4), distance)
+    scores.sensitivity[1] = scores.sensitivity[1].bfloat16()
+    bracketing = replace(SMALL, run=run, sample_stride=2 * run, list_slack=slack)
+    radix = thresholds.radix_thresholds
+    monkeypatch.setattr(thresholds, "radix_thresholds", None)  # is not asked
+    for k in (0, 1, 300, sum(sizes) - 1):
+        (expected,) = reference.score_thresholds(scores, ks=[k], per_tensor=False)
+        moved = scores_on(DEVICE, scores)
+        (found,) = thresholds.score_thresholds(
+            moved, ks=[k], per_tensor=False, config=CONFIG, bracketing=bracketing
+        )
+        assert found.item() == expected.item()
+        (other,) = radix(moved, ks=[k], per_tensor=False, config=CONFIG)
+        assert other.item() == expected.item()
+
+
+@pytest.mark.parametrize("name", hostile(4).keys())
+def test_thresholds_alone_of_hostile_scores(name: str) -> None:
+    n = 2 * CHUNK + 9
+    scores = Scores([hostile(n)[name]])
+    for k in (0, n // 3, int(0.8 * (n - 1)), n - 1):
+        (expected,) = reference.score_thresholds(scores, ks=[k], per_tensor=False)
+        (found,) = thresholds.score_thresholds(
+            scores_on(DEVICE, scores), ks=[k], per_tensor=False, config=CONFIG, bracketing=SMALL
+        )
+        assert found.item() == expected.item()
 
 
 def test_ties_at_the_lower_end_need_no_list(fell_back: list[Tensor]) -> None:

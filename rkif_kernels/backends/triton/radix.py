@@ -65,7 +65,7 @@ def _histogram_kernel(
     """Count the digit at SHIFT of all scores whose higher bits equal their group's prefix.
 
     A program owns one chunk of one tensor. Float32: reads 8 bytes an element (S, U). A group whose remaining
-    rank is negative has nothing to find, and reads nothing.
+    k is negative has nothing to find, and reads nothing.
     """
     program = tl.program_id(0)
     tensor = tl.load(chunk_tensors_ptr + program)
@@ -106,7 +106,7 @@ def _pick_kernel(
     BITS: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """The digit that the remaining rank falls on; after the last, the order statistic. A program a group."""
+    """The digit that the remaining k-th score has; after the last, the order statistic. A program a group."""
     group = tl.program_id(0)
     remaining = tl.load(remaining_ptr + group)
     if remaining >= 0:
@@ -125,7 +125,7 @@ def _radix_select(remaining: Tensor, found: Tensor, config: LaunchConfig, count:
     """Find one order statistic a group.
 
     Args:
-        remaining: int64 [groups], ranks from 0; mutated. Groups with a negative one are left out.
+        remaining: int64 [groups], k of each, from 0; mutated. Groups with a negative one are left out.
         found: float32 [groups]; the order statistics are written there.
         count: launches the histogram kernels of one digit.
     """
