@@ -251,7 +251,7 @@ def fuse_(
     counts = torch.zeros(4, dtype=torch.int64, device=device)
     with in_place(inputs.out, ALIGNMENT) as targets:
         grouped = tables(aligned((targets, *inputs.lists[1:])), config.chunk)
-        # Two rows are 48 bytes: every part begins on a boundary of 16, or kernels would be compiled for either.
+        # Two rows are 48 bytes: parts begin on multiples of 16, or kernels would be compiled for either.
         sizes = [table.programs + table.programs % 2 for table in grouped]
         norms = torch.zeros((sum(sizes), 3), dtype=torch.float64, device=device)
         for table, partial_norms in zip(grouped, norms.split(sizes), strict=True):
