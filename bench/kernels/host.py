@@ -56,7 +56,7 @@ def measure(rounds: int = ROUNDS) -> list[Row]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        large = replace(BRACKETING, least=1)
+        large = replace(BRACKETING, min_numel=1)
         defaults = single_pass.select_and_fuse_.__kwdefaults__
         with stub_driver() as counter, patch.dict(defaults, bracketing=large):
             seen: dict[str, int] = {}
