@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -185,16 +187,19 @@ def fuse_lists(
 
 
 def report_of(names: Sequence[str], stats: FuseStats, *, numel: int, scope: Scope) -> FusionReport:
-    """What the kernels have counted, read from the device."""
+    """What the kernels have counted, read from the device at once. Counts below 2^53 are exact in float64."""
+    parts = (stats.counts, stats.squared_norms, *stats.thresholds)
+    values = iter(torch.cat([part.double() for part in parts]).tolist())
+    counts, squared_norms, *thresholds = (list(islice(values, part.numel())) for part in parts)
     found: list[Thresholds] = [
-        dict(zip(names, threshold.tolist(), strict=True)) if scope == "tensor" else threshold.item()
-        for threshold in stats.thresholds
+        dict(zip(names, threshold, strict=True)) if scope == "tensor" else threshold[0]
+        for threshold in thresholds
     ]
-    norms = stats.squared_norms.sqrt().tolist()
+    norms = map(math.sqrt, squared_norms)
     return FusionReport(
         numel=numel,
         thresholds=(found[0], found[1]),
-        counts=dict(zip(CASES, stats.counts.tolist(), strict=True)),
+        counts=dict(zip(CASES, map(int, counts), strict=True)),
         norms=dict(zip(("inner", "outer", "update"), norms, strict=True)),
     )
 

@@ -85,8 +85,7 @@ class Snapshot:
     def copy_to(self, targets: Sequence[Tensor]) -> None:
         """Copy all tensors to ``targets``, rounding where a target's dtype is narrower."""
         self.wait_stream()
-        for target, tensor in zip(targets, self.tensors, strict=True):
-            target.copy_(tensor, non_blocking=self.offloaded)
+        torch._foreach_copy_(list(targets), self.tensors, non_blocking=self.offloaded)
 
     def on_device(self, indices: range) -> list[Tensor]:
         """Some of the copies on :attr:`device`: the tensors themselves unless they are offloaded."""
