@@ -21,12 +21,12 @@ from rkif.checkpoint.card import copy_companions, write_card
 from rkif.checkpoint.digests import EMPTY, Digests
 from rkif.checkpoint.layout import Chunk, share
 from rkif.checkpoint.manifest import MANIFEST, content_digest, read_manifest, write_manifest
-from rkif.checkpoint.methods import Known, settings_of
+from rkif.checkpoint.methods import ScanResult, settings_of
 from rkif.checkpoint.preflight import Plan
 from rkif.checkpoint.process_memory import anonymous_memory
-from rkif.checkpoint.scan import Scan, fit, make_scan
-from rkif.checkpoint.scores import ROLES, guess_thresholds, scores_of, unfit
-from rkif.checkpoint.source import UnfitError, changes
+from rkif.checkpoint.scan import Scan, are_valid_scores, make_scan
+from rkif.checkpoint.scores import ROLES, guess_thresholds, invalid_input, scores_of
+from rkif.checkpoint.source import InvalidInputError, changes
 from rkif.checkpoint.stream import IN_FLIGHT, Buffers, Loader, as_bytes, parts
 from rkif.checkpoint.tiles import tiles
 from rkif.checkpoint.workdir import Workdir, clear
@@ -47,7 +47,7 @@ class Progress(Protocol):
         """So many more of them are done."""
 
 
-class Silent:
+class NullProgress:
     def stage(self, what: str, total: int) -> None: ...
 
     def advance(self, size: int) -> None: ...
@@ -113,13 +113,13 @@ def fuse_checkpoints(
             clear(out)
             return _summary(plan, manifest, 0.0, 0.0, 0, 0, resumed=True)
     # PyTorch's threads spin while they wait for the next small tile; kernels that stream have their own.
-    threads = _threads(None if plan.streams else 1)
+    threads = _threads(None if plan.request.method.streams else 1)
     # Every process has memory of its own, but all must cut the work alike.
     plan = plan.cut(int(processes.all_gather(torch.tensor([plan.slot])).min()))
     workdir = Workdir(out, plan.journal_identity, plan.slot, resume=plan.request.resume, processes=processes)
     with threads, workdir as work, processes.propagate_failure():
         resumed = bool(work.records)
-        fusion = _Fusion(plan, work, progress or Silent(), processes)
+        fusion = _Fusion(plan, work, progress or NullProgress(), processes)
         try:
             fusion.fuse(fusion.scan())
             with processes.raise_on_any_failure():  # all chunks are on disk
@@ -144,7 +144,9 @@ def fuse_checkpoints(
 def _require_unchanged(plan: Plan) -> None:
     for argument, checkpoint in plan.checkpoints.items():
         if changes(checkpoint.files) != checkpoint.changed:
-            raise UnfitError(f"{argument}: {checkpoint.path} was changed meanwhile; nothing was published")
+            raise InvalidInputError(
+                f"{argument}: {checkpoint.path} was changed meanwhile; nothing was published"
+            )
 
 
 @contextlib.contextmanager
@@ -212,7 +214,7 @@ class _Fusion:
         for descriptor in self._files.values():
             os.close(descriptor)
 
-    def scan(self) -> Known:
+    def scan(self) -> ScanResult:
         """Find out what the method must know of all elements, or go on with it."""
         scan, begin = self._scan(), None
         recorded = self._work.recorded_scan()
@@ -230,13 +232,13 @@ class _Fusion:
                 rows = self._loader.inputs(number, buffers.arrived())
                 for tile in tiles(self._chunks[number], rows, None, self._plan.scan_tile, self._names):
                     if not scan.observe(tile, scores_of(self._method, tile)):
-                        raise unfit(self._tensors, tile)
+                        raise invalid_input(self._tensors, tile)
                 self._work.record_scan(scan.state(), {"next": number + 1})
                 self._done(number)
             scan.end_pass()
             begin = None
             self._work.record_scan(scan.state(), {"next": None})
-        return scan.known()
+        return scan.result()
 
     def _scan(self) -> Scan:
         fused = range(self._own.start, min(self._own.stop, len(self._plan.chunks)))
@@ -249,11 +251,11 @@ class _Fusion:
             processes=self._processes,
         )
 
-    def fuse(self, known: Known) -> None:
+    def fuse(self, scan_result: ScanResult) -> None:
         """Compute, write and record chunk by chunk."""
-        if known.thresholds is not None:
-            known = known._replace(thresholds=known.thresholds.to(self._device))
-        self._known = known
+        if scan_result.thresholds is not None:
+            scan_result = scan_result._replace(thresholds=scan_result.thresholds.to(self._device))
+        self._scan_result = scan_result
         arguments = list(self._plan.checkpoints)
         done = {record["chunk"] for record in self._work.records if "chunk" in record}
         left = [number for number in self._own if number not in done]
@@ -307,13 +309,13 @@ class _Fusion:
         else:
             for tile in tiles(chunk, rows, targets, self._plan.tile, self._names):
                 scores = scores_of(self._method, tile)
-                scanned = tile.importance is None or self._method.threshold_k(2) is not None
-                if not scanned and not all(map(fit, scores)):
-                    raise unfit(self._tensors, tile)
-                stats = self._method.fuse(tile, scores, self._known)
+                scanned = tile.importance is None or self._method.needs_threshold
+                if not scanned and not all(map(are_valid_scores, scores)):
+                    raise invalid_input(self._tensors, tile)
+                stats = self._method.fuse(tile, scores, self._scan_result)
                 squared = stats.squared_norms.tolist()
                 if not all(map(math.isfinite, squared)):  # nor is an input, or a result
-                    raise unfit(self._tensors, tile)
+                    raise invalid_input(self._tensors, tile)
                 counts = [a + b for a, b in zip(counts, stats.counts.tolist(), strict=True)]
                 norms = [a + b for a, b in zip(norms, squared, strict=True)]
         out.fetch()
@@ -325,7 +327,7 @@ class _Fusion:
             for argument, other in zip(ROLES[1:], others, strict=False):
                 if not torch.equal(base, other):
                     tensor = self._tensors[piece.tensor]
-                    raise UnfitError(
+                    raise InvalidInputError(
                         f"{tensor.name!r} is {tensor.target.dtype}, which is copied, not fused, but "
                         f"{argument} has other values in it than BASE; nothing was published"
                     )
@@ -408,8 +410,8 @@ class _Fusion:
     def _report(self, fused: dict[str, Any]) -> dict[str, Any]:
         """A :class:`rkif.FusionReport` as JSON has it; norms to six digits: the last depend on the chunks."""
         sides: list[Any] = [None, None]
-        if self._known.thresholds is not None:
-            for side, row in enumerate(self._known.thresholds.tolist()):
+        if self._scan_result.thresholds is not None:
+            for side, row in enumerate(self._scan_result.thresholds.tolist()):
                 values = [value if math.isfinite(value) else None for value in row]
                 named = dict(zip((tensor.name for tensor in self._tensors), values, strict=False))
                 sides[side] = values[0] if self._method.scope == "global" else named

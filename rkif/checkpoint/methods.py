@@ -42,6 +42,10 @@ class Method(Protocol):
         density: fraction that each side selects or keeps.
         scope: "global" or "tensor" where it selects by thresholds, else None.
         outer_from: where the outer task vector starts.
+        needs_threshold: whether a threshold must be searched before the fusion.
+        streams: whether its kernels go over memory once, whatever the size of what they are given.
+        accepts_importance: whether it selects by given importance.
+        rescales: whether task vectors are multiplied by factors that depend on whole tensors.
     """
 
     @property
@@ -52,15 +56,23 @@ class Method(Protocol):
     def scope(self) -> Scope | None: ...
     @property
     def outer_from(self) -> OuterFrom: ...
+    @property
+    def needs_threshold(self) -> bool: ...
+    @property
+    def streams(self) -> bool: ...
+    @property
+    def accepts_importance(self) -> bool: ...
+    @property
+    def rescales(self) -> bool: ...
 
     def threshold_k(self, numel: int) -> int | None:
         """The order statistic that is the threshold among so many scores; None for no search."""
 
-    def fuse(self, tile: Tile, scores: tuple[Scores, Scores], known: Known) -> FuseStats:
+    def fuse(self, tile: Tile, scores: tuple[Scores, Scores], scan_result: ScanResult) -> FuseStats:
         """Write the tile's ``out``; ``scores`` are compared with the thresholds, where there are any."""
 
 
-class Known(NamedTuple):
+class ScanResult(NamedTuple):
     """What was found out before the fusion.
 
     Attributes:
@@ -82,6 +94,9 @@ class RecurrentKIF:
     outer_from: OuterFrom = "inner"
 
     name: ClassVar[str] = "recurrent_kif"
+    streams: ClassVar[bool] = True
+    accepts_importance: ClassVar[bool] = True
+    rescales: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_fraction("density", self.density)
@@ -89,14 +104,18 @@ class RecurrentKIF:
         require_choice("scope", self.scope, get_args(Scope))
         require_choice("outer_from", self.outer_from, get_args(OuterFrom))
 
+    @property
+    def needs_threshold(self) -> bool:
+        return self.density not in (0, 1)
+
     def threshold_k(self, numel: int) -> int | None:
-        if self.density in (0, 1):
+        if not self.needs_threshold:
             return None
         return rkif_kernels.order_statistic_k(numel, self.density)
 
-    def fuse(self, tile: Tile, scores: tuple[Scores, Scores], known: Known) -> FuseStats:
-        assert known.thresholds is not None
-        thresholds = known.thresholds
+    def fuse(self, tile: Tile, scores: tuple[Scores, Scores], scan_result: ScanResult) -> FuseStats:
+        assert scan_result.thresholds is not None
+        thresholds = scan_result.thresholds
         if thresholds.shape[1] > 1:
             thresholds = thresholds[:, list(tile.tensors)]
         return rkif_kernels.fuse_(
@@ -140,6 +159,8 @@ class TaskArithmetic:
     scope: Scope | None = None
 
     outer_from: ClassVar[OuterFrom] = "base"
+    streams: ClassVar[bool] = False
+    accepts_importance: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_weights("weight", self.weight)
@@ -149,8 +170,16 @@ class TaskArithmetic:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be in [0, 2^64); got {self.seed}")
 
+    @property
+    def needs_threshold(self) -> bool:
+        return self.sparsification == "magnitude" and self.density not in (0, 1)
+
+    @property
+    def rescales(self) -> bool:
+        return self.sparsification == "random" and self.rescale
+
     def threshold_k(self, numel: int) -> int | None:
-        if self.sparsification != "magnitude" or self.density in (0, 1):
+        if not self.needs_threshold:
             return None
         return numel - max(1, int(Fraction(str(self.density)) * numel)) - 1
 
@@ -164,17 +193,17 @@ class TaskArithmetic:
         drawn = generator.random(skipped + numel, dtype=np.float32)[skipped:]
         return torch.from_numpy(drawn).to(tile.base[position].device) < self.density
 
-    def fuse(self, tile: Tile, scores: tuple[Scores, Scores], known: Known) -> FuseStats:
+    def fuse(self, tile: Tile, scores: tuple[Scores, Scores], scan_result: ScanResult) -> FuseStats:
         counts = torch.zeros(4, dtype=torch.int64)
         norms = torch.zeros(3, dtype=torch.float64)
         for position, base in enumerate(tile.base):
             start = base.float()
             task_vectors = [tile.inner[position].float() - start, tile.outer[position].float() - start]
             norms[:2] += torch.stack([vector.double().square().sum() for vector in task_vectors]).cpu()
-            masks = [self._mask(tile, position, side, scores, known) for side in range(2)]
+            masks = [self._mask(tile, position, side, scores, scan_result) for side in range(2)]
             n_in, n_out, both = (int(mask.sum()) for mask in (*masks, masks[0] & masks[1]))
             counts += torch.tensor([n_in - both, n_out - both, both, base.numel() - n_in - n_out + both])
-            merged = self._merge(tile, position, task_vectors, masks, known)
+            merged = self._merge(tile, position, task_vectors, masks, scan_result)
             stored = (start + merged).to(tile.out[position].dtype)
             tile.out[position].copy_(stored)
             norms[2] += (stored.float() - start).double().square().sum().cpu()
@@ -186,12 +215,12 @@ class TaskArithmetic:
         position: int,
         side: int,
         scores: tuple[Scores, Scores],
-        known: Known,
+        scan_result: ScanResult,
     ) -> Tensor:
         if self.sparsification == "random" and self.density < 1:
             return self.keeps(tile, position, side)
-        if known.thresholds is not None:
-            thresholds = known.thresholds[side]
+        if scan_result.thresholds is not None:
+            thresholds = scan_result.thresholds[side]
             magnitude = (scores[side].sensitivity[position].float() - tile.base[position].float()).abs_()
             return magnitude > thresholds[tile.tensors[position] if len(thresholds) > 1 else 0]
         return torch.ones_like(tile.base[position], dtype=torch.bool)
@@ -202,13 +231,13 @@ class TaskArithmetic:
         position: int,
         task_vectors: Sequence[Tensor],
         masks: Sequence[Tensor],
-        known: Known,
+        scan_result: ScanResult,
     ) -> Tensor:
         weighted = []
         for side, (vector, mask) in enumerate(zip(task_vectors, masks, strict=True)):
             kept = torch.where(mask, vector, 0.0)
-            if known.scales is not None:
-                kept *= float(known.scales[side, tile.tensors[position]])
+            if scan_result.scales is not None:
+                kept *= float(scan_result.scales[side, tile.tensors[position]])
             weighted.append(kept.mul_(self.weight[side]))
         if not self.consensus:
             divisor = sum(self.weight) if self.normalize else 1.0
@@ -235,6 +264,10 @@ class Linear:
     density: ClassVar[float] = 1.0
     scope: ClassVar[Scope | None] = None
     outer_from: ClassVar[OuterFrom] = "base"
+    needs_threshold: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
+    accepts_importance: ClassVar[bool] = False
+    rescales: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_weights("weight", self.weight)
@@ -244,7 +277,7 @@ class Linear:
     def threshold_k(self, numel: int) -> int | None:
         return None
 
-    def fuse(self, tile: Tile, scores: tuple[Scores, Scores], known: Known) -> FuseStats:
+    def fuse(self, tile: Tile, scores: tuple[Scores, Scores], scan_result: ScanResult) -> FuseStats:
         counts = torch.tensor([0, 0, sum(part.numel() for part in tile.base), 0])
         norms = torch.zeros(3, dtype=torch.float64)
         total = sum(self.weight) if self.normalize else 1.0

@@ -21,7 +21,7 @@ import torch
 from rkif.checkpoint.card import companions
 from rkif.checkpoint.layout import ALIGNMENT, Chunk, Layout, plan_chunks, plan_layout
 from rkif.checkpoint.manifest import MANIFEST
-from rkif.checkpoint.methods import Known, Method, RecurrentKIF, TaskArithmetic, settings_of
+from rkif.checkpoint.methods import Method, ScanResult, settings_of
 from rkif.checkpoint.process_memory import anonymous_memory
 from rkif.checkpoint.scores import scores_of
 from rkif.checkpoint.source import DTYPES, FUSED, Checkpoint, changes, open_checkpoint
@@ -122,14 +122,9 @@ class Plan:
         return replace(self, slot=slot, chunks=chunks, copies=copies)
 
     @property
-    def streams(self) -> bool:
-        """Whether the method's kernels go over memory once, whatever its size."""
-        return isinstance(self.request.method, RecurrentKIF)
-
-    @property
     def tile(self) -> int:
         """Elements that are fused at a time: a chunk where kernels stream, else what stays in cache."""
-        return self.slot if self.streams or self.request.device.type != "cpu" else TILE
+        return self.slot if self.request.method.streams or self.request.device.type != "cpu" else TILE
 
     @property
     def scan_tile(self) -> int:
@@ -165,7 +160,7 @@ def preflight(request: Request) -> Plan:
     importances = {argument: path for argument, path in given.items() if path is not None}
     if len(importances) == 1:
         problems.append("--inner-importance and --outer-importance belong together: give both or neither")
-    if importances and not isinstance(request.method, RecurrentKIF):
+    if importances and not request.method.accepts_importance:
         problems.append(f"importance is used by recurrent_kif only, not by {request.method.name}")
     checkpoints = {}
     for argument, path in (paths | importances).items():
@@ -366,7 +361,7 @@ def _fit(request: Request, layout: Layout, inputs: int, problems: list[str]) -> 
     narrowest = min((tensor.target.itemsize for tensor in layout.tensors if tensor.fused), default=4)
     shares = (inputs + 1) * IN_FLIGHT
     scratch = TILE * 4 * TILE_BUFFERS
-    if request.device.type != "cpu" and not isinstance(request.method, RecurrentKIF):
+    if request.device.type != "cpu" and not request.method.streams:
         shares += TILE_BUFFERS * 4 // narrowest  # a chunk is computed on whole
     fixed = anonymous_memory() + OVERHEAD + scratch
     grain = ALIGNMENT * widest
@@ -406,23 +401,23 @@ def _require_space(request: Request, written: int, problems: list[str]) -> None:
 
 def _scanned(method: Method, checkpoints: Mapping[str, Checkpoint], whole: int) -> int:
     """Bytes that are read before the fusion, with the usual luck."""
-    if method.threshold_k(2) is not None:
+    if method.needs_threshold:
         scores = [checkpoint for argument, checkpoint in checkpoints.items() if argument.startswith("--")]
         if scores:
             return sum(entry.nbytes for checkpoint in scores for entry in checkpoint.tensors.values())
         return whole
-    return whole if isinstance(method, TaskArithmetic) and method.sparsification == "random" else 0
+    return whole if method.rescales else 0
 
 
 def _estimate(request: Request, numel: int, read: int, written: int) -> float:
     """Seconds, from computing on a made-up tile and writing a few MiB where the output will lie."""
     part = [torch.rand(TILE, device=request.device) for _ in range(4)]
     tile = Tile([0], [0], part[:1], part[1:2], part[2:3], part[3:4], None, ["tile"])
-    known = Known(torch.full((2, 1), 0.5), torch.ones(2, 1, dtype=torch.float64))
+    scan_result = ScanResult(torch.full((2, 1), 0.5), torch.ones(2, 1, dtype=torch.float64))
     taken = []
     for _ in range(3):
         start = time.perf_counter()
-        request.method.fuse(tile, scores_of(request.method, tile), known)
+        request.method.fuse(tile, scores_of(request.method, tile), scan_result)
         taken.append(time.perf_counter() - start)
     computing = min(taken) / TILE * numel * 1.5  # with the scores and their counts
     block = bytes(8 * MIB)

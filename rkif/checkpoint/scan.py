@@ -7,7 +7,7 @@ how many elements there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 import rkif_kernels
 from rkif.checkpoint import layout
 from rkif.checkpoint.layout import Chunk, runs
-from rkif.checkpoint.methods import EVERYTHING, NOTHING, Known, Method, TaskArithmetic
+from rkif.checkpoint.methods import EVERYTHING, NOTHING, Method, ScanResult, TaskArithmetic
 from rkif.checkpoint.tiles import Tile
 from rkif.distributed.process_group import ProcessGroup
 from rkif_kernels import CountingSearch, Scores
@@ -31,7 +31,7 @@ class Scan(Protocol):
         """The chunks to go over next, none of them perhaps; None when everything is known."""
 
     def observe(self, tile: Tile, scores: Sides) -> bool:
-        """Take in a part of a chunk; returns whether all of its values are fit: finite, no score negative."""
+        """Take in a part of a chunk; returns whether its values are valid: finite, no score negative."""
 
     def end_pass(self) -> None:
         """All of the pass's chunks have been observed."""
@@ -45,7 +45,7 @@ class Scan(Protocol):
 
     def restore(self, state: dict[str, Tensor]) -> None: ...
 
-    def known(self) -> Known: ...
+    def result(self) -> ScanResult: ...
 
 
 def make_scan(
@@ -62,19 +62,19 @@ def make_scan(
     Args:
         guess: for each side two scores between which a global threshold probably lies.
         own: the chunks that this process goes over.
-        processes: the processes; their counts are summed at the end of a pass, or in :meth:`known`.
+        processes: the processes; their counts are summed at the end of a pass, or in :meth:`result`.
     """
-    if method.scope == "global" and method.threshold_k(2) is not None:
+    if method.scope == "global" and method.needs_threshold:
         numel = sum(tensor.target.numel for tensor in tensors if tensor.fused)
         return GlobalThresholds(method, numel, own, guess, processes)
     if method.scope is not None:
         return TensorThresholds(method, tensors, chunks, own, processes)
-    if isinstance(method, TaskArithmetic) and method.sparsification == "random" and method.rescale:
-        return Scales(method, len(tensors), own, processes)
-    return Nothing()
+    if method.rescales:
+        return Scales(cast(TaskArithmetic, method), len(tensors), own, processes)
+    return NoScan()
 
 
-class Nothing:
+class NoScan:
     """For a method that needs to know nothing."""
 
     def next_pass(self) -> range | None:
@@ -94,8 +94,8 @@ class Nothing:
 
     def restore(self, state: dict[str, Tensor]) -> None: ...
 
-    def known(self) -> Known:
-        return Known()
+    def result(self) -> ScanResult:
+        return ScanResult()
 
 
 class _Searches:
@@ -168,8 +168,8 @@ class GlobalThresholds:
         self._searches.restore(state)
         self.passes = int(state["passes"])
 
-    def known(self) -> Known:
-        return Known(thresholds=self._searches.values()[:, None])
+    def result(self) -> ScanResult:
+        return ScanResult(thresholds=self._searches.values()[:, None])
 
 
 class TensorThresholds:
@@ -187,7 +187,7 @@ class TensorThresholds:
         processes: ProcessGroup,
     ) -> None:
         self._method, self._tensors, self._chunks, self._processes = method, tensors, chunks, processes
-        searched = method.threshold_k(2) is not None
+        searched = method.needs_threshold
         trivial = EVERYTHING if method.density == 1 else NOTHING
         size = len(tensors) if method.scope == "tensor" else 1
         self._thresholds = torch.full((2, size), NOTHING if searched else trivial)
@@ -223,7 +223,7 @@ class TensorThresholds:
         numbers = list(tile.tensors)
         ks = [self._k(number) for number in numbers]
         for side, values in enumerate(scores):
-            if not fit(values):
+            if not are_valid_scores(values):
                 return False
             found = rkif_kernels.kth_scores(values, ks=[max(k, 0) for k in ks], scope="tensor").cpu()
             # A k below the first score keeps all of them.
@@ -248,14 +248,14 @@ class TensorThresholds:
         if self._searches is not None:
             self._searches.restore(state)
 
-    def known(self) -> Known:
+    def result(self) -> ScanResult:
         # What a process has not looked at is +inf there, and only there.
         own = self._thresholds.flatten()
         every = self._processes.all_gather(own).view(self._processes.size, -1)
-        return Known(thresholds=every.amin(dim=0).view_as(self._thresholds))
+        return ScanResult(thresholds=every.amin(dim=0).view_as(self._thresholds))
 
 
-def fit(scores: Scores) -> bool:
+def are_valid_scores(scores: Scores) -> bool:
     """Whether all are scores: finite, and not negative."""
     counts = torch.zeros(4, dtype=torch.int64, device=scores.device)
     rkif_kernels.count_scores_(counts, scores, low=0, shift=0)
@@ -300,7 +300,7 @@ class Scales:
         if state["done"]:
             self._chunks = None
 
-    def known(self) -> Known:
+    def result(self) -> ScanResult:
         whole, kept = self._processes.all_reduce_sum(self._norms)
         small = (whole < self.LEAST) | (kept < self.LEAST)
-        return Known(scales=torch.where(small, 1.0, whole / kept))
+        return ScanResult(scales=torch.where(small, 1.0, whole / kept))

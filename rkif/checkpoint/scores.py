@@ -13,7 +13,7 @@ from torch import Tensor
 from rkif.checkpoint import layout
 from rkif.checkpoint.layout import Piece
 from rkif.checkpoint.methods import Method
-from rkif.checkpoint.source import DTYPES, Reader, UnfitError
+from rkif.checkpoint.source import DTYPES, InvalidInputError, Reader
 from rkif.checkpoint.stream import as_bytes
 from rkif.checkpoint.tiles import Tile
 from rkif_kernels import Scores, magnitudes
@@ -32,7 +32,7 @@ def scores_of(method: Method, tile: Tile) -> tuple[Scores, Scores]:
     return magnitudes(tile.inner, tile.base), magnitudes(tile.outer, start)
 
 
-def unfit(tensors: Sequence[layout.Tensor], tile: Tile) -> UnfitError:
+def invalid_input(tensors: Sequence[layout.Tensor], tile: Tile) -> InvalidInputError:
     """What is wrong with a tile whose values are not all finite, or whose importance is negative."""
     rows = [tile.base, tile.inner, tile.outer, *(tile.importance or ())]
     for role, (argument, row) in enumerate(zip(ROLES, rows, strict=False)):
@@ -41,7 +41,7 @@ def unfit(tensors: Sequence[layout.Tensor], tile: Tile) -> UnfitError:
             wrong = ~part.isfinite() if role < 3 else ~(part.isfinite() & (part >= 0))
             if wrong.any():
                 index = int(wrong.nonzero()[0])
-                return UnfitError(
+                return InvalidInputError(
                     f"{argument}: {tensor.inputs[role].file} has {float(part[index])} in "
                     f"{tensor.name!r}, element {tile.starts[position] + index:,}; nothing was published"
                 )
@@ -50,7 +50,9 @@ def unfit(tensors: Sequence[layout.Tensor], tile: Tile) -> UnfitError:
         for position, number in enumerate(tile.tensors)
         if not all(row[position].isfinite().all() for row in (tile.out, *_differences(tile)) if row)
     ]
-    return UnfitError(f"the fusion of {beyond[0]!r} exceeds the range of its dtype; nothing was published")
+    return InvalidInputError(
+        f"the fusion of {beyond[0]!r} exceeds the range of its dtype; nothing was published"
+    )
 
 
 def _differences(tile: Tile) -> list[list[Tensor]]:

@@ -87,7 +87,7 @@ class Checkpoint:
         return parts[-1].encode("utf-8", "replace").decode()
 
 
-class UnfitError(ValueError):
+class InvalidInputError(ValueError):
     """What is in the inputs cannot be fused: nothing that was made of them is of use."""
 
 

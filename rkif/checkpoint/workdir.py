@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rkif.checkpoint.source import UnfitError
+from rkif.checkpoint.source import InvalidInputError
 from rkif.distributed.process_group import ALONE, ProcessGroup, RankFailedError
 from rkif.files import fsync_folder, replace_file
 
@@ -83,11 +83,11 @@ class Workdir:
     ) -> None:
         if self._processes.rank > 0:
             return
-        # Nothing in it is of use if no chunk was done, or if an input, here or elsewhere, is not fit for any.
-        unfit = isinstance(error, UnfitError) or (
-            isinstance(error, RankFailedError) and f" failed: {UnfitError.__name__}: " in str(error)
+        # Nothing in it is of use if no chunk was done, or if an input, here or elsewhere, is not valid.
+        invalid = isinstance(error, InvalidInputError) or (
+            isinstance(error, RankFailedError) and f" failed: {InvalidInputError.__name__}: " in str(error)
         )
-        if self._path.exists() and (unfit or not self._journals()):
+        if self._path.exists() and (invalid or not self._journals()):
             with contextlib.suppress(OSError):  # other processes may be writing their last
                 self.remove()
         self._lock.release()

@@ -233,3 +233,16 @@ def test_as_mergekit(triple: Triple) -> None:
         wanted = load_file(triple.folder / f"mergekit-{method}.safetensors")
         close(load_folder(out), wanted)
         assert len(wanted) == len([v for v in floats(triple.base).values() if v.numel()])
+
+
+@pytest.mark.parametrize("density", [0, 0.3, 1])
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_what_a_method_declares_is_what_it_does(name: str, density: float) -> None:
+    settings = {"density": density} if "density" in SETTINGS[name] else {}
+    method = make_method(name, settings)
+    assert method.needs_threshold == (method.threshold_k(7) is not None)
+    assert method.needs_threshold == (name in ("recurrent_kif", "ties", "magnitude_prune") and density == 0.3)
+    assert method.rescales == name.startswith("dare")
+    assert method.streams == method.accepts_importance == (name == "recurrent_kif")
+    if method.rescales:
+        assert not make_method(name, {**settings, "rescale": False}).rescales
