@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
 from rkif.checkpoint.source import Checkpoint
 from rkif.files import fsync_file, write_text
@@ -111,6 +111,8 @@ def _license(base: Checkpoint) -> str | None:
     card = base.path / "README.md"
     if base.folder is None or not card.exists():
         return None
+    from huggingface_hub import ModelCard  # 0.2 s, for bases that have a card alone
+
     try:
         found = ModelCard.load(card).data.to_dict().get("license")
     except (ValueError, OSError, KeyError, TypeError, AttributeError, yaml.YAMLError):
