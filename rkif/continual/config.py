@@ -66,6 +66,8 @@ class TrainingSettings(Settings):
     micro_batch_size: int | None = Field(None, ge=1)
     learning_rate: float = Field(3e-4, gt=0)
     warmup_steps: int = Field(0, ge=0)
+    # Of both learners: torch.optim.AdamW, or rkif.optim.AdamW, whose step also updates the importance.
+    optimizer: Literal["adamw", "rkif_adamw"] = "adamw"
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: bool = False
@@ -249,6 +251,15 @@ class RunConfig(Settings):
     def _gated(self) -> RunConfig:
         if self.gate is not None and self.method != "recurrent_kif":
             raise ValueError(f"gate: only the fusions of recurrent_kif can be gated, not {self.method}")
+        return self
+
+    @model_validator(mode="after")
+    def _observed_by_the_step(self) -> RunConfig:
+        if self.training.optimizer == "rkif_adamw" and self.rounds.observe == "after":
+            raise ValueError(
+                "rounds.observe: training.optimizer rkif_adamw updates the importance before the weights; "
+                "observe: after needs optimizer adamw"
+            )
         return self
 
     @model_validator(mode="after")

@@ -43,11 +43,14 @@ def parameters_of(method: Sequential) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in method.inner.parameters.items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [*((method, "adamw") for method in METHODS), ("recurrent_kif", "rkif_adamw")]
+)
 def test_killed_between_steps_and_resumed_ends_with_the_same_bytes(
-    config: Config, tmp_path: Path, method: str
+    config: Config, tmp_path: Path, method: str, optimizer: str
 ) -> None:
-    settings = config(method=method)
+    training = config().training.model_dump() | {"optimizer": optimizer}
+    settings = config(method=method, training=training)
     go(settings, tmp_path / "straight")
     for last in (10, 14, 19):  # in the second task, at its end, in the third
         with pytest.MonkeyPatch.context() as patch:

@@ -37,6 +37,9 @@ class RecurrentKIF(Rounds):
                 context.validation,
             )
         self.fuser = Fuser(context.model, self.fusion, gate=gate) if self.has_memory else None
+        self._steps_observe = self.fuser is not None and all(
+            learner.follow(self.fuser) for learner in (self.inner, self.outer)
+        )
         # With a gate: the optimizers' moments at the start of the round, restored when the gate undoes it.
         self.start: dict[str, Tensor] | None = None if gate is None else {}
 
@@ -46,7 +49,8 @@ class RecurrentKIF(Rounds):
 
     def observe(self) -> None:
         assert self.fuser is not None
-        self.fuser.observe()
+        if not self._steps_observe:
+            self.fuser.observe()
 
     def begin_outer(self) -> None:
         assert self.fuser is not None

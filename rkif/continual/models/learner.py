@@ -11,7 +11,9 @@ from rkif.continual.config import RunConfig
 from rkif.continual.models.device import autocast
 from rkif.continual.models.objective import Objective
 from rkif.continual.tasks.records import Item
+from rkif.fuser import Fuser
 from rkif.fuser.parameters import trainable_parameters
+from rkif.optim import AdamW
 
 
 class Learner:
@@ -32,14 +34,29 @@ class Learner:
         self._config = config
         self._learning_rate = learning_rate
         self.parameters = trainable_parameters(model)
+        self._fuser: Fuser | None = None
         self.reset()
+
+    def follow(self, fuser: Fuser) -> bool:
+        """Make the optimizer's step update the importance of ``fuser``, where the optimizer supports it.
+
+        Returns:
+            Whether the optimizer does; otherwise the caller must call ``fuser.observe()`` before each step.
+        """
+        if not isinstance(self._optimizer, AdamW):
+            return False
+        self._fuser = self._optimizer.fuser = fuser
+        return True
 
     def reset(self) -> None:
         """Reset the optimizer's moments."""
+        parameters, rate = self.parameters.values(), self._learning_rate
         decay = self._config.training.weight_decay
-        self._optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=self._learning_rate, weight_decay=decay
-        )
+        self._optimizer: torch.optim.Optimizer
+        if self._config.training.optimizer == "rkif_adamw":
+            self._optimizer = AdamW(parameters, lr=rate, weight_decay=decay, fuser=self._fuser)
+        else:
+            self._optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
 
     def step(
         self,
@@ -77,6 +94,8 @@ class Learner:
         # A step with a gradient that is not finite would make the moments NaN for the rest of the task.
         if norm.isfinite():
             self._optimizer.step()
+        elif isinstance(self._optimizer, AdamW) and self._fuser is not None:
+            self._optimizer.observe()
         if after_step is not None:
             after_step()
         self._optimizer.zero_grad()
