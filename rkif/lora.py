@@ -22,6 +22,7 @@ from rkif.fusion import FusionReport, common_names, report_of
 from rkif_kernels import (
     CASES,
     CountingSearch,
+    CountingSearches,
     FuseStats,
     OuterFrom,
     Scope,
@@ -264,18 +265,14 @@ def _thresholds(triples: _Triples, *, density: float, scope: Scope, device: torc
                     else torch.full((1,), torch.inf, device=device)
                 )
         return [torch.cat(side) if scope == "tensor" else side[0] for side in found]
-    searches = [CountingSearch(order_statistic_k(sum(triples.sizes), density)) for _ in range(2)]
-    while left := [which for which, search in enumerate(searches) if not search.done]:
-        windows = [search.window for search in searches]
-        counts = [torch.zeros(one.bins + 3, dtype=torch.int64, device=device) for one in windows]
+    k = order_statistic_k(sum(triples.sizes), density)
+    searches = CountingSearches(CountingSearch(k) for _ in range(2))
+    while not searches.done:
         for triple in triples:
-            both = triples.scores(*triple)
-            for which in left:
-                low, shift, _ = windows[which]
-                rkif_kernels.count_scores_(counts[which], both[which], low=low, shift=shift)
-        for which in left:
-            searches[which].narrow(counts[which].cpu().numpy())
-    return [torch.tensor([search.value], dtype=torch.float32, device=device) for search in searches]
+            for index, scores in enumerate(triples.scores(*triple)):
+                searches.count(index, scores)
+        searches.narrow()
+    return [torch.tensor([value], dtype=torch.float32, device=device) for value in searches.values]
 
 
 def _factorised(update: Tensor, basis: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor, float]:

@@ -34,7 +34,9 @@ from rkif_kernels.ops import (
     select_and_fuse_,
     update_importance_,
 )
+from rkif_kernels.selection.bracket import bracket
 from rkif_kernels.selection.counting import CountingSearch
+from rkif_kernels.selection.searches import CountingSearches
 from rkif_kernels.types import (
     CASES,
     ROLES,
@@ -63,6 +65,7 @@ __all__ = [
     "Backend",
     "CaseWeights",
     "CountingSearch",
+    "CountingSearches",
     "FuseStats",
     "FusionInputs",
     "ImportanceInputs",
@@ -74,6 +77,7 @@ __all__ = [
     "adamw_",
     "adamw_constants",
     "all_valid_scores",
+    "bracket",
     "count_scores_",
     "fuse_",
     "kth_scores",

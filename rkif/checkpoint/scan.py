@@ -18,7 +18,7 @@ from rkif.checkpoint.layout import Chunk, runs
 from rkif.checkpoint.methods import EVERYTHING, NOTHING, Method, ScanResult, TaskArithmetic
 from rkif.checkpoint.tiles import Tile
 from rkif.distributed.process_group import ProcessGroup
-from rkif_kernels import CountingSearch, Scores
+from rkif_kernels import CountingSearch, CountingSearches, Scores
 
 Sides = tuple[Scores, Scores]
 Guess = Callable[[], tuple[tuple[float, float], tuple[float, float]]]
@@ -98,49 +98,6 @@ class NoScan:
         return ScanResult()
 
 
-class _Searches:
-    """Two order statistics, inner and outer, from counts."""
-
-    def __init__(self, k: int, guesses: Sequence[tuple[float, float] | None]) -> None:
-        self._searches = [CountingSearch(k, guess) for guess in guesses]
-        self._begin()
-
-    def _begin(self) -> None:
-        sizes = [1 if search.done else search.window.bins for search in self._searches]
-        self._counts = [torch.zeros(size + 3, dtype=torch.int64) for size in sizes]
-
-    @property
-    def done(self) -> bool:
-        return all(search.done for search in self._searches)
-
-    def count(self, scores: Sides) -> bool:
-        for side, search in enumerate(self._searches):
-            if not search.done:
-                counts = self._counts[side] = self._counts[side].to(scores[side].device)
-                low, shift, _ = search.window
-                rkif_kernels.count_scores_(counts, scores[side], low=low, shift=shift)
-        return not any(counts[-1] for counts in self._counts)
-
-    def narrow(self, processes: ProcessGroup | None = None) -> None:
-        for search, counts in zip(self._searches, self._counts, strict=True):
-            if not search.done:
-                found = counts.cpu()
-                search.narrow((found if processes is None else processes.all_reduce_sum(found)).numpy())
-        self._begin()
-
-    def values(self) -> Tensor:
-        return torch.tensor([search.value for search in self._searches], dtype=torch.float32)
-
-    def state(self) -> dict[str, Tensor]:
-        searches = [search.state() for search in self._searches]
-        counts = {f"counts.{side}": counts.cpu().clone() for side, counts in enumerate(self._counts)}
-        return {"searches": torch.tensor(searches), **counts}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        self._searches = [CountingSearch.restored(row) for row in state["searches"].tolist()]
-        self._counts = [state[f"counts.{side}"] for side in range(len(self._searches))]
-
-
 class GlobalThresholds:
     """One threshold a side, over all tensors."""
 
@@ -148,17 +105,17 @@ class GlobalThresholds:
         k = method.threshold_k(numel)
         assert k is not None
         self._own, self._processes = own, processes
-        self._searches = _Searches(k, guess())
+        self._searches = CountingSearches(CountingSearch(k, guess) for guess in guess())
         self.passes = 0
 
     def next_pass(self) -> range | None:
         return None if self._searches.done else self._own
 
     def observe(self, tile: Tile, scores: Sides) -> bool:
-        return self._searches.count(scores)
+        return _count(self._searches, scores)
 
     def end_pass(self) -> None:
-        self._searches.narrow(self._processes)
+        self._searches.narrow(self._processes.all_reduce_sum)
         self.passes += 1
 
     def state(self) -> dict[str, Tensor]:
@@ -169,7 +126,7 @@ class GlobalThresholds:
         self.passes = int(state["passes"])
 
     def result(self) -> ScanResult:
-        return ScanResult(thresholds=self._searches.values()[:, None])
+        return ScanResult(thresholds=torch.tensor(self._searches.values, dtype=torch.float32)[:, None])
 
 
 class TensorThresholds:
@@ -196,9 +153,9 @@ class TensorThresholds:
 
     def _begin(self, run: int) -> None:
         self._at = run
-        self._searches = None
+        self._searches: CountingSearches | None = None
         if run < len(self._runs) and len(self._runs[run]) > 1:
-            self._searches = _Searches(self._k(self._large), (None, None))
+            self._searches = CountingSearches(CountingSearch(self._k(self._large)) for _ in range(2))
 
     @property
     def _large(self) -> int:
@@ -219,7 +176,7 @@ class TensorThresholds:
 
     def observe(self, tile: Tile, scores: Sides) -> bool:
         if self._searches is not None:
-            return self._searches.count(scores)
+            return _count(self._searches, scores)
         numbers = list(tile.tensors)
         ks = [self._k(number) for number in numbers]
         for side, values in enumerate(scores):
@@ -235,7 +192,7 @@ class TensorThresholds:
             self._searches.narrow()
             if not self._searches.done:
                 return
-            self._thresholds[:, self._large] = self._searches.values()
+            self._thresholds[:, self._large] = torch.tensor(self._searches.values, dtype=torch.float32)
         self._begin(self._at + 1)
 
     def state(self) -> dict[str, Tensor]:
@@ -260,6 +217,13 @@ def are_valid_scores(scores: Scores) -> bool:
     counts = torch.zeros(4, dtype=torch.int64, device=scores.device)
     rkif_kernels.count_scores_(counts, scores, low=0, shift=0)
     return int(counts[-1]) == 0
+
+
+def _count(searches: CountingSearches, scores: Sides) -> bool:
+    """Count both sides; whether all are scores."""
+    for side, values in enumerate(scores):
+        searches.count(side, values)
+    return searches.valid
 
 
 class Scales:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -16,12 +15,10 @@ from rkif.checkpoint.methods import Method
 from rkif.checkpoint.source import DTYPES, InvalidInputError, Reader
 from rkif.checkpoint.stream import as_bytes
 from rkif.checkpoint.tiles import Tile
-from rkif_kernels import Scores, magnitudes
+from rkif_kernels import Scores, bracket, magnitudes
 
 ROLES = ("BASE", "INNER", "OUTER", "--inner-importance", "--outer-importance")
 BLOCKS, BLOCK = 1024, 1024  # elements in a row, at so many places, are a sample
-SIGMAS = 5.0  # half-width of a guess, in standard deviations of a quantile of the sample
-RESEMBLANCE = 4.0  # by which the variance is larger than that of an independent sample: neighbours are alike
 
 
 def scores_of(method: Method, tile: Tile) -> tuple[Scores, Scores]:
@@ -86,7 +83,7 @@ def guess_thresholds(
                 found.append(scores.values(0))
     finally:
         reader.close()
-    inner, outer = (_bracket(torch.cat(found), k / max(numel - 1, 1)) for found in picked)
+    inner, outer = (bracket(torch.cat(found).numpy(), k / max(numel - 1, 1), BLOCK) for found in picked)
     return inner, outer
 
 
@@ -99,14 +96,3 @@ def _read(reader: Reader, tensor: layout.Tensor, piece: Piece) -> Tile:
     base, inner, outer, *importance = parts
     scores = (importance[0], importance[1]) if importance else None
     return Tile([piece.tensor], [piece.start], [], base, inner, outer, scores)
-
-
-def _bracket(sample: Tensor, quantile: float) -> tuple[float, float]:
-    values = torch.where(sample > 0, sample, 0.0).sort().values  # what is no number is found later
-    last = len(values) - 1
-    margin = SIGMAS * math.sqrt(quantile * (1 - quantile) * len(values) * RESEMBLANCE) + 1
-    low, high = math.floor(quantile * last - margin), math.ceil(quantile * last + margin)
-    return (
-        float(values[low]) if low >= 0 else 0.0,
-        float(values[high]) if high <= last else math.inf,
-    )

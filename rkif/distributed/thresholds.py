@@ -16,12 +16,11 @@ from torch import Tensor
 
 import rkif_kernels
 from rkif.distributed.process_group import ProcessGroup
-from rkif_kernels import CountingSearch, Scope, Scores, order_statistic_k
+from rkif_kernels import CountingSearch, CountingSearches, Scope, Scores, bracket, order_statistic_k
 
 # Scores that all ranks together send. A quantile is then known to about a thousandth, which is a window of a
 # few per cent of its value: as many bytes of counts as of samples. Fewer scores than that are all sent.
 SAMPLE = 1 << 18
-SIGMAS = 4.5  # half-width of the window, in standard deviations of a quantile of the sample
 TENSOR_BINS = 1 << 11  # in a window of each tensor's search, where there is one for every tensor
 
 
@@ -53,33 +52,24 @@ def _global(scores: Scores, sizes: Sequence[int], density: float, processes: Pro
     sample = _gathered_sample(scores, -(-numel // SAMPLE), processes)
     if numel <= SAMPLE:
         return [float(np.partition(sample, k)[k])]
-    search = CountingSearch(k, _bracket(sample, k / (numel - 1)))
-    _count_until_done([(search, scores)], processes)
-    return [search.value]
+    searches = CountingSearches([CountingSearch(k, bracket(sample, k / (numel - 1)))])
+    while not searches.done:
+        searches.count(0, scores)
+        searches.narrow(processes.all_reduce_sum)
+    return searches.values
 
 
 def _of_tensors(scores: Scores, sizes: Sequence[int], density: float, processes: ProcessGroup) -> list[float]:
-    searches = [
-        CountingSearch(order_statistic_k(size, density), bins=TENSOR_BINS) if size else None for size in sizes
-    ]
-    _count_until_done(
-        [(search, scores.subset([index])) for index, search in enumerate(searches) if search is not None],
-        processes,
+    filled = [index for index, size in enumerate(sizes) if size]
+    searches = CountingSearches(
+        CountingSearch(order_statistic_k(sizes[index], density), bins=TENSOR_BINS) for index in filled
     )
-    return [math.inf if search is None else search.value for search in searches]
-
-
-def _count_until_done(searches: Sequence[tuple[CountingSearch, Scores]], processes: ProcessGroup) -> None:
-    while left := [(search, scores) for search, scores in searches if not search.done]:
-        sizes = [search.window.bins + 3 for search, _ in left]
-        device = left[0][1].device
-        counts = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        for (search, scores), part in zip(left, torch.split(counts, sizes), strict=True):
-            rkif_kernels.count_scores_(part, scores, low=search.window.low, shift=search.window.shift)
-        for (search, _), part in zip(
-            left, torch.split(processes.all_reduce_sum(counts).cpu(), sizes), strict=True
-        ):
-            search.narrow(part.numpy())
+    while not searches.done:
+        for position, index in enumerate(filled):
+            searches.count(position, scores.subset([index]))
+        searches.narrow(processes.all_reduce_sum)
+    values = iter(searches.values)
+    return [next(values) if size else math.inf for size in sizes]
 
 
 def _gathered_sample(
@@ -88,12 +78,3 @@ def _gathered_sample(
     """Every ``step``-th score of each rank; what is not positive as zero, as wherever scores are counted."""
     sample = processes.all_gather(rkif_kernels.sample_scores(scores, step))
     return torch.where(sample > 0, sample, 0.0).cpu().numpy()
-
-
-def _bracket(sample: np.ndarray[tuple[int], np.dtype[np.float32]], quantile: float) -> tuple[float, float]:
-    """Two scores between which the quantile of all scores very probably lies."""
-    last = len(sample) - 1
-    margin = SIGMAS * math.sqrt(quantile * (1 - quantile) * len(sample)) + 1
-    low, high = math.floor(quantile * last - margin), math.ceil(quantile * last + margin)
-    ranked = np.partition(sample, [max(low, 0), min(high, last)])
-    return (float(ranked[low]) if low >= 0 else 0.0, float(ranked[high]) if high <= last else math.inf)
