@@ -34,9 +34,9 @@ from rkif_kernels.ops import (
     select_and_fuse_,
     update_importance_,
 )
+from rkif_kernels.ops.searches import CountingSearches
 from rkif_kernels.selection.bracket import bracket
 from rkif_kernels.selection.counting import CountingSearch
-from rkif_kernels.selection.searches import CountingSearches
 from rkif_kernels.types import (
     CASES,
     ROLES,
