@@ -13,7 +13,7 @@ from rkif_kernels.types import Scores
 
 
 class CountingSearches:
-    """Until all are :attr:`done`: :meth:`count` every search's scores in any portions, then :meth:`narrow`."""
+    """While not :attr:`done`: :meth:`count` every search's scores in any portions, then :meth:`narrow`."""
 
     def __init__(self, searches: Iterable[CountingSearch]) -> None:
         self._searches = list(searches)
