@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -79,12 +81,36 @@ def sweep(
         case = make_case(seed + done, LARGEST[device.type])
         for backend in backends:
             try:
-                for _ in range(2):  # what depends on timing need not come out wrong at once
-                    (check_replay if graphs else check)(case, device, cast(Backend, backend))
+                with _bracketing(seed + done) if backend == "triton" else nullcontext():
+                    for _ in range(2):  # what depends on timing need not come out wrong at once
+                        (check_replay if graphs else check)(case, device, cast(Backend, backend))
             except (AssertionError, RuntimeError) as error:
                 return done, f"seed {seed + done}, {backend}, {case.text}: {error}"
         done += 1
     return done, ""
+
+
+@contextmanager
+def _bracketing(seed: int) -> Iterator[None]:
+    """The brackets of a seed, good and bad ones, and for every size: each case comes to a bracketed pass."""
+    from rkif_kernels.backends.triton import score_thresholds as threshold
+    from rkif_kernels.backends.triton import select_and_fuse_ as fuse
+    from rkif_kernels.backends.triton.launch import BRACKETING
+
+    choose = random.Random(seed)
+    bracketing = replace(
+        BRACKETING,
+        min_numel=1,
+        sample_stride=choose.randint(2, 64),
+        sigmas=choose.choice([0.5, 2.0, 4.0]),
+        list_slack=choose.uniform(0.1, 2),
+        run=choose.choice([1, 8]),
+    )
+    with (
+        patch.dict(cast(Any, fuse).__kwdefaults__, bracketing=bracketing),
+        patch.dict(cast(Any, threshold).__kwdefaults__, bracketing=bracketing),
+    ):
+        yield
 
 
 def make_case(seed: int, largest: int) -> Case:
