@@ -20,7 +20,9 @@ def backends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModuleType]:
     """Backend -> the module that the page shows for it."""
     folder = tmp_path_factory.mktemp("average")
     modules = {}
-    code = re.findall(r"```python\n(# backends/(\w+)/.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    code = re.findall(
+        r"```python\n(# backends/(\w+)/.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     for text, name in code:
         path = folder / f"{name}_average.py"
         path.write_text(text, encoding="utf-8")  # Triton reads the source of a kernel from its file
