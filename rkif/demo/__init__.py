@@ -30,7 +30,7 @@ outer: {learning_rate: 3.0e-3, batch_size: 16}
 memory: {fraction: 0.02}
 evaluation: {scoring: likelihood, batch_size: 50}
 threads: 1  # a model this small is no faster on more
-seed: 0
+seed: 1
 """
 
 
