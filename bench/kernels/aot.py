@@ -24,6 +24,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from rkif_kernels.backends.triton.adamw import _adamw_kernel
 from rkif_kernels.backends.triton.bracket import _count_sample_kernel, _sample_kernel
 from rkif_kernels.backends.triton.count import _count_kernel, _invalid_kernel
 from rkif_kernels.backends.triton.fuse import INNER_SCORE, _fuse_kernel
@@ -58,6 +59,7 @@ class Case:
         loads, stores: dtypes of the streams of its bulk path, each read or written once; none for kernels
             that touch a few elements only.
         config: how it is launched.
+        divides: whether it takes quotients or roots, whose correct rounding is made of fused multiply-adds.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Case:
     loads: tuple[tl.dtype, ...] = ()
     stores: tuple[tl.dtype, ...] = ()
     config: LaunchConfig = STREAM
+    divides: bool = False
 
     @property
     def bytes_an_element(self) -> int:
@@ -121,6 +124,32 @@ def _update_case(
     )
 
 
+def _adamw_case(
+    param: tl.dtype, state: tl.dtype, *, grad: tl.dtype | None = None, importance: bool = True,
+    uncertain: bool = True, order: str = "first",
+) -> Case:  # fmt: skip
+    followed = (state,) * (1 + uncertain) if importance else ()
+    sensitivity, uncertainty = (*followed, None, None)[:2]
+    written = (param, state, state, *followed)
+    return Case(
+        f"adamw {order} {param}, {grad or param}, moments {state}, "
+        f"{('S, U' if uncertain else 'S') if importance else 'no importance'}",
+        _adamw_kernel,
+        {
+            "PARAM": param,
+            "GRAD": grad or param,
+            "MEAN": state,
+            "SQUARE": state,
+            "SENSITIVITY": sensitivity,
+            "UNCERTAINTY": uncertainty,
+            "ORDER": order,
+        },
+        (grad or param, *written),
+        written,
+        divides=True,
+    )
+
+
 def _fuse_case(
     kernel: Any, param: tl.dtype, state: tl.dtype, *, out: tl.dtype | None = None, uncertain: bool = True,
     from_inner: bool = True,
@@ -153,6 +182,12 @@ def cases() -> Iterator[Case]:
         yield _fuse_case(_fuse_kernel, param, state, uncertain=uncertain)
         yield _fuse_case(_bracketed_fuse_kernel, param, state, uncertain=uncertain)
         yield _fuse_case(_finish_kernel, param, state, uncertain=uncertain)
+    for param, state in itertools.product(PARAMETERS, STATES):
+        yield _adamw_case(param, state)
+    yield _adamw_case(f32, f32, importance=False)
+    yield _adamw_case(f32, f32, uncertain=False)
+    yield _adamw_case(f32, f32, order="mixed")
+    yield _adamw_case(bf16, f32, grad=f32)
     for param, order in itertools.product((f32, bf16), ("second", "mixed")):
         yield _update_case(param, f32, order=order)
     for param in PARAMETERS:
@@ -322,16 +357,17 @@ def _argument_type(name: str, constants: dict[str, Any]) -> str:
     if name in constants:
         return "constexpr"
     words = {"chunk_tensors_ptr", "indices_ptr", "prefixes_ptr", "samples_ptr"}
-    floats = {"values_ptr", "found_ptr"}
+    float_pointers = {"values_ptr", "found_ptr"}
     if name in words:
         return "*i32"
-    if name in floats or name.endswith("thresholds_ptr"):
+    if name in float_pointers or name.endswith("thresholds_ptr"):
         return "*fp32"
     if name.endswith("_ptr"):
         return "*fp64" if name.endswith("norms_ptr") else "*i64"
     if name in ("start", "numel", "capacity", "k"):
         return "i64"
-    return "fp32" if name.startswith(("keep", "take", "w_", "fraction", "spread")) else "i32"
+    floats = ("keep", "take", "w_", "fraction", "spread", "importance_", "decay", "unbias", "eps", "step_")
+    return "fp32" if name.startswith(floats) else "i32"
 
 
 def _expected(dtypes: tuple[tl.dtype, ...], elements: int) -> Counter[int]:
@@ -351,8 +387,10 @@ def _inspect_nvidia(case: Case, target: str, ptx: str, cubin: bytes) -> Compiled
     problems = _narrow(case, loads, stores, threads=32 * case.config.num_warps)
     if usage["STACK"] or spills:
         problems.append(f"{usage['STACK']} bytes of stack, {spills} accesses to it: registers spill")
-    for contracted in set(re.findall(r"\b(FFMA[\w.]*|\w+\.FTZ[\w.]*)", sass)):
-        problems.append(f"{contracted} in the machine code: not the arithmetic that was written")
+    # ptxas divides by fused multiply-adds, so where there are quotients its input is looked at instead.
+    where, code = ("PTX", ptx) if case.divides else ("machine code", sass)
+    for contracted in set(re.findall(r"\b(FFMA[\w.]*|fma\.[\w.]*|\w+\.(?:FTZ|ftz)[\w.]*)", code)):
+        problems.append(f"{contracted} in the {where}: not the arithmetic that was written")
     return Compiled(
         case.name,
         target,
@@ -382,7 +420,9 @@ def _inspect_amd(case: Case, target: str, assembly: str, shared: int) -> Compile
     problems = _narrow(case, loads, stores, threads=64 * case.config.num_warps)
     if spills or stack:
         problems.append(f"{spills} registers spill, {stack} bytes of stack")
-    for contracted in set(re.findall(r"\b(v_(?:pk_)?fma[ck]?_f32\w*|v_mad_f32\w*)", assembly)):
+    # A quotient is made of them too, and nothing tells those from a contraction.
+    fused = re.findall(r"\b(v_(?:pk_)?fma[ck]?_f32\w*|v_mad_f32\w*)", "" if case.divides else assembly)
+    for contracted in set(fused):
         problems.append(f"{contracted} in the machine code: not the arithmetic that was written")
     return Compiled(
         case.name,

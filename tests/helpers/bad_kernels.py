@@ -49,6 +49,7 @@ if __name__ == "__main__":
         replace(good, name="narrow", kernel=_double_under_a_mask),
         replace(good, name="spills", kernel=_hoard, config=replace(STREAM, block=4096, num_warps=1, tiles=1)),
         replace(good, name="contracted", kernel=_contract),
+        replace(good, name="contracted, divides", kernel=_contract, divides=True),
     ]
     for case in cases:
         for target in ("sm_90", "gfx942"):
