@@ -19,7 +19,7 @@ def overhead_command(
     length: Annotated[int, typer.Option("--length", min=2, help="Of a record, in tokens.")] = 256,
     rounds: Rounds = 5,
 ) -> None:
-    """Measure what observing and fusing add to the time of training steps."""
+    """Measure what importance and fusion add to the time of training steps, by several optimizers."""
     from bench.training.overhead import Batches, measure
 
     chosen = resolved_device(device)

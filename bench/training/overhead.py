@@ -1,7 +1,8 @@
-"""What Recurrent-KIF adds to training steps: the same rounds with and without a Fuser, in turn."""
+"""What Recurrent-KIF adds to training steps: the same rounds with several optimizers, without and with it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 import rkif
 from bench.common import rows as store
@@ -32,6 +34,14 @@ NAME = "SmolLM2-135M's shapes"
 CONFIG = rkif.FusionConfig()
 STEPS = CONFIG.inner_steps + CONFIG.outer_steps
 TRAINED = {"adapter": "LoRA, r 8, q and v", "all": "all parameters"}
+# How a step is taken. The plain ones, without Recurrent-KIF, are what the others are compared with.
+PLAIN = ("adamw", "fused")
+METHODS = {
+    "adamw": "torch.optim.AdamW",
+    "fused": "torch.optim.AdamW, fused",
+    "observe": "Fuser.observe, torch.optim.AdamW",
+    "rkif_adamw": "rkif.optim.AdamW",
+}
 
 
 @dataclass(frozen=True)
@@ -46,23 +56,23 @@ class Batches:
 
 
 def measure(device: torch.device, batches: Batches, rounds: int, console: Console) -> None:
-    """Time rounds of Q inner and M outer steps with and without, in turn, and write a row each."""
+    """Time rounds of Q inner and M outer steps by each method, in turn, and write a row each."""
     found = []
     for trained in TRAINED:
         here: list[dict[str, Any]] = []
         training = _Training(trained, device, batches)
-        for with_fuser in (False, True):
-            training.round(with_fuser)  # compiles, and allocates the optimizers' state
-        taken: dict[bool, list[float]] = {False: [], True: []}
+        for method in METHODS:
+            training.round(method)  # compiles, and allocates what stays
+        taken: dict[str, list[float]] = {method: [] for method in METHODS}
         for _ in range(rounds):
-            for with_fuser, times in taken.items():
-                times.append(seconds(partial(training.round, with_fuser), device))
-        for with_fuser, times in taken.items():
+            for method, times in taken.items():
+                times.append(seconds(partial(training.round, method), device))
+        for method, times in taken.items():
             here.append(
                 {
                     "model": NAME,
                     "trained": trained,
-                    "fuser": with_fuser,
+                    "method": method,
                     "parameters": training.parameters,
                     "batch": batches.size,
                     "length": batches.length,
@@ -77,7 +87,7 @@ def measure(device: torch.device, batches: Batches, rounds: int, console: Consol
         del training
         for row in here:
             release(device)
-            row["peak_bytes"] = _peak(trained, row["fuser"], device, batches)
+            row["peak_bytes"] = _peak(trained, row["method"], device, batches)
             console.print(row, highlight=False)
         release(device)
         found += here
@@ -85,44 +95,65 @@ def measure(device: torch.device, batches: Batches, rounds: int, console: Consol
     store.write_all(RESULTS, [*others, *found])
 
 
-def _peak(trained: str, with_fuser: bool, device: torch.device, batches: Batches) -> int | None:
+def _peak(trained: str, method: str, device: torch.device, batches: Batches) -> int | None:
     """Bytes at most in a round of a training of its own; unknown on a CPU, which has no counter for it."""
     if device.type != "cuda":
         return None
     training = _Training(trained, device, batches)
-    training.round(with_fuser)
+    training.round(method)
     with Peak(device) as peak:
-        training.round(with_fuser)
+        training.round(method)
     return peak.total
 
 
 class _Training:
-    """A model with an inner and an outer optimizer, and rounds of their steps."""
+    """A model with an inner and an outer optimizer for each method, and rounds of their steps.
+
+    The methods share the moments: a step takes no longer for their values, and so all fit into memory.
+    """
 
     def __init__(self, trained: str, device: torch.device, batches: Batches) -> None:
         self._device, self._batches = device, batches
         self._model = _model(trained).to(device)
-        parameters = [p for p in self._model.parameters() if p.requires_grad]
-        self.parameters = sum(p.numel() for p in parameters)
-        self._inner, self._outer = (torch.optim.AdamW(parameters, lr=1e-5) for _ in range(2))
+        self._trained = [p for p in self._model.parameters() if p.requires_grad]
+        self.parameters = sum(p.numel() for p in self._trained)
+        self._moments = [
+            [(torch.zeros_like(p), torch.zeros_like(p)) for p in self._trained] for _ in ("inner", "outer")
+        ]
+        self._optimizers: dict[str, list[torch.optim.Optimizer]] = {}
 
     @cached_property
     def _fuser(self) -> rkif.Fuser:
         return rkif.Fuser(self._model, CONFIG)
 
-    def round(self, with_fuser: bool) -> None:
-        for _ in range(CONFIG.inner_steps):
-            self._step(self._inner, with_fuser)
-        with self._fuser.outer() if with_fuser else nullcontext():
-            for _ in range(CONFIG.outer_steps):
-                self._step(self._outer, with_fuser)
+    def _optimizer(self, method: str, moments: Sequence[tuple[Tensor, Tensor]]) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer
+        if method == "rkif_adamw":
+            optimizer = rkif.optim.AdamW(self._trained, lr=1e-5, fuser=self._fuser)
+        else:
+            optimizer = torch.optim.AdamW(self._trained, lr=1e-5, fused=method == "fused" or None)
+        for parameter, (mean, square) in zip(self._trained, moments, strict=True):
+            # PyTorch's fused step counts on the device, the others on the host.
+            step = torch.zeros((), device=self._device if method == "fused" else "cpu")
+            optimizer.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+        return optimizer
 
-    def _step(self, optimizer: torch.optim.Optimizer, with_fuser: bool) -> None:
+    def round(self, method: str) -> None:
+        if method not in self._optimizers:
+            self._optimizers[method] = [self._optimizer(method, moments) for moments in self._moments]
+        inner, outer = self._optimizers[method]
+        for _ in range(CONFIG.inner_steps):
+            self._step(inner, method)
+        with nullcontext() if method in PLAIN else self._fuser.outer():
+            for _ in range(CONFIG.outer_steps):
+                self._step(outer, method)
+
+    def _step(self, optimizer: torch.optim.Optimizer, method: str) -> None:
         tokens = self._batches.one(self._device)
         with torch.autocast(self._device.type, torch.bfloat16):
             loss = self._model(input_ids=tokens, labels=tokens).loss
         loss.backward()
-        if with_fuser:
+        if method == "observe":
             self._fuser.observe()
         optimizer.step()
         optimizer.zero_grad()
@@ -154,18 +185,21 @@ def markdown() -> str:
             f"autocast, two AdamW; medians of {row['rounds']} rounds in turn, on {device}, "
             f"torch {row['torch']}, at {store.commit_of(row)}.",
             "",
-            "| trained | parameters | fuser | ms a step | more than without | peak, GiB |",
-            "| --- | ---: | --- | ---: | ---: | ---: |",
+            "| trained | parameters | step | ms a step | to AdamW | to fused AdamW | peak, GiB |",
+            "| --- | ---: | --- | ---: | ---: | ---: | ---: |",
         ]
-        plain = {row["trained"]: row["round_ms"] for row in here if not row["fuser"]}
-        lines += [_line(row, plain[row["trained"]]) for row in here]
+        lines += [_line(row, here) for row in here]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
-def _line(row: dict[str, Any], plain: float) -> str:
-    cells = [TRAINED[row["trained"]], f"{row['parameters']:,}", "with" if row["fuser"] else "without"]
+def _line(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """A row beside those of the same device."""
+    plain = {other["method"]: other["round_ms"] for other in rows if other["trained"] == row["trained"]}
+    cells = [TRAINED[row["trained"]], f"{row['parameters']:,}", METHODS[row["method"]]]
     cells.append(f"{row['round_ms'] / row['steps']:.1f}")
-    cells.append(f"{row['round_ms'] / plain - 1:+.1%}" if row["fuser"] else "-")
+    for method in PLAIN:
+        compared = method in plain and method != row["method"]
+        cells.append(f"{row['round_ms'] / plain[method] - 1:+.1%}" if compared else "-")
     cells.append(f"{row['peak_bytes'] / GIB:.2f}" if row["peak_bytes"] else "-")
     return f"| {' | '.join(cells)} |"

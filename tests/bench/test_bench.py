@@ -353,14 +353,20 @@ def test_the_overhead_of_a_small_model(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(rkif.Fuser, "fuse", lambda self: fusions.append(self) or fuse(self))
     for _ in range(2):  # the second time in place of the first
         overhead.measure(CPU, overhead.Batches(2, 4), 1, Console(quiet=True))
-    assert len(fusions) == 2 * 2 * 2  # once to warm up and once timed, adapter and all, with a fuser
+    assert len(fusions) == 2 * 2 * 2 * 2  # once to warm up and once timed, adapter and all, two methods fuse
     found = overhead.rows()
-    kinds = [("adapter", False), ("adapter", True), ("all", False), ("all", True)]
-    assert [(row["trained"], row["fuser"]) for row in found] == kinds
+    methods = ("adamw", "fused", "observe", "rkif_adamw")
+    kinds = [(trained, method) for trained in ("adapter", "all") for method in methods]
+    assert [(row["trained"], row["method"]) for row in found] == kinds
     assert all(row["round_ms"] > 0 for row in found)
-    found[1]["round_ms"], found[0]["round_ms"] = 12.0, 8.0
+    found[0]["round_ms"], found[1]["round_ms"], found[2]["round_ms"] = 8.0, 10.0, 12.0
     rows.write_all(overhead.RESULTS, found)
-    assert "| with | 1.0 | +50.0% | - |" in overhead.markdown()
+    table = overhead.markdown()
+    assert "| torch.optim.AdamW | 0.7 | - | -20.0% | - |" in table
+    assert "| torch.optim.AdamW, fused | 0.8 | +25.0% | - | - |" in table
+    assert "| Fuser.observe, torch.optim.AdamW | 1.0 | +50.0% | +20.0% | - |" in table
+    rows.write_all(overhead.RESULTS, [found[0], found[2]])  # of before there were other methods
+    assert "| Fuser.observe, torch.optim.AdamW | 1.0 | +50.0% | - | - |" in overhead.markdown()
 
 
 def test_the_profile_of_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
