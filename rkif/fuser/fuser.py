@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,21 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from rkif.config import FusionConfig, merge_weights
-from rkif.distributed.checkpoint import read_state, write_state
-from rkif.distributed.shards import ShardedParameters, to_dtensor_like, to_local_like
+from rkif.distributed.shards import ShardedParameters
+from rkif.fuser.gated_step import restore, take_gated_step
 from rkif.fuser.grouped_fusion import grouped_fusion, squared_distance
 from rkif.fuser.importance import Importance
 from rkif.fuser.no_compile import uncompiled
 from rkif.fuser.parameters import trainable_parameters
-from rkif.fuser.snapshot import Snapshot, iter_groups
+from rkif.fuser.snapshot import Snapshot
+from rkif.fuser.state import load_state, read, state_of, write
 from rkif.fusion import FusionReport, Thresholds, fuse_lists, report_of
 from rkif.gate import Gate, Gatekeeper
 from rkif_kernels import CASES
 
 Learner = Literal["inner", "outer"]
-
-# What stands before a parameter's name in a state, see Fuser._tensors.
-_KIND = re.compile(r"^(base|inner|(start\.)?(inner|outer)_importance\.(sensitivity|uncertainty|mask))\.")
 
 
 class Fuser:
@@ -275,28 +272,7 @@ class Fuser:
             A flat dict of tensors that share no memory, as safetensors wants them; those of the parameters'
             shapes spread as the parameters are, as ``torch.distributed.checkpoint`` wants them.
         """
-        self._synchronize()
-        state = {
-            name: to_dtensor_like(
-                tensor.to(memory_format=torch.contiguous_format, copy=True), self._parameter_of(name)
-            )
-            for name, tensor in self._tensors().items()
-        }
-        if self._gatekeeper is not None:
-            state |= {f"gate.{name}": tensor for name, tensor in self._gatekeeper.tensors().items()}
-        if (thresholds := self._importance["inner"].thresholds) is not None:
-            state["inner_thresholds"] = thresholds.clone()
-        if not self.config.refresh_outer:
-            state["outer_settled"] = torch.tensor(int(self._outer_settled))
-        state["nonfinite"] = self._shards.all_reduce_sum(self._nonfinite)[0].clone()
-        state["phase"] = torch.tensor(["inner", "outer"].index(self.phase))
-        state["round"] = torch.tensor(self.round)
-        state["inner_observed"] = torch.tensor(self.inner_observed)
-        state["outer_observed"] = torch.tensor(self.outer_observed)
-        state["with_gradient"] = torch.tensor(
-            [name in self._with_gradient for name in sorted(self.parameters)]
-        )
-        return state
+        return state_of(self)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -307,61 +283,7 @@ class Fuser:
         Raises:
             ValueError: other names, shapes or dtypes than this fuser's; nothing has been changed then.
         """
-        scalars = {"nonfinite", "phase", "round", "inner_observed", "outer_observed", "with_gradient"}
-        scalars |= set() if self.config.refresh_outer else {"outer_settled"}
-        for name in sorted(scalars - set(state)):
-            raise ValueError(f"the state lacks {name!r}")
-        for name in sorted(scalars - {"with_gradient"}):
-            value = state[name]
-            if value.numel() != 1 or value.is_floating_point() or int(value) < 0:
-                raise ValueError(f"state[{name!r}] must be one whole number; got {value!r}")
-        in_outer = bool(state["phase"])
-        packed = in_outer and self.config.pack_inner
-        expected = self._expected(in_outer=in_outer, packed=packed)
-        others = {"gate.counters", "gate.known"} if self._gatekeeper is not None else set()
-        others |= {"inner_thresholds"} if packed else set()
-        for name in sorted(set(state) - scalars ^ (set(expected) | others)):
-            which = "has, unlike this fuser," if name in state else "lacks"
-            raise ValueError(f"the state {which} {name!r}")
-        for name, dtype in expected.items():
-            given, shape = state[name], self._parameter_of(name).shape
-            if given.shape != shape or given.dtype != dtype:
-                raise ValueError(
-                    f"state[{name!r}] is {given.dtype} {tuple(given.shape)}; "
-                    f"this fuser has {dtype} {tuple(shape)}"
-                )
-        if state["with_gradient"].shape != (len(self.parameters),):
-            raise ValueError(f"state['with_gradient'] must have {len(self.parameters)} elements")
-        thresholds = state["inner_thresholds"].to(self._nonfinite.device) if packed else None
-        if thresholds is not None and thresholds.shape != (self._thresholds_a_side,):
-            raise ValueError(f"state['inner_thresholds'] must have {self._thresholds_a_side} elements")
-
-        parts = {name: to_local_like(state[name], self._parameter_of(name)) for name in expected}
-        if self._gatekeeper is not None:
-            stored = {name: state[f"gate.{name}"] for name in ("counters", "known")}
-            self._gatekeeper.load_tensors(stored)
-        for learner, importance in self._importance.items():
-            prefix = f"{learner}_importance."
-            own = {name[len(prefix) :]: t for name, t in parts.items() if name.startswith(prefix)}
-            importance.load_tensors(own, thresholds if learner == "inner" else None)
-        self._inner = self._snapshot(self._dtypes) if in_outer else None
-        self._synchronize()
-        for name, tensor in self._tensors().items():
-            if not name.startswith(("inner_importance.", "outer_importance.")):
-                tensor.copy_(parts[name])
-        # A count that all processes share is one of them to remember.
-        self._nonfinite.copy_(
-            torch.tensor([int(state["nonfinite"]) if self._shards.processes.rank == 0 else 0, 0])
-        )
-        if not self._shards.sharded:
-            self._nonfinite[0] = int(state["nonfinite"])
-        self._observer = None
-        self.phase = "outer" if in_outer else "inner"
-        self._outer_settled = bool(state.get("outer_settled", False))
-        self.round = int(state["round"])
-        self._observed = {"inner": int(state["inner_observed"]), "outer": int(state["outer_observed"])}
-        flags = zip(sorted(self.parameters), state["with_gradient"].tolist(), strict=True)
-        self._with_gradient = {name for name, flag in flags if flag}
+        load_state(self, state)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write :meth:`state_dict` into a folder, with ``torch.distributed.checkpoint``: safetensors files.
@@ -372,7 +294,7 @@ class Fuser:
             ValueError: the folder holds something else.
             RuntimeError, OSError: it could not be written; a folder that was there before still is then.
         """
-        self.write(folder, self.state_dict())
+        write(self, folder, self.state_dict())
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Go on from what :meth:`save` wrote, on as many processes or on others.
@@ -381,54 +303,7 @@ class Fuser:
             FileNotFoundError, RuntimeError: it could not be read.
             ValueError: see :meth:`load_state_dict`.
         """
-        self.load_state_dict(self.read(folder))
-
-    def write(self, folder: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
-        """Write tensors, :meth:`state_dict`'s and others, into a folder together with all processes."""
-        write_state(folder, state, self._shards.processes)
-
-    def read(self, folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-        """Read what :meth:`write` wrote; what is called like a parameter at its end is spread as it is."""
-
-        def empty_for(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-            for parameter_name, parameter in self.parameters.items():
-                if name.endswith(f".{parameter_name}") and parameter.shape == shape:
-                    return torch.empty_like(parameter, dtype=dtype)
-            return torch.empty(shape, dtype=dtype)
-
-        return read_state(folder, empty_for, self._shards.processes)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """The tensors of the state that have parameters' shapes, by name; only packed masks are copies."""
-        tensors = {f"base.{name}": t for name, t in zip(self.parameters, self._base.tensors, strict=True)}
-        if self._inner is not None:
-            tensors |= {
-                f"inner.{name}": t for name, t in zip(self.parameters, self._inner.tensors, strict=True)
-            }
-        for learner, importance in self._importance.items():
-            tensors |= {f"{learner}_importance.{name}": t for name, t in importance.tensors().items()}
-        return tensors | {f"start.{name}": t for name, t in self._start.items()}
-
-    def _expected(self, *, in_outer: bool, packed: bool) -> dict[str, torch.dtype]:
-        """Name -> dtype of the tensors that a state has in a phase."""
-        kinds = {"base": self._base_dtypes} | ({"inner": self._dtypes} if in_outer else {})
-        scores = ["sensitivity", "uncertainty"] if self.config.uses_uncertainty else ["sensitivity"]
-        state_dtypes = [self.config.state_dtype] * len(self._dtypes)
-        for learner in self._importance:
-            mask = packed and learner == "inner"
-            for part in ["mask"] if mask else scores:
-                dtypes = [torch.uint8] * len(self._dtypes) if mask else state_dtypes
-                kinds[f"{learner}_importance.{part}"] = dtypes
-        expected = {
-            f"{kind}.{name}": dtype
-            for kind, dtypes in kinds.items()
-            for name, dtype in zip(self.parameters, dtypes, strict=True)
-        }
-        return expected | {f"start.{name}": tensor.dtype for name, tensor in self._start.items()}
-
-    def _parameter_of(self, name: str) -> Tensor:
-        """The parameter that a tensor of the state belongs to."""
-        return self.parameters[_KIND.sub("", name)]
+        self.load_state_dict(read(self, folder))
 
     def _kept_importance(self) -> dict[str, Tensor]:
         """The importance that outlives a round, not copies."""
@@ -449,17 +324,12 @@ class Fuser:
     @torch.no_grad()
     def _restore(self, snapshot: Snapshot) -> None:
         """Make the parameters what a snapshot has of them."""
-        snapshot.copy_to(self._shards.parts())
-        self._shards.invalidate_gathered()
+        restore(self._shards, snapshot)
 
     def _synchronize(self) -> None:
         for snapshot in (self._base, self._inner):
             if snapshot is not None:
                 snapshot.synchronize()
-
-    @property
-    def _thresholds_a_side(self) -> int:
-        return len(self.parameters) if self.config.scope == "tensor" else 1
 
     def _threshold(self, learner: Learner) -> Tensor:
         """Of what a learner has found out: one, or one for each parameter, over all processes."""
@@ -520,39 +390,11 @@ class Fuser:
 
     def _apply_gate(self, gatekeeper: Gatekeeper, fused: Snapshot, report: FusionReport) -> FusionReport:
         """Let the gate decide how much of the step from base to ``fused`` is taken."""
-        parts = [part.detach() for part in self._shards.parts()]
-
-        def share(factor: float) -> Iterator[tuple[int, Tensor]]:
-            for indices, (starts, ends) in iter_groups([self._base, fused]):
-                for index, start, end in zip(indices, starts, ends, strict=True):
-                    yield index, start.float() + factor * (end.float() - start.float())
-
-        @torch.no_grad()
-        def take(factor: float) -> None:
-            if factor in (0.0, 1.0):
-                self._restore(fused if factor else self._base)
-                return
-            for index, value in share(factor):
-                parts[index].copy_(value)
-            self._shards.invalidate_gathered()
-
-        # The criteria may fail: then nothing has been fused, and the round can be given up.
-        outer, state = self._snapshot(self._dtypes, parts), gatekeeper.tensors()
-        outer.wait_stream()  # what is tried is written over the parameters
-        try:
-            with self._shards.processes.propagate_failure():
-                verdict = gatekeeper.judge(take)
-        except BaseException:
-            self._restore(outer)
-            gatekeeper.load_tensors(state)
-            raise
+        outer = self._snapshot(self._dtypes, [part.detach() for part in self._shards.parts()])
+        verdict = take_gated_step(gatekeeper, self._shards, base=self._base, fused=fused, outer=outer)
         if verdict.factor == 0:
             self._undo_importance()
-            norms = report.norms | {"update": 0.0}
-            return replace(report, norms=norms, applied=False, gate=verdict)
-        if verdict.factor != 1:
-            for index, value in share(verdict.factor):
-                fused.copy_from([index], [value.to(self._base_dtypes[index])])
+            return replace(report, norms=report.norms | {"update": 0.0}, applied=False, gate=verdict)
         update = squared_distance(fused, self._base, self._shards.owned)
         norms = report.norms | {"update": math.sqrt(float(self._shards.all_reduce_sum(update)))}
         self._base = fused

@@ -18,6 +18,8 @@ from transformers import Trainer, TrainerCallback
 
 from rkif import Fuser, FusionConfig, Gate
 from rkif.files import replace_file
+from rkif.fuser import state as fuser_state
+from rkif.fuser.state_names import section
 from rkif.optim import AdamW
 from rkif.seeding import derive_seed, shuffled
 
@@ -353,7 +355,7 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         """Adds the state to a checkpoint."""
         progress = {"lr_fraction": self.lr_fraction, "memory_position": self.memory_position}
         if self.fuser.sharded:
-            self.fuser.write(Path(folder, _FOLDER), self._spread_state(progress))
+            fuser_state.write(self.fuser, Path(folder, _FOLDER), self._spread_state(progress))
         if self.fuser.sharded or not self.trainer.args.should_save:
             return
         outer = {"optimizer": self.optimizer.state_dict(), **progress, "start": self.start}
@@ -377,11 +379,8 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
         return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
     def _load_spread(self, folder: Path) -> None:
-        state = self.fuser.read(folder)
-        prefix = "fuser."
-        self.fuser.load_state_dict(
-            {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        )
+        state = fuser_state.read(self.fuser, folder)
+        self.fuser.load_state_dict(section(state, "fuser."))
         slots: dict[str, dict[int, dict[str, Any]]] = {"outer": {}, "start_inner": {}, "start_outer": {}}
         indices = {name: index for index, name in enumerate(self._names())}
         for key, tensor in state.items():

@@ -1,0 +1,155 @@
+"""The state of a :class:`rkif.Fuser` by name: collected, validated, loaded, and stored in a folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rkif.distributed.checkpoint import read_state, write_state
+from rkif.distributed.shards import to_dtensor_like, to_local_like
+from rkif.fuser.state_names import section
+
+if TYPE_CHECKING:
+    from rkif.fuser.fuser import Fuser
+
+# What stands before a parameter's name in a state, see _tensors.
+_KIND = re.compile(r"^(base|inner|(start\.)?(inner|outer)_importance\.(sensitivity|uncertainty|mask))\.")
+
+
+def state_of(fuser: Fuser) -> dict[str, Tensor]:
+    """See :meth:`rkif.Fuser.state_dict`."""
+    fuser._synchronize()
+    state = {
+        name: to_dtensor_like(
+            tensor.to(memory_format=torch.contiguous_format, copy=True), _parameter_of(fuser, name)
+        )
+        for name, tensor in _tensors(fuser).items()
+    }
+    if fuser._gatekeeper is not None:
+        state |= {f"gate.{name}": tensor for name, tensor in fuser._gatekeeper.tensors().items()}
+    if (thresholds := fuser._importance["inner"].thresholds) is not None:
+        state["inner_thresholds"] = thresholds.clone()
+    if not fuser.config.refresh_outer:
+        state["outer_settled"] = torch.tensor(int(fuser._outer_settled))
+    state["nonfinite"] = fuser._shards.all_reduce_sum(fuser._nonfinite)[0].clone()
+    state["phase"] = torch.tensor(["inner", "outer"].index(fuser.phase))
+    state["round"] = torch.tensor(fuser.round)
+    state["inner_observed"] = torch.tensor(fuser.inner_observed)
+    state["outer_observed"] = torch.tensor(fuser.outer_observed)
+    state["with_gradient"] = torch.tensor([name in fuser._with_gradient for name in sorted(fuser.parameters)])
+    return state
+
+
+def load_state(fuser: Fuser, state: Mapping[str, Tensor]) -> None:
+    """See :meth:`rkif.Fuser.load_state_dict`."""
+    scalars = {"nonfinite", "phase", "round", "inner_observed", "outer_observed", "with_gradient"}
+    scalars |= set() if fuser.config.refresh_outer else {"outer_settled"}
+    for name in sorted(scalars - set(state)):
+        raise ValueError(f"the state lacks {name!r}")
+    for name in sorted(scalars - {"with_gradient"}):
+        value = state[name]
+        if value.numel() != 1 or value.is_floating_point() or int(value) < 0:
+            raise ValueError(f"state[{name!r}] must be one whole number; got {value!r}")
+    thresholds_a_side = len(fuser.parameters) if fuser.config.scope == "tensor" else 1
+    in_outer = bool(state["phase"])
+    packed = in_outer and fuser.config.pack_inner
+    expected = _expected(fuser, in_outer=in_outer, packed=packed)
+    others = {"gate.counters", "gate.known"} if fuser._gatekeeper is not None else set()
+    others |= {"inner_thresholds"} if packed else set()
+    for name in sorted(set(state) - scalars ^ (set(expected) | others)):
+        which = "has, unlike this fuser," if name in state else "lacks"
+        raise ValueError(f"the state {which} {name!r}")
+    for name, dtype in expected.items():
+        given, shape = state[name], _parameter_of(fuser, name).shape
+        if given.shape != shape or given.dtype != dtype:
+            raise ValueError(
+                f"state[{name!r}] is {given.dtype} {tuple(given.shape)}; "
+                f"this fuser has {dtype} {tuple(shape)}"
+            )
+    if state["with_gradient"].shape != (len(fuser.parameters),):
+        raise ValueError(f"state['with_gradient'] must have {len(fuser.parameters)} elements")
+    thresholds = state["inner_thresholds"].to(fuser._nonfinite.device) if packed else None
+    if thresholds is not None and thresholds.shape != (thresholds_a_side,):
+        raise ValueError(f"state['inner_thresholds'] must have {thresholds_a_side} elements")
+
+    parts = {name: to_local_like(state[name], _parameter_of(fuser, name)) for name in expected}
+    if fuser._gatekeeper is not None:
+        fuser._gatekeeper.load_tensors(section(state, "gate."))
+    for learner, importance in fuser._importance.items():
+        own = section(parts, f"{learner}_importance.")
+        importance.load_tensors(own, thresholds if learner == "inner" else None)
+    fuser._inner = fuser._snapshot(fuser._dtypes) if in_outer else None
+    fuser._synchronize()
+    for name, tensor in _tensors(fuser).items():
+        if not name.startswith(("inner_importance.", "outer_importance.")):
+            tensor.copy_(parts[name])
+    # A count that all processes share is one of them to remember.
+    fuser._nonfinite.copy_(
+        torch.tensor([int(state["nonfinite"]) if fuser._shards.processes.rank == 0 else 0, 0])
+    )
+    if not fuser._shards.sharded:
+        fuser._nonfinite[0] = int(state["nonfinite"])
+    fuser._observer = None
+    fuser.phase = "outer" if in_outer else "inner"
+    fuser._outer_settled = bool(state.get("outer_settled", False))
+    fuser.round = int(state["round"])
+    fuser._observed = {"inner": int(state["inner_observed"]), "outer": int(state["outer_observed"])}
+    flags = zip(sorted(fuser.parameters), state["with_gradient"].tolist(), strict=True)
+    fuser._with_gradient = {name for name, flag in flags if flag}
+
+
+def write(fuser: Fuser, folder: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
+    """Write tensors, those of :func:`state_of` and others, into a folder together with all processes."""
+    write_state(folder, state, fuser._shards.processes)
+
+
+def read(fuser: Fuser, folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read what :func:`write` wrote; what is called like a parameter at its end is sharded as it is."""
+
+    def empty_for(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        for parameter_name, parameter in fuser.parameters.items():
+            if name.endswith(f".{parameter_name}") and parameter.shape == shape:
+                return torch.empty_like(parameter, dtype=dtype)
+        return torch.empty(shape, dtype=dtype)
+
+    return read_state(folder, empty_for, fuser._shards.processes)
+
+
+def _tensors(fuser: Fuser) -> dict[str, Tensor]:
+    """The tensors of the state that have parameters' shapes, by name; only packed masks are copies."""
+    tensors = {f"base.{name}": t for name, t in zip(fuser.parameters, fuser._base.tensors, strict=True)}
+    if fuser._inner is not None:
+        tensors |= {
+            f"inner.{name}": t for name, t in zip(fuser.parameters, fuser._inner.tensors, strict=True)
+        }
+    for learner, importance in fuser._importance.items():
+        tensors |= {f"{learner}_importance.{name}": t for name, t in importance.tensors().items()}
+    return tensors | {f"start.{name}": t for name, t in fuser._start.items()}
+
+
+def _expected(fuser: Fuser, *, in_outer: bool, packed: bool) -> dict[str, torch.dtype]:
+    """Name -> dtype of the tensors that a state has in a phase."""
+    kinds = {"base": fuser._base_dtypes} | ({"inner": fuser._dtypes} if in_outer else {})
+    scores = ["sensitivity", "uncertainty"] if fuser.config.uses_uncertainty else ["sensitivity"]
+    state_dtypes = [fuser.config.state_dtype] * len(fuser._dtypes)
+    for learner in fuser._importance:
+        mask = packed and learner == "inner"
+        for part in ["mask"] if mask else scores:
+            dtypes = [torch.uint8] * len(fuser._dtypes) if mask else state_dtypes
+            kinds[f"{learner}_importance.{part}"] = dtypes
+    expected = {
+        f"{kind}.{name}": dtype
+        for kind, dtypes in kinds.items()
+        for name, dtype in zip(fuser.parameters, dtypes, strict=True)
+    }
+    return expected | {f"start.{name}": tensor.dtype for name, tensor in fuser._start.items()}
+
+
+def _parameter_of(fuser: Fuser, name: str) -> Tensor:
+    """The parameter that a tensor of the state belongs to."""
+    return fuser.parameters[_KIND.sub("", name)]
