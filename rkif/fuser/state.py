@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rkif.distributed.checkpoint import read_state, write_state
 from rkif.distributed.shards import to_dtensor_like, to_local_like
-from rkif.fuser.state_names import section
+from rkif.fuser.state_names import flatten, section
 
 if TYPE_CHECKING:
     from rkif.fuser.fuser import Fuser
@@ -31,7 +31,7 @@ def state_of(fuser: Fuser) -> dict[str, Tensor]:
         for name, tensor in _tensors(fuser).items()
     }
     if fuser._gatekeeper is not None:
-        state |= {f"gate.{name}": tensor for name, tensor in fuser._gatekeeper.tensors().items()}
+        state |= flatten({"gate": fuser._gatekeeper.tensors()})
     if (thresholds := fuser._importance["inner"].thresholds) is not None:
         state["inner_thresholds"] = thresholds.clone()
     if not fuser.config.refresh_outer:
@@ -79,9 +79,9 @@ def load_state(fuser: Fuser, state: Mapping[str, Tensor]) -> None:
 
     parts = {name: to_local_like(state[name], _parameter_of(fuser, name)) for name in expected}
     if fuser._gatekeeper is not None:
-        fuser._gatekeeper.load_tensors(section(state, "gate."))
+        fuser._gatekeeper.load_tensors(section(state, "gate"))
     for learner, importance in fuser._importance.items():
-        own = section(parts, f"{learner}_importance.")
+        own = section(parts, f"{learner}_importance")
         importance.load_tensors(own, thresholds if learner == "inner" else None)
     fuser._inner = fuser._snapshot(fuser._dtypes) if in_outer else None
     fuser._synchronize()
@@ -122,14 +122,14 @@ def read(fuser: Fuser, folder: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def _tensors(fuser: Fuser) -> dict[str, Tensor]:
     """The tensors of the state that have parameters' shapes, by name; only packed masks are copies."""
-    tensors = {f"base.{name}": t for name, t in zip(fuser.parameters, fuser._base.tensors, strict=True)}
-    if fuser._inner is not None:
-        tensors |= {
-            f"inner.{name}": t for name, t in zip(fuser.parameters, fuser._inner.tensors, strict=True)
-        }
+    snapshots = {"base": fuser._base} | ({} if fuser._inner is None else {"inner": fuser._inner})
+    sections = {
+        kind: dict(zip(fuser.parameters, snapshot.tensors, strict=True))
+        for kind, snapshot in snapshots.items()
+    }
     for learner, importance in fuser._importance.items():
-        tensors |= {f"{learner}_importance.{name}": t for name, t in importance.tensors().items()}
-    return tensors | {f"start.{name}": t for name, t in fuser._start.items()}
+        sections[f"{learner}_importance"] = importance.tensors()
+    return flatten(sections | {"start": fuser._start})
 
 
 def _expected(fuser: Fuser, *, in_outer: bool, packed: bool) -> dict[str, torch.dtype]:
@@ -147,7 +147,7 @@ def _expected(fuser: Fuser, *, in_outer: bool, packed: bool) -> dict[str, torch.
         for kind, dtypes in kinds.items()
         for name, dtype in zip(fuser.parameters, dtypes, strict=True)
     }
-    return expected | {f"start.{name}": tensor.dtype for name, tensor in fuser._start.items()}
+    return expected | flatten({"start": {name: tensor.dtype for name, tensor in fuser._start.items()}})
 
 
 def _parameter_of(fuser: Fuser, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Names in a flat state: parts of a state are told apart by prefixes."""
+"""Names in a flat state: its sections are told apart by a prefix and a dot."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ T = TypeVar("T")
 
 
 def flatten(sections: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
-    """Prefix -> name -> value, as one mapping: prefix and name, such as "fuser." and "round", are joined."""
-    return {prefix + name: value for prefix, names in sections.items() for name, value in names.items()}
+    """Section -> name -> value, as one mapping "section.name" -> value."""
+    return {f"{prefix}.{name}": value for prefix, part in sections.items() for name, value in part.items()}
 
 
 def section(state: Mapping[str, T], prefix: str) -> dict[str, T]:
-    """What :func:`flatten` made of one prefix: values whose names have it, under the rest of the names."""
-    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    """Name -> value of one section of what :func:`flatten` made; empty if there is none."""
+    start = f"{prefix}."
+    return {name[len(start) :]: value for name, value in state.items() if name.startswith(start)}

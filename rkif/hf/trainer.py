@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 from rkif import Fuser, FusionConfig, Gate
 from rkif.files import replace_file
 from rkif.fuser import state as fuser_state
-from rkif.fuser.state_names import section
+from rkif.fuser.state_names import flatten, section
 from rkif.optim import AdamW
 from rkif.seeding import derive_seed, shuffled
 
@@ -365,7 +365,7 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
 
     def _spread_state(self, progress: dict[str, float]) -> dict[str, torch.Tensor]:
         """The same as tensors by parameter names, those of parameters' shapes spread as they are."""
-        state = {f"fuser.{name}": tensor for name, tensor in self.fuser.state_dict().items()}
+        state = flatten({"fuser": self.fuser.state_dict()})
         slots = [self.optimizer.state_dict()["state"], *self.start]
         for kind, numbered in zip(("outer", "start_inner", "start_outer"), slots, strict=False):
             for index, name in enumerate(self._names()):
@@ -380,7 +380,7 @@ class _Rounds(TrainerCallback):  # type: ignore[misc]
 
     def _load_spread(self, folder: Path) -> None:
         state = fuser_state.read(self.fuser, folder)
-        self.fuser.load_state_dict(section(state, "fuser."))
+        self.fuser.load_state_dict(section(state, "fuser"))
         slots: dict[str, dict[int, dict[str, Any]]] = {"outer": {}, "start_inner": {}, "start_outer": {}}
         indices = {name: index for index, name in enumerate(self._names())}
         for key, tensor in state.items():

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from rkif.continual.methods.merging import Merging
-from rkif.continual.methods.sequential import Context, strip_prefix
+from rkif.continual.methods.sequential import Context
 from rkif.continual.methods.unit_interval import to_unit_interval
 from rkif.fuser.importance import Importance
+from rkif.fuser.state_names import flatten, section
 
 
 class Adaptive(Merging):
@@ -49,10 +50,10 @@ class Adaptive(Merging):
     def tensors(self) -> dict[str, Tensor]:
         state = super().tensors()
         for side, importance in enumerate(self._importance):
-            state |= {f"importance{side}.{name}": value for name, value in importance.tensors().items()}
+            state |= flatten({f"importance{side}": importance.tensors()})
         return state
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         super().load_tensors(tensors)
         for side, importance in enumerate(self._importance):
-            importance.load_tensors(strip_prefix(tensors, f"importance{side}."))
+            importance.load_tensors(section(tensors, f"importance{side}"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rkif.continual.methods.sequential import Context, Sequential, strip_prefix
+from rkif.continual.methods.sequential import Context, Sequential
+from rkif.fuser.state_names import flatten, section
 
 RECORDS = 64  # number of training records from which a task's Fisher information is estimated
 
@@ -20,8 +21,8 @@ class Ewc(Sequential):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self._fisher = strip_prefix(context.previous_task_state, "fisher.")
-        self._anchor = strip_prefix(context.previous_task_state, "anchor.")
+        self._fisher = section(context.previous_task_state, "fisher")
+        self._anchor = section(context.previous_task_state, "anchor")
         device = next(iter(self.inner.parameters.values())).device
         for part in (self._fisher, self._anchor):
             part.update({name: tensor.to(device) for name, tensor in part.items()})
@@ -54,5 +55,4 @@ class Ewc(Sequential):
         self._anchor = {name: p.detach().clone() for name, p in self.inner.parameters.items()}
 
     def task_state(self) -> dict[str, Tensor]:
-        state = {f"fisher.{name}": tensor for name, tensor in self._fisher.items()}
-        return state | {f"anchor.{name}": tensor for name, tensor in self._anchor.items()}
+        return flatten({"fisher": self._fisher, "anchor": self._anchor})

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rkif.continual.methods.rounds import Rounds
-from rkif.continual.methods.sequential import Context, strip_prefix
+from rkif.continual.methods.sequential import Context
+from rkif.fuser.state_names import flatten, section
 
 
 class Merging(Rounds):
@@ -52,11 +53,11 @@ class Merging(Rounds):
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        state = {f"base.{name}": tensor for name, tensor in self.base.items()}
+        state = flatten({"base": self.base})
         return super().tensors() | state | {"round": torch.tensor(self.round)}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         super().load_tensors(tensors)
-        for name, tensor in strip_prefix(tensors, "base.").items():
+        for name, tensor in section(tensors, "base").items():
             self.base[name].copy_(tensor)
         self.round = int(tensors["round"])

@@ -10,9 +10,10 @@ from torch import Tensor
 from rkif.continual.evaluation.criteria import GateStopped, make_gate
 from rkif.continual.evaluation.history import RoundHistory
 from rkif.continual.methods.rounds import Rounds
-from rkif.continual.methods.sequential import Context, strip_prefix
+from rkif.continual.methods.sequential import Context
 from rkif.continual.rundir.recorder import movement, parameter_digest, report_values
 from rkif.fuser import Fuser
+from rkif.fuser.state_names import flatten, section
 from rkif.fusion import FusionReport
 
 
@@ -101,20 +102,15 @@ class RecurrentKIF(Rounds):
     def tensors(self) -> dict[str, Tensor]:
         state = {} if self.fuser is None else self.fuser.state_dict()
         rounds = self.history.tensors()
-        return (
-            super().tensors()
-            | {f"fuser.{name}": tensor for name, tensor in state.items()}
-            | {f"rounds.{name}": tensor for name, tensor in rounds.items()}
-            | {f"start.{name}": tensor for name, tensor in (self.start or {}).items()}
-        )
+        return super().tensors() | flatten({"fuser": state, "rounds": rounds, "start": self.start or {}})
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         super().load_tensors(tensors)
         if self.fuser is not None:
-            self.fuser.load_state_dict(strip_prefix(tensors, "fuser."))
-            self.history.load_tensors(strip_prefix(tensors, "rounds."))
+            self.fuser.load_state_dict(section(tensors, "fuser"))
+            self.history.load_tensors(section(tensors, "rounds"))
         if self.start is not None:
-            self.start = strip_prefix(tensors, "start.")
+            self.start = section(tensors, "start")
 
     def rounds(self) -> dict[str, Tensor]:
         return self.history.tensors()

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from rkif.continual.config import fusion_config
-from rkif.continual.methods.sequential import Context, Sequential, strip_prefix
+from rkif.continual.methods.sequential import Context, Sequential
 from rkif.continual.tasks.records import Item
+from rkif.fuser.state_names import flatten, section
 
 
 class Rounds(Sequential):
@@ -72,16 +73,12 @@ class Rounds(Sequential):
     def moments(self) -> dict[str, Tensor]:
         """The state of both optimizers, by name; not copies."""
         learners = {"inner": self.inner} | ({"outer": self.outer} if self.has_memory else {})
-        return {
-            f"{side}.{name}": tensor
-            for side, learner in learners.items()
-            for name, tensor in learner.tensors().items()
-        }
+        return flatten({learner: one.tensors() for learner, one in learners.items()})
 
     def load_moments(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what :meth:`moments` returned; other names are ignored."""
-        self.inner.load_tensors(strip_prefix(tensors, "inner."))
-        self.outer.load_tensors(strip_prefix(tensors, "outer."))
+        self.inner.load_tensors(section(tensors, "inner"))
+        self.outer.load_tensors(section(tensors, "outer"))
 
     def _learn_memory(self, step: int) -> None:
         """Take the outer steps that follow inner step ``step``."""

@@ -15,6 +15,7 @@ from rkif.continual.models.learner import Learner
 from rkif.continual.models.objective import Objective
 from rkif.continual.tasks.records import Item, Task
 from rkif.continual.tasks.replay_memory import ReplayMemory
+from rkif.fuser.state_names import flatten, section
 from rkif.seeding import derive_seed, shuffled
 
 
@@ -145,11 +146,11 @@ class Sequential:
 
     def tensors(self) -> dict[str, Tensor]:
         """The method's state between two steps, without the parameters."""
-        return {f"inner.{name}": tensor for name, tensor in self.inner.tensors().items()}
+        return flatten({"inner": self.inner.tensors()})
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore the state that :meth:`tensors` returned."""
-        self.inner.load_tensors(strip_prefix(tensors, "inner."))
+        self.inner.load_tensors(section(tensors, "inner"))
 
     def finish(self) -> None:
         """Called after the last step of the task; may change the parameters."""
@@ -165,8 +166,3 @@ class Sequential:
     def importance(self) -> dict[str, Tensor]:
         """Name -> importance of the parameters after the task; empty for most methods."""
         return {}
-
-
-def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries whose name starts with ``prefix``, without it."""
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

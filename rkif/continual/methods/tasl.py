@@ -9,9 +9,10 @@ from torch import Tensor
 
 import rkif_kernels
 from rkif.config import FusionConfig
-from rkif.continual.methods.sequential import Context, Sequential, strip_prefix
+from rkif.continual.methods.sequential import Context, Sequential
 from rkif.continual.methods.unit_interval import to_unit_interval
 from rkif.fuser.importance import Importance
+from rkif.fuser.state_names import flatten, section
 
 SHARE = 0.2  # fraction of the units that count as important, on each side
 NEW = 0.3  # weight of the new task where both sides are important, and in the score history
@@ -56,15 +57,14 @@ class Tasl(Sequential):
         return {} if self._history is None else {"history": self._history}
 
     def tensors(self) -> dict[str, Tensor]:
-        state = {f"before.{name}": tensor for name, tensor in self._before.items()}
-        state |= {f"importance.{name}": tensor for name, tensor in self._importance.tensors().items()}
+        state = flatten({"before": self._before, "importance": self._importance.tensors()})
         return super().tensors() | state
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         super().load_tensors(tensors)
-        for name, tensor in strip_prefix(tensors, "before.").items():
+        for name, tensor in section(tensors, "before").items():
             self._before[name].copy_(tensor)
-        self._importance.load_tensors(strip_prefix(tensors, "importance."))
+        self._importance.load_tensors(section(tensors, "importance"))
 
 
 def _important(units: Tensor) -> Tensor:

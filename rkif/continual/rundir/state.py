@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rkif.checkpoint.stream import as_bytes
 from rkif.files import replace_file
+from rkif.fuser.state_names import flatten, section
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -74,8 +75,7 @@ def write_state(path: Path, state: RunState) -> None:
 
     Many are equal: after a round the base equals the parameters, and cleared importance is zero.
     """
-    tensors = {f"parameters.{name}": tensor for name, tensor in state.parameters.items()}
-    tensors |= {f"method.{name}": tensor for name, tensor in state.method.items()}
+    tensors = flatten({"parameters": state.parameters, "method": state.method})
     # As a tensor: safetensors writes several entries of metadata in an order that changes from file to file.
     tensors["position"] = torch.tensor([state.task, state.step, state.samples, state.ledger_records])
     stored: dict[str, Tensor] = {}
@@ -103,19 +103,17 @@ def read_state(path: Path) -> RunState:
     Raises:
         ValueError: the file is damaged.
     """
-    parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "method": {}, "position": {}}
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             same = json.loads((file.metadata() or {})["same"])
         tensors |= {name: tensors[original].clone() for name, original in same.items()}
-        for key, tensor in tensors.items():
-            part, _, name = key.partition(".")
-            parts[part][name] = tensor
-        task, step, samples, ledger_records = parts["position"][""].tolist()
+        task, step, samples, ledger_records = tensors["position"].tolist()
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    return RunState(task, step, samples, ledger_records, parts["parameters"], parts["method"])
+    return RunState(
+        task, step, samples, ledger_records, section(tensors, "parameters"), section(tensors, "method")
+    )
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
