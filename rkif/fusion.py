@@ -186,6 +186,19 @@ def fuse_lists(
     return report_of(names, stats, numel=sum(tensor.numel() for tensor in out), scope=scope)
 
 
+def skipped_report(names: Sequence[str], numel: int, nonfinite: int, scope: Scope) -> FusionReport:
+    """The report of a round that was not fused because of non-finite importance: nothing is known of it."""
+    unknown: Thresholds = dict.fromkeys(names, math.nan) if scope == "tensor" else math.nan
+    return FusionReport(
+        numel=numel,
+        thresholds=(unknown, unknown),
+        counts=dict.fromkeys(CASES, 0),
+        norms={"inner": math.nan, "outer": math.nan, "update": 0.0},
+        nonfinite=nonfinite,
+        applied=False,
+    )
+
+
 def report_of(names: Sequence[str], stats: FuseStats, *, numel: int, scope: Scope) -> FusionReport:
     """What the kernels have counted, read from the device at once. Counts below 2^53 are exact in float64."""
     parts = (stats.counts, stats.squared_norms, *stats.thresholds)

@@ -12,18 +12,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rkif.config import FusionConfig, merge_weights
+from rkif.config import FusionConfig
 from rkif.distributed.shards import ShardedParameters
 from rkif.fuser.gated_step import restore, take_gated_step
-from rkif.fuser.grouped_fusion import grouped_fusion, squared_distance
+from rkif.fuser.grouped_fusion import squared_distance
 from rkif.fuser.importance import Importance
 from rkif.fuser.no_compile import uncompiled
 from rkif.fuser.parameters import trainable_parameters
+from rkif.fuser.round_fusion import fuse_round, learner_thresholds, skip_round
 from rkif.fuser.snapshot import Snapshot
 from rkif.fuser.state import load_state, read, state_of, write
-from rkif.fusion import FusionReport, Thresholds, fuse_lists, report_of
+from rkif.fusion import FusionReport
 from rkif.gate import Gate, Gatekeeper
-from rkif_kernels import CASES
 
 Learner = Literal["inner", "outer"]
 
@@ -180,7 +180,7 @@ class Fuser:
                 "begin_outer() was called twice in a round; end the round with fuse() or rollback()"
             )
         if self.config.pack_inner:
-            thresholds = self._threshold("inner")
+            thresholds = learner_thresholds(self, "inner")
         inner = self._snapshot(self._dtypes, self._shards.parts())
         if self.config.pack_inner:
             self._importance["inner"].pack(thresholds)
@@ -218,7 +218,7 @@ class Fuser:
                 "gradients or weights); nothing was fused. rollback() returns to the round's start"
             )
         with self._shards.processes.propagate_failure():
-            report = self._skip_report(nonfinite) if nonfinite else self._finish_round()
+            report = skip_round(self, nonfinite) if nonfinite else self._finish_round()
         self._outer_settled |= report.applied and not self.config.refresh_outer
         self._end_round()
         self.last_report = report
@@ -243,7 +243,7 @@ class Fuser:
         What the outer learner has observed stays in its importance, as after a fusion, unless the config
         clears it.
         """
-        self._restore(self._base)
+        restore(self._shards, self._base)
         self._end_round()
 
     def scores(self, learner: Learner) -> dict[str, Tensor]:
@@ -321,72 +321,17 @@ class Fuser:
             snapshot.copy_from(range(len(values)), [value.detach() for value in values])
         return snapshot
 
-    @torch.no_grad()
-    def _restore(self, snapshot: Snapshot) -> None:
-        """Make the parameters what a snapshot has of them."""
-        restore(self._shards, snapshot)
-
-    def _synchronize(self) -> None:
-        for snapshot in (self._base, self._inner):
-            if snapshot is not None:
-                snapshot.synchronize()
-
-    def _threshold(self, learner: Learner) -> Tensor:
-        """Of what a learner has found out: one, or one for each parameter, over all processes."""
-        scores = self._importance[learner].scores
-        return self._shards.thresholds(scores, density=self.config.density, scope=self.config.scope)
-
     def _finish_round(self) -> FusionReport:
         """Fuse, let the gate judge, and make of the result the next round's base."""
         # Into memory of its own, which is the next base: so one pass over memory is enough.
         with self._shards.processes.raise_on_any_failure():
             fused = self._snapshot(self._base_dtypes)
-        report = self._compute_fusion(fused)
+        report = fuse_round(self, fused)
         if self._gatekeeper is None:
-            self._restore(fused)
+            restore(self._shards, fused)
             self._base = fused
             return report
         return self._apply_gate(self._gatekeeper, fused, report)
-
-    def _compute_fusion(self, fused: Snapshot) -> FusionReport:
-        assert self._inner is not None
-        inner, outer = self._importance["inner"], self._importance["outer"]
-        names, parts = list(self.parameters), [part.detach() for part in self._shards.parts()]
-        weights = merge_weights(self.config.rule)
-        plain = self._base_dtypes == self._dtypes and not (self.config.offload or self.config.pack_inner)
-        if plain and not self._shards.sharded:
-            with self._shards.processes.raise_on_any_failure():
-                return fuse_lists(
-                    names,
-                    self._base.tensors,
-                    self._inner.tensors,
-                    parts,
-                    inner.scores,
-                    outer.scores,
-                    out=fused.tensors,
-                    density=self.config.density,
-                    weights=weights,
-                    scope=self.config.scope,
-                )
-        inner_thresholds = self._threshold("inner") if inner.thresholds is None else inner.thresholds
-        outer_thresholds = self._threshold("outer")
-        with self._shards.processes.raise_on_any_failure():
-            stats = grouped_fusion(
-                fused,
-                self._base,
-                self._inner,
-                parts,
-                (inner, outer),
-                thresholds=(inner_thresholds, outer_thresholds),
-                weights=weights.cases,
-                owned=self._shards.owned,
-                names=names,
-            )
-        # Counts below 2^53 are exact in double.
-        summed = self._shards.all_reduce_sum(torch.cat([stats.counts.double(), stats.squared_norms]))
-        stats = stats._replace(counts=summed[:4].long(), squared_norms=summed[4:])
-        numel = sum(self._shards.sizes)
-        return report_of(names, stats, numel=numel, scope=self.config.scope)
 
     def _apply_gate(self, gatekeeper: Gatekeeper, fused: Snapshot, report: FusionReport) -> FusionReport:
         """Let the gate decide how much of the step from base to ``fused`` is taken."""
@@ -405,19 +350,6 @@ class Fuser:
         kept = self._kept_importance()
         for name, tensor in self._start.items():
             kept[name].copy_(tensor)
-
-    def _skip_report(self, nonfinite: int) -> FusionReport:
-        self._restore(self._base)
-        per_tensor = self.config.scope == "tensor"
-        unknown: Thresholds = dict.fromkeys(self.parameters, math.nan) if per_tensor else math.nan
-        return FusionReport(
-            numel=sum(self._shards.sizes),
-            thresholds=(unknown, unknown),
-            counts=dict.fromkeys(CASES, 0),
-            norms={"inner": math.nan, "outer": math.nan, "update": 0.0},
-            nonfinite=nonfinite,
-            applied=False,
-        )
 
     def _end_round(self) -> None:
         if self.config.clear_inner:

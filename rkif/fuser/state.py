@@ -21,9 +21,16 @@ if TYPE_CHECKING:
 _KIND = re.compile(r"^(base|inner|(start\.)?(inner|outer)_importance\.(sensitivity|uncertainty|mask))\.")
 
 
+def synchronize(fuser: Fuser) -> None:
+    """Wait until the copies of the parameters are complete."""
+    for snapshot in (fuser._base, fuser._inner):
+        if snapshot is not None:
+            snapshot.synchronize()
+
+
 def state_of(fuser: Fuser) -> dict[str, Tensor]:
     """See :meth:`rkif.Fuser.state_dict`."""
-    fuser._synchronize()
+    synchronize(fuser)
     state = {
         name: to_dtensor_like(
             tensor.to(memory_format=torch.contiguous_format, copy=True), _parameter_of(fuser, name)
@@ -84,7 +91,7 @@ def load_state(fuser: Fuser, state: Mapping[str, Tensor]) -> None:
         own = section(parts, f"{learner}_importance")
         importance.load_tensors(own, thresholds if learner == "inner" else None)
     fuser._inner = fuser._snapshot(fuser._dtypes) if in_outer else None
-    fuser._synchronize()
+    synchronize(fuser)
     for name, tensor in _tensors(fuser).items():
         if not name.startswith(("inner_importance.", "outer_importance.")):
             tensor.copy_(parts[name])

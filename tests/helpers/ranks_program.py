@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import rkif
 import rkif.distributed.thresholds
-import rkif.fuser.fuser
+import rkif.fuser.round_fusion
 from rkif.gate import Criterion, Gate
 
 CONFIGS = {
@@ -317,14 +317,14 @@ def replica_gets_nan(folder: Path) -> None:
 
 def no_memory_to_fuse(folder: Path) -> None:
     """Rank 1 has not the memory to compute the fusion, when the thresholds are found; all can go on."""
-    fuse = rkif.fuser.fuser.grouped_fusion
+    fuse = rkif.fuser.round_fusion.grouped_fusion
 
     def none_left(*arguments: object, **settings: object) -> object:
         if dist.get_rank() == 1 and loop.fuser.round == 0:
             raise torch.OutOfMemoryError("no memory to fuse")
         return fuse(*arguments, **settings)
 
-    rkif.fuser.fuser.grouped_fusion = none_left
+    rkif.fuser.round_fusion.grouped_fusion = none_left
     loop = Loop(spread(make_model(), "fsdp"), CONFIGS["paper"])
     try:
         loop.run(range(7))

@@ -108,12 +108,13 @@ def read_state(path: Path) -> RunState:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             same = json.loads((file.metadata() or {})["same"])
         tensors |= {name: tensors[original].clone() for name, original in same.items()}
-        task, step, samples, ledger_records = tensors["position"].tolist()
+        task, step, samples, ledger_records = tensors.pop("position").tolist()
+        parameters, method = section(tensors, "parameters"), section(tensors, "method")
+        if len(parameters) + len(method) < len(tensors):
+            raise ValueError("it holds tensors of an unknown section")
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    return RunState(
-        task, step, samples, ledger_records, section(tensors, "parameters"), section(tensors, "method")
-    )
+    return RunState(task, step, samples, ledger_records, parameters, method)
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,77 @@
+"""The fusion of a round: thresholds, merge and report, on one device or over many processes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rkif.config import merge_weights
+from rkif.fuser.gated_step import restore
+from rkif.fuser.grouped_fusion import grouped_fusion
+from rkif.fuser.snapshot import Snapshot
+from rkif.fusion import FusionReport, fuse_lists, report_of, skipped_report
+
+if TYPE_CHECKING:
+    from rkif.fuser.fuser import Fuser, Learner
+
+
+def fuse_round(fuser: Fuser, fused: Snapshot) -> FusionReport:
+    """Write the fusion of the round under way into ``fused``; parameters and importance stay as they are.
+
+    One pass over memory where everything lies on one device in one dtype; else thresholds over all processes
+    first, and then the fusion, group by group.
+    """
+    assert fuser._inner is not None
+    shards = fuser._shards
+    inner, outer = fuser._importance["inner"], fuser._importance["outer"]
+    names, parts = list(fuser.parameters), [part.detach() for part in shards.parts()]
+    weights = merge_weights(fuser.config.rule)
+    plain = fuser._base_dtypes == fuser._dtypes and not (fuser.config.offload or fuser.config.pack_inner)
+    if plain and not shards.sharded:
+        with shards.processes.raise_on_any_failure():
+            return fuse_lists(
+                names,
+                fuser._base.tensors,
+                fuser._inner.tensors,
+                parts,
+                inner.scores,
+                outer.scores,
+                out=fused.tensors,
+                density=fuser.config.density,
+                weights=weights,
+                scope=fuser.config.scope,
+            )
+    inner_thresholds = learner_thresholds(fuser, "inner") if inner.thresholds is None else inner.thresholds
+    outer_thresholds = learner_thresholds(fuser, "outer")
+    with shards.processes.raise_on_any_failure():
+        stats = grouped_fusion(
+            fused,
+            fuser._base,
+            fuser._inner,
+            parts,
+            (inner, outer),
+            thresholds=(inner_thresholds, outer_thresholds),
+            weights=weights.cases,
+            owned=shards.owned,
+            names=names,
+        )
+    # Counts below 2^53 are exact in double.
+    summed = shards.all_reduce_sum(torch.cat([stats.counts.double(), stats.squared_norms]))
+    stats = stats._replace(counts=summed[:4].long(), squared_norms=summed[4:])
+    numel = sum(shards.sizes)
+    return report_of(names, stats, numel=numel, scope=fuser.config.scope)
+
+
+def skip_round(fuser: Fuser, nonfinite: int) -> FusionReport:
+    """Return the parameters to ``base`` because of non-finite importance; the report of that."""
+    restore(fuser._shards, fuser._base)
+    numel = sum(fuser._shards.sizes)
+    return skipped_report(list(fuser.parameters), numel, nonfinite, fuser.config.scope)
+
+
+def learner_thresholds(fuser: Fuser, learner: Learner) -> Tensor:
+    """The threshold of a learner's scores over all processes: one, or one for each parameter."""
+    scores = fuser._importance[learner].scores
+    return fuser._shards.thresholds(scores, density=fuser.config.density, scope=fuser.config.scope)
