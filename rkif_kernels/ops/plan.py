@@ -21,7 +21,7 @@ class ImportancePlan:
     """:func:`rkif_kernels.update_importance_` for the same states at every step, at a fraction of its cost.
 
     The lists are validated and their addresses sent to the device once. A step compares the addresses of
-    weights and gradients, and the gradients' dtypes, shapes and strides: where nothing has changed it only
+    weights and gradients, and their dtypes, shapes and strides: where nothing has changed it only
     launches; where gradients have moved it sends their addresses; anything else (a weight that has moved,
     another dtype, a gradient that is missing or back) is validated anew, as if by a new plan.
 
@@ -74,7 +74,7 @@ class ImportancePlan:
         with self._lock:
             bound, moved = self._bound, False
             places = _addresses(params), _addresses(grads)
-            if bound is None or places[0] != bound.params or not bound.same_kind(grads):
+            if bound is None or places[0] != bound.params or not bound.same_kind(params, grads):
                 bound = self._bind(params, grads, places)
             elif places[1] != bound.grads:
                 bound, moved = bound._replace(grads=places[1]), True
@@ -101,7 +101,8 @@ class ImportancePlan:
                 if make is not None
                 else _Unprepared(module, inputs, self._nonfinite, self._order)
             )
-        return _Bound(prepared, *places, _same_kind(grads))
+        same_params, same_grads = _same_kind(params), _same_kind(grads)
+        return _Bound(prepared, *places, lambda new, gradients: same_params(new) and same_grads(gradients))
 
 
 class Prepared(Protocol):
@@ -149,7 +150,7 @@ class _Bound(NamedTuple):
     prepared: Prepared
     params: list[int]
     grads: list[int]
-    same_kind: Callable[[Sequence[Tensor | None]], bool]
+    same_kind: Callable[[Sequence[Tensor], Sequence[Tensor | None]], bool]
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:

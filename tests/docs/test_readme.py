@@ -65,7 +65,7 @@ def test_the_gate_is_as_documented() -> None:
 def test_both_commands_are_single_lines_that_install_first() -> None:
     demo, tests, *_ = snippets("sh")
     assert demo == "pip install '.[hf,report,tune]' && rkif demo\n"
-    assert tests == "pip install -e '.[dev]' && pytest -n logical\n"
+    assert tests == "pip install -e '.[dev]' && pytest -n logical --dist loadgroup\n"
 
 
 def test_checkpoints_are_fused_as_it_says(

@@ -49,11 +49,11 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(path)) if path else None
         if loaded is None or loaded.rkif_abi() != ABI:
             return None
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(loaded, name)
+            function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError):
         return None
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
     return loaded
 
 

@@ -250,7 +250,8 @@ def fuse_(
     device = thresholds[0].device
     counts = torch.zeros(4, dtype=torch.int64, device=device)
     with in_place(inputs.out, ALIGNMENT) as targets:
-        grouped = tables(aligned((targets, *inputs.lists[1:])), config.chunk)
+        rows = aligned((targets, *inputs.lists[1:]))  # copies among them live until the last launch
+        grouped = tables(rows, config.chunk)
         # Two rows are 48 bytes: parts begin on multiples of 16, or kernels would be compiled for either.
         sizes = [table.programs + table.programs % 2 for table in grouped]
         norms = torch.zeros((sum(sizes), 3), dtype=torch.float64, device=device)

@@ -56,6 +56,7 @@ class PreparedUpdate:
         # Pinned memory cannot be had during a capture: one whole table for each launch is kept ready.
         self._spare = self._pinned()
         self._captured = captured
+        self._stale = False  # whether gradients have moved in a capture, which leaves these tables alone
 
     def launch(
         self,
@@ -77,8 +78,10 @@ class PreparedUpdate:
             self._rows[GRADIENTS] = self._grads.find(grads)
         if capturing:
             launches = self._captured_launches()
-        elif moved:
+            self._stale |= moved
+        elif moved or self._stale:
             self._upload()
+            self._stale = False
         if not self._spare and not capturing:
             self._spare = self._pinned()
         self._params.fill(params)

@@ -339,7 +339,8 @@ def select_and_fuse_(
         )
         return fuse_(inputs, thresholds=(inner, outer), **rule)
     with in_place(inputs.out, ALIGNMENT) as targets:
-        grouped = tables(aligned((targets, *inputs.lists[1:])), config.chunk)
+        rows = aligned((targets, *inputs.lists[1:]))  # copies among them live until the last launch
+        grouped = tables(rows, config.chunk)
         return _fuse_in_one_pass(grouped, k, bracketing, **rule)
 
 

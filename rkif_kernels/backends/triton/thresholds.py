@@ -124,7 +124,8 @@ def score_thresholds(
         return radix_thresholds(scores, ks=ks, per_tensor=per_tensor, config=config or STREAM)
     config = config or FUSE
     (k,), fraction = ks, ks[0] / max(numel - 1, 1)
-    grouped = tables(aligned((scores.sensitivity, scores.uncertainty)), config.chunk)
+    rows = aligned((scores.sensitivity, scores.uncertainty))  # copies among them live until the last launch
+    grouped = tables(rows, config.chunk)
     workspace = Workspace.of(1, grouped[0].pointers.device)
     undecided = Undecided.of(grouped, bracketing.capacity(fraction, numel, sides=1), 1, config)
     sides = [

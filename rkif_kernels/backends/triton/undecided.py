@@ -109,7 +109,7 @@ def begin_searches(
 
     That is lo itself, the list, or, the brackets having failed, anywhere.
     """
-    listed = k * 0
+    listed = (k * 0).to(tl.int64)  # k is an int32 wherever 32 bits hold it
     tl.store(offsets_ptr, listed)
     row = listed
     while row < rows:
