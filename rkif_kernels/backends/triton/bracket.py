@@ -292,7 +292,8 @@ def find_brackets(
             # Constexprs
             **sides[index],
             STEP=SAMPLE_STEP,
-            SAMPLES=triton.next_power_of_2(sum(cells)),
+            # Whatever the size, so that nothing is compiled anew: tables round their cells up.
+            SAMPLES=triton.next_power_of_2(bracketing.first_samples + len(grouped) - 1),
             BLOCK=config.block,
             **config.options,
         )
