@@ -17,11 +17,14 @@ class LaunchConfig:
     block: elements a program handles at a time, a power of two.
     tiles: blocks a program handles one after another; its chunk is ``block * tiles`` elements.
     num_warps: warps (wavefronts) a program.
+    max_registers: a thread's at most, on NVIDIA GPUs. Without a number ptxas spills a few registers of some
+        kernels in order to fit one more program on a multiprocessor.
     """
 
     block: int
     tiles: int
     num_warps: int
+    max_registers: int | None = None
 
     def __post_init__(self) -> None:
         assert 4 * self.tiles < 1 << 8  # lanes of four elements count in 8 bits
@@ -33,7 +36,10 @@ class LaunchConfig:
     @property
     def options(self) -> dict[str, Any]:
         """Compiler options. Without fused multiply-add the results are those of every other backend."""
-        return {"num_warps": self.num_warps, "enable_fp_fusion": False}
+        options = {"num_warps": self.num_warps, "enable_fp_fusion": False}
+        if self.max_registers is not None and torch.version.hip is None:
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 class PreparedLaunch:
@@ -75,7 +81,7 @@ STREAM = LaunchConfig(block=1024, tiles=8, num_warps=4)
 
 # Fusing holds seven streams in registers, and in a single pass masks and a list: with half the elements a
 # thread that is 125 of them, not 200, and more programs fit on a multiprocessor.
-FUSE = LaunchConfig(block=512, tiles=16, num_warps=4)
+FUSE = LaunchConfig(block=512, tiles=16, num_warps=4, max_registers=128)
 
 
 @dataclass(frozen=True)
