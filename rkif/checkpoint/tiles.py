@@ -9,6 +9,8 @@ from torch import Tensor
 
 from rkif.checkpoint.layout import Chunk, Piece
 
+TILE = 1 << 17  # elements that the CPU computes on at a time, in cache
+
 
 class Tile(NamedTuple):
     """Parts of some tensors, on the device that computes.

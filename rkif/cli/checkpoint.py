@@ -15,7 +15,7 @@ from rkif.cli.options import Resume, announce, parse_size
 if TYPE_CHECKING:
     import torch
 
-    from rkif.checkpoint.preflight import Request
+    from rkif.checkpoint.request import Request
     from rkif.distributed.process_group import ProcessGroup
 
 commands = typer.Typer()
@@ -94,7 +94,7 @@ def fuse_command(
     """
     announce(f"Fusing {base}, {inner} and {outer} into {out}")
     from rkif.checkpoint.methods import make_method
-    from rkif.checkpoint.preflight import Request
+    from rkif.checkpoint.request import Request
     from rkif.distributed.process_group import launched_processes
 
     given = {
@@ -131,7 +131,8 @@ def _fuse(request: Request, processes: ProcessGroup, *, dry_run: bool, as_json: 
 
     from rkif.checkpoint.display import Bar, plan_dict, plan_table, summary_table
     from rkif.checkpoint.fuse import fuse_checkpoints
-    from rkif.checkpoint.preflight import PreflightError, preflight
+    from rkif.checkpoint.preflight import preflight
+    from rkif.checkpoint.request import PreflightError
 
     first = processes.rank == 0
     console = Console(stderr=as_json, quiet=not first)

@@ -14,7 +14,8 @@ import rkif
 from rkif.checkpoint import preflight as planning
 from rkif.checkpoint.fuse import fuse_checkpoints
 from rkif.checkpoint.manifest import content_digest, read_manifest
-from rkif.checkpoint.preflight import Request, preflight
+from rkif.checkpoint.preflight import preflight
+from rkif.checkpoint.request import Request
 
 
 @pytest.fixture

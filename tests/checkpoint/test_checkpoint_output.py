@@ -17,7 +17,8 @@ from safetensors import safe_open
 from rkif.checkpoint.fuse import fuse_checkpoints
 from rkif.checkpoint.manifest import MANIFEST, read_manifest, verify
 from rkif.checkpoint.methods import make_method
-from rkif.checkpoint.preflight import Request, preflight
+from rkif.checkpoint.preflight import preflight
+from rkif.checkpoint.request import Request
 
 
 @pytest.fixture(scope="module")

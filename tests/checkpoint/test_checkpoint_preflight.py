@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from rkif.checkpoint import preflight as planning
 from rkif.checkpoint.methods import make_method
-from rkif.checkpoint.preflight import PreflightError, Request, preflight
+from rkif.checkpoint.preflight import preflight
+from rkif.checkpoint.request import PreflightError, Request
 from rkif.checkpoint.source import Reader, open_checkpoint
 
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import rkif
 from rkif.checkpoint.fuse import fuse_checkpoints
 from rkif.checkpoint.methods import make_method
-from rkif.checkpoint.preflight import PreflightError, Request, preflight
+from rkif.checkpoint.preflight import preflight
+from rkif.checkpoint.request import PreflightError, Request
 
 TOKENS = torch.arange(4, 28).view(4, 6)
 ADAPTERS: dict[str, dict[str, Any]] = {

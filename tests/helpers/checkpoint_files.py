@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rkif.checkpoint.fuse import Summary, fuse_checkpoints
 from rkif.checkpoint.methods import make_method
-from rkif.checkpoint.preflight import Request, preflight
+from rkif.checkpoint.preflight import preflight
+from rkif.checkpoint.request import Request
 
 Tensors = dict[str, Tensor]
 
