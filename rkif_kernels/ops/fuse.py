@@ -19,6 +19,7 @@ from rkif_kernels.checks import (
     require_writable,
 )
 from rkif_kernels.ops.select import order_statistic_k, score_thresholds
+from rkif_kernels.profiling import profiled
 from rkif_kernels.types import CASES, Backend, CaseWeights, FuseStats, FusionInputs, OuterFrom, Scope, Scores
 
 _validated = ValidatedLists()
@@ -72,7 +73,8 @@ def fuse_(
                 f"the {side} threshold must be float32 [1] or [{len(out)}] on {device}; "
                 f"got {threshold.dtype} {tuple(threshold.shape)} on {threshold.device}"
             )
-    return _fuse(inputs, thresholds, weights, outer_from, backend)
+    with profiled("rkif.fuse", device):
+        return _fuse(inputs, thresholds, weights, outer_from, backend)
 
 
 def select_and_fuse_(
@@ -102,6 +104,14 @@ def select_and_fuse_(
     Returns:
         As :func:`fuse_`, with the thresholds that were found.
     """
+    if torch.compiler.is_compiling():
+        counts, squared_norms, *thresholds = torch.ops.rkif.select_and_fuse_(
+            out, base, inner, outer,
+            inner_scores.sensitivity, inner_scores.uncertainty or [], inner_scores.distance,
+            outer_scores.sensitivity, outer_scores.uncertainty or [], outer_scores.distance,
+            density, scope, [weight for pair in weights for weight in pair], outer_from, backend,
+        )  # fmt: skip
+        return FuseStats(counts, squared_norms, (thresholds[0], thresholds[1]))
     inputs = FusionInputs(out, base, inner, outer, inner_scores, outer_scores)
     _require_fusion(inputs, weights, outer_from, names)
     require_fraction("density", density)
@@ -112,17 +122,18 @@ def select_and_fuse_(
     read = {tensor.data_ptr() for tensors in inputs.read.values() for tensor in tensors if tensor.numel()}
     apart = all(tensor.data_ptr() not in read for tensor in out)
     apart &= not (inner_scores.distance or outer_scores.distance)
-    if hasattr(module, "select_and_fuse_") and scope == "global" and 0 < density < 1 and numel and apart:
-        with torch.no_grad(), on_device(device):
-            stats: FuseStats = module.select_and_fuse_(
-                inputs, k=order_statistic_k(numel, density), weights=weights, outer_from=outer_from
-            )
-        return stats
-    inner_threshold, outer_threshold = (
-        score_thresholds(scores, density=density, scope=scope, names=names, backend=backend)
-        for scores in (inner_scores, outer_scores)
-    )
-    return _fuse(inputs, (inner_threshold, outer_threshold), weights, outer_from, backend)
+    with profiled("rkif.fuse", device):
+        if hasattr(module, "select_and_fuse_") and scope == "global" and 0 < density < 1 and numel and apart:
+            with torch.no_grad(), on_device(device):
+                stats: FuseStats = module.select_and_fuse_(
+                    inputs, k=order_statistic_k(numel, density), weights=weights, outer_from=outer_from
+                )
+            return stats
+        inner_threshold, outer_threshold = (
+            score_thresholds(scores, density=density, scope=scope, names=names, backend=backend)
+            for scores in (inner_scores, outer_scores)
+        )
+        return _fuse(inputs, (inner_threshold, outer_threshold), weights, outer_from, backend)
 
 
 def _fuse(

@@ -18,6 +18,7 @@ from rkif_kernels.checks import (
     require_fraction,
     require_writable,
 )
+from rkif_kernels.profiling import profiled
 from rkif_kernels.types import Backend, ImportanceInputs, Order
 
 _validated = ValidatedLists()
@@ -71,8 +72,9 @@ def update_importance_(
         return
     inputs = ImportanceInputs(params, grads, sensitivity, uncertainty)
     require_importance(inputs, beta1, beta2, order, nonfinite, names)
-    with torch.no_grad(), on_device(inputs.device):
-        implementation(inputs.device, backend).update_importance_(
+    device = inputs.device
+    with torch.no_grad(), on_device(device), profiled("rkif.observe", device):
+        implementation(device, backend).update_importance_(
             inputs, beta1=beta1, beta2=beta2, order=order, nonfinite=nonfinite
         )
 
@@ -118,40 +120,3 @@ def require_importance(
             f"got {nonfinite.dtype} {tuple(nonfinite.shape)} on {nonfinite.device}"
         )
     require_writable(Arguments(), "nonfinite", [nonfinite])
-
-
-_library = torch.library.Library("rkif", "DEF")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    "update_importance_(Tensor[] params, Tensor?[] grads, Tensor(a!)[] sensitivity, "
-    "Tensor(b!)[] uncertainty, float beta1, float beta2, str order, Tensor(c!) nonfinite, str backend) -> ()"
-)
-
-
-@torch.library.impl(_library, "update_importance_", "CompositeExplicitAutograd")
-def _update(
-    params: list[Tensor],
-    grads: list[Tensor | None],
-    sensitivity: list[Tensor],
-    uncertainty: list[Tensor],
-    beta1: float,
-    beta2: float,
-    order: Order,
-    nonfinite: Tensor,
-    backend: Backend,
-) -> None:
-    update_importance_(
-        params,
-        grads,
-        sensitivity,
-        uncertainty or None,
-        beta1=beta1,
-        beta2=beta2,
-        order=order,
-        nonfinite=nonfinite,
-        backend=backend,
-    )
-
-
-@torch.library.register_fake("rkif::update_importance_", lib=_library)  # type: ignore[untyped-decorator]
-def _nothing_new(*_: object) -> None:
-    """It writes to what it is given, and makes no tensor."""

@@ -14,6 +14,7 @@ from torch._C._dynamo.guards import TensorGuards
 
 from rkif_kernels.backends.choose import implementation, on_device
 from rkif_kernels.ops.importance import require_importance
+from rkif_kernels.profiling import profiled
 from rkif_kernels.types import Backend, ImportanceInputs, Order
 
 
@@ -80,7 +81,8 @@ class ImportancePlan:
                 bound, moved = bound._replace(grads=places[1]), True
             # If the launch fails the next step begins anew.
             self._bound = None
-            with on_device(self._nonfinite.device):
+            device = self._nonfinite.device
+            with on_device(device), profiled("rkif.observe", device):
                 bound.prepared.launch(params, grads, beta1, beta2, moved=moved)
             self._bound = bound
         torch.autograd.graph.increment_version(self._owners)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rkif_kernels.backends.choose import implementation, on_device
 from rkif_kernels.checks import Arguments, ValidatedLists, require_choice, require_fraction
+from rkif_kernels.profiling import profiled
 from rkif_kernels.selection import sampled as order_statistics
 from rkif_kernels.types import Backend, Scope, Scores
 
@@ -134,6 +135,11 @@ def score_thresholds(
     Raises:
         TypeError, ValueError: for tensors that do not fit together, or where there is no score at all.
     """
+    if torch.compiler.is_compiling():
+        threshold: Tensor = torch.ops.rkif.score_thresholds(
+            scores.sensitivity, scores.uncertainty or [], scores.distance, density, scope, backend
+        )
+        return threshold
     device = _require_scores(scores, names)
     require_fraction("density", density)
     require_choice("scope", scope, get_args(Scope))
@@ -188,7 +194,7 @@ def kth_scores(
     groups = sizes if scope == "tensor" else [sum(sizes)]
     if len(ks) != len(groups) or not all(0 <= r < size for r, size in zip(ks, groups, strict=True)):
         raise ValueError(f"ks must be {len(groups)}, each from 0 to below {groups[:3]}...; got {ks}")
-    with torch.no_grad(), on_device(device):
+    with torch.no_grad(), on_device(device), profiled("rkif.threshold", device):
         found: Tensor = implementation(device, backend).score_thresholds(
             scores, ks=ks, per_tensor=scope == "tensor"
         )
