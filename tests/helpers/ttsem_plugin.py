@@ -6,7 +6,7 @@ kernels reach tensors by addresses in a table. With this plugin
 * an access outside the exact extent of a tensor of the table, or of an argument, is a fault;
 * kernels work in the memory of the CPU tensors, so that aliases are aliases, as on a GPU;
 * memory from ``torch.empty`` holds a pattern, and a kernel that loads this pattern is a fault;
-* a run without a single launch fails, and so does a run in which the races of a launch were not checked.
+* a run without a single launch fails. (ttsem counts launches whose races it could not check, and goes on.)
 """
 
 from __future__ import annotations
