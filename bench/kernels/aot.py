@@ -29,7 +29,7 @@ from rkif_kernels.backends.triton.bracket import _count_sample_kernel, _sample_k
 from rkif_kernels.backends.triton.count import _count_kernel, _invalid_kernel
 from rkif_kernels.backends.triton.fuse import INNER_SCORE, _fuse_kernel
 from rkif_kernels.backends.triton.importance import _update_importance_kernel
-from rkif_kernels.backends.triton.launch import BRACKETING, FUSE, STREAM, LaunchConfig
+from rkif_kernels.backends.triton.launch import BRACKETING, FUSE, FUSE_PASS_REGISTERS, STREAM, LaunchConfig
 from rkif_kernels.backends.triton.radix import DIGITS, _histogram_kernel, _pick_kernel
 from rkif_kernels.backends.triton.single_pass import _bracketed_fuse_kernel, _finish_kernel
 from rkif_kernels.backends.triton.thresholds import _bracketed_scores_kernel
@@ -170,7 +170,7 @@ def _fuse_case(
         },
         (param, param, param, *scores, *scores),
         (out or param,),
-        FUSE,
+        replace(FUSE, max_registers=FUSE_PASS_REGISTERS) if kernel is _bracketed_fuse_kernel else FUSE,
     )
 
 

@@ -16,6 +16,7 @@ second fusion would find its inputs overwritten by the first.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -44,7 +45,14 @@ from rkif_kernels.backends.triton.fuse import (
     scalars,
     store_norms,
 )
-from rkif_kernels.backends.triton.launch import BRACKETING, FUSE, Bracketing, LaunchConfig, capped_grid
+from rkif_kernels.backends.triton.launch import (
+    BRACKETING,
+    FUSE,
+    FUSE_PASS_REGISTERS,
+    Bracketing,
+    LaunchConfig,
+    capped_grid,
+)
 from rkif_kernels.backends.triton.radix import radix_thresholds
 from rkif_kernels.backends.triton.table import ALIGNMENT, Table, aligned, tables
 from rkif_kernels.backends.triton.undecided import (
@@ -393,7 +401,7 @@ def _fuse_in_one_pass(
             BLOCK=config.block,
             TILES=config.tiles,
             **constants(table, outer_from),
-            **config.options,
+            **replace(config, max_registers=FUSE_PASS_REGISTERS).options,
         )
     parameters = [{name: roles[name] for name in ROLES[:INNER_SCORE]} for roles in dtypes]
     list_and_search(grouped, workspace, undecided, sides, parameters, config)
