@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from rkif_kernels.numerics import float32
 
 Order = Literal["first", "second", "mixed"]
 Scope = Literal["global", "tensor"]
@@ -150,6 +153,43 @@ class ImportanceInputs:
     def device(self) -> torch.device:
         """Where the tensors are; the CPU for empty lists."""
         return _device(self.params)
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """How an importance is formed and smoothed over steps.
+
+    Attributes:
+        beta1, beta2: share of the old sensitivity and of the old uncertainty that a step keeps, in [0, 1].
+        order: the form of the importance.
+    """
+
+    beta1: float
+    beta2: float = 0.0
+    order: Order = "first"
+
+    @functools.cached_property
+    def factors(self) -> tuple[float, float, float, float]:
+        """``(beta1, 1 - beta1, beta2, 1 - beta2)``, formed in double and rounded to float32 once."""
+        beta1, beta2 = self.beta1, self.beta2
+        return float32(beta1), float32(1 - beta1), float32(beta2), float32(1 - beta2)
+
+
+class MergeRule(NamedTuple):
+    """What a fusion makes of two task vectors.
+
+    Attributes:
+        weights: (w_in, w_out) for each of :data:`CASES`.
+        outer_from: where the outer task vector starts.
+    """
+
+    weights: CaseWeights
+    outer_from: OuterFrom
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """The eight weights in float32, pair by pair."""
+        return tuple(float32(weight) for pair in self.weights for weight in pair)
 
 
 class AdamWConstants(NamedTuple):

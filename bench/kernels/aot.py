@@ -34,6 +34,7 @@ from rkif_kernels.backends.triton.radix import DIGITS, _histogram_kernel, _pick_
 from rkif_kernels.backends.triton.single_pass import _bracketed_fuse_kernel, _finish_kernel
 from rkif_kernels.backends.triton.thresholds import _bracketed_scores_kernel
 from rkif_kernels.backends.triton.undecided import _list_kernel, _narrow_kernel
+from rkif_kernels.types import AdamWConstants
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -112,13 +113,7 @@ def _update_case(
         f"update_importance {order} {param}, {gradient or 'no gradient'}, "
         f"{'S, U' if uncertain else 'S'} {state}",
         _update_importance_kernel,
-        {
-            "PARAM": param,
-            "GRAD": gradient,
-            "SENSITIVITY": state,
-            "UNCERTAINTY": state if uncertain else None,
-            "ORDER": order,
-        },
+        {"DTYPES": (param, gradient, state, state if uncertain else None), "ORDER": order},
         (param, *gradients, *states),
         states,
     )
@@ -135,15 +130,7 @@ def _adamw_case(
         f"adamw {order} {param}, {grad or param}, moments {state}, "
         f"{('S, U' if uncertain else 'S') if importance else 'no importance'}",
         _adamw_kernel,
-        {
-            "PARAM": param,
-            "GRAD": grad or param,
-            "MEAN": state,
-            "SQUARE": state,
-            "SENSITIVITY": sensitivity,
-            "UNCERTAINTY": uncertainty,
-            "ORDER": order,
-        },
+        {"DTYPES": (param, grad or param, state, state, sensitivity, uncertainty), "ORDER": order},
         (grad or param, *written),
         written,
         divides=True,
@@ -162,10 +149,7 @@ def _fuse_case(
         f"{'' if from_inner else ', from base'}",
         kernel,
         {
-            **dict.fromkeys(("BASE", "INNER", "OUTER"), param),
-            **dict.fromkeys(("INNER_S", "OUTER_S"), state),
-            **dict.fromkeys(("INNER_U", "OUTER_U"), state if uncertain else None),
-            "OUT": out or param,
+            "DTYPES": (out or param, param, param, param, *(state, state if uncertain else None) * 2),
             "OUTER_FROM_INNER": from_inner,
         },
         (param, param, param, *scores, *scores),
@@ -207,14 +191,13 @@ def cases() -> Iterator[Case]:
         roles = {"SENSITIVITY": dtype, "UNCERTAINTY": dtype if streams == 2 else None, "DISTANCE": distance}
         yield Case(f"count {kind} {dtype}", _count_kernel, roles, (dtype,) * streams)
     for dtype in PARAMETERS:
-        magnitudes = dict.fromkeys(("INNER_S", "INNER_U", "OUTER_S", "OUTER_U"), dtype)
-        magnitudes |= {"INNER_DISTANCE": True, "OUTER_DISTANCE": True}
+        distances = {"INNER_DISTANCE": True, "OUTER_DISTANCE": True}
         case = _fuse_case(_fuse_kernel, dtype, dtype)
         # The scores' four streams are those of the parameters, from the cache.
         yield replace(
             case,
             name=f"fuse by magnitudes {dtype}",
-            constants=case.constants | magnitudes,
+            constants=case.constants | distances,
             loads=(dtype,) * 3,
         )
     for dtype in PARAMETERS:
@@ -224,17 +207,14 @@ def cases() -> Iterator[Case]:
 def _bracket_cases(dtype: tl.dtype, kind: str, streams: int, distance: bool) -> Iterator[Case]:
     """What finds thresholds by brackets, of scores alone and of both sides of a fusion."""
     parts = dtype, dtype if streams == 2 else None
-    inner = dict(zip(("INNER_S", "INNER_U"), parts, strict=True)) | {"DISTANCE": distance}
-    none = dict.fromkeys(("OUTER_S", "OUTER_U", "OUT", "BASE", "INNER", "OUTER"))
-    alone = inner | none | {"ROLE": 0}
+    alone = {"DTYPES": parts, "ROLE": 0, "SIDES": 1, "DISTANCE": distance}
     yield Case(
         f"bracketed scores {kind} {dtype}", _bracketed_scores_kernel, alone, (dtype,) * streams, config=FUSE
     )
     forms = {"": alone}
     if not distance:
-        outer = dict(zip(("OUTER_S", "OUTER_U"), parts, strict=True))
-        both = dict.fromkeys(("OUT", "BASE", "INNER", "OUTER"), dtype)
-        forms[" of both sides"] = inner | outer | both | {"ROLE": INNER_SCORE}
+        both = (dtype,) * INNER_SCORE + parts * 2
+        forms[" of both sides"] = alone | {"DTYPES": both, "ROLE": INNER_SCORE, "SIDES": 2}
     for suffix, constants in forms.items():
         for name, kernel in (
             ("sample", _sample_kernel),
@@ -353,7 +333,11 @@ def _widths(accesses: Counter[int]) -> str:
     return " ".join(f"{number}x{bits}" for bits, number in sorted(accesses.items(), reverse=True)) or "-"
 
 
-def _argument_type(name: str, constants: dict[str, Any]) -> str:
+# Number of floats in the arguments that are tuples.
+TUPLES = {"weights": 8, "smoothing": 4, "constants": len(AdamWConstants._fields)}
+
+
+def _argument_type(name: str, constants: dict[str, Any]) -> str | tuple[str, ...]:
     if name in constants:
         return "constexpr"
     words = {"chunk_tensors_ptr", "indices_ptr", "prefixes_ptr", "samples_ptr"}
@@ -366,8 +350,9 @@ def _argument_type(name: str, constants: dict[str, Any]) -> str:
         return "*fp64" if name.endswith("norms_ptr") else "*i64"
     if name in ("start", "numel", "capacity", "k"):
         return "i64"
-    floats = ("keep", "take", "w_", "fraction", "spread", "importance_", "decay", "unbias", "eps", "step_")
-    return "fp32" if name.startswith(floats) else "i32"
+    if name in TUPLES:
+        return ("fp32",) * TUPLES[name]
+    return "fp32" if name in ("fraction", "spread") else "i32"
 
 
 def _expected(dtypes: tuple[tl.dtype, ...], elements: int) -> Counter[int]:

@@ -17,7 +17,7 @@ from bench.common.timing import captured, copy_gbps, plan, seconds
 from bench.kernels.measure import Budget
 from bench.kernels.operations import DTYPES, OPERATIONS, bytes_per_element
 from bench.kernels.shapes import fitted
-from rkif_kernels import FusionInputs, ImportanceInputs, order_statistic_k
+from rkif_kernels import FusionInputs, ImportanceInputs, MergeRule, Smoothing, order_statistic_k
 from rkif_kernels.backends.choose import available
 from rkif_kernels.backends.triton.launch import FUSE, STREAM, LaunchConfig
 from rkif_kernels.types import Scores
@@ -133,10 +133,8 @@ def _observe(device: torch.device) -> Callable[..., Any]:
 
     nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def run(config: LaunchConfig, *lists: Any, **betas: Any) -> None:
-        kernels.update_importance_(
-            ImportanceInputs(*lists), order="first", nonfinite=nonfinite, config=config, **betas
-        )
+    def run(config: LaunchConfig, *lists: Any, beta1: float, beta2: float) -> None:
+        kernels.update_importance_(ImportanceInputs(*lists), Smoothing(beta1, beta2), nonfinite, config)
 
     return run
 
@@ -156,9 +154,7 @@ def _fuse(device: torch.device) -> Callable[..., Any]:
 
     def run(config: LaunchConfig, out: list[Tensor], *inputs: Any, density: float, weights: Any) -> Any:
         k = order_statistic_k(sum(t.numel() for t in out), density)
-        return kernels.select_and_fuse_(
-            FusionInputs(out, *inputs), k=k, weights=weights, outer_from="inner", config=config
-        )
+        return kernels.select_and_fuse_(FusionInputs(out, *inputs), k, MergeRule(weights, "inner"), config)
 
     return run
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.kernels.baselines import QUANTILE_LIMIT, all_scores
 from bench.kernels.equality import chunks, exact_threshold, rank_range, require_close, require_same_bits
 from bench.kernels.shapes import Shape, ShapeSet
-from rkif_kernels import FusionInputs, ImportanceInputs, Scores, order_statistic_k
+from rkif_kernels import FusionInputs, ImportanceInputs, MergeRule, Scores, Smoothing, order_statistic_k
 from rkif_kernels.backends import reference
 from rkif_kernels.backends.reference.select import score_values
 from rkif_kernels.types import CaseWeights
@@ -115,9 +115,8 @@ class Observe(Operation):
         run(self.params, self.grads[0], self.s, self.u, beta1=BETA, beta2=BETA)
         require = require_same_bits if exact else require_close
         bad = torch.zeros((), dtype=torch.int64, device=self.device)
-        settings: dict[str, Any] = {"beta1": BETA, "beta2": BETA, "order": "first", "nonfinite": bad}
         for w, g, s, u, got_s, got_u in chunks(self.params, self.grads[0], *before, self.s, self.u):
-            reference.update_importance_(ImportanceInputs([w], [g], [s], [u]), **settings)
+            reference.update_importance_(ImportanceInputs([w], [g], [s], [u]), Smoothing(BETA, BETA), bad)
             require("S", got_s, s)
             require("U", got_u, u)
 
@@ -185,9 +184,8 @@ class Fuse(Operation):
             with torch.device(self.device):
                 counts += reference.fuse_(
                     FusionInputs([expected], [b], [i], [o], *pair),
-                    thresholds=(limits[0], limits[1]),
-                    weights=WEIGHTS,
-                    outer_from="inner",
+                    (limits[0], limits[1]),
+                    MergeRule(WEIGHTS, "inner"),
                 ).counts
             if exact:
                 require_same_bits("fused", got, expected)

@@ -32,7 +32,16 @@ from rkif_kernels import (
 from rkif_kernels.backends import reference
 from rkif_kernels.backends.choose import available
 from rkif_kernels.checks import PARAMETER_DTYPES, STATE_DTYPES
-from rkif_kernels.types import Backend, CaseWeights, FuseStats, Order, OuterFrom, Scope
+from rkif_kernels.types import (
+    Backend,
+    CaseWeights,
+    FuseStats,
+    MergeRule,
+    Order,
+    OuterFrom,
+    Scope,
+    Smoothing,
+)
 
 # Elements of a tensor at most: on a GPU enough for a single pass, on a CPU what the reference sorts quickly.
 LARGEST = {"cuda": 12_000_000, "cpu": 300_000}
@@ -201,13 +210,13 @@ def check_replay(case: Case, device: torch.device, backend: Backend) -> None:
     state = scores.sensitivity, scores.uncertainty
     none = torch.zeros(1, dtype=torch.int64)
     reference.update_importance_(
-        ImportanceInputs(case.params[1], case.grads, *state), nonfinite=none, **observing
+        ImportanceInputs(case.params[1], case.grads, *state), Smoothing(**observing), none
     )
     updated = replace(case, sides=(scores, case.sides[1]))
     limits = [_expected_thresholds(updated, side) for side in updated.sides]
     wanted = [torch.full_like(tensor, torch.nan) for tensor in case.params[0]]
     expected = reference.fuse_(
-        FusionInputs(wanted, *case.params, *updated.sides), thresholds=(limits[0], limits[1]), **fusing
+        FusionInputs(wanted, *case.params, *updated.sides), (limits[0], limits[1]), MergeRule(**fusing)
     )
     _require_all("replayed, S and U", _all([sides[0]]), _all([scores]))
     for name, found, limit in zip(("inner", "outer"), stats[-1].thresholds, limits, strict=True):
@@ -246,7 +255,7 @@ def _check_observe(case: Case, device: torch.device, backend: Backend) -> None:
     got_bad = wanted_bad.to(device, copy=True)
     settings: dict[str, Any] = {"beta1": case.betas[0], "beta2": case.betas[1], "order": case.order}
     reference.update_importance_(
-        ImportanceInputs(params, case.grads, wanted_s, wanted_u), nonfinite=wanted_bad, **settings
+        ImportanceInputs(params, case.grads, wanted_s, wanted_u), Smoothing(**settings), wanted_bad
     )
     grads = [None if grad is None else grad.to(device) for grad in case.grads]
     moved = _copies(device, params)
@@ -263,7 +272,7 @@ def _check_fuse(
     wanted = [torch.full_like(tensor, torch.nan) for tensor in base]
     settings: dict[str, Any] = {"weights": case.weights, "outer_from": case.outer_from}
     stats = reference.fuse_(
-        FusionInputs(wanted, *case.params, *case.sides), thresholds=thresholds, **settings
+        FusionInputs(wanted, *case.params, *case.sides), thresholds, MergeRule(**settings)
     )
     inputs: list[Any] = [_copies(device, tensors) for tensors in case.params]
     inputs += [_on(device, scores) for scores in case.sides]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +15,12 @@ from rkif_kernels.checks import (
     STATE_DTYPES,
     Arguments,
     ValidatedLists,
-    require_choice,
     require_disjoint,
-    require_fraction,
     require_writable,
 )
 from rkif_kernels.numerics import float32
-from rkif_kernels.types import AdamWConstants, AdamWInputs, Backend, Order
+from rkif_kernels.ops.importance import require_smoothing
+from rkif_kernels.types import AdamWConstants, AdamWInputs, Backend, Order, Smoothing
 
 _validated = ValidatedLists()
 
@@ -82,23 +81,14 @@ def adamw_(
     inputs = AdamWInputs(params, grads, exp_avg, exp_avg_sq, sensitivity, uncertainty)
     _validate(inputs, names)
     device = inputs.device
-    require_fraction("beta1", beta1)
-    require_fraction("beta2", beta2)
-    require_choice("order", order, get_args(Order))
     if sensitivity is not None and nonfinite is None:
         raise ValueError("nonfinite must be given with sensitivity; got None")
     if nonfinite is None:
         nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
-    if nonfinite.dtype != torch.int64 or nonfinite.numel() != 1 or nonfinite.device != device:
-        raise ValueError(
-            f"nonfinite must be one int64 on {device}; "
-            f"got {nonfinite.dtype} {tuple(nonfinite.shape)} on {nonfinite.device}"
-        )
-    require_writable(Arguments(), "nonfinite", [nonfinite])
+    smoothing = Smoothing(beta1, beta2, order)
+    require_smoothing(smoothing, nonfinite, device)
     with torch.no_grad(), on_device(device):
-        implementation(device, backend).adamw_(
-            inputs, constants, beta1=beta1, beta2=beta2, order=order, nonfinite=nonfinite
-        )
+        implementation(device, backend).adamw_(inputs, constants, smoothing, nonfinite)
 
 
 def adamw_constants(

@@ -20,7 +20,17 @@ from rkif_kernels.checks import (
 )
 from rkif_kernels.ops.select import order_statistic_k, score_thresholds
 from rkif_kernels.profiling import profiled
-from rkif_kernels.types import CASES, Backend, CaseWeights, FuseStats, FusionInputs, OuterFrom, Scope, Scores
+from rkif_kernels.types import (
+    CASES,
+    Backend,
+    CaseWeights,
+    FuseStats,
+    FusionInputs,
+    MergeRule,
+    OuterFrom,
+    Scope,
+    Scores,
+)
 
 _validated = ValidatedLists()
 
@@ -63,8 +73,11 @@ def fuse_(
         TypeError, ValueError: for tensors that do not fit together, or outputs that overlap each other or
             another parameter's input; nothing has been written then.
     """
-    inputs = FusionInputs(out, base, inner, outer, inner_scores, outer_scores)
-    _require_fusion(inputs, weights, outer_from, names)
+    inputs, rule = (
+        FusionInputs(out, base, inner, outer, inner_scores, outer_scores),
+        MergeRule(weights, outer_from),
+    )
+    _require_fusion(inputs, rule, names)
     device = inputs.device
     for side, threshold in zip(("inner", "outer"), thresholds, strict=True):
         right = threshold.dtype == torch.float32 and threshold.shape in ((1,), (len(out),))
@@ -74,7 +87,7 @@ def fuse_(
                 f"got {threshold.dtype} {tuple(threshold.shape)} on {threshold.device}"
             )
     with profiled("rkif.fuse", device):
-        return _fuse(inputs, thresholds, weights, outer_from, backend)
+        return _fuse(inputs, thresholds, rule, backend)
 
 
 def select_and_fuse_(
@@ -112,8 +125,11 @@ def select_and_fuse_(
             density, scope, [weight for pair in weights for weight in pair], outer_from, backend,
         )  # fmt: skip
         return FuseStats(counts, squared_norms, (thresholds[0], thresholds[1]))
-    inputs = FusionInputs(out, base, inner, outer, inner_scores, outer_scores)
-    _require_fusion(inputs, weights, outer_from, names)
+    inputs, rule = (
+        FusionInputs(out, base, inner, outer, inner_scores, outer_scores),
+        MergeRule(weights, outer_from),
+    )
+    _require_fusion(inputs, rule, names)
     require_fraction("density", density)
     require_choice("scope", scope, get_args(Scope))
     device = inputs.device
@@ -125,37 +141,26 @@ def select_and_fuse_(
     with profiled("rkif.fuse", device):
         if hasattr(module, "select_and_fuse_") and scope == "global" and 0 < density < 1 and numel and apart:
             with torch.no_grad(), on_device(device):
-                stats: FuseStats = module.select_and_fuse_(
-                    inputs, k=order_statistic_k(numel, density), weights=weights, outer_from=outer_from
-                )
+                stats: FuseStats = module.select_and_fuse_(inputs, order_statistic_k(numel, density), rule)
             return stats
         inner_threshold, outer_threshold = (
             score_thresholds(scores, density=density, scope=scope, names=names, backend=backend)
             for scores in (inner_scores, outer_scores)
         )
-        return _fuse(inputs, (inner_threshold, outer_threshold), weights, outer_from, backend)
+        return _fuse(inputs, (inner_threshold, outer_threshold), rule, backend)
 
 
 def _fuse(
-    inputs: FusionInputs,
-    thresholds: tuple[Tensor, Tensor],
-    weights: CaseWeights,
-    outer_from: OuterFrom,
-    backend: Backend,
+    inputs: FusionInputs, thresholds: tuple[Tensor, Tensor], rule: MergeRule, backend: Backend
 ) -> FuseStats:
     with torch.no_grad(), on_device(inputs.device):
         stats: FuseStats = implementation(inputs.device, backend).fuse_(
-            inputs,
-            thresholds=(thresholds[0].contiguous(), thresholds[1].contiguous()),
-            weights=weights,
-            outer_from=outer_from,
+            inputs, (thresholds[0].contiguous(), thresholds[1].contiguous()), rule
         )
     return stats
 
 
-def _require_fusion(
-    inputs: FusionInputs, weights: CaseWeights, outer_from: OuterFrom, names: Sequence[str] | None
-) -> None:
+def _require_fusion(inputs: FusionInputs, rule: MergeRule, names: Sequence[str] | None) -> None:
     """Check everything that both fusions share."""
     arguments = Arguments(names)
     key = _validated.key(out=inputs.out, **inputs.read)
@@ -166,6 +171,6 @@ def _require_fusion(
         require_disjoint(arguments, inputs.out, inputs.read)
         require_writable(arguments, "out", inputs.out)
         _validated.add(key)
-    for case, pair in zip(CASES, weights, strict=True):
+    for case, pair in zip(CASES, rule.weights, strict=True):
         require_weights(f"weights for {case!r}", pair)
-    require_choice("outer_from", outer_from, get_args(OuterFrom))
+    require_choice("outer_from", rule.outer_from, get_args(OuterFrom))

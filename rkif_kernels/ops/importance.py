@@ -19,7 +19,7 @@ from rkif_kernels.checks import (
     require_writable,
 )
 from rkif_kernels.profiling import profiled
-from rkif_kernels.types import Backend, ImportanceInputs, Order
+from rkif_kernels.types import Backend, ImportanceInputs, Order, Smoothing
 
 _validated = ValidatedLists()
 
@@ -71,21 +71,15 @@ def update_importance_(
         update(params, grads, sensitivity, uncertainty or [], beta1, beta2, order, nonfinite, backend)
         return
     inputs = ImportanceInputs(params, grads, sensitivity, uncertainty)
-    require_importance(inputs, beta1, beta2, order, nonfinite, names)
+    smoothing = Smoothing(beta1, beta2, order)
+    require_importance(inputs, smoothing, nonfinite, names)
     device = inputs.device
     with torch.no_grad(), on_device(device), profiled("rkif.observe", device):
-        implementation(device, backend).update_importance_(
-            inputs, beta1=beta1, beta2=beta2, order=order, nonfinite=nonfinite
-        )
+        implementation(device, backend).update_importance_(inputs, smoothing, nonfinite)
 
 
 def require_importance(
-    inputs: ImportanceInputs,
-    beta1: float,
-    beta2: float,
-    order: Order,
-    nonfinite: Tensor,
-    names: Sequence[str] | None,
+    inputs: ImportanceInputs, smoothing: Smoothing, nonfinite: Tensor, names: Sequence[str] | None
 ) -> None:
     """Check the arguments of :func:`update_importance_`."""
     params, grads, sensitivity, uncertainty = (
@@ -110,10 +104,14 @@ def require_importance(
             require_disjoint(arguments, states, others | rest, argument, counterparts=False)
             require_writable(arguments, argument, states)
         _validated.add(key)
-    device = inputs.device
-    require_fraction("beta1", beta1)
-    require_fraction("beta2", beta2)
-    require_choice("order", order, get_args(Order))
+    require_smoothing(smoothing, nonfinite, inputs.device)
+
+
+def require_smoothing(smoothing: Smoothing, nonfinite: Tensor, device: torch.device) -> None:
+    """Check the settings of an update of the importance, and its counter."""
+    require_fraction("beta1", smoothing.beta1)
+    require_fraction("beta2", smoothing.beta2)
+    require_choice("order", smoothing.order, get_args(Order))
     if nonfinite.dtype != torch.int64 or nonfinite.numel() != 1 or nonfinite.device != device:
         raise ValueError(
             f"nonfinite must be one int64 on {device}; "

@@ -15,7 +15,7 @@ from torch._C._dynamo.guards import TensorGuards
 from rkif_kernels.backends.choose import implementation, on_device
 from rkif_kernels.ops.importance import require_importance
 from rkif_kernels.profiling import profiled
-from rkif_kernels.types import Backend, ImportanceInputs, Order
+from rkif_kernels.types import Backend, ImportanceInputs, Order, Smoothing
 
 
 class ImportancePlan:
@@ -52,7 +52,9 @@ class ImportancePlan:
         backend: Backend = "auto",
     ) -> None:
         self._states = sensitivity, uncertainty
-        self._beta1, self._beta2, self._order, self._nonfinite = beta1, beta2, order, nonfinite
+        self._smoothing, self._nonfinite = Smoothing(beta1, beta2, order), nonfinite
+        # With nothing taken of the new, S and U are written back as they were: 1*S + 0*I.
+        self._frozen = Smoothing(1.0, 1.0, order)
         self._names, self._backend = names, backend
         self._lock = threading.Lock()
         self._bound: _Bound | None = None
@@ -70,8 +72,7 @@ class ImportancePlan:
             params, grads: as for :func:`rkif_kernels.update_importance_`.
             frozen: leave S and U as they are, and only count what is not finite.
         """
-        # With nothing taken of the new, S and U are written back as they were: 1*S + 0*I.
-        beta1, beta2 = (1.0, 1.0) if frozen else (self._beta1, self._beta2)
+        smoothing = self._frozen if frozen else self._smoothing
         with self._lock:
             bound, moved = self._bound, False
             places = _addresses(params), _addresses(grads)
@@ -83,7 +84,7 @@ class ImportancePlan:
             self._bound = None
             device = self._nonfinite.device
             with on_device(device), profiled("rkif.observe", device):
-                bound.prepared.launch(params, grads, beta1, beta2, moved=moved)
+                bound.prepared.launch(params, grads, smoothing, moved=moved)
             self._bound = bound
         torch.autograd.graph.increment_version(self._owners)
 
@@ -94,14 +95,14 @@ class ImportancePlan:
         places: tuple[list[int], list[int]],
     ) -> _Bound:
         inputs = ImportanceInputs(list(params), list(grads), *self._states)
-        require_importance(inputs, self._beta1, self._beta2, self._order, self._nonfinite, self._names)
+        require_importance(inputs, self._smoothing, self._nonfinite, self._names)
         module = implementation(inputs.device, self._backend)
         with torch.no_grad(), on_device(inputs.device):
             make = getattr(module, "PreparedUpdate", None)
             prepared: Prepared = (
-                make(inputs, self._nonfinite, self._order, self._captured)
+                make(inputs, self._smoothing.order, self._nonfinite, self._captured)
                 if make is not None
-                else _Unprepared(module, inputs, self._nonfinite, self._order)
+                else _Unprepared(module, inputs, self._nonfinite)
             )
         same_params, same_grads = _same_kind(params), _same_kind(grads)
         return _Bound(prepared, *places, lambda new, gradients: same_params(new) and same_grads(gradients))
@@ -114,8 +115,7 @@ class Prepared(Protocol):
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-        beta1: float,
-        beta2: float,
+        smoothing: Smoothing,
         *,
         moved: bool,
     ) -> None:
@@ -126,8 +126,8 @@ class Prepared(Protocol):
 class _Unprepared:
     """For a backend that has nothing to prepare."""
 
-    def __init__(self, module: ModuleType, inputs: ImportanceInputs, nonfinite: Tensor, order: Order) -> None:
-        self._module, self._nonfinite, self._order = module, nonfinite, order
+    def __init__(self, module: ModuleType, inputs: ImportanceInputs, nonfinite: Tensor) -> None:
+        self._module, self._nonfinite = module, nonfinite
         self._states = inputs.sensitivity, inputs.uncertainty
 
     @torch.no_grad()
@@ -135,15 +135,12 @@ class _Unprepared:
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-        beta1: float,
-        beta2: float,
+        smoothing: Smoothing,
         *,
         moved: bool,
     ) -> None:
         inputs = ImportanceInputs(params, grads, *self._states)
-        self._module.update_importance_(
-            inputs, beta1=beta1, beta2=beta2, order=self._order, nonfinite=self._nonfinite
-        )
+        self._module.update_importance_(inputs, smoothing, self._nonfinite)
 
 
 class _Bound(NamedTuple):

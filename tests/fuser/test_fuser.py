@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rkif
 from rkif import Fuser, FusionConfig
-from rkif_kernels import ImportanceInputs
+from rkif_kernels import ImportanceInputs, Smoothing
 from rkif_kernels.backends import reference
 
 PRESETS = [FusionConfig.paper(), FusionConfig.release()]
@@ -343,10 +343,8 @@ def test_every_setting_has_its_effect(changes: dict[str, Any]) -> None:
             with torch.no_grad():
                 reference.update_importance_(
                     ImportanceInputs(list(parameters.values()), [p.grad for p in parameters.values()], s, u),
-                    beta1=config.beta1,
-                    beta2=config.beta2,
-                    order=config.order,
-                    nonfinite=torch.zeros((), dtype=torch.int64),
+                    Smoothing(config.beta1, config.beta2, config.order),
+                    torch.zeros((), dtype=torch.int64),
                 )
             optimizer.step()
             optimizer.zero_grad()

@@ -21,7 +21,7 @@ from kernel_cases import (
 from torch import Tensor
 
 import rkif_kernels
-from rkif_kernels import AdamWInputs, ImportanceInputs, adamw_constants
+from rkif_kernels import AdamWInputs, ImportanceInputs, Smoothing, adamw_constants
 from rkif_kernels.backends import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -42,12 +42,10 @@ def check(
     ``states`` are m, v, and S and U if they are followed.
     """
     constants = adamw_constants(**{**SETTINGS, **changes})
-    settings = {**IMPORTANCE, "order": order}
+    smoothing = Smoothing(**IMPORTANCE, order=order)
     expected = [on("cpu", params), *(on("cpu", tensors) for tensors in states)]
     expected_bad = torch.zeros((), dtype=torch.int64)
-    reference.adamw_(
-        AdamWInputs(expected[0], grads, *expected[1:]), constants, nonfinite=expected_bad, **settings
-    )
+    reference.adamw_(AdamWInputs(expected[0], grads, *expected[1:]), constants, smoothing, expected_bad)
 
     device = implementation.device
     got = [Guarded(tensors, device) for tensors in (params, *states)]
@@ -55,8 +53,8 @@ def check(
     implementation.adamw_(
         AdamWInputs(got[0].tensors, on(device, grads), *(guarded.tensors for guarded in got[1:])),
         constants,
-        nonfinite=bad,
-        **settings,
+        smoothing,
+        bad,
     )
     for guarded, wanted in zip(got, expected, strict=True):
         assert_same_bits(guarded.tensors, wanted)
@@ -155,9 +153,8 @@ def compare_default_launch(backend: Any, device: str, n: int) -> None:
     reference.adamw_(
         AdamWInputs(expected[0], grads, *expected[1:]),
         adamw_constants(**SETTINGS),
-        **IMPORTANCE,
-        order="first",
-        nonfinite=bad,
+        Smoothing(**IMPORTANCE),
+        bad,
     )
     got = [on(device, params), *(on(device, state) for state in states)]
     rkif_kernels.adamw_(
@@ -174,13 +171,12 @@ def test_importance_is_that_of_an_update_before_the_step(implementation: Any) ->
     bad = torch.zeros((), dtype=torch.int64, device=device)
     implementation.update_importance_(
         ImportanceInputs(on(device, params), on(device, grads), s, u),
-        **IMPORTANCE,
-        order="first",
-        nonfinite=bad,
+        Smoothing(**IMPORTANCE),
+        bad,
     )
     got = [on(device, state) for state in states]
     inputs = AdamWInputs(on(device, params), on(device, grads), *got)
-    implementation.adamw_(inputs, adamw_constants(**SETTINGS), **IMPORTANCE, order="first", nonfinite=bad)
+    implementation.adamw_(inputs, adamw_constants(**SETTINGS), Smoothing(**IMPORTANCE), bad)
     assert torch.equal(got[2][0], s[0])
     assert torch.equal(got[3][0], u[0])
     assert not torch.equal(got[2][0].cpu(), states[2][0])

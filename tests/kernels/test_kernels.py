@@ -24,7 +24,7 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from rkif_kernels import FusionInputs, ImportanceInputs, Scores, magnitudes
+from rkif_kernels import FusionInputs, ImportanceInputs, MergeRule, Scores, Smoothing, magnitudes
 from rkif_kernels.backends import reference
 from rkif_kernels.backends import torch as torch_backend
 from rkif_kernels.backends.triton.table import aligned, tables
@@ -37,11 +37,11 @@ RELEASE = ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5))
 
 def check_update(implementation: Any, params, grads, s, u, order="first", beta1=0.85, beta2=0.55) -> int:
     """Run one update by the implementation and by the reference; returns the non-finite count."""
-    settings = {"beta1": beta1, "beta2": beta2, "order": order}
+    smoothing = Smoothing(beta1, beta2, order)
     expected_s, expected_u = on("cpu", s), on("cpu", u)
     expected_bad = torch.zeros((), dtype=torch.int64)
     reference.update_importance_(
-        ImportanceInputs(params, grads, expected_s, expected_u), nonfinite=expected_bad, **settings
+        ImportanceInputs(params, grads, expected_s, expected_u), smoothing, expected_bad
     )
 
     device = implementation.device
@@ -51,8 +51,8 @@ def check_update(implementation: Any, params, grads, s, u, order="first", beta1=
         ImportanceInputs(
             on(device, params), on(device, grads), got_s.tensors, got_u.tensors if u is not None else None
         ),
-        nonfinite=bad,
-        **settings,
+        smoothing,
+        bad,
     )
     assert_same_bits(got_s.tensors, expected_s)
     assert_same_bits(got_u.tensors, expected_u or [])
@@ -139,10 +139,8 @@ def leaves_bfloat16_denormals(params, grads, s, u, order, beta1, beta2) -> bool:
     u = on("cpu", u)
     reference.update_importance_(
         ImportanceInputs(params, grads, on("cpu", s), u),
-        nonfinite=torch.zeros((), dtype=torch.int64),
-        beta1=beta1,
-        beta2=beta2,
-        order=order,
+        Smoothing(beta1, beta2, order),
+        torch.zeros((), dtype=torch.int64),
     )
     return any(((tensor != 0) & (tensor.abs() < torch.finfo(tensor.dtype).tiny)).any() for tensor in u)
 
@@ -307,11 +305,11 @@ def check_fuse(
     device = implementation.device
     fresh = [torch.full_like(b, torch.nan, dtype=out_dtype or b.dtype) for b in base]
     expected = on("cpu", fresh)
-    settings = {"weights": weights, "outer_from": outer_from}
+    rule = MergeRule(weights, outer_from)
     wanted = reference.fuse_(
         FusionInputs(expected, base, inner, outer, inner_scores, outer_scores),
-        thresholds=thresholds,
-        **settings,
+        thresholds,
+        rule,
     )
     got = Guarded(fresh, device)
     stats = implementation.fuse_(
@@ -323,8 +321,8 @@ def check_fuse(
             scores_on(device, inner_scores),
             scores_on(device, outer_scores),
         ),
-        thresholds=tuple(t.to(device) for t in thresholds),
-        **settings,
+        tuple(t.to(device) for t in thresholds),
+        rule,
     )
     assert_same_bits(got.tensors, expected)
     got.assert_edges_untouched()
@@ -417,18 +415,16 @@ def test_fuse_of_values_that_are_not_finite(implementation: Any) -> None:
         arguments["base"][0][position], arguments["inner"][0][position] = a, b
     device = implementation.device
     out, expected = [torch.zeros(CHUNK + 9, device=device)], [torch.zeros(CHUNK + 9)]
-    settings = {"weights": PAPER, "outer_from": "inner"}
+    rule = MergeRule(PAPER, "inner")
     thresholds = arguments.pop("thresholds")
-    reference.fuse_(FusionInputs(expected, *arguments.values()), thresholds=thresholds, **settings)
+    reference.fuse_(FusionInputs(expected, *arguments.values()), thresholds, rule)
     moved = [
         Scores(on(device, a.sensitivity), on(device, a.uncertainty))
         if isinstance(a, Scores)
         else on(device, a)
         for a in arguments.values()
     ]
-    implementation.fuse_(
-        FusionInputs(out, *moved), thresholds=tuple(t.to(device) for t in thresholds), **settings
-    )
+    implementation.fuse_(FusionInputs(out, *moved), tuple(t.to(device) for t in thresholds), rule)
     assert_same_bits(out, expected)
 
 
@@ -436,9 +432,9 @@ def test_fuse_of_values_that_are_not_finite(implementation: Any) -> None:
 def test_fuse_over_one_of_its_inputs(implementation: Any, target: str) -> None:
     arguments = fuse_arguments([CHUNK + 9, 4], torch.bfloat16)
     expected = on("cpu", arguments["base"])
-    settings = {"weights": RELEASE, "outer_from": "inner"}
+    rule = MergeRule(RELEASE, "inner")
     thresholds = arguments.pop("thresholds")
-    reference.fuse_(FusionInputs(expected, *arguments.values()), thresholds=thresholds, **settings)
+    reference.fuse_(FusionInputs(expected, *arguments.values()), thresholds, rule)
     device = implementation.device
     moved = {
         name: Scores(on(device, a.sensitivity), on(device, a.uncertainty))
@@ -448,8 +444,8 @@ def test_fuse_over_one_of_its_inputs(implementation: Any, target: str) -> None:
     }
     implementation.fuse_(
         FusionInputs(moved[target], *moved.values()),
-        thresholds=tuple(t.to(device) for t in thresholds),
-        **settings,
+        tuple(t.to(device) for t in thresholds),
+        rule,
     )
     assert_same_bits(moved[target], expected)
 
@@ -477,9 +473,8 @@ def test_splitting_tensors_changes_nothing(
         out = [torch.empty_like(part) for part in parts["b"]]
         stats = implementation.fuse_(
             FusionInputs(out, *parts.values(), scores, scores),
-            thresholds=(threshold, threshold),
-            weights=RELEASE,
-            outer_from="inner",
+            (threshold, threshold),
+            MergeRule(RELEASE, "inner"),
         )
         results.append((threshold, torch.cat(out), stats.counts))
     for one, other in zip(*results, strict=True):

@@ -13,7 +13,7 @@ import torch
 from kernel_cases import CHUNK, CONFIG, assert_same_bits, normal, on, positive
 
 import rkif
-from rkif_kernels import FusionInputs, ImportanceInputs, Scores
+from rkif_kernels import FusionInputs, ImportanceInputs, MergeRule, Scores, Smoothing
 from rkif_kernels.backends import reference
 from rkif_kernels.backends import triton as kernels
 from rkif_kernels.backends.triton import (
@@ -32,7 +32,7 @@ from rkif_kernels.backends.triton.launch import BRACKETING
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = replace(BRACKETING, min_numel=1, sample_stride=2, run=1)
-RULE = {"weights": ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5)), "outer_from": "inner"}
+RULE = MergeRule(((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5)), "inner")
 
 
 @pytest.fixture
@@ -93,10 +93,8 @@ def everything(a: dict[str, Any]) -> None:
     zero = torch.zeros((), dtype=torch.int64, device=DEVICE)
     kernels.update_importance_(
         ImportanceInputs(a["base"], a["inner"], s, None),
-        beta1=0.5,
-        beta2=0.5,
-        order="first",
-        nonfinite=zero,
+        Smoothing(0.5),
+        zero,
         config=CONFIG,
     )
     numel = sum(t.numel() for t in s)
@@ -106,10 +104,10 @@ def everything(a: dict[str, Any]) -> None:
         filled, ks=[t.numel() // 2 for t in filled.sensitivity], per_tensor=True, config=CONFIG
     )
     limits = (torch.zeros(1, device=DEVICE),) * 2
-    kernels.fuse_(FusionInputs(*a.values()), thresholds=limits, config=CONFIG, **RULE)
+    kernels.fuse_(FusionInputs(*a.values()), limits, RULE, config=CONFIG)
     for bracketing in (SMALL, BRACKETING):
         kernels.select_and_fuse_(
-            FusionInputs(*a.values()), k=numel // 2, config=CONFIG, bracketing=bracketing, **RULE
+            FusionInputs(*a.values()), numel // 2, RULE, config=CONFIG, bracketing=bracketing
         )
     kernels.count_scores_(
         torch.zeros(6, dtype=torch.int64, device=DEVICE), a["s_in"], low=0, shift=9, config=CONFIG
@@ -180,11 +178,10 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     (limit,) = reference.score_thresholds(scores, ks=[100], per_tensor=False)
     limits = (limit[None], limit[None])
     expected = [torch.empty_like(b) for b in base]
-    reference.fuse_(FusionInputs(expected, base, inner, outer, scores, scores), thresholds=limits, **RULE)
+    reference.fuse_(FusionInputs(expected, base, inner, outer, scores, scores), limits, RULE)
     states = on("cpu", scores.sensitivity)
-    betas = {"beta1": 0.5, "beta2": 0.5, "order": "first"}
     bad = torch.zeros((), dtype=torch.int64)
-    reference.update_importance_(ImportanceInputs(base, inner, states, None), nonfinite=bad, **betas)
+    reference.update_importance_(ImportanceInputs(base, inner, states, None), Smoothing(0.5), bad)
 
     tables_of = table.tables
     for module in (fuse, importance, radix, thresholds):
@@ -194,13 +191,13 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     found = kernels.score_thresholds(there, ks=[100], per_tensor=False, config=CONFIG)
     assert found.item() == limit.item()
     out = [torch.full_like(b, torch.nan) for b in moved[0]]
-    kernels.fuse_(FusionInputs(out, *moved, there, there), thresholds=(found, found), config=CONFIG, **RULE)
+    kernels.fuse_(FusionInputs(out, *moved, there, there), (found, found), RULE, config=CONFIG)
     assert_same_bits(out, expected)
     kernels.update_importance_(
         ImportanceInputs(moved[0], moved[1], there.sensitivity, None),
-        nonfinite=bad.to(DEVICE),
+        Smoothing(0.5),
+        bad.to(DEVICE),
         config=CONFIG,
-        **betas,
     )
     assert_same_bits(there.sensitivity, states)
 
@@ -224,10 +221,10 @@ def test_positions_beyond_32_bits_in_a_single_pass(before: int, monkeypatch: pyt
         out = [torch.full_like(b, torch.nan) for b in base]
         stats = kernels.select_and_fuse_(
             FusionInputs(out, base, inner, outer, scores, scores),
-            k=200,
+            200,
+            RULE,
             config=CONFIG,
             bracketing=SMALL,
-            **RULE,
         )
         results.append(([t.cpu() for t in out], stats.counts.tolist()))
     assert_same_bits(results[1][0], results[0][0])
@@ -246,11 +243,9 @@ def test_nothing_waits_for_the_device_and_a_graph_can_be_captured() -> None:
     nonfinite = torch.zeros((), dtype=torch.int64, device="cuda")
 
     def step() -> Any:
-        kernels.update_importance_(
-            ImportanceInputs(base, inner, s, u), beta1=0.85, beta2=0.85, order="first", nonfinite=nonfinite
-        )
+        kernels.update_importance_(ImportanceInputs(base, inner, s, u), Smoothing(0.85, 0.85), nonfinite)
         return kernels.select_and_fuse_(
-            FusionInputs(out, base, inner, outer, scores, scores), rank=4_000_000, **RULE
+            FusionInputs(out, base, inner, outer, scores, scores), 4_000_000, RULE
         )
 
     step()
@@ -287,7 +282,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     s_in, s_out = Scores([s_in.abs_()]), Scores([s_out.abs_()])
     out = torch.full_like(base, torch.nan)
     k = int(0.8 * (n - 1))
-    stats = kernels.select_and_fuse_(FusionInputs([out], [base], [inner], [outer], s_in, s_out), k=k, **RULE)
+    stats = kernels.select_and_fuse_(FusionInputs([out], [base], [inner], [outer], s_in, s_out), k, RULE)
     for limit, scores in zip(stats.thresholds, (s_in, s_out), strict=True):
         below = sum(int((part.float() < limit).sum()) for part in scores.sensitivity[0].split(1 << 28))
         upto = sum(int((part.float() <= limit).sum()) for part in scores.sensitivity[0].split(1 << 28))
@@ -301,8 +296,8 @@ def test_more_than_two_to_the_31_elements() -> None:
                 *([t[part].cpu()] for t in (base, inner, outer)),
                 *(Scores([s.sensitivity[0][part].cpu()]) for s in (s_in, s_out)),
             ),
-            thresholds=tuple(limit.cpu() for limit in stats.thresholds),
-            **RULE,
+            tuple(limit.cpu() for limit in stats.thresholds),
+            RULE,
         )
         assert_same_bits([out[part]], expected)
     assert int(stats.counts.sum()) == n

@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernel_cases import NATIVE, Guarded, assert_same_bits, normal, positive
 
-from rkif_kernels import FusionInputs, ImportanceInputs, Scores
+from rkif_kernels import FusionInputs, ImportanceInputs, MergeRule, Scores, Smoothing
 from rkif_kernels.backends import native, reference
 from rkif_kernels.backends.native import fuse as native_fuse
 from rkif_kernels.backends.native.library import library, use_instructions
@@ -49,7 +49,7 @@ def test_tiles_are_shared_out_among_threads(threads: int, sizes: list[int]) -> N
     expected = [torch.empty_like(b) for b in base]
     limits = tuple(torch.tensor([limit]) for limit in (0.3, 0.7))
     arguments = (base, inner, outer, Scores(s, u), Scores(u))
-    settings = {"thresholds": limits, "weights": WEIGHTS, "outer_from": "inner"}
+    settings = {"thresholds": limits, "rule": MergeRule(WEIGHTS, "inner")}
     wanted = reference.fuse_(FusionInputs(expected, *arguments), **settings)
     got = native.fuse_(FusionInputs(out.tensors, *arguments), **settings)
     assert_same_bits(out.tensors, expected)
@@ -65,13 +65,13 @@ def test_tiles_are_shared_out_among_threads(threads: int, sizes: list[int]) -> N
     )
 
     states = [Guarded(s, "cpu"), Guarded(u, "cpu")]
-    betas = {"beta1": 0.85, "beta2": 0.55, "order": "first"}
+    smoothing = Smoothing(0.85, 0.55)
     bad, expected_bad = torch.zeros(2, 1, dtype=torch.int64)
     inner[-1][-1] = torch.inf
     native.update_importance_(
-        ImportanceInputs(base, inner, *(state.tensors for state in states)), nonfinite=bad, **betas
+        ImportanceInputs(base, inner, *(state.tensors for state in states)), smoothing, bad
     )
-    reference.update_importance_(ImportanceInputs(base, inner, s, u), nonfinite=expected_bad, **betas)
+    reference.update_importance_(ImportanceInputs(base, inner, s, u), smoothing, expected_bad)
     for state, wanted_state in zip(states, (s, u), strict=True):
         assert_same_bits(state.tensors, wanted_state)
         state.assert_edges_untouched()
@@ -90,7 +90,7 @@ def test_every_16_bit_number_is_read_as_it_is(dtype: torch.dtype, flush: bool) -
         pytest.skip("a bfloat16 denormal is one in float32, too, or this processor cannot flush")
     native.fuse_(
         FusionInputs(out, [every], [zero], [zero], Scores([zero]), Scores([zero])),
-        thresholds=(torch.zeros(1), torch.zeros(1)), weights=keep, outer_from="inner",
+        (torch.zeros(1), torch.zeros(1)), MergeRule(keep, "inner"),
     )  # fmt: skip
     torch.set_flush_denormal(False)
     # 0 * (0 - w) is added: no change to a finite number, NaN for an infinite one.
@@ -116,12 +116,12 @@ def test_16_bit_results_are_rounded_to_nearest_even(dtype: torch.dtype) -> None:
     take = ((1.0, 0.0),) * 4
     native.fuse_(
         FusionInputs(out, [zero], [values], [values], Scores([zero]), Scores([zero])),
-        thresholds=(torch.zeros(1), torch.zeros(1)), weights=take, outer_from="inner",
+        (torch.zeros(1), torch.zeros(1)), MergeRule(take, "inner"),
     )  # fmt: skip
     expected = [torch.empty(values.numel(), dtype=dtype)]
     reference.fuse_(
         FusionInputs(expected, [zero], [values], [values], Scores([zero]), Scores([zero])),
-        thresholds=(torch.zeros(1), torch.zeros(1)), weights=take, outer_from="inner",
+        (torch.zeros(1), torch.zeros(1)), MergeRule(take, "inner"),
     )  # fmt: skip
     assert_same_bits(out, expected)
 
@@ -129,9 +129,8 @@ def test_16_bit_results_are_rounded_to_nearest_even(dtype: torch.dtype) -> None:
 def test_more_threads_than_there_is_work_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.get_num_threads", lambda: 1000)
     ones, s = torch.ones(70 * TILE), torch.zeros(70 * TILE)
-    settings = {"beta1": 0.5, "beta2": 0.0, "order": "first"}
     native.update_importance_(
-        ImportanceInputs([ones], [ones], [s], None), nonfinite=torch.zeros(1, dtype=torch.int64), **settings
+        ImportanceInputs([ones], [ones], [s], None), Smoothing(0.5), torch.zeros(1, dtype=torch.int64)
     )
     assert (s == 0.5).all()
 
@@ -154,11 +153,9 @@ def check_single_pass(
     limits = tuple(reference.score_thresholds(filled(side), ks=[k], per_tensor=False) for side in sides)
     expected = [torch.empty_like(b) for b in base]
     out = Guarded([torch.full_like(b, torch.nan) for b in base], "cpu")
-    settings = {"weights": WEIGHTS, "outer_from": outer_from}
-    wanted = reference.fuse_(
-        FusionInputs(expected, base, inner, outer, *sides), thresholds=limits, **settings
-    )
-    got = native.select_and_fuse_(FusionInputs(out.tensors, base, inner, outer, *sides), k=k, **settings)
+    rule = MergeRule(WEIGHTS, outer_from)
+    wanted = reference.fuse_(FusionInputs(expected, base, inner, outer, *sides), limits, rule)
+    got = native.select_and_fuse_(FusionInputs(out.tensors, base, inner, outer, *sides), k, rule)
     assert_same_bits(out.tensors, expected)
     out.assert_edges_untouched()
     assert got.counts.tolist() == wanted.counts.tolist()
@@ -219,9 +216,8 @@ def test_a_score_that_is_no_number_counts_as_zero_in_the_single_pass() -> None:
         out = [torch.empty(n)]
         stats = native.select_and_fuse_(
             FusionInputs(out, base, inner, outer, scores, scores),
-            k=int(0.8 * n),
-            weights=WEIGHTS,
-            outer_from="inner",
+            int(0.8 * n),
+            MergeRule(WEIGHTS, "inner"),
         )
         results.append((out, stats.counts.tolist()))
     assert_same_bits(results[0][0], results[1][0])

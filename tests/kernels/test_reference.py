@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkif_kernels import FusionInputs, ImportanceInputs, Scores, order_statistic_k
+from rkif_kernels import FusionInputs, ImportanceInputs, MergeRule, Scores, Smoothing, order_statistic_k
 from rkif_kernels.backends import reference
 
 finite = st.floats(-1e4, 1e4, width=32)
@@ -22,10 +22,8 @@ def update(w: float, g: float, s: float, u: float, order: str, beta1: float = 0.
     nonfinite = torch.zeros(1, dtype=torch.int64)
     reference.update_importance_(
         ImportanceInputs([torch.tensor([w])], [torch.tensor([g])], [state], [uncertainty]),
-        beta1=beta1,
-        beta2=beta2,
-        order=order,
-        nonfinite=nonfinite,
+        Smoothing(beta1, beta2, order),
+        nonfinite,
     )
     return state.item(), uncertainty.item(), nonfinite.item()
 
@@ -65,8 +63,8 @@ def test_a_nonfinite_importance_leaves_the_state_and_is_counted(w: float, g: flo
 def test_a_missing_gradient_is_a_zero_gradient() -> None:
     state = torch.tensor([8.0])
     nonfinite = torch.zeros(1, dtype=torch.int64)
-    settings = {"beta1": 0.75, "beta2": 0.5, "order": "first", "nonfinite": nonfinite}
-    reference.update_importance_(ImportanceInputs([torch.tensor([3.0])], [None], [state], None), **settings)
+    inputs = ImportanceInputs([torch.tensor([3.0])], [None], [state], None)
+    reference.update_importance_(inputs, Smoothing(0.75), nonfinite)
     assert state.item() == 6.0
 
 
@@ -79,10 +77,8 @@ def test_bfloat16_state_is_rounded_once_and_uncertainty_sees_the_unrounded_sensi
             [s],
             [u],
         ),
-        beta1=0.5,
-        beta2=0.0,
-        order="first",
-        nonfinite=torch.zeros(1, dtype=torch.int64),
+        Smoothing(0.5),
+        torch.zeros(1, dtype=torch.int64),
     )
     assert s.item() == 1.0  # 1.00390625 lies half way, and rounds to even
     assert u.item() == 0.00390625  # |1.0078125 - 1.00390625|, not |1.0078125 - 1|
@@ -144,9 +140,8 @@ def test_fusion_of_one_element_by_hand(inner_score: float, outer_score: float, e
             Scores([torch.tensor([inner_score])]),
             Scores([torch.tensor([outer_score])]),
         ),
-        thresholds=(torch.tensor([1.0]), torch.tensor([1.0])),
-        weights=WEIGHTS,
-        outer_from="inner",
+        (torch.tensor([1.0]), torch.tensor([1.0])),
+        MergeRule(WEIGHTS, "inner"),
     )
     assert out.item() == expected
     case = (inner_score > 1, outer_score > 1)
@@ -165,9 +160,8 @@ def test_outer_from_base_measures_the_outer_task_vector_from_the_base() -> None:
             Scores([torch.tensor([0.0])]),
             Scores([torch.tensor([2.0])]),
         ),
-        thresholds=(torch.tensor([1.0]), torch.tensor([1.0])),
-        weights=WEIGHTS,
-        outer_from="base",
+        (torch.tensor([1.0]), torch.tensor([1.0])),
+        MergeRule(WEIGHTS, "base"),
     )
     assert out.item() == 22.0
     assert stats.squared_norms.tolist() == [16.0, 144.0, 144.0]
@@ -189,8 +183,7 @@ def test_fusion_is_float32_arithmetic_from_left_to_right(
             Scores([torch.zeros(1)]),
             Scores([torch.zeros(1)]),
         ),
-        thresholds=(torch.zeros(1), torch.zeros(1)),
-        weights=((0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (w_in, w_out)),
-        outer_from="inner",
+        (torch.zeros(1), torch.zeros(1)),
+        MergeRule(((0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (w_in, w_out)), "inner"),
     )
     assert out.item() == expected

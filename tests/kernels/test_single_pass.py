@@ -25,7 +25,7 @@ from kernel_cases import (
 from torch import Tensor
 
 import rkif_kernels
-from rkif_kernels import FusionInputs, Scores
+from rkif_kernels import FusionInputs, MergeRule, Scores
 from rkif_kernels.backends import reference
 from rkif_kernels.backends.triton import select_and_fuse_, single_pass, thresholds
 from rkif_kernels.backends.triton.launch import BRACKETING, Bracketing
@@ -73,9 +73,9 @@ def check(
     ]
     limits = tuple(reference.score_thresholds(side, ks=[k], per_tensor=False) for side in filled)
     expected = on("cpu", fresh)
-    rule = {"weights": RELEASE, "outer_from": outer_from}
+    rule = MergeRule(RELEASE, outer_from)
     wanted = reference.fuse_(
-        FusionInputs(expected, *tensors.values(), inner_scores, outer_scores), thresholds=limits, **rule
+        FusionInputs(expected, *tensors.values(), inner_scores, outer_scores), limits, rule
     )
     got = Guarded(fresh, DEVICE)
     stats = select_and_fuse_(
@@ -87,10 +87,10 @@ def check(
                 for side in (inner_scores, outer_scores)
             ),
         ),
-        k=k,
+        k,
+        rule,
         config=CONFIG,
         bracketing=bracketing,
-        **rule,
     )
     assert [limit.item() for limit in stats.thresholds] == [limit.item() for limit in limits]
     assert_same_bits(got.tensors, expected)
@@ -202,9 +202,8 @@ def test_a_report_is_the_same_bits_twice(bracketing: Bracketing) -> None:
         out = [torch.full_like(b, torch.nan) for b in parts[0]]
         stats = select_and_fuse_(
             FusionInputs(out, *parts, scores, scores),
-            k=500,
-            weights=RELEASE,
-            outer_from="inner",
+            500,
+            MergeRule(RELEASE, "inner"),
             config=CONFIG,
             bracketing=bracketing,
         )

@@ -13,10 +13,9 @@ from torch import Tensor
 from rkif_kernels.backends.native.library import Lists, call
 from rkif_kernels.backends.native.select import NativeReader, score_thresholds
 from rkif_kernels.contiguous import in_place
-from rkif_kernels.numerics import float32
 from rkif_kernels.selection.bracket import Floats, bracket
 from rkif_kernels.selection.sampled import SMALL, kth, sample_size
-from rkif_kernels.types import CaseWeights, FuseStats, FusionInputs, OuterFrom
+from rkif_kernels.types import FuseStats, FusionInputs, MergeRule
 
 # Undecided elements a thread, of 24 bytes each: more mean that many scores are equal, and that a pass for the
 # thresholds alone costs less.
@@ -24,16 +23,10 @@ MOST_UNDECIDED = 1 << 22
 ROOM = 15  # elements beyond what is gathered, that a gathering may overwrite
 
 
-def fuse_(
-    inputs: FusionInputs,
-    *,
-    thresholds: tuple[Tensor, Tensor],
-    weights: CaseWeights,
-    outer_from: OuterFrom,
-) -> FuseStats:
+def fuse_(inputs: FusionInputs, thresholds: tuple[Tensor, Tensor], rule: MergeRule) -> FuseStats:
     """See :func:`rkif_kernels.ops.fuse_`."""
     limits = [np.ascontiguousarray(threshold.expand(len(inputs.out)).numpy()) for threshold in thresholds]
-    setup = _Call(inputs, weights, outer_from)
+    setup = _Call(inputs, rule)
     with in_place(inputs.out) as targets:
         Lists((targets, *inputs.lists[1:])).call(
             "rkif_fuse", *(limit.ctypes.data for limit in limits), *setup.settings, *setup.results
@@ -41,9 +34,7 @@ def fuse_(
     return setup.stats(thresholds)
 
 
-def select_and_fuse_(
-    inputs: FusionInputs, *, k: int, weights: CaseWeights, outer_from: OuterFrom
-) -> FuseStats:
+def select_and_fuse_(inputs: FusionInputs, k: int, rule: MergeRule) -> FuseStats:
     """See :func:`rkif_kernels.ops.select_and_fuse_`; ``k`` is that of both thresholds, from 0.
 
     ``out`` shares no memory with the inputs. A sample gives each side a bracket of its threshold. One pass
@@ -56,13 +47,13 @@ def select_and_fuse_(
         quantile = k / (inputs.numel - 1)
         size = sample_size(inputs.numel)
         brackets = [bracket(NativeReader().sample(side, size), quantile, NativeReader.run) for side in sides]
-        setup = _Call(inputs, weights, outer_from)
+        setup = _Call(inputs, rule)
         with in_place(inputs.out) as targets:
             thresholds = _fuse_bracketed(Lists((targets, *inputs.lists[1:])), setup, brackets, k)
         if thresholds is not None:
             return setup.stats(thresholds)
     found = [score_thresholds(side, ks=[k], per_tensor=False) for side in sides]
-    return fuse_(inputs, thresholds=(found[0], found[1]), weights=weights, outer_from=outer_from)
+    return fuse_(inputs, (found[0], found[1]), rule)
 
 
 def _fuse_bracketed(
@@ -97,15 +88,13 @@ def _fuse_bracketed(
 class _Call:
     """What both ways to fuse hand to the library, and what they get back."""
 
-    def __init__(self, inputs: FusionInputs, weights: CaseWeights, outer_from: OuterFrom) -> None:
+    def __init__(self, inputs: FusionInputs, rule: MergeRule) -> None:
         self._numel = inputs.numel
         self._selected = np.empty(3, np.int64)
         self._squared_norms = np.empty(3, np.float64)
-        self._weights: list[Floats] = [
-            np.array([float32(weight) for weight in side], np.float32) for side in zip(*weights, strict=True)
-        ]
+        self._weights: list[Floats] = [np.array(rule.factors[side::2], np.float32) for side in range(2)]
         distances = (inputs.inner_scores.distance, inputs.outer_scores.distance)
-        self.settings = (*_addresses(self._weights), outer_from == "inner", *distances)
+        self.settings = (*_addresses(self._weights), rule.outer_from == "inner", *distances)
         self.results = _addresses([self._selected, self._squared_norms])
 
     def stats(self, thresholds: tuple[Tensor, Tensor]) -> FuseStats:

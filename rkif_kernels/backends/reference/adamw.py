@@ -5,21 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from rkif_kernels.backends.reference.importance import update_importance_
-from rkif_kernels.types import AdamWConstants, AdamWInputs, Order
+from rkif_kernels.types import AdamWConstants, AdamWInputs, Smoothing
 
 
-def adamw_(
-    inputs: AdamWInputs,
-    constants: AdamWConstants,
-    *,
-    beta1: float,
-    beta2: float,
-    order: Order,
-    nonfinite: Tensor,
-) -> None:
+def adamw_(inputs: AdamWInputs, constants: AdamWConstants, smoothing: Smoothing, nonfinite: Tensor) -> None:
     """See :func:`rkif_kernels.ops.adamw_`."""
     if inputs.importance is not None:
-        update_importance_(inputs.importance, beta1=beta1, beta2=beta2, order=order, nonfinite=nonfinite)
+        update_importance_(inputs.importance, smoothing, nonfinite)
     rows = zip(inputs.params, inputs.grads, inputs.exp_avg, inputs.exp_avg_sq, strict=True)
     for param, grad, exp_avg, exp_avg_sq in rows:
         w, g, m, v = (tensor.float() for tensor in (param, grad, exp_avg, exp_avg_sq))

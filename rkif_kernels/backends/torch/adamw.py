@@ -8,18 +8,10 @@ from torch import Tensor
 from rkif_kernels.backends.torch.blocks import Scratch, blocks
 from rkif_kernels.backends.torch.importance import update_block
 from rkif_kernels.contiguous import in_place
-from rkif_kernels.types import AdamWConstants, AdamWInputs, Order
+from rkif_kernels.types import AdamWConstants, AdamWInputs, Smoothing
 
 
-def adamw_(
-    inputs: AdamWInputs,
-    constants: AdamWConstants,
-    *,
-    beta1: float,
-    beta2: float,
-    order: Order,
-    nonfinite: Tensor,
-) -> None:
+def adamw_(inputs: AdamWInputs, constants: AdamWConstants, smoothing: Smoothing, nonfinite: Tensor) -> None:
     """See :func:`rkif_kernels.ops.adamw_`."""
     scratch = Scratch(nonfinite.device)
     with in_place(inputs.params) as params:
@@ -29,7 +21,7 @@ def adamw_(
             assert m is not None
             assert v is not None
             if s is not None:
-                update_block(w, g, s, u, scratch, beta1=beta1, beta2=beta2, order=order, nonfinite=nonfinite)
+                update_block(w, g, s, u, scratch, smoothing, nonfinite)
             _step(w, g, m, v, scratch, constants)
 
 

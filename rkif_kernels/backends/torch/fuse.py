@@ -10,23 +10,14 @@ from torch import Tensor
 from rkif_kernels.backends.torch.blocks import Scratch, blocks
 from rkif_kernels.backends.torch.select import block_score
 from rkif_kernels.contiguous import in_place
-from rkif_kernels.numerics import float32
-from rkif_kernels.types import CaseWeights, FuseStats, FusionInputs, OuterFrom
+from rkif_kernels.types import FuseStats, FusionInputs, MergeRule
 
 
-def fuse_(
-    inputs: FusionInputs,
-    *,
-    thresholds: tuple[Tensor, Tensor],
-    weights: CaseWeights,
-    outer_from: OuterFrom,
-) -> FuseStats:
+def fuse_(inputs: FusionInputs, thresholds: tuple[Tensor, Tensor], rule: MergeRule) -> FuseStats:
     """See :func:`rkif_kernels.ops.fuse_`."""
     device = thresholds[0].device
     scratch = Scratch(device)
-    inner_weights, outer_weights = zip(
-        *[(float32(w_in), float32(w_out)) for w_in, w_out in weights], strict=True
-    )
+    inner_weights, outer_weights = rule.factors[::2], rule.factors[1::2]
     counts = torch.zeros(4, dtype=torch.int64, device=device)
     squared_norms = torch.zeros(3, dtype=torch.float64, device=device)
     limits = [threshold.expand(len(inputs.out)).tolist() for threshold in thresholds]
@@ -43,7 +34,7 @@ def fuse_(
 
             b, i, o = (scratch.float32(t, slot) for slot, t in enumerate((b, i, o)) if t is not None)
             tau_in = torch.sub(i, b, out=scratch(3, size))
-            tau_out = torch.sub(o, i if outer_from == "inner" else b, out=scratch(4, size))
+            tau_out = torch.sub(o, i if rule.outer_from == "inner" else b, out=scratch(4, size))
             squared_norms[0] += _squared_norm(tau_in, scratch)
             squared_norms[1] += _squared_norm(tau_out, scratch)
             tau_in.mul_(_choose(cases, inner_weights, scratch))

@@ -6,24 +6,16 @@ import torch
 from torch import Tensor
 
 from rkif_kernels.backends.torch.blocks import Scratch, blocks
-from rkif_kernels.numerics import float32
-from rkif_kernels.types import ImportanceInputs, Order
+from rkif_kernels.types import ImportanceInputs, Smoothing
 
 
-def update_importance_(
-    inputs: ImportanceInputs,
-    *,
-    beta1: float,
-    beta2: float,
-    order: Order,
-    nonfinite: Tensor,
-) -> None:
+def update_importance_(inputs: ImportanceInputs, smoothing: Smoothing, nonfinite: Tensor) -> None:
     """See :func:`rkif_kernels.ops.update_importance_`."""
     scratch = Scratch(nonfinite.device)
     for _, (w, g, s, u) in blocks(*inputs.lists):
         assert w is not None
         assert s is not None
-        update_block(w, g, s, u, scratch, beta1=beta1, beta2=beta2, order=order, nonfinite=nonfinite)
+        update_block(w, g, s, u, scratch, smoothing, nonfinite)
 
 
 def update_block(
@@ -32,15 +24,11 @@ def update_block(
     s: Tensor,
     u: Tensor | None,
     scratch: Scratch,
-    *,
-    beta1: float,
-    beta2: float,
-    order: Order,
+    smoothing: Smoothing,
     nonfinite: Tensor,
 ) -> None:
     """Update the states of one block, in slots 0 to 5 of ``scratch``."""
-    keep1, take1 = float32(beta1), float32(1 - beta1)
-    keep2, take2 = float32(beta2), float32(1 - beta2)
+    keep1, take1, keep2, take2 = smoothing.factors
     size = w.numel()
     importance = scratch(0, size)
     # Named products and sums, never addcmul or add(alpha=...): those contract to a fused multiply-add.
@@ -49,9 +37,9 @@ def update_block(
         scratch.float32(g, 2) if g is not None else scratch(2, size).zero_(),
         out=importance,
     )
-    if order == "second":
+    if smoothing.order == "second":
         importance.mul_(importance)
-    elif order == "mixed":
+    elif smoothing.order == "mixed":
         importance.sub_(torch.mul(importance, importance, out=scratch(3, size)).div_(2))
     importance.abs_()
 

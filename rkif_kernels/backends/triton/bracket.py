@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -45,21 +46,19 @@ def _hashed(cells):
 @triton.jit
 def _gather_key(
     pointers_ptr,
-    ROLE: tl.constexpr,
     tensors,
     n_tensors,
     offsets,
     mask,
-    S: tl.constexpr,
-    U: tl.constexpr,
+    DTYPES: tl.constexpr,
+    ROLE: tl.constexpr,
     DISTANCE: tl.constexpr,
 ):
     """The keys of single scores of many tensors."""
-    score = gather_float32(pointers_ptr, ROLE, tensors, n_tensors, offsets, mask, S)
-    if DISTANCE:
-        score = tl.abs(score - gather_float32(pointers_ptr, ROLE + 1, tensors, n_tensors, offsets, mask, U))
-    elif U is not None:
-        score *= gather_float32(pointers_ptr, ROLE + 1, tensors, n_tensors, offsets, mask, U)
+    score = gather_float32(pointers_ptr, ROLE, tensors, n_tensors, offsets, mask, DTYPES[ROLE])
+    if DTYPES[ROLE + 1] is not None:
+        other = gather_float32(pointers_ptr, ROLE + 1, tensors, n_tensors, offsets, mask, DTYPES[ROLE + 1])
+        score = tl.abs(score - other) if DISTANCE else score * other
     return tl.where(score > 0, score, 0.0).to(tl.int32, bitcast=True)
 
 
@@ -115,11 +114,9 @@ def _sample_kernel(
     high_k,
     all_programs,
     # Constexprs
-    INNER_S: tl.constexpr,
-    INNER_U: tl.constexpr,
-    OUTER_S: tl.constexpr,
-    OUTER_U: tl.constexpr,
+    DTYPES: tl.constexpr,
     ROLE: tl.constexpr,
+    SIDES: tl.constexpr,
     DISTANCE: tl.constexpr,
     STEP: tl.constexpr,
     SAMPLES: tl.constexpr,
@@ -129,18 +126,13 @@ def _sample_kernel(
 
     ``low_k`` is -1, and ``high_k`` is ``all_cells``, for an end beyond the sample.
     """
-    SIDES: tl.constexpr = 1 if OUTER_S is None else 2
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tensors, offsets, mask = _cell_elements(
         firsts_ptr, n_tensors, start, numel, stride, first_cell, cells, places, 1
     )
-    key = _gather_key(pointers_ptr, ROLE, tensors, n_tensors, offsets, mask, INNER_S, INNER_U, DISTANCE)
-    tl.store(samples_ptr + first_cell + places, key, mask=mask)
-    if SIDES == 2:
-        key = _gather_key(
-            pointers_ptr, ROLE + 2, tensors, n_tensors, offsets, mask, OUTER_S, OUTER_U, DISTANCE
-        )
-        tl.store(samples_ptr + all_cells + first_cell + places, key, mask=mask)
+    for side in tl.static_range(SIDES):
+        key = _gather_key(pointers_ptr, tensors, n_tensors, offsets, mask, DTYPES, ROLE + 2 * side, DISTANCE)
+        tl.store(samples_ptr + side * all_cells + first_cell + places, key, mask=mask)
     if last_program(fields_ptr, STEP, all_programs):
         samples = tl.arange(0, SAMPLES)
         there = samples < all_cells
@@ -216,11 +208,9 @@ def _count_sample_kernel(
     fraction,
     spread,
     # Constexprs
-    INNER_S: tl.constexpr,
-    INNER_U: tl.constexpr,
-    OUTER_S: tl.constexpr,
-    OUTER_U: tl.constexpr,
+    DTYPES: tl.constexpr,
     ROLE: tl.constexpr,
+    SIDES: tl.constexpr,
     DISTANCE: tl.constexpr,
     STEP: tl.constexpr,
     RUN: tl.constexpr,
@@ -230,20 +220,17 @@ def _count_sample_kernel(
 
     A bracket reaches ``spread * sqrt(sampled) + 1`` sampled scores to either side of ``fraction`` of them.
     """
-    SIDES: tl.constexpr = 1 if OUTER_S is None else 2
     block = tl.program_id(0)
     while block * BLOCK < cells * RUN:
         places = block * BLOCK + tl.arange(0, BLOCK)
         tensors, offsets, mask = _cell_elements(
             firsts_ptr, n_tensors, start, numel, stride, first_cell, cells, places, RUN
         )
-        key = _gather_key(pointers_ptr, ROLE, tensors, n_tensors, offsets, mask, INNER_S, INNER_U, DISTANCE)
-        _count_key(fields_ptr, 0, key, mask)
-        if SIDES == 2:
+        for side in tl.static_range(SIDES):
             key = _gather_key(
-                pointers_ptr, ROLE + 2, tensors, n_tensors, offsets, mask, OUTER_S, OUTER_U, DISTANCE
+                pointers_ptr, tensors, n_tensors, offsets, mask, DTYPES, ROLE + 2 * side, DISTANCE
             )
-            _count_key(fields_ptr, 1, key, mask)
+            _count_key(fields_ptr, side, key, mask)
         block += tl.num_programs(0)
     if last_program(fields_ptr, STEP, all_programs):
         for side in tl.static_range(SIDES):
@@ -253,7 +240,7 @@ def _count_sample_kernel(
 def find_brackets(
     grouped: Sequence[Table],
     workspace: Workspace,
-    sides: Sequence[dict[str, object]],
+    scores: dict[str, object],
     fraction: float,
     bracketing: Bracketing,
     config: LaunchConfig,
@@ -261,65 +248,71 @@ def find_brackets(
     """Write the brackets' keys into the workspace.
 
     Args:
-        sides: for each table what the kernels are compiled for.
+        scores: where a table has them, as constants of the kernels: ROLE, SIDES and DISTANCE.
         fraction: the order statistic's place among all scores, from 0 to 1.
     """
     numel = sum(table.numel for table in grouped)
     device = workspace.fields.device
-    stride = max(1, -(-numel // bracketing.first_samples))
-    cells = [triton.cdiv(table.numel, stride) for table in grouped]
-    low_k, high_k = bracketing.sample_ks(fraction, sum(cells), numel)
-    samples = torch.empty((2, sum(cells)), dtype=torch.int32, device=device)
-    programs = [triton.cdiv(here, config.block) for here in cells]
-    for index, table in enumerate(grouped):
-        _sample_kernel[(programs[index],)](
+    tables = _cell_arguments(grouped, max(1, -(-numel // bracketing.first_samples)))
+    all_cells = sum(table["cells"] for table in tables)
+    low_k, high_k = bracketing.sample_ks(fraction, all_cells, numel)
+    samples = torch.empty((2, all_cells), dtype=torch.int32, device=device)
+    programs = [triton.cdiv(table["cells"], config.block) for table in tables]
+    for table, size in zip(tables, programs, strict=True):
+        _sample_kernel[(size,)](
             # Tensors
-            pointers_ptr=table.pointers,
-            firsts_ptr=table.firsts,
             samples_ptr=samples,
             fields_ptr=workspace.fields,
             # Scalars
-            n_tensors=table.tensors,
-            start=table.start,
-            numel=table.numel,
-            stride=stride,
-            cells=cells[index],
-            first_cell=sum(cells[:index]),
-            all_cells=sum(cells),
+            all_cells=all_cells,
             low_k=low_k,
             high_k=high_k,
             all_programs=sum(programs),
             # Constexprs
-            **sides[index],
             STEP=SAMPLE_STEP,
             # Whatever the size, so that nothing is compiled anew: tables round their cells up.
             SAMPLES=triton.next_power_of_2(bracketing.first_samples + len(grouped) - 1),
             BLOCK=config.block,
+            **table,
+            **scores,
             **config.options,
         )
-    stride = bracketing.stride(numel)
-    cells = [triton.cdiv(table.numel, stride) for table in grouped]
-    programs = [capped_grid(triton.cdiv(here * bracketing.run, config.block), device) for here in cells]
-    for index, table in enumerate(grouped):
-        _count_sample_kernel[(programs[index],)](
+    tables = _cell_arguments(grouped, bracketing.stride(numel))
+    programs = [
+        capped_grid(triton.cdiv(table["cells"] * bracketing.run, config.block), device) for table in tables
+    ]
+    for table, size in zip(tables, programs, strict=True):
+        _count_sample_kernel[(size,)](
             # Tensors
-            pointers_ptr=table.pointers,
-            firsts_ptr=table.firsts,
             fields_ptr=workspace.fields,
             # Scalars
-            n_tensors=table.tensors,
-            start=table.start,
-            numel=table.numel,
-            stride=stride,
-            cells=cells[index],
-            first_cell=sum(cells[:index]),
             all_programs=sum(programs),
             fraction=fraction,
             spread=bracketing.sigmas * math.sqrt(fraction * (1 - fraction) * bracketing.design_effect),
             # Constexprs
-            **sides[index],
             STEP=COUNT_STEP,
             RUN=bracketing.run,
             BLOCK=config.block,
+            **table,
+            **scores,
             **config.options,
         )
+
+
+def _cell_arguments(grouped: Sequence[Table], stride: int) -> list[dict[str, Any]]:
+    """The kernels' arguments by which each table's cells of ``stride`` elements are sampled."""
+    cells = [triton.cdiv(table.numel, stride) for table in grouped]
+    return [
+        {
+            "pointers_ptr": table.pointers,
+            "firsts_ptr": table.firsts,
+            "n_tensors": table.tensors,
+            "start": table.start,
+            "numel": table.numel,
+            "stride": stride,
+            "cells": cells[index],
+            "first_cell": sum(cells[:index]),
+            "DTYPES": table.dtypes,
+        }
+        for index, table in enumerate(grouped)
+    ]

@@ -15,6 +15,7 @@ from rkif_kernels.backends.triton.elements import (
     load_float32,
     load_raw_score,
     load_row,
+    tile_mask,
 )
 from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig
 from rkif_kernels.backends.triton.table import aligned, tables
@@ -57,11 +58,10 @@ def _count_kernel(
         first = start + tile * BLOCK
         offsets = first + tl.arange(0, BLOCK)
         if first < numel:
-            mask = offsets < numel
-            # A mask that depends on the size would narrow every access to one element; only the tail has one.
+            mask = tile_mask(offsets, numel, False)
             if first + BLOCK <= numel:
-                everywhere = tl.zeros((BLOCK,), tl.int1) == 0
-                score = load_raw_score(s_ptr, u_ptr, offsets, everywhere, UNCERTAINTY, DISTANCE)
+                full = tile_mask(offsets, numel, True)
+                score = load_raw_score(s_ptr, u_ptr, offsets, full, UNCERTAINTY, DISTANCE)
             else:
                 score = load_raw_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY, DISTANCE)
             fit = (score >= 0) & (score < float("inf"))
@@ -125,12 +125,11 @@ def _invalid_kernel(
     for tile in range(TILES):
         first = start + tile * BLOCK
         offsets = first + tl.arange(0, BLOCK)
-        # A mask that depends on the size would narrow every access to one element; only the tail has one.
         if first + BLOCK <= numel:
-            values = load_float32(row_ptr, offsets, tl.zeros((BLOCK,), tl.int1) == 0)
+            values = load_float32(row_ptr, offsets, tile_mask(offsets, numel, True))
             invalid += lane_sums((values >= 0).to(tl.int32) ^ 1, BLOCK)
         elif first < numel:
-            values = load_float32(row_ptr, offsets, offsets < numel)
+            values = load_float32(row_ptr, offsets, tile_mask(offsets, numel, False))
             invalid += lane_sums((values >= 0).to(tl.int32) ^ 1, BLOCK)
     total = tl.sum(invalid)
     if total > 0:

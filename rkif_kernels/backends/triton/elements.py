@@ -39,29 +39,17 @@ def load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK: tl
 
 
 @triton.jit
-def load_rows(
-    pointers_ptr,
-    tensor,
-    n_tensors,
-    OUT: tl.constexpr,
-    BASE: tl.constexpr,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER_S: tl.constexpr,
-    INNER_U: tl.constexpr,
-    OUTER_S: tl.constexpr,
-    OUTER_U: tl.constexpr,
-):
+def load_rows(pointers_ptr, tensor, n_tensors, DTYPES: tl.constexpr):
     """The base pointers of a tensor in every role of a fusion, in the order of ROLES."""
     return (
-        load_row(pointers_ptr, 0, tensor, n_tensors, OUT),
-        load_row(pointers_ptr, 1, tensor, n_tensors, BASE),
-        load_row(pointers_ptr, 2, tensor, n_tensors, INNER),
-        load_row(pointers_ptr, 3, tensor, n_tensors, OUTER),
-        load_row(pointers_ptr, 4, tensor, n_tensors, INNER_S),
-        load_row(pointers_ptr, 5, tensor, n_tensors, INNER_U),
-        load_row(pointers_ptr, 6, tensor, n_tensors, OUTER_S),
-        load_row(pointers_ptr, 7, tensor, n_tensors, OUTER_U),
+        load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES[0]),
+        load_row(pointers_ptr, 1, tensor, n_tensors, DTYPES[1]),
+        load_row(pointers_ptr, 2, tensor, n_tensors, DTYPES[2]),
+        load_row(pointers_ptr, 3, tensor, n_tensors, DTYPES[3]),
+        load_row(pointers_ptr, 4, tensor, n_tensors, DTYPES[4]),
+        load_row(pointers_ptr, 5, tensor, n_tensors, DTYPES[5]),
+        load_row(pointers_ptr, 6, tensor, n_tensors, DTYPES[6]),
+        load_row(pointers_ptr, 7, tensor, n_tensors, DTYPES[7]),
     )
 
 

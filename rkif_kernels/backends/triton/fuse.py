@@ -23,10 +23,9 @@ from rkif_kernels.backends.triton.elements import (
 from rkif_kernels.backends.triton.launch import FUSE, LaunchConfig
 from rkif_kernels.backends.triton.table import ALIGNMENT, Table, aligned, tables
 from rkif_kernels.contiguous import in_place
-from rkif_kernels.numerics import float32
-from rkif_kernels.types import CASES, ROLES, CaseWeights, FuseStats, FusionInputs, OuterFrom
+from rkif_kernels.types import ROLES, FuseStats, FusionInputs, MergeRule
 
-INNER_SCORE, OUTER_SCORE = ROLES.index("INNER_S"), ROLES.index("OUTER_S")
+INNER_SCORE = ROLES.index("INNER_S")
 
 
 @triton.jit
@@ -77,9 +76,7 @@ def _fuse_tile(
     first,
     numel,
     FULL: tl.constexpr,
-    OUT: tl.constexpr,
-    INNER_U: tl.constexpr,
-    OUTER_U: tl.constexpr,
+    DTYPES: tl.constexpr,
     INNER_DISTANCE: tl.constexpr,
     OUTER_DISTANCE: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
@@ -93,10 +90,10 @@ def _fuse_tile(
     base = load_float32(base_ptr, offsets, mask)
     inner = load_float32(inner_ptr, offsets, mask)
     outer = load_float32(outer_ptr, offsets, mask)
-    m_in = load_score(s_in_ptr, u_in_ptr, offsets, mask, INNER_U, INNER_DISTANCE) > thresholds[0]
-    m_out = load_score(s_out_ptr, u_out_ptr, offsets, mask, OUTER_U, OUTER_DISTANCE) > thresholds[1]
+    m_in = load_score(s_in_ptr, u_in_ptr, offsets, mask, DTYPES[5], INNER_DISTANCE) > thresholds[0]
+    m_out = load_score(s_out_ptr, u_out_ptr, offsets, mask, DTYPES[7], OUTER_DISTANCE) > thresholds[1]
     fused, tau_in, tau_out = merge(
-        base, inner, outer, m_in, m_out, weights, OUT, OUTER_FROM_INNER, ROUND_BF16
+        base, inner, outer, m_in, m_out, weights, DTYPES[0], OUTER_FROM_INNER, ROUND_BF16
     )
     tl.store(out_ptr + offsets, fused, mask=mask)
     # Beyond the mask everything was loaded as zero, so only the counts need it.
@@ -116,9 +113,7 @@ def fuse_chunk(
     start,
     numel,
     norms,
-    OUT: tl.constexpr,
-    INNER_U: tl.constexpr,
-    OUTER_U: tl.constexpr,
+    DTYPES: tl.constexpr,
     INNER_DISTANCE: tl.constexpr,
     OUTER_DISTANCE: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
@@ -133,7 +128,7 @@ def fuse_chunk(
         first = start + tile * BLOCK
         if first + BLOCK <= numel:
             n, x, y, z = _fuse_tile(
-                rows, thresholds, weights, first, numel, True, OUT, INNER_U, OUTER_U,
+                rows, thresholds, weights, first, numel, True, DTYPES,
                 INNER_DISTANCE, OUTER_DISTANCE, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
             )  # fmt: skip
             selected += n
@@ -142,7 +137,7 @@ def fuse_chunk(
             norm_update += z
         elif first < numel:
             n, x, y, z = _fuse_tile(
-                rows, thresholds, weights, first, numel, False, OUT, INNER_U, OUTER_U,
+                rows, thresholds, weights, first, numel, False, DTYPES,
                 INNER_DISTANCE, OUTER_DISTANCE, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
             )  # fmt: skip
             selected += n
@@ -168,23 +163,9 @@ def _fuse_kernel(
     n_tensors,
     inner_stride,
     outer_stride,
-    w_in_inner_only,
-    w_out_inner_only,
-    w_in_outer_only,
-    w_out_outer_only,
-    w_in_both,
-    w_out_both,
-    w_in_neither,
-    w_out_neither,
+    weights,
     # Constexprs
-    OUT: tl.constexpr,
-    BASE: tl.constexpr,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER_S: tl.constexpr,
-    INNER_U: tl.constexpr,
-    OUTER_S: tl.constexpr,
-    OUTER_U: tl.constexpr,
+    DTYPES: tl.constexpr,
     INNER_DISTANCE: tl.constexpr,
     OUTER_DISTANCE: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
@@ -199,52 +180,35 @@ def _fuse_kernel(
     """
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
-    rows = load_rows(
-        pointers_ptr, tensor, n_tensors, OUT, BASE, INNER, OUTER, INNER_S, INNER_U, OUTER_S, OUTER_U
-    )
+    rows = load_rows(pointers_ptr, tensor, n_tensors, DTYPES)
     index = tl.load(indices_ptr + tensor)
     thresholds = (
         tl.load(inner_thresholds_ptr + index * inner_stride),
         tl.load(outer_thresholds_ptr + index * outer_stride),
     )
-    weights = (
-        w_in_inner_only, w_out_inner_only, w_in_outer_only, w_out_outer_only,
-        w_in_both, w_out_both, w_in_neither, w_out_neither,
-    )  # fmt: skip
     zero = tl.zeros((BLOCK // 4,), tl.float64)
     selected, norm_in, norm_out, norm_update = fuse_chunk(
-        rows, thresholds, weights, start, numel, (zero, zero, zero), OUT, INNER_U, OUTER_U,
+        rows, thresholds, weights, start, numel, (zero, zero, zero), DTYPES,
         INNER_DISTANCE, OUTER_DISTANCE, OUTER_FROM_INNER, BLOCK, TILES, ROUND_BF16,
     )  # fmt: skip
     add_counts(counts_ptr, selected)
     store_norms(partial_norms_ptr, chunk, norm_in, norm_out, norm_update)
 
 
-def scalars(weights: CaseWeights) -> dict[str, float]:
-    """The rule's weights as arguments of a kernel."""
+def merge_arguments(table: Table, rule: MergeRule, config: LaunchConfig) -> dict[str, object]:
+    """What the kernels that fuse take beside memory: the weights, and what they are compiled for."""
     return {
-        f"w_{side}_{case}": float32(weight)
-        for case, pair in zip(CASES, weights, strict=True)
-        for side, weight in zip(("in", "out"), pair, strict=True)
-    }
-
-
-def constants(table: Table, outer_from: OuterFrom) -> dict[str, object]:
-    """What the kernels that fuse are compiled for."""
-    return {
-        **dict(zip(ROLES, table.dtypes, strict=True)),
-        "OUTER_FROM_INNER": outer_from == "inner",
+        "weights": rule.factors,
+        "DTYPES": table.dtypes,
+        "OUTER_FROM_INNER": rule.outer_from == "inner",
+        "BLOCK": config.block,
+        "TILES": config.tiles,
         "ROUND_BF16": interpreting(),
     }
 
 
 def fuse_(
-    inputs: FusionInputs,
-    *,
-    thresholds: tuple[Tensor, Tensor],
-    weights: CaseWeights,
-    outer_from: OuterFrom,
-    config: LaunchConfig = FUSE,
+    inputs: FusionInputs, thresholds: tuple[Tensor, Tensor], rule: MergeRule, config: LaunchConfig = FUSE
 ) -> FuseStats:
     """See :func:`rkif_kernels.ops.fuse_`."""
     device = thresholds[0].device
@@ -267,13 +231,10 @@ def fuse_(
                 # Scalars
                 inner_stride=int(thresholds[0].numel() > 1),
                 outer_stride=int(thresholds[1].numel() > 1),
-                **scalars(weights),
                 # Constexprs
                 INNER_DISTANCE=inputs.inner_scores.distance,
                 OUTER_DISTANCE=inputs.outer_scores.distance,
-                BLOCK=config.block,
-                TILES=config.tiles,
-                **constants(table, outer_from),
+                **merge_arguments(table, rule, config),
                 **config.options,
             )
     return FuseStats(counts, norms.sum(0), thresholds)

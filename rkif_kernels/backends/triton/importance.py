@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,20 +19,43 @@ from rkif_kernels.backends.triton.elements import (
 from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig, PreparedLaunch
 from rkif_kernels.backends.triton.table import ALIGNMENT, Table, aligned, tables
 from rkif_kernels.contiguous import in_place
-from rkif_kernels.numerics import float32
-from rkif_kernels.types import ImportanceInputs, Order
+from rkif_kernels.types import ImportanceInputs, Order, Smoothing
 
 
 @triton.jit
-def importance_of(product, ORDER: tl.constexpr):
-    """I of the product w*g."""
+def store_importance(
+    product,
+    s,
+    u,
+    s_ptr,
+    u_ptr,
+    mask,
+    smoothing,
+    SENSITIVITY: tl.constexpr,
+    UNCERTAINTY: tl.constexpr,
+    ORDER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROUND_BF16: tl.constexpr,
+):
+    """Smooth the importance of ``product``, w*g, into S and U of a block.
+
+    Returns how many elements have an importance that is not finite, in lanes.
+    """
+    keep1, take1, keep2, take2 = smoothing
     if ORDER == "first":
         importance = tl.abs(product)
     elif ORDER == "second":
         importance = product * product
     else:
         importance = tl.abs(product - product * product * 0.5)
-    return importance
+    finite = importance < float("inf")
+    # The old value is stored back where the importance is not finite: a mask would narrow the store.
+    new_s = keep1 * s + take1 * importance
+    tl.store(s_ptr, round_to(tl.where(finite, new_s, s), SENSITIVITY, ROUND_BF16), mask=mask)
+    if UNCERTAINTY is not None:
+        new_u = keep2 * u + take2 * tl.abs(importance - new_s)
+        tl.store(u_ptr, round_to(tl.where(finite, new_u, u), UNCERTAINTY, ROUND_BF16), mask=mask)
+    return lane_sums((mask & (finite == 0)).to(tl.int32), BLOCK)
 
 
 @triton.jit
@@ -42,14 +63,9 @@ def _update_tile(
     lists,
     first,
     numel,
-    keep1,
-    take1,
-    keep2,
-    take2,
+    smoothing,
     FULL: tl.constexpr,
-    GRAD: tl.constexpr,
-    SENSITIVITY: tl.constexpr,
-    UNCERTAINTY: tl.constexpr,
+    DTYPES: tl.constexpr,
     ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
     ROUND_BF16: tl.constexpr,
@@ -60,23 +76,18 @@ def _update_tile(
     mask = tile_mask(offsets, numel, FULL)
     # All loads come before the first store, or the later ones would wait for memory once more.
     product = load_float32(w_ptr, offsets, mask)
-    if GRAD is None:
+    if DTYPES[1] is None:
         product *= 0.0
     else:
         product *= load_float32(g_ptr, offsets, mask)
     s = load_float32(s_ptr, offsets, mask)
-    if UNCERTAINTY is not None:
+    u = s
+    if DTYPES[3] is not None:
         u = load_float32(u_ptr, offsets, mask)
-
-    importance = importance_of(product, ORDER)
-    finite = importance < float("inf")
-    # The old value is stored back where the importance is not finite: a mask would narrow the store.
-    new_s = keep1 * s + take1 * importance
-    tl.store(s_ptr + offsets, round_to(tl.where(finite, new_s, s), SENSITIVITY, ROUND_BF16), mask=mask)
-    if UNCERTAINTY is not None:
-        new_u = keep2 * u + take2 * tl.abs(importance - new_s)
-        tl.store(u_ptr + offsets, round_to(tl.where(finite, new_u, u), UNCERTAINTY, ROUND_BF16), mask=mask)
-    return lane_sums((mask & (finite == 0)).to(tl.int32), BLOCK)
+    return store_importance(
+        product, s, u, s_ptr + offsets, u_ptr + offsets, mask, smoothing,
+        DTYPES[2], DTYPES[3], ORDER, BLOCK, ROUND_BF16,
+    )  # fmt: skip
 
 
 @kernel
@@ -89,15 +100,9 @@ def _update_importance_kernel(
     nonfinite_ptr,
     # Scalars
     n_tensors,
-    keep1,
-    take1,
-    keep2,
-    take2,
+    smoothing,
     # Constexprs
-    PARAM: tl.constexpr,
-    GRAD: tl.constexpr,
-    SENSITIVITY: tl.constexpr,
-    UNCERTAINTY: tl.constexpr,
+    DTYPES: tl.constexpr,
     ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
@@ -105,29 +110,27 @@ def _update_importance_kernel(
 ):
     """I = |w*g| (or a second-order form); S <- b1*S + (1-b1)*I; U <- b2*U + (1-b2)*|I - S|.
 
-    GRAD and UNCERTAINTY are None where there is none; a missing gradient is zero. A program owns one chunk of
-    one tensor. Float32: reads 16 bytes an element (w, g, S, U), writes 8 (S, U).
+    DTYPES are those of w, g, S and U; None where there is no g, which is zero then, or no U. A program owns
+    one chunk of one tensor. Float32: reads 16 bytes an element (w, g, S, U), writes 8 (S, U).
     """
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
     lists = (
-        load_row(pointers_ptr, 0, tensor, n_tensors, PARAM),
-        load_row(pointers_ptr, 1, tensor, n_tensors, GRAD),
-        load_row(pointers_ptr, 2, tensor, n_tensors, SENSITIVITY),
-        load_row(pointers_ptr, 3, tensor, n_tensors, UNCERTAINTY),
+        load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES[0]),
+        load_row(pointers_ptr, 1, tensor, n_tensors, DTYPES[1]),
+        load_row(pointers_ptr, 2, tensor, n_tensors, DTYPES[2]),
+        load_row(pointers_ptr, 3, tensor, n_tensors, DTYPES[3]),
     )
     bad = tl.zeros((BLOCK // 4,), tl.int32)
     for tile in range(TILES):
         first = start + tile * BLOCK
         if first + BLOCK <= numel:
             bad += _update_tile(
-                lists, first, numel, keep1, take1, keep2, take2,
-                True, GRAD, SENSITIVITY, UNCERTAINTY, ORDER, BLOCK, ROUND_BF16,
+                lists, first, numel, smoothing, True, DTYPES, ORDER, BLOCK, ROUND_BF16
             )  # fmt: skip
         elif first < numel:
             bad += _update_tile(
-                lists, first, numel, keep1, take1, keep2, take2,
-                False, GRAD, SENSITIVITY, UNCERTAINTY, ORDER, BLOCK, ROUND_BF16,
+                lists, first, numel, smoothing, False, DTYPES, ORDER, BLOCK, ROUND_BF16
             )  # fmt: skip
     total = tl.sum(bad)
     if total > 0:
@@ -135,13 +138,7 @@ def _update_importance_kernel(
 
 
 def update_importance_(
-    inputs: ImportanceInputs,
-    *,
-    beta1: float,
-    beta2: float,
-    order: Order,
-    nonfinite: Tensor,
-    config: LaunchConfig = STREAM,
+    inputs: ImportanceInputs, smoothing: Smoothing, nonfinite: Tensor, config: LaunchConfig = STREAM
 ) -> None:
     """See :func:`rkif_kernels.ops.update_importance_`."""
     written = in_place(inputs.sensitivity, ALIGNMENT), in_place(inputs.uncertainty or (), ALIGNMENT)
@@ -149,46 +146,32 @@ def update_importance_(
         rows = aligned((inputs.params, inputs.grads, s, u or None))
         for table in tables(rows, config.chunk):
             _update_importance_kernel[(table.programs,)](
-                **update_arguments(table, nonfinite, order, config),
-                **smoothing(beta1, beta2),
+                **update_arguments(table, smoothing.order, nonfinite, config),
+                smoothing=smoothing.factors,
                 **config.options,
             )
 
 
 def prepare_update(
-    table: Table, nonfinite: Tensor, order: Order, config: LaunchConfig = STREAM
+    table: Table, order: Order, nonfinite: Tensor, config: LaunchConfig = STREAM
 ) -> PreparedLaunch:
-    """The launch for one table, which is called with :func:`smoothing`."""
-    arguments = update_arguments(table, nonfinite, order, config) | smoothing(0, 0)
+    """The launch for one table, which is called with the factors of the ``smoothing``."""
+    arguments = update_arguments(table, order, nonfinite, config) | {"smoothing": Smoothing(0).factors}
     return PreparedLaunch(_update_importance_kernel, table.programs, arguments, config.options)
 
 
 def update_arguments(
-    table: Table, nonfinite: Tensor, order: Order, config: LaunchConfig
+    table: Table, order: Order, nonfinite: Tensor, config: LaunchConfig
 ) -> dict[str, object]:
-    """The kernel's arguments for one table, without the :func:`smoothing`."""
+    """The arguments for one table, without the smoothing's factors; AdamW's kernel takes them too."""
     return {
         # Tensors
         **table.arguments,
         "nonfinite_ptr": nonfinite,
         # Constexprs
-        "PARAM": table.dtypes[0],
-        "GRAD": table.dtypes[1],
-        "SENSITIVITY": table.dtypes[2],
-        "UNCERTAINTY": table.dtypes[3],
+        "DTYPES": table.dtypes,
         "ORDER": order,
         "BLOCK": config.block,
         "TILES": config.tiles,
         "ROUND_BF16": interpreting(),
-    }
-
-
-@functools.lru_cache(maxsize=16)
-def smoothing(beta1: float, beta2: float) -> dict[str, float]:
-    """The kernel's arguments that depend on the betas."""
-    return {
-        "keep1": float32(beta1),
-        "take1": float32(1 - beta1),
-        "keep2": float32(beta2),
-        "take2": float32(1 - beta2),
     }

@@ -63,8 +63,8 @@ class PreparedLaunch:
         self._arguments = {name: arguments[name] for name in kernel.arg_names}
         self._launch: Any = None
 
-    def __call__(self, **changed: float) -> None:
-        """Launch on the current stream; ``changed`` are float arguments, which no kernel is compiled for."""
+    def __call__(self, **changed: tuple[float, ...]) -> None:
+        """Launch on the current stream; ``changed`` are floats, for which no kernel is compiled anew."""
         self._arguments.update(changed)
         if self._launch is not None:
             self._launch(*self._arguments.values())

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rkif_kernels.backends.triton.importance import prepare_update, smoothing
+from rkif_kernels.backends.triton.importance import prepare_update
 from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig, PreparedLaunch
 from rkif_kernels.backends.triton.table import ALIGNMENT, StreamOrder, Table, build_tables
-from rkif_kernels.types import ImportanceInputs, Order
+from rkif_kernels.types import ImportanceInputs, Order, Smoothing
 
 GRADIENTS = 1  # the gradients' row in a table
 
@@ -24,15 +24,15 @@ class PreparedUpdate:
 
     Args:
         inputs: validated. Which tensors have a gradient, and all dtypes, are fixed by it.
-        nonfinite, order: see :func:`rkif_kernels.ops.update_importance_`.
+        order, nonfinite: see :func:`rkif_kernels.ops.update_importance_`.
         captured: keeps alive what CUDA graphs read; appended to.
     """
 
     def __init__(
         self,
         inputs: ImportanceInputs,
-        nonfinite: Tensor,
         order: Order,
+        nonfinite: Tensor,
         captured: list[object],
         config: LaunchConfig = STREAM,
     ) -> None:
@@ -62,8 +62,7 @@ class PreparedUpdate:
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-        beta1: float,
-        beta2: float,
+        smoothing: Smoothing,
         *,
         moved: bool,
     ) -> None:
@@ -86,15 +85,14 @@ class PreparedUpdate:
             self._spare = self._pinned()
         self._params.fill(params)
         self._grads.fill(grads)
-        factors = smoothing(beta1, beta2)
         for launch in launches:
-            launch(**factors)
+            launch(smoothing=smoothing.factors)
 
     def _capturing(self) -> bool:
         return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _prepare(self, tables: Sequence[Table]) -> list[PreparedLaunch]:
-        return [prepare_update(table, self._nonfinite, self._order, self._config) for table in tables]
+        return [prepare_update(table, self._order, self._nonfinite, self._config) for table in tables]
 
     def _upload(self) -> None:
         """Send the row of the gradients' addresses. Each copy has a source of its own, which may wait."""

@@ -18,6 +18,7 @@ from rkif_kernels.backends.triton.elements import (
     kernel,
     load_row,
     load_score,
+    tile_mask,
 )
 from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig
 from rkif_kernels.backends.triton.table import Table, aligned, constant, tables
@@ -82,13 +83,12 @@ def _histogram_kernel(
         for tile in range(TILES):
             first = start + tile * BLOCK
             offsets = first + tl.arange(0, BLOCK)
-            # A mask that depends on the size would narrow every access to one element; only the tail has one.
             if first + BLOCK <= numel:
-                mask = tl.zeros((BLOCK,), tl.int1) == 0
+                mask = tile_mask(offsets, numel, True)
                 score = load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY, DISTANCE)
                 histogram += _count_digits(score, mask, prefix, SHIFT, BITS)
             elif first < numel:
-                mask = offsets < numel
+                mask = tile_mask(offsets, numel, False)
                 score = load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY, DISTANCE)
                 histogram += _count_digits(score, mask, prefix, SHIFT, BITS)
         bins = histograms_ptr + group.to(tl.int64) * BINS + tl.arange(0, BINS)

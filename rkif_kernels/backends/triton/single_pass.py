@@ -38,11 +38,10 @@ from rkif_kernels.backends.triton.elements import (
 from rkif_kernels.backends.triton.fuse import (
     INNER_SCORE,
     cases,
-    constants,
     fuse_,
     fuse_chunk,
     merge,
-    scalars,
+    merge_arguments,
     store_norms,
 )
 from rkif_kernels.backends.triton.launch import (
@@ -71,7 +70,7 @@ from rkif_kernels.backends.triton.windows import (
     last_program,
 )
 from rkif_kernels.contiguous import in_place
-from rkif_kernels.types import ROLES, CaseWeights, FuseStats, FusionInputs, OuterFrom
+from rkif_kernels.types import FuseStats, FusionInputs, MergeRule
 
 
 @triton.jit
@@ -82,9 +81,7 @@ def _bracketed_fuse_tile(
     first,
     numel,
     FULL: tl.constexpr,
-    OUT: tl.constexpr,
-    INNER_U: tl.constexpr,
-    OUTER_U: tl.constexpr,
+    DTYPES: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
     BLOCK: tl.constexpr,
     ROUND_BF16: tl.constexpr,
@@ -96,8 +93,8 @@ def _bracketed_fuse_tile(
     base = load_float32(base_ptr, offsets, mask)
     inner = load_float32(inner_ptr, offsets, mask)
     outer = load_float32(outer_ptr, offsets, mask)
-    score_in = load_score(s_in_ptr, u_in_ptr, offsets, mask, INNER_U)
-    score_out = load_score(s_out_ptr, u_out_ptr, offsets, mask, OUTER_U)
+    score_in = load_score(s_in_ptr, u_in_ptr, offsets, mask, DTYPES[5])
+    score_out = load_score(s_out_ptr, u_out_ptr, offsets, mask, DTYPES[7])
 
     m_in = score_in > brackets[0]
     m_out = score_out > brackets[2]
@@ -106,7 +103,7 @@ def _bracketed_fuse_tile(
     undecided = open_in | open_out
     # What is undecided is stored with the rest, as if above the threshold: a mask would narrow the store.
     fused, tau_in, tau_out = merge(
-        base, inner, outer, m_in, m_out, weights, OUT, OUTER_FROM_INNER, ROUND_BF16
+        base, inner, outer, m_in, m_out, weights, DTYPES[0], OUTER_FROM_INNER, ROUND_BF16
     )
     tl.store(out_ptr + offsets, fused, mask=mask)
     none = tl.zeros_like(mask)
@@ -139,23 +136,9 @@ def _bracketed_fuse_kernel(
     rows,
     capacity,
     k,
-    w_in_inner_only,
-    w_out_inner_only,
-    w_in_outer_only,
-    w_out_outer_only,
-    w_in_both,
-    w_out_both,
-    w_in_neither,
-    w_out_neither,
+    weights,
     # Constexprs
-    OUT: tl.constexpr,
-    BASE: tl.constexpr,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER_S: tl.constexpr,
-    INNER_U: tl.constexpr,
-    OUTER_S: tl.constexpr,
-    OUTER_U: tl.constexpr,
+    DTYPES: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -170,16 +153,10 @@ def _bracketed_fuse_kernel(
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
     row = first_row + chunk
-    lists = load_rows(
-        pointers_ptr, tensor, n_tensors, OUT, BASE, INNER, OUTER, INNER_S, INNER_U, OUTER_S, OUTER_U
-    )
+    lists = load_rows(pointers_ptr, tensor, n_tensors, DTYPES)
     lo_in, hi_in = load_bracket(fields_ptr, 0)
     lo_out, hi_out = load_bracket(fields_ptr, 1)
     brackets = (lo_in, hi_in, lo_out, hi_out)
-    weights = (
-        w_in_inner_only, w_out_inner_only, w_in_outer_only, w_out_outer_only,
-        w_in_both, w_out_both, w_in_neither, w_out_neither,
-    )  # fmt: skip
 
     bits = tl.zeros((BLOCK // 4,), tl.int64)
     selected = tl.zeros((BLOCK // 4,), tl.int32)
@@ -191,7 +168,7 @@ def _bracketed_fuse_kernel(
         if first + BLOCK <= numel:
             marks, a, b, c, x, y, z = _bracketed_fuse_tile(
                 lists, brackets, weights, first, numel, True,
-                OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
+                DTYPES, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
             )  # fmt: skip
             bits |= marks.to(tl.int64) << (4 * tile)
             selected += a
@@ -203,7 +180,7 @@ def _bracketed_fuse_kernel(
         elif first < numel:
             marks, a, b, c, x, y, z = _bracketed_fuse_tile(
                 lists, brackets, weights, first, numel, False,
-                OUT, INNER_U, OUTER_U, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
+                DTYPES, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
             )  # fmt: skip
             bits |= marks.to(tl.int64) << (4 * tile)
             selected += a
@@ -243,23 +220,9 @@ def _finish_kernel(
     first_program,
     all_programs,
     capacity,
-    w_in_inner_only,
-    w_out_inner_only,
-    w_in_outer_only,
-    w_out_outer_only,
-    w_in_both,
-    w_out_both,
-    w_in_neither,
-    w_out_neither,
+    weights,
     # Constexprs
-    OUT: tl.constexpr,
-    BASE: tl.constexpr,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER_S: tl.constexpr,
-    INNER_U: tl.constexpr,
-    OUTER_S: tl.constexpr,
-    OUTER_U: tl.constexpr,
+    DTYPES: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -270,11 +233,8 @@ def _finish_kernel(
 
     The last program adds the norms up, always in the same order. The grid is capped; programs loop.
     """
+    OUT: tl.constexpr = DTYPES[0]
     thresholds = (tl.load(thresholds_ptr), tl.load(thresholds_ptr + 1))
-    weights = (
-        w_in_inner_only, w_out_inner_only, w_in_outer_only, w_out_outer_only,
-        w_in_both, w_out_both, w_in_neither, w_out_neither,
-    )  # fmt: skip
     norm_in = tl.zeros((BLOCK // 4,), tl.float64)
     norm_out, norm_update = norm_in, norm_in
     failed = tl.load(fields_ptr + FAILED) != 0
@@ -282,13 +242,10 @@ def _finish_kernel(
         part = tl.program_id(0)
         while part < chunks:
             tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, part, BLOCK)
-            lists = load_rows(
-                pointers_ptr, tensor, n_tensors,
-                OUT, BASE, INNER, OUTER, INNER_S, INNER_U, OUTER_S, OUTER_U,
-            )  # fmt: skip
+            lists = load_rows(pointers_ptr, tensor, n_tensors, DTYPES)
             selected, norm_in, norm_out, norm_update = fuse_chunk(
                 lists, thresholds, weights, start, numel, (norm_in, norm_out, norm_update),
-                OUT, INNER_U, OUTER_U, False, False, OUTER_FROM_INNER, BLOCK, TILES, ROUND_BF16,
+                DTYPES, False, False, OUTER_FROM_INNER, BLOCK, TILES, ROUND_BF16,
             )  # fmt: skip
             add_counts(fields_ptr, selected)
             part += tl.num_programs(0)
@@ -328,10 +285,8 @@ def _finish_kernel(
 
 def select_and_fuse_(
     inputs: FusionInputs,
-    *,
     k: int,
-    weights: CaseWeights,
-    outer_from: OuterFrom,
+    rule: MergeRule,
     config: LaunchConfig = FUSE,
     bracketing: Bracketing = BRACKETING,
 ) -> FuseStats:
@@ -339,27 +294,20 @@ def select_and_fuse_(
 
     ``k`` is that of both thresholds, from 0. ``out`` shares no memory with the inputs.
     """
-    rule = {"weights": weights, "outer_from": outer_from, "config": config}
     if inputs.numel < bracketing.min_numel:
         inner, outer = (
             radix_thresholds(scores, ks=[k], per_tensor=False, config=config)
             for scores in (inputs.inner_scores, inputs.outer_scores)
         )
-        return fuse_(inputs, thresholds=(inner, outer), **rule)
+        return fuse_(inputs, (inner, outer), rule, config)
     with in_place(inputs.out, ALIGNMENT) as targets:
         rows = aligned((targets, *inputs.lists[1:]))  # copies among them live until the last launch
         grouped = tables(rows, config.chunk)
-        return _fuse_in_one_pass(grouped, k, bracketing, **rule)
+        return _fuse_in_one_pass(grouped, k, rule, config, bracketing)
 
 
 def _fuse_in_one_pass(
-    grouped: Sequence[Table],
-    k: int,
-    bracketing: Bracketing,
-    *,
-    weights: CaseWeights,
-    outer_from: OuterFrom,
-    config: LaunchConfig,
+    grouped: Sequence[Table], k: int, rule: MergeRule, config: LaunchConfig, bracketing: Bracketing
 ) -> FuseStats:
     device = grouped[0].pointers.device
     numel = sum(table.numel for table in grouped)
@@ -373,13 +321,8 @@ def _fuse_in_one_pass(
     ]
     partial_norms = torch.empty((rows[-1] + sum(programs), 3), dtype=torch.float64, device=device)
     norms = torch.empty(3, dtype=torch.float64, device=device)
-    dtypes = [dict(zip(ROLES, table.dtypes, strict=True)) for table in grouped]
-    sides = [
-        {name: dtype for name, dtype in roles.items() if name[-2:] in ("_S", "_U")}
-        | {"ROLE": INNER_SCORE, "DISTANCE": False}
-        for roles in dtypes
-    ]
-    find_brackets(grouped, workspace, sides, fraction, bracketing, config)
+    kind = {"ROLE": INNER_SCORE, "SIDES": 2, "DISTANCE": False}
+    find_brackets(grouped, workspace, kind, fraction, bracketing, config)
     fields, thresholds = workspace.fields, workspace.thresholds
     for index, table in enumerate(grouped):
         _bracketed_fuse_kernel[(table.programs,)](
@@ -395,16 +338,12 @@ def _fuse_in_one_pass(
             rows=rows[-1],
             capacity=undecided.capacity,
             k=k,
-            **scalars(weights),
             # Constexprs
             STEP=PASS_STEP,
-            BLOCK=config.block,
-            TILES=config.tiles,
-            **constants(table, outer_from),
+            **merge_arguments(table, rule, config),
             **replace(config, max_registers=FUSE_PASS_REGISTERS).options,
         )
-    parameters = [{name: roles[name] for name in ROLES[:INNER_SCORE]} for roles in dtypes]
-    list_and_search(grouped, workspace, undecided, sides, parameters, config)
+    list_and_search(grouped, workspace, undecided, kind, config)
     for index, table in enumerate(grouped):
         _finish_kernel[(programs[index],)](
             # Tensors
@@ -423,12 +362,9 @@ def _fuse_in_one_pass(
             first_program=sum(programs[:index]),
             all_programs=sum(programs),
             capacity=undecided.capacity,
-            **scalars(weights),
             # Constexprs
             STEP=FINISH_STEP,
-            BLOCK=config.block,
-            TILES=config.tiles,
-            **constants(table, outer_from),
+            **merge_arguments(table, rule, config),
             **config.options,
         )
     return FuseStats(fields[:4], norms, (thresholds[:1], thresholds[1:]))

@@ -30,7 +30,7 @@ from rkif_kernels.backends.triton.undecided import (
     store_undecided,
 )
 from rkif_kernels.backends.triton.windows import COUNTS, PASS_STEP, Workspace, last_program
-from rkif_kernels.types import ROLES, Scores
+from rkif_kernels.types import Scores
 
 
 @triton.jit
@@ -75,8 +75,7 @@ def _bracketed_scores_kernel(
     capacity,
     k,
     # Constexprs
-    INNER_S: tl.constexpr,
-    INNER_U: tl.constexpr,
+    DTYPES: tl.constexpr,
     DISTANCE: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -85,8 +84,8 @@ def _bracketed_scores_kernel(
     """Mark the scores in the bracket, and count those below it. Float32: reads 8 bytes an element (S, U)."""
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
-    s_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, INNER_S)
-    u_ptr = load_row(pointers_ptr, 1, tensor, n_tensors, INNER_U)
+    s_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES[0])
+    u_ptr = load_row(pointers_ptr, 1, tensor, n_tensors, DTYPES[1])
     lo, hi = load_bracket(fields_ptr, 0)
     bits = tl.zeros((BLOCK // 4,), tl.int64)
     counts = tl.zeros((BLOCK // 4,), tl.int32)
@@ -94,13 +93,13 @@ def _bracketed_scores_kernel(
         first = start + tile * BLOCK
         if first + BLOCK <= numel:
             marks, n = _bracketed_scores_tile(
-                s_ptr, u_ptr, lo, hi, first, numel, True, INNER_U, DISTANCE, BLOCK
+                s_ptr, u_ptr, lo, hi, first, numel, True, DTYPES[1], DISTANCE, BLOCK
             )
             bits |= marks.to(tl.int64) << (4 * tile)
             counts += n
         elif first < numel:
             marks, n = _bracketed_scores_tile(
-                s_ptr, u_ptr, lo, hi, first, numel, False, INNER_U, DISTANCE, BLOCK
+                s_ptr, u_ptr, lo, hi, first, numel, False, DTYPES[1], DISTANCE, BLOCK
             )
             bits |= marks.to(tl.int64) << (4 * tile)
             counts += n
@@ -128,13 +127,9 @@ def score_thresholds(
     grouped = tables(rows, config.chunk)
     workspace = Workspace.of(1, grouped[0].pointers.device)
     undecided = Undecided.of(grouped, bracketing.capacity(fraction, numel, sides=1), 1, config)
-    sides = [
-        {"INNER_S": table.dtypes[0], "INNER_U": table.dtypes[1], "OUTER_S": None, "OUTER_U": None}
-        | {"ROLE": 0, "DISTANCE": scores.distance}
-        for table in grouped
-    ]
-    find_brackets(grouped, workspace, sides, fraction, bracketing, config)
-    for table, side, first_row in zip(grouped, sides, undecided.rows, strict=False):
+    kind = {"ROLE": 0, "SIDES": 1, "DISTANCE": scores.distance}
+    find_brackets(grouped, workspace, kind, fraction, bracketing, config)
+    for table, first_row in zip(grouped, undecided.rows, strict=False):
         _bracketed_scores_kernel[(table.programs,)](
             # Tensors
             **table.arguments,
@@ -148,14 +143,12 @@ def score_thresholds(
             capacity=undecided.capacity,
             k=k,
             # Constexprs
-            INNER_S=side["INNER_S"],
-            INNER_U=side["INNER_U"],
+            DTYPES=table.dtypes,
             DISTANCE=scores.distance,
             STEP=PASS_STEP,
             BLOCK=config.block,
             TILES=config.tiles,
             **config.options,
         )
-    parameters = dict.fromkeys(ROLES[:4])
-    list_and_search(grouped, workspace, undecided, sides, [parameters] * len(grouped), config)
+    list_and_search(grouped, workspace, undecided, kind, config)
     return workspace.thresholds

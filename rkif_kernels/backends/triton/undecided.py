@@ -158,6 +158,23 @@ def _lowest_bit(words):
     return ((value >> 52) & 0x7FF) - 1023
 
 
+@triton.jit
+def _gather_scores(
+    pointers_ptr,
+    tensor,
+    n_tensors,
+    offsets,
+    mask,
+    DTYPES: tl.constexpr,
+    ROLE: tl.constexpr,
+    DISTANCE: tl.constexpr,
+):
+    """Scores of one tensor at any offsets."""
+    s_ptr = load_row(pointers_ptr, ROLE, tensor, n_tensors, DTYPES[ROLE])
+    u_ptr = load_row(pointers_ptr, ROLE + 1, tensor, n_tensors, DTYPES[ROLE + 1])
+    return load_score(s_ptr, u_ptr, offsets, mask, DTYPES[ROLE + 1], DISTANCE)
+
+
 @kernel
 def _list_kernel(
     # Tensors
@@ -177,15 +194,9 @@ def _list_kernel(
     capacity,
     all_programs,
     # Constexprs
-    OUT: tl.constexpr,
-    BASE: tl.constexpr,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER_S: tl.constexpr,
-    INNER_U: tl.constexpr,
-    OUTER_S: tl.constexpr,
-    OUTER_U: tl.constexpr,
+    DTYPES: tl.constexpr,
     ROLE: tl.constexpr,
+    SIDES: tl.constexpr,
     DISTANCE: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -195,18 +206,13 @@ def _list_kernel(
 
     An undecided element: 4 bytes of each of up to seven streams, a sector each; 36 bytes are written.
     """
-    SIDES: tl.constexpr = 1 if OUTER_S is None else 2
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
     if tl.load(fields_ptr + FAILED) != 0:
-        count_chunk(
-            pointers_ptr, fields_ptr, n_tensors, tensor, start, numel, 0,
-            ROLE, INNER_S, INNER_U, DISTANCE, BLOCK, TILES,
-        )  # fmt: skip
-        if SIDES == 2:
+        for side in tl.static_range(SIDES):
             count_chunk(
-                pointers_ptr, fields_ptr, n_tensors, tensor, start, numel, 1,
-                ROLE + 2, OUTER_S, OUTER_U, DISTANCE, BLOCK, TILES,
+                pointers_ptr, fields_ptr, n_tensors, tensor, start, numel, side,
+                DTYPES, ROLE + 2 * side, DISTANCE, BLOCK, TILES,
             )  # fmt: skip
     else:
         row = first_row + chunk
@@ -220,25 +226,21 @@ def _list_kernel(
                 mask = words != 0
                 bit = _lowest_bit(words)
                 offsets = start + (bit >> 2) * BLOCK + lanes * 4 + (bit & 3)
-                s_ptr = load_row(pointers_ptr, ROLE, tensor, n_tensors, INNER_S)
-                u_ptr = load_row(pointers_ptr, ROLE + 1, tensor, n_tensors, INNER_U)
-                score = load_score(s_ptr, u_ptr, offsets, mask, INNER_U, DISTANCE)
-                tl.store(values_ptr + places, score, mask=mask)
-                add_to_bins(fields_ptr, 0, score, mask)
-                if SIDES == 2:
-                    s_ptr = load_row(pointers_ptr, ROLE + 2, tensor, n_tensors, OUTER_S)
-                    u_ptr = load_row(pointers_ptr, ROLE + 3, tensor, n_tensors, OUTER_U)
-                    score = load_score(s_ptr, u_ptr, offsets, mask, OUTER_U, DISTANCE)
-                    tl.store(values_ptr + capacity + places, score, mask=mask)
-                    add_to_bins(fields_ptr, 1, score, mask)
-                    address = tl.load(pointers_ptr + tensor) + offsets * (OUT.primitive_bitwidth // 8)
-                    tl.store(addresses_ptr + places, address, mask=mask)
-                    base = load_float32(load_row(pointers_ptr, 1, tensor, n_tensors, BASE), offsets, mask)
-                    inner = load_float32(load_row(pointers_ptr, 2, tensor, n_tensors, INNER), offsets, mask)
-                    outer = load_float32(load_row(pointers_ptr, 3, tensor, n_tensors, OUTER), offsets, mask)
-                    tl.store(values_ptr + 2 * capacity + places, base, mask=mask)
-                    tl.store(values_ptr + 3 * capacity + places, inner, mask=mask)
-                    tl.store(values_ptr + 4 * capacity + places, outer, mask=mask)
+                for side in tl.static_range(SIDES):
+                    score = _gather_scores(
+                        pointers_ptr, tensor, n_tensors, offsets, mask, DTYPES, ROLE + 2 * side, DISTANCE
+                    )
+                    tl.store(values_ptr + side * capacity + places, score, mask=mask)
+                    add_to_bins(fields_ptr, side, score, mask)
+                if SIDES == 2:  # a fusion: what is written, then base, inner and outer
+                    size: tl.constexpr = DTYPES[0].primitive_bitwidth // 8
+                    tl.store(
+                        addresses_ptr + places, tl.load(pointers_ptr + tensor) + offsets * size, mask=mask
+                    )
+                    for role in tl.static_range(1, 4):
+                        row_ptr = load_row(pointers_ptr, role, tensor, n_tensors, DTYPES[role])
+                        value = load_float32(row_ptr, offsets, mask)
+                        tl.store(values_ptr + (role + 1) * capacity + places, value, mask=mask)
                 words = words & (words - 1)
                 places += 1
     if last_program(fields_ptr, STEP, all_programs):
@@ -262,11 +264,9 @@ def _narrow_kernel(
     capacity,
     all_programs,
     # Constexprs
-    INNER_S: tl.constexpr,
-    INNER_U: tl.constexpr,
-    OUTER_S: tl.constexpr,
-    OUTER_U: tl.constexpr,
+    DTYPES: tl.constexpr,
     ROLE: tl.constexpr,
+    SIDES: tl.constexpr,
     DISTANCE: tl.constexpr,
     STEP: tl.constexpr,
     FIRST: tl.constexpr,
@@ -277,19 +277,14 @@ def _narrow_kernel(
 
     Of several tables' launches the FIRST counts the list. The grid is capped; programs loop.
     """
-    SIDES: tl.constexpr = 1 if OUTER_S is None else 2
     part = tl.program_id(0)
     if tl.load(fields_ptr + FAILED) != 0:
         while part < chunks:
             tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, part, BLOCK)
-            count_chunk(
-                pointers_ptr, fields_ptr, n_tensors, tensor, start, numel, 0,
-                ROLE, INNER_S, INNER_U, DISTANCE, BLOCK, TILES,
-            )  # fmt: skip
-            if SIDES == 2:
+            for side in tl.static_range(SIDES):
                 count_chunk(
-                    pointers_ptr, fields_ptr, n_tensors, tensor, start, numel, 1,
-                    ROLE + 2, OUTER_S, OUTER_U, DISTANCE, BLOCK, TILES,
+                    pointers_ptr, fields_ptr, n_tensors, tensor, start, numel, side,
+                    DTYPES, ROLE + 2 * side, DISTANCE, BLOCK, TILES,
                 )  # fmt: skip
             part += tl.num_programs(0)
     elif FIRST:
@@ -311,15 +306,13 @@ def list_and_search(
     grouped: Sequence[Table],
     workspace: Workspace,
     undecided: Undecided,
-    sides: Sequence[dict[str, object]],
-    parameters: Sequence[dict[str, object]],
+    scores: dict[str, object],
     config: LaunchConfig,
 ) -> None:
     """Make the list after the pass, and find the thresholds in it.
 
     Args:
-        sides: for each table the constants of its scores.
-        parameters: for each table the dtypes of OUT, BASE, INNER and OUTER; None for scores alone.
+        scores: where a table has them, as constants of the kernels: ROLE, SIDES and DISTANCE.
     """
     state = {"fields_ptr": workspace.fields, "thresholds_ptr": workspace.thresholds}
     blocks = {"BLOCK": config.block, "TILES": config.tiles}
@@ -337,8 +330,8 @@ def list_and_search(
             capacity=undecided.capacity,
             all_programs=undecided.rows[-1],
             # Constexprs
-            **sides[index],
-            **parameters[index],
+            DTYPES=table.dtypes,
+            **scores,
             STEP=LIST_STEP,
             **blocks,
             **config.options,
@@ -358,7 +351,8 @@ def list_and_search(
                 capacity=undecided.capacity,
                 all_programs=programs * len(grouped),
                 # Constexprs
-                **sides[index],
+                DTYPES=table.dtypes,
+                **scores,
                 STEP=step,
                 FIRST=index == 0,
                 **blocks,

@@ -122,16 +122,16 @@ def count_chunk(
     start,
     numel,
     side,
+    DTYPES: tl.constexpr,
     ROLE: tl.constexpr,
-    S: tl.constexpr,
-    U: tl.constexpr,
     DISTANCE: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """Count a chunk's scores in a search's window."""
     if tl.load(fields_ptr + SEARCHES + 4 * side + 2) >= 0:
-        s_ptr = load_row(pointers_ptr, ROLE, tensor, n_tensors, S)
+        U: tl.constexpr = DTYPES[ROLE + 1]
+        s_ptr = load_row(pointers_ptr, ROLE, tensor, n_tensors, DTYPES[ROLE])
         u_ptr = load_row(pointers_ptr, ROLE + 1, tensor, n_tensors, U)
         for tile in range(TILES):
             first = start + tile * BLOCK
