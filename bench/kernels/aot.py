@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import itertools
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -24,6 +21,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.kernels.machine_code import cuda_tool, disassemble
 from rkif_kernels.backends.triton.adamw import _adamw_kernel
 from rkif_kernels.backends.triton.bracket import _count_sample_kernel, _sample_kernel
 from rkif_kernels.backends.triton.count import _count_kernel, _invalid_kernel
@@ -45,6 +43,8 @@ TARGETS = {
 BYTES = {tl.float32: 4, tl.bfloat16: 2, tl.float16: 2}
 PARAMETERS = (tl.float32, tl.bfloat16, tl.float16)
 STATES = (tl.float32, tl.bfloat16)
+# Cases that one process compiles one after another, and has disassembled together.
+GROUP = 18
 # Forms of scores: their name, how many streams they read, and whether they are distances.
 SCORES = (("S*U", 2, False), ("S", 1, False), ("|a-b|", 2, True))
 
@@ -260,37 +260,54 @@ COMMON = {
 }
 
 
-def compile_case(case: Case, target: str) -> Compiled:
-    """Compile one case for one target and look at the outcome."""
-    constants = {
-        name: value
-        for name, value in {
-            **COMMON,
-            "BLOCK": case.config.block,
-            "TILES": case.config.tiles,
-            **case.constants,
-        }.items()
-        if name in case.kernel.arg_names
-    }
-    signature = {name: _argument_type(name, constants) for name in case.kernel.arg_names}
+def compile_cases(cases: Sequence[Case], target: str) -> list[Compiled]:
+    """Compile cases for one target and look at the outcome of each."""
+    compiled = [_compile(case, target) for case in cases]
+    if target.startswith("gfx"):
+        found = [
+            _inspect_amd(case, target, made.asm["amdgcn"], made.metadata.shared)
+            for case, made in zip(cases, compiled, strict=True)
+        ]
+    else:
+        texts = disassemble([made.asm["cubin"] for made in compiled], TARGETS[target].arch)
+        found = [
+            _inspect_nvidia(case, target, made.asm["ptx"], made.asm["cubin"], sass)
+            for case, made, sass in zip(cases, compiled, texts, strict=True)
+        ]
+    return [
+        replace(result, problems=result.problems + _specialised(case))
+        for case, result in zip(cases, found, strict=True)
+    ]
+
+
+def _constants(case: Case) -> dict[str, Any]:
+    values = {**COMMON, "BLOCK": case.config.block, "TILES": case.config.tiles, **case.constants}
+    return {name: value for name, value in values.items() if name in case.kernel.arg_names}
+
+
+def _signature(case: Case) -> dict[str, str]:
+    constants = _constants(case)
+    return {name: _argument_type(name, constants) for name in case.kernel.arg_names}
+
+
+def _compile(case: Case, target: str) -> Any:
     # What a launch finds out by itself: PyTorch's memory, and the tables in it, begin on 16 bytes.
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(case.kernel.arg_names)
         if name.endswith("_ptr")
     }
-    source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
-    made = triton.compile(source, target=TARGETS[target], options=case.config.options)
-    if target.startswith("gfx"):
-        found = _inspect_amd(case, target, made.asm["amdgcn"], made.metadata.shared)
-    else:
-        found = _inspect_nvidia(case, target, made.asm["ptx"], made.asm["cubin"])
-    again = tuple(
+    source = ASTSource(case.kernel, _signature(case), constexprs=_constants(case), attrs=attributes)
+    return triton.compile(source, target=TARGETS[target], options=case.config.options)
+
+
+def _specialised(case: Case) -> tuple[str, ...]:
+    signature = _signature(case)
+    return tuple(
         f"is compiled anew for every kind of {parameter.name}"
         for parameter in case.kernel.params
         if signature[parameter.name] in ("i32", "i64") and not parameter.do_not_specialize
     )
-    return replace(found, problems=found.problems + again)
 
 
 def check(console: Console, targets: Sequence[str] = tuple(TARGETS)) -> bool:
@@ -306,7 +323,8 @@ def check(console: Console, targets: Sequence[str] = tuple(TARGETS)) -> bool:
         table.add_column(heading, no_wrap=True)
     failures = []
     with ProcessPoolExecutor() as pool:
-        for made in pool.map(compile_case_number, *zip(*_numbered(targets), strict=True)):
+        groups = zip(*_groups(targets), strict=True)
+        for made in itertools.chain.from_iterable(pool.map(compile_group, *groups)):
             case = made.case
             failures += [f"{case} on {made.target}: {problem}" for problem in made.problems]
             figures = (made.minimum or "-", made.registers, made.spills, made.stack, made.shared)
@@ -320,13 +338,13 @@ def check(console: Console, targets: Sequence[str] = tuple(TARGETS)) -> bool:
     return not failures
 
 
-def _numbered(targets: Sequence[str]) -> list[tuple[int, str]]:
-    return [(number, target) for number in range(len(list(cases()))) for target in targets]
+def _groups(targets: Sequence[str]) -> list[tuple[int, str]]:
+    return [(first, target) for first in range(0, len(list(cases())), GROUP) for target in targets]
 
 
-def compile_case_number(number: int, target: str) -> Compiled:
-    """:func:`compile_case` for another process, where Triton's functions cannot be sent to."""
-    return compile_case(next(itertools.islice(cases(), number, None)), target)
+def compile_group(first: int, target: str) -> list[Compiled]:
+    """:func:`compile_cases` for another process, where Triton's functions cannot be sent to."""
+    return compile_cases(list(itertools.islice(cases(), first, first + GROUP)), target)
 
 
 def _widths(accesses: Counter[int]) -> str:
@@ -364,10 +382,10 @@ def _expected(dtypes: tuple[tl.dtype, ...], elements: int) -> Counter[int]:
     return needed
 
 
-def _inspect_nvidia(case: Case, target: str, ptx: str, cubin: bytes) -> Compiled:
+def _inspect_nvidia(case: Case, target: str, ptx: str, cubin: bytes, sass: str) -> Compiled:
     loads, stores = (_ptx_widths(ptx, kind) for kind in ("ld", "st"))
-    usage = _resource_usage(cubin)
-    sass = _tool("nvdisasm", cubin)
+    resources = cuda_tool("cuobjdump", cubin, "--dump-resource-usage")
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", resources)}
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     problems = _narrow(case, loads, stores, threads=32 * case.config.num_warps)
     if usage["STACK"] or spills:
@@ -445,28 +463,3 @@ def _narrow(case: Case, loads: Counter[int], stores: Counter[int], *, threads: i
             if found[bits] < needed:
                 problems.append(f"{found[bits]} {kind} of {bits} bits where a block needs {needed}")
     return problems
-
-
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [_binary("cuobjdump"), "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", text)}
-
-
-def _tool(name: str, cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([_binary(name), file.name], capture_output=True, text=True, check=True).stdout
-
-
-def _binary(name: str) -> str:
-    """A CUDA tool that Triton's wheel brings along."""
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from bench.kernels.aot import Case, compile_case
+from bench.kernels.aot import Case, compile_cases
 from rkif_kernels.backends.triton.elements import kernel
 from rkif_kernels.backends.triton.launch import STREAM
 
@@ -51,6 +51,6 @@ if __name__ == "__main__":
         replace(good, name="contracted", kernel=_contract),
         replace(good, name="contracted, divides", kernel=_contract, divides=True),
     ]
-    for case in cases:
-        for target in ("sm_90", "gfx942"):
-            print(case.name, target, *compile_case(case, target).problems, sep=" | ")
+    for target in ("sm_90", "gfx942"):
+        for case, compiled in zip(cases, compile_cases(cases, target), strict=True):
+            print(case.name, target, *compiled.problems, sep=" | ")
