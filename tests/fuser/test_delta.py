@@ -129,6 +129,7 @@ def test_an_update_of_nothing_is_nothing() -> None:
     assert set(found.truncation.values()) == {0.0}
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("rslora", [False, True])
 def test_scaling_is_pefts(rslora: bool) -> None:
     config = LoraConfig(

@@ -167,7 +167,7 @@ def test_a_fuser_takes_as_much_of_the_step_as_the_gate_lets_it(dtype: torch.dtyp
 
     def moved() -> float:
         return max(
-            float((p.float() - s.float()).abs().max()) for p, s in zip(model.parameters(), start, strict=True)
+            (p.float() - s.float()).abs().max().item() for p, s in zip(model.parameters(), start, strict=True)
         )
 
     def beyond() -> float:

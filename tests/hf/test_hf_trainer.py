@@ -261,6 +261,8 @@ def test_a_refused_fusion_is_reported(tmp_path: Any) -> None:
         trainer(tmp_path, kind=Poisoned, model=model).train()
 
 
+# The name in all versions of transformers that rkif supports; later ones prefer `activation_checkpointing`.
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
 def test_gradient_checkpointing_changes_no_bit(tmp_path: Any) -> None:
     models = [lora_llama(dropout=0.1) for _ in range(2)]
     for model, on in zip(models, (False, True), strict=True):
