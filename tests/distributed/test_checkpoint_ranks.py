@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import torch
 from checkpoint_files import Triple, files_of, split_folder
 from safetensors.torch import save_file
-from torchrun import TORCHRUN, quiet_environment
+from torchrun import start_program
 
 from rkif.checkpoint import layout
 from rkif.checkpoint.layout import Piece, share
@@ -25,23 +24,14 @@ SLOT = 4096
 
 
 def start(
-    ranks: int, arguments: Sequence[Any], *, fails: bool = False, **settings: Any
+    ranks: int, arguments: Sequence[Any], *, fails: bool = False, torchrun: bool = False, **settings: Any
 ) -> subprocess.CompletedProcess[str]:
-    patience = ["--monitor-interval", "3"] if fails else []
-    launcher = [sys.executable] if ranks == 1 else [*TORCHRUN, *patience, "--nproc-per-node", str(ranks)]
-    program = [fuse_ranks_program.__file__, json.dumps({"slot": SLOT, **settings}), "fuse"]
-    return subprocess.run(
-        [*launcher, *program, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=quiet_environment(),
-        check=False,
-    )
+    words = [json.dumps({"slot": SLOT, **settings}), "fuse", *arguments]
+    return start_program(fuse_ranks_program.__file__, ranks, *words, fails=fails, torchrun=torchrun)
 
 
-def fuse(ranks: int, arguments: Sequence[Any]) -> dict[str, Any]:
-    done = start(ranks, [*arguments, "--json"])
+def fuse(ranks: int, arguments: Sequence[Any], *, torchrun: bool = False) -> dict[str, Any]:
+    done = start(ranks, [*arguments, "--json"], torchrun=torchrun)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = done.stdout.splitlines()
     found: dict[str, Any] = json.loads(line)
@@ -93,7 +83,8 @@ def test_folders_of_several_files(triple: Triple) -> None:
         split_folder(triple.folder / name, getattr(triple, name), files=3)
     folders = [triple.folder / name for name in ("base", "inner", "outer")]
     for ranks in (1, 3):
-        fuse(ranks, [*folders, "--out", triple.folder / f"out{ranks}", "--max-shard-size", "20KB"])
+        arguments = [*folders, "--out", triple.folder / f"out{ranks}", "--max-shard-size", "20KB"]
+        fuse(ranks, arguments, torchrun=ranks == 3)
     assert files_of(triple.folder / "out1") == files_of(triple.folder / "out3")
     assert len(list((triple.folder / "out3").glob("*.safetensors"))) > 1
 

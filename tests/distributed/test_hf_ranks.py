@@ -16,7 +16,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What adapters end with on one and two processes, all parameters on one and three, and as shards."""
     folder = tmp_path_factory.mktemp("ends")
     for ranks, kind in ((1, "ddp"), (2, "ddp"), (1, "full"), (3, "full"), (3, "fsdp")):
-        done = start_program(hf_ranks_program.__file__, ranks, kind, folder)
+        done = start_program(hf_ranks_program.__file__, ranks, kind, folder, torchrun=kind == "fsdp")
         assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun: the same masks and bits as one, and one failure is everybody's."""
+"""Several processes: the same masks and bits as one, and one failure is everybody's."""
 
 from __future__ import annotations
 
@@ -20,14 +20,12 @@ import rkif
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
 
-def start(
-    ranks: int, scenario: str, folder: Path, *, fails: bool = False
-) -> subprocess.CompletedProcess[str]:
-    return start_program(ranks_program.__file__, ranks, scenario, folder, fails=fails)
+def start(ranks: int, scenario: str, folder: Path, **how: bool) -> subprocess.CompletedProcess[str]:
+    return start_program(ranks_program.__file__, ranks, scenario, folder, **how)
 
 
-def run(ranks: int, scenario: str, folder: Path) -> None:
-    done = start(ranks, scenario, folder)
+def run(ranks: int, scenario: str, folder: Path, **how: bool) -> None:
+    done = start(ranks, scenario, folder, **how)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -36,7 +34,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Folders with what one, two, three and four processes ended with."""
     folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (1, 2, 3, 4)}
     for ranks, folder in folders.items():
-        run(ranks, "same_bits", folder)
+        run(ranks, "same_bits", folder, torchrun=ranks == 3)
     return folders
 
 

@@ -233,7 +233,7 @@ def test_a_gate_goes_on_from_its_state() -> None:
 
         def figure() -> float:
             calls[0] += 1
-            return float(model.weight.sum())
+            return model.weight.sum().item()
 
         return (
             model,

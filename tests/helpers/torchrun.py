@@ -2,33 +2,66 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import fork_server
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+SECONDS = 240  # what takes longer hangs
 
 
-def quiet_environment() -> dict[str, str]:
+def start_program(
+    program: str, ranks: int, *arguments: object, fails: bool = False, torchrun: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program; what hangs is a failure, too.
+
+    Where ranks are to fail, those that outlive another have three seconds to say why before they are killed.
+    The processes are forks of one that has imported what the program needs. With `torchrun` they are started
+    by it: interpreters of their own, which order sets differently.
+    """
+    words = [str(argument) for argument in arguments]
+    if torchrun:
+        patience = ["--monitor-interval", "3"] if fails else []
+        command = [*TORCHRUN, *patience, "--nproc-per-node", str(ranks), program, *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=SECONDS, env=_environment(), check=False
+        )
+    server = _server(program)
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        run = {"ranks": ranks, "arguments": words, "out": out.name, "err": err.name}
+        server.stdin.write(json.dumps(run | {"patience": 3.0 if fails else 0.1}) + "\n")
+        server.stdin.flush()
+        if not select.select([server.stdout], [], [], SECONDS)[0]:
+            os.killpg(server.pid, signal.SIGKILL)
+            _server.cache_clear()
+            raise TimeoutError(f"{words} on {ranks} ranks hangs: {err.read()[-4000:]}")
+        status = int(server.stdout.readline())
+        return subprocess.CompletedProcess(words, status, out.read(), err.read())
+
+
+def _environment() -> dict[str, str]:
     """One thread a process: there are more of them than cores."""
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def start_program(
-    program: str, ranks: int, scenario: str, folder: Path, *, fails: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """Runs a scenario of a program; what hangs is a failure, too.
-
-    Where ranks are to fail, those that outlive another have three seconds to say why before they are killed.
-    """
-    patience = ["--monitor-interval", "3"] if fails else []
-    launcher = [sys.executable] if ranks == 1 else [*TORCHRUN, *patience, "--nproc-per-node", str(ranks)]
-    return subprocess.run(
-        [*launcher, program, scenario, str(folder)],
-        capture_output=True,
+@functools.cache
+def _server(program: str) -> subprocess.Popen[str]:
+    """It ends with this process, which closes its standard input."""
+    return subprocess.Popen(
+        [sys.executable, fork_server.__file__, str(Path(program))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=240,
-        env=quiet_environment(),
-        check=False,
+        env=_environment(),
+        start_new_session=True,
     )

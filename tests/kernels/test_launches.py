@@ -119,13 +119,13 @@ def test_launches_do_not_grow_with_the_number_of_tensors(launched: Counter[str])
     everything(adapter(8))
     few = Counter(launched)
     launched.clear()
-    everything(adapter(200))
+    everything(adapter(48))
     assert launched == few
     assert few["_update_importance_kernel"] == 2  # one for each combination of dtypes
 
 
 def test_nothing_is_uploaded_for_tensors_that_stay_where_they_are(uploads: list[int]) -> None:
-    tensors = adapter(30)
+    tensors = adapter(12)
     everything(tensors)
     assert uploads
     uploads.clear()

@@ -1,0 +1,89 @@
+"""Runs a program of the tests on several processes, over and over: `fork_server.py PROGRAM`.
+
+It does what torchrun does, but every process is a fork of this one, which has imported what the program
+imports: that takes longer than most of what the tests run. A line of standard input is a run, in JSON: the
+number of "ranks", "arguments", "out" and "err", files for the output, and "patience", the seconds that the
+others have to end by themselves when a rank has failed. The answer is a line with the exit status.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import TCPStore
+
+ADDRESS = "127.0.0.1"
+
+
+def launch(run: dict[str, Any]) -> int:
+    """Run the ranks to their end; returns the first status that is not zero."""
+    # Listening before there is a rank, and served after the last fork, because the store has threads.
+    listener = socket.create_server((ADDRESS, 0))
+    running = set()
+    for rank in range(run["ranks"]):
+        child = os.fork()
+        if child == 0:
+            port = listener.getsockname()[1]
+            listener.close()
+            become(run, rank, port)
+        running.add(child)
+    port, descriptor = listener.getsockname()[1], listener.detach()
+    store = TCPStore(
+        ADDRESS, port, None, True, timedelta(60), wait_for_workers=False, master_listen_fd=descriptor
+    )
+    assert store.port == port  # and it stays until the ranks have ended
+    failed, deadline = 0, math.inf
+    while running:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            running.remove(child)
+            if status and not failed:
+                failed, deadline = os.waitstatus_to_exitcode(status), time.monotonic() + run["patience"]
+        elif time.monotonic() >= deadline:
+            for survivor in running:
+                os.kill(survivor, signal.SIGKILL)
+            deadline = math.inf
+        else:
+            time.sleep(0.005)
+    return failed
+
+
+def become(run: dict[str, Any], rank: int, port: int) -> None:
+    """Make this process a rank, and run the program in it; what it raises ends the process as anywhere."""
+    for descriptor, path in ((0, os.devnull), (1, run["out"]), (2, run["err"])):
+        os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), descriptor)
+    if run["ranks"] > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(run["ranks"]),
+            "LOCAL_WORLD_SIZE": str(run["ranks"]),
+            "GROUP_RANK": "0",
+            "GROUP_WORLD_SIZE": "1",
+            "MASTER_ADDR": ADDRESS,
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": "none",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+    sys.argv = [sys.argv[1], *run["arguments"]]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    runpy.run_path(sys.argv[1])  # not as __main__: it only imports
+    for line in sys.stdin:
+        launcher = os.fork()
+        if launcher == 0:
+            os._exit(launch(json.loads(line)) & 0xFF)
+        print(os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1]), flush=True)
