@@ -30,7 +30,7 @@ from transformers import default_data_collator
 from trl import SFTConfig, SFTTrainer
 
 from rkif.hf import RKIFMixin
-from rkif.hf.trainer import memory_walk
+from rkif.hf.rounds import memory_walk
 
 
 def test_the_walk_is_epochs_without_replacement() -> None:
