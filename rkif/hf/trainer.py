@@ -1,17 +1,19 @@
-"""The recurrent method in a Hugging Face ``Trainer``. `import rkif` does not import it, nor transformers."""
+"""Recurrent-KIF in a Hugging Face ``Trainer``. `import rkif` imports neither this nor transformers."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer
 
 from rkif import Fuser, FusionConfig, Gate
+from rkif.hf import state
 from rkif.hf.rounds import Rounds
 
-# Relied on beyond the Trainer's documented interface (read and run with transformers 5.0.0 and 5.23.0):
+# Used beyond the Trainer's documented interface (read and run with transformers 5.0.0 and 5.23.0):
 # _maybe_log_save_evaluate (after all callbacks of a step or epoch, before it is logged, measured and saved),
 # _evaluate, _save_checkpoint, _save_optimizer_and_scheduler, _load_optimizer_and_scheduler, model_wrapped,
 # _get_collator_with_removed_columns, _train_batch_size (auto_find_batch_size lowers it), and
@@ -21,28 +23,28 @@ _MEMORY_KEY = "__rkif_memory__"
 
 
 class RKIFMixin(Trainer):  # type: ignore[misc]
-    """Gives the ``Trainer`` class that it is put in front of an outer learner on a memory of earlier tasks.
+    """Adds an outer learner, which trains on a memory of earlier tasks, to the ``Trainer`` class after it.
 
-    After every ``fusion.inner_steps`` optimizer steps on the training data come ``fusion.outer_steps`` on the
-    memory and the fusion, before anything of that step is logged, evaluated or saved. An outer step has as
-    many micro-batches of the same size as an inner one, goes through the trainer's `training_step`, and is
-    clipped alike. Its optimizer is of the inner one's kind, with a state of its own, at
-    ``outer_learning_rate`` times the fraction of its base rate that the inner schedule is at. Steps that a
-    gradient scaler skips count for neither learner; outer steps count neither as global steps nor in
-    ``total_flos``. Without a memory, as on a first task, this is the plain trainer.
+    After every ``fusion.inner_steps`` optimizer steps on the training data, the trainer takes
+    ``fusion.outer_steps`` steps on the memory and fuses. It does so before the inner step is logged,
+    evaluated or saved. An outer step has as many micro-batches as an inner one, of the same size. It uses the
+    trainer's `training_step` and the same clipping. The outer optimizer is of the inner one's class and has
+    separate state. Its learning rate is ``outer_learning_rate`` times the current factor of the inner
+    schedule. A step that a gradient scaler skips does not count. Outer steps are not counted as global steps
+    or in ``total_flos``. Without a memory, as on a first task, this is the plain trainer.
 
-    A round under way when training ends, at the last step or because a callback stops it, is fused with the
-    steps it has, before that step is evaluated and saved. An evaluation that stops training has measured the
-    model by then: with ``load_best_model_at_end`` the checkpoint keeps what was measured, as it may be the
-    best; otherwise the round is fused before it is saved. The best model is loaded last, and nothing is fused
-    into it. Within a round the model is the inner learner: evaluate every multiple of ``inner_steps`` to
-    choose among fused models.
+    Training may end within a round, at the last step or because a callback stops it. That round is fused with
+    the steps it has, before the last step is evaluated and saved. If an evaluation stops training, the model
+    has been measured without that fusion. With ``load_best_model_at_end`` the checkpoint then keeps the
+    measured model, because it may be the best; otherwise the round is fused before the checkpoint is saved.
+    The best model is loaded last and stays as it is. Within a round the model is the inner learner: to choose
+    among fused models, evaluate at multiples of ``inner_steps``.
 
-    With `optimizer_cls_and_kwargs=(rkif.optim.AdamW, {"lr": ...})` the steps of both learners take the
-    importance along in one pass over memory; the bits are those of observing apart.
+    With `optimizer_cls_and_kwargs=(rkif.optim.AdamW, {"lr": ...})` the steps of both learners also update the
+    importance, in one pass over memory. The result has the same bits.
 
-    Checkpoints hold the round and the outer learner: a resumed run has the same bits as one that was not
-    interrupted. With ``save_only_model`` they do not, and cannot be resumed.
+    Checkpoints hold the round and the outer learner, so a resumed run has the same bits as an uninterrupted
+    one. With ``save_only_model`` they do not hold them and cannot be resumed.
     """
 
     eval_dataset: Any
@@ -60,21 +62,23 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Makes the trainer, to which `model`, `args`, `eval_dataset` and all others go as they are.
+        """Make the trainer.
 
         Args:
-            memory_dataset: samples of earlier tasks, in any form the trainer takes for evaluation, with a
-                length and indexing. None or empty: plain training.
-            fusion: settings of the method, by default `FusionConfig()`.
+            model, args, eval_dataset, kwargs: the trainer's own arguments, unchanged.
+            memory_dataset: samples of earlier tasks, in any form that the trainer accepts for evaluation,
+                with a length and indexing. None or empty: plain training.
+            fusion: settings of the method; `FusionConfig()` by default.
             outer_learning_rate: base learning rate of the outer learner.
-            gate: what every fusion is checked by before it is kept. Where it undoes one, parameters,
-                importance and both optimizers' state are as at the start of the round (they are copied for
-                that), and training goes on with the next batch; "stop" ends training after that step.
+            gate: checks every fusion before it is kept. If the gate undoes a fusion, parameters, importance
+                and the state of both optimizers return to the start of the round (a gate takes a copy of
+                them), and training continues with the next batch; "stop" ends training after that step.
 
         Raises:
-            TypeError: `fusion` is no `FusionConfig`, `gate` no `Gate`, or the memory has no length or no
+            TypeError: `fusion` is no `FusionConfig`, `gate` is no `Gate`, or the memory lacks a length or
                 indexing.
-            ValueError: `outer_learning_rate` is not positive and finite, or the optimizer comes ready-made.
+            ValueError: `outer_learning_rate` is not positive and finite, or a memory is given together with
+                a ready-made optimizer.
         """
         self.fusion = FusionConfig() if fusion is None else fusion
         if not isinstance(self.fusion, FusionConfig):
@@ -89,12 +93,12 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         self.gate = gate
         self._rkif: Rounds | None = None
 
-        # What evaluates without a dataset is for the trainer to refuse: a memory in its place would hide it.
+        # The trainer refuses to evaluate without a dataset. The memory in its place would hide that mistake.
         refusable = eval_dataset is None and getattr(args, "eval_strategy", "no") != "no"
         if refusable or not _has_samples(memory_dataset):
             super().__init__(model=model, args=args, eval_dataset=eval_dataset, **kwargs)
             return
-        # Trainers that tokenize or pack do it to their evaluation sets too: the memory goes in among these.
+        # Trainers that tokenize or pack also prepare their evaluation sets, so the memory is passed as one.
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         sets = {name: dataset for name, dataset in named.items() if dataset is not None}
         super().__init__(model=model, args=args, eval_dataset={**sets, _MEMORY_KEY: memory_dataset}, **kwargs)
@@ -111,24 +115,24 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
 
     @property
     def fuser(self) -> Fuser | None:
-        """The fuser of the current or last `train`, each of which starts one; None without a memory."""
+        """The fuser of the current or last `train`; each `train` makes a new one. None without a memory."""
         return getattr(self._rkif, "fuser", None)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as the trainer does.
+        """Train, as `Trainer.train` does.
 
         Raises:
-            RuntimeError: with a memory, where the gradients are not those of the parameters: DeepSpeed, the
-                first FSDP, nn.DataParallel, or a model over several devices of one process.
+            RuntimeError: there is a memory, and the gradients are not in ``grad`` of the model's parameters:
+                DeepSpeed, FSDP1, nn.DataParallel, or a model on several devices of one process.
         """
         if self._rkif is not None:
             self._rkif.refuse_unseen_gradients()
         return super().train(*args, **kwargs)
 
     def create_outer_optimizer(self) -> torch.optim.Optimizer:
-        """Makes the outer learner's optimizer as `create_optimizer` makes the inner one; override to choose.
+        """Make the outer learner's optimizer with `create_optimizer`; override it to choose another.
 
-        Its first parameter group gets `outer_learning_rate`, and others keep their proportion to that.
+        The first parameter group gets `outer_learning_rate`. The others keep their ratio to the first.
         """
         inner, self.optimizer = self.optimizer, None
         try:
@@ -141,7 +145,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         return outer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs as the trainer does, with figures of the last fusion beside the training loss."""
+        """Log, as `Trainer.log` does. Training losses come with values of the last fusion."""
         if "loss" in logs and self.fuser is not None and (report := self.fuser.last_report) is not None:
             logs["rkif/round"] = self.fuser.round
             logs |= {f"rkif/share_{case}": report.counts[case] / report.numel for case in ("both", "neither")}
@@ -164,15 +168,15 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         return metrics
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        # A callback may save at a step's end, when a round can be full but not closed. A tail stays open:
-        # enable_jit_checkpoint saves that way, and stops training in order to have it resumed.
+        # A callback may save at the end of a step, when a round has all its steps but is not closed. A round
+        # with fewer steps stays open: enable_jit_checkpoint saves here and stops, to be resumed later.
         self._close_round(tail=False)
         super()._save_checkpoint(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._rkif is not None:
-            self._rkif.save(output_dir)
+            state.save(self._rkif, Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

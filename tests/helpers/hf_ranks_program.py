@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from rkif.gate import Criterion, Gate
+from rkif.hf.state import load, save
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -102,14 +103,14 @@ def keeps_shards(folder: Path) -> None:
     run.train()
     rounds = run._rkif
     folder.mkdir(exist_ok=True)
-    rounds.save(str(folder))
+    save(rounds, folder)
     position, fraction = rounds.memory_position, rounds.lr_fraction
     expected = {name: whole(tensor) for name, tensor in _state(rounds).items()}
     assert all(tensor.any() for tensor in expected.values())
     for tensor in _state(rounds).values():
         (tensor.to_local() if isinstance(tensor, DTensor) else tensor).zero_()
     rounds.memory_position, rounds.lr_fraction = 0, 0.0
-    rounds._load(folder)
+    load(rounds, folder)
     assert (rounds.memory_position, rounds.lr_fraction) == (position, fraction)
     found = {name: whole(tensor) for name, tensor in _state(rounds).items()}
     assert set(found) == set(expected)

@@ -32,7 +32,7 @@ def test_the_same_bits_as_observing_apart_and_when_resumed(
     resumed.train(resume_from_checkpoint=str(tmp_path / "fused" / "checkpoint-5"))
     assert_same_bits(end(resumed), fused)
 
-    monkeypatch.setattr("rkif.hf.rounds._fused", lambda _: None)
+    monkeypatch.setattr("rkif.hf.rounds._observing", lambda _: None)
     apart = trainer(tmp_path / "apart", **FUSED)
     apart.train()
     assert apart.optimizer.optimizer.fuser is None

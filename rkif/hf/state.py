@@ -1,0 +1,94 @@
+"""The rounds in a Trainer's checkpoint: two files of one process, or a folder of shards."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rkif.files import replace_file
+from rkif.fuser import state as fuser_state
+from rkif.fuser.state_names import flatten, section
+
+if TYPE_CHECKING:
+    from rkif.hf.rounds import Rounds
+
+FUSER_FILE = "rkif_fuser.safetensors"
+OUTER_FILE = "rkif_outer.pt"
+SHARDS = "rkif"  # a folder in place of both files where the parameters are sharded
+# Sections of the sharded state: the moments of the outer optimizer, and of both at the start of the round.
+SECTIONS = ("outer", "start_inner", "start_outer")
+
+
+def save(rounds: Rounds, folder: Path) -> None:
+    """Add the state to a checkpoint. Where the parameters are sharded, every process must call it.
+
+    Args:
+        rounds: of the trainer that the checkpoint is of.
+        folder: the checkpoint's.
+    """
+    progress = {"lr_fraction": rounds.lr_fraction, "memory_position": rounds.memory_position}
+    if rounds.fuser.sharded:
+        fuser_state.write(rounds.fuser, folder / SHARDS, _sharded_state(rounds, progress))
+    elif rounds.trainer.args.should_save:
+        outer = {"optimizer": rounds.optimizer.state_dict(), **progress, "start": rounds.start}
+        replace_file(folder / FUSER_FILE, partial(save_file, rounds.fuser.state_dict()))
+        replace_file(folder / OUTER_FILE, partial(torch.save, outer))
+
+
+def load(rounds: Rounds, folder: Path) -> None:
+    """Restore the state that :func:`save` wrote; the same processes must call it.
+
+    Raises:
+        ValueError: the checkpoint has no such state, or it is of other parameters or settings.
+    """
+    if rounds.fuser.sharded and (folder / SHARDS).is_dir():
+        _load_shards(rounds, folder / SHARDS)
+        return
+    if missing := [name for name in (FUSER_FILE, OUTER_FILE) if not (folder / name).is_file()]:
+        raise ValueError(
+            f"cannot resume from {folder} with a memory: it lacks {' and '.join(missing)}, as "
+            "checkpoints of a trainer without a memory or with save_only_model do"
+        )
+    rounds.fuser.load_state_dict(load_file(folder / FUSER_FILE))
+    outer = torch.load(folder / OUTER_FILE, map_location="cpu", weights_only=True)
+    rounds.optimizer.load_state_dict(outer["optimizer"])
+    rounds.lr_fraction, rounds.memory_position = outer["lr_fraction"], outer["memory_position"]
+    rounds.start = outer["start"]
+
+
+def _sharded_state(rounds: Rounds, progress: dict[str, float]) -> dict[str, Tensor]:
+    """The state as tensors by name. Those of parameters' shapes are sharded as the parameters are."""
+    state = flatten({"fuser": rounds.fuser.state_dict()})
+    moments = [rounds.optimizer.state_dict()["state"], *rounds.start]
+    for kind, state_of_index in zip(SECTIONS, moments, strict=False):  # without a gate there is no start
+        for index, name in enumerate(_names(rounds)):
+            for slot, value in state_of_index.get(index, {}).items():
+                state[f"{kind}.{slot}.{name}"] = torch.as_tensor(value)
+    return state | {name: torch.tensor(value, dtype=torch.float64) for name, value in progress.items()}
+
+
+def _load_shards(rounds: Rounds, folder: Path) -> None:
+    state = fuser_state.read(rounds.fuser, folder)
+    rounds.fuser.load_state_dict(section(state, "fuser"))
+    indices = {name: index for index, name in enumerate(_names(rounds))}
+    moments: dict[str, dict[int, dict[str, Any]]] = {kind: {} for kind in SECTIONS}
+    for kind, state_of_index in moments.items():
+        for key, tensor in section(state, kind).items():
+            slot, _, name = key.partition(".")
+            state_of_index.setdefault(indices[name], {})[slot] = tensor
+    outer, *start = moments.values()
+    groups = rounds.optimizer.state_dict()["param_groups"]
+    rounds.optimizer.load_state_dict({"state": outer, "param_groups": groups})
+    rounds.start = [] if rounds.trainer.gate is None else start
+    rounds.lr_fraction, rounds.memory_position = float(state["lr_fraction"]), int(state["memory_position"])
+
+
+def _names(rounds: Rounds) -> list[str]:
+    """The parameters' names in the order of the optimizers."""
+    names = {id(parameter): name for name, parameter in rounds.fuser.parameters.items()}
+    return [names[id(p)] for group in rounds.optimizer.param_groups for p in group["params"]]
