@@ -63,17 +63,19 @@ def log_command(
     """Show what every round of a run did, or prove that the record of it is whole."""
     announce(f"{'Verifying' if verify else 'Reading'} the ledger of {run}")
     from rkif.continual.display import log
+    from rkif.continual.rundir.folder import RunReader
 
+    records = RunReader(run).ledger()
     if verify:
         from rkif.continual.rundir.verify import verify as check
 
         checked = check(run)
         print(
             f"{run}: {checked['records']} records in a whole chain; {checked['tasks']} tasks' files and "
-            f"{checked['snapshots']} kept states are as recorded; last hash {log.read(run)[-1]['hash']}"
+            f"{checked['states']} kept states are as recorded; last hash {records[-1]['hash']}"
         )
         return
-    records = log.select(log.read(run), task=task, verdict=verdict)
+    records = log.select(records, task=task, verdict=verdict)
     if as_json:
         for record in log.only_module(records, explain or module):
             print(json.dumps(record))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from rkif.config import FusionConfig, MergeWeights
 from rkif.continual.tasks.text import TextFormat
@@ -168,7 +169,7 @@ class GateSettings(Settings):
         return any(criterion.metric != "memory_loss" for criterion in self.criteria)
 
 
-class SnapshotSettings(Settings):
+class RoundStateSettings(Settings):
     """``budget``: disk space for the states after rounds, such as 500MB; 0 keeps none.
 
     See :mod:`rkif.continual.rundir.round_states`.
@@ -195,23 +196,6 @@ class AdaptiveSettings(Settings):
     temperature: float = Field(0.1, gt=0)
 
 
-Method = Literal[
-    "sequential",
-    "replay",
-    "replay_equal_steps",
-    "ewc",
-    "o_lora",
-    "tasl",
-    "average",
-    "ties",
-    "dare",
-    "adaptive",
-    "per_task",
-    "multi_task",
-    "recurrent_kif",
-]
-
-
 class RunConfig(Settings):
     """All settings of a run: model, tasks, method, training and evaluation.
 
@@ -220,7 +204,7 @@ class RunConfig(Settings):
     bfloat16; trained parameters stay float32. ``threads``: PyTorch's threads on a CPU. Their number decides
     the order of sums and so the last bits; set it to repeat a run exactly. ``metrics``: ``module:function``
     each; the module is importable or a file beside the config, see :mod:`rkif.continual.user_metrics`.
-    ``gate``: for the method recurrent_kif only.
+    ``method``: a name in :data:`rkif.continual.methods.METHODS`. ``gate``: for the method recurrent_kif only.
     """
 
     model: str
@@ -230,14 +214,14 @@ class RunConfig(Settings):
     device: str = "auto"
     tasks: TaskSettings
     text: TextSettings = TextSettings()
-    method: Method = "recurrent_kif"
+    method: str = "recurrent_kif"
     fusion: dict[str, Any] = {}
     training: TrainingSettings
     outer: OuterSettings = OuterSettings()
     memory: MemorySettings = MemorySettings()
     rounds: RoundsSettings = RoundsSettings()
     gate: GateSettings | None = None
-    snapshots: SnapshotSettings = SnapshotSettings()
+    snapshots: RoundStateSettings = RoundStateSettings()
     ewc: EwcSettings = EwcSettings()
     o_lora: OLoraSettings = OLoraSettings()
     adaptive: AdaptiveSettings = AdaptiveSettings()
@@ -246,6 +230,16 @@ class RunConfig(Settings):
     checkpoint_every: int = Field(50, ge=1)
     threads: int | None = Field(None, ge=1)
     seed: int = Field(42, ge=0)
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        from rkif.continual.methods import METHODS  # here, because every method imports this module
+
+        if value not in METHODS:
+            *names, last = map(repr, METHODS)
+            raise PydanticKnownError("literal_error", {"expected": f"{', '.join(names)} or {last}"})
+        return value
 
     @model_validator(mode="after")
     def _gated(self) -> RunConfig:

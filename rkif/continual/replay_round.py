@@ -11,7 +11,7 @@ from rkif.continual.config import load_config
 from rkif.continual.display.progress import RunProgress
 from rkif.continual.run import open_run
 from rkif.continual.rundir.folder import RunReader
-from rkif.continual.rundir.ledger import Record, read_ledger
+from rkif.continual.rundir.ledger import LedgerRecord
 from rkif.continual.rundir.recorder import NOT_REPRODUCED, not_rolled_back
 from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import RunState
@@ -28,7 +28,7 @@ class Reproduction:
         differences: key -> (value in the ledger, value now); empty if all bits are the same.
     """
 
-    record: Record
+    record: LedgerRecord
     start: int
     differences: dict[str, tuple[Any, Any]]
 
@@ -48,13 +48,13 @@ def reproduce(run: Path, number: int, progress: RunProgress) -> Reproduction:
         LedgerError: the ledger's chain is broken.
     """
     reader = RunReader(run)
-    records = not_rolled_back(read_ledger(run / "ledger.jsonl"))
+    records = not_rolled_back(reader.ledger())
     rounds = {record["round"]: record for record in records if record["event"] == "round"}
     if number not in rounds:
         raise ValueError(f"no round {number}: {run} has {len(rounds)} of them")
     recorded = rounds[number]
     index = reader.metrics()["tasks"].index(recorded["task"])
-    start, state = _nearest(RoundStates(run / "snapshots", 0), number, index)
+    start, state = _nearest(RoundStates(run), number, index)
     config = load_config(run / "config.yaml")
     with open_run(config, run, index, progress) as sequence:
         sequence.set_parameters(state.parameters)
@@ -74,11 +74,11 @@ def reproduce(run: Path, number: int, progress: RunProgress) -> Reproduction:
     return Reproduction(recorded, start, differences)
 
 
-def _nearest(snapshots: RoundStates, number: int, task: int) -> tuple[int, RunState]:
+def _nearest(round_states: RoundStates, number: int, task: int) -> tuple[int, RunState]:
     """The latest round before ``number`` with a kept state of the same task, and the state."""
-    for start in reversed([kept for kept in snapshots.rounds() if kept < number]):
-        state = snapshots.read(start)
+    for start in reversed([kept for kept in round_states.rounds() if kept < number]):
+        state = round_states.read(start)
         if state.task == task:
             return start, state
-    kept = ", ".join(map(str, snapshots.rounds())) or "none"
+    kept = ", ".join(map(str, round_states.rounds())) or "none"
     raise ValueError(f"no state of the task was kept from before round {number}; there are: {kept}")

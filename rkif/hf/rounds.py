@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MAX_SKIPPED = 16
 
 
-class Rounds(TrainerCallback):  # type: ignore[misc]
+class TrainerRounds(TrainerCallback):  # type: ignore[misc]
     """The rounds of a trainer with a memory.
 
     Args:

@@ -15,7 +15,7 @@ from rkif.fuser import state as fuser_state
 from rkif.fuser.state_names import flatten, section
 
 if TYPE_CHECKING:
-    from rkif.hf.rounds import Rounds
+    from rkif.hf.rounds import TrainerRounds
 
 FUSER_FILE = "rkif_fuser.safetensors"
 OUTER_FILE = "rkif_outer.pt"
@@ -24,7 +24,7 @@ SHARDS = "rkif"  # a folder in place of both files where the parameters are shar
 SECTIONS = ("outer", "start_inner", "start_outer")
 
 
-def save(rounds: Rounds, folder: Path) -> None:
+def save(rounds: TrainerRounds, folder: Path) -> None:
     """Add the state to a checkpoint. Where the parameters are sharded, every process must call it.
 
     Args:
@@ -40,7 +40,7 @@ def save(rounds: Rounds, folder: Path) -> None:
         replace_file(folder / OUTER_FILE, partial(torch.save, outer))
 
 
-def load(rounds: Rounds, folder: Path) -> None:
+def load(rounds: TrainerRounds, folder: Path) -> None:
     """Restore the state that :func:`save` wrote; the same processes must call it.
 
     Raises:
@@ -61,7 +61,7 @@ def load(rounds: Rounds, folder: Path) -> None:
     rounds.start = outer["start"]
 
 
-def _sharded_state(rounds: Rounds, progress: dict[str, float]) -> dict[str, Tensor]:
+def _sharded_state(rounds: TrainerRounds, progress: dict[str, float]) -> dict[str, Tensor]:
     """The state as tensors by name. Those of parameters' shapes are sharded as the parameters are."""
     state = flatten({"fuser": rounds.fuser.state_dict()})
     moments = [rounds.optimizer.state_dict()["state"], *rounds.start]
@@ -72,7 +72,7 @@ def _sharded_state(rounds: Rounds, progress: dict[str, float]) -> dict[str, Tens
     return state | {name: torch.tensor(value, dtype=torch.float64) for name, value in progress.items()}
 
 
-def _load_shards(rounds: Rounds, folder: Path) -> None:
+def _load_shards(rounds: TrainerRounds, folder: Path) -> None:
     state = fuser_state.read(rounds.fuser, folder)
     rounds.fuser.load_state_dict(section(state, "fuser"))
     indices = {name: index for index, name in enumerate(_names(rounds))}
@@ -88,7 +88,7 @@ def _load_shards(rounds: Rounds, folder: Path) -> None:
     rounds.lr_fraction, rounds.memory_position = float(state["lr_fraction"]), int(state["memory_position"])
 
 
-def _names(rounds: Rounds) -> list[str]:
+def _names(rounds: TrainerRounds) -> list[str]:
     """The parameters' names in the order of the optimizers."""
     names = {id(parameter): name for name, parameter in rounds.fuser.parameters.items()}
     return [names[id(p)] for group in rounds.optimizer.param_groups for p in group["params"]]

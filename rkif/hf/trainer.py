@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from rkif import Fuser, FusionConfig, Gate
 from rkif.hf import state
-from rkif.hf.rounds import Rounds
+from rkif.hf.rounds import TrainerRounds
 
 # Used beyond the Trainer's documented interface (read and run with transformers 5.0.0 and 5.23.0):
 # _maybe_log_save_evaluate (after all callbacks of a step or epoch, before it is logged, measured and saved),
@@ -91,7 +91,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         if gate is not None and not isinstance(gate, Gate):
             raise TypeError(f"gate must be a Gate, got {type(gate).__name__}")
         self.gate = gate
-        self._rkif: Rounds | None = None
+        self._rkif: TrainerRounds | None = None
 
         # The trainer refuses to evaluate without a dataset. The memory in its place would hide that mistake.
         refusable = eval_dataset is None and getattr(args, "eval_strategy", "no") != "no"
@@ -103,7 +103,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         sets = {name: dataset for name, dataset in named.items() if dataset is not None}
         super().__init__(model=model, args=args, eval_dataset={**sets, _MEMORY_KEY: memory_dataset}, **kwargs)
         prepared = dict(self.eval_dataset)
-        self._rkif = Rounds(self, prepared.pop(_MEMORY_KEY))
+        self._rkif = TrainerRounds(self, prepared.pop(_MEMORY_KEY))
         self.add_callback(self._rkif)
         self.eval_dataset = prepared if named is eval_dataset else prepared.get("eval")
         own_choice = type(self).create_outer_optimizer is not RKIFMixin.create_outer_optimizer

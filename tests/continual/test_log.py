@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 
 from rkif.cli import app
 from rkif.continual.config import RunConfig
-from rkif.continual.display import log
 from rkif.continual.rundir.folder import RunReader
 from rkif.continual.rundir.ledger import Ledger, read_ledger
 from rkif.continual.rundir.rollback import rollback
@@ -54,7 +53,7 @@ def rows(text: str) -> list[list[str]]:
 
 def test_the_table_has_every_round_with_its_shares(whole: Path) -> None:
     found = rows(shown(whole))
-    records = [record for record in log.read(whole) if record["event"] == "round"]
+    records = [record for record in RunReader(whole).ledger() if record["event"] == "round"]
     assert [row[0] for row in found] == ["1", "2", "3", "4", "5", "6"]
     for row, record in zip(found, records, strict=True):
         assert row[1:3] == [record["task"], f"{record['steps'][0] + 1}-{record['steps'][1]}"]
@@ -66,7 +65,7 @@ def test_the_table_has_every_round_with_its_shares(whole: Path) -> None:
 
 def test_a_record_says_what_went_in_and_what_was_decided(whole: Path, inputs: Path) -> None:
     rounds = RunReader(whole).rounds()
-    records = [record for record in log.read(whole) if record["event"] == "round"]
+    records = [record for record in RunReader(whole).ledger() if record["event"] == "round"]
     for record in records:
         modules = record["modules"].values()
         assert sum(value["numel"] for value in modules) == record["numel"]
@@ -90,9 +89,9 @@ def test_filters(whole: Path) -> None:
     records = [json.loads(line) for line in printed]
     assert [record["event"] for record in records] == ["round"] * 3 + ["task"]
     assert all("layers.1" in name for record in records[:3] for name in record["modules"])
-    assert [json.loads(line) for line in shown(whole, "--json").splitlines()] == log.read(whole)
+    assert [json.loads(line) for line in shown(whole, "--json").splitlines()] == RunReader(whole).ledger()
     first = rows(shown(whole, "--module", "q_proj.lora_A"))[0]
-    record = next(record for record in log.read(whole) if record["event"] == "round")
+    record = next(record for record in RunReader(whole).ledger() if record["event"] == "round")
     wanted = [value for name, value in record["modules"].items() if "q_proj.lora_A" in name]
     size = sum(value["numel"] for value in wanted)
     assert first[4:8] == [f"{100 * sum(v['counts'][case] for v in wanted) / size:.1f}" for case in range(4)]
@@ -101,7 +100,7 @@ def test_filters(whole: Path) -> None:
 
 def test_explain_names_the_rounds_that_moved_it_and_who_won(whole: Path) -> None:
     text = shown(whole, "--explain", "layers.0.self_attn.v_proj.lora_B")
-    records = [record for record in log.read(whole) if record["event"] == "round"]
+    records = [record for record in RunReader(whole).ledger() if record["event"] == "round"]
     by_round = rows(text)
     kept = [record for record in records if record["applied"]]
     assert [row[0] for row in by_round] == [str(record["round"]) for record in kept]
@@ -159,7 +158,7 @@ def flip(path: Path) -> None:
 
 
 def other_snapshot(run: Path, number: int = 4) -> None:
-    snapshots = RoundStates(run / "snapshots", 0)
+    snapshots = RoundStates(run)
     state = snapshots.read(number)
     next(iter(state.parameters.values())).add_(1)
     write_state(run / f"snapshots/{number:06d}.safetensors", state)

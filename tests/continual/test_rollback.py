@@ -72,11 +72,11 @@ def test_a_run_resumed_from_any_round_ends_with_the_same_bits(
     run = tmp_path / "run"
     before = list(read_ledger(run / "ledger.jsonl"))
     rollback(run, to)
-    state, kept = read_checkpoint(run), RoundStates(original / "snapshots", 0).read(to)
+    state, kept = read_checkpoint(run), RoundStates(original).read(to)
     assert state is not None
     assert (state.task, state.step) == (kept.task, kept.step)
     assert all(torch.equal(state.parameters[name], value) for name, value in kept.parameters.items())
-    assert max(RoundStates(run / "snapshots", 0).rounds()) == to
+    assert max(RoundStates(run).rounds()) == to
     assert len(list((run / "tasks").iterdir())) == kept.task
     assert go(config, run, resume=True) == json.loads((original / "metrics.json").read_text())
     assert_same_end(run, original)
@@ -203,7 +203,7 @@ def state(size: int) -> RunState:
 
 
 def test_states_are_as_they_were_and_equal_tensors_are_stored_once(tmp_path: Path) -> None:
-    snapshots = RoundStates(tmp_path / "snapshots", 10**6)
+    snapshots = RoundStates(tmp_path, 10**6)
     snapshots.write(5, state(1000))
     found = snapshots.read(5)
     assert (found.task, found.step, found.samples, found.ledger_records) == (1, 2, 3, 4)
@@ -216,7 +216,7 @@ def test_states_are_as_they_were_and_equal_tensors_are_stored_once(tmp_path: Pat
 
 
 def test_the_budget_is_kept(tmp_path: Path) -> None:
-    snapshots = RoundStates(tmp_path / "snapshots", 60_000)
+    snapshots = RoundStates(tmp_path, 60_000)
     for number in range(1, 41):
         snapshots.write(number, state(1000))
         assert sum(path.stat().st_size for path in (tmp_path / "snapshots").iterdir()) <= 60_000

@@ -32,18 +32,12 @@ def names_of_the_page() -> dict[str, Any]:
     return names
 
 
-def settings_for(config: Config, name: str) -> RunConfig:
-    """A config as if the name were in ``Method``, which a test cannot extend."""
-    return config().model_copy(update={"method": name})
-
-
-@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the name is not in Method
 @pytest.mark.parametrize("kind", ["WiseFt", "Larger"])
 def test_the_methods_of_the_page_run_and_resume_to_the_bit(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setitem(METHODS, "of_the_page", names_of_the_page()[kind])  # type: ignore[arg-type]
-    settings = settings_for(config, "of_the_page")
+    settings = config(method="of_the_page")
     metrics = go(settings, tmp_path / "straight")
     assert [len(row) for row in metrics["accuracy"]] == [3, 3, 3]
     steps = 0

@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from rkif.continual.rundir.folder import RunReader
-from rkif.continual.rundir.ledger import Record, read_ledger
+from rkif.continual.rundir.ledger import LedgerRecord
 from rkif.continual.rundir.recorder import not_rolled_back
 from rkif.fuser.parameters import short_name
+from rkif.gate import Verdict
 from rkif_kernels import CASES, require_choice
 
 COLOURS = {"keep": "green", "damp": "yellow", "undo": "red", "stop": "red", "refused": "red"}
 CASE_HEADINGS = ("in", "out", "both", "none")
-VERDICTS = ("keep", "damp", "undo", "stop", "unchecked")
 
 
 @dataclass(frozen=True)
@@ -45,23 +43,9 @@ class Share:
         return [f"{100 * count / total:.1f}" for count in self.counts]
 
 
-def read(run: Path) -> list[Record]:
-    """Read a run's records and check the chain.
-
-    Raises:
-        ValueError: there is no run or no ledger, the ledger is empty, or its chain is broken.
-    """
-    RunReader(run)
-    path = run / "ledger.jsonl"
-    if not path.exists():
-        raise ValueError(f"{run} has no ledger")
-    records = list(read_ledger(path))
-    if not records:
-        raise ValueError(f"{path} holds no record")
-    return records
-
-
-def select(records: Sequence[Record], *, task: str | None = None, verdict: str | None = None) -> list[Record]:
+def select(
+    records: Sequence[LedgerRecord], *, task: str | None = None, verdict: str | None = None
+) -> list[LedgerRecord]:
     """The records of a task, and of rounds with a verdict.
 
     Raises:
@@ -72,12 +56,12 @@ def select(records: Sequence[Record], *, task: str | None = None, verdict: str |
         require_choice("--task", task, tasks)
         records = [record for record in records if record.get("task") == task]
     if verdict is not None:
-        require_choice("--verdict", verdict, list(VERDICTS))
+        require_choice("--verdict", verdict, list(get_args(Verdict)))
         records = [record for record in records if record["event"] == "round" and _verdict(record) == verdict]
     return list(records)
 
 
-def only_module(records: Sequence[Record], module: str | None) -> Iterator[Record]:
+def only_module(records: Sequence[LedgerRecord], module: str | None) -> Iterator[LedgerRecord]:
     """The records; each round keeps only the parameters whose names contain ``module``."""
     for record in records:
         if module is not None and "modules" in record:
@@ -86,7 +70,7 @@ def only_module(records: Sequence[Record], module: str | None) -> Iterator[Recor
         yield record
 
 
-def table(records: Sequence[Record], module: str | None) -> Table:
+def table(records: Sequence[LedgerRecord], module: str | None) -> Table:
     """A row per record. With ``module`` only rounds, and only their effect on those parameters.
 
     Raises:
@@ -110,7 +94,7 @@ def table(records: Sequence[Record], module: str | None) -> Table:
     return shown
 
 
-def explain(records: Sequence[Record], module: str) -> list[Table]:
+def explain(records: Sequence[LedgerRecord], module: str) -> list[Table]:
     """Two tables: the rounds that moved the parameters, with who selected them, and totals by task.
 
     Raises:
@@ -160,7 +144,7 @@ def explain(records: Sequence[Record], module: str) -> list[Table]:
     return [by_round, by_task]
 
 
-def _share(record: Record, module: str | None) -> Share:
+def _share(record: LedgerRecord, module: str | None) -> Share:
     """The effect of a round on the parameters whose names contain ``module``; on all without it."""
     values = [value for name, value in record["modules"].items() if module is None or module in name]
     if not values:
@@ -178,7 +162,7 @@ def _share(record: Record, module: str | None) -> Share:
     )
 
 
-def _verdict(record: Record) -> str:
+def _verdict(record: LedgerRecord) -> str:
     """The gate's verdict; without a gate "-", or "refused" for a fusion that was not applied."""
     if record["gate"] is not None:
         return str(record["gate"]["verdict"])
@@ -204,7 +188,7 @@ def _table(headings: Sequence[str], *, title: str | None = None, caption: str | 
     return shown
 
 
-def _event(record: Record) -> str:
+def _event(record: LedgerRecord) -> str:
     return {"begin": "begun", "task": "learned", "rollback": f"back to round {record.get('to')}"}[
         record["event"]
     ]

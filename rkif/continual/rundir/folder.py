@@ -27,11 +27,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rkif.continual.config import RunConfig, dump_config
-from rkif.continual.rundir.state import RunState, load_tensors, storable, write_checkpoint
+from rkif.continual.rundir.ledger import LEDGER, LedgerError, LedgerRecord, read_ledger
+from rkif.continual.rundir.state import RunState, load_tensors, save_tensors, storable, write_checkpoint
 from rkif.continual.tasks.replay_memory import ReplayMemory
 from rkif.files import fsync_file, write_text
 
@@ -64,6 +64,20 @@ class RunReader:
             if key not in metrics:
                 raise ValueError(f"{path} is damaged, or of another version of rkif: it lacks {key!r}")
         return metrics
+
+    def ledger(self) -> list[LedgerRecord]:
+        """The ledger's records, oldest first; at least one.
+
+        Raises:
+            LedgerError: there is no ledger, it is empty, or its chain is broken.
+        """
+        path = self.path / LEDGER
+        if not path.exists():
+            raise LedgerError(f"{self.path} has no ledger: {path} is missing")
+        records = list(read_ledger(path))
+        if not records:
+            raise LedgerError(f"{path} holds no record")
+        return records
 
     def rounds(self) -> dict[str, dict[str, Tensor]]:
         """Task -> statistics of its rounds, in the order of learning; only tasks that had rounds."""
@@ -176,7 +190,7 @@ class RunFolder:
         save_model(temporary)
         for file, content in tensors.items():
             if content:
-                save_file(storable(content), temporary / f"{file}.safetensors")
+                save_tensors(temporary / f"{file}.safetensors", storable(content))
         memory.save(temporary / "memory.jsonl")
         if len(validation):
             validation.save(temporary / "validation.jsonl")

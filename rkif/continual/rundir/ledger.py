@@ -16,7 +16,8 @@ from typing import Any
 
 from rkif.files import fsync_folder
 
-Record = dict[str, Any]
+LEDGER = "ledger.jsonl"  # in the run's folder
+LedgerRecord = dict[str, Any]
 START = "0" * 64
 CHAIN_KEYS = ("seq", "previous", "hash")
 
@@ -53,7 +54,7 @@ class Ledger:
         """The hash of the last record."""
         return str(self.records[-1]["hash"]) if self.records else START
 
-    def append(self, content: Mapping[str, Any]) -> Record:
+    def append(self, content: Mapping[str, Any]) -> LedgerRecord:
         """Append a record and flush it to disk.
 
         Args:
@@ -102,7 +103,7 @@ class Ledger:
             os.fsync(file.fileno())
 
 
-def read_ledger(path: Path) -> Iterator[Record]:
+def read_ledger(path: Path) -> Iterator[LedgerRecord]:
     """The records of a ledger; each is checked against the chain before it is yielded.
 
     Raises:

@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from rkif.checkpoint.stream import as_bytes
-from rkif.continual.rundir.ledger import CHAIN_KEYS, Ledger, LedgerError, Record
+from rkif.continual.rundir.ledger import CHAIN_KEYS, Ledger, LedgerError, LedgerRecord
 from rkif.fusion import FusionReport
 
 NOT_REPRODUCED = ("time", *CHAIN_KEYS)  # keys that differ when a round is trained again
@@ -87,9 +87,9 @@ class Recorder:
             self.rounds = int(record["round" if record["event"] == "round" else "to"])
 
 
-def not_rolled_back(records: Iterable[Record]) -> list[Record]:
+def not_rolled_back(records: Iterable[LedgerRecord]) -> list[LedgerRecord]:
     """The records without the rounds and tasks that a later rollback undid, in order."""
-    kept: list[Record] = []
+    kept: list[LedgerRecord] = []
     for record in records:
         if record["event"] == "rollback":
             tasks = 0

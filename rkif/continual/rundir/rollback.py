@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from rkif.continual.rundir.folder import RunReader, task_folder, write_metrics
-from rkif.continual.rundir.ledger import Ledger, Record
+from rkif.continual.rundir.ledger import LEDGER, Ledger, LedgerRecord
 from rkif.continual.rundir.recorder import not_rolled_back, parameter_digest
 from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import read_checkpoint, write_checkpoint
 from rkif.files import claimed
 
 
-def rollback(run: Path, to: int) -> Record:
+def rollback(run: Path, to: int) -> LedgerRecord:
     """Return a run to the state after a round: parameters, importance, memory, optimizers and metrics.
 
     ``rkif run --resume`` continues from there, with the same bits as the first time. Later task folders,
@@ -37,16 +37,16 @@ def rollback(run: Path, to: int) -> Record:
         return _rollback(reader, to)
 
 
-def _rollback(reader: RunReader, to: int) -> Record:
+def _rollback(reader: RunReader, to: int) -> LedgerRecord:
     run = reader.path
     finish_rollback(run)
-    ledger = Ledger(run / "ledger.jsonl")
+    ledger = Ledger(run / LEDGER)
     rounds = {
         record["round"]: record for record in not_rolled_back(ledger.records) if record["event"] == "round"
     }
     if to != 0 and to not in rounds:
         raise ValueError(f"no round {to}: {run} has {len(rounds)} of them")
-    state = RoundStates(run / "snapshots", 0).read(to)
+    state = RoundStates(run).read(to)
     digest = parameter_digest(state.parameters)
     side, number = ("after", to) if to else ("before", 1)
     if number in rounds and digest != rounds[number]["parameters"][side]:
@@ -70,7 +70,7 @@ def _rollback(reader: RunReader, to: int) -> Record:
 
 def finish_rollback(run: Path) -> None:
     """Complete the rollback that the ledger's last record announces, if there is one."""
-    path = run / "ledger.jsonl"
+    path = run / LEDGER
     records = Ledger(path).records if path.exists() else []
     if not records or records[-1]["event"] != "rollback":
         return
@@ -78,9 +78,9 @@ def finish_rollback(run: Path) -> None:
     checkpoint = read_checkpoint(run)
     if checkpoint is not None and checkpoint.ledger_records == len(records):
         return
-    snapshots = RoundStates(run / "snapshots", 0)
-    state = snapshots.read(record["to"])
-    snapshots.discard_after(record["to"])
+    round_states = RoundStates(run)
+    state = round_states.read(record["to"])
+    round_states.discard_after(record["to"])
     metrics = RunReader(run).metrics()
     for index in range(state.task, len(metrics["tasks"])):
         shutil.rmtree(task_folder(run, index, metrics["tasks"][index]), ignore_errors=True)

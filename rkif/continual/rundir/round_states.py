@@ -15,12 +15,12 @@ class RoundStates:
     rounds are kept densely, older ones sparsely. A state larger than the budget by itself is not written.
 
     Args:
-        folder: created with the first state.
-        budget: bytes; 0 keeps no states.
+        run: the run's folder. The states are in ``run/snapshots``, which the first state creates.
+        budget: bytes. With 0 no state is written; states that were kept can be read.
     """
 
-    def __init__(self, folder: Path, budget: int) -> None:
-        self.folder = folder
+    def __init__(self, run: Path, budget: int = 0) -> None:
+        self.folder = run / "snapshots"
         self.budget = budget
 
     def write(self, number: int, state: RunState) -> None:

@@ -55,6 +55,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, under a temporary name first; see :func:`storable` for the tensors."""
+    replace_file(path, lambda temporary: save_file(dict(tensors), temporary, metadata=metadata))
+
+
 def read_checkpoint(run: Path) -> RunState | None:
     """Read a run's checkpoint; None where the run has not written one.
 
@@ -88,8 +93,7 @@ def write_state(path: Path, state: RunState) -> None:
             stored[name] = tensor
         else:
             same[name] = original
-    metadata = {"same": json.dumps(same, sort_keys=True)}
-    replace_file(path, lambda temporary: save_file(stored, temporary, metadata=metadata))
+    save_tensors(path, stored, {"same": json.dumps(same, sort_keys=True)})
 
 
 def state_bytes(state: RunState) -> int:

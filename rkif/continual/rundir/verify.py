@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from rkif.continual.rundir.folder import RunReader, file_digests, task_folder
-from rkif.continual.rundir.ledger import LedgerError, Record, read_ledger
+from rkif.continual.rundir.ledger import LEDGER, LedgerError, LedgerRecord
 from rkif.continual.rundir.recorder import not_rolled_back, parameter_digest
 from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import read_checkpoint
@@ -23,23 +23,18 @@ def verify(run: Path) -> Counter[str]:
         run: the run's folder.
 
     Returns:
-        The number of "records", "tasks" and "snapshots" checked.
+        The number of "records", "tasks" and "states" checked.
 
     Raises:
         ValueError: there is no run.
         LedgerError: names the first bad record and what it disagrees with.
     """
     reader = RunReader(run)
-    path = run / "ledger.jsonl"
-    if not path.exists():
-        raise LedgerError(f"{path} is missing")
-    records = list(read_ledger(path))
-    if not records:
-        raise LedgerError(f"{path} holds no record")
+    records, path = reader.ledger(), run / LEDGER
     settings = hashlib.sha256(reader.config_text().encode()).hexdigest()
     tasks = reader.metrics().get("tasks", [])
-    snapshots = RoundStates(run / "snapshots", 0)
-    kept_rounds = set(snapshots.rounds())
+    round_states = RoundStates(run)
+    kept_rounds = set(round_states.rounds())
     checked = Counter({"records": len(records)})
     checkpoint = read_checkpoint(run)
     if checkpoint is not None and checkpoint.ledger_records > len(records):
@@ -60,20 +55,20 @@ def verify(run: Path) -> Counter[str]:
         if record.get("config", settings) != settings:  # a rollback's record has no settings
             raise LedgerError(f"{where} is of other settings than {run / 'config.yaml'} has now")
         if record["event"] == "round" and record["round"] == 1 and 0 in kept_rounds:
-            if parameter_digest(snapshots.read(0).parameters) != before:
+            if parameter_digest(round_states.read(0).parameters) != before:
                 raise LedgerError(f"{where}: the state kept of before the first round is another")
-            checked["snapshots"] += 1
+            checked["states"] += 1
         if record["event"] == "task":
             _check_task(task_folder(run, tasks.index(record["task"]), record["task"]), record, where)
             checked["tasks"] += 1
         elif record["event"] == "round" and record["round"] in kept_rounds:
-            if parameter_digest(snapshots.read(record["round"]).parameters) != parameters:
+            if parameter_digest(round_states.read(record["round"]).parameters) != parameters:
                 raise LedgerError(f"{where}: the state kept of round {record['round']} is another")
-            checked["snapshots"] += 1
+            checked["states"] += 1
     return checked
 
 
-def _check_task(folder: Path, record: Record, where: str) -> None:
+def _check_task(folder: Path, record: LedgerRecord, where: str) -> None:
     if not folder.is_dir():
         raise LedgerError(f"{where}: {folder} is missing")
     digests = file_digests(folder)

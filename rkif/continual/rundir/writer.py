@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rkif.continual.config import RunConfig, dump_config
 from rkif.continual.rundir.folder import RunFolder
+from rkif.continual.rundir.ledger import LEDGER
 from rkif.continual.rundir.recorder import Recorder, parameter_digest
 from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import RunState
@@ -57,8 +58,8 @@ class RunWriter:
         self._parameters = parameters
         self._model = model
         self._tokenizer = tokenizer
-        self._recorder = Recorder(folder.path / "ledger.jsonl", ledger_records)
-        self._round_states = RoundStates(folder.path / "snapshots", config.snapshots.budget)
+        self._recorder = Recorder(folder.path / LEDGER, ledger_records)
+        self._round_states = RoundStates(folder.path, config.snapshots.budget)
 
     @property
     def torn_bytes(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rkif.continual.display.report import plots
-from rkif.continual.rundir.ledger import LedgerError, Record, read_ledger
+from rkif.continual.rundir.ledger import LEDGER, LedgerError, LedgerRecord, read_ledger
 from rkif.continual.rundir.recorder import not_rolled_back
 
 MEANING = {
@@ -23,7 +23,7 @@ MEANING = {
 
 def ledger_sections(run: Path) -> list[str]:
     """The sections as HTML; for a broken chain only a section that says so."""
-    path = run / "ledger.jsonl"
+    path = run / LEDGER
     if not path.exists():
         return []
     try:
@@ -47,7 +47,7 @@ def ledger_sections(run: Path) -> list[str]:
     return [*sections, _digests(records)]
 
 
-def _gate(rounds: Sequence[Record]) -> str:
+def _gate(rounds: Sequence[LedgerRecord]) -> str:
     verdicts = Counter(record["gate"]["verdict"] for record in rounds if record["gate"])
     tiles = "".join(
         f'<div class="tile"><b>{verdicts[verdict]}</b>{_text(meaning)}</div>'
@@ -72,16 +72,16 @@ def _gate(rounds: Sequence[Record]) -> str:
     )
 
 
-def _share(record: Record) -> str:
+def _share(record: LedgerRecord) -> str:
     factor = record["gate"]["factor"]
     return f" ({factor:g} of the step)" if 0 < factor < 1 else ""
 
 
-def _reasons(record: Record) -> str:
+def _reasons(record: LedgerRecord) -> str:
     return "<br>".join(_text(reason) for reason in record["gate"]["attempts"][0]["objections"])
 
 
-def _digests(records: Sequence[Record]) -> str:
+def _digests(records: Sequence[LedgerRecord]) -> str:
     begin = records[0]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(begin["versions"].items()))
     returned = sum(record["event"] == "rollback" for record in records)
