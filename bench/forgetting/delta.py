@@ -1,9 +1,9 @@
-"""Factor space or delta-weight space: what the choice does to a run, and to every fusion in it."""
+"""Factor space or delta-weight space: how the choice changes a run, and every fusion in it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,10 +14,19 @@ from torch import Tensor
 
 import rkif
 from bench.common import rows as store
-from bench.forgetting.instrument import replaced, row, silent_run
-from rkif.continual.config import RunConfig, load_config
+from bench.forgetting.instrument import (
+    Sides,
+    means,
+    recurrent_kif,
+    row,
+    silent_run,
+    watched_fusions,
+    write_rows,
+)
+from rkif.continual.config import load_config
 from rkif.fuser import Fuser
 from rkif.fuser.snapshot import Snapshot
+from rkif.fusion import FusionReport
 
 RESULTS = store.RESULTS / "delta.jsonl"
 SPACES = {
@@ -25,31 +34,30 @@ SPACES = {
     "factors_moved": "factors, by magnitude of change",
     "delta": "updates, by magnitude of change",
 }
-FIGURES = {
-    "op": "OP",
-    "bwt": "BWT",
+OF_RUNS = {"op": "OP", "bwt": "BWT"}
+OF_ROUNDS = {
     "distance": "distance of the other space's update, of its length",
     "cosine": "cosine of the two updates",
     "truncation": "beyond the rank",
 }
-Sides = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
 
 
 def measure(path: Path, console: Console) -> None:
     """Run a config once for every space, and write a row each with the means over its rounds."""
-    config = load_config(path)
-    config = RunConfig.model_validate(config.model_dump() | {"method": "recurrent_kif"})
+    write_rows(RESULTS, _rows(path), console)
+
+
+def _rows(path: Path) -> Iterator[store.Row]:
+    config = recurrent_kif(load_config(path))
     assert config.adapter is not None
-    scaling = config.adapter.alpha / config.adapter.r
-    rows = []
+    compare = partial(_compare, scaling=config.adapter.alpha / config.adapter.r)
     for space in SPACES:
-        with _fused_in(space, scaling) as rounds, silent_run(config) as (metrics, _):
-            pass
-        means = {key: fmean(each[key] for each in rounds) for key in ("distance", "cosine", "truncation")}
-        figures = {"op": metrics["op"], "bwt": metrics["bwt"], **means}
-        rows.append(row(path, config, space=space, rounds=len(rounds), **figures))
-        console.print(rows[-1])
-    store.write_all(RESULTS, rows)
+        with (
+            watched_fusions(partial(compare, space)) as rounds,
+            silent_run(config) as (metrics, _),
+        ):
+            measured = {key: metrics[key] for key in OF_RUNS} | means(rounds, OF_ROUNDS)
+        yield row(path, config, space=space, rounds=len(rounds), **measured)
 
 
 def markdown() -> str:
@@ -58,8 +66,8 @@ def markdown() -> str:
         RESULTS,
         _caption,
         lambda row: SPACES[row["space"]],
-        FIGURES,
-        lambda key, value: f"{value:.1f}" if key in ("op", "bwt") else f"{value:.3f}",
+        OF_RUNS | OF_ROUNDS,
+        lambda key, value: f"{value:.1f}" if key in OF_RUNS else f"{value:.3f}",
     )
 
 
@@ -69,41 +77,25 @@ def _caption(row: store.Row) -> str:
     )
 
 
-@contextmanager
-def _fused_in(space: str, scaling: float) -> Iterator[list[dict[str, float]]]:
-    """Fuse in that space while the block runs; yields the distance to what the other space would give."""
-    rounds: list[dict[str, float]] = []
-    fuse = Fuser.fuse
-
-    def watched(fuser: Fuser) -> Any:
-        state = fuser.state_dict()
-        base, inner = ({n: state[f"{at}.{n}"] for n in fuser.parameters} for at in ("base", "inner"))
-        outer = {name: p.detach().clone() for name, p in fuser.parameters.items()}
-        sides: Sides = (base, inner, outer)
-        settings = {"density": fuser.config.density, "rule": fuser.config.rule}
-        report = fuse(fuser)
-        delta = rkif.fuse_delta(*sides, scaling=scaling, **settings)  # type: ignore[arg-type]
-        made: dict[str, Callable[[], Mapping[str, Tensor]]] = {
-            "factors": fuser.base,
-            "factors_moved": lambda: _by_magnitude(sides, settings),
-            "delta": lambda: delta.params,
-        }
-        own = made[space]()
-        other = delta.params if space != "delta" else _by_magnitude(sides, settings)
-        _put(fuser, own)
-        start = _updates(base, scaling)
-        moved, moved_elsewhere = (_updates(tensors, scaling) - start for tensors in (own, other))
-        rounds.append(
-            {
-                "distance": float((moved - moved_elsewhere).norm() / moved.norm()),
-                "cosine": float(torch.cosine_similarity(moved, moved_elsewhere, dim=0)),
-                "truncation": fmean(delta.truncation.values()),
-            }
-        )
-        return report
-
-    with replaced(Fuser, fuse=watched):
-        yield rounds
+def _compare(space: str, fuser: Fuser, sides: Sides, _: FusionReport, *, scaling: float) -> dict[str, float]:
+    """Put the fusion in ``space`` in place of the fuser's; compare it with the fusion in the other space."""
+    settings: dict[str, Any] = {"density": fuser.config.density, "rule": fuser.config.rule}
+    delta = rkif.fuse_delta(*sides, scaling=scaling, **settings)
+    fused: dict[str, Callable[[], Mapping[str, Tensor]]] = {
+        "factors": fuser.base,
+        "factors_moved": lambda: _by_magnitude(sides, settings),
+        "delta": lambda: delta.params,
+    }
+    here = fused[space]()
+    elsewhere = delta.params if space != "delta" else _by_magnitude(sides, settings)
+    _set_parameters(fuser, here)
+    start = _updates(sides.base, scaling)
+    moved, moved_elsewhere = (_updates(tensors, scaling) - start for tensors in (here, elsewhere))
+    return {
+        "distance": float((moved - moved_elsewhere).norm() / moved.norm()),
+        "cosine": float(torch.cosine_similarity(moved, moved_elsewhere, dim=0)),
+        "truncation": fmean(delta.truncation.values()),
+    }
 
 
 def _by_magnitude(sides: Sides, settings: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -114,7 +106,8 @@ def _by_magnitude(sides: Sides, settings: Mapping[str, Any]) -> dict[str, Tensor
 
 
 @torch.no_grad()
-def _put(fuser: Fuser, params: Mapping[str, Tensor]) -> None:
+def _set_parameters(fuser: Fuser, params: Mapping[str, Tensor]) -> None:
+    """Set the parameters, and the base of the next round."""
     for name, parameter in fuser.parameters.items():
         parameter.copy_(params[name])
     base: Snapshot = fuser._base
@@ -122,7 +115,7 @@ def _put(fuser: Fuser, params: Mapping[str, Tensor]) -> None:
 
 
 def _updates(tensors: Mapping[str, Tensor], scaling: float) -> Tensor:
-    """All modules' updates in a row."""
+    """The updates of all modules, flattened and concatenated."""
     return torch.cat(
         [
             (scaling * tensors[name.replace("lora_A", "lora_B")] @ factor).flatten()

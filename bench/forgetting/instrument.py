@@ -1,44 +1,96 @@
-"""Runs that are looked into: silent, in a temporary folder, with methods of a class replaced."""
+"""Runs under observation: silent, in a temporary folder, with methods of a class replaced."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
+from bench.common import rows as store
 from bench.common.machine import commit
 from rkif.continual.config import RunConfig
 from rkif.continual.display.progress import RunProgress
 from rkif.continual.run import run
+from rkif.fuser import Fuser
+from rkif.fuser.state_names import section
+from rkif.fusion import FusionReport
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEFAULT = CONFIGS / "standard-minilm.yaml"
 FEW_DEV_RECORDS = {"dev_limit": 8}  # changes to `tasks` of a run whose accuracy is not needed
 
 
+class Sides(NamedTuple):
+    """Name -> parameter, at the start of a round and where each learner stopped."""
+
+    base: dict[str, Tensor]
+    inner: dict[str, Tensor]
+    outer: dict[str, Tensor]
+
+
+def recurrent_kif(config: RunConfig, **changes: Any) -> RunConfig:
+    """A config with method recurrent_kif, and with other changes."""
+    return RunConfig.model_validate(config.model_dump() | {"method": "recurrent_kif", **changes})
+
+
 @contextmanager
 def silent_run(config: RunConfig) -> Iterator[tuple[dict[str, Any], Path]]:
-    """The metrics of a run that says nothing, and its folder, which is gone after the block."""
+    """Run a config without output; yields its metrics, and its folder, which is deleted after the block."""
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         out = Path(folder) / "run"
         yield run(config, out, progress=RunProgress(Console(file=nowhere))), out
 
 
-def row(path: Path, config: RunConfig, **figures: Any) -> dict[str, Any]:
-    """A row of a run: the config's file, the model, the figures, the commit."""
-    return {"config": path.stem, "model": Path(config.model).name, **figures, "commit": commit()}
+def row(path: Path, config: RunConfig, **measured: Any) -> dict[str, Any]:
+    """A row of a run: the config's file, the model, what was measured, the commit."""
+    return {"config": path.stem, "model": Path(config.model).name, **measured, "commit": commit()}
+
+
+def write_rows(results: Path, rows: Iterable[store.Row], console: Console) -> None:
+    """Show each row when it has been measured; at the end, replace the file."""
+    measured = []
+    for new in rows:
+        measured.append(new)
+        console.print(new)
+    store.write_all(results, measured)
+
+
+def means(rounds: Sequence[Mapping[str, float]], keys: Iterable[str]) -> dict[str, float]:
+    """Key -> mean over rounds."""
+    return {key: fmean(each[key] for each in rounds) for key in keys}
+
+
+@contextmanager
+def watched_fusions(
+    measure: Callable[[Fuser, Sides, FusionReport], dict[str, float]],
+) -> Iterator[list[dict[str, float]]]:
+    """Call ``measure`` after each fusion while the block runs; yields the list that its results go to."""
+    rounds: list[dict[str, float]] = []
+    fuse = Fuser.fuse
+
+    def watched(fuser: Fuser) -> FusionReport:
+        state = fuser.state_dict()
+        outer = {name: parameter.detach().clone() for name, parameter in fuser.parameters.items()}
+        report = fuse(fuser)
+        rounds.append(measure(fuser, Sides(section(state, "base"), section(state, "inner"), outer), report))
+        return report
+
+    with replaced(Fuser, fuse=watched):
+        yield rounds
 
 
 @contextmanager
 def replaced(kind: type, **methods: Callable[..., Any]) -> Iterator[None]:
-    """While the block runs a class has other methods."""
+    """Replace methods of a class while the block runs."""
     originals = {name: getattr(kind, name) for name in methods}
     for name, method in methods.items():
         setattr(kind, name, method)

@@ -1,4 +1,4 @@
-"""What 16-bit importance costs: masks from it beside masks from float32, of the same gradients."""
+"""What bfloat16 importance changes: its masks compared with those of float32, under the same gradients."""
 
 from __future__ import annotations
 
@@ -6,23 +6,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from bench.common import rows as store
-from bench.forgetting.instrument import FEW_DEV_RECORDS, replaced, row, silent_run
-from rkif.continual.config import RunConfig, load_config
+from bench.forgetting.instrument import (
+    FEW_DEV_RECORDS,
+    means,
+    recurrent_kif,
+    replaced,
+    row,
+    silent_run,
+    write_rows,
+)
+from rkif.continual.config import load_config
 from rkif.fuser.fuser import Fuser, Learner
 from rkif.fuser.importance import Importance
+from rkif.fusion import FusionReport
 from rkif_kernels import score_thresholds
 
 RESULTS = store.RESULTS / "state_precision.jsonl"
 PRESETS = ("paper", "release")
-FIGURES = {
+OF_ROUNDS = {
     "inner_equal": "inner mask, equal bits",
     "inner_jaccard": "inner, selected by both of either",
     "outer_equal": "outer mask, equal bits",
@@ -32,20 +39,18 @@ FIGURES = {
 
 
 def measure(path: Path, console: Console) -> None:
-    """Run a config with either preset, and write a row a preset with the means over all rounds."""
+    """Run a config with each preset, and write a row per preset with the means over all rounds."""
+    write_rows(RESULTS, _rows(path), console)
+
+
+def _rows(path: Path) -> Iterator[store.Row]:
     config = load_config(path)
-    rows = []
+    tasks = config.tasks.model_dump() | FEW_DEV_RECORDS
     for preset in PRESETS:
-        tasks = config.tasks.model_dump() | FEW_DEV_RECORDS
-        changes = {"method": "recurrent_kif", "tasks": tasks, "fusion": {"preset": preset}}
-        chosen = RunConfig.model_validate(config.model_dump() | changes)
-        with _shadowed() as rounds, silent_run(chosen):
-            pass
-        figures = {key: fmean(each[key] for each in rounds) for key in FIGURES}
-        figures["worst"] = min(each["cases_equal"] for each in rounds)
-        rows.append(row(path, chosen, preset=preset, rounds=len(rounds), **figures))
-        console.print(rows[-1])
-    store.write_all(RESULTS, rows)
+        chosen = recurrent_kif(config, tasks=tasks, fusion={"preset": preset})
+        with _bfloat16_beside() as rounds, silent_run(chosen):
+            worst = min(each["cases_equal"] for each in rounds)
+        yield row(path, chosen, preset=preset, rounds=len(rounds), **means(rounds, OF_ROUNDS), worst=worst)
 
 
 def markdown() -> str:
@@ -54,7 +59,7 @@ def markdown() -> str:
         RESULTS,
         _caption,
         lambda row: f"{row['preset']} preset",
-        FIGURES | {"worst": "the same, in the worst round"},
+        OF_ROUNDS | {"worst": "the same, in the worst round"},
         lambda _, value: f"{100 * value:.2f} %",
     )
 
@@ -67,40 +72,43 @@ def _caption(row: store.Row) -> str:
 
 
 @contextmanager
-def _shadowed() -> Iterator[list[dict[str, float]]]:
-    """While the block runs every fuser has a second importance in bfloat16; the agreement of each fusion."""
+def _bfloat16_beside() -> Iterator[list[dict[str, float]]]:
+    """Give every fuser a second importance in bfloat16 while the block runs.
+
+    Yields the list of the agreement of both at each fusion.
+    """
     rounds: list[dict[str, float]] = []
-    shadows: dict[Fuser, dict[Learner, Importance]] = {}
+    in_bfloat16: dict[Fuser, dict[Learner, Importance]] = {}
     observe, fuse = Fuser.observe, Fuser.fuse
 
     def watched_observe(fuser: Fuser) -> None:
-        if fuser not in shadows:
+        if fuser not in in_bfloat16:
             config = replace(fuser.config, state_dtype=torch.bfloat16)
-            shadows[fuser] = {
+            in_bfloat16[fuser] = {
                 "inner": Importance(fuser.parameters, config),
                 "outer": Importance(fuser.parameters, config),
             }
         parameters = list(fuser.parameters.values())
         gradients = [parameter.grad for parameter in parameters]
-        shadows[fuser][fuser.phase].update(parameters, gradients, torch.zeros(1, dtype=torch.int64))
+        in_bfloat16[fuser][fuser.phase].update(parameters, gradients, torch.zeros(1, dtype=torch.int64))
         observe(fuser)
 
-    def watched_fuse(fuser: Fuser) -> Any:
+    def watched_fuse(fuser: Fuser) -> FusionReport:
         pairs = {
-            learner: (_mask(fuser, fuser._importance[learner]), _mask(fuser, shadow))
-            for learner, shadow in shadows[fuser].items()
+            learner: (_mask(fuser, fuser._importance[learner]), _mask(fuser, rounded))
+            for learner, rounded in in_bfloat16[fuser].items()
         }
-        figures: dict[str, float] = {}
+        agreement: dict[str, float] = {}
         same = torch.ones_like(pairs["inner"][0])
         for learner, (exact, rounded) in pairs.items():
-            figures[f"{learner}_equal"] = float((exact == rounded).float().mean())
-            figures[f"{learner}_jaccard"] = float((exact & rounded).sum() / (exact | rounded).sum())
+            agreement[f"{learner}_equal"] = float((exact == rounded).float().mean())
+            agreement[f"{learner}_jaccard"] = float((exact & rounded).sum() / (exact | rounded).sum())
             same &= exact == rounded
-        rounds.append(figures | {"cases_equal": float(same.float().mean())})
+        rounds.append(agreement | {"cases_equal": float(same.float().mean())})
         report = fuse(fuser)
         for learner, cleared in (("inner", fuser.config.clear_inner), ("outer", fuser.config.clear_outer)):
             if cleared:
-                shadows[fuser][learner].clear()
+                in_bfloat16[fuser][learner].clear()
         return report
 
     with replaced(Fuser, observe=watched_observe, fuse=watched_fuse):
