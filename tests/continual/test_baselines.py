@@ -30,7 +30,7 @@ from rkif.continual.methods.replay_equal_steps import ReplayEqualSteps
 from rkif.continual.methods.sequential import Sequential
 from rkif.continual.methods.tasl import Tasl
 from rkif.continual.methods.ties import Ties, agreeing_mean
-from rkif.continual.models.learner import Learner
+from rkif.continual.models.learner import BatchLearner
 
 Config = Callable[..., RunConfig]
 
@@ -75,18 +75,18 @@ def test_replay_with_equal_steps_takes_the_steps_and_samples_of_recurrent_kif(
     settings = config(training={"steps": steps, "batch_size": 4}, outer={"batch_size": 6})
     seen: dict[str, list[list[str]]] = {}
     rates: dict[str, list[float]] = {}
-    original = Learner.step
+    original = BatchLearner.step
     for kind in (RecurrentKIF, ReplayEqualSteps):
         batches = seen.setdefault(kind.__name__, [])
 
         def step(
-            self: Learner, items: Any, batches: list[list[str]] = batches, kind: Any = kind, **more: Any
+            self: BatchLearner, items: Any, batches: list[list[str]] = batches, kind: Any = kind, **more: Any
         ) -> float:
             batches.append([record.id for _, record in items])
             rates.setdefault(kind.__name__, []).append(more["lr_fraction"])
             return original(self, items, **more)
 
-        monkeypatch.setattr(Learner, "step", step)
+        monkeypatch.setattr(BatchLearner, "step", step)
         method = one_task(settings, inputs, kind)
         for index in range(steps):
             method.train_step(index)
@@ -373,15 +373,15 @@ def test_multi_task_sees_all_tasks_alike(config: Config, inputs: Path) -> None:
 def test_multi_task_sees_as_many_records_as_replay_and_none_twice(config: Config, tmp_path: Path) -> None:
     settings = {"training": {"epochs": 0.5, "batch_size": 4, "learning_rate": 1e-2}}
     seen: list[str] = []
-    original = Learner.step
+    original = BatchLearner.step
 
-    def step(self: Learner, items: Any, **more: Any) -> float:
+    def step(self: BatchLearner, items: Any, **more: Any) -> float:
         seen.extend(f"{record.task}/{record.id}" for _, record in items)
         return original(self, items, **more)
 
     replay = go(config(method="replay", **settings), tmp_path / "replay")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "step", step)
+        patch.setattr(BatchLearner, "step", step)
         together = go(config(method="multi_task", **settings), tmp_path / "together")
     assert together["samples"] == replay["samples"] == len(seen)
     assert len(set(seen)) == len(seen) < 120

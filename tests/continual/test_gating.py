@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from rkif.continual.config import RunConfig, load_config
 from rkif.continual.evaluation.criteria import GateStopped, hold_out, mean_loss
-from rkif.continual.models.learner import Learner
+from rkif.continual.models.learner import BatchLearner
 from rkif.continual.models.load import load_model
 from rkif.continual.rundir.ledger import read_ledger
 from rkif.continual.tasks.load import load_tasks
@@ -97,10 +97,10 @@ def test_wrong_labels_do_not_cost_what_was_learned(reviews: Path, tmp_path: Path
 def test_broken_gradients_do_not_cost_what_was_learned(
     reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sound = Learner.gradient
+    sound = BatchLearner.gradient
     calls = [0]
 
-    def gradient(self: Learner, items: Sequence[Item], *, seed: int) -> float:
+    def gradient(self: BatchLearner, items: Sequence[Item], *, seed: int) -> float:
         loss = sound(self, items, seed=seed)
         calls[0] += 1
         # From the eighth round on: 120 steps of the first task, then 8 inner and 4 outer ones a round.
@@ -110,7 +110,7 @@ def test_broken_gradients_do_not_cost_what_was_learned(
                 parameter.grad.mul_(-1e4)
         return loss
 
-    monkeypatch.setattr(Learner, "gradient", gradient)
+    monkeypatch.setattr(BatchLearner, "gradient", gradient)
     free = go(reviews_config(reviews, "again", None), tmp_path / "free")["accuracy"][0]
     calls[0] = 0
     gated = go(reviews_config(reviews, "again", GATE), tmp_path / "gated")["accuracy"][0]

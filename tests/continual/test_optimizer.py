@@ -15,7 +15,7 @@ from torch import Tensor
 from rkif.continual.config import RunConfig
 from rkif.continual.methods.recurrent_kif import RecurrentKIF
 from rkif.continual.methods.sequential import Sequential
-from rkif.continual.models.learner import Learner
+from rkif.continual.models.learner import BatchLearner
 
 Config = Callable[..., RunConfig]
 TRAINING: dict[str, Any] = {"steps": 7, "batch_size": 4, "learning_rate": 1e-2, "optimizer": "rkif_adamw"}
@@ -42,7 +42,7 @@ def test_the_same_bits_as_observing_apart(
     along = one_task(settings, inputs)
     calls = [0]
     monkeypatch.setattr(along.fuser, "observe", lambda: calls.__setitem__(0, calls[0] + 1))
-    monkeypatch.setattr(Learner, "follow", lambda self, fuser: False)
+    monkeypatch.setattr(BatchLearner, "follow", lambda self, fuser: False)
     apart = one_task(settings, inputs)
     assert along.fuser is not None
     assert apart.fuser is not None

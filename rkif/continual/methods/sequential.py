@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from rkif.continual.config import RunConfig
-from rkif.continual.models.learner import Learner
+from rkif.continual.models.learner import BatchLearner
 from rkif.continual.models.objective import Objective
 from rkif.continual.tasks.records import Item, Task
 from rkif.continual.tasks.replay_memory import ReplayMemory
@@ -93,10 +93,10 @@ class Sequential:
     def require(config: RunConfig) -> None:
         """Raise ValueError for settings that the method cannot work with."""
 
-    def learner(self, learning_rate: float) -> Learner:
+    def learner(self, learning_rate: float) -> BatchLearner:
         """Make a learner over the model's trainable parameters."""
         context = self.context
-        return Learner(context.model, context.objective, context.config, learning_rate=learning_rate)
+        return BatchLearner(context.model, context.objective, context.config, learning_rate=learning_rate)
 
     def begin(self) -> None:
         """Called when the task begins; not when it is resumed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ from rkif.continual.tasks.text import TextFormat, cut
 TEMPERATURE = 0.05  # of cosines, as sentence encoders are commonly trained with
 
 
+@dataclass
 class LabelMatchingObjective:
     """Scores are the cosines between the mean token vectors of the question and of each label.
 
     One encoder embeds both, so one adapter serves every set of labels and no task needs a head. The loss is
     the cross-entropy of cosines divided by 0.05, over the labels of the record's task.
 
-    Args:
+    Attributes:
         tokenizer: a Hugging Face tokenizer.
         text: prompt and target templates; the target's is filled with each label.
         max_length: maximum number of tokens of a question; the middle of a longer one is cut.
@@ -31,20 +33,11 @@ class LabelMatchingObjective:
         batch_size: questions per batch in prediction.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        text: TextFormat,
-        max_length: int,
-        labels: Mapping[str, Sequence[str]],
-        batch_size: int,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self._text = text
-        self._max_length = max_length
-        self._labels = labels
-        self._batch_size = batch_size
+    tokenizer: Any
+    text: TextFormat
+    max_length: int
+    labels: Mapping[str, Sequence[str]]
+    batch_size: int
 
     def collate(self, items: Sequence[Item]) -> Batch:
         """Tokenize the questions and the labels of their tasks.
@@ -58,7 +51,7 @@ class LabelMatchingObjective:
             ValueError: a record's answer is not among its task's labels.
         """
         tasks = list(dict.fromkeys(record.task for _, record in items))
-        columns = [(task, label) for task in tasks for label in self._labels[task]]
+        columns = [(task, label) for task in tasks for label in self.labels[task]]
         for _, record in items:
             if (record.task, record.output) not in columns:
                 raise ValueError(
@@ -97,18 +90,18 @@ class LabelMatchingObjective:
                     raise ValueError(f"model gives NaN for record {record.id!r} of task {record.task!r}")
             return [task.labels[i] for i in scores.argmax(1).tolist()]
 
-        return in_batches(model, items, self._batch_size, most_similar)
+        return in_batches(model, items, self.batch_size, most_similar)
 
     def _questions(self, items: Sequence[Item]) -> Batch:
         texts = [
-            self._text.prompt.format(instruction=instruction, input=record.input)
+            self.text.prompt.format(instruction=instruction, input=record.input)
             for instruction, record in items
         ]
         rows = [self.tokenizer(text, verbose=False)["input_ids"] for text in texts]
-        return self._padded([cut(row, self._max_length) for row in rows])
+        return self._padded([cut(row, self.max_length) for row in rows])
 
     def _answers(self, labels: Sequence[str]) -> Batch:
-        return self._padded([self.tokenizer(self._text.target.format(output=x))["input_ids"] for x in labels])
+        return self._padded([self.tokenizer(self.text.target.format(output=x))["input_ids"] for x in labels])
 
     def _padded(self, rows: list[list[int]]) -> Batch:
         return dict(self.tokenizer.pad({"input_ids": rows}, return_tensors="pt"))

@@ -16,7 +16,7 @@ from rkif.fuser.parameters import trainable_parameters
 from rkif.optim import AdamW
 
 
-class Learner:
+class BatchLearner:
     """AdamW over a model's trainable parameters.
 
     The inner and the outer learner are two objects over the same parameters, with separate moments and
