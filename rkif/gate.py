@@ -1,4 +1,4 @@
-"""The gate: a fusion is kept only while figures of the user's choice are no worse than before."""
+"""The gate: a fusion is kept only if the user's metrics do not get worse."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Verdict = Literal["keep", "damp", "undo", "stop", "unchecked"]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A figure that a fusion must not make worse: the loss on the memory, or a KPI on held-out records.
+    """A metric that a fusion must not make worse, such as the loss on the memory or a KPI on held-out records.
 
     Attributes:
-        name: what it is called in reports.
-        evaluate: measures it on the model as it is when called; it must leave the model as it was.
-        higher_is_better: of two values the better one.
-        floor: the worst value that is acceptable at all (a ceiling where lower is better); None for none.
-        tolerance: by how much a fusion may worsen it, at least 0; None for any amount.
-        samples: records that a measurement takes, for the gate's budget.
+        name: its name in reports.
+        evaluate: measures the model in its current state, and must not change it.
+        higher_is_better: whether the higher of two values is the better one.
+        floor: the worst acceptable value; a ceiling where lower is better. None for no limit.
+        tolerance: by how much one fusion may worsen the value, at least 0. None for any amount.
+        samples: number of records that one measurement uses, for the gate's budget.
 
     Raises:
         ValueError, TypeError: a setting outside its range, or neither floor nor tolerance is given.
@@ -54,7 +54,7 @@ class Criterion:
             raise ValueError(f"samples of criterion {self.name!r} must be at least 0; got {self.samples}")
 
     def objection(self, before: float, after: float) -> str | None:
-        """Why ``after`` is not acceptable; None where it is. What is no number never is."""
+        """Why ``after`` is not acceptable, or None if it is. NaN is never acceptable."""
         if math.isnan(after):
             return f"{self.name} is not a number"
         sign = 1.0 if self.higher_is_better else -1.0
@@ -69,20 +69,20 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Gate:
-    """When to check fusions, and what becomes of one that fails.
+    """Which fusions to check, and what to do with one that fails.
 
     Attributes:
-        criteria: all must be content.
-        ladder: shares of the fusion's step that are tried, in this order, when the whole step fails; each in
-            (0, 1) and smaller than the one before.
-        otherwise: "undo" (the parameters return to the round's base, training goes on) or "stop" (the same,
-            and training ends).
-        every: check one of so many rounds.
-        budget: the most samples that all measurements together may take; None for any number. A round whose
-            check might exceed it is not checked.
+        criteria: a fusion passes if all of them accept it.
+        ladder: fractions of the step to try, in this order, if the whole step fails; each in (0, 1) and
+            smaller than the one before.
+        otherwise: what to do if every fraction fails. "undo": the parameters return to the round's base, and
+            training continues. "stop": the same, and training ends.
+        every: check every n-th round.
+        budget: maximum number of records that all measurements together may use; None for no limit. A round
+            whose check might exceed it is not checked.
 
     Raises:
-        TypeError, ValueError: a setting outside its range, or two criteria of one name.
+        TypeError, ValueError: a setting is out of range, or two criteria have the same name.
     """
 
     criteria: Sequence[Criterion]
@@ -117,19 +117,19 @@ class Gate:
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """All that decides a verdict but how the figures are measured."""
-        settings = [replace(one, evaluate=float) for one in self.criteria]
+        """Everything that a verdict depends on, except how the values are measured."""
+        settings = [replace(criterion, evaluate=float) for criterion in self.criteria]
         return settings, self.ladder, self.otherwise, self.every, self.budget
 
     @property
     def samples(self) -> int:
-        """Records that measuring all criteria once takes."""
+        """Number of records that one measurement of all criteria uses."""
         return sum(criterion.samples for criterion in self.criteria)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A share of a fusion's step, the figures it led to, and what speaks against them."""
+    """A fraction of a fusion's step, the values measured after it, and the criteria's objections."""
 
     factor: float
     figures: dict[str, float]
@@ -138,15 +138,15 @@ class Attempt:
 
 @dataclass(frozen=True)
 class GateReport:
-    """What the gate made of a round.
+    """The gate's decision on a round.
 
     Attributes:
-        verdict: "keep" the whole step, "damp" it to ``factor``, "undo" it, "stop" (undone, too), or
-            "unchecked".
-        factor: the share of the step that was taken: 1, one of the ladder's, or 0.
-        before: figures at the round's base; empty where nothing was checked.
-        attempts: what was tried, in order.
-        samples: records that the measurements took.
+        verdict: "keep" (the whole step), "damp" (the fraction ``factor`` of it), "undo", "stop" (undone as
+            well), or "unchecked".
+        factor: the fraction of the step that was taken: 1, one of the ladder's, or 0.
+        before: values at the round's base; empty if nothing was checked.
+        attempts: the fractions that were tried, in order.
+        samples: number of records that the measurements used.
     """
 
     verdict: Verdict
@@ -156,7 +156,7 @@ class GateReport:
     samples: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON; figures that are not finite as words."""
+        """Plain Python values for JSON; values that are not finite become strings."""
         return {
             "verdict": self.verdict,
             "factor": self.factor,
@@ -178,11 +178,11 @@ class Gatekeeper:
 
     Args:
         gate: the settings.
-        mean: of figures over several processes, so that these come to the same verdict.
+        mean: averages values over all processes, so that all of them reach the same verdict.
 
     Attributes:
         gate: the settings.
-        samples: records that measurements have taken so far.
+        samples: number of records that the measurements have used so far.
     """
 
     def __init__(self, gate: Gate, mean: Callable[[list[float]], list[float]] = list) -> None:
@@ -190,20 +190,20 @@ class Gatekeeper:
         self._mean = mean
         self.samples = 0
         self._rounds = 0
-        # Figures of the parameters that the next round starts from; known if the last round was checked.
+        # Values at the next round's base; known only if the last round was checked.
         self._known: dict[str, float] | None = None
 
     def judge(self, take: Callable[[float], None]) -> GateReport:
         """Decide on a round's step.
 
         Args:
-            take: gives the parameters the value that a share of the step leads to: 1 for the fusion, 0 for
-                the round's base, bit for bit. Its last call has the verdict's factor.
+            take: sets the parameters to a fraction of the step: 1 is the fusion, 0 is the round's base, bit
+                for bit. The last call is with the verdict's factor.
         """
         gate, spent = self.gate, self.samples
         self._rounds += 1
-        most = gate.samples * (1 + len(gate.ladder) + (self._known is None))
-        if self._rounds % gate.every or (gate.budget is not None and spent + most > gate.budget):
+        maximum = gate.samples * (1 + len(gate.ladder) + (self._known is None))
+        if self._rounds % gate.every or (gate.budget is not None and spent + maximum > gate.budget):
             self._known = None
             take(1.0)
             return GateReport("unchecked", 1.0)
@@ -228,7 +228,7 @@ class Gatekeeper:
         return GateReport(gate.otherwise, 0.0, before, attempts, self.samples - spent)
 
     def forget(self) -> None:
-        """The parameters have been changed by others: what is known of them holds no more."""
+        """Discard the known values, because something else has changed the parameters."""
         self._known = None
 
     def _measure(self) -> dict[str, float]:
@@ -237,7 +237,7 @@ class Gatekeeper:
         return dict(zip(self.gate.names, self._mean(figures), strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state, by name."""
+        """The state: name -> tensor."""
         known = self._known or {}
         return {
             "counters": torch.tensor([self._rounds, self.samples]),
@@ -245,10 +245,10 @@ class Gatekeeper:
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up the state that :meth:`tensors` gave.
+        """Restore the state that :meth:`tensors` returned.
 
         Raises:
-            ValueError: it is of a gate with another number of criteria.
+            ValueError: it is the state of a gate with another number of criteria.
         """
         known = tensors["known"].tolist()
         if known and len(known) != len(self.gate.criteria):

@@ -1,4 +1,4 @@
-"""Commands on runs: learn a sequence of tasks, look at what was done, go back, tune."""
+"""Commands on runs: train on a sequence of tasks, inspect, roll back, reproduce, report, tune."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run_command(
     out: Out = None,
     resume: Resume = False,
 ) -> None:
-    """Learn a sequence of tasks; measure all of them after each.
+    """Train on a sequence of tasks, and measure all tasks after each.
 
     The run's folder is runs/<name of the config> unless --out names another.
     """
@@ -46,21 +46,22 @@ def log_command(
     run: Run,
     task: Annotated[str | None, typer.Option("--task", help="Only this task's records.")] = None,
     module: Annotated[
-        str | None, typer.Option("--module", help="Only parameters whose name contains this, summed up.")
+        str | None, typer.Option("--module", help="Only parameters whose names contain this, as a total.")
     ] = None,
     verdict: Annotated[
         str | None,
         typer.Option("--verdict", help="Only rounds with this verdict: keep, damp, undo, stop, unchecked."),
     ] = None,
     explain: Annotated[
-        str | None, typer.Option("--explain", metavar="MODULE", help="Which rounds moved it, and who won.")
+        str | None,
+        typer.Option("--explain", metavar="MODULE", help="The rounds that moved it, and who selected it."),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check the chain, and every file against its digest.")
+        bool, typer.Option("--verify", help="Check the chain of records, and every file against its digest.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON lines.")] = False,
 ) -> None:
-    """Show what every round of a run did, or prove that the record of it is whole."""
+    """Show what every round of a run did, or verify the run against its ledger."""
     announce(f"{'Verifying' if verify else 'Reading'} the ledger of {run}")
     from rkif.continual.display import log
     from rkif.continual.rundir.folder import RunReader
@@ -90,9 +91,9 @@ def log_command(
 @commands.command("rollback")
 def rollback_command(
     run: Run,
-    to: Annotated[int, typer.Option("--to", min=0, help="Round, as `rkif log` numbers them.")],
+    to: Annotated[int, typer.Option("--to", min=0, help="The round's number in `rkif log`.")],
 ) -> None:
-    """Return a run to the state after a round; `rkif run --resume` goes on from there."""
+    """Return a run to the state after a round; `rkif run --resume` continues from there."""
     announce(f"Rolling {run} back to round {to}")
     from rkif.continual.rundir.rollback import rollback
 
@@ -106,9 +107,9 @@ def rollback_command(
 @commands.command("reproduce")
 def reproduce_command(
     run: Run,
-    round_: Annotated[int, typer.Option("--round", min=1, help="Round, as `rkif log` numbers them.")],
+    round_: Annotated[int, typer.Option("--round", min=1, help="The round's number in `rkif log`.")],
 ) -> None:
-    """Repeat a round from the state before it and compare the result with the ledger; nothing is changed."""
+    """Train a round again from an earlier state and compare it with the ledger; writes nothing."""
     announce(f"Reproducing round {round_} of {run}")
     from rich.console import Console
 
@@ -129,7 +130,7 @@ def reproduce_command(
 
 @commands.command("report")
 def report_command(run: Run) -> None:
-    """Write a run's report: one HTML page with its figures and pictures, for any browser."""
+    """Write a run's report: one HTML page with its metrics and plots."""
     announce(f"Writing the report of {run}")
     from rkif.continual.display.report import write_report
 
@@ -139,7 +140,7 @@ def report_command(run: Run) -> None:
 @commands.command("tune")
 def tune_command(
     config: Annotated[Path, typer.Argument(help="A config of `rkif run`.", metavar="CONFIG.yaml")],
-    trials: Annotated[int, typer.Option("--trials", min=1, help="Runs that it may take, in all.")] = 20,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Maximum number of runs.")] = 20,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for the study.", show_default="tune/CONFIG")
     ] = None,
@@ -161,7 +162,7 @@ def tune_command(
 
 @commands.command("demo")
 def demo_command(out: Out = None, resume: Resume = False) -> None:
-    """Compare sequential fine-tuning, replay and Recurrent-KIF on small tasks; no download, no GPU, minutes.
+    """Compare sequential fine-tuning, replay and Recurrent-KIF on small tasks: minutes on a CPU, no download.
 
     The folder is rkif-demo unless --out names another.
     """

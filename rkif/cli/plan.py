@@ -1,4 +1,4 @@
-"""``rkif plan``: what recurrent training takes of a device's memory."""
+"""``rkif plan``: how much device memory recurrent training needs."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ commands = typer.Typer()
 @commands.command("plan")
 def plan_command(
     model: Annotated[Path, typer.Option("--model", help="A config.json, or a folder that has one.")],
-    device_memory: Annotated[str, typer.Option("--device-memory", help="Of each device.")] = "80GiB",
+    device_memory: Annotated[str, typer.Option("--device-memory", help="Memory of each device.")] = "80GiB",
     reserve: Annotated[
-        str, typer.Option(help="Of it, for activations and whatever else is not counted.")
+        str, typer.Option(help="The part of it for activations and everything else that is not counted.")
     ] = "8GiB",
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32 or bfloat16.")] = "bfloat16",
     lora_r: Annotated[
         int | None, typer.Option(min=1, help="Train adapters of this rank.", show_default="all parameters")
     ] = None,
     target_modules: Annotated[
         str | None,
-        typer.Option(help="What gets adapters: q_proj,v_proj.", show_default="peft's choice"),
+        typer.Option(help="Modules that get adapters, such as q_proj,v_proj.", show_default="peft's choice"),
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit or sgd, of both learners.")] = "adamw",
+    optimizer: Annotated[
+        str, typer.Option(help="Optimizer of both learners: adamw, adamw8bit or sgd.")
+    ] = "adamw",
     importance: Annotated[
-        str, typer.Option(help="sensitivity_uncertainty or sensitivity.")
+        str, typer.Option(help="Importance: sensitivity_uncertainty or sensitivity.")
     ] = "sensitivity_uncertainty",
     ranks: Annotated[int, typer.Option(min=1, help="Devices that FSDP2 shards everything over.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Say what recurrent training takes of a device's memory, and with which settings it fits.
+    """Show how much device memory recurrent training needs, and the settings with which it fits.
 
-    From the model's config.json alone; nothing is loaded. Fails if nothing fits.
+    Only the model's config.json is read. Fails if no settings fit.
     """
     announce(f"Counting the parameters of {model}")
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""``rkif demo``: three methods on small tasks, without a download or a GPU."""
+"""``rkif demo``: compare three methods on small tasks, without a download or a GPU."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def demo(out: Path, *, resume: bool, console: Console) -> list[dict[str, Any]]:
         write_inputs(out, train=600, dev=100, seed=0)
         write_text(config_path, CONFIG)
     console.print(
-        f"Four small tasks, one after another, by {len(COMPARED)} methods; "
-        f"everything is in {escape(str(out))}\n"
+        f"{len(COMPARED)} methods learn four small tasks, one after another. "
+        f"All files are in {escape(str(out))}\n"
     )
     config = load_config(config_path)
     runs = [_run(config, method, out, resume, console) for method in COMPARED]
@@ -64,11 +64,12 @@ def demo(out: Path, *, resume: bool, console: Console) -> list[dict[str, Any]]:
     console.print(comparison_table(runs))
     console.print(
         "OP: mean accuracy at the end. BWT: mean change since a task was learned; below zero is forgetting.\n"
-        "FWT: mean accuracy on a task not learned yet, above that before training.\n"
-        f"Each method's run, with config, accuracy matrix and models, is in {escape(str(out))}/<method>; "
-        f"change {escape(str(config_path))} and try `rkif run {escape(str(config_path))}`.\n"
-        "Replay and Recurrent-KIF saw the same number of samples. These tasks are small: what they show is "
-        "that both keep what fine-tuning alone forgets, not which of the two is better."
+        "FWT: mean accuracy just before a task is learned, minus that before training.\n"
+        f"The config, accuracy matrix and models of each method are in {escape(str(out))}/<method>. "
+        f"To try other settings, change {escape(str(config_path))} and call "
+        f"`rkif run {escape(str(config_path))}`.\n"
+        "Replay and Recurrent-KIF trained on equally many samples. Both keep what fine-tuning alone forgets. "
+        "Tasks this small do not show which of the two is better."
     )
     return runs
 

@@ -1,4 +1,4 @@
-"""How much of a device's memory recurrent training takes, before anything is loaded."""
+"""How much device memory recurrent training needs, computed before anything is loaded."""
 
 from rkif.plan.bytes import OPTIONS, PHASES, Budget, Option, Training, choose
 

@@ -1,4 +1,4 @@
-"""Bytes that a round holds on a device, phase by phase, by what they are for."""
+"""Bytes on a device in each phase of a round, by purpose."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ PHASES: tuple[Phase, ...] = ("inner", "outer", "fusion")
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, and how, whatever rkif does about memory.
+    """What is trained and how: everything except rkif's options for memory.
 
     Attributes:
-        trainable, frozen: number of parameters, over all ranks.
+        trainable, frozen: numbers of parameters over all ranks.
         largest: number of elements of the largest trainable parameter.
-        trainable_bytes, frozen_bytes: of one parameter of either kind: 4 for float32, 2 for 16 bits.
-        optimizer: of both learners. AdamW keeps its two moments in the parameters' dtype, as PyTorch's does;
-            "adamw8bit" keeps a byte for each, and two float32 scales for every 256; "sgd" nothing.
-        uncertainty: whether importance is S*U, or S alone.
+        trainable_bytes, frozen_bytes: bytes per parameter of each kind: 4 for float32, 2 for 16 bits.
+        optimizer: of both learners. "adamw" stores two moments in the parameters' dtype, as PyTorch does.
+            "adamw8bit" stores each moment in a byte, and a float32 scale per 256 elements. "sgd": no state.
+        uncertainty: whether importance is S*U; otherwise S alone.
         ranks: processes over which everything is sharded.
     """
 
@@ -38,14 +38,14 @@ class Training:
 
     @property
     def moments(self) -> float:
-        """Bytes a trainable parameter of one learner's optimizer."""
+        """Bytes of one learner's optimizer state per trainable parameter."""
         kept = {"adamw": 2.0 * self.trainable_bytes, "adamw8bit": 2 * (1 + 4 / 256), "sgd": 0.0}
         return kept[self.optimizer]
 
 
 @dataclass(frozen=True)
 class Option:
-    """Settings of :class:`rkif.FusionConfig` that decide how much memory is held."""
+    """The settings of :class:`rkif.FusionConfig` that change the memory in use."""
 
     pack_inner: bool = False
     offload: bool = False
@@ -53,19 +53,19 @@ class Option:
 
     @property
     def exact(self) -> bool:
-        """Whether the results are those of the plain way, bit for bit."""
+        """Whether the results have the same bits as with the default settings."""
         return self.state_dtype == "float32"
 
     @property
     def changes(self) -> dict[str, bool | str]:
-        """What differs from the defaults."""
+        """The settings that differ from their defaults."""
         every = {"pack_inner": self.pack_inner, "offload": self.offload, "state_dtype": self.state_dtype}
         return {name: value for name, value in every.items() if value not in (False, "float32")}
 
     def bytes_a_parameter(self, training: Training) -> dict[str, dict[Phase, float]]:
-        """Purpose -> phase -> bytes on the device for each trainable parameter."""
+        """Purpose -> phase -> bytes on the device per trainable parameter."""
         weight = float(training.trainable_bytes)
-        base = 0.0 if self.offload else 4.0  # of 16-bit parameters a float32 master
+        base = 0.0 if self.offload else 4.0  # float32, also for 16-bit parameters
         inner = 0.0 if self.offload else weight
         scores = (4.0 if self.exact else 2.0) * (2 if training.uncertainty else 1)
         selected = 1 / 8 if self.pack_inner else scores
@@ -82,12 +82,12 @@ class Option:
         }
 
     def scratch(self, training: Training) -> int:
-        """Bytes that a fusion needs for the tensors it is at, where it goes through them in groups."""
+        """Bytes that a fusion needs for one group of tensors, where it fuses group by group."""
         elements = min(max(GROUP_NUMEL, -(-training.largest // training.ranks)), training.trainable)
         weight = training.trainable_bytes
-        start = weight if weight < 4 else 0  # the base as the learners saw it
+        start = weight if weight < 4 else 0  # the base, rounded to the parameters' dtype
         mask = 2 if self.pack_inner else 0
-        # The result, and base and inner result of this group and the next.
+        # The result of this group, and base and inner result of this group and the next.
         offloaded = 4 + 2 * (4 + weight) if self.offload else 0
         return elements * (start + mask + offloaded)
 
@@ -97,18 +97,18 @@ OPTIONS = tuple(
     for dtype in ("float32", "bfloat16")
     for offload, pack in ((False, False), (False, True), (True, False), (True, True))
 )
-"""From what is exact and fast to what is neither: packing costs a pass over bits, offloading the bus."""
+"""Exact options first, then fast ones: packing costs a pass over the masks, offloading costs transfers."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What an option takes of one device.
+    """The memory that an option needs on one device.
 
     Attributes:
         option: the settings.
-        phases: phase -> bytes in all.
-        peak: the phase that takes most.
-        fits: whether that is at most what there is.
+        phases: phase -> total bytes.
+        peak: the phase that needs most.
+        fits: whether the device has as many bytes.
     """
 
     option: Option
@@ -125,20 +125,20 @@ class Budget:
 
 
 def budget(option: Option, training: Training, *, memory: int, reserve: int) -> Budget:
-    """What an option takes, with ``reserve`` bytes for activations and all else that is not counted."""
+    """The budget of an option, with ``reserve`` bytes for activations and everything else not counted."""
     rows = option.bytes_a_parameter(training).values()
     frozen = training.frozen * training.frozen_bytes / training.ranks
     phases: dict[Phase, int] = {}
     for phase in PHASES:
-        held = training.trainable * sum(row[phase] for row in rows) / training.ranks
-        phases[phase] = round(frozen + held) + reserve
+        total = training.trainable * sum(row[phase] for row in rows) / training.ranks
+        phases[phase] = round(frozen + total) + reserve
     phases["fusion"] += option.scratch(training)
     return Budget(option, phases, max(phases.values()) <= memory)
 
 
 def choose(training: Training, *, memory: int, reserve: int) -> tuple[list[Budget], Budget | None]:
-    """All options, and the first that fits: exact ones come before others, and faster ones before slower."""
+    """The budgets of all options, and the first that fits, or None. See :data:`OPTIONS` for the order."""
     budgets: Sequence[Budget] = [
         budget(option, training, memory=memory, reserve=reserve) for option in OPTIONS
     ]
-    return list(budgets), next((one for one in budgets if one.fits), None)
+    return list(budgets), next((each for each in budgets if each.fits), None)

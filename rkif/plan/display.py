@@ -1,4 +1,4 @@
-"""What a plan shows in the terminal."""
+"""A plan as tables for the terminal, and as JSON."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ GIB = 2**30
 
 
 def bytes_table(training: Training, option: Option) -> Table:
-    """Bytes a trainable parameter, by purpose and phase."""
-    title = f"Bytes a trainable parameter, {name(option)}"
+    """Bytes per trainable parameter, by purpose and phase."""
+    title = f"Bytes per trainable parameter, {name(option)}"
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
     table.add_column("")
     for phase in PHASES:
@@ -31,7 +31,7 @@ def bytes_table(training: Training, option: Option) -> Table:
 
 
 def options_table(budgets: Sequence[Budget], chosen: Budget | None, memory: int) -> Table:
-    """What every option takes of a device."""
+    """The memory that every option needs on a device."""
     title = f"GiB on each device of {memory / GIB:.4g} GiB"
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
     for column in ("option", "results", *PHASES, "peak", ""):
@@ -54,7 +54,7 @@ def name(option: Option) -> str:
 
 
 def settings(option: Option) -> str:
-    """For a config's ``fusion`` section."""
+    """An option as the ``fusion`` section of a config."""
     return str(yaml.safe_dump({"fusion": option.changes}, sort_keys=False)).rstrip()
 
 

@@ -1,4 +1,4 @@
-"""The parameters of a model that is not there: from its config.json alone."""
+"""The numbers of a model's parameters, from its config.json alone."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from peft import LoraConfig, get_peft_model
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many there are.
+    """Numbers of a model's parameters.
 
     Attributes:
         name: of the model's class.
-        trainable, frozen: of either kind; tied ones count once.
-        largest: elements of the largest trainable one.
+        trainable, frozen: numbers of parameters; tied ones count once.
+        largest: number of elements of the largest trainable parameter.
     """
 
     name: str
@@ -28,16 +28,16 @@ class Parameters:
 
 
 def count_parameters(path: Path, *, rank: int | None = None, targets: list[str] | None = None) -> Parameters:
-    """Build the model that a config.json describes on the meta device, where nothing is allocated.
+    """Count the parameters of the model that a config.json describes, built on the meta device.
 
     Args:
-        path: the file, or a folder that has it.
-        rank: of LoRA adapters, which alone are trained then; None trains all parameters.
-        targets: names of the modules that get adapters; peft's choice for the architecture by default.
+        path: the file, or the folder that contains it.
+        rank: of LoRA adapters, which are then the only trained parameters; None trains all parameters.
+        targets: names of the modules that get adapters; by default peft's choice for the architecture.
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: it describes no model that transformers has, or no module has such a name.
+        ValueError: it describes no model of transformers, or no module has one of the names.
     """
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
@@ -58,7 +58,7 @@ def count_parameters(path: Path, *, rank: int | None = None, targets: list[str] 
 
 
 def _class(config: Any) -> Any:
-    """The class that the config names; for one that names none, a language model."""
+    """The class that the config names; by default that of a causal language model."""
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)

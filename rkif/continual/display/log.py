@@ -95,7 +95,7 @@ def table(records: Sequence[LedgerRecord], module: str | None) -> Table:
 
 
 def explain(records: Sequence[LedgerRecord], module: str) -> list[Table]:
-    """Two tables: the rounds that moved the parameters, with who selected them, and totals by task.
+    """Two tables: the rounds that moved the parameters, with the learner that selected them; totals by task.
 
     Raises:
         ValueError: no parameter's name contains ``module``, or there are no rounds.
@@ -113,7 +113,7 @@ def explain(records: Sequence[LedgerRecord], module: str) -> list[Table]:
     by_task = _table(
         ("task", "rounds", "moved in", "moved", *CASE_HEADINGS, "imp out then", "now"),
         title="by task",
-        caption=f"{_caption(module)} imp: mean importance of an element, as either learner found it.",
+        caption=f"{_caption(module)} imp: mean importance of an element, as each learner measured it.",
     )
     for record, part in parts:
         if part.moved > 0:

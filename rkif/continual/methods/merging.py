@@ -19,7 +19,7 @@ class Merging(Rounds):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.parameters = self.inner.parameters
-        self.base = self._snapshot()
+        self.base = self._copies()
         self.stopped: dict[
             str, Tensor
         ] = {}  # parameters at the end of the inner phase; empty outside the outer phase
@@ -39,17 +39,17 @@ class Merging(Rounds):
         """A merge without importance ignores gradients."""
 
     def begin_outer(self) -> None:
-        self.stopped = self._snapshot()
+        self.stopped = self._copies()
 
     @torch.no_grad()
     def end_round(self, steps: range) -> None:
         for name, parameter in self.parameters.items():
             base, stopped = self.base[name], self.stopped[name]
             parameter.copy_(base + self.merge(name, stopped - base, parameter - stopped))
-        self.base, self.stopped = self._snapshot(), {}
+        self.base, self.stopped = self._copies(), {}
         self.round += 1
 
-    def _snapshot(self) -> dict[str, Tensor]:
+    def _copies(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def tensors(self) -> dict[str, Tensor]:

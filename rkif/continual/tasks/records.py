@@ -55,5 +55,5 @@ def stratified_subset(records: Sequence[Record], n: int, seed: int) -> tuple[Rec
     rng.shuffle(queues)
     for queue in queues:
         rng.shuffle(queue)
-    turns = sorted((turn, place, i) for place, queue in enumerate(queues) for turn, i in enumerate(queue))
-    return tuple(records[i] for i in sorted(i for _, _, i in turns[:n]))
+    choice = sorted((turn, place, i) for place, queue in enumerate(queues) for turn, i in enumerate(queue))
+    return tuple(records[i] for i in sorted(i for _, _, i in choice[:n]))

@@ -17,7 +17,7 @@ from rkif.files import write_text
 EXPLANATIONS = {
     "op": "OP: mean accuracy over all tasks at the end.",
     "bwt": "BWT: mean change of a task's accuracy since it was learned; below zero is forgetting.",
-    "fwt": "FWT: mean accuracy on a task not learned yet, above that before training.",
+    "fwt": "FWT: mean accuracy just before a task is learned, minus that before training.",
 }
 
 
@@ -94,8 +94,8 @@ def _matrix(name: str, tasks: Sequence[str], matrix: Any, initial: Sequence[floa
         ]
         rows.append(f"<tr><th>{html.escape(task)}</th>{''.join(cells)}</tr>")
     return (
-        f"<section><h2>{html.escape(name.capitalize())}</h2><p>Row: the task that is asked. Column: the task "
-        "learned last. Framed: right after learning it.</p>"
+        f"<section><h2>{html.escape(name.capitalize())}</h2><p>Row: the measured task. Column: the task "
+        "learned last. Framed: measured right after it was learned.</p>"
         f'<div class="scroll"><table><tr><th></th><th>before</th>{head}</tr>{"".join(rows)}</table></div>'
         "</section>"
     )
@@ -111,12 +111,12 @@ def _share(value: float, low: float, high: float) -> float:
 
 def _rounds(rounds: Mapping[str, Mapping[str, Any]]) -> str:
     return (
-        "<section><h2>Importance</h2><p>Mean importance of each layer's tensors, round by round, as either "
-        "learner found it; the brighter, the more important. Each map has a logarithmic scale of its own.</p>"
+        "<section><h2>Importance</h2><p>Mean importance of each tensor in each round, as each learner "
+        "measured it; brighter is more important. Each map has its own logarithmic scale.</p>"
         f"{plots.importance_maps(rounds)}</section>"
-        "<section><h2>Masks</h2><p>The share of parameters that either learner selected, and the overlap: of "
-        "those that one of the two selected, the share that both did.</p>"
+        "<section><h2>Masks</h2><p>The share of parameters that each learner selected, and the overlap: the "
+        "share of those selected by at least one learner that both selected.</p>"
         f"{plots.mask_overlap(rounds)}</section>"
-        "<section><h2>Movement</h2><p>Length (L2) of the two task vectors of a round, and of the fusion's "
+        "<section><h2>Movement</h2><p>L2 norms of the two task vectors of a round, and of the fusion's "
         f"update.</p>{plots.movement(rounds)}</section>"
     )

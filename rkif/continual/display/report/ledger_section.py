@@ -22,14 +22,14 @@ MEANING = {
 
 
 def ledger_sections(run: Path) -> list[str]:
-    """The sections as HTML; for a broken chain only a section that says so."""
+    """The sections as HTML. If the chain is broken, the only section says so."""
     path = run / LEDGER
     if not path.exists():
         return []
     try:
         records = list(read_ledger(path))
     except LedgerError as error:
-        return [_section("Ledger", f'<p class="bad">The ledger does not hold together: {_text(error)}</p>')]
+        return [_section("Ledger", f'<p class="bad">The ledger is broken: {_text(error)}</p>')]
     if not records:
         return [_section("Ledger", '<p class="bad">The ledger holds no record.</p>')]
     rounds = [record for record in not_rolled_back(records) if record["event"] == "round"]
@@ -39,9 +39,9 @@ def ledger_sections(run: Path) -> list[str]:
     if rounds:
         sections.append(
             _section(
-                "Where it moved",
-                "<p>How far each round's fusion moved every tensor (L2, relative to the square root of its "
-                "size), on a logarithmic scale. Blank: not at all.</p>" + plots.movement_map(rounds),
+                "Change by tensor",
+                "<p>L2 norm of each tensor's change in each round's fusion, divided by the square root of its "
+                "size, on a logarithmic scale. Blank: no change.</p>" + plots.movement_map(rounds),
             )
         )
     return [*sections, _digests(records)]
@@ -62,12 +62,12 @@ def _gate(rounds: Sequence[LedgerRecord]) -> str:
     )
     refused = (
         '<div class="scroll"><table class="text"><tr><th>round</th><th>task</th><th>verdict</th>'
-        f"<th>what spoke against the whole step</th></tr>{rows}</table></div>"
+        f"<th>objections to the whole step</th></tr>{rows}</table></div>"
     )
     return _section(
         "Gate",
-        "<p>Fusions are checked by these figures before they are kept. The line shows what every round left "
-        "them at; a cross, what the whole step would have made of them where it was refused.</p>"
+        "<p>Each fusion is checked by these metrics before it is kept. The line is the value after each round. "
+        "A cross is the value after a whole step that was refused.</p>"
         f'<div class="tiles">{tiles}</div>{plots.gate_values(rounds)}{refused if rows else ""}',
     )
 
@@ -86,7 +86,7 @@ def _digests(records: Sequence[LedgerRecord]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(begin["versions"].items()))
     returned = sum(record["event"] == "rollback" for record in records)
     facts = {
-        "records": f"{len(records)}, in a whole chain" + (f"; {returned} rollbacks" if returned else ""),
+        "records": f"{len(records)}, in an unbroken chain" + (f"; {returned} rollbacks" if returned else ""),
         "last hash": records[-1]["hash"],
         "parameters": records[-1]["parameters"]["after"],
         "settings": begin["config"],
@@ -97,8 +97,8 @@ def _digests(records: Sequence[LedgerRecord]) -> str:
     rows = "".join(f"<tr><th>{name}</th><td>{_text(value)}</td></tr>" for name, value in facts.items())
     return _section(
         "Ledger",
-        "<p>SHA-256 of what the run was made of and came to. <code>rkif log RUN --verify</code> checks the "
-        "chain and every file again; whoever noted the last hash will see whether the ledger was rewritten."
+        "<p>SHA-256 digests of the run's settings and results. <code>rkif log RUN --verify</code> checks the "
+        "chain and every file. If the last hash was stored elsewhere, it shows whether the ledger was rewritten."
         f'</p><div class="scroll"><table class="text">{rows}</table></div>',
     )
 

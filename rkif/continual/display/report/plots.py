@@ -15,7 +15,7 @@ from rkif.fuser.parameters import short_name
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Rounds = Mapping[str, Mapping[str, Tensor]]
+RoundStatistics = Mapping[str, Mapping[str, Tensor]]
 """Task -> statistics of its rounds, see rkif.continual.evaluation.history; only tasks with rounds."""
 
 SIDES = ("inner", "outer")
@@ -46,7 +46,7 @@ def forgetting_curves(
     return _svg(figure)
 
 
-def importance_maps(rounds: Rounds) -> str:
+def importance_maps(rounds: RoundStatistics) -> str:
     """A map per learner: parameters from top to bottom, rounds from left to right."""
     names = [
         key.removeprefix("importance.")
@@ -75,7 +75,7 @@ def importance_maps(rounds: Rounds) -> str:
     return _svg(figure)
 
 
-def mask_overlap(rounds: Rounds) -> str:
+def mask_overlap(rounds: RoundStatistics) -> str:
     """The shares that each learner selected, and intersection over union."""
     counts = torch.cat([_total(parts, "counts.") for parts in rounds.values()]).double()  # [rounds, 4]
     inner_only, outer_only, both = counts.T[:3]
@@ -89,7 +89,7 @@ def mask_overlap(rounds: Rounds) -> str:
     return _finished(figure, panel, "% of parameters", rounds)
 
 
-def movement(rounds: Rounds) -> str:
+def movement(rounds: RoundStatistics) -> str:
     """L2 norms of the task vectors and of the update."""
     norms = torch.cat([parts["norms"] for parts in rounds.values()])  # [rounds, 3]
     figure = _figure(10.5, 3.0)
@@ -154,7 +154,7 @@ def _total(parts: Mapping[str, Tensor], prefix: str) -> Tensor:
     return torch.stack([tensor for name, tensor in parts.items() if name.startswith(prefix)]).sum(0)
 
 
-def _finished(figure: Figure, panel: Any, label: str, rounds: Rounds) -> str:
+def _finished(figure: Figure, panel: Any, label: str, rounds: RoundStatistics) -> str:
     panel.set_ylim(bottom=0)
     panel.set_ylabel(label, fontsize=9)
     panel.set_xlabel("round", fontsize=9)
@@ -164,7 +164,7 @@ def _finished(figure: Figure, panel: Any, label: str, rounds: Rounds) -> str:
     return _svg(figure)
 
 
-def _mark_tasks(panel: Any, rounds: Rounds) -> None:
+def _mark_tasks(panel: Any, rounds: RoundStatistics) -> None:
     _mark_starts(panel, [task for task, parts in rounds.items() for _ in parts["norms"]])
 
 
