@@ -18,7 +18,7 @@ Verdict = Literal["keep", "damp", "undo", "stop", "unchecked"]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A metric that a fusion must not make worse, such as the loss on the memory or a KPI on held-out records.
+    """A metric that a fusion must not make worse: the loss on the memory, or a KPI on held-out records.
 
     Attributes:
         name: its name in reports.

@@ -28,9 +28,7 @@ def plan_command(
         str | None,
         typer.Option(help="Modules that get adapters, such as q_proj,v_proj.", show_default="peft's choice"),
     ] = None,
-    optimizer: Annotated[
-        str, typer.Option(help="Optimizer of both learners: adamw, adamw8bit or sgd.")
-    ] = "adamw",
+    optimizer: Annotated[str, typer.Option(help="Of both learners: adamw, adamw8bit or sgd.")] = "adamw",
     importance: Annotated[
         str, typer.Option(help="Importance: sensitivity_uncertainty or sensitivity.")
     ] = "sensitivity_uncertainty",

@@ -153,7 +153,16 @@ def test_a_browser_shows_the_page(config: Callable[..., RunConfig], tmp_path: Pa
         browser.close()
     assert requests == [url]
     assert complaints == []
-    wanted = ["Forgetting", "Accuracy", "Importance", "Masks", "Movement", "Gate", "Where it moved", "Ledger"]
+    wanted = [
+        "Forgetting",
+        "Accuracy",
+        "Importance",
+        "Masks",
+        "Movement",
+        "Gate",
+        "Change by tensor",
+        "Ledger",
+    ]
     assert headings == [*wanted, "Settings"]
     assert len(pictures) == 6
     assert all(box["width"] > 500 and box["height"] > 100 for box in pictures)
@@ -174,7 +183,7 @@ def test_the_page_answers_for_the_run(config: Callable[..., RunConfig], tmp_path
     path = tmp_path / "ledger.jsonl"
     path.write_text(path.read_text().replace('"seed":3', '"seed":4', 1))
     broken = write_report(tmp_path).read_text()
-    assert "The ledger does not hold together" in broken
+    assert "The ledger is broken" in broken
     assert "record 0 was changed" in broken
     assert "<h2>Gate</h2>" not in broken
 

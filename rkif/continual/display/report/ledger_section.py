@@ -40,7 +40,7 @@ def ledger_sections(run: Path) -> list[str]:
         sections.append(
             _section(
                 "Change by tensor",
-                "<p>L2 norm of each tensor's change in each round's fusion, divided by the square root of its "
+                "<p>L2 norm of each tensor's change in each round, divided by the square root of its "
                 "size, on a logarithmic scale. Blank: no change.</p>" + plots.movement_map(rounds),
             )
         )
@@ -66,8 +66,8 @@ def _gate(rounds: Sequence[LedgerRecord]) -> str:
     )
     return _section(
         "Gate",
-        "<p>Each fusion is checked by these metrics before it is kept. The line is the value after each round. "
-        "A cross is the value after a whole step that was refused.</p>"
+        "<p>Each fusion is checked by these metrics before it is kept. Line: the value after each round. "
+        "Cross: the value after a whole step that was refused.</p>"
         f'<div class="tiles">{tiles}</div>{plots.gate_values(rounds)}{refused if rows else ""}',
     )
 
@@ -98,7 +98,8 @@ def _digests(records: Sequence[LedgerRecord]) -> str:
     return _section(
         "Ledger",
         "<p>SHA-256 digests of the run's settings and results. <code>rkif log RUN --verify</code> checks the "
-        "chain and every file. If the last hash was stored elsewhere, it shows whether the ledger was rewritten."
+        "chain and every file. Compare the last hash with a stored copy to see whether the ledger was "
+        "rewritten."
         f'</p><div class="scroll"><table class="text">{rows}</table></div>',
     )
 
