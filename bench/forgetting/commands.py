@@ -1,4 +1,4 @@
-"""``python -m bench``: the commands that measure forgetting, and what runs are made of."""
+"""``python -m bench``: the commands that measure forgetting, and those that make models for them."""
 
 from __future__ import annotations
 
@@ -62,13 +62,18 @@ def continual_command(
         ),
     ] = None,
     order: Annotated[
-        list[str] | None, typer.Option("--order", help="Likewise.", show_default="the suite's three")
+        list[str] | None,
+        typer.Option(
+            "--order", help="An order of the suite; may be given several times.", show_default="all three"
+        ),
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option("--seed", help="Likewise.", show_default="1")] = None,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time.")] = 1,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", help="A seed; may be given several times.", show_default="1")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Number of runs at a time.")] = 1,
     out: Annotated[Path, typer.Option("--out", help="Folder for the runs.")] = Path("runs/continual"),
 ) -> None:
-    """Compare methods on task sequences; goes on where it was interrupted."""
+    """Compare methods on task sequences; an interrupted comparison continues."""
     from bench.forgetting.continual import MAIN, SUITES, Job, compare
     from bench.forgetting.instrument import CONFIGS
 
@@ -89,7 +94,7 @@ def ledger_command(
     config: MiniLM = None,
     rounds: Rounds = 3,
 ) -> None:
-    """Measure what ledger, snapshots and gates add to the time of a run's steps."""
+    """Measure the time that ledger, round states and gates add to a run's steps."""
     from bench.forgetting.instrument import DEFAULT
     from bench.forgetting.ledger import measure
 
@@ -98,7 +103,7 @@ def ledger_command(
 
 @app.command("delta")
 def delta_command(config: MiniLM = None) -> None:
-    """Measure what it changes to fuse adapters as updates, B·A, instead of as factors."""
+    """Compare fusing adapters as updates, B·A, with fusing them as factors."""
     from bench.forgetting.delta import measure
     from bench.forgetting.instrument import DEFAULT
 
@@ -107,7 +112,7 @@ def delta_command(config: MiniLM = None) -> None:
 
 @app.command("state-precision")
 def state_precision_command(config: MiniLM = None) -> None:
-    """Measure how well masks from bfloat16 importance agree with those from float32, round by round."""
+    """Measure the agreement of masks from bfloat16 and from float32 importance, round by round."""
     from bench.forgetting.instrument import DEFAULT
     from bench.forgetting.state_precision import measure
 
@@ -116,7 +121,7 @@ def state_precision_command(config: MiniLM = None) -> None:
 
 @app.command("task-vector-angles")
 def task_vector_angles_command(config: MiniLM = None) -> None:
-    """Measure where the two learners' task vectors point, and what the fusion makes of them."""
+    """Measure the angles between the two learners' task vectors and the fusion's update."""
     from bench.forgetting.instrument import DEFAULT
     from bench.forgetting.task_vector_angles import measure
 

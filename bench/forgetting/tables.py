@@ -23,17 +23,17 @@ SHOWN = tuple(name for name in MAIN if name != "recurrent_kif_release")  # the s
 
 
 def main() -> str:
-    """The methods that the README speaks of."""
+    """The methods that the README shows."""
     return "\n".join(_table(group, README) for group in _groups().values())
 
 
 def everything() -> str:
-    """All methods, with what they cost."""
+    """All methods, with their cost."""
     return "\n".join(_table(group, SHOWN, cost=True) for group in _groups().values())
 
 
 def tuned() -> str:
-    """Baselines at settings that are not those of the others."""
+    """Baselines with settings of their own."""
     parts = []
     for group in _groups().values():
         names = [name for name in group if name not in MAIN and not _ablates(group[name])]
@@ -43,7 +43,7 @@ def tuned() -> str:
 
 
 def ablations() -> str:
-    """What changes make of the release preset, on the orders and seeds that both were run on."""
+    """Changes to the release preset, compared on the orders and seeds that both were run on."""
     parts = []
     for group in _groups().values():
         names = [name for name in group if name not in MAIN and _ablates(group[name])]
@@ -73,7 +73,7 @@ def _ablates(runs: Runs) -> bool:
 
 
 def _groups() -> dict[tuple[str, ...], dict[str, Runs]]:
-    """(config, device) -> method -> runs; rows from before configs were named stand by themselves."""
+    """(config, device) -> method -> runs. Rows older than the field "config" form groups of their own."""
     groups: dict[tuple[str, ...], dict[str, Runs]] = {}
     for row in rows():
         key = (row.get("config") or f"{row['order']}-{row['model']}", row["device"])
@@ -107,16 +107,16 @@ def _table(group: Mapping[str, Runs], methods: Sequence[str], *, cost: bool = Fa
 
 
 def _heading(group: Mapping[str, Runs]) -> str:
-    found = [row for runs in group.values() for row in runs.values()]
-    row = found[0]
+    rows_of_group = [row for runs in group.values() for row in runs.values()]
+    row = rows_of_group[0]
     training, adapter = row["settings"]["training"], row["settings"]["adapter"]
     trained = f"LoRA of rank {adapter['r']}" if adapter else "all parameters"
     steps = training["steps"] or f"{training['epochs']} epochs of"
     orders = sorted({order for runs in group.values() for order, _ in runs})
     seeds = sorted({seed for runs in group.values() for _, seed in runs})
-    error = max(map(_standard_error, found))
+    error = max(map(_standard_error, rows_of_group))
     many = "s" if len(seeds) > 1 else ""
-    commits = sorted({row["commit"].removesuffix("-dirty")[:7] for row in found})
+    commits = sorted({row["commit"].removesuffix("-dirty")[:7] for row in rows_of_group})
     return (
         f"{row['model']}, {len(row['tasks'])} tasks ({', '.join(orders)}), {steps} steps of "
         f"{training['batch_size']} a task, {trained}, "
@@ -142,12 +142,12 @@ def _mean(runs: Runs, key: str, *, sign: bool = False) -> str:
     return format_number(fmean(values), sign=sign) + spread
 
 
-def _difference(runs: Runs, baseline: Runs, figure_of: str = "op") -> str:
+def _difference(runs: Runs, baseline: Runs, metric: str = "op") -> str:
     """The mean difference over the orders and seeds that both were run on, and its standard error."""
     pairs = [
-        runs[key][figure_of] - baseline[key][figure_of]
+        runs[key][metric] - baseline[key][metric]
         for key in runs
-        if key in baseline and runs[key][figure_of] is not None
+        if key in baseline and runs[key][metric] is not None
     ]
     if not pairs or runs is baseline:
         return "-"

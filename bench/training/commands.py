@@ -16,10 +16,10 @@ app = typer.Typer()
 def overhead_command(
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
-    length: Annotated[int, typer.Option("--length", min=2, help="Of a record, in tokens.")] = 256,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens per record.")] = 256,
     rounds: Rounds = 5,
 ) -> None:
-    """Measure what importance and fusion add to the time of training steps, by several optimizers."""
+    """Measure the time that importance and fusion add to training steps, for several optimizers."""
     from bench.training.overhead import Batches, measure
 
     chosen = resolved_device(device)
@@ -28,7 +28,7 @@ def overhead_command(
 
 @app.command("scaling")
 def scaling_command() -> None:
-    """Measure a fusion over two processes on this machine: time, and what they hand to each other."""
+    """Measure a fusion over two processes on this machine: time, and bytes given to collectives."""
     from bench.training.scaling import measure
 
     measure(Console())

@@ -1,4 +1,4 @@
-"""What recurrent training takes of a device for models of three sizes: computed, as ``rkif plan`` does."""
+"""Device memory of recurrent training for models of three sizes, computed as ``rkif plan`` does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESERVE = 8
 GIB = 2**30
 
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-# What decides the number of parameters in the config.json of Llama 3.2 1B, Llama 2 7B and 13B.
+# The keys of config.json that decide the number of parameters: Llama 3.2 1B, Llama 2 7B and 13B.
 CONFIGS = {
     "1B": {
         "hidden_size": 2048,
@@ -44,7 +44,7 @@ CONFIGS = {
 
 
 def markdown() -> str:
-    """A row for every model, way of training and number of devices."""
+    """A table: a row for each model, what is trained, and number of devices."""
     lines = [
         "| model | trained | parameters | devices | GiB a device, plain | least, exact | least | "
         + " | ".join(f"{size} GiB" for size in DEVICES)
@@ -57,7 +57,7 @@ def markdown() -> str:
             file.write_text(json.dumps(_LLAMA | config), encoding="utf-8")
             adapter = count_parameters(file, rank=8, targets=["q_proj", "v_proj"])
             full = count_parameters(file)
-        for what, found, ranks in (("LoRA, r 8", adapter, 1), ("all", full, 1), ("all", full, 8)):
+        for trained, found, ranks in (("LoRA, r 8", adapter, 1), ("all", full, 1), ("all", full, 8)):
             training = Training(
                 found.trainable,
                 found.frozen,
@@ -66,17 +66,17 @@ def markdown() -> str:
                 frozen_bytes=2,
                 ranks=ranks,
             )
-            lines.append(_row(model, what, training))
+            lines.append(_row(model, trained, training))
     return "\n".join(lines) + "\n"
 
 
-def _row(model: str, what: str, training: Training) -> str:
+def _row(model: str, trained: str, training: Training) -> str:
     budgets, _ = choose(training, memory=1, reserve=RESERVE * GIB)
     least = min(one.bytes for one in budgets)
     exact = min(one.bytes for one in budgets if one.option.exact)
     taken = [_taken(training, size * GIB) for size in DEVICES]
     sizes = [f"{size / GIB:.1f}" for size in (budgets[0].bytes, exact, least)]
-    cells = [model, what, f"{training.trainable:,}", str(training.ranks), *sizes, *taken]
+    cells = [model, trained, f"{training.trainable:,}", str(training.ranks), *sizes, *taken]
     return f"| {' | '.join(cells)} |"
 
 

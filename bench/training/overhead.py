@@ -1,4 +1,4 @@
-"""What Recurrent-KIF adds to training steps: the same rounds with several optimizers, without and with it."""
+"""The time that Recurrent-KIF adds to training steps: rounds with several optimizers, with and without it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bench.common.peak import GIB, Peak, release
 from bench.common.timing import seconds
 
 RESULTS = store.RESULTS / "overhead.jsonl"
-# The shapes of SmolLM2-135M: what a step takes does not depend on the weights, so they are random.
+# The shapes of SmolLM2-135M. The weights are random, because the time of a step does not depend on them.
 SHAPES: dict[str, Any] = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -34,7 +34,7 @@ NAME = "SmolLM2-135M's shapes"
 CONFIG = rkif.FusionConfig()
 STEPS = CONFIG.inner_steps + CONFIG.outer_steps
 TRAINED = {"adapter": "LoRA, r 8, q and v", "all": "all parameters"}
-# How a step is taken. The plain ones, without Recurrent-KIF, are what the others are compared with.
+# The optimizers. The plain ones, without Recurrent-KIF, are the baselines.
 PLAIN = ("adamw", "fused")
 METHODS = {
     "adamw": "torch.optim.AdamW",
@@ -46,7 +46,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Batches:
-    """How large the batches of random tokens are."""
+    """The size of the batches of random tokens."""
 
     size: int
     length: int
@@ -56,13 +56,13 @@ class Batches:
 
 
 def measure(device: torch.device, batches: Batches, rounds: int, console: Console) -> None:
-    """Time rounds of Q inner and M outer steps by each method, in turn, and write a row each."""
-    found = []
+    """Time rounds of Q inner and M outer steps with each method in turn, and write a row per method."""
+    measured = []
     for trained in TRAINED:
         here: list[dict[str, Any]] = []
         training = _Training(trained, device, batches)
         for method in METHODS:
-            training.round(method)  # compiles, and allocates what stays
+            training.round(method)  # the first round compiles and allocates
         taken: dict[str, list[float]] = {method: [] for method in METHODS}
         for _ in range(rounds):
             for method, times in taken.items():
@@ -90,13 +90,13 @@ def measure(device: torch.device, batches: Batches, rounds: int, console: Consol
             row["peak_bytes"] = _peak(trained, row["method"], device, batches)
             console.print(row, highlight=False)
         release(device)
-        found += here
+        measured += here
     others = [row for row in rows() if row["device"] != device_name(device)]
-    store.write_all(RESULTS, [*others, *found])
+    store.write_all(RESULTS, [*others, *measured])
 
 
 def _peak(trained: str, method: str, device: torch.device, batches: Batches) -> int | None:
-    """Bytes at most in a round of a training of its own; unknown on a CPU, which has no counter for it."""
+    """Peak bytes of a round in a separate training; None on a CPU, which has no counter for it."""
     if device.type != "cuda":
         return None
     training = _Training(trained, device, batches)
@@ -109,7 +109,7 @@ def _peak(trained: str, method: str, device: torch.device, batches: Batches) -> 
 class _Training:
     """A model with an inner and an outer optimizer for each method, and rounds of their steps.
 
-    The methods share the moments: a step takes no longer for their values, and so all fit into memory.
+    The methods share the moments, so that all fit into memory. The values do not change a step's time.
     """
 
     def __init__(self, trained: str, device: torch.device, batches: Batches) -> None:
@@ -133,7 +133,7 @@ class _Training:
         else:
             optimizer = torch.optim.AdamW(self._trained, lr=1e-5, fused=method == "fused" or None)
         for parameter, (mean, square) in zip(self._trained, moments, strict=True):
-            # PyTorch's fused step counts on the device, the others on the host.
+            # The step counter of PyTorch's fused AdamW is on the device, that of the others on the host.
             step = torch.zeros((), device=self._device if method == "fused" else "cpu")
             optimizer.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
         return optimizer
@@ -170,12 +170,12 @@ def _model(trained: str) -> Any:
 
 
 def rows() -> list[dict[str, Any]]:
-    """What has been measured."""
+    """The rows measured so far."""
     return store.read(RESULTS)
 
 
 def markdown() -> str:
-    """A table for every device."""
+    """A table for each device."""
     parts = []
     for device in dict.fromkeys(row["device"] for row in rows()):
         here = [row for row in rows() if row["device"] == device]
@@ -193,9 +193,9 @@ def markdown() -> str:
     return "\n".join(parts)
 
 
-def _line(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """A row beside those of the same device."""
-    plain = {other["method"]: other["round_ms"] for other in rows if other["trained"] == row["trained"]}
+def _line(row: dict[str, Any], here: Sequence[dict[str, Any]]) -> str:
+    """The table's line of a row, compared with the plain rows of the same device."""
+    plain = {other["method"]: other["round_ms"] for other in here if other["trained"] == row["trained"]}
     cells = [TRAINED[row["trained"]], f"{row['parameters']:,}", METHODS[row["method"]]]
     cells.append(f"{row['round_ms'] / row['steps']:.1f}")
     for method in PLAIN:

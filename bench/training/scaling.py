@@ -1,4 +1,4 @@
-"""What a fusion over many devices sends and takes: measured with two processes here, computed for others."""
+"""Traffic and time of a fusion over many devices: measured with two processes, computed for clusters."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from rkif_kernels.selection.counting import BINS
 
 RESULTS = store.RESULTS / "scaling.jsonl"
 RANKS = 2
-# Bytes that a sharded fusion moves in memory for each float32 parameter, S and U: the counting pass reads 16;
-# the fusion reads base, inner, outer and scores, 28, and writes 4; the result is read and put back, 8.
+# Bytes of memory traffic of a sharded fusion per float32 parameter with S and U: the counting pass reads 16.
+# The fusion reads base, inner, outer and scores, 28, and writes 4. Copying the result takes 8.
 MOVED = 16 + 28 + 4 + 8
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Devices and what connects them, by data sheet, and what share of that is taken for granted.
+    """Devices and the links between them, with data-sheet rates.
 
     Attributes:
-        memory: bytes a second that a device's memory moves.
-        link: bytes a second that the slowest link on a ring of all devices takes in one direction.
-        latency: seconds that one step of a collective takes.
+        memory: bytes per second of a device's memory.
+        link: bytes per second, in one direction, of the slowest link in a ring of all devices.
+        latency: seconds per step of a collective.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Cluster:
     latency: float
 
 
-SHARE = 0.8  # of memory's and links' rates: the goal of the kernels, and what NCCL's tests report of links
+SHARE = 0.8  # of both rates: the goal of the kernels, and what NCCL's tests report of links
 CLUSTERS = (
     Cluster("13B, 8 x H100 SXM, NVLink", 13_015_864_320, 8, 3.35e12, 450e9, 5e-6),
     Cluster("70B, 64 x H100 SXM, 8 a node, 400 Gb/s a GPU", 68_976_648_192, 64, 3.35e12, 50e9, 20e-6),
@@ -64,7 +64,7 @@ def measure(console: Console) -> None:
 
 
 def markdown() -> str:
-    """The row, and beside it what the same arithmetic says of clusters."""
+    """The measured row, and the same quantities computed for clusters."""
     (row,) = store.read(RESULTS)
     measured = (
         f"Measured: {row['parameters']:,} float32 parameters over {row['ranks']} gloo processes on "
@@ -92,8 +92,8 @@ def markdown() -> str:
 
 
 def _sent(ranks: int) -> tuple[float, int]:
-    """Bytes that a rank sends in rings, both sides, one pass, the widest windows; and steps of the rings."""
+    """Bytes that a rank sends in rings for both learners (one pass, the widest windows); steps of the rings."""
     share = (ranks - 1) / ranks
     samples, counts = 2 * 4 * SAMPLE * share, 2 * 8 * (BINS + 3) * 2 * share
-    small = 8  # collectives of a few bytes: lengths, flags, sums of counts and norms
+    small = 8  # number of collectives of a few bytes: lengths, flags, sums of counts and norms
     return samples + counts, (2 + 2 * (2 + small)) * (ranks - 1)

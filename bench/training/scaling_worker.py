@@ -1,4 +1,4 @@
-"""One of the processes that ``python -m bench scaling`` starts: fuses shards, and says what was sent."""
+"""A process of ``python -m bench scaling``: fuses shards, and counts the bytes given to collectives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUMMED = 1 << 23
 
 
 def main() -> None:
-    """Time fusions of a model that all processes hold together, and of one that this process holds alone."""
+    """Time fusions of a sharded model, and of an unsharded one in this process alone."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     handed, windows = [0], [0]
