@@ -104,25 +104,25 @@ def ledger_command(
 @app.command("delta")
 def delta_command(config: MiniLM = None) -> None:
     """Compare fusing adapters as updates, B·A, with fusing them as factors."""
-    from bench.forgetting.delta import measure
-    from bench.forgetting.instrument import DEFAULT
+    from bench.forgetting import delta
+    from bench.forgetting.instrument import DEFAULT, write_rows
 
-    measure(config or DEFAULT, Console())
+    write_rows(delta.RESULTS, delta.measure(config or DEFAULT), Console())
 
 
 @app.command("state-precision")
 def state_precision_command(config: MiniLM = None) -> None:
     """Measure the agreement of masks from bfloat16 and from float32 importance, round by round."""
-    from bench.forgetting.instrument import DEFAULT
-    from bench.forgetting.state_precision import measure
+    from bench.forgetting import state_precision
+    from bench.forgetting.instrument import DEFAULT, write_rows
 
-    measure(config or DEFAULT, Console())
+    write_rows(state_precision.RESULTS, state_precision.measure(config or DEFAULT), Console())
 
 
 @app.command("task-vector-angles")
 def task_vector_angles_command(config: MiniLM = None) -> None:
     """Measure the angles between the two learners' task vectors and the fusion's update."""
-    from bench.forgetting.instrument import DEFAULT
-    from bench.forgetting.task_vector_angles import measure
+    from bench.forgetting import task_vector_angles
+    from bench.forgetting.instrument import DEFAULT, write_rows
 
-    measure(config or DEFAULT, Console())
+    write_rows(task_vector_angles.RESULTS, task_vector_angles.measure(config or DEFAULT), Console())

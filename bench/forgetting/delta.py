@@ -9,20 +9,12 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 import rkif
 from bench.common import rows as store
-from bench.forgetting.instrument import (
-    Sides,
-    means,
-    recurrent_kif,
-    row,
-    silent_run,
-    watched_fusions,
-    write_rows,
-)
+from bench.forgetting import instrument
+from bench.forgetting.instrument import Sides
 from rkif.continual.config import load_config
 from rkif.fuser import Fuser
 from rkif.fuser.snapshot import Snapshot
@@ -42,22 +34,18 @@ OF_ROUNDS = {
 }
 
 
-def measure(path: Path, console: Console) -> None:
-    """Run a config once for every space, and write a row each with the means over its rounds."""
-    write_rows(RESULTS, _rows(path), console)
-
-
-def _rows(path: Path) -> Iterator[store.Row]:
-    config = recurrent_kif(load_config(path))
+def measure(path: Path) -> Iterator[store.Row]:
+    """Run a config once for every space, and yield a row each with the means over its rounds."""
+    config = instrument.recurrent_kif(load_config(path))
     assert config.adapter is not None
     compare = partial(_compare, scaling=config.adapter.alpha / config.adapter.r)
     for space in SPACES:
         with (
-            watched_fusions(partial(compare, space)) as rounds,
-            silent_run(config) as (metrics, _),
+            instrument.watched_fusions(partial(compare, space)) as rounds,
+            instrument.silent_run(config) as (metrics, _),
         ):
-            measured = {key: metrics[key] for key in OF_RUNS} | means(rounds, OF_ROUNDS)
-        yield row(path, config, space=space, rounds=len(rounds), **measured)
+            measured = {key: metrics[key] for key in OF_RUNS} | instrument.means(rounds, OF_ROUNDS)
+        yield instrument.row(path, config, space=space, rounds=len(rounds), **measured)
 
 
 def markdown() -> str:

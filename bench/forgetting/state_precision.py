@@ -8,19 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from bench.common import rows as store
-from bench.forgetting.instrument import (
-    FEW_DEV_RECORDS,
-    means,
-    recurrent_kif,
-    replaced,
-    row,
-    silent_run,
-    write_rows,
-)
+from bench.forgetting import instrument
 from rkif.continual.config import load_config
 from rkif.fuser.fuser import Fuser, Learner
 from rkif.fuser.importance import Importance
@@ -38,19 +29,22 @@ OF_ROUNDS = {
 }
 
 
-def measure(path: Path, console: Console) -> None:
-    """Run a config with each preset, and write a row per preset with the means over all rounds."""
-    write_rows(RESULTS, _rows(path), console)
-
-
-def _rows(path: Path) -> Iterator[store.Row]:
+def measure(path: Path) -> Iterator[store.Row]:
+    """Run a config with each preset, and yield a row per preset with the means over all rounds."""
     config = load_config(path)
-    tasks = config.tasks.model_dump() | FEW_DEV_RECORDS
+    tasks = config.tasks.model_dump() | instrument.FEW_DEV_RECORDS
     for preset in PRESETS:
-        chosen = recurrent_kif(config, tasks=tasks, fusion={"preset": preset})
-        with _bfloat16_beside() as rounds, silent_run(chosen):
+        chosen = instrument.recurrent_kif(config, tasks=tasks, fusion={"preset": preset})
+        with _bfloat16_beside() as rounds, instrument.silent_run(chosen):
             worst = min(each["cases_equal"] for each in rounds)
-        yield row(path, chosen, preset=preset, rounds=len(rounds), **means(rounds, OF_ROUNDS), worst=worst)
+        yield instrument.row(
+            path,
+            chosen,
+            preset=preset,
+            rounds=len(rounds),
+            **instrument.means(rounds, OF_ROUNDS),
+            worst=worst,
+        )
 
 
 def markdown() -> str:
@@ -111,7 +105,7 @@ def _bfloat16_beside() -> Iterator[list[dict[str, float]]]:
                 in_bfloat16[fuser][learner].clear()
         return report
 
-    with replaced(Fuser, observe=watched_observe, fuse=watched_fuse):
+    with instrument.replaced(Fuser, observe=watched_observe, fuse=watched_fuse):
         yield rounds
 
 

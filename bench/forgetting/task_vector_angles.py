@@ -6,20 +6,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from bench.common import rows as store
-from bench.forgetting.instrument import (
-    FEW_DEV_RECORDS,
-    Sides,
-    means,
-    recurrent_kif,
-    row,
-    silent_run,
-    watched_fusions,
-    write_rows,
-)
+from bench.forgetting import instrument
+from bench.forgetting.instrument import Sides
 from rkif.continual.config import load_config
 from rkif.fuser import Fuser
 from rkif.fusion import FusionReport
@@ -35,20 +26,16 @@ OF_ROUNDS = {
 }
 
 
-def measure(path: Path, console: Console) -> None:
-    """Run a config, and write a row per task with the means over its rounds."""
-    write_rows(RESULTS, _rows(path), console)
-
-
-def _rows(path: Path) -> Iterator[store.Row]:
+def measure(path: Path) -> Iterator[store.Row]:
+    """Run a config, and yield a row per task with the means over its rounds."""
     config = load_config(path)
-    config = recurrent_kif(config, tasks=config.tasks.model_dump() | FEW_DEV_RECORDS)
-    with watched_fusions(_angles) as rounds, silent_run(config) as (metrics, _):
+    config = instrument.recurrent_kif(config, tasks=config.tasks.model_dump() | instrument.FEW_DEV_RECORDS)
+    with instrument.watched_fusions(_angles) as rounds, instrument.silent_run(config) as (metrics, _):
         tasks = metrics["tasks"][1:]  # the first task has no memory, so no rounds
     size = len(rounds) // len(tasks)
     for place, task in enumerate(tasks):
-        measured = means(rounds[place * size : (place + 1) * size], OF_ROUNDS)
-        yield row(path, config, order=config.tasks.order, task=task, rounds=size, **measured)
+        measured = instrument.means(rounds[place * size : (place + 1) * size], OF_ROUNDS)
+        yield instrument.row(path, config, order=config.tasks.order, task=task, rounds=size, **measured)
 
 
 def markdown() -> str:

@@ -92,7 +92,7 @@ def markdown() -> str:
 
 
 def _sent(ranks: int) -> tuple[float, int]:
-    """Bytes that a rank sends in rings for both learners, with one pass and the widest windows; ring steps."""
+    """Bytes that a rank sends in rings, for both learners and the widest windows; the number of steps."""
     share = (ranks - 1) / ranks
     samples, counts = 2 * 4 * SAMPLE * share, 2 * 8 * (BINS + 3) * 2 * share
     small = 8  # number of collectives of a few bytes: lengths, flags, sums of counts and norms
