@@ -213,15 +213,15 @@ class Gatekeeper:
         before, attempts = self._known, []
         for factor in (1.0, *gate.ladder):
             take(factor)
-            figures = self._measure()
+            values = self._measure()
             objections = [
                 objection
                 for criterion in gate.criteria
-                if (objection := criterion.objection(before[criterion.name], figures[criterion.name]))
+                if (objection := criterion.objection(before[criterion.name], values[criterion.name]))
             ]
-            attempts.append(Attempt(factor, figures, objections))
+            attempts.append(Attempt(factor, values, objections))
             if not objections:
-                self._known = figures
+                self._known = values
                 verdict: Verdict = "keep" if factor == 1 else "damp"
                 return GateReport(verdict, factor, before, attempts, self.samples - spent)
         take(0.0)
@@ -233,8 +233,8 @@ class Gatekeeper:
 
     def _measure(self) -> dict[str, float]:
         self.samples += self.gate.samples
-        figures = [float(criterion.evaluate()) for criterion in self.gate.criteria]
-        return dict(zip(self.gate.names, self._mean(figures), strict=True))
+        values = [float(criterion.evaluate()) for criterion in self.gate.criteria]
+        return dict(zip(self.gate.names, self._mean(values), strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
         """The state: name -> tensor."""
@@ -259,5 +259,5 @@ class Gatekeeper:
         self._known = dict(zip(self.gate.names, known, strict=True)) if known else None
 
 
-def _plain(figures: Mapping[str, float]) -> dict[str, float | str]:
-    return {name: value if math.isfinite(value) else str(value) for name, value in figures.items()}
+def _plain(values: Mapping[str, float]) -> dict[str, float | str]:
+    return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
