@@ -56,8 +56,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, under a temporary name first; see :func:`storable` for the tensors."""
-    replace_file(path, lambda temporary: save_file(dict(tensors), temporary, metadata=metadata))
+    """Write a safetensors file; see :func:`storable` for the tensors.
+
+    A kill can leave a part of it, so the path must be temporary, or lie in a temporary folder.
+    """
+    save_file(dict(tensors), path, metadata=metadata)
 
 
 def read_checkpoint(run: Path) -> RunState | None:
@@ -93,7 +96,8 @@ def write_state(path: Path, state: RunState) -> None:
             stored[name] = tensor
         else:
             same[name] = original
-    save_tensors(path, stored, {"same": json.dumps(same, sort_keys=True)})
+    metadata = {"same": json.dumps(same, sort_keys=True)}
+    replace_file(path, lambda temporary: save_tensors(temporary, stored, metadata))
 
 
 def state_bytes(state: RunState) -> int:
