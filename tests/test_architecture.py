@@ -28,7 +28,8 @@ LAYERS = (
     {"rkif_kernels.backends"},
     {"rkif_kernels.selection"},
     {"rkif_kernels.checks", "rkif_kernels.contiguous"},
-    {"rkif_kernels.types", "rkif_kernels.numerics", "rkif_kernels.profiling"},
+    {"rkif_kernels.types"},
+    {"rkif_kernels.numerics", "rkif_kernels.profiling"},
 )
 WINGS = {f"bench.{wing}" for wing in ("kernels", "training", "forgetting", "checkpoints")}
 

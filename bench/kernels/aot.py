@@ -285,7 +285,7 @@ def _constants(case: Case) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in case.kernel.arg_names}
 
 
-def _signature(case: Case) -> dict[str, str]:
+def _signature(case: Case) -> dict[str, str | tuple[str, ...]]:
     constants = _constants(case)
     return {name: _argument_type(name, constants) for name in case.kernel.arg_names}
 
