@@ -1,4 +1,4 @@
-"""What a person, and the hub, should know of an output."""
+"""The model card of an output, and the files that are copied from the base."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from huggingface_hub import ModelCardData
 from rkif.checkpoint.source import Checkpoint
 from rkif.files import fsync_file, write_text
 
-# What a loader needs beside the weights, and what says on which terms they may be used.
-_COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".py"}
+# Files that a loader needs beside the weights, and the terms of use.
+_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".py"}
 _TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-_LEFT = ("trainer_state.json", "rkif-manifest.json")  # of how the base came to be
+_EXCLUDED = ("trainer_state.json", "rkif-manifest.json")  # they tell how the base was made
 
 
 def copy_companions(base: Checkpoint, folder: Path) -> None:
@@ -31,14 +31,14 @@ def copy_companions(base: Checkpoint, folder: Path) -> None:
 
 
 def companions(base: Checkpoint) -> Iterator[Path]:
-    """The files that are copied."""
+    """The files of the base that are copied."""
     for source in sorted(base.folder.rglob("*")) if base.folder is not None else ():
         name = source.relative_to(base.path)
         hidden = any(part.startswith(".") for part in name.parts)
         deep = len(name.parts) > 1 and name.parts[0] != "additional_chat_templates"
-        wanted = source.suffix in _COPIED or source.name.upper().startswith(_TERMS)
+        needed = source.suffix in _SUFFIXES or source.name.upper().startswith(_TERMS)
         index = source.name.endswith(".index.json")
-        if source.is_file() and wanted and not (hidden or deep or index or source.name in _LEFT):
+        if source.is_file() and needed and not (hidden or deep or index or source.name in _EXCLUDED):
             yield source
 
 
@@ -51,13 +51,14 @@ def write_card(
     report: Mapping[str, Any],
     content: str,
 ) -> None:
-    """Write README.md: inputs, method, settings, what it did, and digests.
+    """Write README.md: inputs, method, settings, report and digests.
 
     Args:
-        inputs: argument -> "name" and "content_sha256".
+        inputs: by argument, "name" and "content_sha256".
+        report: as in the manifest.
         content: digest of the output's tensors.
     """
-    models = [about["name"] for argument, about in inputs.items() if not argument.startswith("--")]
+    models = [facts["name"] for argument, facts in inputs.items() if not argument.startswith("--")]
     adapter = base.stem == "adapter_model"
     data = ModelCardData(
         base_model=models,
@@ -67,8 +68,8 @@ def write_card(
         tags=["merge", "rkif", method.replace("_", "-")],
     )
     rows = [
-        f"| {argument} | `{about['name']}` | `{about['content_sha256']}` |"
-        for argument, about in inputs.items()
+        f"| {argument} | `{facts['name']}` | `{facts['content_sha256']}` |"
+        for argument, facts in inputs.items()
     ]
     counts, norms = report["counts"], report["norms"]
     total = max(sum(counts.values()), 1)
@@ -86,7 +87,7 @@ Made by rkif {version} with the method `{method}`.
 | --- | --- | --- |
 {chr(10).join(rows)}
 
-The tensors here have the SHA-256 `{content}`; `rkif verify` checks all files against `rkif-manifest.json`.
+The tensors have the SHA-256 `{content}`; `rkif verify` checks all files against `rkif-manifest.json`.
 
 ## Settings
 
@@ -94,7 +95,7 @@ The tensors here have the SHA-256 `{content}`; `rkif verify` checks all files ag
 {json.dumps({"method": method, **settings}, indent=1)}
 ```
 
-## What it did
+## Result
 
 {report["numel"]:,} parameters. L2 norms of the inner task vector {norms["inner"]:.6g},
 of the outer {norms["outer"]:.6g}, of the update {norms["update"]:.6g}.
@@ -107,14 +108,14 @@ of the outer {norms["outer"]:.6g}, of the update {norms["update"]:.6g}.
 
 
 def _license(base: Checkpoint) -> str | None:
-    """As the base's own card has it."""
+    """The license that the base's model card names."""
     card = base.path / "README.md"
     if base.folder is None or not card.exists():
         return None
-    from huggingface_hub import ModelCard  # 0.2 s, for bases that have a card alone
+    from huggingface_hub import ModelCard  # takes 0.2 s: only for bases that have a card
 
     try:
-        found = ModelCard.load(card).data.to_dict().get("license")
+        license_name = ModelCard.load(card).data.to_dict().get("license")
     except (ValueError, OSError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return None  # a card that cannot be read is no reason not to fuse
-    return found if isinstance(found, str) else None
+    return license_name if isinstance(license_name, str) else None

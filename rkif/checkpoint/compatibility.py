@@ -1,4 +1,7 @@
-"""Whether checkpoints can be fused: their names, shapes, dtypes and configs are compared."""
+"""Compares the names, shapes, dtypes and configs of the inputs: can they be fused?
+
+Reasons why not are appended to ``problems``. A message starts with the input that it is about.
+"""
 
 from __future__ import annotations
 
@@ -10,43 +13,63 @@ from rkif.checkpoint.source import DTYPES, FUSED, Checkpoint
 SHOWN = 5  # names in a message
 
 
-def compare_tensors(base: Checkpoint, other: Checkpoint, argument: str, problems: list[str]) -> None:
-    """Names and shapes must be those of the base."""
+def compare_inputs(checkpoints: Mapping[str, Checkpoint], problems: list[str], notes: list[str]) -> None:
+    """Compare all inputs with BASE; what is no obstacle, but worth knowing, is appended to ``notes``."""
+    base = checkpoints["BASE"]
+    for argument, checkpoint in checkpoints.items():
+        if argument.startswith("--"):
+            _compare_importance(base, checkpoint, argument, problems)
+        elif argument != "BASE":
+            _compare_configs(base, checkpoint, argument, problems, notes)
+            _compare_tensors(base, checkpoint, argument, problems)
+    _check_dtypes(checkpoints, problems)
+    if base.tensors and not any(entry.dtype in FUSED and entry.numel for entry in base.tensors.values()):
+        problems.append("BASE has no floating-point element: there is nothing to fuse")
+
+
+def _compare_tensors(base: Checkpoint, other: Checkpoint, argument: str, problems: list[str]) -> None:
+    """Names and shapes must be those of BASE."""
     missing = [name for name in base.tensors if name not in other.tensors]
     extra = [name for name in other.tensors if name not in base.tensors]
     if missing:
         problems.append(f"{argument} lacks {_some(missing)}")
     if extra:
         tied = base.config.get("tie_word_embeddings") and any("head" in name for name in extra)
-        why = "; BASE ties its head to the embedding (tie_word_embeddings): tie this one, too" if tied else ""
-        problems.append(f"{argument} has {_some(extra)}, which BASE lacks{why}")
+        hint = (
+            "; BASE ties its head to the embedding (tie_word_embeddings): tie this one, too" if tied else ""
+        )
+        problems.append(f"{argument} has {_some(extra)}, which BASE lacks{hint}")
     for name, entry in base.tensors.items():
         if name in other.tensors and other.tensors[name].shape != entry.shape:
-            got, wanted = list(other.tensors[name].shape), list(entry.shape)
-            rows = len(got) == len(wanted) == 2 and got[1] == wanted[1]
-            vocabulary = rows and any(part in name for part in ("embed", "lm_head", "wte"))
-            why = " (another vocabulary?)" if vocabulary else ""
-            problems.append(f"{argument}: {name!r} has shape {got}; in BASE it has {wanted}{why}")
+            shape, base_shape = list(other.tensors[name].shape), list(entry.shape)
+            same_width = len(shape) == len(base_shape) == 2 and shape[1] == base_shape[1]
+            vocabulary = same_width and any(part in name for part in ("embed", "lm_head", "wte"))
+            hint = " (another vocabulary?)" if vocabulary else ""
+            problems.append(f"{argument}: {name!r} has shape {shape}; in BASE it has {base_shape}{hint}")
 
 
-def compare_importance(base: Checkpoint, scores: Checkpoint, argument: str, problems: list[str]) -> None:
-    wanted = {name: entry for name, entry in base.tensors.items() if entry.dtype in FUSED}
-    missing = [name for name in wanted if name not in scores.tensors]
-    extra = [name for name in scores.tensors if name not in wanted]
+def _compare_importance(base: Checkpoint, importance: Checkpoint, argument: str, problems: list[str]) -> None:
+    """Every floating-point tensor of BASE must have scores of its shape, and no other tensor any."""
+    fused = {name: entry for name, entry in base.tensors.items() if entry.dtype in FUSED}
+    missing = [name for name in fused if name not in importance.tensors]
+    extra = [name for name in importance.tensors if name not in fused]
     if missing:
         problems.append(f"{argument} lacks scores of {_some(missing)}")
     if extra:
-        problems.append(f"{argument} has scores of {_some(extra)}, which is no floating-point tensor of BASE")
-    for name, entry in wanted.items():
-        found = scores.tensors.get(name)
-        if found is not None and (found.shape != entry.shape or found.dtype not in FUSED):
+        problems.append(
+            f"{argument} has scores of {_some(extra)}, but BASE has no such floating-point tensor"
+        )
+    for name, entry in fused.items():
+        scores = importance.tensors.get(name)
+        if scores is not None and (scores.shape != entry.shape or scores.dtype not in FUSED):
             problems.append(
-                f"{argument}: {name!r} is {found.dtype} {list(found.shape)}; "
+                f"{argument}: {name!r} is {scores.dtype} {list(scores.shape)}; "
                 f"scores must be floating-point of shape {list(entry.shape)}"
             )
 
 
-def require_dtypes(checkpoints: Mapping[str, Checkpoint], problems: list[str]) -> None:
+def _check_dtypes(checkpoints: Mapping[str, Checkpoint], problems: list[str]) -> None:
+    """All dtypes must be known. What is fused in BASE must be fused in all, what is copied of one dtype."""
     base = checkpoints["BASE"]
     for argument, checkpoint in checkpoints.items():
         if "quantization_config" in checkpoint.config:
@@ -59,17 +82,15 @@ def require_dtypes(checkpoints: Mapping[str, Checkpoint], problems: list[str]) -
                 f"{', '.join(FUSED)} can"
             )
         for name, entry in checkpoint.tensors.items():
-            wanted = base.tensors.get(name)
-            if wanted is None or argument.startswith("--"):
+            base_entry = base.tensors.get(name)
+            if base_entry is None or argument.startswith("--"):
                 continue
-            if (entry.dtype in FUSED) != (wanted.dtype in FUSED) or (
-                entry.dtype not in FUSED and entry.dtype != wanted.dtype
-            ):
-                problems.append(f"{argument}: {name!r} is {entry.dtype}; in BASE it is {wanted.dtype}")
+            fused = entry.dtype in FUSED and base_entry.dtype in FUSED
+            if not fused and entry.dtype != base_entry.dtype:
+                problems.append(f"{argument}: {name!r} is {entry.dtype}; in BASE it is {base_entry.dtype}")
 
 
-# Settings in which checkpoints that are to be fused must agree, and those that are worth a note.
-# An absent one has the default, where there is one.
+# Settings of the configs that must be equal. An absent setting equals None, False and 0.
 _MODEL = ("model_type", "vocab_size", "tie_word_embeddings")
 _ADAPTER = (
     "peft_type",
@@ -83,39 +104,41 @@ _ADAPTER = (
 )
 
 
-def compare_configs(
+def _compare_configs(
     base: Checkpoint, other: Checkpoint, argument: str, problems: list[str], notes: list[str]
 ) -> None:
+    """Kind, settings and vocabulary must be those of BASE."""
     if base.stem != other.stem:
         kinds = {"model": "a model", "adapter_model": "an adapter"}
         problems.append(f"{argument} is {kinds[other.stem]}, BASE {kinds[base.stem]}")
         return
     if base.config and other.config:
         for setting in _MODEL if base.stem == "model" else _ADAPTER:
-            ours, theirs = base.config.get(setting), other.config.get(setting)
-            absent = setting == "tie_word_embeddings" and None in (ours, theirs)  # each model has its default
-            if (ours or None) != (theirs or None) and not absent:
-                problems.append(f"{argument}: {setting} is {theirs!r} in its config; in BASE it is {ours!r}")
-        ours, theirs = (c.config.get("base_model_name_or_path") for c in (base, other))
-        if base.stem == "adapter_model" and ours != theirs:
-            notes.append(f"{argument} says that it adapts {theirs!r}, BASE that it adapts {ours!r}")
-    ours, theirs = _vocabulary(base), _vocabulary(other)
-    if ours and theirs and ours != theirs:
-        moved = [token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token]]
+            expected, value = base.config.get(setting), other.config.get(setting)
+            # Each model class has a default of its own for this one.
+            absent = setting == "tie_word_embeddings" and None in (expected, value)
+            if (expected or None) != (value or None) and not absent:
+                problems.append(
+                    f"{argument}: {setting} is {value!r} in its config; in BASE it is {expected!r}"
+                )
+        expected, value = (checkpoint.config.get("base_model_name_or_path") for checkpoint in (base, other))
+        if base.stem == "adapter_model" and expected != value:
+            notes.append(f"{argument} adapts {value!r} by its config; BASE adapts {expected!r}")
+    expected, ids = _vocabulary(base), _vocabulary(other)
+    if expected and ids and expected != ids:
+        moved = [token for token in expected.keys() & ids.keys() if expected[token] != ids[token]]
         if moved:
-            token = min(moved, key=lambda token: ours[token])
+            token = min(moved, key=lambda token: expected[token])
             problems.append(
-                f"{argument}: its tokenizer numbers {len(moved)} tokens otherwise: "
-                f"{token!r} is {theirs[token]}, in BASE {ours[token]}"
+                f"{argument}: its tokenizer has other ids for {len(moved)} tokens: "
+                f"{token!r} is {ids[token]}, in BASE {expected[token]}"
             )
         else:
-            notes.append(
-                f"{argument}: its tokenizer knows {len(theirs):,} tokens, that of BASE {len(ours):,}"
-            )
+            notes.append(f"{argument}: its tokenizer has {len(ids):,} tokens, that of BASE {len(expected):,}")
 
 
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
-    """Token -> number; empty where there is no tokenizer.json with such a table."""
+    """Ids by token; empty if there is no tokenizer.json with such a table."""
     file = checkpoint.path / "tokenizer.json"
     if checkpoint.folder is None or not file.exists():
         return {}
@@ -125,9 +148,10 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
         added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
         return {**vocabulary, **added} if isinstance(vocabulary, dict) else added
     except (OSError, ValueError, KeyError, TypeError):
-        return {}  # of a kind that has no such table: no reason not to fuse
+        return {}  # a tokenizer without such a table is no reason not to fuse
 
 
 def _some(names: list[str]) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(map(repr, names[:SHOWN])) + more

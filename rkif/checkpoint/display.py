@@ -1,4 +1,4 @@
-"""What a fusion of checkpoints shows in the terminal."""
+"""Progress, plan and summary of a fusion in the terminal."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from rkif.checkpoint.fuse import Summary
 from rkif.checkpoint.methods import settings_of
 from rkif.checkpoint.preflight import MIB, Plan
+from rkif.checkpoint.summary import Summary
 
 
 class Bar:
@@ -55,7 +55,7 @@ class Bar:
 
 
 def plan_table(plan: Plan) -> Table:
-    """What was found and what would be done."""
+    """The inputs, and how they would be fused."""
     request, layout = plan.request, plan.layout
     table = _table("Pre-flight: no problem found")
     for argument, checkpoint in plan.checkpoints.items():
@@ -67,7 +67,7 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("output", f"{request.out}: {_files(len(layout.sizes))}, {_gb(plan.written)}")
     table.add_row("method", _settings(request.method.name, settings_of(request.method)))
     table.add_row("parameters", f"{layout.numel:,}")
-    table.add_row("memory", f"{plan.memory / MIB:,.0f} MiB at most, Python and PyTorch included")
+    table.add_row("memory", f"{plan.memory / MIB:,.0f} MiB at most, including Python and PyTorch")
     table.add_row("time", f"about {_duration(plan.seconds)}, to read {_gb(plan.read)}")
     for note in plan.notes:
         table.add_row("note", note)
@@ -75,7 +75,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
-    """The same for machines."""
+    """The plan, ready for JSON."""
     return {
         "problems": [],
         "notes": plan.notes,
@@ -92,7 +92,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 
 
 def summary_table(summary: Summary) -> Table:
-    """What was done."""
+    """The result, and what it took."""
     report = summary.report
     total = max(sum(report["counts"].values()), 1)
     table = _table(f"Fused into {summary.out}{', resumed' if summary.resumed else ''}")
@@ -106,8 +106,8 @@ def summary_table(summary: Summary) -> Table:
     norms = ", ".join(f"{name} {norm:.6g}" for name, norm in report["norms"].items())
     table.add_row("L2 norms", norms)
     speed = summary.read / summary.seconds / 1e6 if summary.seconds else 0.0
-    took = f"{_duration(summary.seconds)} ({summary.cpu_seconds:.1f} s of CPU): {_gb(summary.read)} read"
-    table.add_row("time", f"{took} at {speed:,.0f} MB/s, {_gb(summary.written)} written")
+    duration = f"{_duration(summary.seconds)} ({summary.cpu_seconds:.1f} s of CPU): {_gb(summary.read)} read"
+    table.add_row("time", f"{duration} at {speed:,.0f} MB/s, {_gb(summary.written)} written")
     table.add_row("memory", f"{summary.memory / MIB:,.0f} MiB")
     table.add_row("SHA-256", summary.content_sha256)
     return table

@@ -1,4 +1,4 @@
-"""How long a fusion will take, from a short measurement."""
+"""Estimates how long a fusion will take, from a short measurement."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from rkif.checkpoint.source import Checkpoint
 from rkif.checkpoint.tiles import TILE, Tile
 
 
-def scanned_bytes(method: Method, checkpoints: Mapping[str, Checkpoint], whole: int) -> int:
-    """Bytes that are read before the fusion, with the usual luck."""
+def scanned_bytes(method: Method, checkpoints: Mapping[str, Checkpoint], size: int) -> int:
+    """Bytes that the scan reads of inputs of ``size`` bytes, if one pass is enough, as it usually is."""
     if method.needs_threshold:
         scores = [checkpoint for argument, checkpoint in checkpoints.items() if argument.startswith("--")]
         if scores:
             return sum(entry.nbytes for checkpoint in scores for entry in checkpoint.tensors.values())
-        return whole
-    return whole if method.rescales else 0
+        return size
+    return size if method.rescales else 0
 
 
 def estimate_seconds(request: Request, numel: int, read: int, written: int) -> float:
-    """Seconds, from computing on a made-up tile and writing a few MiB where the output will lie."""
+    """Seconds, from the time to fuse a random tile and to write a few MiB where the output will lie."""
     part = [torch.rand(TILE, device=request.device) for _ in range(4)]
     tile = Tile([0], [0], part[:1], part[1:2], part[2:3], part[3:4], None, ["tile"])
     scan_result = ScanResult(torch.full((2, 1), 0.5), torch.ones(2, 1, dtype=torch.float64))
-    taken = []
+    durations = []
     for _ in range(3):
         start = time.perf_counter()
         request.method.fuse(tile, scores_of(request.method, tile), scan_result)
-        taken.append(time.perf_counter() - start)
-    computing = min(taken) / TILE * numel * 1.5  # with the scores and their counts
+        durations.append(time.perf_counter() - start)
+    computing = min(durations) / TILE * numel * 1.5  # half as much again for the scores and their counts
     block = bytes(8 << 20)
     rate = math.inf
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=existing_parent(request.out)) as file:

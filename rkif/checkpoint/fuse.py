@@ -3,142 +3,107 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import json
 import math
-import os
-import shutil
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rkif.checkpoint.card import copy_companions, write_card
-from rkif.checkpoint.digests import EMPTY, Digests
-from rkif.checkpoint.layout import Chunk, share
-from rkif.checkpoint.manifest import MANIFEST, content_digest, read_manifest, write_manifest
-from rkif.checkpoint.methods import ScanResult, settings_of
+from rkif.checkpoint.digests import Digests
+from rkif.checkpoint.layout import share
+from rkif.checkpoint.loader import LoadedChunk, Loader
+from rkif.checkpoint.manifest import MANIFEST, read_manifest
+from rkif.checkpoint.metadata import write_metadata
+from rkif.checkpoint.methods import ScanResult
+from rkif.checkpoint.output import OutputWriter
 from rkif.checkpoint.preflight import Plan
-from rkif.checkpoint.process_memory import anonymous_memory
+from rkif.checkpoint.progress import NullProgress, Progress, ProgressMeter
+from rkif.checkpoint.request import ARGUMENTS
 from rkif.checkpoint.scan import Scan, are_valid_scores, make_scan
-from rkif.checkpoint.scores import ROLES, guess_thresholds, invalid_input, scores_of
+from rkif.checkpoint.scores import invalid_input, scores_of
 from rkif.checkpoint.source import InvalidInputError, changes
-from rkif.checkpoint.stream import IN_FLIGHT, Buffers, Loader, as_bytes, parts
-from rkif.checkpoint.tiles import tiles
+from rkif.checkpoint.summary import Summary
+from rkif.checkpoint.tiles import Tile, tiles
 from rkif.checkpoint.workdir import Workdir, clear
 from rkif.distributed.process_group import ALONE, ProcessGroup
-from rkif.files import fsync_file, write_text
 from rkif_kernels import CASES
-
-OUT = "OUT"  # the output's name among the arguments
-
-
-class Progress(Protocol):
-    """Who is told how far the work has come."""
-
-    def stage(self, what: str, total: int) -> None:
-        """Something begins that goes over so many bytes."""
-
-    def advance(self, size: int) -> None:
-        """So many more of them are done."""
-
-
-class NullProgress:
-    def stage(self, what: str, total: int) -> None: ...
-
-    def advance(self, size: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What was done, ready for JSON.
-
-    Attributes:
-        out: the folder.
-        tensors, files: of weights.
-        method, settings, report: as in the manifest; ``report`` has the fields of :class:`rkif.FusionReport`,
-            with None for thresholds that are infinite or that the method has not.
-        content_sha256: digest of the output's tensors.
-        seconds, cpu_seconds: of this process's work, 0 where all was done before.
-        read, written: bytes.
-        memory: most bytes of anonymous memory seen, what Python and PyTorch take themselves included.
-        resumed: whether a part had been done before.
-    """
-
-    out: str
-    tensors: int
-    files: int
-    method: str
-    settings: dict[str, Any]
-    report: dict[str, Any]
-    content_sha256: str
-    seconds: float
-    cpu_seconds: float
-    read: int
-    written: int
-    memory: int
-    resumed: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def fuse_checkpoints(
     plan: Plan, progress: Progress | None = None, processes: ProcessGroup = ALONE
 ) -> Summary:
-    """Do what :func:`preflight` has planned.
+    """Carry out the plan of :func:`rkif.checkpoint.preflight.preflight`.
 
-    ``request.out`` is made in one step when everything is complete; until then the work is in
-    ``OUT.partial``, from where an interrupted fusion is resumed with the same bytes as result.
+    ``request.out`` appears in one step when everything is complete. Until then the work is in
+    ``OUT.partial``; an interrupted fusion is resumed from there, and ends with the same bytes.
 
-    Several processes share the work, on one file system, with the same bytes as result: all of them call,
-    with the same request. An interrupted fusion may be resumed by as many or by others.
+    Several processes on one file system may share the work. All of them call this with the same request,
+    and the result has the same bytes. Any number of processes may resume an interrupted fusion.
 
     Raises:
         ValueError: the inputs are not finite, or the output exists.
-        RuntimeError: another process writes it, there is work that cannot be resumed, or another of the
-            processes that share the work has failed.
+        RuntimeError: another process writes the output, there is work that cannot be resumed, or another of
+            the processes that share the work has failed.
         OSError: reading or writing failed; what was done is kept, to be resumed.
     """
-    begun, cpu = time.perf_counter(), time.process_time()
-    out = plan.request.out
-    if plan.request.resume and (out / MANIFEST).exists():
-        manifest = read_manifest(out)
-        made = (out / MANIFEST).stat().st_mtime_ns
-        if manifest["identity_sha256"] == plan.identity and plan.last_change <= made:
-            clear(out)
-            return _summary(plan, manifest, 0.0, 0.0, 0, 0, resumed=True)
-    # PyTorch's threads spin while they wait for the next small tile; kernels that stream have their own.
-    threads = _threads(None if plan.request.method.streams else 1)
-    # Every process has memory of its own, but all must cut the work alike.
+    start, cpu_start = time.perf_counter(), time.process_time()
+    request = plan.request
+    if request.resume and (complete := _complete_output(plan)) is not None:
+        return Summary.of(plan, complete, resumed=True)
+    # Each process has its own memory, but all must cut the work alike.
     plan = plan.cut(int(processes.all_gather(torch.tensor([plan.slot])).min()))
-    workdir = Workdir(out, plan.journal_identity, plan.slot, resume=plan.request.resume, processes=processes)
-    with threads, workdir as work, processes.propagate_failure():
+    # PyTorch's threads spin while they wait for the next small tile; streaming kernels have their own.
+    threads = torch.get_num_threads() if request.method.streams else 1
+    meter = ProgressMeter(progress or NullProgress())
+    workdir = Workdir(
+        request.out, plan.journal_identity, plan.slot, resume=request.resume, processes=processes
+    )
+    with _torch_threads(threads), workdir as work, processes.propagate_failure():
         resumed = bool(work.records)
-        fusion = _Fusion(plan, work, progress or NullProgress(), processes)
-        try:
-            fusion.fuse(fusion.scan())
-            with processes.raise_on_any_failure():  # all chunks are on disk
-                pass
-            with processes.raise_on_any_failure():
-                if processes.rank == 0:
-                    fusion.finish()
-                    _require_unchanged(plan)
-        finally:
-            fusion.close()
+        with (
+            OutputWriter(plan, work, processes) as output,
+            Loader(
+                plan.layout.tensors, plan.chunks, len(plan.checkpoints), plan.slot, request.device
+            ) as loader,
+        ):
+            fusion = _Fusion(plan, work, loader, output, meter, processes)
+            scan_result = fusion.scan()
+            fusion.fuse(scan_result)
+        with processes.raise_on_any_failure():  # all chunks are on disk
+            pass
+        with processes.raise_on_any_failure():
+            if processes.rank == 0:
+                work.read_all()
+                write_metadata(plan, work.data, work.records, scan_result.thresholds)
+                _require_unchanged(plan)
         manifest = read_manifest(work.data)
         with processes.raise_on_any_failure():  # all have read it
             pass
         if processes.rank == 0:
             work.publish(plan.layout.sizes)
-    taken, cpu_taken = time.perf_counter() - begun, time.process_time() - cpu
-    read = int(processes.all_reduce_sum(torch.tensor(fusion.read)))
-    memory = int(processes.all_gather(torch.tensor([fusion.memory])).max())
-    return _summary(plan, manifest, taken, cpu_taken, read, memory, resumed=resumed)
+    return Summary.of(
+        plan,
+        manifest,
+        resumed=resumed,
+        seconds=time.perf_counter() - start,
+        cpu_seconds=time.process_time() - cpu_start,
+        read=int(processes.all_reduce_sum(torch.tensor(meter.read))),
+        memory=int(processes.all_gather(torch.tensor([meter.memory])).max()),
+    )
+
+
+def _complete_output(plan: Plan) -> dict[str, Any] | None:
+    """The manifest of the output if it is complete and no input has changed since."""
+    path = plan.request.out / MANIFEST
+    if not path.exists():
+        return None
+    manifest = read_manifest(plan.request.out)
+    if manifest["identity_sha256"] != plan.identity or plan.last_change > path.stat().st_mtime_ns:
+        return None
+    clear(plan.request.out)
+    return manifest
 
 
 def _require_unchanged(plan: Plan) -> None:
@@ -150,275 +115,119 @@ def _require_unchanged(plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """PyTorch computes on so many inside the block."""
+def _torch_threads(count: int) -> Iterator[None]:
+    """Let PyTorch compute on ``count`` threads inside the block."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def _summary(
-    plan: Plan,
-    manifest: dict[str, Any],
-    seconds: float,
-    cpu_seconds: float,
-    read: int,
-    memory: int,
-    *,
-    resumed: bool,
-) -> Summary:
-    return Summary(
-        out=str(plan.request.out),
-        tensors=len(plan.layout.tensors),
-        files=len(plan.layout.sizes),
-        method=manifest["method"],
-        settings=manifest["settings"],
-        report=manifest["report"],
-        content_sha256=manifest["content_sha256"],
-        seconds=seconds,
-        cpu_seconds=cpu_seconds,
-        read=read,
-        written=plan.written,
-        memory=memory,
-        resumed=resumed,
-    )
-
-
 class _Fusion:
-    """One process's work on one plan in one folder."""
+    """One process's share of a fusion: loaded chunks are scanned, then computed and handed to the writer."""
 
-    def __init__(self, plan: Plan, work: Workdir, progress: Progress, processes: ProcessGroup) -> None:
-        self._plan, self._work, self._progress, self._processes = plan, work, progress, processes
+    def __init__(
+        self,
+        plan: Plan,
+        work: Workdir,
+        loader: Loader,
+        output: OutputWriter,
+        meter: ProgressMeter,
+        processes: ProcessGroup,
+    ) -> None:
+        self._plan, self._work, self._loader, self._output = plan, work, loader, output
+        self._meter, self._processes = meter, processes
         self._method, self._tensors = plan.request.method, plan.layout.tensors
         self._names = [tensor.name for tensor in self._tensors]
-        self._device = plan.request.device
-        self._chunks = [*plan.chunks, *plan.copies]
-        self._own = share(self._chunks, self._tensors, processes.rank, processes.size)
-        self.read = 0
-        self.memory = 0
-        with processes.raise_on_any_failure():
-            if processes.rank == 0:
-                work.allocate(plan.layout.sizes)
-        self._files = {name: os.open(work.data / name, os.O_WRONLY) for name in plan.layout.sizes}
-        if processes.rank == 0:
-            for name, header in plan.layout.headers.items():
-                os.pwrite(self._files[name], header, 0)
-        slots = [Buffers(len(plan.checkpoints), plan.slot, self._device) for _ in range(IN_FLIGHT)]
-        self._loader = Loader(self._tensors, self._chunks, slots)
-
-    def close(self) -> None:
-        self._loader.close()
-        for descriptor in self._files.values():
-            os.close(descriptor)
+        self._share = share(plan.chunks, self._tensors, processes.rank, processes.size)
 
     def scan(self) -> ScanResult:
-        """Find out what the method must know of all elements, or go on with it."""
-        scan, begin = self._scan(), None
-        recorded = self._work.recorded_scan()
-        if recorded is not None:
-            scan.restore(recorded[0])
-        # Where a kill has left the processes at different passes, all begin anew: the counts are sums.
-        if len(set(self._processes.all_gather(torch.tensor([scan.passes])).tolist())) > 1:
-            scan = self._scan()
-        elif recorded is not None:
-            begin = recorded[1]["next"]
-        while (chunks := scan.next_pass()) is not None:
-            left = range(chunks.start if begin is None else begin, chunks.stop)
-            self._progress.stage("scanning", sum(map(self._bytes, left)))
-            for number, buffers, _ in self._loader.load(left, lambda number, rows: None):
-                rows = self._loader.inputs(number, buffers.arrived())
-                for tile in tiles(self._chunks[number], rows, None, self._plan.scan_tile, self._names):
+        """Find what the method must know of all elements, from where an interrupted scan stopped."""
+        scan, first = self._resumed_scan()
+        while (indices := scan.next_pass()) is not None:
+            remaining = indices if first is None else range(first, indices.stop)
+            self._meter.stage("scanning", self._loader.nbytes(remaining))
+            for chunk in self._loader.load(remaining):
+                for tile in self._tiles(chunk, self._plan.scan_tile):
                     if not scan.observe(tile, scores_of(self._method, tile)):
                         raise invalid_input(self._tensors, tile)
-                self._work.record_scan(scan.state(), {"next": number + 1})
-                self._done(number)
+                self._work.record_scan(scan.state(), {"next": chunk.index + 1})
+                self._meter.advance(chunk.nbytes)
             scan.end_pass()
-            begin = None
+            first = None
             self._work.record_scan(scan.state(), {"next": None})
         return scan.result()
 
-    def _scan(self) -> Scan:
-        fused = range(self._own.start, min(self._own.stop, len(self._plan.chunks)))
-        return make_scan(
-            self._method,
-            self._tensors,
-            self._plan.chunks,
-            lambda: guess_thresholds(self._method, self._tensors),
-            own=fused,
-            processes=self._processes,
-        )
+    def _resumed_scan(self) -> tuple[Scan, int | None]:
+        """The scan as it was recorded, and the chunk that comes next; None for the start of a pass."""
+        scan, first = self._new_scan(), None
+        if (recorded := self._work.recorded_scan()) is not None:
+            state, position = recorded
+            scan.restore(state)
+            first = position["next"]
+        # A kill may have left the processes in different passes. Counts are summed by pass: all start over.
+        if len(set(self._processes.all_gather(torch.tensor([scan.passes])).tolist())) > 1:
+            return self._new_scan(), None
+        return scan, first
+
+    def _new_scan(self) -> Scan:
+        chunks = self._plan.fused_chunks
+        scanned = range(self._share.start, min(self._share.stop, len(chunks)))
+        return make_scan(self._method, self._tensors, chunks, scanned, self._processes)
 
     def fuse(self, scan_result: ScanResult) -> None:
-        """Compute, write and record chunk by chunk."""
+        """Compute the remaining chunks; the writer brings them to disk and records them."""
         if scan_result.thresholds is not None:
-            scan_result = scan_result._replace(thresholds=scan_result.thresholds.to(self._device))
-        self._scan_result = scan_result
-        arguments = list(self._plan.checkpoints)
+            scan_result = scan_result._replace(
+                thresholds=scan_result.thresholds.to(self._plan.request.device)
+            )
         done = {record["chunk"] for record in self._work.records if "chunk" in record}
-        left = [number for number in self._own if number not in done]
-        of_inputs = Digests(self._tensors, lambda tensor: tensor.inputs)
-        of_output = Digests(self._tensors, lambda tensor: [tensor.target])
-        outs = [Buffers(1, self._plan.slot, self._device) for _ in range(IN_FLIGHT)]
+        remaining = [index for index in self._share if index not in done]
+        self._meter.stage("fusing", self._loader.nbytes(remaining))
+        for chunk in self._loader.load(remaining, Digests(self._tensors, lambda tensor: tensor.inputs)):
+            self._processes.check_peers()
+            counts, squared_norms = self._compute(chunk, self._output.targets(chunk.index), scan_result)
+            self._output.submit(chunk, counts, squared_norms)
+            self._meter.advance(chunk.nbytes)
+        self._output.finish()
 
-        def digest(number: int, rows: list[list[Tensor]]) -> list[dict[str, str]]:
-            return of_inputs.add(self._chunks[number], rows)
+    def _compute(
+        self, chunk: LoadedChunk, targets: Sequence[Tensor], scan_result: ScanResult
+    ) -> tuple[list[int], list[float]]:
+        """Fill a chunk's targets; returns counts by case and squared norms of inner, outer and update."""
+        counts, squared_norms = [0] * len(CASES), [0.0] * 3
+        if chunk.index >= len(self._plan.fused_chunks):
+            self._copy(chunk, targets)
+            return counts, squared_norms
+        for tile in self._tiles(chunk, self._plan.tile, targets):
+            scores = scores_of(self._method, tile)
+            # Importance that no scan has seen is checked here; all else shows in the norms.
+            unseen = tile.importance is not None and not self._method.needs_threshold
+            if unseen and not all(map(are_valid_scores, scores)):
+                raise invalid_input(self._tensors, tile)
+            stats = self._method.fuse(tile, scores, scan_result)
+            tile_norms = stats.squared_norms.tolist()
+            if not all(map(math.isfinite, tile_norms)):  # an input or a result is not finite
+                raise invalid_input(self._tensors, tile)
+            counts = [a + b for a, b in zip(counts, stats.counts.tolist(), strict=True)]
+            squared_norms = [a + b for a, b in zip(squared_norms, tile_norms, strict=True)]
+        return counts, squared_norms
 
-        def write(number: int, out: Buffers, found: list[dict[str, str]], stats: dict[str, Any]) -> None:
-            row = self._write(number, out.host[0])
-            found += of_output.add(self._chunks[number], [row])
-            names = [*arguments[: len(found) - 1], OUT]
-            self._work.record({"chunk": number, **stats, "digests": dict(zip(names, found, strict=True))})
-
-        self._progress.stage("fusing", sum(map(self._bytes, left)))
-        with ThreadPoolExecutor(1, "rkif-write") as writer:
-            writing: Future[None] | None = None
-            for turn, (number, buffers, found) in enumerate(self._loader.load(left, digest)):
-                self._processes.check_peers()
-                out = outs[turn % IN_FLIGHT]
-                stats = self._compute(number, buffers, out)
-                if writing is not None:
-                    writing.result()  # so that a kill undoes no more than one chunk that was computed
-                writing = writer.submit(write, number, out, found, stats)
-                self._done(number)
-            if writing is not None:
-                writing.result()
-
-    @property
-    def _fused(self) -> dict[str, Any]:
-        """The sum of what was recorded of the fusion, in the order of the chunks, whoever did them."""
-        total: dict[str, Any] = {"counts": [0] * len(CASES), "squared_norms": [0.0] * 3, "digests": {}}
-        records = {record["chunk"]: record for record in self._work.records if "chunk" in record}
-        for _, record in sorted(records.items()):
-            for key in ("counts", "squared_norms"):
-                total[key] = [a + b for a, b in zip(total[key], record[key], strict=True)]
-            for argument, found in record["digests"].items():
-                total["digests"].setdefault(argument, {}).update(found)
-        return total
-
-    def _compute(self, number: int, buffers: Buffers, out: Buffers) -> dict[str, Any]:
-        """Fill a chunk's output; what is counted and summed on the way."""
-        chunk = self._chunks[number]
-        rows = self._loader.inputs(number, buffers.arrived())
-        targets = parts(chunk, [self._tensors[piece.tensor].target for piece in chunk], out.here()[0])
-        counts, norms = [0] * len(CASES), [0.0] * 3
-        if number >= len(self._plan.chunks):
-            self._copy(chunk, rows, targets)
-        else:
-            for tile in tiles(chunk, rows, targets, self._plan.tile, self._names):
-                scores = scores_of(self._method, tile)
-                scanned = tile.importance is None or self._method.needs_threshold
-                if not scanned and not all(map(are_valid_scores, scores)):
-                    raise invalid_input(self._tensors, tile)
-                stats = self._method.fuse(tile, scores, self._scan_result)
-                squared = stats.squared_norms.tolist()
-                if not all(map(math.isfinite, squared)):  # nor is an input, or a result
-                    raise invalid_input(self._tensors, tile)
-                counts = [a + b for a, b in zip(counts, stats.counts.tolist(), strict=True)]
-                norms = [a + b for a, b in zip(norms, squared, strict=True)]
-        out.fetch()
-        return {"counts": counts, "squared_norms": norms}
-
-    def _copy(self, chunk: Chunk, rows: list[list[Tensor]], targets: list[Tensor]) -> None:
-        for position, piece in enumerate(chunk):
-            base, *others = (row[position] for row in rows)
-            for argument, other in zip(ROLES[1:], others, strict=False):
-                if not torch.equal(base, other):
+    def _copy(self, chunk: LoadedChunk, targets: Sequence[Tensor]) -> None:
+        base, *others = chunk.tensors
+        for position, piece in enumerate(self._plan.chunks[chunk.index]):
+            for argument, other in zip(ARGUMENTS[1:], others, strict=False):
+                if not torch.equal(base[position], other[position]):
                     tensor = self._tensors[piece.tensor]
                     raise InvalidInputError(
                         f"{tensor.name!r} is {tensor.target.dtype}, which is copied, not fused, but "
                         f"{argument} has other values in it than BASE; nothing was published"
                     )
-            targets[position].copy_(base)
+            targets[position].copy_(base[position])
 
-    def _write(self, number: int, buffer: Tensor) -> list[Tensor]:
-        """Bring a chunk's output to disk; returns its parts."""
-        chunk = self._chunks[number]
-        entries = [self._tensors[piece.tensor].target for piece in chunk]
-        row = parts(chunk, entries, buffer)
-        for piece, entry, part in zip(chunk, entries, row, strict=True):
-            content, done = as_bytes(part), 0
-            at = entry.offset + piece.start * entry.itemsize
-            try:
-                while done < len(content):
-                    done += os.pwrite(self._files[entry.file.name], content[done:], at + done)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(entry.file)) from error
-        for name in {entry.file.name for entry in entries}:
-            os.fdatasync(self._files[name])
-        return row
-
-    def _bytes(self, number: int) -> int:
-        """Bytes of a chunk's inputs."""
-        chunk = self._chunks[number]
-        return sum(
-            piece.numel * entry.itemsize for piece in chunk for entry in self._tensors[piece.tensor].inputs
-        )
-
-    def _done(self, number: int) -> None:
-        size = self._bytes(number)
-        self.read += size
-        self.memory = max(self.memory, anonymous_memory())
-        self._progress.advance(size)
-
-    def finish(self) -> None:
-        """Write what belongs beside the weights."""
-        self._work.read_all()
-        folder, base = self._work.data, self._plan.checkpoints["BASE"]
-        for path in folder.iterdir():
-            if path.name in self._files:
-                fsync_file(path)
-            elif path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()  # of an earlier try, perhaps half a file
-        if self._plan.layout.index is not None:
-            write_text(
-                folder / f"{base.stem}.safetensors.index.json", json.dumps(self._plan.layout.index, indent=2)
-            )
-        copy_companions(base, folder)
-        fused = self._fused
-        contents = {
-            argument: {
-                name: (entry, fused["digests"].get(argument, {}).get(name, EMPTY))
-                for name, entry in checkpoint.tensors.items()
-            }
-            for argument, checkpoint in self._plan.checkpoints.items()
-        }
-        inputs = {
-            argument: {"name": checkpoint.name, "content_sha256": content_digest(contents[argument])}
-            for argument, checkpoint in self._plan.checkpoints.items()
-        }
-        tensors = {
-            tensor.name: (tensor.target, fused["digests"].get(OUT, {}).get(tensor.name, EMPTY))
-            for tensor in self._tensors
-        }
-        method, settings, report = self._method.name, settings_of(self._method), self._report(fused)
-        write_card(folder, base, inputs, method, settings, report, content_digest(tensors))
-        about = {
-            "rkif": importlib.metadata.version("rkif"),
-            "method": method,
-            "settings": settings,
-            "inputs": inputs,
-            "report": report,
-            "identity_sha256": self._plan.identity,
-        }
-        write_manifest(folder, tensors, about)
-
-    def _report(self, fused: dict[str, Any]) -> dict[str, Any]:
-        """A :class:`rkif.FusionReport` as JSON has it; norms to six digits: the last depend on the chunks."""
-        sides: list[Any] = [None, None]
-        if self._scan_result.thresholds is not None:
-            for side, row in enumerate(self._scan_result.thresholds.tolist()):
-                values = [value if math.isfinite(value) else None for value in row]
-                named = dict(zip((tensor.name for tensor in self._tensors), values, strict=False))
-                sides[side] = values[0] if self._method.scope == "global" else named
-        norms = [float(f"{math.sqrt(value):.6g}") for value in fused["squared_norms"]]
-        return {
-            "numel": self._plan.layout.numel,
-            "thresholds": sides,
-            "counts": dict(zip(CASES, fused["counts"], strict=True)),
-            "norms": dict(zip(("inner", "outer", "update"), norms, strict=True)),
-        }
+    def _tiles(
+        self, chunk: LoadedChunk, largest: int, targets: Sequence[Tensor] | None = None
+    ) -> Iterator[Tile]:
+        return tiles(self._plan.chunks[chunk.index], chunk.tensors, targets, largest, self._names)

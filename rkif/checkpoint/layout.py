@@ -1,4 +1,4 @@
-"""Where every tensor goes in the output, and in which chunks the work is done."""
+"""Where each tensor lies in the output, and the chunks in which the work is done."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ ALIGNMENT = 64  # bytes: where a tensor's part begins in a buffer
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """A tensor of the output, with where it comes from.
+class OutputTensor:
+    """A tensor of the output, and where it comes from.
 
     Attributes:
+        target: its entry in the output.
         inputs: the entries of base, inner and outer, then of the two importances where they are given.
     """
 
@@ -30,18 +31,18 @@ class Tensor:
 
     @property
     def fused(self) -> bool:
-        """Whether it is computed on; what is not floating point is copied."""
+        """Whether it is fused; tensors that are not floating point are copied."""
         return self.target.dtype in FUSED
 
     @property
     def widest(self) -> int:
-        """Bytes of an element in the widest of its places."""
+        """Bytes of an element, in the input or output where it is widest."""
         return max(entry.itemsize for entry in (self.target, *self.inputs))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements ``start`` to ``stop`` of the tensor of that number."""
+    """Elements ``start`` to ``stop`` of the tensor with the index ``tensor``."""
 
     tensor: int
     start: int
@@ -52,24 +53,24 @@ class Piece:
         return self.stop - self.start
 
 
-# Either whole tensors, or one part of a tensor that is too large for a chunk.
+# Whole tensors, or one part of a tensor that is too large for a chunk.
 Chunk = tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
-class Layout:
+class OutputLayout:
     """The output's files.
 
     Attributes:
-        headers: file name -> the bytes before its tensors' data.
-        sizes: file name -> its size in bytes.
+        headers: by file name, the bytes before the tensors' data.
+        sizes: by file name, in bytes.
         tensors: in the order in which they are written.
-        index: content of the index, where there are several files.
+        index: content of the index; None for a single file.
     """
 
     headers: dict[str, bytes]
     sizes: dict[str, int]
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[OutputTensor, ...]
     index: dict[str, object] | None
 
     @property
@@ -80,12 +81,14 @@ class Layout:
 
 def plan_layout(
     base: Checkpoint, others: Sequence[Mapping[str, Entry]], folder: Path, max_shard_size: int
-) -> Layout:
-    """Share the tensors of ``base`` out to files of at most ``max_shard_size`` bytes, named for loaders.
+) -> OutputLayout:
+    """Distribute the tensors of ``base`` over files of at most ``max_shard_size`` bytes.
+
+    A tensor that is larger has a file of its own. The files have the names that loaders expect.
 
     Args:
-        others: entries of the other inputs, by the same names; importances may lack what is not fused.
-        folder: where the targets lie.
+        others: entries of the other inputs, by the same names; importances have none of copied tensors.
+        folder: of the targets.
     """
     split = split_state_dict_into_shards_factory(
         base.tensors,
@@ -95,7 +98,7 @@ def plan_layout(
     )
     headers, sizes, tensors = {}, {}, []
     for file, names in split.filename_to_tensors.items():
-        # Wide elements first: all stay aligned to their own size.
+        # Wide elements first: every tensor stays aligned to its own element size.
         ordered = sorted(names, key=lambda name: (-base.tensors[name].itemsize, name))
         header, begin = _header(base, ordered)
         headers[file] = header
@@ -103,7 +106,7 @@ def plan_layout(
             entry = base.tensors[name]
             target = Entry(folder / file, entry.dtype, entry.shape, begin, entry.nbytes)
             inputs = (entry, *(other[name] for other in others if name in other))
-            tensors.append(Tensor(name, target, inputs))
+            tensors.append(OutputTensor(name, target, inputs))
             begin += entry.nbytes
         sizes[file] = begin
     index = None
@@ -113,7 +116,7 @@ def plan_layout(
             "metadata": {"total_size": total},
             "weight_map": dict(sorted(split.tensor_to_filename.items())),
         }
-    return Layout(headers, sizes, tuple(tensors), index)
+    return OutputLayout(headers, sizes, tuple(tensors), index)
 
 
 def _header(base: Checkpoint, names: Sequence[str]) -> tuple[bytes, int]:
@@ -133,15 +136,16 @@ def _header(base: Checkpoint, names: Sequence[str]) -> tuple[bytes, int]:
     return struct.pack("<Q", len(text)) + text, 8 + len(text)
 
 
-def plan_chunks(tensors: Sequence[Tensor], slot: int, *, fused: bool) -> list[Chunk]:
-    """Cut the work so that no input of a chunk, and not its output, takes more than ``slot`` bytes.
+def plan_chunks(tensors: Sequence[OutputTensor], slot: int, *, fused: bool) -> list[Chunk]:
+    """Cut the tensors into chunks of which no input and no output takes more than ``slot`` bytes.
 
-    Of the tensors that are fused, or of those that are not.
+    Args:
+        fused: take the tensors that are fused, or those that are copied.
     """
     chunks: list[Chunk] = []
     pending: list[Piece] = []
     taken = 0
-    for number, tensor in enumerate(tensors):
+    for index, tensor in enumerate(tensors):
         numel = tensor.target.numel
         if tensor.fused != fused or not numel:
             continue
@@ -150,39 +154,40 @@ def plan_chunks(tensors: Sequence[Tensor], slot: int, *, fused: bool) -> list[Ch
             chunks.append(tuple(pending))
             pending, taken = [], 0
         if size <= slot:
-            pending.append(Piece(number, 0, numel))
+            pending.append(Piece(index, 0, numel))
             taken += size
             continue
         step = slot // tensor.widest // ALIGNMENT * ALIGNMENT
-        chunks += [(Piece(number, start, min(start + step, numel)),) for start in range(0, numel, step)]
+        chunks += [(Piece(index, start, min(start + step, numel)),) for start in range(0, numel, step)]
     if pending:
         chunks.append(tuple(pending))
     return chunks
 
 
 def aligned(size: int) -> int:
+    """The next multiple of ALIGNMENT."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def runs(chunks: Sequence[Chunk]) -> list[range]:
-    """The chunks of each large tensor together, all others one by one."""
-    starts = [number for number, pieces in enumerate(chunks) if pieces[0].start == 0]
+    """Ranges of chunks that hold whole tensors: all chunks of a cut tensor, or one chunk."""
+    starts = [index for index, pieces in enumerate(chunks) if pieces[0].start == 0]
     return [range(*ends) for ends in itertools.pairwise([*starts, len(chunks)])]
 
 
-def share(chunks: Sequence[Chunk], tensors: Sequence[Tensor], rank: int, ranks: int) -> range:
-    """The chunks that one of several processes works on: neighbours, whole tensors, as many bytes as others.
+def share(chunks: Sequence[Chunk], tensors: Sequence[OutputTensor], rank: int, ranks: int) -> range:
+    """The chunks that process ``rank`` of ``ranks`` works on: consecutive, and about as many bytes for each.
 
-    A digest goes over a tensor from its first byte to its last, so no tensor has chunks in two shares.
+    No tensor has chunks in two shares, because one process digests it from its first byte to its last.
     """
     sizes = [sum(piece.numel * tensors[piece.tensor].widest for piece in chunk) for chunk in chunks]
     total = sum(sizes)
     starts, done = [0] * ranks, 0
     for run in runs(chunks):
-        # A share begins with the run that brings what is before it closest to what others have.
+        # A share starts after the last run whose middle does not lie beyond the even split.
         size = sum(sizes[run.start : run.stop])
-        for other in range(1, ranks):
-            if 2 * done + size <= 2 * total * other // ranks:
-                starts[other] = run.stop
+        for later in range(1, ranks):
+            if 2 * done + size <= 2 * total * later // ranks:
+                starts[later] = run.stop
         done += size
     return range(starts[rank], starts[rank + 1] if rank + 1 < ranks else len(chunks))

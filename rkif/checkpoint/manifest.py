@@ -1,24 +1,23 @@
-"""A digest of every byte of an output, and the check against it."""
+"""The manifest: digests of every byte of an output, and the check against them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rkif.checkpoint.source import Entry, Reader, open_checkpoint
+from rkif.checkpoint.progress import NullProgress, Progress
+from rkif.checkpoint.source import Entry, TensorReader, open_checkpoint
 from rkif.files import write_text
 
 MANIFEST = "rkif-manifest.json"
 _BLOCK = 1 << 22  # bytes that are read at a time
 
-Progress = Callable[[int], object]
-
 
 def content_digest(tensors: Mapping[str, tuple[Entry, str]]) -> str:
-    """SHA-256 over the names, dtypes, shapes and digests of tensors: the same however they share files."""
+    """SHA-256 over names, dtypes, shapes and digests of tensors; it does not depend on their files."""
     digest = hashlib.sha256()
     for name, (entry, sha256) in sorted(tensors.items()):
         line = json.dumps([name, entry.dtype, entry.shape, sha256], separators=(",", ":"))
@@ -26,11 +25,12 @@ def content_digest(tensors: Mapping[str, tuple[Entry, str]]) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(folder: Path, tensors: Mapping[str, tuple[Entry, str]], about: Mapping[str, Any]) -> None:
-    """Write down the digests of a folder's tensors, given, and of all else in it, computed here.
+def write_manifest(folder: Path, tensors: Mapping[str, tuple[Entry, str]], header: Mapping[str, Any]) -> None:
+    """Write the manifest of a folder.
 
     Args:
-        about: what else the manifest is to say.
+        tensors: entry and SHA-256 by name; all other digests are computed here.
+        header: further content of the manifest, ready for JSON.
     """
     weights = {entry.file.name for entry, _ in tensors.values()}
     files = {}
@@ -38,10 +38,10 @@ def write_manifest(folder: Path, tensors: Mapping[str, tuple[Entry, str]], about
         if not path.is_file():
             continue
         name = path.relative_to(folder).as_posix()
-        digest = _header_digest(path) if name in weights else _file_digest(path, lambda size: None)
+        digest = _header_digest(path) if name in weights else _file_digest(path, NullProgress())
         files[name] = {"bytes": path.stat().st_size, "sha256": digest}
     content = {
-        **about,
+        **header,
         "content_sha256": content_digest(tensors),
         "files": files,  # for files of weights, the digest of the header
         "tensors": {
@@ -49,14 +49,14 @@ def write_manifest(folder: Path, tensors: Mapping[str, tuple[Entry, str]], about
             for name, (entry, sha256) in sorted(tensors.items())
         },
     }
-    write_text(folder / MANIFEST, _text(content, _own_digest(content)))
+    write_text(folder / MANIFEST, _text(content, _content_sha256(content)))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder.
 
     Raises:
-        ValueError: there is none, or it is not as it was written.
+        ValueError: there is none, or it was changed.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -67,34 +67,34 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         written = manifest.pop("manifest_sha256")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    # The text itself, too: another one may say the same.
-    if written != _own_digest(manifest) or text != _text(manifest, written):
-        raise ValueError(f"{path} is damaged: its content does not have its digest")
+    # The text is compared, too: other texts have the same content.
+    if written != _content_sha256(manifest) or text != _text(manifest, written):
+        raise ValueError(f"{path} is damaged: its digest is not that of its content")
     return manifest
 
 
-def verify(folder: Path, progress: Progress = lambda size: None) -> list[str]:
-    """Read every byte of an output of ``rkif fuse``; what is not as it was written, a line each.
-
-    Args:
-        progress: called with the number of bytes just read.
+def verify(folder: Path, progress: Progress | None = None) -> list[str]:
+    """Read every byte of an output of ``rkif fuse``; returns a line for each difference from its manifest.
 
     Raises:
-        ValueError: there is no manifest, or it is damaged itself.
+        ValueError: there is no manifest, or it is damaged.
         OSError: a file cannot be read.
     """
     manifest = read_manifest(folder)
-    weights = {about["file"] for about in manifest["tensors"].values()}
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    progress = progress or NullProgress()
+    progress.stage("verifying", sum((folder / name).stat().st_size for name in present))
+    weights = {tensor["file"] for tensor in manifest["tensors"].values()}
     problems, damaged = [], set()
-    for name, about in manifest["files"].items():
+    for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             problems.append(f"{name} is missing")
-        elif path.stat().st_size != about["bytes"]:
-            problems.append(f"{name} has {path.stat().st_size:,} bytes; it had {about['bytes']:,}")
-        elif name in weights and _header_digest(path) != about["sha256"]:
+        elif path.stat().st_size != expected["bytes"]:
+            problems.append(f"{name} has {path.stat().st_size:,} bytes; it had {expected['bytes']:,}")
+        elif name in weights and _header_digest(path) != expected["sha256"]:
             problems.append(f"{name}: its header was changed")
-        elif name not in weights and _file_digest(path, progress) != about["sha256"]:
+        elif name not in weights and _file_digest(path, progress) != expected["sha256"]:
             problems.append(f"{name} was changed")
         else:
             continue
@@ -102,22 +102,23 @@ def verify(folder: Path, progress: Progress = lambda size: None) -> list[str]:
     for file in sorted(weights - damaged):
         checkpoint = open_checkpoint(folder / file, file, problems)
         if checkpoint is not None:
-            problems += _changed(checkpoint.tensors, manifest["tensors"], progress)
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+            problems += _changed_tensors(checkpoint.tensors, manifest["tensors"], progress)
     unknown = sorted(present - manifest["files"].keys() - {MANIFEST})
     problems += [f"{name} was not there" for name in unknown if name.endswith((".safetensors", ".json"))]
     return problems
 
 
-def _changed(entries: Mapping[str, Entry], tensors: Mapping[str, Any], progress: Progress) -> list[str]:
-    reader = Reader()
+def _changed_tensors(
+    entries: Mapping[str, Entry], tensors: Mapping[str, Any], progress: Progress
+) -> list[str]:
+    reader = TensorReader()
     problems = []
     try:
         for name, entry in entries.items():
             digest = hashlib.sha256()
             for block in reader.blocks(entry, entry.numel):
                 digest.update(block)
-                progress(len(block))
+                progress.advance(len(block))
             if digest.hexdigest() != tensors[name]["sha256"]:
                 problems.append(f"{entry.file.name}: {name!r} was changed")
     finally:
@@ -128,7 +129,7 @@ def _changed(entries: Mapping[str, Entry], tensors: Mapping[str, Any], progress:
 def _header_digest(path: Path) -> str:
     with path.open("rb") as file:
         size = file.read(8)
-        length = min(int.from_bytes(size, "little"), path.stat().st_size)  # which may have been changed
+        length = min(int.from_bytes(size, "little"), path.stat().st_size)  # the size may have been changed
         return hashlib.sha256(size + file.read(length)).hexdigest()
 
 
@@ -137,7 +138,7 @@ def _file_digest(path: Path, progress: Progress) -> str:
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
-            progress(len(block))
+            progress.advance(len(block))
     return digest.hexdigest()
 
 
@@ -145,5 +146,5 @@ def _text(content: Mapping[str, Any], digest: str) -> str:
     return json.dumps({**content, "manifest_sha256": digest}, indent=1) + "\n"
 
 
-def _own_digest(content: Mapping[str, Any]) -> str:
+def _content_sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

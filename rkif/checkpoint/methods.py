@@ -1,7 +1,7 @@
-"""What can be done to three checkpoints: Recurrent-KIF, and the merges it is compared with.
+"""Methods that merge three checkpoints: Recurrent-KIF, and the methods it is compared with.
 
-The merges have mergekit's names, parameters and defaults. They see two models fine-tuned from one base, so
-both task vectors start from the base.
+The others have mergekit's names, parameters and defaults. For them INNER and OUTER are two models fine-tuned
+from BASE, so both task vectors start from BASE.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ EVERYTHING, NOTHING = -torch.inf, torch.inf  # thresholds that need no search
 
 
 class Method(Protocol):
-    """What the loop over chunks asks of a method.
+    """What the loop over chunks needs of a method.
 
     Attributes:
         name: as on the command line.
-        density: fraction that each side selects or keeps.
-        scope: "global" or "tensor" where it selects by thresholds, else None.
+        density: fraction of the elements that each side selects.
+        scope: "global" or "tensor" for a method that selects by threshold, else None.
         outer_from: where the outer task vector starts.
-        needs_threshold: whether a threshold must be searched before the fusion.
-        streams: whether its kernels go over memory once, whatever the size of what they are given.
-        accepts_importance: whether it selects by given importance.
-        rescales: whether task vectors are multiplied by factors that depend on whole tensors.
+        needs_threshold: whether thresholds must be searched before the fusion.
+        streams: whether its kernels go over memory once, so that tiles may be as large as a chunk.
+        accepts_importance: whether it can select by importance.
+        rescales: whether it multiplies task vectors by factors that depend on whole tensors.
     """
 
     @property
@@ -66,18 +66,21 @@ class Method(Protocol):
     def rescales(self) -> bool: ...
 
     def threshold_k(self, numel: int) -> int | None:
-        """The order statistic that is the threshold among so many scores; None for no search."""
+        """Which order statistic of ``numel`` scores is the threshold, from 0; None for no search.
+
+        It is negative where every element is selected.
+        """
 
     def fuse(self, tile: Tile, scores: tuple[Scores, Scores], scan_result: ScanResult) -> FuseStats:
-        """Write the tile's ``out``; ``scores`` are compared with the thresholds, where there are any."""
+        """Write the tile's ``out``; a method that selects by threshold compares ``scores`` with it."""
 
 
 class ScanResult(NamedTuple):
-    """What was found out before the fusion.
+    """What a scan found before the fusion.
 
     Attributes:
-        thresholds: float32 [2, 1] or [2, tensors], of inner and outer.
-        scales: float64 [2, tensors], by which task vectors are multiplied after dropping a part.
+        thresholds: float32 [2, 1] or [2, tensors], of inner and outer; None for a method without.
+        scales: float64 [2, tensors], factors of the task vectors after a part was dropped; None for 1.
     """
 
     thresholds: Tensor | None = None
@@ -85,8 +88,11 @@ class ScanResult(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RecurrentKIF:
-    """``base + w_in*(inner - base) + w_out*(outer - inner)``, weights by who selects; see rkif.fuse."""
+class RecurrentKIFMerge:
+    """``base + w_in*(inner - base) + w_out*(outer - inner)``, as :func:`rkif.fuse`.
+
+    The weights of an element depend on which sides select it.
+    """
 
     density: float = 0.2
     rule: str | MergeWeights = "paper"
@@ -132,19 +138,23 @@ class RecurrentKIF:
 
 @dataclass(frozen=True)
 class TaskArithmetic:
-    """``base + lambda * sum_i w_i * tau_i``, the task vectors thinned out first, and freed of conflicts.
+    """``base + lambda * sum_i w_i * tau_i`` of sparsified task vectors ``tau_i``; sign election is optional.
 
     Ilharco et al. 2023 (task arithmetic), Yadav et al. 2023 (TIES), Yu et al. 2024 (DARE). By magnitude
-    ``floor(density * n)`` elements of each tensor are kept, at least one, and those tied with the first that
-    is dropped are dropped, too; at random each element is kept with probability ``density``.
+    ``floor(density * n)`` elements of each tensor are kept, at least one; elements tied with the largest
+    dropped one are dropped, too. At random each element is kept with probability ``density``.
 
     Attributes:
+        name: as on the command line.
+        sparsification: by what elements are dropped; None keeps all.
+        consensus: keep only elements with the elected sign (TIES).
         weight: of the inner and of the outer task vector.
-        density: fraction that is kept.
-        normalize: divide by the sum of the weights (of those that agree on the sign, for TIES).
+        density: fraction of the elements that is kept.
+        normalize: divide by the sum of the weights; with ``consensus``, of those whose sign was elected.
         lambda_: factor of the merged task vector.
-        rescale: bring a thinned task vector's L1 norm back to what it was, tensor by tensor.
-        seed: of what is dropped at random.
+        rescale: restore each tensor's L1 norm after elements were dropped at random.
+        seed: of the random choice.
+        scope: "global" or "tensor" for magnitudes, else None.
     """
 
     name: str
@@ -184,9 +194,12 @@ class TaskArithmetic:
         return numel - max(1, int(Fraction(str(self.density)) * numel)) - 1
 
     def keeps(self, tile: Tile, position: int, side: int) -> Tensor:
-        """Which elements of a part are kept at random: by seed, tensor, side and place, however it is cut."""
+        """Which elements of a part are kept at random: bool [numel].
+
+        The choice depends on the seed and on the element's tensor, side and place, not on chunks or files.
+        """
         start, numel = tile.starts[position], tile.base[position].numel()
-        name = hashlib.sha256(tile.names[position].encode()).digest()  # whatever file it is in
+        name = hashlib.sha256(tile.names[position].encode()).digest()
         key = [self.seed, int.from_bytes(name[:7], "little") * 2 + side]
         generator = np.random.Generator(np.random.Philox(key=key, counter=start // DRAWS))
         skipped = start % DRAWS
@@ -250,12 +263,12 @@ class TaskArithmetic:
         return merged.mul_(self.lambda_)
 
 
-DRAWS = 8  # float32 numbers that one step of Philox's counter gives
+DRAWS = 8  # float32 numbers that NumPy's Philox draws at each step of its counter
 
 
 @dataclass(frozen=True)
 class Linear:
-    """The weighted mean, or sum, of inner and outer (Wortsman et al. 2022); the base lends its layout."""
+    """The weighted mean, or sum, of inner and outer (Wortsman et al. 2022); BASE only gives the layout."""
 
     weight: tuple[float, float] = (1.0, 1.0)
     normalize: bool = True
@@ -289,7 +302,7 @@ class Linear:
 
 
 _MERGE = ("weight", "normalize", "lambda")
-_THINNED: dict[str, dict[str, Any]] = {
+_SPARSIFIED: dict[str, dict[str, Any]] = {
     "ties": {"sparsification": "magnitude", "consensus": True, "normalize": True, "scope": "tensor"},
     "magnitude_prune": {"sparsification": "magnitude", "consensus": False, "scope": "tensor"},
     "dare_linear": {"sparsification": "random", "consensus": False, "rescale": True},
@@ -307,10 +320,10 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 
 
 def make_method(name: str, settings: Mapping[str, Any]) -> Method:
-    """The method of that name; its defaults where ``settings`` is silent.
+    """The method of that name, with its defaults for settings that are not given.
 
     Raises:
-        TypeError, ValueError: an unknown name, a setting that the method does not have, or a wrong value.
+        TypeError, ValueError: the name is unknown, or the method lacks a setting or rejects its value.
     """
     require_choice("method", name, list(SETTINGS))
     for setting in settings:
@@ -318,12 +331,12 @@ def make_method(name: str, settings: Mapping[str, Any]) -> Method:
             raise ValueError(f"{setting} is not a setting of {name}, which has {', '.join(SETTINGS[name])}")
     given = {"lambda_" if setting == "lambda" else setting: value for setting, value in settings.items()}
     if name == "recurrent_kif":
-        return RecurrentKIF(**given)
+        return RecurrentKIFMerge(**given)
     if name == "linear":
         return Linear(**given)
     if name == "task_arithmetic":
         return TaskArithmetic(name, None, consensus=False, **given)
-    return TaskArithmetic(name, **{"density": 0.2, **_THINNED[name], **given})
+    return TaskArithmetic(name, **{"density": 0.2, **_SPARSIFIED[name], **given})
 
 
 def settings_of(method: Method) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The plan of a fusion: everything that can be known before a weight is read."""
+"""Plans a fusion from headers and configs, before a weight is read."""
 
 from __future__ import annotations
 
@@ -9,55 +9,50 @@ import shutil
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rkif.checkpoint.buffers import IN_FLIGHT
 from rkif.checkpoint.card import companions
-from rkif.checkpoint.compatibility import (
-    compare_configs,
-    compare_importance,
-    compare_tensors,
-    require_dtypes,
-)
+from rkif.checkpoint.compatibility import compare_inputs
 from rkif.checkpoint.estimate import estimate_seconds, scanned_bytes
-from rkif.checkpoint.layout import ALIGNMENT, Chunk, Layout, plan_chunks, plan_layout
+from rkif.checkpoint.layout import ALIGNMENT, Chunk, OutputLayout, plan_chunks, plan_layout
 from rkif.checkpoint.methods import settings_of
 from rkif.checkpoint.process_memory import anonymous_memory
-from rkif.checkpoint.request import PreflightError, Request, existing_parent, require_out
-from rkif.checkpoint.source import FUSED, Checkpoint, changes, open_checkpoint
-from rkif.checkpoint.stream import IN_FLIGHT
+from rkif.checkpoint.request import PreflightError, Request, check_out, existing_parent
+from rkif.checkpoint.source import Checkpoint, changes, open_checkpoint
 from rkif.checkpoint.tiles import TILE
 from rkif.checkpoint.workdir import partial_folder, recorded_slot
 
 MIB = 1 << 20
-# Beside the buffers: counts of both searches and their sums, a sample, the collected scores of an in-memory
-# selection, threads' stacks, the tables of names and digests.
+# Memory beside the buffers: counts of both searches and their sums, a sample, scores that a selection in
+# memory collects, threads' stacks, tables of names and digests.
 OVERHEAD = 56 * MIB
-SLOT_MOST = 8 * MIB  # of one input: larger chunks are no faster
-SLOT_LEAST = MIB
-TILE_BUFFERS = 12  # float32 values an element that a method makes of them at most
+MAX_SLOT = 8 * MIB  # of one input: larger chunks are no faster
+MIN_SLOT = MIB
+TILE_BUFFERS = 12  # most float32 values that a method holds for each element of a tile
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How it will be done.
+    """How the fusion will be done.
 
     Attributes:
         checkpoints: the inputs by argument, base first.
-        layout: the output's files.
-        slot: bytes of one input's buffer for a chunk.
-        chunks: of tensors that are fused.
-        copies: of tensors that are copied.
-        notes: what the user should know, though it hinders nothing.
-        memory: bytes that it will take at most.
-        read, written: bytes; ``read`` with all passes that are likely.
-        seconds: a rough estimate of how long it takes.
-        identity: digest of what decides the output.
+        layout: of the output's files.
+        slot: bytes of a chunk's buffer for one input.
+        fused_chunks: of tensors that are fused.
+        copied_chunks: of tensors that are copied.
+        notes: for the user; none is an obstacle.
+        memory: most bytes of anonymous memory.
+        read, written: bytes; ``read`` counts all passes that are likely.
+        seconds: a rough estimate.
+        identity: digest of what determines the output.
     """
 
     request: Request
     checkpoints: dict[str, Checkpoint]
-    layout: Layout
+    layout: OutputLayout
     slot: int
-    chunks: list[Chunk]
-    copies: list[Chunk]
+    fused_chunks: list[Chunk]
+    copied_chunks: list[Chunk]
     notes: list[str]
     memory: int
     read: int
@@ -68,80 +63,67 @@ class Plan:
     def cut(self, slot: int) -> Plan:
         """The same work in chunks of another size."""
         tensors = self.layout.tensors
-        chunks, copies = (plan_chunks(tensors, slot, fused=fused) for fused in (True, False))
-        return replace(self, slot=slot, chunks=chunks, copies=copies)
+        fused, copied = (plan_chunks(tensors, slot, fused=fused) for fused in (True, False))
+        return replace(self, slot=slot, fused_chunks=fused, copied_chunks=copied)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """All chunks; an index of a chunk is a place in this list."""
+        return [*self.fused_chunks, *self.copied_chunks]
 
     @property
     def tile(self) -> int:
-        """Elements that are fused at a time: a chunk where kernels stream, else what stays in cache."""
+        """Most elements that are fused at a time: a chunk if the kernels stream, else what stays in cache."""
         return self.slot if self.request.method.streams or self.request.device.type != "cpu" else TILE
 
     @property
     def scan_tile(self) -> int:
-        """Elements that are scanned at a time: counting streams, too."""
+        """Most elements that are scanned at a time; counting streams, too."""
         return self.slot if self.request.method.scope is not None else self.tile
 
     @property
     def journal_identity(self) -> str:
-        """Of the work: it is resumed only where all that goes into the output is unchanged since."""
+        """Digest of everything that goes into the output: work is resumed only if it is unchanged."""
         changed = [checkpoint.changed for checkpoint in self.checkpoints.values()]
-        beside = [[path.name, *changes([path])[0]] for path in companions(self.checkpoints["BASE"])]
-        return _digest([self.identity, importlib.metadata.version("rkif"), changed, beside])
+        copied = [[path.name, *changes([path])[0]] for path in companions(self.checkpoints["BASE"])]
+        return _digest([self.identity, importlib.metadata.version("rkif"), changed, copied])
 
     @property
     def last_change(self) -> int:
-        """When an input was last changed, in nanoseconds."""
+        """When an input last changed, in nanoseconds since the epoch."""
         return max(max(file[1:]) for checkpoint in self.checkpoints.values() for file in checkpoint.changed)
 
 
 def preflight(request: Request) -> Plan:
-    """Compare the inputs' headers and configs, and plan; no weight is read.
+    """Compare the inputs' headers and configs, and plan the fusion; no weight is read.
 
     Raises:
-        PreflightError: with all that is wrong.
+        PreflightError: the inputs cannot be fused as requested; it has all the reasons.
     """
     problems: list[str] = []
     notes: list[str] = []
-    paths = {"BASE": request.base, "INNER": request.inner, "OUTER": request.outer}
-    given = {
-        "--inner-importance": request.inner_importance,
-        "--outer-importance": request.outer_importance,
-    }
-    importances = {argument: path for argument, path in given.items() if path is not None}
-    if len(importances) == 1:
-        problems.append("--inner-importance and --outer-importance belong together: give both or neither")
-    if importances and not request.method.accepts_importance:
-        problems.append(f"importance is used by recurrent_kif only, not by {request.method.name}")
-    checkpoints = {}
-    for argument, path in (paths | importances).items():
-        if (found := open_checkpoint(path, argument, problems)) is not None:
-            checkpoints[argument] = found
-    base = checkpoints.get("BASE")
-    if base is not None:
-        for argument, checkpoint in checkpoints.items():
-            if argument in importances:
-                compare_importance(base, checkpoint, argument, problems)
-            elif argument != "BASE":
-                compare_configs(base, checkpoint, argument, problems, notes)
-                compare_tensors(base, checkpoint, argument, problems)
-        require_dtypes(checkpoints, problems)
-        if base.tensors and not any(one.dtype in FUSED and one.numel for one in base.tensors.values()):
-            problems.append("BASE has no floating-point element: there is nothing to fuse")
-    require_out(request, problems)
-    if problems or base is None:
-        raise PreflightError(problems)
-
-    data = partial_folder(request.out) / "data"
-    others = [checkpoints[argument].tensors for argument in checkpoints if argument != "BASE"]
-    layout = plan_layout(base, others, data, request.max_shard_size)
-    slot, memory = _fit(request, layout, len(checkpoints), problems)
-    written = sum(layout.sizes.values())
-    _require_space(request, written, problems)
+    checkpoints = _open_inputs(request, problems)
+    if "BASE" in checkpoints:
+        compare_inputs(checkpoints, problems, notes)
+    check_out(request, problems)
     if problems:
         raise PreflightError(problems)
 
-    whole = sum(entry.nbytes for checkpoint in checkpoints.values() for entry in checkpoint.tensors.values())
-    scanned = scanned_bytes(request.method, checkpoints, whole)
+    base, *others = checkpoints.values()
+    layout = plan_layout(
+        base,
+        [other.tensors for other in others],
+        partial_folder(request.out) / "data",
+        request.max_shard_size,
+    )
+    slot, memory = _fit(request, layout, len(checkpoints), problems)
+    written = sum(layout.sizes.values())
+    _check_space(request, written, problems)
+    if problems:
+        raise PreflightError(problems)
+
+    size = sum(entry.nbytes for checkpoint in checkpoints.values() for entry in checkpoint.tensors.values())
+    read = size + scanned_bytes(request.method, checkpoints, size)
     return Plan(
         request,
         checkpoints,
@@ -151,9 +133,9 @@ def preflight(request: Request) -> Plan:
         plan_chunks(layout.tensors, slot, fused=False),
         notes,
         memory,
-        read=whole + scanned,
-        written=written,
-        seconds=estimate_seconds(request, layout.numel, whole + scanned, written),
+        read,
+        written,
+        seconds=estimate_seconds(request, layout.numel, read, written),
         identity=_digest(
             [
                 request.method.name,
@@ -165,46 +147,59 @@ def preflight(request: Request) -> Plan:
     )
 
 
-def _fit(request: Request, layout: Layout, inputs: int, problems: list[str]) -> tuple[int, int]:
-    """Bytes of an input's buffer for a chunk, and of all memory with it."""
+def _open_inputs(request: Request, problems: list[str]) -> dict[str, Checkpoint]:
+    """The inputs that can be opened, by argument, base first."""
+    importances = [argument for argument in request.inputs if argument.startswith("--")]
+    if len(importances) == 1:
+        problems.append("--inner-importance and --outer-importance belong together: give both or neither")
+    if importances and not request.method.accepts_importance:
+        problems.append(f"importance is used by recurrent_kif only, not by {request.method.name}")
+    opened = {
+        argument: open_checkpoint(path, argument, problems) for argument, path in request.inputs.items()
+    }
+    return {argument: checkpoint for argument, checkpoint in opened.items() if checkpoint is not None}
+
+
+def _fit(request: Request, layout: OutputLayout, inputs: int, problems: list[str]) -> tuple[int, int]:
+    """Bytes of a chunk's buffer for one input, and of all memory with buffers of that size."""
     widest = max((tensor.widest for tensor in layout.tensors), default=4)
     narrowest = min((tensor.target.itemsize for tensor in layout.tensors if tensor.fused), default=4)
-    shares = (inputs + 1) * IN_FLIGHT
+    buffers = (inputs + 1) * IN_FLIGHT
     scratch = TILE * 4 * TILE_BUFFERS
     if request.device.type != "cpu" and not request.method.streams:
-        shares += TILE_BUFFERS * 4 // narrowest  # a chunk is computed on whole
+        buffers += TILE_BUFFERS * 4 // narrowest  # a tile is a whole chunk there
     fixed = anonymous_memory() + OVERHEAD + scratch
     grain = ALIGNMENT * widest
     whole = sum(-(-tensor.target.numel * tensor.widest // grain) * grain for tensor in layout.tensors)
-    affordable = (request.max_memory - fixed) // shares
-    slot = max(min(affordable, SLOT_MOST, whole) // grain * grain, grain)
+    affordable = (request.max_memory - fixed) // buffers
+    slot = max(min(affordable, MAX_SLOT, whole) // grain * grain, grain)
     recorded = recorded_slot(request.out) if request.resume else None
     if recorded is not None and (recorded <= 0 or recorded % grain):
         recorded = None  # of other inputs
-    # What Python and PyTorch take is not the same every time; the overhead has room for that.
-    if recorded is not None and recorded <= affordable + OVERHEAD // 4 // shares:
+    # Python and PyTorch do not take the same memory every time; the overhead has room for the difference.
+    if recorded is not None and recorded <= affordable + OVERHEAD // 4 // buffers:
         slot = recorded
     elif recorded is not None:
         problems.append(
-            f"--max-memory: the interrupted fusion needs {(fixed + shares * recorded) / MIB:.0f} MiB; "
-            "resume it with as much as it was begun with"
+            f"--max-memory: the interrupted fusion needs {(fixed + buffers * recorded) / MIB:.0f} MiB; "
+            "resume it with the memory that it was started with"
         )
-    if recorded is None and affordable < min(SLOT_LEAST, whole):
-        least = fixed + shares * SLOT_LEAST
+    if recorded is None and affordable < min(MIN_SLOT, whole):
+        needed = fixed + buffers * MIN_SLOT
         problems.append(
-            f"--max-memory: {request.max_memory / MIB:.0f} MiB are too few; with {inputs} inputs and what "
-            f"Python and PyTorch take themselves it needs {least / MIB:.0f} MiB"
+            f"--max-memory: {request.max_memory / MIB:.0f} MiB are too few; Python, PyTorch and "
+            f"buffers for {inputs} inputs need {needed / MIB:.0f} MiB"
         )
-    return slot, fixed + shares * slot
+    return slot, fixed + buffers * slot
 
 
-def _require_space(request: Request, written: int, problems: list[str]) -> None:
+def _check_space(request: Request, written: int, problems: list[str]) -> None:
     free = shutil.disk_usage(existing_parent(request.out)).free
     partial = partial_folder(request.out)
     taken = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
     if free + taken < written:
         problems.append(
-            f"--out: {written / 1e9:.2f} GB are to be written, and {free / 1e9:.2f} GB are free at "
+            f"--out: the output has {written / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free at "
             f"{existing_parent(request.out)}"
         )
 

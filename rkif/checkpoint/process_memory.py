@@ -1,15 +1,15 @@
-"""Memory of the process's own: what a bound on memory bounds."""
+"""Anonymous memory of the process, which ``--max-memory`` bounds."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
-_ASSUMED = 256 << 20  # where it cannot be measured: Python and PyTorch
+_ASSUMED = 256 << 20  # for Python and PyTorch, where it cannot be measured
 
 
 def anonymous_memory() -> int:
-    """Bytes of resident memory that belong to no file: what cannot be dropped and read again."""
+    """Bytes of resident memory that belong to no file, so the system cannot drop and read them again."""
     if _STATUS.exists():
         for line in _STATUS.read_text().splitlines():
             if line.startswith("RssAnon:"):

@@ -1,4 +1,4 @@
-"""What is to be fused, and how; whether the output may be made there."""
+"""What to fuse, and how; whether the output can be made at its place."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from rkif.checkpoint.manifest import MANIFEST
 from rkif.checkpoint.methods import Method
 
 CPU = torch.device("cpu")
+# The inputs, as the command line and messages name them, in the order of their roles.
+ARGUMENTS = ("BASE", "INNER", "OUTER", "--inner-importance", "--outer-importance")
 
 
 class PreflightError(ValueError):
-    """The inputs cannot be fused as asked; ``problems`` says all that is wrong, a line each."""
+    """The inputs cannot be fused as requested; ``problems`` has a line for each reason."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
@@ -25,19 +27,19 @@ class PreflightError(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be fused, and how.
+    """What to fuse, and how.
 
     Attributes:
         base, inner, outer: folders in Hugging Face layout, or safetensors files.
         out: the folder to be made; it must not exist.
         method: from :func:`rkif.checkpoint.methods.make_method`.
-        inner_importance, outer_importance: the same with scores under the parameters' names; both or
+        inner_importance, outer_importance: folders or files with scores under the parameters' names; both or
             neither. Without them the scores are the magnitudes of the task vectors.
-        max_memory: bytes of anonymous memory that the process may use, what it has already included. On a
-            GPU, also the bytes of its memory for buffers.
-        max_shard_size: bytes of a file of the output.
+        max_memory: bytes of anonymous memory that the process may use, including what it uses already. On a
+            GPU, also a bound on the buffers in the GPU's memory.
+        max_shard_size: most bytes of a file of the output.
         device: what computes.
-        resume: go on with an interrupted fusion to the same folder.
+        resume: continue an interrupted fusion to the same folder.
     """
 
     base: Path
@@ -55,17 +57,24 @@ class Request:
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(os.path.abspath(self.out)))
 
+    @property
+    def inputs(self) -> dict[str, Path]:
+        """The paths by argument, without importances that are not given."""
+        paths = (self.base, self.inner, self.outer, self.inner_importance, self.outer_importance)
+        return {argument: path for argument, path in zip(ARGUMENTS, paths, strict=True) if path is not None}
 
-def require_out(request: Request, problems: list[str]) -> None:
+
+def check_out(request: Request, problems: list[str]) -> None:
+    """Append the reasons why the output cannot be made at ``request.out``."""
     out = request.out
     finished = request.resume and (out / MANIFEST).exists()
     if out.is_symlink() or os.path.ismount(out):
-        problems.append(f"--out: {out} is a link or a mount point, which no folder can be renamed to")
+        problems.append(f"--out: {out} is a link or a mount point; no folder can be renamed to it")
     elif out.exists() and not out.is_dir():
         problems.append(f"--out: {out} is a file")
     elif out.is_dir() and any(out.iterdir()) and not finished:
         problems.append(f"--out: {out} exists; name another folder, or remove it")
-    for argument, path in (("BASE", request.base), ("INNER", request.inner), ("OUTER", request.outer)):
+    for argument, path in request.inputs.items():
         if path.exists() and out.resolve() == path.resolve():
             problems.append(f"--out: {out} is {argument}")
     parent = existing_parent(out)
@@ -74,5 +83,5 @@ def require_out(request: Request, problems: list[str]) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest of a path's parents that exists."""
+    """The nearest parent of a path that exists."""
     return next(parent for parent in path.absolute().parents if parent.exists())

@@ -9,30 +9,29 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from rkif.checkpoint import layout
-from rkif.checkpoint.layout import Piece
+from rkif.checkpoint.buffers import as_bytes
+from rkif.checkpoint.layout import OutputTensor, Piece
 from rkif.checkpoint.methods import Method
-from rkif.checkpoint.source import DTYPES, InvalidInputError, Reader
-from rkif.checkpoint.stream import as_bytes
+from rkif.checkpoint.request import ARGUMENTS
+from rkif.checkpoint.source import DTYPES, InvalidInputError, TensorReader
 from rkif.checkpoint.tiles import Tile
 from rkif_kernels import Scores, bracket, magnitudes
 
-ROLES = ("BASE", "INNER", "OUTER", "--inner-importance", "--outer-importance")
-BLOCKS, BLOCK = 1024, 1024  # elements in a row, at so many places, are a sample
+BLOCKS, BLOCK = 1024, 1024  # a sample has so many blocks, each of so many consecutive elements
 
 
 def scores_of(method: Method, tile: Tile) -> tuple[Scores, Scores]:
-    """What the two sides of a tile select by; without given importance the magnitudes of the task vectors."""
+    """The scores of a tile, inner and outer: the importance, or without it the task vectors' magnitudes."""
     if tile.importance is not None:
         return Scores(tile.importance[0]), Scores(tile.importance[1])
     start = tile.base if method.outer_from == "base" else tile.inner
     return magnitudes(tile.inner, tile.base), magnitudes(tile.outer, start)
 
 
-def invalid_input(tensors: Sequence[layout.Tensor], tile: Tile) -> InvalidInputError:
-    """What is wrong with a tile whose values are not all finite, or whose importance is negative."""
+def invalid_input(tensors: Sequence[OutputTensor], tile: Tile) -> InvalidInputError:
+    """The error for a tile with a value that is not finite, or with negative importance: names the first."""
     rows = [tile.base, tile.inner, tile.outer, *(tile.importance or ())]
-    for role, (argument, row) in enumerate(zip(ROLES, rows, strict=False)):
+    for role, (argument, row) in enumerate(zip(ARGUMENTS, rows, strict=False)):
         for position, part in enumerate(row):
             tensor = tensors[tile.tensors[position]]
             wrong = ~part.isfinite() if role < 3 else ~(part.isfinite() & (part >= 0))
@@ -42,14 +41,13 @@ def invalid_input(tensors: Sequence[layout.Tensor], tile: Tile) -> InvalidInputE
                     f"{argument}: {tensor.inputs[role].file} has {float(part[index])} in "
                     f"{tensor.name!r}, element {tile.starts[position] + index:,}; nothing was published"
                 )
-    beyond = [
-        tensors[number].name
-        for position, number in enumerate(tile.tensors)
-        if not all(row[position].isfinite().all() for row in (tile.out, *_differences(tile)) if row)
-    ]
-    return InvalidInputError(
-        f"the fusion of {beyond[0]!r} exceeds the range of its dtype; nothing was published"
+    results = [row for row in (tile.out, *_differences(tile)) if row]
+    name = next(
+        tensors[index].name
+        for position, index in enumerate(tile.tensors)
+        if not all(row[position].isfinite().all() for row in results)
     )
+    return InvalidInputError(f"the fusion of {name!r} exceeds the range of its dtype; nothing was published")
 
 
 def _differences(tile: Tile) -> list[list[Tensor]]:
@@ -61,33 +59,32 @@ def _differences(tile: Tile) -> list[list[Tensor]]:
 
 
 def guess_thresholds(
-    method: Method, tensors: Sequence[layout.Tensor]
+    method: Method, tensors: Sequence[OutputTensor]
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """For each side two scores between which the global threshold very probably lies, from a small sample."""
-    fused = [number for number, tensor in enumerate(tensors) if tensor.fused and tensor.target.numel]
-    ends = list(accumulate(tensors[number].target.numel for number in fused))
+    fused = [index for index, tensor in enumerate(tensors) if tensor.fused and tensor.target.numel]
+    ends = list(accumulate(tensors[index].target.numel for index in fused))
     numel = ends[-1]
     k = method.threshold_k(numel)
     assert k is not None
-    reader = Reader()
-    picked: tuple[list[Tensor], list[Tensor]] = ([], [])
+    reader = TensorReader()
+    samples: tuple[list[Tensor], list[Tensor]] = ([], [])
     try:
-        for at in range(0, numel, max(numel // BLOCKS, BLOCK)):
-            place = bisect_right(ends, at)
-            number = fused[place]
-            start = at - (ends[place] - tensors[number].target.numel)
-            piece = Piece(number, start, min(start + BLOCK, tensors[number].target.numel))
-            for found, scores in zip(
-                picked, scores_of(method, _read(reader, tensors[number], piece)), strict=True
-            ):
-                found.append(scores.values(0))
+        for element in range(0, numel, max(numel // BLOCKS, BLOCK)):
+            position = bisect_right(ends, element)
+            index = fused[position]
+            size = tensors[index].target.numel
+            start = element - (ends[position] - size)
+            tile = _read(reader, tensors[index], Piece(index, start, min(start + BLOCK, size)))
+            for sample, scores in zip(samples, scores_of(method, tile), strict=True):
+                sample.append(scores.values(0))
     finally:
         reader.close()
-    inner, outer = (bracket(torch.cat(found).numpy(), k / max(numel - 1, 1), BLOCK) for found in picked)
+    inner, outer = (bracket(torch.cat(sample).numpy(), k / max(numel - 1, 1), BLOCK) for sample in samples)
     return inner, outer
 
 
-def _read(reader: Reader, tensor: layout.Tensor, piece: Piece) -> Tile:
+def _read(reader: TensorReader, tensor: OutputTensor, piece: Piece) -> Tile:
     parts = []
     for entry in tensor.inputs:
         part = torch.empty(piece.numel, dtype=DTYPES[entry.dtype])

@@ -1,4 +1,4 @@
-"""Checkpoints as they lie on disk: which tensors, where, and their bytes."""
+"""Checkpoints on disk: which tensors they have, where these lie, and their bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-# Safetensors' names for dtypes. Only the first three are fused; the others are copied if all agree.
+# Safetensors' names for dtypes. The first three are fused; tensors of the others are copied.
 DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -28,12 +28,12 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 FUSED = ("F32", "BF16", "F16")
-BLOCK = 1 << 20  # elements that are read at a time where nothing is computed on them
+BLOCK = 1 << 20  # elements that are read at a time to be digested
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a file; ``offset`` is that of its first byte in the file."""
+    """One tensor in a file; ``offset`` is the place of its first byte in the file."""
 
     file: Path
     dtype: str
@@ -52,17 +52,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is known of a checkpoint from its headers.
+    """A checkpoint's headers and config.
 
     Attributes:
-        path: as it was given: a folder in Hugging Face layout, or a safetensors file.
-        stem: what its files are called, "model" or "adapter_model".
-        tensors: name -> where it is, file by file in the order of the bytes.
+        path: as given: a folder in Hugging Face layout, or a safetensors file.
+        stem: of its files' names, "model" or "adapter_model".
+        tensors: entries by name, file by file in the order of the bytes.
         metadata: of the first file's header.
-        config: of config.json or adapter_config.json; empty where there is none.
+        config: content of config.json or adapter_config.json; empty if there is none.
         headers: digest of the files' names, sizes and headers.
-        files: all of them.
-        changed: of each file which it is and when it was changed; see :func:`changes`.
+        files: the files of weights.
+        changed: identity and times of change of each file; see :func:`changes`.
     """
 
     path: Path
@@ -80,7 +80,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The hub's name of a cached snapshot; otherwise that of the folder or file."""
+        """The hub's name of a cached snapshot, else the name of the folder or file."""
         parts = self.path.resolve().parts
         if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
             return parts[-3].removeprefix("models--").replace("--", "/")
@@ -88,25 +88,25 @@ class Checkpoint:
 
 
 class InvalidInputError(ValueError):
-    """What is in the inputs cannot be fused: nothing that was made of them is of use."""
+    """The content of an input cannot be fused, so the work that was done is of no use."""
 
 
 def changes(files: Sequence[Path]) -> tuple[tuple[int, ...], ...]:
-    """Inode, nanoseconds of the last change of content and of anything, of each file."""
-    found = [file.stat() for file in files]
-    return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) for stat in found)
+    """For each file its inode, and when its content and its inode last changed, in nanoseconds."""
+    stats = [file.stat() for file in files]
+    return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
 
 
 def open_checkpoint(path: Path, argument: str, problems: list[str]) -> Checkpoint | None:
-    """Read the headers of a checkpoint; None if it cannot be opened. ``problems`` gains what is wrong."""
+    """Read the headers of a checkpoint; None if it cannot be opened. The reasons go to ``problems``."""
     if not path.exists():
         problems.append(f"{argument}: there is no {path}")
         return None
     if path.is_dir():
-        found = _files_of(path, argument, problems)
-        if found is None:
+        weights = _weights_of(path, argument, problems)
+        if weights is None:
             return None
-        stem, files, weight_map = found
+        stem, files, weight_map = weights
     else:
         stem = "adapter_model" if path.stem == "adapter_model" else "model"
         files, weight_map = [path], None
@@ -114,9 +114,9 @@ def open_checkpoint(path: Path, argument: str, problems: list[str]) -> Checkpoin
     tensors: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
     headers = hashlib.sha256()
-    for number, file in enumerate(files):
+    for index, file in enumerate(files):
         try:
-            entries, about, header = _read_header(file)
+            entries, file_metadata, header = _read_header(file)
             size = file.stat().st_size
         except (OSError, ValueError) as error:
             problems.append(f"{argument}: {file} cannot be read: {_reason(error)}")
@@ -126,7 +126,7 @@ def open_checkpoint(path: Path, argument: str, problems: list[str]) -> Checkpoin
         if twice:
             problems.append(f"{argument}: {twice[0]!r} is in {file.name} and in another file")
         tensors |= entries
-        metadata = metadata if number else about
+        metadata = metadata if index else file_metadata
     if weight_map is not None:
         listed = {name: entry.file.name for name, entry in tensors.items()}
         for name in sorted(weight_map.keys() | listed.keys()):
@@ -143,9 +143,10 @@ def open_checkpoint(path: Path, argument: str, problems: list[str]) -> Checkpoin
     )
 
 
-def _files_of(
+def _weights_of(
     folder: Path, argument: str, problems: list[str]
 ) -> tuple[str, list[Path], dict[str, str] | None] | None:
+    """Stem, files and, for several files, the index's file name by tensor; None if there are no weights."""
     for stem in ("model", "adapter_model"):
         if (folder / f"{stem}.safetensors").exists():  # before an index, as transformers and peft load it
             return stem, [folder / f"{stem}.safetensors"], None
@@ -177,7 +178,7 @@ def _read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str], str]:
     """The tensors and the metadata of a file, and a digest of its header.
 
     Raises:
-        OSError, ValueError: it is not readable, or not a whole safetensors file.
+        OSError, ValueError: the file is not readable, or not a complete safetensors file.
     """
     try:
         with safe_open(file, framework="numpy"):  # checks that offsets, shapes and size fit together
@@ -192,12 +193,12 @@ def _read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str], str]:
     entries = {
         name: Entry(
             file,
-            about["dtype"],
-            tuple(about["shape"]),
-            8 + size + about["data_offsets"][0],
-            about["data_offsets"][1] - about["data_offsets"][0],
+            tensor["dtype"],
+            tuple(tensor["shape"]),
+            8 + size + tensor["data_offsets"][0],
+            tensor["data_offsets"][1] - tensor["data_offsets"][0],
         )
-        for name, about in sorted(fields.items(), key=lambda item: item[1]["data_offsets"][0])
+        for name, tensor in sorted(fields.items(), key=lambda item: item[1]["data_offsets"][0])
     }
     return entries, metadata, hashlib.sha256(header).hexdigest()
 
@@ -220,8 +221,8 @@ def _reason(error: Exception) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
-class Reader:
-    """Reads parts of tensors into memory of the caller's; keeps the files open."""
+class TensorReader:
+    """Reads parts of tensors into the caller's memory; keeps the files open until :meth:`close`."""
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
@@ -230,14 +231,15 @@ class Reader:
         """Fill ``into`` with the bytes of the tensor from element ``start`` on.
 
         Raises:
-            OSError: naming the file, also where it ends too early.
+            OSError: reading failed, or the file ends too early; the file is named.
         """
         if entry.file not in self._descriptors:
             self._descriptors[entry.file] = os.open(entry.file, os.O_RDONLY)
-        descriptor, at, done = self._descriptors[entry.file], entry.offset + start * entry.itemsize, 0
+        descriptor = self._descriptors[entry.file]
+        offset, done = entry.offset + start * entry.itemsize, 0
         while done < len(into):
             try:
-                count = os.preadv(descriptor, [into[done:]], at + done)
+                count = os.preadv(descriptor, [into[done:]], offset + done)
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(entry.file)) from error
             if count == 0:
@@ -245,7 +247,7 @@ class Reader:
             done += count
 
     def blocks(self, entry: Entry, numel: int) -> Iterator[memoryview]:
-        """The bytes of the tensor's first ``numel`` elements, in memory that the next block uses again."""
+        """Yield the bytes of the tensor's first ``numel`` elements; each block is valid until the next."""
         buffer = memoryview(bytearray(min(BLOCK, numel) * entry.itemsize))
         for start in range(0, numel, BLOCK):
             block = buffer[: min(BLOCK, numel - start) * entry.itemsize]

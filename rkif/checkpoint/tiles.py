@@ -9,18 +9,18 @@ from torch import Tensor
 
 from rkif.checkpoint.layout import Chunk, Piece
 
-TILE = 1 << 17  # elements that the CPU computes on at a time, in cache
+TILE = 1 << 17  # elements that a CPU computes on at a time, so that they stay in cache
 
 
 class Tile(NamedTuple):
     """Parts of some tensors, on the device that computes.
 
     Attributes:
-        tensors: their numbers in the layout.
-        starts: the element of each tensor at which its part begins.
-        out, base, inner, outer: the parts, flat.
+        tensors: their indices in the layout.
+        starts: the element of each tensor at which its part starts.
+        out, base, inner, outer: the parts, flat; ``out`` is empty in a scan.
+        importance: of the inner and of the outer learner; None to select by magnitude.
         names: of the tensors.
-        importance: of the inner learner and of the outer; None where there is none, for magnitudes.
     """
 
     tensors: Sequence[int]
@@ -40,8 +40,13 @@ def tiles(
     largest: int,
     names: Sequence[str],
 ) -> Iterator[Tile]:
-    """The parts of a chunk in groups of at most ``largest`` elements; larger parts are cut."""
-    pending: list[tuple[int, Piece]] = []  # position in the chunk, and what of its tensor
+    """Yield the parts of a chunk in groups of at most ``largest`` elements; larger parts are cut.
+
+    Args:
+        rows: inputs by role, then by piece of the chunk.
+        targets: outputs by piece; None in a scan.
+    """
+    pending: list[tuple[int, Piece]] = []  # position in the chunk, and the part of its tensor
     taken = 0
     for position, piece in enumerate(chunk):
         for start in range(piece.start, piece.stop, largest):

@@ -1,4 +1,4 @@
-"""The folder in which an output grows: locked, resumable, and published by one rename."""
+"""The folder in which an output is made: locked, resumable, and published by one rename."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from rkif.files import fsync_folder, replace_file
 
 
 class Workdir:
-    """``OUT.partial``, beside ``OUT``: the files to be in ``data/``, and how far the work has come.
+    """``OUT.partial``, beside ``OUT``: the output's files in ``data/``, and a journal of finished chunks.
 
-    ``OUT`` itself does not exist until it is complete. Use as a context manager: it holds a lock, and what is
-    left behind when the block fails can be resumed; nothing is left where no work was done yet.
+    ``OUT`` itself does not exist until it is complete. As a context manager it holds a lock. If the block
+    fails, the folder stays and can be resumed; it is removed if no work was done, or if an input is invalid.
 
-    Several processes may work in it, on chunks of their own. The first holds the lock, makes and removes what
-    is shared; each keeps a journal and the state of its scan. Whoever goes on reads all journals.
+    Several processes may work in it, each on its own chunks. Rank 0 holds the lock, and makes and removes
+    what is shared. Each process has a journal and the state of its scan. Resuming reads all journals.
 
     Args:
-        out: the folder to be; its parents are made.
-        plan: digest of everything that decides the output; work done for another is not resumed.
+        out: the output's folder; its parents are made.
+        plan: digest of everything that determines the output; work with another digest is not resumed.
         slot: bytes of a chunk's buffer, by which the work is cut.
-        resume: go on with what is there.
-        processes: the processes.
+        resume: continue the work that is there.
+        processes: that share the work.
 
     Raises:
-        ValueError: ``out`` exists, or there is work that must not be resumed (on entering).
-        RuntimeError: another process works on it.
+        ValueError: ``out`` exists (on entering).
+        RuntimeError: another process works in it, or there is work that must not be resumed (on entering).
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Workdir:
         self._lock = FileLock(self._path / "lock")
         self.data = self._path / "data"
         self.records: list[dict[str, Any]] = []  # of all processes, in no order
-        self._begun = False  # whether this one's journal has its first line
+        self._begun = False  # whether this process's journal has its first line
 
     def __enter__(self) -> Workdir:
         with self._processes.raise_on_any_failure():
@@ -58,11 +58,11 @@ class Workdir:
                 self._claim()
         with self._processes.raise_on_any_failure():
             if self._processes.rank > 0:
-                self._take_up()
+                self._read_journals()
         return self
 
     def _claim(self) -> None:
-        """Become the one that works on this output."""
+        """Lock the folder, and read what an interrupted fusion left."""
         self._path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(blocking=False)
@@ -70,7 +70,7 @@ class Workdir:
             raise RuntimeError(f"another process is writing {self._out} (in {self._path})") from None
         try:
             self._require_free()
-            self._take_up()
+            self._read_journals()
             self.data.mkdir(exist_ok=True)
         except BaseException:
             if not self._journals():
@@ -83,12 +83,12 @@ class Workdir:
     ) -> None:
         if self._processes.rank > 0:
             return
-        # Nothing in it is of use if no chunk was done, or if an input, here or elsewhere, is not valid.
+        # The folder is of no use if no work was recorded, or if an input is invalid, in whichever process.
         invalid = isinstance(error, InvalidInputError) or (
             isinstance(error, RankFailedError) and f" failed: {InvalidInputError.__name__}: " in str(error)
         )
         if self._path.exists() and (invalid or not self._journals()):
-            with contextlib.suppress(OSError):  # other processes may be writing their last
+            with contextlib.suppress(OSError):  # another process may still write into it
                 self.remove()
         self._lock.release()
 
@@ -96,11 +96,11 @@ class Workdir:
         if self._out.exists() and (not self._out.is_dir() or any(self._out.iterdir())):
             raise ValueError(f"{self._out} exists; name another folder, or remove it")
 
-    def _take_up(self) -> None:
+    def _read_journals(self) -> None:
         self.records, self._begun = [], False
         for journal in self._journals():
             content = journal.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]  # a kill may have torn the last line
+            whole = content[: content.rfind(b"\n") + 1]  # a kill may have cut off the last line
             try:
                 plan, *records = [json.loads(line) for line in whole.splitlines()] or [None]
             except ValueError as error:
@@ -109,7 +109,7 @@ class Workdir:
                 continue
             if not self._resume:
                 raise RuntimeError(
-                    f"{self._path} holds an interrupted fusion; --resume goes on with it, or remove it"
+                    f"{self._path} holds an interrupted fusion; continue it with --resume, or remove it"
                 )
             if plan != self._plan:
                 raise RuntimeError(
@@ -121,9 +121,9 @@ class Workdir:
             self.records += records
 
     def read_all(self) -> None:
-        """Read what all processes have recorded."""
+        """Read the records of all processes."""
         self._resume = True
-        self._take_up()
+        self._read_journals()
 
     def _journals(self) -> list[Path]:
         return sorted(self._path.glob("journal*.jsonl"))
@@ -141,10 +141,11 @@ class Workdir:
         return self._path / f"scan{self._suffix}.safetensors"
 
     def allocate(self, sizes: dict[str, int]) -> None:
-        """Make files of their full sizes, so that a full disk is found out before the work.
+        """Make the files in their full sizes, so that a lack of space shows before the work.
 
         Raises:
-            OSError: there is no room.
+            OSError: there is too little space; the file is named.
+            RuntimeError: a file that chunks were written to is missing or has another size.
         """
         if any("chunk" in record for record in self.records):
             self._require_written(sizes)
@@ -167,7 +168,7 @@ class Workdir:
                 raise RuntimeError(f"{path} is not what was written; remove {self._path}")
 
     def record(self, record: dict[str, Any]) -> None:
-        """Append a line on how far the work has come; what it speaks of must be on disk already."""
+        """Append a line to the journal, and sync it. What it describes must be on disk already."""
         lines = [record] if self._begun else [self._plan, record]
         with self._journal.open("ab" if self._begun else "wb") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -177,14 +178,14 @@ class Workdir:
         self.records.append(record)
 
     def record_scan(self, state: dict[str, Tensor], position: dict[str, Any]) -> None:
-        """The same while scanning: state and position in one file, so that they are of one moment."""
+        """Save the state of the scan with its position, in one file, so that both are of the same moment."""
         text = {"position": json.dumps(position | {"ranks": self._processes.size})}
         replace_file(self._state, lambda path: save_file(state, path, metadata=text))
         if not self._begun:
             self.record({"scanning": True})
 
     def recorded_scan(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What this process recorded last, if anything, and if there were as many."""
+        """This process's last state and position; None if there is none for this number of processes."""
         if not self._begun or not self._state.exists():
             return None
         with safe_open(self._state, framework="pt") as file:
@@ -193,10 +194,13 @@ class Workdir:
         return (state, position) if position["ranks"] == self._processes.size else None
 
     def publish(self, sizes: dict[str, int]) -> None:
-        """Give the finished files their place, all at once.
+        """Rename the finished folder to ``OUT``, and remove the rest.
+
+        Args:
+            sizes: bytes of the files of weights, by name.
 
         Raises:
-            RuntimeError: a file of these sizes is not there.
+            RuntimeError: one of them is missing or has another size.
         """
         self._require_written(sizes)
         for folder in (*(path for path in self.data.rglob("*") if path.is_dir()), self.data):
@@ -206,7 +210,7 @@ class Workdir:
         self.remove()
 
     def remove(self) -> None:
-        """Leave nothing behind; the lock goes last, or another process could begin amid the ruins."""
+        """Remove the folder, the lock last, so that no other process starts in between."""
         for path in self._path.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -216,21 +220,21 @@ class Workdir:
 
 
 def partial_folder(out: Path) -> Path:
-    """Where the work on an output is until it is complete."""
+    """The folder of the work on an output."""
     return out.with_name(out.name + ".partial")
 
 
 def recorded_slot(out: Path) -> int | None:
-    """By what the interrupted work on an output was cut, if there is any."""
+    """The ``slot`` of the interrupted work on an output; None if there is no such work."""
     try:
         with min(partial_folder(out).glob("journal*.jsonl")).open("rb") as file:
             return int(json.loads(file.readline())["slot"])
-    except (OSError, ValueError, KeyError, TypeError):  # a ValueError where there is none
+    except (OSError, ValueError, KeyError, TypeError):  # a ValueError if there is no journal
         return None
 
 
 def clear(out: Path) -> None:
-    """Remove what a kill right after the publication of a finished output has left."""
+    """Remove the folder of the work that a kill right after publication has left beside a finished output."""
     partial = partial_folder(out)
     if partial.exists():
         with contextlib.suppress(Timeout), FileLock(partial / "lock", blocking=False):

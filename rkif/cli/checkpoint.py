@@ -178,8 +178,7 @@ def verify_command(
     manifest = read_manifest(folder)
     console = Console()
     with Bar(console) as bar:
-        bar.stage("verifying", sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
-        problems = verify(folder, bar.advance)
+        problems = verify(folder, bar)
     for problem in problems[:-1]:
         print(f"- {problem}", file=sys.stderr)
     if problems:

@@ -33,7 +33,7 @@ import json, os, sys
 from huggingface_hub import ModelCard, ModelCardData
 from rkif.checkpoint import display, fuse, manifest, preflight
 from rkif.cli import main
-preflight.SLOT_MOST, preflight.SLOT_LEAST = {CHUNK}, 64
+preflight.MAX_SLOT, preflight.MIN_SLOT = {CHUNK}, 64
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
@@ -59,8 +59,8 @@ def triple(tmp_path_factory: pytest.TempPathFactory) -> Triple:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "SLOT_MOST", CHUNK)
-    monkeypatch.setattr(planning, "SLOT_LEAST", 64)
+    monkeypatch.setattr(planning, "MAX_SLOT", CHUNK)
+    monkeypatch.setattr(planning, "MIN_SLOT", 64)
 
 
 @pytest.fixture(scope="module", params=["recurrent_kif", "ties", "dare_ties"])
@@ -103,7 +103,7 @@ def test_every_record_is_a_point_of_death(
     monkeypatch.setattr(
         fusing._Fusion,
         "_compute",
-        lambda self, number, *a: computed.append(number) or compute(self, number, *a),
+        lambda self, chunk, *a: computed.append(chunk.index) or compute(self, chunk, *a),
     )
     for name in ("record", "record_scan", "publish"):
         monkeypatch.setattr(Workdir, name, dying(name))
@@ -192,7 +192,7 @@ def test_work_is_resumed_only_for_the_same(triple: Triple, tmp_path: Path, monke
             triple.fuse(out=out)
     assert stopped
     assert not out.exists()
-    with pytest.raises(RuntimeError, match="holds an interrupted fusion; --resume goes on with it"):
+    with pytest.raises(RuntimeError, match="holds an interrupted fusion; continue it with --resume"):
         triple.fuse(out=out)
     with pytest.raises(RuntimeError, match="is from other inputs or settings"):
         triple.fuse(out=out, resume=True, density=0.3)
@@ -313,7 +313,7 @@ def test_an_input_that_shrinks_meanwhile_is_named(triple: Triple, tmp_path: Path
 
 def test_a_journal_is_lines_of_json(triple: Triple, tmp_path: Path, monkeypatch: Any) -> None:
     """What is appended is a line a chunk: no rewriting of what was said before."""
-    monkeypatch.setattr(planning, "SLOT_MOST", CHUNK)
+    monkeypatch.setattr(planning, "MAX_SLOT", CHUNK)
     lines = []
     publish = Workdir.publish
     monkeypatch.setattr(
@@ -356,7 +356,7 @@ def test_work_is_resumed_by_the_cut_it_was_begun_with(tmp_path: Path, monkeypatc
         patch.setattr(Workdir, "__exit__", lambda self, *_: self._lock.release())
         with pytest.raises(Killed):
             triple.fuse(out=tmp_path / "out")
-    monkeypatch.setattr(planning, "SLOT_MOST", CHUNK // 4)
+    monkeypatch.setattr(planning, "MAX_SLOT", CHUNK // 4)
     assert planning.preflight(triple.request(out=tmp_path / "out", resume=True)).slot == CHUNK
     triple.fuse(out=tmp_path / "out", resume=True)
     assert files_of(tmp_path / "out") == expected

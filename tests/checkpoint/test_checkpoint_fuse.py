@@ -27,8 +27,8 @@ def triple(tmp_path: Path) -> Triple:
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """How finely the work is cut: 256 bytes of the widest input leave tensors of 64 elements whole."""
     if request.param is not None:
-        monkeypatch.setattr(planning, "SLOT_MOST", request.param)
-        monkeypatch.setattr(planning, "SLOT_LEAST", 64)
+        monkeypatch.setattr(planning, "MAX_SLOT", request.param)
+        monkeypatch.setattr(planning, "MIN_SLOT", 64)
         monkeypatch.setattr(planning, "TILE", 48)
     return request.param
 
@@ -108,8 +108,8 @@ def test_dtypes_may_differ_between_the_inputs(triple: Triple) -> None:
 def test_digests_do_not_depend_on_the_cut(triple: Triple, monkeypatch: pytest.MonkeyPatch) -> None:
     triple.fuse()
     first = read_manifest(triple.folder / "out")
-    monkeypatch.setattr(planning, "SLOT_MOST", 320)
-    monkeypatch.setattr(planning, "SLOT_LEAST", 64)
+    monkeypatch.setattr(planning, "MAX_SLOT", 320)
+    monkeypatch.setattr(planning, "MIN_SLOT", 64)
     triple.fuse(out=triple.folder / "again", max_shard_size=9_000)
     second = read_manifest(triple.folder / "again")
     for key in ("inputs", "content_sha256", "report"):
@@ -195,7 +195,7 @@ def test_ties(triple: Triple, chunks: Any, name: str) -> None:
 
 
 def test_a_bad_sample_costs_a_pass_and_nothing_else(triple: Triple, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rkif.checkpoint.fuse.guess_thresholds", lambda *_: ((5.0, 6.0), (0.0, 1e-9)))
+    monkeypatch.setattr("rkif.checkpoint.scan.guess_thresholds", lambda *_: ((5.0, 6.0), (0.0, 1e-9)))
     triple.fuse()
     same(floats(load_folder(triple.folder / "out")), in_memory(triple, False).params)
 

@@ -56,8 +56,8 @@ def kept(vector: Tensor, density: float) -> Tensor:
 def test_formulas(triple: Triple, normalize: bool, cut: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32, where no two magnitudes are equal: ties at the threshold have a test of their own."""
     if cut:
-        monkeypatch.setattr(planning, "SLOT_MOST", cut)
-        monkeypatch.setattr(planning, "SLOT_LEAST", 64)
+        monkeypatch.setattr(planning, "MAX_SLOT", cut)
+        monkeypatch.setattr(planning, "MIN_SLOT", 64)
         monkeypatch.setattr(planning, "TILE", 100)
     triple.base = {
         name: value.float() if value.is_floating_point() else value for name, value in triple.base.items()

@@ -15,7 +15,7 @@ from rkif.checkpoint import preflight as planning
 from rkif.checkpoint.methods import make_method
 from rkif.checkpoint.preflight import preflight
 from rkif.checkpoint.request import PreflightError, Request
-from rkif.checkpoint.source import Reader, open_checkpoint
+from rkif.checkpoint.source import TensorReader, open_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(Reader, "read", refuse)
+    monkeypatch.setattr(TensorReader, "read", refuse)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_tokenizers_that_number_tokens_otherwise(folders: Path) -> None:
         content = {"model": {"vocab": vocabulary}, "added_tokens": [{"content": "<s>", "id": 9}]}
         (folders / name / "tokenizer.json").write_text(json.dumps(content))
     (problem,) = problems(folders)
-    assert problem == "INNER: its tokenizer numbers 2 tokens otherwise: 'a' is 1, in BASE 0"
+    assert problem == "INNER: its tokenizer has other ids for 2 tokens: 'a' is 1, in BASE 0"
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_importance_must_fit(tmp_path: Path) -> None:
         preflight(triple.request(importance=True))
     assert caught.value.problems == [
         "--inner-importance lacks scores of 'layer.1.bias'",
-        "--inner-importance has scores of 'positions', which is no floating-point tensor of BASE",
+        "--inner-importance has scores of 'positions', but BASE has no such floating-point tensor",
         "--inner-importance: 'layer.0.norm' is F32 [31]; scores must be floating-point of shape [32]",
     ]
     triple.inner_scores = scores(triple.base, 3)

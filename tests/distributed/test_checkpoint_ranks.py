@@ -16,8 +16,7 @@ from checkpoint_files import Triple, files_of, split_folder
 from safetensors.torch import save_file
 from torchrun import start_program
 
-from rkif.checkpoint import layout
-from rkif.checkpoint.layout import Piece, share
+from rkif.checkpoint.layout import OutputTensor, Piece, share
 from rkif.checkpoint.source import Entry
 
 SLOT = 4096
@@ -146,7 +145,7 @@ def test_a_dry_run_is_shown_once(triple: Triple) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 40])
 @pytest.mark.parametrize("sizes", [[1], [4, 4, 4, 4], [100, 1, 1], [1, 1, 100], [1, 50, 1, 50], []])
 def test_shares_are_whole_tensors_and_all_of_them(sizes: list[int], ranks: int) -> None:
-    tensors = [layout.Tensor(str(n), _entry(n, size), ()) for n, size in enumerate(sizes)]
+    tensors = [OutputTensor(str(n), _entry(n, size), ()) for n, size in enumerate(sizes)]
     chunks = [
         (Piece(number, start, min(start + 10, size)),)
         for number, size in enumerate(sizes)

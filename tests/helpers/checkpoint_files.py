@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rkif.checkpoint.fuse import Summary, fuse_checkpoints
+from rkif.checkpoint.fuse import fuse_checkpoints
 from rkif.checkpoint.methods import make_method
 from rkif.checkpoint.preflight import preflight
 from rkif.checkpoint.request import Request
+from rkif.checkpoint.summary import Summary
 
 Tensors = dict[str, Tensor]
 

@@ -19,7 +19,7 @@ from rkif.checkpoint.workdir import Workdir
 
 
 def main(settings: dict[str, Any]) -> None:
-    preflight.SLOT_MOST = settings["slot"]
+    preflight.MAX_SLOT = settings["slot"]
     rank, records = int(os.environ.get("RANK", "0")), 0
     record = Workdir.record
 

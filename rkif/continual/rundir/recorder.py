@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rkif.checkpoint.stream import as_bytes
+from rkif.checkpoint.buffers import as_bytes
 from rkif.continual.rundir.ledger import CHAIN_KEYS, Ledger, LedgerError, LedgerRecord
 from rkif.fusion import FusionReport
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rkif.checkpoint.stream import as_bytes
+from rkif.checkpoint.buffers import as_bytes
 from rkif.files import replace_file
 from rkif.fuser.state_names import flatten, section
 

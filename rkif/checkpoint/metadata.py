@@ -1,0 +1,110 @@
+"""Everything of an output beside its weights: index, companions of the base, model card and manifest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from rkif.checkpoint.card import copy_companions, write_card
+from rkif.checkpoint.digests import EMPTY
+from rkif.checkpoint.manifest import content_digest, write_manifest
+from rkif.checkpoint.methods import settings_of
+from rkif.checkpoint.output import OUT
+from rkif.checkpoint.preflight import Plan
+from rkif.files import fsync_file, write_text
+from rkif_kernels import CASES
+
+
+class _Totals(NamedTuple):
+    """Counts by case, squared norms (inner, outer, update), and SHA-256 by argument and tensor."""
+
+    counts: list[int]
+    squared_norms: list[float]
+    digests: dict[str, dict[str, str]]
+
+    def digest(self, argument: str, name: str) -> str:
+        return self.digests.get(argument, {}).get(name, EMPTY)
+
+
+def write_metadata(
+    plan: Plan, folder: Path, records: Iterable[Mapping[str, Any]], thresholds: Tensor | None
+) -> None:
+    """Write what belongs beside the finished weights in ``folder``, and remove all else.
+
+    Args:
+        records: of all processes, as :class:`rkif.checkpoint.output.OutputWriter` makes them.
+        thresholds: float32 [2, 1] or [2, tensors], of inner and outer; None for a method that has none.
+    """
+    base, method = plan.checkpoints["BASE"], plan.request.method
+    _remove_leftovers(plan, folder)
+    if plan.layout.index is not None:
+        write_text(folder / f"{base.stem}.safetensors.index.json", json.dumps(plan.layout.index, indent=2))
+    copy_companions(base, folder)
+
+    totals = _sum(records)
+    inputs = {}
+    for argument, checkpoint in plan.checkpoints.items():
+        content = {name: (entry, totals.digest(argument, name)) for name, entry in checkpoint.tensors.items()}
+        inputs[argument] = {"name": checkpoint.name, "content_sha256": content_digest(content)}
+    tensors = {
+        tensor.name: (tensor.target, totals.digest(OUT, tensor.name)) for tensor in plan.layout.tensors
+    }
+    settings, report = settings_of(method), _report(plan, totals, thresholds)
+    write_card(folder, base, inputs, method.name, settings, report, content_digest(tensors))
+    header = {
+        "rkif": importlib.metadata.version("rkif"),
+        "method": method.name,
+        "settings": settings,
+        "inputs": inputs,
+        "report": report,
+        "identity_sha256": plan.identity,
+    }
+    write_manifest(folder, tensors, header)
+
+
+def _remove_leftovers(plan: Plan, folder: Path) -> None:
+    """Bring the weights to disk; remove what an earlier attempt wrote beside them, perhaps half a file."""
+    for path in folder.iterdir():
+        if path.name in plan.layout.sizes:
+            fsync_file(path)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _sum(records: Iterable[Mapping[str, Any]]) -> _Totals:
+    """The sum over the chunks, in their order, whichever process fused them."""
+    counts, squared_norms = [0] * len(CASES), [0.0] * 3
+    digests: dict[str, dict[str, str]] = {}
+    by_chunk = {record["chunk"]: record for record in records if "chunk" in record}
+    for _, record in sorted(by_chunk.items()):
+        counts = [a + b for a, b in zip(counts, record["counts"], strict=True)]
+        squared_norms = [a + b for a, b in zip(squared_norms, record["squared_norms"], strict=True)]
+        for argument, by_tensor in record["digests"].items():
+            digests.setdefault(argument, {}).update(by_tensor)
+    return _Totals(counts, squared_norms, digests)
+
+
+def _report(plan: Plan, totals: _Totals, thresholds: Tensor | None) -> dict[str, Any]:
+    """A :class:`rkif.FusionReport` as JSON; norms to six digits, as the others depend on the chunks."""
+    sides: list[Any] = [None, None]
+    if thresholds is not None:
+        for side, row in enumerate(thresholds.tolist()):
+            values = [value if math.isfinite(value) else None for value in row]
+            by_tensor = dict(zip((tensor.name for tensor in plan.layout.tensors), values, strict=False))
+            sides[side] = values[0] if plan.request.method.scope == "global" else by_tensor
+    norms = [float(f"{math.sqrt(value):.6g}") for value in totals.squared_norms]
+    return {
+        "numel": plan.layout.numel,
+        "thresholds": sides,
+        "counts": dict(zip(CASES, totals.counts, strict=True)),
+        "norms": dict(zip(("inner", "outer", "update"), norms, strict=True)),
+    }

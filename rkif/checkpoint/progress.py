@@ -1,0 +1,47 @@
+"""How far the work has come, and what it has taken."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from rkif.checkpoint.process_memory import anonymous_memory
+
+
+class Progress(Protocol):
+    """Who is told how far the work has come."""
+
+    def stage(self, what: str, total: int) -> None:
+        """A stage begins that goes over ``total`` bytes."""
+
+    def advance(self, size: int) -> None:
+        """``size`` more bytes of the stage are done."""
+
+
+class NullProgress:
+    """Tells nobody."""
+
+    def stage(self, what: str, total: int) -> None: ...
+
+    def advance(self, size: int) -> None: ...
+
+
+class ProgressMeter:
+    """Passes progress on, and measures on the way.
+
+    Attributes:
+        read: bytes that are done, over all stages.
+        memory: most bytes of anonymous memory seen after a step.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.read = 0
+        self.memory = 0
+
+    def stage(self, what: str, total: int) -> None:
+        self._progress.stage(what, total)
+
+    def advance(self, size: int) -> None:
+        self.read += size
+        self.memory = max(self.memory, anonymous_memory())
+        self._progress.advance(size)

@@ -1,0 +1,71 @@
+"""The summary of a fusion."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rkif.checkpoint.preflight import Plan
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was done, ready for JSON.
+
+    Attributes:
+        out: the output's folder.
+        tensors, files: how many the output has; ``files`` counts those of weights.
+        method, settings, report: as in the manifest. ``report`` has the fields of :class:`rkif.FusionReport`,
+            with None for thresholds that are infinite or that the method does not have.
+        content_sha256: digest of the output's tensors.
+        seconds, cpu_seconds: that this process worked; 0 if the output was complete already.
+        read, written: bytes.
+        memory: the most bytes of anonymous memory seen, including what Python and PyTorch take.
+        resumed: whether an interrupted fusion was continued.
+    """
+
+    out: str
+    tensors: int
+    files: int
+    method: str
+    settings: dict[str, Any]
+    report: dict[str, Any]
+    content_sha256: str
+    seconds: float
+    cpu_seconds: float
+    read: int
+    written: int
+    memory: int
+    resumed: bool
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        manifest: dict[str, Any],
+        *,
+        resumed: bool,
+        seconds: float = 0.0,
+        cpu_seconds: float = 0.0,
+        read: int = 0,
+        memory: int = 0,
+    ) -> Summary:
+        """The summary of a plan whose output has this manifest."""
+        return cls(
+            out=str(plan.request.out),
+            tensors=len(plan.layout.tensors),
+            files=len(plan.layout.sizes),
+            method=manifest["method"],
+            settings=manifest["settings"],
+            report=manifest["report"],
+            content_sha256=manifest["content_sha256"],
+            seconds=seconds,
+            cpu_seconds=cpu_seconds,
+            read=read,
+            written=plan.written,
+            memory=memory,
+            resumed=resumed,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
