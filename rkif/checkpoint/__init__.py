@@ -1,6 +1,7 @@
-"""Fusing checkpoints on disk, in memory that does not depend on their size.
+"""Fusion of checkpoints on disk, in memory that does not depend on their size.
 
-``preflight`` compares the inputs and plans the output without reading a weight; ``fuse`` goes over them chunk
-by chunk, first for what a method has to know of all of them (exact thresholds, mostly), then for the fusion;
-``manifest`` tells later whether a byte has changed.
+``preflight`` turns a ``request`` into a plan, without reading a weight: ``source`` opens the inputs,
+``compatibility`` compares them, ``layout`` cuts the work into chunks. ``fuse`` carries the plan out:
+``loader`` reads chunks, ``scan`` finds what the method must know of all elements (mostly exact thresholds),
+``methods`` compute, ``output`` writes, ``metadata`` adds the card and the manifest, ``workdir`` publishes.
 """

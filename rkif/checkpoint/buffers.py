@@ -15,7 +15,7 @@ IN_FLIGHT = 2  # buffers: one chunk is read or written while another is computed
 
 
 class Buffers:
-    """Buffers for one chunk, one a role.
+    """One chunk's buffers, one for each role.
 
     Args:
         roles: number of buffers.

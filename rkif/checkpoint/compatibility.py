@@ -1,6 +1,6 @@
-"""Compares the names, shapes, dtypes and configs of the inputs: can they be fused?
+"""Compares the names, shapes, dtypes and configs of the inputs.
 
-Reasons why not are appended to ``problems``. A message starts with the input that it is about.
+Differences that prevent a fusion are appended to ``problems``. Each message names its input.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ SHOWN = 5  # names in a message
 
 
 def compare_inputs(checkpoints: Mapping[str, Checkpoint], problems: list[str], notes: list[str]) -> None:
-    """Compare all inputs with BASE; what is no obstacle, but worth knowing, is appended to ``notes``."""
+    """Compare all inputs with BASE; differences that prevent nothing are appended to ``notes``."""
     base = checkpoints["BASE"]
     for argument, checkpoint in checkpoints.items():
         if argument.startswith("--"):
@@ -69,7 +69,7 @@ def _compare_importance(base: Checkpoint, importance: Checkpoint, argument: str,
 
 
 def _check_dtypes(checkpoints: Mapping[str, Checkpoint], problems: list[str]) -> None:
-    """All dtypes must be known. What is fused in BASE must be fused in all, what is copied of one dtype."""
+    """Dtypes must be known. A tensor is floating-point in all inputs, or has one dtype in all."""
     base = checkpoints["BASE"]
     for argument, checkpoint in checkpoints.items():
         if "quantization_config" in checkpoint.config:

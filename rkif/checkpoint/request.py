@@ -1,4 +1,4 @@
-"""What to fuse, and how; whether the output can be made at its place."""
+"""What to fuse, and how; whether the output can be made there."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Workdir:
         self._lock = FileLock(self._path / "lock")
         self.data = self._path / "data"
         self.records: list[dict[str, Any]] = []  # of all processes, in no order
-        self._begun = False  # whether this process's journal has its first line
+        self._has_journal = False  # whether this process's journal has its first line
 
     def __enter__(self) -> Workdir:
         with self._processes.raise_on_any_failure():
@@ -58,7 +58,7 @@ class Workdir:
                 self._claim()
         with self._processes.raise_on_any_failure():
             if self._processes.rank > 0:
-                self._read_journals()
+                self._read_journals(resume=self._resume)
         return self
 
     def _claim(self) -> None:
@@ -70,7 +70,7 @@ class Workdir:
             raise RuntimeError(f"another process is writing {self._out} (in {self._path})") from None
         try:
             self._require_free()
-            self._read_journals()
+            self._read_journals(resume=self._resume)
             self.data.mkdir(exist_ok=True)
         except BaseException:
             if not self._journals():
@@ -96,8 +96,8 @@ class Workdir:
         if self._out.exists() and (not self._out.is_dir() or any(self._out.iterdir())):
             raise ValueError(f"{self._out} exists; name another folder, or remove it")
 
-    def _read_journals(self) -> None:
-        self.records, self._begun = [], False
+    def _read_journals(self, *, resume: bool) -> None:
+        self.records, self._has_journal = [], False
         for journal in self._journals():
             content = journal.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]  # a kill may have cut off the last line
@@ -107,7 +107,7 @@ class Workdir:
                 raise RuntimeError(f"{journal} is damaged ({error}); remove {self._path}") from error
             if not records:
                 continue
-            if not self._resume:
+            if not resume:
                 raise RuntimeError(
                     f"{self._path} holds an interrupted fusion; continue it with --resume, or remove it"
                 )
@@ -117,13 +117,12 @@ class Workdir:
                 )
             if journal == self._journal:
                 os.truncate(journal, len(whole))
-                self._begun = True
+                self._has_journal = True
             self.records += records
 
     def read_all(self) -> None:
         """Read the records of all processes."""
-        self._resume = True
-        self._read_journals()
+        self._read_journals(resume=True)
 
     def _journals(self) -> list[Path]:
         return sorted(self._path.glob("journal*.jsonl"))
@@ -169,24 +168,24 @@ class Workdir:
 
     def record(self, record: dict[str, Any]) -> None:
         """Append a line to the journal, and sync it. What it describes must be on disk already."""
-        lines = [record] if self._begun else [self._plan, record]
-        with self._journal.open("ab" if self._begun else "wb") as file:
+        lines = [record] if self._has_journal else [self._plan, record]
+        with self._journal.open("ab" if self._has_journal else "wb") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
-        self._begun = True
+        self._has_journal = True
         self.records.append(record)
 
     def record_scan(self, state: dict[str, Tensor], position: dict[str, Any]) -> None:
         """Save the state of the scan with its position, in one file, so that both are of the same moment."""
         text = {"position": json.dumps(position | {"ranks": self._processes.size})}
         replace_file(self._state, lambda path: save_file(state, path, metadata=text))
-        if not self._begun:
+        if not self._has_journal:
             self.record({"scanning": True})
 
     def recorded_scan(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """This process's last state and position; None if there is none for this number of processes."""
-        if not self._begun or not self._state.exists():
+        if not self._has_journal or not self._state.exists():
             return None
         with safe_open(self._state, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)

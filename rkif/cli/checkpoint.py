@@ -23,10 +23,10 @@ commands = typer.Typer()
 
 @commands.command("fuse")
 def fuse_command(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="The checkpoint both learners started from.")],
-    inner: Annotated[Path, typer.Argument(metavar="INNER", help="What the inner learner made of it.")],
-    outer: Annotated[Path, typer.Argument(metavar="OUTER", help="What the outer learner made of it.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to be made; it appears when it is complete.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The checkpoint that training started from.")],
+    inner: Annotated[Path, typer.Argument(metavar="INNER", help="The inner learner's checkpoint.")],
+    outer: Annotated[Path, typer.Argument(metavar="OUTER", help="The outer learner's checkpoint.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to make; it appears when it is complete.")],
     method: Annotated[
         str,
         typer.Option(
@@ -43,27 +43,26 @@ def fuse_command(
         Path | None, typer.Option(help="Likewise.", show_default="magnitude of the task vector")
     ] = None,
     density: Annotated[
-        float | None, typer.Option(help="Fraction that a side selects.", show_default="0.2")
+        float | None, typer.Option(help="Fraction that each side selects.", show_default="0.2")
     ] = None,
     rule: Annotated[
-        str | None, typer.Option(help="paper or release (recurrent_kif).", show_default="paper")
+        str | None,
+        typer.Option(help="Merge weights: paper or release (recurrent_kif).", show_default="paper"),
     ] = None,
     scope: Annotated[
         str | None,
         typer.Option(
-            help="global: one threshold over all parameters; tensor: one for each.",
+            help="global: one threshold over all parameters; tensor: one for each tensor.",
             show_default="global; tensor for ties and magnitude_prune",
         ),
     ] = None,
     outer_from: Annotated[
         str | None,
-        typer.Option(
-            help="inner, or base if OUTER was fine-tuned from BASE (recurrent_kif).", show_default="inner"
-        ),
+        typer.Option(help="Where OUTER started: inner or base (recurrent_kif).", show_default="inner"),
     ] = None,
     weight: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="Of INNER and OUTER (other methods).", show_default="1 1"),
+        typer.Option(help="Weights of INNER and OUTER (other methods).", show_default="1 1"),
     ] = None,
     normalize: Annotated[
         bool | None,
@@ -74,13 +73,13 @@ def fuse_command(
         typer.Option("--lambda", help="Factor of the merged task vector.", show_default="1"),
     ] = None,
     rescale: Annotated[
-        bool | None, typer.Option(help="Keep the L1 norm of what is thinned out.", show_default="for dare")
+        bool | None, typer.Option(help="Restore L1 norms after random drops.", show_default="for dare")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of what dare drops.", show_default="0")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of random drops (dare).", show_default="0")] = None,
     max_memory: Annotated[
-        str, typer.Option(help="Memory of the process's own, what Python takes itself included.")
+        str, typer.Option(help="Most anonymous memory of the process, including what Python takes.")
     ] = "2GiB",
-    max_shard_size: Annotated[str, typer.Option(help="Size of a file of the output.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Most bytes of a file of the output.")] = "5GB",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; read no weight.")] = False,
     resume: Resume = False,
@@ -89,8 +88,8 @@ def fuse_command(
     """Fuse checkpoints on disk, exactly, in bounded memory.
 
     BASE, INNER and OUTER are folders in Hugging Face layout (models or adapters), or .safetensors files.
-    Under torchrun (torchrun --nproc-per-node N -m rkif fuse ...) the processes share the work, with the same
-    bytes as result; --max-memory is each one's.
+    Under torchrun (torchrun --nproc-per-node N -m rkif fuse ...) the processes share the work, and the output
+    has the same bytes; --max-memory is the bound for each process.
     """
     announce(f"Fusing {base}, {inner} and {outer} into {out}")
     from rkif.checkpoint.methods import make_method
@@ -126,7 +125,7 @@ def fuse_command(
 
 
 def _fuse(request: Request, processes: ProcessGroup, *, dry_run: bool, as_json: bool) -> None:
-    """Plan and do it, together with other processes if there are any, of which the first one speaks."""
+    """Plan and fuse, together with other processes if there are any; only rank 0 prints."""
     from rich.console import Console
 
     from rkif.checkpoint.display import Bar, plan_dict, plan_table, summary_table
