@@ -44,10 +44,10 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def stage(self, what: str, total: int) -> None:
+    def stage(self, name: str, total: int) -> None:
         if self._task is not None:
             self._bars.remove_task(self._task)
-        self._task = self._bars.add_task(what, total=total)
+        self._task = self._bars.add_task(name, total=total)
 
     def advance(self, size: int) -> None:
         assert self._task is not None

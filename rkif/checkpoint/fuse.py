@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -62,12 +62,7 @@ def fuse_checkpoints(
     )
     with _torch_threads(threads), workdir as work, processes.propagate_failure():
         resumed = bool(work.records)
-        with (
-            OutputWriter(plan, work, processes) as output,
-            Loader(
-                plan.layout.tensors, plan.chunks, len(plan.checkpoints), plan.slot, request.device
-            ) as loader,
-        ):
+        with closing(OutputWriter(plan, work, processes)) as output, closing(Loader(plan)) as loader:
             fusion = _Fusion(plan, work, loader, output, meter, processes)
             scan_result = fusion.scan()
             fusion.fuse(scan_result)
@@ -114,7 +109,7 @@ def _require_unchanged(plan: Plan) -> None:
             )
 
 
-@contextlib.contextmanager
+@contextmanager
 def _torch_threads(count: int) -> Iterator[None]:
     """Let PyTorch compute on ``count`` threads inside the block."""
     before = torch.get_num_threads()

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from rkif.checkpoint.buffers import IN_FLIGHT, Buffers, as_bytes, split
 from rkif.checkpoint.digests import Digests
-from rkif.checkpoint.layout import Chunk, OutputTensor
+from rkif.checkpoint.preflight import Plan
 from rkif.checkpoint.source import Entry, TensorReader
 
 
@@ -38,38 +37,20 @@ class LoadedChunk:
 
 
 class Loader:
-    """Reads chunks in a thread of its own; a context manager.
+    """Reads chunks in a thread of its own, until :meth:`close`."""
 
-    Args:
-        tensors: of the output, with their inputs.
-        chunks: all chunks.
-        roles: number of inputs.
-        slot: bytes of one input's buffer.
-        device: where the chunks are loaded to.
-    """
-
-    def __init__(
-        self,
-        tensors: Sequence[OutputTensor],
-        chunks: Sequence[Chunk],
-        roles: int,
-        slot: int,
-        device: torch.device,
-    ) -> None:
-        self._tensors, self._chunks = tensors, chunks
-        self._buffers = [Buffers(roles, slot, device) for _ in range(IN_FLIGHT)]
+    def __init__(self, plan: Plan) -> None:
+        self._tensors, self._chunks = plan.layout.tensors, plan.chunks
+        roles, device = len(plan.checkpoints), plan.request.device
+        self._buffers = [Buffers(roles, plan.slot, device) for _ in range(IN_FLIGHT)]
         self._reader = TensorReader()
         self._thread = ThreadPoolExecutor(1, "rkif-read")
         self._stream: Any = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Wait for the read in progress, and close the files."""
         self._thread.shutdown(cancel_futures=True)
         self._reader.close()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -23,9 +22,9 @@ OUT = "OUT"  # the output's name among the arguments
 
 
 class OutputWriter:
-    """Writes chunks, digests them and records them in the journal, in a thread of its own; a context manager.
+    """Writes chunks, digests them and records them in the journal, in a thread of its own.
 
-    For each chunk: fill :meth:`targets`, then :meth:`submit`; at the end :meth:`finish`.
+    For each chunk: fill :meth:`targets`, then :meth:`submit`; at the end :meth:`finish` and :meth:`close`.
 
     Args:
         plan: has the layout of the files; rank 0 allocates them here and writes their headers.
@@ -52,12 +51,8 @@ class OutputWriter:
                 os.pwrite(self._files[name], header, 0)
         self._thread = ThreadPoolExecutor(1, "rkif-write")
 
-    def __enter__(self) -> OutputWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Wait for the write in progress, whether or not it succeeds, and close the files."""
         self._thread.shutdown()
         for descriptor in self._files.values():
             os.close(descriptor)

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import shutil
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from rkif.checkpoint.buffers import IN_FLIGHT
@@ -66,7 +67,7 @@ class Plan:
         fused, copied = (plan_chunks(tensors, slot, fused=fused) for fused in (True, False))
         return replace(self, slot=slot, fused_chunks=fused, copied_chunks=copied)
 
-    @property
+    @cached_property
     def chunks(self) -> list[Chunk]:
         """All chunks; an index of a chunk is a place in this list."""
         return [*self.fused_chunks, *self.copied_chunks]

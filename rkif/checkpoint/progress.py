@@ -10,7 +10,7 @@ from rkif.checkpoint.process_memory import anonymous_memory
 class Progress(Protocol):
     """Who is told how far the work has come."""
 
-    def stage(self, what: str, total: int) -> None:
+    def stage(self, name: str, total: int) -> None:
         """A stage begins that goes over ``total`` bytes."""
 
     def advance(self, size: int) -> None:
@@ -20,7 +20,7 @@ class Progress(Protocol):
 class NullProgress:
     """Tells nobody."""
 
-    def stage(self, what: str, total: int) -> None: ...
+    def stage(self, name: str, total: int) -> None: ...
 
     def advance(self, size: int) -> None: ...
 
@@ -38,8 +38,8 @@ class ProgressMeter:
         self.read = 0
         self.memory = 0
 
-    def stage(self, what: str, total: int) -> None:
-        self._progress.stage(what, total)
+    def stage(self, name: str, total: int) -> None:
+        self._progress.stage(name, total)
 
     def advance(self, size: int) -> None:
         self.read += size

@@ -74,6 +74,8 @@ def make_scan(
 class NoScan:
     """For a method that needs no scan."""
 
+    passes = 0
+
     def next_pass(self) -> range | None:
         return None
 
@@ -81,10 +83,6 @@ class NoScan:
         raise AssertionError("there is no pass to observe in")
 
     def end_pass(self) -> None: ...
-
-    @property
-    def passes(self) -> int:
-        return 0
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -137,6 +135,8 @@ class TensorThresholds:
     chunks. Where everything or nothing is selected, of either scope, nothing is searched.
     """
 
+    passes = 0  # one process scans a whole tensor: no pass ends with a sum
+
     def __init__(
         self,
         method: Method,
@@ -171,10 +171,6 @@ class TensorThresholds:
 
     def next_pass(self) -> range | None:
         return self._runs[self._run] if self._run < len(self._runs) else None
-
-    @property
-    def passes(self) -> int:
-        return 0  # one process scans a whole tensor: no pass ends with a sum
 
     def observe(self, tile: Tile, scores: Sides) -> bool:
         if self._searches is not None:
@@ -231,6 +227,7 @@ class Scales:
     """The factors that restore the L1 norms of task vectors after a random part was dropped."""
 
     MIN_NORM = 1e-7  # smaller norms are not restored, as in mergekit
+    passes = 0  # the norms are summed in the result, not at the end of a pass
 
     def __init__(self, method: TaskArithmetic, tensors: int, share: range, processes: ProcessGroup) -> None:
         self._method, self._processes = method, processes
@@ -252,10 +249,6 @@ class Scales:
 
     def end_pass(self) -> None:
         self._chunks = None
-
-    @property
-    def passes(self) -> int:
-        return 0  # one process scans a whole tensor: no pass ends with a sum
 
     def state(self) -> dict[str, Tensor]:
         return {"norms": self._norms.clone(), "done": torch.tensor(self._chunks is None)}
