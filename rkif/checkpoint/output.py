@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -39,7 +40,7 @@ class OutputWriter:
         self._work, self._tensors, self._chunks = work, plan.layout.tensors, plan.chunks
         self._arguments = list(plan.checkpoints)
         self._digests = Digests(self._tensors, lambda tensor: [tensor.target])
-        self._buffers = [Buffers(1, plan.slot, plan.request.device) for _ in range(IN_FLIGHT)]
+        self._slot, self._device = plan.slot, plan.request.device
         self._submitted = 0
         self._writing: Future[None] | None = None
         with processes.raise_on_any_failure():
@@ -85,6 +86,11 @@ class OutputWriter:
         """
         if self._writing is not None:
             self._writing.result()
+
+    @cached_property
+    def _buffers(self) -> list[Buffers]:
+        """Allocated for the first chunk, when the scan has freed its memory."""
+        return [Buffers(1, self._slot, self._device) for _ in range(IN_FLIGHT)]
 
     @property
     def _next_buffers(self) -> Buffers:
