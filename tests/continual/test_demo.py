@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from statistics import fmean
@@ -24,12 +25,11 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("short")
 def test_demo_compares_the_methods_and_can_be_resumed(tmp_path: Path) -> None:
-    console = Console(file=(tmp_path / "shown").open("w"), width=120)
+    console = Console(file=io.StringIO(), width=120)
     out = tmp_path / "out"
     runs = demo(out, resume=False, console=console)
     assert [metrics["method"] for metrics in runs] == ["sequential", "replay", "recurrent_kif"]
-    console.file.flush()
-    _, _, shown = (tmp_path / "shown").read_text().partition("accuracy in % at the end")
+    _, _, shown = console.file.getvalue().partition("accuracy in % at the end")
     for metrics in runs:
         assert json.loads((out / metrics["method"] / "metrics.json").read_text()) == metrics
         row = next(line for line in shown.splitlines() if line.split()[:1] == [metrics["method"]])

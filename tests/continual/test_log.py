@@ -200,7 +200,10 @@ def other_adapter(run: Path) -> None:
         ),
         (lambda run: (run / "ledger.jsonl").write_text(""), "holds no record"),
         (lambda run: (run / "ledger.jsonl").unlink(), "ledger.jsonl is missing"),
-        (lambda run: (run / "ledger.jsonl").open("a").write('{"half'), "record 10 is torn"),
+        (
+            lambda run: (run / "ledger.jsonl").write_text((run / "ledger.jsonl").read_text() + '{"half'),
+            "record 10 is torn",
+        ),
     ],
 )
 def test_the_first_bad_record_is_named(

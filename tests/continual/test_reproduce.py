@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quiet() -> RunProgress:
-    return RunProgress(Console(file=open(os.devnull, "w")))
+    return RunProgress(Console(file=io.StringIO()))
 
 
 @pytest.mark.parametrize("number", range(1, 7))

@@ -63,7 +63,8 @@ def importance_maps(rounds: RoundStatistics) -> str:
         image = values[:, :, side].double().clamp(min=1e-30).log10()
         shown = image[values[:, :, side] > 0]
         low = float(shown.min()) if len(shown) else 0.0
-        drawn = panel.imshow(image.clamp(min=low), aspect="auto", cmap="magma", interpolation="nearest")
+        pixels = image.clamp(min=low).numpy()
+        drawn = panel.imshow(pixels, aspect="auto", cmap="magma", interpolation="nearest")
         figure.colorbar(drawn, ax=panel, label="log10 of mean importance", shrink=0.8)
         panel.set_title(f"{SIDES[side]} learner", fontsize=10, loc="left", pad=16)
         panel.set_xlabel("round", fontsize=9)
