@@ -147,10 +147,10 @@ class _Group:
     def __init__(self, shapes: ShapeSet, dtypes: Dtypes, device: torch.device) -> None:
         fusion = Fuse(shapes, dtypes, device)
         self.device, self._backend = device, cast(Backend, available(device)[0])
+        self._inner, self._sides = fusion.inner, (fusion.inner_scores, fusion.outer_scores)
         # The gradients' memory takes the result: over one of its inputs a fusion may need another pass.
-        self._base, self._inner, self._outer = fusion.base, fusion.inner, fusion.outer
-        self._sides = (fusion.inner_scores, fusion.outer_scores)
         self._grads = [tensor.normal_() for tensor in fusion.out]
+        self._lists = (self._grads, fusion.base, fusion.inner, fusion.outer, *self._sides)
         self._nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
 
     def observe(self) -> None:
@@ -168,11 +168,7 @@ class _Group:
 
     def fuse(self) -> FuseStats:
         return select_and_fuse_(
-            self._grads,
-            self._base,
-            self._inner,
-            self._outer,
-            *self._sides,
+            *self._lists,
             density=DENSITY,
             weights=WEIGHTS,
             backend=self._backend,
@@ -184,11 +180,7 @@ class _Group:
 
     def merge(self, thresholds: tuple[torch.Tensor, torch.Tensor]) -> None:
         fuse_(
-            self._grads,
-            self._base,
-            self._inner,
-            self._outer,
-            *self._sides,
+            *self._lists,
             thresholds=thresholds,
             weights=WEIGHTS,
             backend=self._backend,

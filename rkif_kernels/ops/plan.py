@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from itertools import compress
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from rkif_kernels.backends.choose import implementation, on_device
 from rkif_kernels.ops.importance import require_importance
 from rkif_kernels.profiling import profiled
 from rkif_kernels.types import Backend, ImportanceInputs, Order, Smoothing
+
+# What a backend makes ready: one step on the current device, for weights, gradients, settings, and whether a
+# gradient is not where it was at the last step.
+Step = Callable[[Sequence[Tensor], Sequence[Tensor | None], Smoothing, bool], None]
 
 
 class ImportancePlan:
@@ -84,7 +88,7 @@ class ImportancePlan:
             self._bound = None
             device = self._nonfinite.device
             with on_device(device), profiled("rkif.observe", device):
-                bound.prepared.launch(params, grads, smoothing, moved=moved)
+                bound.step(params, grads, smoothing, moved)
             self._bound = bound
         torch.autograd.graph.increment_version(self._owners)
 
@@ -99,54 +103,31 @@ class ImportancePlan:
         module = implementation(inputs.device, self._backend)
         with torch.no_grad(), on_device(inputs.device):
             make = getattr(module, "PreparedUpdate", None)
-            prepared: Prepared = (
-                make(inputs, self._smoothing.order, self._nonfinite, self._captured)
+            step: Step = (
+                make(inputs, self._smoothing.order, self._nonfinite, self._captured).launch
                 if make is not None
-                else _Unprepared(module, inputs, self._nonfinite)
+                else self._unprepared(module)
             )
         same_params, same_grads = _same_kind(params), _same_kind(grads)
-        return _Bound(prepared, *places, lambda new, gradients: same_params(new) and same_grads(gradients))
+        return _Bound(step, *places, lambda new, gradients: same_params(new) and same_grads(gradients))
 
+    def _unprepared(self, module: ModuleType) -> Step:
+        """For a backend that has nothing to prepare."""
 
-class Prepared(Protocol):
-    """What a backend makes ready for :class:`ImportancePlan`."""
+        def step(
+            params: Sequence[Tensor], grads: Sequence[Tensor | None], smoothing: Smoothing, _moved: bool
+        ) -> None:
+            inputs = ImportanceInputs(params, grads, *self._states)
+            with torch.no_grad():
+                module.update_importance_(inputs, smoothing, self._nonfinite)
 
-    def launch(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        smoothing: Smoothing,
-        *,
-        moved: bool,
-    ) -> None:
-        """One step, on the current device."""
-        ...
-
-
-class _Unprepared:
-    """For a backend that has nothing to prepare."""
-
-    def __init__(self, module: ModuleType, inputs: ImportanceInputs, nonfinite: Tensor) -> None:
-        self._module, self._nonfinite = module, nonfinite
-        self._states = inputs.sensitivity, inputs.uncertainty
-
-    @torch.no_grad()
-    def launch(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        smoothing: Smoothing,
-        *,
-        moved: bool,
-    ) -> None:
-        inputs = ImportanceInputs(params, grads, *self._states)
-        self._module.update_importance_(inputs, smoothing, self._nonfinite)
+        return step
 
 
 class _Bound(NamedTuple):
     """What was prepared, and what for."""
 
-    prepared: Prepared
+    step: Step
     params: list[int]
     grads: list[int]
     same_kind: Callable[[Sequence[Tensor], Sequence[Tensor | None]], bool]

@@ -126,20 +126,17 @@ def fuse_chunk(
     norm_in, norm_out, norm_update = norms
     for tile in range(TILES):
         first = start + tile * BLOCK
-        if first + BLOCK <= numel:
-            n, x, y, z = _fuse_tile(
-                rows, thresholds, weights, first, numel, True, DTYPES,
-                INNER_DISTANCE, OUTER_DISTANCE, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
-            )  # fmt: skip
-            selected += n
-            norm_in += x
-            norm_out += y
-            norm_update += z
-        elif first < numel:
-            n, x, y, z = _fuse_tile(
-                rows, thresholds, weights, first, numel, False, DTYPES,
-                INNER_DISTANCE, OUTER_DISTANCE, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
-            )  # fmt: skip
+        if first < numel:
+            if first + BLOCK <= numel:
+                n, x, y, z = _fuse_tile(
+                    rows, thresholds, weights, first, numel, True, DTYPES,
+                    INNER_DISTANCE, OUTER_DISTANCE, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
+                )  # fmt: skip
+            else:
+                n, x, y, z = _fuse_tile(
+                    rows, thresholds, weights, first, numel, False, DTYPES,
+                    INNER_DISTANCE, OUTER_DISTANCE, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
+                )  # fmt: skip
             selected += n
             norm_in += x
             norm_out += y

@@ -63,7 +63,6 @@ class PreparedUpdate:
         params: Sequence[Tensor],
         grads: Sequence[Tensor | None],
         smoothing: Smoothing,
-        *,
         moved: bool,
     ) -> None:
         """Update once, on the current stream.

@@ -165,23 +165,17 @@ def _bracketed_fuse_kernel(
     norm_out, norm_update = norm_in, norm_in
     for tile in range(TILES):
         first = start + tile * BLOCK
-        if first + BLOCK <= numel:
-            marks, a, b, c, x, y, z = _bracketed_fuse_tile(
-                lists, brackets, weights, first, numel, True,
-                DTYPES, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
-            )  # fmt: skip
-            bits |= marks.to(tl.int64) << (4 * tile)
-            selected += a
-            inner_side += b
-            outer_side += c
-            norm_in += x
-            norm_out += y
-            norm_update += z
-        elif first < numel:
-            marks, a, b, c, x, y, z = _bracketed_fuse_tile(
-                lists, brackets, weights, first, numel, False,
-                DTYPES, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
-            )  # fmt: skip
+        if first < numel:
+            if first + BLOCK <= numel:
+                marks, a, b, c, x, y, z = _bracketed_fuse_tile(
+                    lists, brackets, weights, first, numel, True,
+                    DTYPES, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
+                )  # fmt: skip
+            else:
+                marks, a, b, c, x, y, z = _bracketed_fuse_tile(
+                    lists, brackets, weights, first, numel, False,
+                    DTYPES, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
+                )  # fmt: skip
             bits |= marks.to(tl.int64) << (4 * tile)
             selected += a
             inner_side += b

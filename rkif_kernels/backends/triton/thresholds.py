@@ -91,16 +91,15 @@ def _bracketed_scores_kernel(
     counts = tl.zeros((BLOCK // 4,), tl.int32)
     for tile in range(TILES):
         first = start + tile * BLOCK
-        if first + BLOCK <= numel:
-            marks, n = _bracketed_scores_tile(
-                s_ptr, u_ptr, lo, hi, first, numel, True, DTYPES[1], DISTANCE, BLOCK
-            )
-            bits |= marks.to(tl.int64) << (4 * tile)
-            counts += n
-        elif first < numel:
-            marks, n = _bracketed_scores_tile(
-                s_ptr, u_ptr, lo, hi, first, numel, False, DTYPES[1], DISTANCE, BLOCK
-            )
+        if first < numel:
+            if first + BLOCK <= numel:
+                marks, n = _bracketed_scores_tile(
+                    s_ptr, u_ptr, lo, hi, first, numel, True, DTYPES[1], DISTANCE, BLOCK
+                )
+            else:
+                marks, n = _bracketed_scores_tile(
+                    s_ptr, u_ptr, lo, hi, first, numel, False, DTYPES[1], DISTANCE, BLOCK
+                )
             bits |= marks.to(tl.int64) << (4 * tile)
             counts += n
     store_undecided(bits_ptr, offsets_ptr, first_row + chunk, bits, tl.sum((counts >> 16) & 0xFF), BLOCK)
