@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
-import triton.language as tl
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
@@ -40,9 +39,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-BYTES = {tl.float32: 4, tl.bfloat16: 2, tl.float16: 2}
-PARAMETERS = (tl.float32, tl.bfloat16, tl.float16)
-STATES = (tl.float32, tl.bfloat16)
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+PARAMETERS = ("fp32", "bf16", "fp16")
+STATES = ("fp32", "bf16")
 # Cases that one process compiles one after another, and has disassembled together.
 GROUP = 18
 # Forms of scores: their name, how many streams they read, and whether they are distances.
@@ -66,8 +65,8 @@ class Case:
     name: str
     kernel: Any
     constants: dict[str, Any]
-    loads: tuple[tl.dtype, ...] = ()
-    stores: tuple[tl.dtype, ...] = ()
+    loads: tuple[str, ...] = ()
+    stores: tuple[str, ...] = ()
     config: LaunchConfig = STREAM
     divides: bool = False
 
@@ -103,7 +102,7 @@ class Compiled:
 
 
 def _update_case(
-    param: tl.dtype, state: tl.dtype, *, grad: tl.dtype | None = None, uncertain: bool = True,
+    param: str, state: str, *, grad: str | None = None, uncertain: bool = True,
     order: str = "first", missing: bool = False,
 ) -> Case:  # fmt: skip
     gradient = None if missing else grad or param
@@ -120,7 +119,7 @@ def _update_case(
 
 
 def _adamw_case(
-    param: tl.dtype, state: tl.dtype, *, grad: tl.dtype | None = None, importance: bool = True,
+    param: str, state: str, *, grad: str | None = None, importance: bool = True,
     uncertain: bool = True, order: str = "first",
 ) -> Case:  # fmt: skip
     followed = (state,) * (1 + uncertain) if importance else ()
@@ -138,7 +137,7 @@ def _adamw_case(
 
 
 def _fuse_case(
-    kernel: Any, param: tl.dtype, state: tl.dtype, *, out: tl.dtype | None = None, uncertain: bool = True,
+    kernel: Any, param: str, state: str, *, out: str | None = None, uncertain: bool = True,
     from_inner: bool = True,
 ) -> Case:  # fmt: skip
     scores = (state,) * (1 + uncertain)
@@ -160,7 +159,7 @@ def _fuse_case(
 
 def cases() -> Iterator[Case]:
     """Every kernel: all dtypes of parameters and state, and every variant of each once."""
-    f32, bf16, f16 = tl.float32, tl.bfloat16, tl.float16
+    f32, bf16, f16 = PARAMETERS
     for param, state, uncertain in itertools.product(PARAMETERS, STATES, (True, False)):
         yield _update_case(param, state, uncertain=uncertain)
         yield _fuse_case(_fuse_kernel, param, state, uncertain=uncertain)
@@ -188,7 +187,7 @@ def cases() -> Iterator[Case]:
     for dtype, (kind, streams, distance) in itertools.product(PARAMETERS, SCORES):
         yield from _bracket_cases(dtype, kind, streams, distance)
     for dtype, (kind, streams, distance) in itertools.product(PARAMETERS, SCORES):
-        roles = {"SENSITIVITY": dtype, "UNCERTAINTY": dtype if streams == 2 else None, "DISTANCE": distance}
+        roles = {"DTYPES": (dtype, dtype if streams == 2 else None), "DISTANCE": distance}
         yield Case(f"count {kind} {dtype}", _count_kernel, roles, (dtype,) * streams)
     for dtype in PARAMETERS:
         distances = {"INNER_DISTANCE": True, "OUTER_DISTANCE": True}
@@ -201,10 +200,10 @@ def cases() -> Iterator[Case]:
             loads=(dtype,) * 3,
         )
     for dtype in PARAMETERS:
-        yield Case(f"all valid {dtype}", _invalid_kernel, {"SENSITIVITY": dtype}, (dtype,))
+        yield Case(f"all valid {dtype}", _invalid_kernel, {"DTYPES": (dtype,)}, (dtype,))
 
 
-def _bracket_cases(dtype: tl.dtype, kind: str, streams: int, distance: bool) -> Iterator[Case]:
+def _bracket_cases(dtype: str, kind: str, streams: int, distance: bool) -> Iterator[Case]:
     """What finds thresholds by brackets, of scores alone and of both sides of a fusion."""
     parts = dtype, dtype if streams == 2 else None
     alone = {"DTYPES": parts, "ROLE": 0, "SIDES": 1, "DISTANCE": distance}
@@ -232,8 +231,7 @@ def _selection_cases(config: LaunchConfig) -> Iterator[Case]:
             f"histogram {kind} {state} bits {shift}+{bits}, {name}",
             _histogram_kernel,
             {
-                "SENSITIVITY": state,
-                "UNCERTAINTY": state if streams == 2 else None,
+                "DTYPES": (state, state if streams == 2 else None),
                 "DISTANCE": distance,
                 "SHIFT": shift,
                 "BITS": bits,
@@ -373,7 +371,7 @@ def _argument_type(name: str, constants: dict[str, Any]) -> str | tuple[str, ...
     return "fp32" if name in ("fraction", "spread") else "i32"
 
 
-def _expected(dtypes: tuple[tl.dtype, ...], elements: int) -> Counter[int]:
+def _expected(dtypes: tuple[str, ...], elements: int) -> Counter[int]:
     """Accesses a thread needs for its elements of a block: 128 bits wide, or less where they are fewer."""
     needed: Counter[int] = Counter()
     for dtype in dtypes:

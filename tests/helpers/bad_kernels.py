@@ -42,7 +42,7 @@ def _contract(numels_ptr, values_ptr, numel, BLOCK: tl.constexpr):
 
 
 if __name__ == "__main__":
-    stream = (tl.float32,)
+    stream = ("fp32",)
     good = Case("good", _double, {}, stream, stream)
     cases = [
         good,

@@ -20,13 +20,13 @@ SIZES = [BLOCK, 5]
 
 @kernel
 def _double(
-    pointers_ptr, numels_ptr, n_tensors, EXTRA: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+    pointers_ptr, numels_ptr, n_tensors, EXTRA: tl.constexpr, DTYPES: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Doubles each tensor, and EXTRA elements after its end."""
     tensor = tl.program_id(0)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < tl.load(numels_ptr + tensor) + EXTRA
-    row_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, DTYPE)
+    row_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES)
     tl.store(row_ptr + offsets, tl.load(row_ptr + offsets, mask=mask) * 2, mask=mask)
 
 
@@ -51,7 +51,7 @@ def double(extra: int) -> list[Tensor]:
     tensors = list(storage[: sum(SIZES)].split(SIZES))
     (table,) = tables(aligned([tensors]), BLOCK)
     _double[(len(SIZES),)](
-        table.pointers, table.layout.numels, table.tensors, EXTRA=extra, DTYPE=table.dtypes[0], BLOCK=BLOCK
+        table.pointers, table.layout.numels, table.tensors, EXTRA=extra, DTYPES=table.dtypes, BLOCK=BLOCK
     )
     return tensors
 

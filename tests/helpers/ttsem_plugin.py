@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from torch.overrides import TorchFunctionMode
 from ttsem import harness, sanitize
 from ttsem.memory import Memory
@@ -117,7 +118,7 @@ def _execute_with_table(record: Any, ir_text: str, **kwargs: Any) -> Any:
             for index, (address, numel) in enumerate(zip(row, numels, strict=True)):
                 name = f"role {role}, tensor {index} of the table"
                 record.bases[name] = address
-                record.pre[name] = np.zeros(numel, f"u{dtype.primitive_bitwidth // 8}")
+                record.pre[name] = np.zeros(numel, f"u{tl.dtype(dtype).primitive_bitwidth // 8}")
     _extents[:] = [(base, base + record.pre[name].nbytes) for name, base in record.bases.items()]
     launches[record.fn_name] += 1
     return _execute(record, ir_text, **kwargs)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from kernel_cases import CHUNK, CONFIG, assert_same_bits, normal, on, positive
 
 import rkif
@@ -161,7 +162,7 @@ def shifted(tables: tuple[table.Table, ...]) -> tuple[table.Table, ...]:
     """The same memory, addressed from FAR elements before it: every offset that a kernel forms is huge."""
     moved = []
     for one in tables:
-        widths = [0 if dtype is None else dtype.primitive_bitwidth // 8 for dtype in one.dtypes]
+        widths = [0 if dtype is None else tl.dtype(dtype).primitive_bitwidth // 8 for dtype in one.dtypes]
         back = torch.tensor(widths, device=one.pointers.device)[:, None] * FAR
         layout = replace(
             one.layout, numels=one.layout.numels + FAR, chunk_starts=one.layout.chunk_starts + FAR

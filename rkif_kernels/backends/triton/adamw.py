@@ -57,16 +57,16 @@ def _adamw_tile(
     if DTYPES[4] is not None:
         bad = store_importance(
             w * g, s, u, s_ptr + offsets, u_ptr + offsets, mask, smoothing,
-            DTYPES[4], DTYPES[5], ORDER, BLOCK, ROUND_BF16,
+            DTYPES, 4, ORDER, BLOCK, ROUND_BF16,
         )  # fmt: skip
 
     m = m + take1 * (g - m)
     v = keep2 * v + take2 * g * g
     # The correctly rounded root and quotient: tl.sqrt and `/` are approximations on a GPU.
     w = decay * w - tl.div_rn(step_size * m, tl.sqrt_rn(v) * unbias2 + eps)
-    tl.store(w_ptr + offsets, round_to(w, DTYPES[0], ROUND_BF16), mask=mask)
-    tl.store(m_ptr + offsets, round_to(m, DTYPES[2], ROUND_BF16), mask=mask)
-    tl.store(v_ptr + offsets, round_to(v, DTYPES[3], ROUND_BF16), mask=mask)
+    tl.store(w_ptr + offsets, round_to(w, DTYPES, 0, ROUND_BF16), mask=mask)
+    tl.store(m_ptr + offsets, round_to(m, DTYPES, 2, ROUND_BF16), mask=mask)
+    tl.store(v_ptr + offsets, round_to(v, DTYPES, 3, ROUND_BF16), mask=mask)
     return bad
 
 
@@ -97,12 +97,12 @@ def _adamw_kernel(
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
     lists = (
-        load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES[0]),
-        load_row(pointers_ptr, 1, tensor, n_tensors, DTYPES[1]),
-        load_row(pointers_ptr, 2, tensor, n_tensors, DTYPES[2]),
-        load_row(pointers_ptr, 3, tensor, n_tensors, DTYPES[3]),
-        load_row(pointers_ptr, 4, tensor, n_tensors, DTYPES[4]),
-        load_row(pointers_ptr, 5, tensor, n_tensors, DTYPES[5]),
+        load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES),
+        load_row(pointers_ptr, 1, tensor, n_tensors, DTYPES),
+        load_row(pointers_ptr, 2, tensor, n_tensors, DTYPES),
+        load_row(pointers_ptr, 3, tensor, n_tensors, DTYPES),
+        load_row(pointers_ptr, 4, tensor, n_tensors, DTYPES),
+        load_row(pointers_ptr, 5, tensor, n_tensors, DTYPES),
     )
     bad = tl.zeros((BLOCK // 4,), tl.int32)
     for tile in range(TILES):

@@ -55,9 +55,9 @@ def _gather_key(
     DISTANCE: tl.constexpr,
 ):
     """The keys of single scores of many tensors."""
-    score = gather_float32(pointers_ptr, ROLE, tensors, n_tensors, offsets, mask, DTYPES[ROLE])
+    score = gather_float32(pointers_ptr, ROLE, tensors, n_tensors, offsets, mask, DTYPES)
     if DTYPES[ROLE + 1] is not None:
-        other = gather_float32(pointers_ptr, ROLE + 1, tensors, n_tensors, offsets, mask, DTYPES[ROLE + 1])
+        other = gather_float32(pointers_ptr, ROLE + 1, tensors, n_tensors, offsets, mask, DTYPES)
         score = tl.abs(score - other) if DISTANCE else score * other
     return tl.where(score > 0, score, 0.0).to(tl.int32, bitcast=True)
 

@@ -36,8 +36,7 @@ def _count_kernel(
     shift,
     bins,
     # Constexprs
-    SENSITIVITY: tl.constexpr,
-    UNCERTAINTY: tl.constexpr,
+    DTYPES: tl.constexpr,
     DISTANCE: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
@@ -49,8 +48,8 @@ def _count_kernel(
     """
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
-    s_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, SENSITIVITY)
-    u_ptr = load_row(pointers_ptr, 1, tensor, n_tensors, UNCERTAINTY)
+    s_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES)
+    u_ptr = load_row(pointers_ptr, 1, tensor, n_tensors, DTYPES)
     below = tl.zeros((BLOCK // 4,), tl.int32)
     beyond = tl.zeros((BLOCK // 4,), tl.int32)
     unfit = tl.zeros((BLOCK // 4,), tl.int32)
@@ -61,9 +60,9 @@ def _count_kernel(
             mask = tile_mask(offsets, numel, False)
             if first + BLOCK <= numel:
                 full = tile_mask(offsets, numel, True)
-                score = load_raw_score(s_ptr, u_ptr, offsets, full, UNCERTAINTY, DISTANCE)
+                score = load_raw_score(s_ptr, u_ptr, offsets, full, DTYPES[1] is not None, DISTANCE)
             else:
-                score = load_raw_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY, DISTANCE)
+                score = load_raw_score(s_ptr, u_ptr, offsets, mask, DTYPES[1] is not None, DISTANCE)
             fit = (score >= 0) & (score < float("inf"))
             unfit += lane_sums((mask & (fit == 0)).to(tl.int32), BLOCK)
             score = tl.where(score > 0, score, 0.0)
@@ -93,8 +92,7 @@ def count_scores_(
             shift=shift,
             bins=counts.numel() - 3,
             # Constexprs
-            SENSITIVITY=table.dtypes[0],
-            UNCERTAINTY=table.dtypes[1],
+            DTYPES=table.dtypes,
             DISTANCE=scores.distance,
             BLOCK=config.block,
             TILES=config.tiles,
@@ -113,14 +111,14 @@ def _invalid_kernel(
     # Scalars
     n_tensors,
     # Constexprs
-    SENSITIVITY: tl.constexpr,
+    DTYPES: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """Count the values that are negative or not a number. Float32: reads 4 bytes an element."""
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
-    row_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, SENSITIVITY)
+    row_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES)
     invalid = tl.zeros((BLOCK // 4,), tl.int32)
     for tile in range(TILES):
         first = start + tile * BLOCK
@@ -146,7 +144,7 @@ def all_valid(tensors: Sequence[Tensor], config: LaunchConfig = STREAM) -> bool:
             **table.arguments,
             invalid_ptr=invalid,
             # Constexprs
-            SENSITIVITY=table.dtypes[0],
+            DTYPES=table.dtypes,
             BLOCK=config.block,
             TILES=config.tiles,
             **config.options,

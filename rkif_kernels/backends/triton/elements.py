@@ -11,7 +11,7 @@ kernel = partial(
     triton.jit,
     do_not_specialize=(
         *("n_tensors", "start", "numel", "inner_stride", "outer_stride"),
-        *("s_role", "first_group", "groups_a_tensor", "low", "shift", "bins"),
+        *("groups_a_tensor", "low", "shift", "bins"),
         *("stride", "cells", "first_cell", "all_cells", "capacity"),
         *("first_row", "rows", "k", "low_k", "high_k", "all_programs", "chunks", "first_program"),
     ),
@@ -19,15 +19,16 @@ kernel = partial(
 
 
 @triton.jit
-def load_row(pointers_ptr, role, tensor, n_tensors, DTYPE: tl.constexpr):
-    """The typed base pointer of ``tensor`` in ``role``; any pointer where the role is not there (None)."""
+def load_row(pointers_ptr, ROLE: tl.constexpr, tensor, n_tensors, DTYPES: tl.constexpr):
+    """The typed base pointer of ``tensor`` in a role; any pointer where the role is not there (None)."""
+    DTYPE: tl.constexpr = DTYPES[ROLE]
     if DTYPE is None:
         return pointers_ptr
     else:
-        address = tl.load(pointers_ptr + role * n_tensors + tensor)
+        address = tl.load(pointers_ptr + ROLE * n_tensors + tensor)
         # The alignment must be declared on the typed pointer: on the integer it is lost, and accesses fall
         # to 32 bits. The table only takes addresses that keep the promise.
-        return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+        return tl.multiple_of(address.to(tl.pointer_type(tl.dtype(DTYPE))), 16)
 
 
 @triton.jit
@@ -42,14 +43,14 @@ def load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK: tl
 def load_rows(pointers_ptr, tensor, n_tensors, DTYPES: tl.constexpr):
     """The base pointers of a tensor in every role of a fusion, in the order of ROLES."""
     return (
-        load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES[0]),
-        load_row(pointers_ptr, 1, tensor, n_tensors, DTYPES[1]),
-        load_row(pointers_ptr, 2, tensor, n_tensors, DTYPES[2]),
-        load_row(pointers_ptr, 3, tensor, n_tensors, DTYPES[3]),
-        load_row(pointers_ptr, 4, tensor, n_tensors, DTYPES[4]),
-        load_row(pointers_ptr, 5, tensor, n_tensors, DTYPES[5]),
-        load_row(pointers_ptr, 6, tensor, n_tensors, DTYPES[6]),
-        load_row(pointers_ptr, 7, tensor, n_tensors, DTYPES[7]),
+        load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES),
+        load_row(pointers_ptr, 1, tensor, n_tensors, DTYPES),
+        load_row(pointers_ptr, 2, tensor, n_tensors, DTYPES),
+        load_row(pointers_ptr, 3, tensor, n_tensors, DTYPES),
+        load_row(pointers_ptr, 4, tensor, n_tensors, DTYPES),
+        load_row(pointers_ptr, 5, tensor, n_tensors, DTYPES),
+        load_row(pointers_ptr, 6, tensor, n_tensors, DTYPES),
+        load_row(pointers_ptr, 7, tensor, n_tensors, DTYPES),
     )
 
 
@@ -73,11 +74,11 @@ def load_float32(row_ptr, offsets, mask):
 
 @triton.jit
 def load_raw_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY: tl.constexpr, DISTANCE: tl.constexpr):
-    """Scores as they are: S, S*U, or the DISTANCE |S-U|."""
+    """Scores as they are: S, S*U where there is an UNCERTAINTY, or the DISTANCE |S-U|."""
     score = load_float32(s_ptr, offsets, mask)
     if DISTANCE:
         score = tl.abs(score - load_float32(u_ptr, offsets, mask))
-    elif UNCERTAINTY is not None:
+    elif UNCERTAINTY:
         score *= load_float32(u_ptr, offsets, mask)
     return score
 
@@ -118,10 +119,12 @@ def add_counts(counts_ptr, lanes, FIELDS: tl.constexpr = 4):
 
 
 @triton.jit
-def gather_float32(pointers_ptr, role, tensors, n_tensors, offsets, mask, DTYPE: tl.constexpr):
+def gather_float32(pointers_ptr, ROLE: tl.constexpr, tensors, n_tensors, offsets, mask, DTYPES: tl.constexpr):
     """Single elements of many tensors in float32; 0 beyond the mask."""
-    addresses = tl.load(pointers_ptr + role * n_tensors + tensors, mask=mask, other=0)
-    return tl.load(addresses.to(tl.pointer_type(DTYPE)) + offsets, mask=mask, other=0.0).to(tl.float32)
+    DTYPE: tl.constexpr = DTYPES[ROLE]
+    addresses = tl.load(pointers_ptr + ROLE * n_tensors + tensors, mask=mask, other=0)
+    values = tl.load(addresses.to(tl.pointer_type(tl.dtype(DTYPE))) + offsets, mask=mask, other=0.0)
+    return values.to(tl.float32)
 
 
 @triton.jit
@@ -140,15 +143,16 @@ def find_tensor(firsts_ptr, n_tensors, positions, mask):
 
 
 @triton.jit
-def round_to(value, DTYPE: tl.constexpr, ROUND_BF16: tl.constexpr):
-    """A float32 value rounded to nearest even in ``DTYPE``.
+def round_to(value, DTYPES: tl.constexpr, ROLE: tl.constexpr, ROUND_BF16: tl.constexpr):
+    """A float32 value rounded to nearest even in the dtype of a role.
 
     Triton's interpreter truncates float32 to bfloat16, so there (ROUND_BF16) the rounding is done on the
     bits: adding half a unit, less the tie that goes to even, carries into the upper half exactly when the
     value is to be rounded up. Compiled code has an instruction for it.
     """
-    if ROUND_BF16 and DTYPE == tl.bfloat16:
+    DTYPE: tl.constexpr = DTYPES[ROLE]
+    if ROUND_BF16 and DTYPE == "bf16":
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
-    return value.to(DTYPE)
+    return value.to(tl.dtype(DTYPE))

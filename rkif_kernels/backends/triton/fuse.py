@@ -41,7 +41,7 @@ def merge(
     m_in,
     m_out,
     weights,
-    OUT: tl.constexpr,
+    DTYPES: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
     ROUND_BF16: tl.constexpr,
 ):
@@ -50,7 +50,7 @@ def merge(
     tau_out = outer - (inner if OUTER_FROM_INNER else base)
     w_in = _by_case(m_in, m_out, weights[0], weights[2], weights[4], weights[6])
     w_out = _by_case(m_in, m_out, weights[1], weights[3], weights[5], weights[7])
-    return round_to((base + w_in * tau_in) + w_out * tau_out, OUT, ROUND_BF16), tau_in, tau_out
+    return round_to((base + w_in * tau_in) + w_out * tau_out, DTYPES, 0, ROUND_BF16), tau_in, tau_out
 
 
 @triton.jit
@@ -90,10 +90,14 @@ def _fuse_tile(
     base = load_float32(base_ptr, offsets, mask)
     inner = load_float32(inner_ptr, offsets, mask)
     outer = load_float32(outer_ptr, offsets, mask)
-    m_in = load_score(s_in_ptr, u_in_ptr, offsets, mask, DTYPES[5], INNER_DISTANCE) > thresholds[0]
-    m_out = load_score(s_out_ptr, u_out_ptr, offsets, mask, DTYPES[7], OUTER_DISTANCE) > thresholds[1]
+    m_in = (
+        load_score(s_in_ptr, u_in_ptr, offsets, mask, DTYPES[5] is not None, INNER_DISTANCE) > thresholds[0]
+    )
+    m_out = (
+        load_score(s_out_ptr, u_out_ptr, offsets, mask, DTYPES[7] is not None, OUTER_DISTANCE) > thresholds[1]
+    )
     fused, tau_in, tau_out = merge(
-        base, inner, outer, m_in, m_out, weights, DTYPES[0], OUTER_FROM_INNER, ROUND_BF16
+        base, inner, outer, m_in, m_out, weights, DTYPES, OUTER_FROM_INNER, ROUND_BF16
     )
     tl.store(out_ptr + offsets, fused, mask=mask)
     # Beyond the mask everything was loaded as zero, so only the counts need it.

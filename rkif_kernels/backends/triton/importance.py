@@ -31,13 +31,13 @@ def store_importance(
     u_ptr,
     mask,
     smoothing,
-    SENSITIVITY: tl.constexpr,
-    UNCERTAINTY: tl.constexpr,
+    DTYPES: tl.constexpr,
+    ROLE: tl.constexpr,
     ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
     ROUND_BF16: tl.constexpr,
 ):
-    """Smooth the importance of ``product``, w*g, into S and U of a block.
+    """Smooth the importance of ``product``, w*g, into S and U of a block: roles ROLE and ROLE + 1.
 
     Returns how many elements have an importance that is not finite, in lanes.
     """
@@ -51,10 +51,10 @@ def store_importance(
     finite = importance < float("inf")
     # The old value is stored back where the importance is not finite: a mask would narrow the store.
     new_s = keep1 * s + take1 * importance
-    tl.store(s_ptr, round_to(tl.where(finite, new_s, s), SENSITIVITY, ROUND_BF16), mask=mask)
-    if UNCERTAINTY is not None:
+    tl.store(s_ptr, round_to(tl.where(finite, new_s, s), DTYPES, ROLE, ROUND_BF16), mask=mask)
+    if DTYPES[ROLE + 1] is not None:
         new_u = keep2 * u + take2 * tl.abs(importance - new_s)
-        tl.store(u_ptr, round_to(tl.where(finite, new_u, u), UNCERTAINTY, ROUND_BF16), mask=mask)
+        tl.store(u_ptr, round_to(tl.where(finite, new_u, u), DTYPES, ROLE + 1, ROUND_BF16), mask=mask)
     return lane_sums((mask & (finite == 0)).to(tl.int32), BLOCK)
 
 
@@ -86,7 +86,7 @@ def _update_tile(
         u = load_float32(u_ptr, offsets, mask)
     return store_importance(
         product, s, u, s_ptr + offsets, u_ptr + offsets, mask, smoothing,
-        DTYPES[2], DTYPES[3], ORDER, BLOCK, ROUND_BF16,
+        DTYPES, 2, ORDER, BLOCK, ROUND_BF16,
     )  # fmt: skip
 
 
@@ -116,10 +116,10 @@ def _update_importance_kernel(
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
     lists = (
-        load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES[0]),
-        load_row(pointers_ptr, 1, tensor, n_tensors, DTYPES[1]),
-        load_row(pointers_ptr, 2, tensor, n_tensors, DTYPES[2]),
-        load_row(pointers_ptr, 3, tensor, n_tensors, DTYPES[3]),
+        load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES),
+        load_row(pointers_ptr, 1, tensor, n_tensors, DTYPES),
+        load_row(pointers_ptr, 2, tensor, n_tensors, DTYPES),
+        load_row(pointers_ptr, 3, tensor, n_tensors, DTYPES),
     )
     bad = tl.zeros((BLOCK // 4,), tl.int32)
     for tile in range(TILES):

@@ -21,7 +21,7 @@ from rkif_kernels.backends.triton.elements import (
     tile_mask,
 )
 from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig
-from rkif_kernels.backends.triton.table import Table, aligned, constant, tables
+from rkif_kernels.backends.triton.table import aligned, constant, tables
 from rkif_kernels.types import Scores
 
 # (shift, bits), most significant first. For a histogram of 2,048 bins Triton emits 512 population counts and
@@ -51,12 +51,9 @@ def _histogram_kernel(
     histograms_ptr,
     # Scalars
     n_tensors,
-    s_role,
-    first_group,
     groups_a_tensor,
     # Constexprs
-    SENSITIVITY: tl.constexpr,
-    UNCERTAINTY: tl.constexpr,
+    DTYPES: tl.constexpr,
     DISTANCE: tl.constexpr,
     SHIFT: tl.constexpr,
     BITS: tl.constexpr,
@@ -70,13 +67,13 @@ def _histogram_kernel(
     """
     program = tl.program_id(0)
     tensor = tl.load(chunk_tensors_ptr + program)
-    group = first_group + groups_a_tensor * tl.load(indices_ptr + tensor)
+    group = groups_a_tensor * tl.load(indices_ptr + tensor)
     if tl.load(remaining_ptr + group) >= 0:
         start = tl.multiple_of(tl.load(chunk_starts_ptr + program), BLOCK)
         numel = tl.load(numels_ptr + tensor)
         prefix = tl.load(prefixes_ptr + group)
-        s_ptr = load_row(pointers_ptr, s_role, tensor, n_tensors, SENSITIVITY)
-        u_ptr = load_row(pointers_ptr, s_role + 1, tensor, n_tensors, UNCERTAINTY)
+        s_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES)
+        u_ptr = load_row(pointers_ptr, 1, tensor, n_tensors, DTYPES)
 
         BINS: tl.constexpr = 1 << BITS
         histogram = tl.zeros((BINS,), tl.int32)
@@ -85,11 +82,11 @@ def _histogram_kernel(
             offsets = first + tl.arange(0, BLOCK)
             if first + BLOCK <= numel:
                 mask = tile_mask(offsets, numel, True)
-                score = load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY, DISTANCE)
+                score = load_score(s_ptr, u_ptr, offsets, mask, DTYPES[1] is not None, DISTANCE)
                 histogram += _count_digits(score, mask, prefix, SHIFT, BITS)
             elif first < numel:
                 mask = tile_mask(offsets, numel, False)
-                score = load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY, DISTANCE)
+                score = load_score(s_ptr, u_ptr, offsets, mask, DTYPES[1] is not None, DISTANCE)
                 histogram += _count_digits(score, mask, prefix, SHIFT, BITS)
         bins = histograms_ptr + group.to(tl.int64) * BINS + tl.arange(0, BINS)
         tl.atomic_add(bins, histogram.to(tl.int64), mask=histogram > 0, sem="relaxed")
@@ -148,59 +145,34 @@ def _radix_select(remaining: Tensor, found: Tensor, config: LaunchConfig, count:
         )
 
 
-def select_from_tables(
-    grouped: Sequence[Table],
-    s_roles: Sequence[int],
-    remaining: Tensor,
-    found: Tensor,
-    *,
-    per_tensor: bool,
-    distance: bool = False,
-    config: LaunchConfig,
-) -> None:
-    """Order statistics of tensors: one for each role of scores, or one for each tensor of the only role."""
-
-    def count(remaining: Tensor, prefixes: Tensor, histograms: Tensor, **digit: int) -> None:
-        for side, s_role in enumerate(s_roles):
-            for table in grouped:
-                _histogram_kernel[(table.programs,)](
-                    # Tensors
-                    **table.arguments,
-                    indices_ptr=table.indices,
-                    remaining_ptr=remaining,
-                    prefixes_ptr=prefixes,
-                    histograms_ptr=histograms,
-                    # Scalars
-                    s_role=s_role,
-                    first_group=side,
-                    groups_a_tensor=int(per_tensor),
-                    # Constexprs
-                    SENSITIVITY=table.dtypes[s_role],
-                    UNCERTAINTY=table.dtypes[s_role + 1],
-                    DISTANCE=distance,
-                    BLOCK=config.block,
-                    TILES=config.tiles,
-                    **digit,
-                    **config.options,
-                )
-
-    _radix_select(remaining, found, config, count)
-
-
 def radix_thresholds(
     scores: Scores, *, ks: Sequence[int], per_tensor: bool, config: LaunchConfig = STREAM
 ) -> Tensor:
     """See :func:`rkif_kernels.ops.score_thresholds`; one ``k`` for each group, from 0."""
     device = scores.sensitivity[0].device
     rows = aligned((scores.sensitivity, scores.uncertainty))
-    found = torch.empty(len(ks), dtype=torch.float32, device=device)
-    select_from_tables(
-        tables(rows, config.chunk),
-        (0,),
-        constant(device, tuple(ks), torch.int64).clone(),
-        found,
-        per_tensor=per_tensor,
-        distance=scores.distance,
-        config=config,
-    )
-    return found
+    grouped = tables(rows, config.chunk)
+
+    def count(remaining: Tensor, prefixes: Tensor, histograms: Tensor, **digit: int) -> None:
+        for table in grouped:
+            _histogram_kernel[(table.programs,)](
+                # Tensors
+                **table.arguments,
+                indices_ptr=table.indices,
+                remaining_ptr=remaining,
+                prefixes_ptr=prefixes,
+                histograms_ptr=histograms,
+                # Scalars
+                groups_a_tensor=int(per_tensor),
+                # Constexprs
+                DTYPES=table.dtypes,
+                DISTANCE=scores.distance,
+                BLOCK=config.block,
+                TILES=config.tiles,
+                **digit,
+                **config.options,
+            )
+
+    thresholds = torch.empty(len(ks), dtype=torch.float32, device=device)
+    _radix_select(constant(device, tuple(ks), torch.int64).clone(), thresholds, config, count)
+    return thresholds

@@ -93,8 +93,8 @@ def _bracketed_fuse_tile(
     base = load_float32(base_ptr, offsets, mask)
     inner = load_float32(inner_ptr, offsets, mask)
     outer = load_float32(outer_ptr, offsets, mask)
-    score_in = load_score(s_in_ptr, u_in_ptr, offsets, mask, DTYPES[5])
-    score_out = load_score(s_out_ptr, u_out_ptr, offsets, mask, DTYPES[7])
+    score_in = load_score(s_in_ptr, u_in_ptr, offsets, mask, DTYPES[5] is not None)
+    score_out = load_score(s_out_ptr, u_out_ptr, offsets, mask, DTYPES[7] is not None)
 
     m_in = score_in > brackets[0]
     m_out = score_out > brackets[2]
@@ -103,7 +103,7 @@ def _bracketed_fuse_tile(
     undecided = open_in | open_out
     # What is undecided is stored with the rest, as if above the threshold: a mask would narrow the store.
     fused, tau_in, tau_out = merge(
-        base, inner, outer, m_in, m_out, weights, DTYPES[0], OUTER_FROM_INNER, ROUND_BF16
+        base, inner, outer, m_in, m_out, weights, DTYPES, OUTER_FROM_INNER, ROUND_BF16
     )
     tl.store(out_ptr + offsets, fused, mask=mask)
     none = tl.zeros_like(mask)
@@ -254,9 +254,11 @@ def _finish_kernel(
             base = tl.load(values_ptr + 2 * capacity + entries, mask=mask, other=0.0)
             inner = tl.load(values_ptr + 3 * capacity + entries, mask=mask, other=0.0)
             outer = tl.load(values_ptr + 4 * capacity + entries, mask=mask, other=0.0)
-            fused, _, _ = merge(base, inner, outer, m_in, m_out, weights, OUT, OUTER_FROM_INNER, ROUND_BF16)
+            fused, _, _ = merge(
+                base, inner, outer, m_in, m_out, weights, DTYPES, OUTER_FROM_INNER, ROUND_BF16
+            )
             addresses = tl.load(addresses_ptr + entries, mask=mask, other=0)
-            tl.store(addresses.to(tl.pointer_type(OUT)), fused, mask=mask)
+            tl.store(addresses.to(tl.pointer_type(tl.dtype(OUT))), fused, mask=mask)
             add_counts(fields_ptr, pack_counts(*cases(m_in, m_out, mask), BLOCK))
             norm_update += squared_lanes(fused.to(tl.float32) - base, BLOCK)
             entry += tl.num_programs(0).to(tl.int64) * BLOCK

@@ -12,18 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from rkif_kernels.contiguous import as_contiguous
 
 ALIGNMENT = 16  # bytes: what a kernel may assume of every address, and the width of its accesses
 
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
+# The names that Triton gives them; kernels are compiled for names.
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 Dtypes = tuple[torch.dtype | None, ...]
 Rows = list[list[Tensor | None]]
@@ -49,7 +45,7 @@ class Table:
     """Tensors of one combination of dtypes.
 
     Attributes:
-        dtypes: Triton dtype of each role; None for a role that these tensors lack.
+        dtypes: name of each role's dtype; None for a role that these tensors lack.
         pointers: int64 [roles, tensors], addresses; 0 for a role that is lacking.
         indices: int32 [tensors], their positions in the caller's lists.
         firsts: int64 [tensors + 1], where their elements begin if all tensors of all tables are laid end to
@@ -58,7 +54,7 @@ class Table:
         layout: how they are shared out.
     """
 
-    dtypes: tuple[tl.dtype | None, ...]
+    dtypes: tuple[str | None, ...]
     pointers: Tensor
     indices: Tensor
     firsts: Tensor
@@ -179,7 +175,7 @@ def build_tables(
         order.enter()
         made.append(
             Table(
-                tuple(None if dtype is None else TRITON_DTYPES[dtype] for dtype in key),
+                tuple(None if dtype is None else DTYPE_NAMES[dtype] for dtype in key),
                 upload(_host([[row[index] for index in indices] for row in addresses]), device),
                 upload(_host(indices).int(), device),
                 upload(ends, device),

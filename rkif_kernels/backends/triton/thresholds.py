@@ -84,8 +84,8 @@ def _bracketed_scores_kernel(
     """Mark the scores in the bracket, and count those below it. Float32: reads 8 bytes an element (S, U)."""
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
-    s_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES[0])
-    u_ptr = load_row(pointers_ptr, 1, tensor, n_tensors, DTYPES[1])
+    s_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES)
+    u_ptr = load_row(pointers_ptr, 1, tensor, n_tensors, DTYPES)
     lo, hi = load_bracket(fields_ptr, 0)
     bits = tl.zeros((BLOCK // 4,), tl.int64)
     counts = tl.zeros((BLOCK // 4,), tl.int32)
@@ -94,11 +94,11 @@ def _bracketed_scores_kernel(
         if first < numel:
             if first + BLOCK <= numel:
                 marks, n = _bracketed_scores_tile(
-                    s_ptr, u_ptr, lo, hi, first, numel, True, DTYPES[1], DISTANCE, BLOCK
+                    s_ptr, u_ptr, lo, hi, first, numel, True, DTYPES[1] is not None, DISTANCE, BLOCK
                 )
             else:
                 marks, n = _bracketed_scores_tile(
-                    s_ptr, u_ptr, lo, hi, first, numel, False, DTYPES[1], DISTANCE, BLOCK
+                    s_ptr, u_ptr, lo, hi, first, numel, False, DTYPES[1] is not None, DISTANCE, BLOCK
                 )
             bits |= marks.to(tl.int64) << (4 * tile)
             counts += n

@@ -170,9 +170,9 @@ def _gather_scores(
     DISTANCE: tl.constexpr,
 ):
     """Scores of one tensor at any offsets."""
-    s_ptr = load_row(pointers_ptr, ROLE, tensor, n_tensors, DTYPES[ROLE])
-    u_ptr = load_row(pointers_ptr, ROLE + 1, tensor, n_tensors, DTYPES[ROLE + 1])
-    return load_score(s_ptr, u_ptr, offsets, mask, DTYPES[ROLE + 1], DISTANCE)
+    s_ptr = load_row(pointers_ptr, ROLE, tensor, n_tensors, DTYPES)
+    u_ptr = load_row(pointers_ptr, ROLE + 1, tensor, n_tensors, DTYPES)
+    return load_score(s_ptr, u_ptr, offsets, mask, DTYPES[ROLE + 1] is not None, DISTANCE)
 
 
 @kernel
@@ -233,12 +233,12 @@ def _list_kernel(
                     tl.store(values_ptr + side * capacity + places, score, mask=mask)
                     add_to_bins(fields_ptr, side, score, mask)
                 if SIDES == 2:  # a fusion: what is written, then base, inner and outer
-                    size: tl.constexpr = DTYPES[0].primitive_bitwidth // 8
+                    size: tl.constexpr = tl.dtype(DTYPES[0]).primitive_bitwidth // 8
                     tl.store(
                         addresses_ptr + places, tl.load(pointers_ptr + tensor) + offsets * size, mask=mask
                     )
                     for role in tl.static_range(1, 4):
-                        row_ptr = load_row(pointers_ptr, role, tensor, n_tensors, DTYPES[role])
+                        row_ptr = load_row(pointers_ptr, role, tensor, n_tensors, DTYPES)
                         value = load_float32(row_ptr, offsets, mask)
                         tl.store(values_ptr + (role + 1) * capacity + places, value, mask=mask)
                 words = words & (words - 1)

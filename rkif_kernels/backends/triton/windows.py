@@ -130,9 +130,9 @@ def count_chunk(
 ):
     """Count a chunk's scores in a search's window."""
     if tl.load(fields_ptr + SEARCHES + 4 * side + 2) >= 0:
-        U: tl.constexpr = DTYPES[ROLE + 1]
-        s_ptr = load_row(pointers_ptr, ROLE, tensor, n_tensors, DTYPES[ROLE])
-        u_ptr = load_row(pointers_ptr, ROLE + 1, tensor, n_tensors, U)
+        U: tl.constexpr = DTYPES[ROLE + 1] is not None
+        s_ptr = load_row(pointers_ptr, ROLE, tensor, n_tensors, DTYPES)
+        u_ptr = load_row(pointers_ptr, ROLE + 1, tensor, n_tensors, DTYPES)
         for tile in range(TILES):
             first = start + tile * BLOCK
             offsets = first + tl.arange(0, BLOCK)
