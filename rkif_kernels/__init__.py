@@ -21,6 +21,7 @@ from rkif_kernels.checks import (
     require_weights,
 )
 from rkif_kernels.ops import (
+    FusionPlan,
     ImportancePlan,
     adamw_,
     adamw_constants,
@@ -70,6 +71,7 @@ __all__ = [
     "CountingSearches",
     "FuseStats",
     "FusionInputs",
+    "FusionPlan",
     "ImportanceInputs",
     "ImportancePlan",
     "MergeRule",

@@ -57,7 +57,7 @@ def measure(rounds: int = ROUNDS) -> list[Row]:
     torch.set_num_threads(1)
     try:
         large = replace(BRACKETING, min_numel=1)
-        defaults = single_pass.select_and_fuse_.__kwdefaults__
+        defaults = single_pass.prepared_fusion.__kwdefaults__
         with stub_driver() as counter, patch.dict(defaults, bracketing=large):
             seen: dict[str, int] = {}
             return [row for tensors in TENSORS for row in _Case(tensors).measure(counter, seen, rounds)]

@@ -154,7 +154,9 @@ def _fuse(device: torch.device) -> Callable[..., Any]:
 
     def run(config: LaunchConfig, out: list[Tensor], *inputs: Any, density: float, weights: Any) -> Any:
         k = order_statistic_k(sum(t.numel() for t in out), density)
-        return kernels.select_and_fuse_(FusionInputs(out, *inputs), k, MergeRule(weights, "inner"), config)
+        return kernels.select_and_fuse_(
+            FusionInputs(out, *inputs), k, MergeRule(weights, "inner"), config=config
+        )
 
     return run
 

@@ -159,6 +159,8 @@ class ShardedParameters:
         """Counts of what was seen in the parts, [n]: over all processes, and of replicas the highest."""
         if self.sharded:
             return self.processes.all_reduce_sum(counts)
+        if self.processes.size == 1:
+            return counts
         return self.processes.all_gather(counts).view(self.processes.size, -1).amax(0)
 
     def thresholds(self, scores: Scores, *, density: float, scope: Scope) -> Tensor:

@@ -19,8 +19,8 @@ from rkif.fuser.grouped_fusion import squared_distance
 from rkif.fuser.importance import Importance
 from rkif.fuser.no_compile import uncompiled
 from rkif.fuser.parameters import trainable_parameters
-from rkif.fuser.round_fusion import fuse_round, learner_thresholds, skip_round
-from rkif.fuser.snapshot import Snapshot
+from rkif.fuser.round_fusion import fuse_round, fusion_plan, learner_thresholds, skip_round
+from rkif.fuser.snapshot import Snapshot, SnapshotPool
 from rkif.fuser.state import load_state, read, state_of, write
 from rkif.fusion import FusionReport
 from rkif.gate import Gate, Gatekeeper
@@ -96,6 +96,7 @@ class Fuser:
         self._dtypes = [part.dtype for part in parts]
         masters = [torch.promote_types(dtype, torch.float32) for dtype in self._dtypes]
         self._base_dtypes = masters if self.config.fp32_master else self._dtypes
+        self._snapshots = SnapshotPool(offload=self.config.offload)
         self._base = self._snapshot(self._base_dtypes, parts)
         self._inner: Snapshot | None = None  # where the inner learner stopped; only in the outer phase
         # Importance at the start of the round, which a gate may return to where it is not zero.
@@ -103,6 +104,7 @@ class Fuser:
         # Elements whose importance was not finite: those that this process counts, and its replicas.
         self._nonfinite = torch.zeros(2, dtype=torch.int64, device=parts[0].device)
         self._counters = torch.split(self._nonfinite, 1)
+        self._plan = fusion_plan(self.config, list(self.parameters))
         self._with_gradient: set[str] = set()
         self._observed: dict[Learner, int] = {"inner": 0, "outer": 0}
         self._outer_settled = False  # refresh_outer=False: whether a fusion has gone by the outer importance
@@ -316,10 +318,7 @@ class Fuser:
         }
 
     def _snapshot(self, dtypes: Sequence[torch.dtype], values: Sequence[Tensor] | None = None) -> Snapshot:
-        snapshot = Snapshot(self._shards.parts(), dtypes, offload=self.config.offload)
-        if values is not None:
-            snapshot.copy_from(range(len(values)), [value.detach() for value in values])
-        return snapshot
+        return self._snapshots.take(self._shards.parts(), dtypes, values)
 
     def _finish_round(self) -> FusionReport:
         """Fuse, let the gate judge, and make of the result the next round's base."""
@@ -329,6 +328,7 @@ class Fuser:
         report = fuse_round(self, fused)
         if self._gatekeeper is None:
             restore(self._shards, fused)
+            self._snapshots.put_back(self._base)
             self._base = fused
             return report
         return self._apply_gate(self._gatekeeper, fused, report)
@@ -337,11 +337,14 @@ class Fuser:
         """Let the gate decide how much of the step from base to ``fused`` is taken."""
         outer = self._snapshot(self._dtypes, [part.detach() for part in self._shards.parts()])
         verdict = take_gated_step(gatekeeper, self._shards, base=self._base, fused=fused, outer=outer)
+        self._snapshots.put_back(outer)
         if verdict.factor == 0:
+            self._snapshots.put_back(fused)
             self._undo_importance()
             return replace(report, norms=report.norms | {"update": 0.0}, applied=False, gate=verdict)
         update = squared_distance(fused, self._base, self._shards.owned)
         norms = report.norms | {"update": math.sqrt(float(self._shards.all_reduce_sum(update)))}
+        self._snapshots.put_back(self._base)
         self._base = fused
         return replace(report, norms=norms, gate=verdict)
 
@@ -358,6 +361,8 @@ class Fuser:
             self._importance["outer"].clear()
         for name, tensor in self._start.items():
             tensor.copy_(self._kept_importance()[name])
+        if self._inner is not None:
+            self._snapshots.put_back(self._inner)
         self._inner = None
         self._nonfinite.zero_()
         self._with_gradient.clear()

@@ -7,14 +7,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rkif.config import merge_weights
+from rkif.config import FusionConfig, merge_weights
 from rkif.fuser.gated_step import restore
 from rkif.fuser.grouped_fusion import grouped_fusion
 from rkif.fuser.snapshot import Snapshot
-from rkif.fusion import FusionReport, fuse_lists, report_of, skipped_report
+from rkif.fusion import FusionReport, report_of, skipped_report
+from rkif_kernels import FusionPlan
 
 if TYPE_CHECKING:
     from rkif.fuser.fuser import Fuser, Learner
+
+
+def fusion_plan(config: FusionConfig, names: list[str]) -> FusionPlan:
+    """What every round on one device in one dtype fuses by."""
+    return FusionPlan(
+        density=config.density, scope=config.scope, weights=merge_weights(config.rule).cases, names=names
+    )
 
 
 def fuse_round(fuser: Fuser, fused: Snapshot) -> FusionReport:
@@ -26,23 +34,14 @@ def fuse_round(fuser: Fuser, fused: Snapshot) -> FusionReport:
     assert fuser._inner is not None
     shards = fuser._shards
     inner, outer = fuser._importance["inner"], fuser._importance["outer"]
-    names, parts = list(fuser.parameters), [part.detach() for part in shards.parts()]
+    names = list(fuser.parameters)
     weights = merge_weights(fuser.config.rule)
     plain = fuser._base_dtypes == fuser._dtypes and not (fuser.config.offload or fuser.config.pack_inner)
     if plain and not shards.sharded:
         with shards.processes.raise_on_any_failure():
-            return fuse_lists(
-                names,
-                fuser._base.tensors,
-                fuser._inner.tensors,
-                parts,
-                inner.scores,
-                outer.scores,
-                out=fused.tensors,
-                density=fuser.config.density,
-                weights=weights,
-                scope=fuser.config.scope,
-            )
+            snapshots = fused.tensors, fuser._base.tensors, fuser._inner.tensors
+            stats = fuser._plan.fuse(*snapshots, shards.parts(), inner.scores, outer.scores)
+        return report_of(names, stats, numel=sum(shards.sizes), scope=fuser.config.scope)
     inner_thresholds = learner_thresholds(fuser, "inner") if inner.thresholds is None else inner.thresholds
     outer_thresholds = learner_thresholds(fuser, "outer")
     with shards.processes.raise_on_any_failure():
@@ -50,7 +49,7 @@ def fuse_round(fuser: Fuser, fused: Snapshot) -> FusionReport:
             fused,
             fuser._base,
             fuser._inner,
-            parts,
+            [part.detach() for part in shards.parts()],
             (inner, outer),
             thresholds=(inner_thresholds, outer_thresholds),
             weights=weights.cases,

@@ -12,6 +12,8 @@ from torch import Tensor
 # Elements that are in flight between host and device at a time, unless one tensor has more: 64 MiB of float32
 # take a millisecond to copy, long against a launch and short against memory.
 GROUP_NUMEL = 1 << 24
+# Up to so many bytes a snapshot keeps its memory while it is not in use: an adapter does, a whole model not.
+KEPT_BYTES = 1 << 28
 
 
 def groups(sizes: Sequence[int]) -> list[range]:
@@ -26,7 +28,7 @@ def groups(sizes: Sequence[int]) -> list[range]:
 
 
 class Snapshot:
-    """A copy of each of some tensors; its memory is uninitialised at first.
+    """A copy of each of some tensors, in one piece of memory for each dtype; uninitialised at first.
 
     Args:
         like: the tensors, which give shapes and device.
@@ -36,22 +38,36 @@ class Snapshot:
 
     Attributes:
         tensors: the copies.
-        device: of the tensors that were copied.
+        device, dtypes: of the tensors that were copied, and of the copies.
         offloaded: whether the copies are on another device than these.
     """
 
     def __init__(self, like: Sequence[Tensor], dtypes: Sequence[torch.dtype], *, offload: bool) -> None:
-        self.device = like[0].device
+        self.device, self.dtypes = like[0].device, list(dtypes)
         self.offloaded = offload and self.device.type == "cuda"
         device = torch.device("cpu") if offload else self.device
         with torch.inference_mode(False):  # whatever the caller's mode is, later rounds write to them
-            self.tensors = [
-                torch.empty_strided(
-                    t.shape, _dense_strides(t), dtype=dtype, device=device, pin_memory=self.offloaded
-                )
-                for t, dtype in zip(like, dtypes, strict=True)
-            ]
+            self._arenas, self.tensors = _arenas(like, dtypes, device, pin_memory=self.offloaded)
         self._stream: Any = torch.cuda.Stream(self.device) if self.offloaded else None  # type: ignore[no-untyped-call]
+
+    def free(self) -> None:
+        """Give the memory back until :meth:`allocate`.
+
+        Small memory stays, so that copies take turns in few places, which a fusion knows again. Pinned memory
+        stays because it is slow to get.
+        """
+        if sum(arena.nbytes for arena in self._arenas) > KEPT_BYTES:
+            self._resize(0)
+
+    def allocate(self) -> None:
+        """Take memory again, uninitialised, where :meth:`free` has given it back."""
+        self._resize(1)
+
+    def _resize(self, share: int) -> None:
+        for arena in () if self.offloaded else self._arenas:
+            size = share * arena.nbytes
+            if arena.untyped_storage().nbytes() != size:
+                arena.untyped_storage().resize_(size)
 
     def scratch(self, indices: Iterable[int]) -> list[Tensor]:
         """Memory on the tensors' device for values of :meth:`copy_from`: the copies, or new if offloaded."""
@@ -92,6 +108,33 @@ class Snapshot:
         return [self.tensors[index].to(self.device, non_blocking=self.offloaded) for index in indices]
 
 
+class SnapshotPool:
+    """Snapshots of the same tensors that take turns; one that is put back keeps its views, not its memory."""
+
+    def __init__(self, *, offload: bool) -> None:
+        self._offload = offload
+        self._free: list[Snapshot] = []
+
+    def take(
+        self, like: Sequence[Tensor], dtypes: Sequence[torch.dtype], values: Sequence[Tensor] | None = None
+    ) -> Snapshot:
+        """A snapshot of ``values``, or uninitialised. ``like`` has the same shapes in every call."""
+        snapshot = next((free for free in self._free if free.dtypes == dtypes), None)
+        if snapshot is None:
+            snapshot = Snapshot(like, dtypes, offload=self._offload)
+        else:
+            self._free.remove(snapshot)
+            snapshot.allocate()
+        if values is not None:
+            snapshot.copy_from(range(len(values)), [value.detach() for value in values])
+        return snapshot
+
+    def put_back(self, snapshot: Snapshot) -> None:
+        """Give a snapshot's memory back. Whoever holds its tensors must not use them any more."""
+        snapshot.free()
+        self._free.append(snapshot)
+
+
 def iter_groups(snapshots: Sequence[Snapshot]) -> Iterator[tuple[range, list[list[Tensor]]]]:
     """Yield a group's indices and each snapshot's tensors, on the device; the next is being copied."""
     indices = groups([tensor.numel() for tensor in snapshots[0].tensors])
@@ -124,6 +167,24 @@ def iter_groups(snapshots: Sequence[Snapshot]) -> Iterator[tuple[range, list[lis
             for tensor in tensors if snapshot.offloaded else ():
                 tensor.record_stream(current)
         yield group, found
+
+
+def _arenas(
+    like: Sequence[Tensor], dtypes: Sequence[torch.dtype], device: torch.device, *, pin_memory: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Flat tensors, one for each dtype, and dense views of them, each starting on a 64-byte boundary."""
+    starts, sizes = [], dict.fromkeys(dtypes, 0)
+    for tensor, dtype in zip(like, dtypes, strict=True):
+        starts.append(sizes[dtype])
+        step = 64 // dtype.itemsize
+        sizes[dtype] += -(-tensor.numel() // step) * step
+    flat = {
+        dtype: torch.empty(size, dtype=dtype, device=device, pin_memory=pin_memory)
+        for dtype, size in sizes.items()
+    }
+    rows = zip(like, dtypes, starts, strict=True)
+    views = [flat[dtype].as_strided(t.shape, _dense_strides(t), start) for t, dtype, start in rows]
+    return list(flat.values()), views
 
 
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:

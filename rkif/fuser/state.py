@@ -90,6 +90,8 @@ def load_state(fuser: Fuser, state: Mapping[str, Tensor]) -> None:
     for learner, importance in fuser._importance.items():
         own = section(parts, f"{learner}_importance")
         importance.load_tensors(own, thresholds if learner == "inner" else None)
+    if fuser._inner is not None:
+        fuser._snapshots.put_back(fuser._inner)
     fuser._inner = fuser._snapshot(fuser._dtypes) if in_outer else None
     synchronize(fuser)
     for name, tensor in _tensors(fuser).items():

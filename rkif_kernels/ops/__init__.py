@@ -3,8 +3,9 @@
 from rkif_kernels.ops import library as library  # registers the operations
 from rkif_kernels.ops.adamw import adamw_, adamw_constants
 from rkif_kernels.ops.fuse import fuse_, select_and_fuse_
+from rkif_kernels.ops.fusion_plan import FusionPlan
 from rkif_kernels.ops.importance import update_importance_
-from rkif_kernels.ops.plan import ImportancePlan
+from rkif_kernels.ops.importance_plan import ImportancePlan
 from rkif_kernels.ops.select import (
     all_valid_scores,
     count_scores_,
@@ -15,6 +16,7 @@ from rkif_kernels.ops.select import (
 )
 
 __all__ = [
+    "FusionPlan",
     "ImportancePlan",
     "adamw_",
     "adamw_constants",

@@ -73,11 +73,9 @@ def fuse_(
         TypeError, ValueError: for tensors that do not fit together, or outputs that overlap each other or
             another parameter's input; nothing has been written then.
     """
-    inputs, rule = (
-        FusionInputs(out, base, inner, outer, inner_scores, outer_scores),
-        MergeRule(weights, outer_from),
-    )
-    _require_fusion(inputs, rule, names)
+    inputs = FusionInputs(out, base, inner, outer, inner_scores, outer_scores)
+    rule = MergeRule(weights, outer_from)
+    require_fusion(inputs, rule, names)
     device = inputs.device
     for side, threshold in zip(("inner", "outer"), thresholds, strict=True):
         right = threshold.dtype == torch.float32 and threshold.shape in ((1,), (len(out),))
@@ -125,29 +123,43 @@ def select_and_fuse_(
             density, scope, [weight for pair in weights for weight in pair], outer_from, backend,
         )  # fmt: skip
         return FuseStats(counts, squared_norms, (thresholds[0], thresholds[1]))
-    inputs, rule = (
-        FusionInputs(out, base, inner, outer, inner_scores, outer_scores),
-        MergeRule(weights, outer_from),
+    inputs = FusionInputs(out, base, inner, outer, inner_scores, outer_scores)
+    rule = MergeRule(weights, outer_from)
+    require_fusion(inputs, rule, names)
+    require_selection(density, scope)
+    with profiled("rkif.fuse", inputs.device):
+        return select_and_fuse(inputs, rule, density, scope, names, backend)
+
+
+def select_and_fuse(
+    inputs: FusionInputs,
+    rule: MergeRule,
+    density: float,
+    scope: Scope,
+    names: Sequence[str] | None,
+    backend: Backend,
+) -> FuseStats:
+    """:func:`select_and_fuse_` of what has been checked."""
+    module = implementation(inputs.device, backend)
+    if hasattr(module, "select_and_fuse_") and fits_one_pass(inputs, density, scope):
+        with torch.no_grad(), on_device(inputs.device):
+            stats: FuseStats = module.select_and_fuse_(inputs, order_statistic_k(inputs.numel, density), rule)
+        return stats
+    inner_threshold, outer_threshold = (
+        score_thresholds(scores, density=density, scope=scope, names=names, backend=backend)
+        for scores in (inputs.inner_scores, inputs.outer_scores)
     )
-    _require_fusion(inputs, rule, names)
-    require_fraction("density", density)
-    require_choice("scope", scope, get_args(Scope))
-    device = inputs.device
-    module = implementation(device, backend)
-    numel = inputs.numel
+    return _fuse(inputs, (inner_threshold, outer_threshold), rule, backend)
+
+
+def fits_one_pass(inputs: FusionInputs, density: float, scope: Scope) -> bool:
+    """Whether one pass can both select and fuse: it may have to begin anew, so the inputs must stay."""
+    if inputs.inner_scores.distance or inputs.outer_scores.distance or not 0 < density < 1:
+        return False
+    if scope != "global" or not inputs.numel:
+        return False
     read = {tensor.data_ptr() for tensors in inputs.read.values() for tensor in tensors if tensor.numel()}
-    apart = all(tensor.data_ptr() not in read for tensor in out)
-    apart &= not (inner_scores.distance or outer_scores.distance)
-    with profiled("rkif.fuse", device):
-        if hasattr(module, "select_and_fuse_") and scope == "global" and 0 < density < 1 and numel and apart:
-            with torch.no_grad(), on_device(device):
-                stats: FuseStats = module.select_and_fuse_(inputs, order_statistic_k(numel, density), rule)
-            return stats
-        inner_threshold, outer_threshold = (
-            score_thresholds(scores, density=density, scope=scope, names=names, backend=backend)
-            for scores in (inner_scores, outer_scores)
-        )
-        return _fuse(inputs, (inner_threshold, outer_threshold), rule, backend)
+    return all(tensor.data_ptr() not in read for tensor in inputs.out)
 
 
 def _fuse(
@@ -160,7 +172,7 @@ def _fuse(
     return stats
 
 
-def _require_fusion(inputs: FusionInputs, rule: MergeRule, names: Sequence[str] | None) -> None:
+def require_fusion(inputs: FusionInputs, rule: MergeRule, names: Sequence[str] | None) -> None:
     """Check everything that both fusions share."""
     arguments = Arguments(names)
     key = _validated.key(out=inputs.out, **inputs.read)
@@ -174,3 +186,9 @@ def _require_fusion(inputs: FusionInputs, rule: MergeRule, names: Sequence[str] 
     for case, pair in zip(CASES, rule.weights, strict=True):
         require_weights(f"weights for {case!r}", pair)
     require_choice("outer_from", rule.outer_from, get_args(OuterFrom))
+
+
+def require_selection(density: float, scope: Scope) -> None:
+    """Check what says how much is selected."""
+    require_fraction("density", density)
+    require_choice("scope", scope, get_args(Scope))

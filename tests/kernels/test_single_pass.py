@@ -29,7 +29,7 @@ from rkif_kernels import FusionInputs, MergeRule, Scores
 from rkif_kernels.backends import reference
 from rkif_kernels.backends.triton import select_and_fuse_, single_pass, thresholds
 from rkif_kernels.backends.triton.launch import BRACKETING, Bracketing
-from rkif_kernels.backends.triton.windows import FAILED, Workspace
+from rkif_kernels.backends.triton.windows import FAILED
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,14 +42,14 @@ RELEASE = ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5))
 def fell_back(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """For each single pass, the flag that says whether its brackets failed."""
     flags: list[Tensor] = []
-    make = single_pass.Workspace.of
+    make = single_pass.workspace
 
-    def spy(*args: Any) -> Workspace:
-        workspace = make(*args)
-        flags.append(workspace.fields[FAILED.value])
-        return workspace
+    def spy(*args: Any) -> dict[str, Tensor]:
+        memory = make(*args)
+        flags.append(memory["fields_ptr"][FAILED.value])
+        return memory
 
-    monkeypatch.setattr(single_pass.Workspace, "of", spy)
+    monkeypatch.setattr(single_pass, "workspace", spy)
     return flags
 
 

@@ -5,7 +5,7 @@ from rkif_kernels.backends.triton.count import all_valid, count_scores_
 from rkif_kernels.backends.triton.fuse import fuse_
 from rkif_kernels.backends.triton.importance import update_importance_
 from rkif_kernels.backends.triton.plan import PreparedUpdate
-from rkif_kernels.backends.triton.single_pass import select_and_fuse_
+from rkif_kernels.backends.triton.single_pass import prepared_fusion, select_and_fuse_
 from rkif_kernels.backends.triton.thresholds import score_thresholds
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "all_valid",
     "count_scores_",
     "fuse_",
+    "prepared_fusion",
     "score_thresholds",
     "select_and_fuse_",
     "update_importance_",

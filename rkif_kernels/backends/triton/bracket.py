@@ -9,15 +9,14 @@ that ties by the million there (zeros above all) are decided exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
 from rkif_kernels.backends.triton.elements import find_tensor, gather_float32, kernel
-from rkif_kernels.backends.triton.launch import Bracketing, LaunchConfig, capped_grid
+from rkif_kernels.backends.triton.launch import Bracketing, LaunchConfig, PreparedLaunch, capped_grid
 from rkif_kernels.backends.triton.table import Table
 from rkif_kernels.backends.triton.windows import (
     ALL_BINS,
@@ -28,7 +27,6 @@ from rkif_kernels.backends.triton.windows import (
     SAMPLE_STEP,
     SAMPLED,
     SEARCHES,
-    Workspace,
     bin_bits,
     last_program,
 )
@@ -239,64 +237,63 @@ def _count_sample_kernel(
 
 def find_brackets(
     grouped: Sequence[Table],
-    workspace: Workspace,
-    scores: dict[str, object],
+    scores: Mapping[str, object],
     fraction: float,
     bracketing: Bracketing,
     config: LaunchConfig,
-) -> None:
-    """Write the brackets' keys into the workspace.
+) -> tuple[list[PreparedLaunch], int]:
+    """The launches that write the brackets' keys into the workspace.
 
     Args:
         scores: where a table has them, as constants of the kernels: ROLE, SIDES and DISTANCE.
         fraction: the order statistic's place among all scores, from 0 to 1.
+
+    Returns:
+        The launches, and how many int32 they need as ``samples_ptr``.
     """
     numel = sum(table.numel for table in grouped)
-    device = workspace.fields.device
     tables = _cell_arguments(grouped, max(1, -(-numel // bracketing.first_samples)))
     all_cells = sum(table["cells"] for table in tables)
     low_k, high_k = bracketing.sample_ks(fraction, all_cells, numel)
-    samples = torch.empty((2, all_cells), dtype=torch.int32, device=device)
     programs = [triton.cdiv(table["cells"], config.block) for table in tables]
-    for table, size in zip(tables, programs, strict=True):
-        _sample_kernel[(size,)](
-            # Tensors
-            samples_ptr=samples,
-            fields_ptr=workspace.fields,
-            # Scalars
-            all_cells=all_cells,
-            low_k=low_k,
-            high_k=high_k,
-            all_programs=sum(programs),
-            # Constexprs
-            STEP=SAMPLE_STEP,
-            # Whatever the size, so that nothing is compiled anew: tables round their cells up.
-            SAMPLES=triton.next_power_of_2(bracketing.first_samples + len(grouped) - 1),
-            BLOCK=config.block,
-            **table,
-            **scores,
-            **config.options,
-        )
+    arguments: dict[str, object] = {
+        # Scalars
+        "all_cells": all_cells,
+        "low_k": low_k,
+        "high_k": high_k,
+        "all_programs": sum(programs),
+        # Constexprs
+        "STEP": SAMPLE_STEP,
+        # Whatever the size, so that nothing is compiled anew: tables round their cells up.
+        "SAMPLES": triton.next_power_of_2(bracketing.first_samples + len(grouped) - 1),
+        "BLOCK": config.block,
+        **scores,
+    }
+    launches = [
+        PreparedLaunch(_sample_kernel, size, arguments | table, config.options)
+        for table, size in zip(tables, programs, strict=True)
+    ]
     tables = _cell_arguments(grouped, bracketing.stride(numel))
+    device = grouped[0].pointers.device
     programs = [
         capped_grid(triton.cdiv(table["cells"] * bracketing.run, config.block), device) for table in tables
     ]
-    for table, size in zip(tables, programs, strict=True):
-        _count_sample_kernel[(size,)](
-            # Tensors
-            fields_ptr=workspace.fields,
-            # Scalars
-            all_programs=sum(programs),
-            fraction=fraction,
-            spread=bracketing.sigmas * math.sqrt(fraction * (1 - fraction) * bracketing.design_effect),
-            # Constexprs
-            STEP=COUNT_STEP,
-            RUN=bracketing.run,
-            BLOCK=config.block,
-            **table,
-            **scores,
-            **config.options,
-        )
+    arguments = {
+        # Scalars
+        "all_programs": sum(programs),
+        "fraction": fraction,
+        "spread": bracketing.sigmas * math.sqrt(fraction * (1 - fraction) * bracketing.design_effect),
+        # Constexprs
+        "STEP": COUNT_STEP,
+        "RUN": bracketing.run,
+        "BLOCK": config.block,
+        **scores,
+    }
+    launches += [
+        PreparedLaunch(_count_sample_kernel, size, arguments | table, config.options)
+        for table, size in zip(tables, programs, strict=True)
+    ]
+    return launches, 2 * all_cells
 
 
 def _cell_arguments(grouped: Sequence[Table], stride: int) -> list[dict[str, Any]]:

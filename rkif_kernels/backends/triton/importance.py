@@ -155,8 +155,8 @@ def update_importance_(
 def prepare_update(
     table: Table, order: Order, nonfinite: Tensor, config: LaunchConfig = STREAM
 ) -> PreparedLaunch:
-    """The launch for one table, which is called with the factors of the ``smoothing``."""
-    arguments = update_arguments(table, order, nonfinite, config) | {"smoothing": Smoothing(0).factors}
+    """The launch for one table, which is given the factors of the ``smoothing``."""
+    arguments = update_arguments(table, order, nonfinite, config)
     return PreparedLaunch(_update_importance_kernel, table.programs, arguments, config.options)
 
 

@@ -43,7 +43,7 @@ class LaunchConfig:
 
 
 class PreparedLaunch:
-    """A kernel and the arguments that it keeps; a later launch passes those that change, and binds nothing.
+    """A kernel and the arguments that it keeps; a later launch passes the others, and binds nothing.
 
     Binding some twenty arguments and looking up the compiled kernel takes Triton longer than the rest of a
     launch. What it depends on (dtypes, alignment, constants) does not change here, so the compiled kernel
@@ -52,7 +52,8 @@ class PreparedLaunch:
     Args:
         kernel: a Triton kernel.
         programs: size of the grid.
-        arguments: by name, all of the kernel's.
+        arguments: by name. What the kernel takes beside them is given at each launch: floats, and memory as
+            PyTorch's allocators give it.
         options: of the compiler.
     """
 
@@ -60,12 +61,14 @@ class PreparedLaunch:
         self, kernel: Any, programs: int, arguments: Mapping[str, Any], options: Mapping[str, Any]
     ) -> None:
         self._kernel, self._grid, self._options = kernel, (programs, 1, 1), options
-        self._arguments = {name: arguments[name] for name in kernel.arg_names}
+        self._arguments = {name: arguments.get(name) for name in kernel.arg_names}
+        self._given = [name for name in kernel.arg_names if name not in arguments]
         self._launch: Any = None
 
-    def __call__(self, **changed: tuple[float, ...]) -> None:
-        """Launch on the current stream; ``changed`` are floats, for which no kernel is compiled anew."""
-        self._arguments.update(changed)
+    def __call__(self, given: Mapping[str, Any]) -> None:
+        """Launch on the current stream, with what is not among the arguments kept from ``given``."""
+        for name in self._given:
+            self._arguments[name] = given[name]
         if self._launch is not None:
             self._launch(*self._arguments.values())
             return

@@ -85,7 +85,7 @@ class PreparedUpdate:
         self._params.fill(params)
         self._grads.fill(grads)
         for launch in launches:
-            launch(smoothing=smoothing.factors)
+            launch({"smoothing": smoothing.factors})
 
     def _capturing(self) -> bool:
         return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()

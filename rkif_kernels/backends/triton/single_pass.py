@@ -15,7 +15,7 @@ second fusion would find its inputs overwritten by the first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -50,10 +50,11 @@ from rkif_kernels.backends.triton.launch import (
     FUSE_PASS_REGISTERS,
     Bracketing,
     LaunchConfig,
+    PreparedLaunch,
     capped_grid,
 )
 from rkif_kernels.backends.triton.radix import radix_thresholds
-from rkif_kernels.backends.triton.table import ALIGNMENT, Table, aligned, tables
+from rkif_kernels.backends.triton.table import ALIGNMENT, StreamOrder, Table, aligned, tables
 from rkif_kernels.backends.triton.undecided import (
     Undecided,
     begin_searches,
@@ -66,8 +67,8 @@ from rkif_kernels.backends.triton.windows import (
     FAILED,
     FINISH_STEP,
     PASS_STEP,
-    Workspace,
     last_program,
+    workspace,
 )
 from rkif_kernels.contiguous import in_place
 from rkif_kernels.types import FuseStats, FusionInputs, MergeRule
@@ -283,6 +284,7 @@ def select_and_fuse_(
     inputs: FusionInputs,
     k: int,
     rule: MergeRule,
+    *,
     config: LaunchConfig = FUSE,
     bracketing: Bracketing = BRACKETING,
 ) -> FuseStats:
@@ -298,69 +300,90 @@ def select_and_fuse_(
         return fuse_(inputs, (inner, outer), rule, config)
     with in_place(inputs.out, ALIGNMENT) as targets:
         rows = aligned((targets, *inputs.lists[1:]))  # copies among them live until the last launch
-        grouped = tables(rows, config.chunk)
-        return _fuse_in_one_pass(grouped, k, rule, config, bracketing)
+        return BracketedFusion(tables(rows, config.chunk), k, rule, config, bracketing).launch()
 
 
-def _fuse_in_one_pass(
-    grouped: Sequence[Table], k: int, rule: MergeRule, config: LaunchConfig, bracketing: Bracketing
-) -> FuseStats:
-    device = grouped[0].pointers.device
-    numel = sum(table.numel for table in grouped)
-    fraction = k / max(numel - 1, 1)
-    workspace = Workspace.of(2, device)
-    undecided = Undecided.of(grouped, bracketing.capacity(fraction, numel, sides=2), 5, config)
-    rows = undecided.rows
-    programs = [
-        capped_grid(max(table.programs, triton.cdiv(undecided.capacity, config.block)), device)
-        for table in grouped
-    ]
-    partial_norms = torch.empty((rows[-1] + sum(programs), 3), dtype=torch.float64, device=device)
-    norms = torch.empty(3, dtype=torch.float64, device=device)
-    kind = {"ROLE": INNER_SCORE, "SIDES": 2, "DISTANCE": False}
-    find_brackets(grouped, workspace, kind, fraction, bracketing, config)
-    fields, thresholds = workspace.fields, workspace.thresholds
-    for index, table in enumerate(grouped):
-        _bracketed_fuse_kernel[(table.programs,)](
-            # Tensors
-            **table.arguments,
-            fields_ptr=fields,
-            thresholds_ptr=thresholds,
-            bits_ptr=undecided.bits,
-            offsets_ptr=undecided.offsets,
-            partial_norms_ptr=partial_norms,
-            # Scalars
-            first_row=rows[index],
-            rows=rows[-1],
-            capacity=undecided.capacity,
-            k=k,
-            # Constexprs
-            STEP=PASS_STEP,
-            **merge_arguments(table, rule, config),
-            **replace(config, max_registers=FUSE_PASS_REGISTERS).options,
-        )
-    list_and_search(grouped, workspace, undecided, kind, config)
-    for index, table in enumerate(grouped):
-        _finish_kernel[(programs[index],)](
-            # Tensors
-            **table.arguments,
-            fields_ptr=fields,
-            thresholds_ptr=thresholds,
-            offsets_ptr=undecided.offsets,
-            addresses_ptr=undecided.addresses,
-            values_ptr=undecided.values,
-            partial_norms_ptr=partial_norms,
-            norms_ptr=norms,
-            # Scalars
-            chunks=table.programs,
-            first_row=rows[index],
-            rows=rows[-1],
-            first_program=sum(programs[:index]),
-            all_programs=sum(programs),
-            capacity=undecided.capacity,
-            # Constexprs
-            STEP=FINISH_STEP,
-            **merge_arguments(table, rule, config),
-            **config.options,
-        )
-    return FuseStats(fields[:4], norms, (thresholds[:1], thresholds[1:]))
+def prepared_fusion(
+    inputs: FusionInputs,
+    k: int,
+    rule: MergeRule,
+    *,
+    config: LaunchConfig = FUSE,
+    bracketing: Bracketing = BRACKETING,
+) -> Callable[[FusionInputs], FuseStats] | None:
+    """:func:`select_and_fuse_` for tensors that stay where they are; None where it makes copies of some."""
+    rows = aligned(inputs.lists)
+    pairs = zip(rows, inputs.lists, strict=True)
+    copied = any(a is not b for row, own in pairs if own is not None for a, b in zip(row, own, strict=True))
+    if copied or inputs.numel < bracketing.min_numel:
+        return None
+    grouped = tables(rows, config.chunk)
+    streams = StreamOrder(inputs.device, [memory for table in grouped for memory in table.memory])
+    fusion = BracketedFusion(grouped, k, rule, config, bracketing)
+
+    def launch(_: FusionInputs) -> FuseStats:
+        streams.enter()
+        return fusion.launch()
+
+    return launch
+
+
+class BracketedFusion:
+    """A fusion in one pass over memory, prepared for tensors that stay where they are.
+
+    Args:
+        grouped: the tables of the lists in the order of ROLES.
+        k, rule, config, bracketing: see :func:`select_and_fuse_`.
+    """
+
+    def __init__(
+        self,
+        grouped: Sequence[Table],
+        k: int,
+        rule: MergeRule,
+        config: LaunchConfig = FUSE,
+        bracketing: Bracketing = BRACKETING,
+    ) -> None:
+        self._device = grouped[0].pointers.device
+        numel = sum(table.numel for table in grouped)
+        fraction = k / max(numel - 1, 1)
+        kind = {"ROLE": INNER_SCORE, "SIDES": 2, "DISTANCE": False}
+        undecided = Undecided.of(grouped, bracketing.capacity(fraction, numel, sides=2), 5, config)
+        rows = undecided.rows
+        wanted = (max(table.programs, triton.cdiv(undecided.capacity, config.block)) for table in grouped)
+        programs = [capped_grid(count, self._device) for count in wanted]
+        self._undecided, self._norm_rows = undecided, rows[-1] + sum(programs)
+        brackets, self._samples = find_brackets(grouped, kind, fraction, bracketing, config)
+        passes, finish = [], []
+        for index, table in enumerate(grouped):
+            arguments = table.arguments | merge_arguments(table, rule, config)
+            arguments |= {"first_row": rows[index], "rows": rows[-1], "capacity": undecided.capacity}
+            passes.append(
+                PreparedLaunch(
+                    _bracketed_fuse_kernel,
+                    table.programs,
+                    arguments | {"k": k, "STEP": PASS_STEP},
+                    replace(config, max_registers=FUSE_PASS_REGISTERS).options,
+                )
+            )
+            arguments |= {
+                "chunks": table.programs,
+                "first_program": sum(programs[:index]),
+                "all_programs": sum(programs),
+                "STEP": FINISH_STEP,
+            }
+            finish.append(PreparedLaunch(_finish_kernel, programs[index], arguments, config.options))
+        searches = list_and_search(grouped, undecided, kind, config)
+        self._launches = [*brackets, *passes, *searches, *finish]
+
+    def launch(self) -> FuseStats:
+        """Fuse once, on the current stream."""
+        device = self._device
+        memory = workspace(2, device) | self._undecided.allocate(device)
+        memory["samples_ptr"] = torch.empty(self._samples, dtype=torch.int32, device=device)
+        memory["partial_norms_ptr"] = torch.empty((self._norm_rows, 3), dtype=torch.float64, device=device)
+        memory["norms_ptr"] = torch.empty(3, dtype=torch.float64, device=device)
+        for launch in self._launches:
+            launch(memory)
+        fields, thresholds = memory["fields_ptr"], memory["thresholds_ptr"]
+        return FuseStats(fields[:4], memory["norms_ptr"], (thresholds[:1], thresholds[1:]))

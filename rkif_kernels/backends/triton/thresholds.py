@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +20,14 @@ from rkif_kernels.backends.triton.elements import (
     pack_counts,
     tile_mask,
 )
-from rkif_kernels.backends.triton.launch import BRACKETING, FUSE, STREAM, Bracketing, LaunchConfig
+from rkif_kernels.backends.triton.launch import (
+    BRACKETING,
+    FUSE,
+    STREAM,
+    Bracketing,
+    LaunchConfig,
+    PreparedLaunch,
+)
 from rkif_kernels.backends.triton.radix import radix_thresholds
 from rkif_kernels.backends.triton.table import aligned, tables
 from rkif_kernels.backends.triton.undecided import (
@@ -29,7 +37,7 @@ from rkif_kernels.backends.triton.undecided import (
     load_bracket,
     store_undecided,
 )
-from rkif_kernels.backends.triton.windows import COUNTS, PASS_STEP, Workspace, last_program
+from rkif_kernels.backends.triton.windows import COUNTS, PASS_STEP, last_program, workspace
 from rkif_kernels.types import Scores
 
 
@@ -124,30 +132,28 @@ def score_thresholds(
     (k,), fraction = ks, ks[0] / max(numel - 1, 1)
     rows = aligned((scores.sensitivity, scores.uncertainty))  # copies among them live until the last launch
     grouped = tables(rows, config.chunk)
-    workspace = Workspace.of(1, grouped[0].pointers.device)
+    device = grouped[0].pointers.device
     undecided = Undecided.of(grouped, bracketing.capacity(fraction, numel, sides=1), 1, config)
     kind = {"ROLE": 0, "SIDES": 1, "DISTANCE": scores.distance}
-    find_brackets(grouped, workspace, kind, fraction, bracketing, config)
+    launches, samples = find_brackets(grouped, kind, fraction, bracketing, config)
     for table, first_row in zip(grouped, undecided.rows, strict=False):
-        _bracketed_scores_kernel[(table.programs,)](
-            # Tensors
-            **table.arguments,
-            fields_ptr=workspace.fields,
-            thresholds_ptr=workspace.thresholds,
-            bits_ptr=undecided.bits,
-            offsets_ptr=undecided.offsets,
+        arguments = {
             # Scalars
-            first_row=first_row,
-            rows=undecided.rows[-1],
-            capacity=undecided.capacity,
-            k=k,
+            "first_row": first_row,
+            "rows": undecided.rows[-1],
+            "capacity": undecided.capacity,
+            "k": k,
             # Constexprs
-            DTYPES=table.dtypes,
-            DISTANCE=scores.distance,
-            STEP=PASS_STEP,
-            BLOCK=config.block,
-            TILES=config.tiles,
-            **config.options,
-        )
-    list_and_search(grouped, workspace, undecided, kind, config)
-    return workspace.thresholds
+            "DTYPES": table.dtypes,
+            "DISTANCE": scores.distance,
+            "STEP": PASS_STEP,
+            "BLOCK": config.block,
+            "TILES": config.tiles,
+        }
+        arguments |= table.arguments
+        launches.append(PreparedLaunch(_bracketed_scores_kernel, table.programs, arguments, config.options))
+    memory = workspace(1, device) | undecided.allocate(device)
+    memory["samples_ptr"] = torch.empty(samples, dtype=torch.int32, device=device)
+    for launch in (*launches, *list_and_search(grouped, undecided, kind, config)):
+        launch(memory)
+    return memory["thresholds_ptr"]

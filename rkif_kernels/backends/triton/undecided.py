@@ -8,8 +8,9 @@ brackets failed, the same launches search among all scores instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import triton
@@ -23,7 +24,7 @@ from rkif_kernels.backends.triton.elements import (
     load_row,
     load_score,
 )
-from rkif_kernels.backends.triton.launch import LaunchConfig, capped_grid
+from rkif_kernels.backends.triton.launch import LaunchConfig, PreparedLaunch, capped_grid
 from rkif_kernels.backends.triton.table import Table
 from rkif_kernels.backends.triton.windows import (
     BINS,
@@ -35,7 +36,6 @@ from rkif_kernels.backends.triton.windows import (
     LISTED,
     SECOND_STEP,
     THIRD_STEP,
-    Workspace,
     add_to_bins,
     bin_bits,
     count_chunk,
@@ -49,41 +49,40 @@ MOST_TILES = 16  # four bits of each in a word of 64
 
 @dataclass(frozen=True)
 class Undecided:
-    """The undecided elements of one pass.
+    """Room for the undecided elements of a pass over some tables.
 
     Attributes:
-        bits: int64 [programs of the pass, lanes], bit ``4 * tile + element`` of a lane.
-        offsets: int64 [programs + 1]; where a program's part of the list begins.
-        addresses: int64 [capacity], of what is to be written.
-        values: float32 [values of an element, capacity], the scores first.
-        rows: the number of the first program of each table, and of one more.
+        rows: the index of the first program of each table, and of one more.
+        lanes: words of bits that a program stores.
+        capacity: elements that can be listed.
+        values: numbers that the list holds of an element, its scores first.
     """
 
-    bits: Tensor
-    offsets: Tensor
-    addresses: Tensor
-    values: Tensor
     rows: list[int]
+    lanes: int
+    capacity: int
+    values: int
 
     @staticmethod
     def of(grouped: Sequence[Table], capacity: int, values: int, config: LaunchConfig) -> Undecided:
-        """Memory for the pass over some tables."""
         assert config.tiles <= MOST_TILES
-        device = grouped[0].pointers.device
-        rows = [0]
-        for table in grouped:
-            rows.append(rows[-1] + table.programs)
-        return Undecided(
-            torch.empty((rows[-1], config.block // 4), dtype=torch.int64, device=device),
-            torch.empty(rows[-1] + 1, dtype=torch.int64, device=device),
-            torch.empty(capacity, dtype=torch.int64, device=device),
-            torch.empty((values, capacity), dtype=torch.float32, device=device),
-            rows,
-        )
+        rows = [0, *accumulate(table.programs for table in grouped)]
+        return Undecided(rows, config.block // 4, capacity, values)
 
-    @property
-    def capacity(self) -> int:
-        return self.addresses.numel()
+    def allocate(self, device: torch.device) -> dict[str, Tensor]:
+        """The memory, by the names of the kernels' parameters.
+
+        ``bits_ptr`` is int64 [programs, lanes], bit ``4 * tile + element`` of a lane; ``offsets_ptr`` int64
+        [programs + 1], where a program's part of the list begins; ``addresses_ptr`` int64 [capacity], of what
+        is to be written; ``values_ptr`` float32 [values, capacity].
+        """
+        programs = self.rows[-1]
+        return {
+            "bits_ptr": torch.empty((programs, self.lanes), dtype=torch.int64, device=device),
+            "offsets_ptr": torch.empty(programs + 1, dtype=torch.int64, device=device),
+            "addresses_ptr": torch.empty(self.capacity, dtype=torch.int64, device=device),
+            "values_ptr": torch.empty((self.values, self.capacity), dtype=torch.float32, device=device),
+        }
 
 
 @triton.jit
@@ -303,58 +302,41 @@ def _narrow_kernel(
 
 
 def list_and_search(
-    grouped: Sequence[Table],
-    workspace: Workspace,
-    undecided: Undecided,
-    scores: dict[str, object],
-    config: LaunchConfig,
-) -> None:
-    """Make the list after the pass, and find the thresholds in it.
+    grouped: Sequence[Table], undecided: Undecided, scores: Mapping[str, object], config: LaunchConfig
+) -> list[PreparedLaunch]:
+    """The launches after the pass that make the list, and find the thresholds in it.
 
     Args:
         scores: where a table has them, as constants of the kernels: ROLE, SIDES and DISTANCE.
     """
-    state = {"fields_ptr": workspace.fields, "thresholds_ptr": workspace.thresholds}
     blocks = {"BLOCK": config.block, "TILES": config.tiles}
-    for index, table in enumerate(grouped):
-        _list_kernel[(table.programs,)](
-            # Tensors
-            **table.arguments,
-            **state,
-            bits_ptr=undecided.bits,
-            offsets_ptr=undecided.offsets,
-            addresses_ptr=undecided.addresses,
-            values_ptr=undecided.values,
+    launches = []
+    for table, first_row in zip(grouped, undecided.rows, strict=False):
+        arguments = {
             # Scalars
-            first_row=undecided.rows[index],
-            capacity=undecided.capacity,
-            all_programs=undecided.rows[-1],
+            "first_row": first_row,
+            "capacity": undecided.capacity,
+            "all_programs": undecided.rows[-1],
             # Constexprs
-            DTYPES=table.dtypes,
-            **scores,
-            STEP=LIST_STEP,
-            **blocks,
-            **config.options,
-        )
-    device = workspace.fields.device
+            "DTYPES": table.dtypes,
+            "STEP": LIST_STEP,
+        }
+        arguments |= table.arguments | scores | blocks
+        launches.append(PreparedLaunch(_list_kernel, table.programs, arguments, config.options))
     wanted = max(triton.cdiv(undecided.capacity, config.block), *(table.programs for table in grouped))
-    programs = capped_grid(wanted, device)
+    programs = capped_grid(wanted, grouped[0].pointers.device)
     for step in (SECOND_STEP, THIRD_STEP):
         for index, table in enumerate(grouped):
-            _narrow_kernel[(programs,)](
-                # Tensors
-                **table.arguments,
-                **state,
-                values_ptr=undecided.values,
+            arguments = {
                 # Scalars
-                chunks=table.programs,
-                capacity=undecided.capacity,
-                all_programs=programs * len(grouped),
+                "chunks": table.programs,
+                "capacity": undecided.capacity,
+                "all_programs": programs * len(grouped),
                 # Constexprs
-                DTYPES=table.dtypes,
-                **scores,
-                STEP=step,
-                FIRST=index == 0,
-                **blocks,
-                **config.options,
-            )
+                "DTYPES": table.dtypes,
+                "STEP": step,
+                "FIRST": index == 0,
+            }
+            arguments |= table.arguments | scores | blocks
+            launches.append(PreparedLaunch(_narrow_kernel, programs, arguments, config.options))
+    return launches

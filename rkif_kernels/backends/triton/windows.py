@@ -11,8 +11,6 @@ others are done.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -35,24 +33,16 @@ LISTED, FAILED, DONE, ALL_BINS = (tl.constexpr(place) for place in (32, 33, 34, 
 SAMPLE_STEP, COUNT_STEP, PASS_STEP, LIST_STEP, SECOND_STEP, THIRD_STEP, FINISH_STEP = range(7)
 
 
-@dataclass(frozen=True)
-class Workspace:
-    """What the launches of one call hand on to each other.
+def workspace(sides: int, device: torch.device) -> dict[str, Tensor]:
+    """What the launches of one call hand on to each other, by the names of the kernels' parameters.
 
-    Attributes:
-        fields: int64, see above; zero in the beginning.
-        thresholds: float32 [sides], written as soon as they are known.
+    ``fields_ptr`` is int64, see above, zero in the beginning; ``thresholds_ptr`` float32 [sides], written as
+    soon as they are known.
     """
-
-    fields: Tensor
-    thresholds: Tensor
-
-    @staticmethod
-    def of(sides: int, device: torch.device) -> Workspace:
-        return Workspace(
-            torch.zeros(ALL_BINS.value + sides * BINS.value, dtype=torch.int64, device=device),
-            torch.empty(sides, dtype=torch.float32, device=device),
-        )
+    return {
+        "fields_ptr": torch.zeros(ALL_BINS.value + sides * BINS.value, dtype=torch.int64, device=device),
+        "thresholds_ptr": torch.empty(sides, dtype=torch.float32, device=device),
+    }
 
 
 @triton.jit

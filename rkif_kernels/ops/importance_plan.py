@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from itertools import compress
 from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
 from rkif_kernels.backends.choose import implementation, on_device
+from rkif_kernels.ops.guards import addresses, same_kind
 from rkif_kernels.ops.importance import require_importance
 from rkif_kernels.profiling import profiled
 from rkif_kernels.types import Backend, ImportanceInputs, Order, Smoothing
@@ -79,7 +78,7 @@ class ImportancePlan:
         smoothing = self._frozen if frozen else self._smoothing
         with self._lock:
             bound, moved = self._bound, False
-            places = _addresses(params), _addresses(grads)
+            places = addresses(params), addresses(grads)
             if bound is None or places[0] != bound.params or not bound.same_kind(params, grads):
                 bound = self._bind(params, grads, places)
             elif places[1] != bound.grads:
@@ -108,7 +107,7 @@ class ImportancePlan:
                 if make is not None
                 else self._unprepared(module)
             )
-        same_params, same_grads = _same_kind(params), _same_kind(grads)
+        same_params, same_grads = same_kind(params), same_kind(grads)
         return _Bound(step, *places, lambda new, gradients: same_params(new) and same_grads(gradients))
 
     def _unprepared(self, module: ModuleType) -> Step:
@@ -131,36 +130,6 @@ class _Bound(NamedTuple):
     params: list[int]
     grads: list[int]
     same_kind: Callable[[Sequence[Tensor], Sequence[Tensor | None]], bool]
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Where tensors begin; 0 for None."""
-    try:
-        return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
-    except TypeError:
-        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-def _same_kind(tensors: Sequence[Tensor | None]) -> Callable[[Sequence[Tensor | None]], bool]:
-    """A test for tensors of the same dtypes, shapes, strides and devices, and None in the same places."""
-    present = [tensor is not None for tensor in tensors]
-    some = list(compress(cast(Sequence[Tensor], tensors), present))
-    # One call for all tensors, where a comparison of three attributes takes Python three calls for each.
-    sizes: list[Any] = [list(tensor.shape) for tensor in some]
-    strides: list[Any] = [list(tensor.stride()) for tensor in some]
-    guards = TensorGuards(*some, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-
-    def all_present(others: Sequence[Tensor | None]) -> bool:
-        try:
-            return len(others) == len(present) and guards.check(*others)
-        except TypeError:  # a gradient is missing
-            return False
-
-    def some_present(others: Sequence[Tensor | None]) -> bool:
-        same = [tensor is not None for tensor in others] == present
-        return same and guards.check(*compress(others, present))
-
-    return all_present if all(present) else some_present
 
 
 def _owner(view: Tensor) -> Tensor:

@@ -1,0 +1,110 @@
+"""Fusions of tensors that are in the same places again and again: checks and launches made ready once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rkif_kernels.backends.choose import implementation, on_device
+from rkif_kernels.ops.fuse import fits_one_pass, require_fusion, require_selection, select_and_fuse
+from rkif_kernels.ops.guards import addresses, same_kind
+from rkif_kernels.ops.select import order_statistic_k
+from rkif_kernels.profiling import profiled
+from rkif_kernels.types import (
+    Backend,
+    CaseWeights,
+    FuseStats,
+    FusionInputs,
+    MergeRule,
+    OuterFrom,
+    Scope,
+    Scores,
+)
+
+# Sets of places that are kept. The copies of the parameters that a round makes take turns, in memory that an
+# allocator tends to give again.
+_PLACES = 4
+
+
+class FusionPlan:
+    """:func:`rkif_kernels.select_and_fuse_` for the same tensors in every round, at a fraction of its cost.
+
+    Lists in new places are validated, and their addresses sent to the device. A call compares addresses,
+    dtypes, shapes and strides; where it knows them all it only launches.
+
+    A plan may be used by several threads, and on several CUDA streams. A call can be captured in a CUDA graph
+    after one outside of it with the same tensors, and replayed any number of times. The plan must outlive the
+    graph.
+
+    Args:
+        density, scope, weights, outer_from, names, backend: as there.
+
+    Raises:
+        TypeError, ValueError: for settings out of range; by :meth:`fuse`, for tensors that do not fit
+            together; nothing has been written then.
+    """
+
+    def __init__(
+        self,
+        *,
+        density: float,
+        scope: Scope = "global",
+        weights: CaseWeights,
+        outer_from: OuterFrom = "inner",
+        names: Sequence[str] | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        require_selection(density, scope)
+        self._density, self._scope, self._rule = density, scope, MergeRule(weights, outer_from)
+        self._names, self._backend = names, backend
+        self._lock = threading.Lock()
+        self._bound: list[_Bound] = []
+
+    def fuse(
+        self,
+        out: Sequence[Tensor],
+        base: Sequence[Tensor],
+        inner: Sequence[Tensor],
+        outer: Sequence[Tensor],
+        inner_scores: Scores,
+        outer_scores: Scores,
+    ) -> FuseStats:
+        """Select and fuse once; arguments and result as for :func:`rkif_kernels.select_and_fuse_`."""
+        inputs = FusionInputs(out, base, inner, outer, inner_scores, outer_scores)
+        tensors: list[Tensor | None] = list(chain.from_iterable(filter(None, inputs.lists)))
+        places = addresses(tensors)
+        with self._lock:
+            bound = next((bound for bound in self._bound if bound.places == places), None)
+            if bound is None or not bound.same_kind(tensors):
+                bound = self._bind(inputs, tensors, places)
+                self._bound = [bound, *(other for other in self._bound if other.places != places)][:_PLACES]
+            with torch.no_grad(), on_device(inputs.device), profiled("rkif.fuse", inputs.device):
+                stats = bound.launch(inputs)
+        torch.autograd.graph.increment_version(out)
+        return stats
+
+    def _bind(self, inputs: FusionInputs, tensors: Sequence[Tensor | None], places: list[int]) -> _Bound:
+        require_fusion(inputs, self._rule, self._names)
+        module, launch = implementation(inputs.device, self._backend), None
+        if hasattr(module, "prepared_fusion") and fits_one_pass(inputs, self._density, self._scope):
+            with on_device(inputs.device):
+                k = order_statistic_k(inputs.numel, self._density)
+                launch = module.prepared_fusion(inputs, k, self._rule)
+        return _Bound(places, self._unprepared if launch is None else launch, same_kind(tensors))
+
+    def _unprepared(self, inputs: FusionInputs) -> FuseStats:
+        """For lists, or a backend, that nothing is prepared for."""
+        return select_and_fuse(inputs, self._rule, self._density, self._scope, self._names, self._backend)
+
+
+class _Bound(NamedTuple):
+    """What was prepared, and what for."""
+
+    places: list[int]
+    launch: Callable[[FusionInputs], FuseStats]
+    same_kind: Callable[[Sequence[Tensor | None]], bool]

@@ -1,0 +1,40 @@
+"""Whether a prepared call still fits: where tensors are, and of what kind, compared in few calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import compress
+from typing import Any, cast
+
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Where tensors begin; 0 for None."""
+    try:
+        return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    except TypeError:
+        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def same_kind(tensors: Sequence[Tensor | None]) -> Callable[[Sequence[Tensor | None]], bool]:
+    """A test for tensors of the same dtypes, shapes, strides and devices, and None in the same places."""
+    present = [tensor is not None for tensor in tensors]
+    some = list(compress(cast(Sequence[Tensor], tensors), present))
+    # One call for all tensors, where a comparison of three attributes takes Python three calls for each.
+    sizes: list[Any] = [list(tensor.shape) for tensor in some]
+    strides: list[Any] = [list(tensor.stride()) for tensor in some]
+    guards = TensorGuards(*some, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+    def all_present(others: Sequence[Tensor | None]) -> bool:
+        try:
+            return len(others) == len(present) and guards.check(*others)
+        except TypeError:  # a gradient is missing
+            return False
+
+    def some_present(others: Sequence[Tensor | None]) -> bool:
+        same = [tensor is not None for tensor in others] == present
+        return same and guards.check(*compress(others, present))
+
+    return all_present if all(present) else some_present

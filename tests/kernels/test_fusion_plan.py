@@ -1,0 +1,216 @@
+"""A planned fusion does what the operation does, whatever moves between two rounds."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import BLOCK, CHUNK, NATIVE, assert_same_bits, normal, on, positive
+from torch import Tensor
+
+import rkif
+from rkif_kernels import FusionInputs, FusionPlan, Scores, magnitudes, select_and_fuse_
+from rkif_kernels.backends.triton import single_pass
+from rkif_kernels.backends.triton.launch import Bracketing
+from rkif_kernels.ops import fusion_plan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = [BLOCK + 1, 3, 0, CHUNK + 5]
+SMALL = Bracketing(min_numel=1, sample_stride=2, max_samples=1 << 20, sigmas=2.5, list_slack=1.5)
+SETTINGS: dict[str, Any] = {
+    "density": 0.3, "weights": ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5)), "outer_from": "base"
+}  # fmt: skip
+BACKENDS = [
+    "triton",
+    "torch" if DEVICE == "cpu" else pytest.param("torch", marks=pytest.mark.gpu),
+    pytest.param("native", marks=[NATIVE, pytest.mark.skipif(DEVICE == "cuda", reason="for CPU tensors")]),
+]
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture(autouse=True)
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[FusionInputs]:
+    """The inputs that Triton has prepared a launch for; small ones are, too."""
+    calls: list[FusionInputs] = []
+    prepare = single_pass.prepared_fusion
+
+    def spy(inputs: FusionInputs, *args: Any) -> Any:
+        launch = prepare(inputs, *args, bracketing=SMALL)
+        calls.extend([inputs] * (launch is not None))
+        return launch
+
+    monkeypatch.setattr("rkif_kernels.backends.triton.prepared_fusion", spy)
+    return calls
+
+
+def lists(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
+    return [on(DEVICE, normal(SIZES, dtype, seed + part)) or [] for part in range(3)]
+
+
+def sides(seed: int = 3) -> tuple[Scores, Scores]:
+    parts = [on(DEVICE, positive(SIZES, torch.float32, seed + part)) for part in range(4)]
+    return Scores(parts[0], parts[1]), Scores(parts[2], parts[3])
+
+
+def check(plan: FusionPlan, backend: Any, inputs: list[Any], out: list[Tensor] | None = None) -> list[Tensor]:
+    """One fusion by the plan and one by the operation: the same bits. Returns the plan's output."""
+    got = [torch.full_like(tensor, torch.nan) for tensor in inputs[0]] if out is None else out
+    expected = [torch.full_like(tensor, torch.nan) for tensor in inputs[0]]
+    wanted = select_and_fuse_(expected, *inputs, **SETTINGS, backend=backend)
+    stats = plan.fuse(got, *inputs)
+    assert_same_bits(got, on("cpu", expected) or [])
+    assert torch.equal(stats.counts, wanted.counts)
+    torch.testing.assert_close(stats.squared_norms, wanted.squared_norms, rtol=1e-12, atol=0)
+    for found, limit in zip(stats.thresholds, wanted.thresholds, strict=True):
+        assert torch.equal(found, limit)
+    return got
+
+
+@backends
+def test_copies_take_turns(backend: str, prepared: list[FusionInputs]) -> None:
+    plan = FusionPlan(**SETTINGS, backend=backend)
+    base, inner, outer = lists()
+    spare = [torch.empty_like(tensor) for tensor in base]
+    for _ in range(6):
+        out = check(plan, backend, [base, inner, outer, *sides()], spare)
+        base, inner, spare = out, base, inner
+    assert len(plan._bound) == (3 if DEVICE == "cpu" else fusion_plan._PLACES) or len(plan._bound) <= 4
+    if backend == "triton":
+        assert len(prepared) >= 3
+
+
+@backends
+def test_values_change_under_a_plan(backend: str) -> None:
+    plan = FusionPlan(**SETTINGS, backend=backend)
+    inputs = [*lists(), *sides()]
+    out = check(plan, backend, inputs)
+    for tensors in inputs[:3]:
+        for tensor in tensors:
+            tensor.mul_(-3)
+    inputs[4].sensitivity[0].zero_()
+    check(plan, backend, inputs, out)
+
+
+def test_a_known_round_is_not_prepared_again(prepared: list[FusionInputs]) -> None:
+    plan = FusionPlan(**SETTINGS, backend="triton")
+    inputs = [*lists(), *sides()]
+    out = check(plan, "triton", inputs)
+    for _ in range(3):
+        check(plan, "triton", inputs, out)
+    assert len(prepared) == 1
+
+
+@backends
+def test_another_dtype_or_shape_at_the_same_address_is_validated(backend: str) -> None:
+    plan = FusionPlan(**SETTINGS, backend=backend)
+    inputs = [*lists(), *sides()]
+    out = check(plan, backend, inputs)
+    turned = [[t.view(-1, 1) if t.numel() else t for t in tensors] for tensors in (out, *inputs[:3])]
+    with pytest.raises(ValueError, match=r"has shape"):
+        plan.fuse(turned[0], *inputs)
+    with pytest.raises(TypeError, match=r"dtype int32"):
+        plan.fuse([t.view(torch.int32) for t in out], *inputs)
+    check(plan, backend, inputs, out)
+
+
+def test_no_more_than_a_few_places_are_kept() -> None:
+    plan = FusionPlan(**SETTINGS, backend="torch")
+    kept = [[*lists(seed), *sides()] for seed in range(6)]
+    for inputs in kept:
+        check(plan, "torch", inputs)
+    assert len(plan._bound) == fusion_plan._PLACES
+
+
+@pytest.mark.parametrize("target", [0, 1, 2])
+def test_over_one_of_its_inputs(target: int, prepared: list[FusionInputs]) -> None:
+    plan = FusionPlan(**SETTINGS, backend="triton")
+    inputs = [*lists(), *sides()]
+    expected = [torch.empty_like(tensor) for tensor in inputs[0]]
+    select_and_fuse_(expected, *inputs, **SETTINGS, backend="torch")
+    plan.fuse(inputs[target], *inputs)
+    assert_same_bits(inputs[target], on("cpu", expected) or [])
+    assert not prepared
+
+
+def test_copies_and_distances_are_not_prepared(prepared: list[FusionInputs]) -> None:
+    plan = FusionPlan(**SETTINGS, backend="triton")
+    base, inner, outer = lists()
+    shifted = [torch.zeros(t.numel() + 1, device=DEVICE)[1:].copy_(t) for t in inner]
+    check(plan, "triton", [base, shifted, outer, *sides()])
+    check(plan, "triton", [base, inner, outer, magnitudes(inner, base), magnitudes(outer, inner)])
+    assert not prepared
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_written() -> None:
+    plan = FusionPlan(**SETTINGS, names=["a", "b", "c", "d"])
+    inputs = [*lists(), *sides()]
+    out = [torch.full_like(tensor, 7.0) for tensor in inputs[0]]
+    out[1] = out[0][:3]
+    with pytest.raises(ValueError, match=r"out\['b'\] and out\['a'\] share memory"):
+        plan.fuse(out, *inputs)
+    assert all((tensor == 7).all() for tensor in out)
+    with pytest.raises(ValueError, match=r"density must be in \[0, 1\]"):
+        FusionPlan(density=1.5, weights=SETTINGS["weights"])
+
+
+def test_autograd_sees_the_write() -> None:
+    inputs = [*lists(), *sides()]
+    out = [torch.zeros_like(tensor) for tensor in inputs[0]]
+    versions = [tensor._version for tensor in out]
+    FusionPlan(**SETTINGS).fuse(out, *inputs)
+    assert all(tensor._version > before for tensor, before in zip(out, versions, strict=True))
+
+
+def test_threads_take_turns() -> None:
+    plan = FusionPlan(**SETTINGS, backend="triton")
+    rounds = [[*lists(seed), *sides(seed)] for seed in range(3)]
+    failures: list[BaseException] = []
+
+    def work(inputs: list[Any]) -> None:
+        try:
+            for _ in range(3):
+                check(plan, "triton", inputs)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(inputs,)) for inputs in rounds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_the_snapshots_of_a_fuser_take_turns() -> None:
+    weight = torch.nn.Parameter(torch.arange(32.0, device=DEVICE))
+    fuser = rkif.Fuser([("w", weight)])
+    seen = set()
+    for _ in range(7):
+        weight.grad = torch.ones_like(weight)
+        fuser.observe()
+        with fuser.outer():
+            fuser.observe()
+        seen.add(fuser._base.tensors[0].data_ptr())
+    assert len(seen) <= 3
+
+
+@pytest.mark.gpu
+def test_a_round_is_captured_and_replayed() -> None:
+    plan = FusionPlan(**SETTINGS)
+    inputs = [*lists(), *sides()]
+    out = [torch.empty_like(tensor) for tensor in inputs[0]]
+    plan.fuse(out, *inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stats = plan.fuse(out, *inputs)
+    for seed in range(3):
+        for tensors, fresh in zip(inputs[:3], lists(10 * seed), strict=True):
+            for tensor, value in zip(tensors, fresh, strict=True):
+                tensor.copy_(value)
+        graph.replay()
+        expected = [torch.empty_like(tensor) for tensor in out]
+        wanted = select_and_fuse_(expected, *inputs, **SETTINGS)
+        assert_same_bits(out, on("cpu", expected) or [])
+        assert torch.equal(stats.counts, wanted.counts)
