@@ -166,21 +166,24 @@ def test_autograd_sees_the_write() -> None:
 def test_threads_take_turns() -> None:
     plan = FusionPlan(**SETTINGS, backend="triton")
     rounds = [[*lists(seed), *sides(seed)] for seed in range(3)]
+    outs = [[torch.empty_like(tensor) for tensor in inputs[0]] for inputs in rounds]
     failures: list[BaseException] = []
 
-    def work(inputs: list[Any]) -> None:
+    def work(out: list[Tensor], inputs: list[Any]) -> None:
         try:
             for _ in range(3):
-                check(plan, "triton", inputs)
+                plan.fuse(out, *inputs)
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(inputs,)) for inputs in rounds]
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(outs, rounds, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not failures
+    for out, inputs in zip(outs, rounds, strict=True):
+        check(plan, "triton", inputs, out)
 
 
 def test_the_snapshots_of_a_fuser_take_turns() -> None:
