@@ -54,6 +54,7 @@ from rkif_kernels.types import (
     Scope,
     Scores,
     Smoothing,
+    Views,
     magnitudes,
 )
 
@@ -80,6 +81,7 @@ __all__ = [
     "Scope",
     "Scores",
     "Smoothing",
+    "Views",
     "adamw_",
     "adamw_constants",
     "all_valid_scores",

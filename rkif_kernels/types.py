@@ -30,6 +30,22 @@ ROLES = ("OUT", "BASE", "INNER", "OUTER", "INNER_S", "INNER_U", "OUTER_S", "OUTE
 TensorLists = tuple[Sequence[Tensor | None] | None, ...]
 
 
+class Views(tuple[Tensor, ...]):
+    """Views of one flat tensor that nobody moves one by one: where they are follows from where it is.
+
+    Attributes:
+        flat: the tensor.
+    """
+
+    flat: Tensor
+
+    @classmethod
+    def of(cls, flat: Tensor, views: Iterable[Tensor]) -> Views:
+        made = cls(views)
+        made.flat = flat
+        return made
+
+
 @dataclass(frozen=True)
 class Scores:
     """Importance scores of a list of tensors: ``sensitivity``, or ``sensitivity * uncertainty`` in float32.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 from weakref import WeakSet
 
@@ -162,6 +162,13 @@ class ShardedParameters:
         if self.processes.size == 1:
             return counts
         return self.processes.all_gather(counts).view(self.processes.size, -1).amax(0)
+
+    def seen_anywhere(self, names: Collection[str]) -> Iterable[tuple[str, int]]:
+        """The parameters' names, and of each whether it is among the ``names`` of any process."""
+        if self.processes.size == 1 and len(names) == len(self._parameters):
+            return ()
+        seen = torch.tensor([int(name in names) for name in self._parameters])
+        return zip(self._parameters, self.max_over_replicas(seen).tolist(), strict=True)
 
     def thresholds(self, scores: Scores, *, density: float, scope: Scope) -> Tensor:
         """:func:`rkif_kernels.score_thresholds` over all processes."""

@@ -209,8 +209,7 @@ class Fuser:
             for learner, observed in self._observed.items():
                 if observed == 0:
                     raise RuntimeError(f"observe() was never called for the {learner} learner in this round")
-        seen = torch.tensor([int(name in self._with_gradient) for name in self.parameters])
-        for name, count in zip(self.parameters, self._shards.max_over_replicas(seen).tolist(), strict=True):
+        for name, count in self._shards.seen_anywhere(self._with_gradient):
             if not count:
                 raise ValueError(f"parameter {name!r} had no gradient in any observe() of this round")
         nonfinite = int(self._shards.max_over_replicas(self._nonfinite)[0])
@@ -328,8 +327,7 @@ class Fuser:
         report = fuse_round(self, fused)
         if self._gatekeeper is None:
             restore(self._shards, fused)
-            self._snapshots.put_back(self._base)
-            self._base = fused
+            self._base = self._snapshots.exchange(self._base, fused)
             return report
         return self._apply_gate(self._gatekeeper, fused, report)
 
@@ -344,8 +342,7 @@ class Fuser:
             return replace(report, norms=report.norms | {"update": 0.0}, applied=False, gate=verdict)
         update = squared_distance(fused, self._base, self._shards.owned)
         norms = report.norms | {"update": math.sqrt(float(self._shards.all_reduce_sum(update)))}
-        self._snapshots.put_back(self._base)
-        self._base = fused
+        self._base = self._snapshots.exchange(self._base, fused)
         return replace(report, norms=norms, gate=verdict)
 
     def _undo_importance(self) -> None:
@@ -361,9 +358,7 @@ class Fuser:
             self._importance["outer"].clear()
         for name, tensor in self._start.items():
             tensor.copy_(self._kept_importance()[name])
-        if self._inner is not None:
-            self._snapshots.put_back(self._inner)
-        self._inner = None
+        self._inner = self._snapshots.exchange(self._inner, None)
         self._nonfinite.zero_()
         self._with_gradient.clear()
         self._observed = {"inner": 0, "outer": 0}

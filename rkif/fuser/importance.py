@@ -11,7 +11,7 @@ from torch import Tensor
 from rkif.config import FusionConfig
 from rkif.fuser.bitmask import packed_masks, repacked, unpacked
 from rkif.fuser.parameters import arena
-from rkif_kernels import ImportancePlan, Scores
+from rkif_kernels import ImportancePlan, Scores, Views
 
 _PLANS = 2  # that are kept
 
@@ -31,8 +31,7 @@ class Importance:
         self._names = list(tensors)
         self._shapes = [tensor.shape for tensor in tensors.values()]
         self._device = next(iter(tensors.values())).device
-        self._flat: dict[str, Tensor] = {}
-        self._views: dict[str, list[Tensor]] = {}
+        self._views: dict[str, Views] = {}
         self._packed: list[Tensor] = []
         # By the address of the counter: those of the tensors that this process counts, and of its replicas.
         self._plans: dict[int, tuple[Sequence[int] | None, ImportancePlan]] = {}
@@ -81,12 +80,12 @@ class Importance:
     def clear(self) -> None:
         """Back to zero importance."""
         self._packed, self.thresholds = [], None
-        if self._flat:
-            for flat in self._flat.values():
-                flat.zero_()
+        if self._views:
+            for views in self._views.values():
+                views.flat.zero_()
             return
         for part in ("sensitivity", "uncertainty") if self._config.uses_uncertainty else ("sensitivity",):
-            self._flat[part], self._views[part] = arena(self._shapes, self._config.state_dtype, self._device)
+            self._views[part] = arena(self._shapes, self._config.state_dtype, self._device)
 
     @property
     def scores(self) -> Scores:
@@ -101,7 +100,7 @@ class Importance:
         """Keep of the scores only which of them are above their thresholds, and free their memory."""
         self._packed = packed_masks(self.scores, thresholds)
         self.thresholds = thresholds
-        self._flat, self._views, self._plans = {}, {}, {}
+        self._views, self._plans = {}, {}
 
     def selection(self, thresholds: Tensor, indices: Sequence[int]) -> tuple[Scores, Tensor]:
         """Scores and thresholds by which :func:`rkif_kernels.fuse_` tells what is selected of some tensors.
@@ -143,7 +142,7 @@ class Importance:
         if thresholds is not None:
             self._packed = [repacked(tensors[f"mask.{name}"]) for name in self._names]
             self.thresholds = thresholds
-            self._flat, self._views, self._plans = {}, {}, {}
+            self._views, self._plans = {}, {}
             return
         if self.packed:
             self.clear()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rkif.distributed.shards import fsdp_units, is_dtensor, reshard, to_local
-from rkif_kernels import Arguments, require_disjoint
+from rkif_kernels import Arguments, Views, require_disjoint
 
 # What wraps a module inside a model and shows in its parameters' names.
 _INSIDE = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
@@ -105,20 +105,16 @@ def _refuse_deepspeed(what: str) -> None:
     )
 
 
-def arena(
-    shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, list[Tensor]]:
-    """One flat zeroed tensor, and views of it in the given shapes, each starting on a 64-byte boundary."""
+def arena(shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> Views:
+    """Views of one flat zeroed tensor, in the given shapes, each starting on a 64-byte boundary."""
     step = 64 // dtype.itemsize
     starts, total = [], 0
     for shape in shapes:
         starts.append(total)
         total += -(-shape.numel() // step) * step
     flat = torch.zeros(total, dtype=dtype, device=device)
-    views = [
-        flat[start : start + shape.numel()].view(shape) for start, shape in zip(starts, shapes, strict=True)
-    ]
-    return flat, views
+    rows = zip(starts, shapes, strict=True)
+    return Views.of(flat, (flat[start : start + shape.numel()].view(shape) for start, shape in rows))
 
 
 def short_name(name: str) -> str:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from rkif_kernels import Views
 
 # Elements that are in flight between host and device at a time, unless one tensor has more: 64 MiB of float32
 # take a millisecond to copy, long against a launch and short against memory.
 GROUP_NUMEL = 1 << 24
 # Up to so many bytes a snapshot keeps its memory while it is not in use: an adapter does, a whole model not.
 KEPT_BYTES = 1 << 28
+
+Held = TypeVar("Held", bound="Snapshot | None")
 
 
 def groups(sizes: Sequence[int]) -> list[range]:
@@ -101,7 +105,7 @@ class Snapshot:
     def copy_to(self, targets: Sequence[Tensor]) -> None:
         """Copy all tensors to ``targets``, rounding where a target's dtype is narrower."""
         self.wait_stream()
-        torch._foreach_copy_(list(targets), self.tensors, non_blocking=self.offloaded)
+        torch._foreach_copy_(list(targets), list(self.tensors), non_blocking=self.offloaded)
 
     def on_device(self, indices: range) -> list[Tensor]:
         """Some of the copies on :attr:`device`: the tensors themselves unless they are offloaded."""
@@ -133,6 +137,12 @@ class SnapshotPool:
         """Give a snapshot's memory back. Whoever holds its tensors must not use them any more."""
         snapshot.free()
         self._free.append(snapshot)
+
+    def exchange(self, old: Snapshot | None, new: Held) -> Held:
+        """Put ``old`` back, if there is one; returns ``new``."""
+        if old is not None:
+            self.put_back(old)
+        return new
 
 
 def iter_groups(snapshots: Sequence[Snapshot]) -> Iterator[tuple[range, list[list[Tensor]]]]:
@@ -171,7 +181,7 @@ def iter_groups(snapshots: Sequence[Snapshot]) -> Iterator[tuple[range, list[lis
 
 def _arenas(
     like: Sequence[Tensor], dtypes: Sequence[torch.dtype], device: torch.device, *, pin_memory: bool
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], Sequence[Tensor]]:
     """Flat tensors, one for each dtype, and dense views of them, each starting on a 64-byte boundary."""
     starts, sizes = [], dict.fromkeys(dtypes, 0)
     for tensor, dtype in zip(like, dtypes, strict=True):
@@ -184,7 +194,8 @@ def _arenas(
     }
     rows = zip(like, dtypes, starts, strict=True)
     views = [flat[dtype].as_strided(t.shape, _dense_strides(t), start) for t, dtype, start in rows]
-    return list(flat.values()), views
+    arenas = list(flat.values())
+    return arenas, Views.of(arenas[0], views) if len(arenas) == 1 else views
 
 
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -24,11 +23,16 @@ from rkif_kernels.types import (
     OuterFrom,
     Scope,
     Scores,
+    Views,
 )
 
 # Sets of places that are kept. The copies of the parameters that a round makes take turns, in memory that an
 # allocator tends to give again.
 _PLACES = 4
+
+
+# Of lists of views: their ids, and where the flat tensors are. Of all others: where each tensor is.
+Places = tuple[list[tuple[int, int]], list[int]]
 
 
 class FusionPlan:
@@ -76,26 +80,30 @@ class FusionPlan:
     ) -> FuseStats:
         """Select and fuse once; arguments and result as for :func:`rkif_kernels.select_and_fuse_`."""
         inputs = FusionInputs(out, base, inner, outer, inner_scores, outer_scores)
-        tensors: list[Tensor | None] = list(chain.from_iterable(filter(None, inputs.lists)))
-        places = addresses(tensors)
+        rows = list(filter(None, inputs.lists))
+        # Where views are, and of what kind, follows from their flat tensor: one address, not hundreds.
+        moving = [tensor for row in rows if not isinstance(row, Views) for tensor in row]
+        fixed = [(id(row), row.flat.data_ptr()) for row in rows if isinstance(row, Views)]
+        places = fixed, addresses(moving)
         with self._lock:
             bound = next((bound for bound in self._bound if bound.places == places), None)
-            if bound is None or not bound.same_kind(tensors):
-                bound = self._bind(inputs, tensors, places)
+            if bound is None or not bound.same_kind(moving):
+                bound = self._bind(inputs, moving, places)
                 self._bound = [bound, *(other for other in self._bound if other.places != places)][:_PLACES]
             with torch.no_grad(), on_device(inputs.device), profiled("rkif.fuse", inputs.device):
                 stats = bound.launch(inputs)
         torch.autograd.graph.increment_version(out)
         return stats
 
-    def _bind(self, inputs: FusionInputs, tensors: Sequence[Tensor | None], places: list[int]) -> _Bound:
+    def _bind(self, inputs: FusionInputs, moving: Sequence[Tensor | None], places: Places) -> _Bound:
         require_fusion(inputs, self._rule, self._names)
         module, launch = implementation(inputs.device, self._backend), None
         if hasattr(module, "prepared_fusion") and fits_one_pass(inputs, self._density, self._scope):
             with on_device(inputs.device):
                 k = order_statistic_k(inputs.numel, self._density)
                 launch = module.prepared_fusion(inputs, k, self._rule)
-        return _Bound(places, self._unprepared if launch is None else launch, same_kind(tensors))
+        launch = self._unprepared if launch is None else launch
+        return _Bound(places, inputs, launch, same_kind(moving))
 
     def _unprepared(self, inputs: FusionInputs) -> FuseStats:
         """For lists, or a backend, that nothing is prepared for."""
@@ -105,6 +113,7 @@ class FusionPlan:
 class _Bound(NamedTuple):
     """What was prepared, and what for."""
 
-    places: list[int]
+    places: Places
+    inputs: FusionInputs  # kept, so that no other list gets the id of one of them
     launch: Callable[[FusionInputs], FuseStats]
     same_kind: Callable[[Sequence[Tensor | None]], bool]
