@@ -15,7 +15,7 @@ from rkif_kernels import Views
 # take a millisecond to copy, long against a launch and short against memory.
 GROUP_NUMEL = 1 << 24
 # Up to so many bytes a snapshot keeps its memory while it is not in use: an adapter does, a whole model not.
-KEPT_BYTES = 1 << 28
+KEPT_BYTES = 1 << 27
 
 Held = TypeVar("Held", bound="Snapshot | None")
 
@@ -29,6 +29,11 @@ def groups(sizes: Sequence[int]) -> list[range]:
             held = 0
         held += size
     return [range(*ends) for ends in pairwise([*starts, len(sizes)])]
+
+
+def keeps_memory(size: float) -> bool:
+    """Whether a snapshot of so many bytes has its memory in every phase."""
+    return size <= KEPT_BYTES
 
 
 class Snapshot:
@@ -60,7 +65,7 @@ class Snapshot:
         Small memory stays, so that copies take turns in few places, which a fusion knows again. Pinned memory
         stays because it is slow to get.
         """
-        if sum(arena.nbytes for arena in self._arenas) > KEPT_BYTES:
+        if not keeps_memory(sum(arena.nbytes for arena in self._arenas)):
             self._resize(0)
 
     def allocate(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rkif.fuser.snapshot import GROUP_NUMEL
+from rkif.fuser.snapshot import GROUP_NUMEL, keeps_memory
 
 Optimizer = Literal["adamw", "adamw8bit", "sgd"]
 Phase = Literal["inner", "outer", "fusion"]
@@ -69,16 +69,18 @@ class Option:
         inner = 0.0 if self.offload else weight
         scores = (4.0 if self.exact else 2.0) * (2 if training.uncertainty else 1)
         selected = 1 / 8 if self.pack_inner else scores
+        elements = training.trainable / training.ranks
+        idle_inner, idle_base = (size if keeps_memory(size * elements) else 0.0 for size in (inner, base))
         return {
             "weights": dict.fromkeys(PHASES, weight),
             "gradients": {"inner": weight, "outer": weight, "fusion": 0.0},  # zero_grad() has freed them
             "inner optimizer": dict.fromkeys(PHASES, training.moments),
             "outer optimizer": dict.fromkeys(PHASES, training.moments),
             "base": dict.fromkeys(PHASES, base),
-            "inner result": {"inner": 0.0, "outer": inner, "fusion": inner},
+            "inner result": {"inner": idle_inner, "outer": inner, "fusion": inner},
             "inner importance": {"inner": scores, "outer": selected, "fusion": selected},
             "outer importance": dict.fromkeys(PHASES, scores),
-            "fusion": {"inner": 0.0, "outer": 0.0, "fusion": base},
+            "fusion": {"inner": idle_base, "outer": idle_base, "fusion": base},
         }
 
     def scratch(self, training: Training) -> int:

@@ -52,8 +52,9 @@ def test_tied_embeddings_count_once(model: Path) -> None:
     assert counts[0] - counts[1] == text["vocab_size"] * text["hidden_size"]
 
 
-def test_bytes_by_hand() -> None:
+def test_bytes_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """float32, AdamW, S*U: 4 + 4 + 8 + 8 + base 4 + S, U 8 + 8; inner result 4; fusion 4, no gradients."""
+    monkeypatch.setattr("rkif.fuser.snapshot.KEPT_BYTES", 0)
     plain, memory = Training(1000, 0, 1000), 10**9
     assert budget(Option(), plain, memory=memory, reserve=7).phases == {
         "inner": 44_007,
@@ -76,6 +77,15 @@ def test_bytes_by_hand() -> None:
     assert budget(Option(), shards, memory=memory, reserve=0).phases["outer"] == 100 * 48 + 10 * 4
     large = Training(10 * GROUP_NUMEL, 0, GROUP_NUMEL + 3)
     assert Option(offload=True).scratch(large) == (GROUP_NUMEL + 3) * (4 + 2 * 8)
+
+
+def test_small_copies_have_memory_in_every_phase() -> None:
+    """As above, inner result 4 and fusion 4 in each phase."""
+    small, memory = Training(1000, 0, 1000), 10**9
+    phases = budget(Option(), small, memory=memory, reserve=0).phases
+    assert phases == {"inner": 52_000, "outer": 52_000, "fusion": 48_000}
+    offloaded = budget(Option(offload=True), small, memory=memory, reserve=0).phases
+    assert (offloaded["inner"], offloaded["outer"]) == (40_000, 40_000)
 
 
 def test_the_first_that_fits_is_taken_and_a_byte_less_is_too_little() -> None:
