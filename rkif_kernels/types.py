@@ -200,7 +200,7 @@ class MergeRule(NamedTuple):
     """
 
     weights: CaseWeights
-    outer_from: OuterFrom
+    outer_from: OuterFrom = "inner"
 
     @property
     def factors(self) -> tuple[float, ...]:

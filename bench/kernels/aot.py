@@ -190,7 +190,7 @@ def cases() -> Iterator[Case]:
         roles = {"DTYPES": (dtype, dtype if streams == 2 else None), "DISTANCE": distance}
         yield Case(f"count {kind} {dtype}", _count_kernel, roles, (dtype,) * streams)
     for dtype in PARAMETERS:
-        distances = {"INNER_DISTANCE": True, "OUTER_DISTANCE": True}
+        distances = {"DISTANCES": (True, True)}
         case = _fuse_case(_fuse_kernel, dtype, dtype)
         # The scores' four streams are those of the parameters, from the cache.
         yield replace(
@@ -249,8 +249,7 @@ def _selection_cases(config: LaunchConfig) -> Iterator[Case]:
 # Constants that are the same for every case, where a kernel has them.
 COMMON = {
     "ROUND_BF16": False,
-    "INNER_DISTANCE": False,
-    "OUTER_DISTANCE": False,
+    "DISTANCES": (False, False),
     "STEP": 0,
     "FIRST": True,
     "RUN": BRACKETING.run,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rkif_kernels import Scores, order_statistic_k
+from rkif_kernels import FusionInputs, Scores, order_statistic_k
 from rkif_kernels.types import CaseWeights
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ def fuse(*lists: Any, density: float, weights: CaseWeights) -> None:
     ``lists`` are out, base, inner, outer, and the scores of either learner, as in every fusion here.
     """
     limits = [released_threshold(scores, density) for scores in lists[-2:]]
-    for tensors in _by_tensor(*lists):
+    for tensors in _by_tensor(FusionInputs(*lists)):
         _merge_one(*tensors, limits=limits, weights=weights)
 
 
@@ -117,7 +117,7 @@ def compiled_fuse() -> Callable[..., None]:
 
     def run(*lists: Any, density: float, weights: CaseWeights) -> None:
         limits = [released_threshold(scores, density) for scores in lists[-2:]]
-        for tensors in _by_tensor(*lists):
+        for tensors in _by_tensor(FusionInputs(*lists)):
             merge_one(*tensors, limits=limits, weights=weights)
 
     return run
@@ -222,18 +222,10 @@ def _merge_one(
     target.copy_(before + w_in * (between - before) + w_out * (after - between))
 
 
-def _by_tensor(
-    out: Sequence[Tensor],
-    base: Sequence[Tensor],
-    inner: Sequence[Tensor],
-    outer: Sequence[Tensor],
-    inner_scores: Scores,
-    outer_scores: Scores,
-) -> Iterator[tuple[Tensor, ...]]:
-    lists: list[Sequence[Tensor]] = [out, base, inner, outer]
-    for scores in (inner_scores, outer_scores):
-        lists += [scores.sensitivity, scores.uncertainty or ()]
-    return zip(*lists, strict=True)
+def _by_tensor(inputs: FusionInputs) -> Iterator[tuple[Tensor, ...]]:
+    """Every parameter's tensors: out, base, inner, outer, and S and U of either learner."""
+    rows: list[Any] = [row or () for row in inputs.lists]
+    return zip(*rows, strict=True)
 
 
 def _masks_foreach(scores: Scores, density: float) -> list[Tensor]:

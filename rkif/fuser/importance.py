@@ -11,7 +11,7 @@ from torch import Tensor
 from rkif.config import FusionConfig
 from rkif.fuser.bitmask import packed_masks, repacked, unpacked
 from rkif.fuser.parameters import arena
-from rkif_kernels import ImportancePlan, Scores, Views
+from rkif_kernels import ImportancePlan, Scores, Smoothing, Views
 
 _PLANS = 2  # that are kept
 
@@ -67,7 +67,14 @@ class Importance:
         plan.update(parameters, gradients, frozen=frozen)
 
     def _plan(self, nonfinite: Tensor, indices: Sequence[int]) -> ImportancePlan:
-        return ImportancePlan(**self.update_arguments(indices), nonfinite=nonfinite)
+        scores, config = self.of(indices), self._config
+        return ImportancePlan(
+            scores.sensitivity,
+            scores.uncertainty,
+            smoothing=Smoothing(config.beta1, config.beta2, config.order),
+            nonfinite=nonfinite,
+            names=[self._names[index] for index in indices],
+        )
 
     def update_arguments(self, indices: Sequence[int], *, frozen: bool = False) -> dict[str, Any]:
         """What every operation that updates the importance of some tensors is told of it, by keyword."""

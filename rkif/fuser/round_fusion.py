@@ -12,7 +12,7 @@ from rkif.fuser.gated_step import restore
 from rkif.fuser.grouped_fusion import grouped_fusion
 from rkif.fuser.snapshot import Snapshot
 from rkif.fusion import FusionReport, report_of, skipped_report
-from rkif_kernels import FusionPlan
+from rkif_kernels import FusionInputs, FusionPlan, MergeRule
 
 if TYPE_CHECKING:
     from rkif.fuser.fuser import Fuser, Learner
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 def fusion_plan(config: FusionConfig, names: list[str]) -> FusionPlan:
     """What every round on one device in one dtype fuses by."""
     return FusionPlan(
-        density=config.density, scope=config.scope, weights=merge_weights(config.rule).cases, names=names
+        density=config.density,
+        scope=config.scope,
+        rule=MergeRule(merge_weights(config.rule).cases),
+        names=names,
     )
 
 
@@ -40,7 +43,8 @@ def fuse_round(fuser: Fuser, fused: Snapshot) -> FusionReport:
     if plain and not shards.sharded:
         with shards.processes.raise_on_any_failure():
             snapshots = fused.tensors, fuser._base.tensors, fuser._inner.tensors
-            stats = fuser._plan.fuse(*snapshots, shards.parts(), inner.scores, outer.scores)
+            inputs = FusionInputs(*snapshots, shards.parts(), inner.scores, outer.scores)
+            stats = fuser._plan.fuse(inputs)
         return report_of(names, stats, numel=sum(shards.sizes), scope=fuser.config.scope)
     inner_thresholds = learner_thresholds(fuser, "inner") if inner.thresholds is None else inner.thresholds
     outer_thresholds = learner_thresholds(fuser, "outer")

@@ -16,13 +16,10 @@ from rkif_kernels.ops.select import order_statistic_k
 from rkif_kernels.profiling import profiled
 from rkif_kernels.types import (
     Backend,
-    CaseWeights,
     FuseStats,
     FusionInputs,
     MergeRule,
-    OuterFrom,
     Scope,
-    Scores,
     Views,
 )
 
@@ -46,7 +43,8 @@ class FusionPlan:
     graph.
 
     Args:
-        density, scope, weights, outer_from, names, backend: as there.
+        density, scope, names, backend: as there.
+        rule: the weights of the cases, and where the outer task vector starts.
 
     Raises:
         TypeError, ValueError: for settings out of range; by :meth:`fuse`, for tensors that do not fit
@@ -58,28 +56,18 @@ class FusionPlan:
         *,
         density: float,
         scope: Scope = "global",
-        weights: CaseWeights,
-        outer_from: OuterFrom = "inner",
+        rule: MergeRule,
         names: Sequence[str] | None = None,
         backend: Backend = "auto",
     ) -> None:
         require_selection(density, scope)
-        self._density, self._scope, self._rule = density, scope, MergeRule(weights, outer_from)
+        self._density, self._scope, self._rule = density, scope, rule
         self._names, self._backend = names, backend
         self._lock = threading.Lock()
         self._bound: list[_Bound] = []
 
-    def fuse(
-        self,
-        out: Sequence[Tensor],
-        base: Sequence[Tensor],
-        inner: Sequence[Tensor],
-        outer: Sequence[Tensor],
-        inner_scores: Scores,
-        outer_scores: Scores,
-    ) -> FuseStats:
-        """Select and fuse once; arguments and result as for :func:`rkif_kernels.select_and_fuse_`."""
-        inputs = FusionInputs(out, base, inner, outer, inner_scores, outer_scores)
+    def fuse(self, inputs: FusionInputs) -> FuseStats:
+        """Select and fuse once; lists and result as for :func:`rkif_kernels.select_and_fuse_`."""
         rows = list(filter(None, inputs.lists))
         # Where views are, and of what kind, follows from their flat tensor: one address, not hundreds.
         moving = [tensor for row in rows if not isinstance(row, Views) for tensor in row]
@@ -92,7 +80,7 @@ class FusionPlan:
                 self._bound = [bound, *(other for other in self._bound if other.places != places)][:_PLACES]
             with torch.no_grad(), on_device(inputs.device), profiled("rkif.fuse", inputs.device):
                 stats = bound.launch(inputs)
-        torch.autograd.graph.increment_version(out)
+        torch.autograd.graph.increment_version(inputs.out)
         return stats
 
     def _bind(self, inputs: FusionInputs, moving: Sequence[Tensor | None], places: Places) -> _Bound:

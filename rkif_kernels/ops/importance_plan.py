@@ -14,7 +14,7 @@ from rkif_kernels.backends.choose import implementation, on_device
 from rkif_kernels.ops.guards import addresses, same_kind
 from rkif_kernels.ops.importance import require_importance
 from rkif_kernels.profiling import profiled
-from rkif_kernels.types import Backend, ImportanceInputs, Order, Smoothing
+from rkif_kernels.types import Backend, ImportanceInputs, Smoothing
 
 # What a backend makes ready: one step on the current device, for weights, gradients, settings, and whether a
 # gradient is not where it was at the last step.
@@ -34,8 +34,9 @@ class ImportancePlan:
     allocated before or during the capture, and replayed any number of times. The plan must outlive the graph.
 
     Args:
-        sensitivity, uncertainty, beta1, beta2, order, nonfinite, names, backend: as there. On Triton the
-            states must start on boundaries of 16 bytes.
+        sensitivity, uncertainty, nonfinite, names, backend: as there. On Triton the states must start on
+            boundaries of 16 bytes.
+        smoothing: the betas, and the form of the importance.
 
     Raises:
         TypeError, ValueError: by :meth:`update`, for tensors that do not fit together; nothing has been
@@ -47,17 +48,15 @@ class ImportancePlan:
         sensitivity: Sequence[Tensor],
         uncertainty: Sequence[Tensor] | None = None,
         *,
-        beta1: float,
-        beta2: float = 0.0,
-        order: Order = "first",
+        smoothing: Smoothing,
         nonfinite: Tensor,
         names: Sequence[str] | None = None,
         backend: Backend = "auto",
     ) -> None:
         self._states = sensitivity, uncertainty
-        self._smoothing, self._nonfinite = Smoothing(beta1, beta2, order), nonfinite
+        self._smoothing, self._nonfinite = smoothing, nonfinite
         # With nothing taken of the new, S and U are written back as they were: 1*S + 0*I.
-        self._frozen = Smoothing(1.0, 1.0, order)
+        self._frozen = Smoothing(1.0, 1.0, smoothing.order)
         self._names, self._backend = names, backend
         self._lock = threading.Lock()
         self._bound: _Bound | None = None

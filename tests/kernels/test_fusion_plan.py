@@ -11,7 +11,7 @@ from kernel_cases import BLOCK, CHUNK, NATIVE, assert_same_bits, normal, on, pos
 from torch import Tensor
 
 import rkif
-from rkif_kernels import FusionInputs, FusionPlan, Scores, magnitudes, select_and_fuse_
+from rkif_kernels import FusionInputs, FusionPlan, MergeRule, Scores, magnitudes, select_and_fuse_
 from rkif_kernels.backends.triton import single_pass
 from rkif_kernels.backends.triton.launch import Bracketing
 from rkif_kernels.ops import fusion_plan
@@ -21,6 +21,9 @@ SIZES = [BLOCK + 1, 3, 0, CHUNK + 5]
 SMALL = Bracketing(min_numel=1, sample_stride=2, max_samples=1 << 20, sigmas=2.5, list_slack=1.5)
 SETTINGS: dict[str, Any] = {
     "density": 0.3, "weights": ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5)), "outer_from": "base"
+}  # fmt: skip
+PLANNED: dict[str, Any] = {
+    "density": SETTINGS["density"], "rule": MergeRule(SETTINGS["weights"], SETTINGS["outer_from"])
 }  # fmt: skip
 BACKENDS = [
     "triton",
@@ -59,7 +62,7 @@ def check(plan: FusionPlan, backend: Any, inputs: list[Any], out: list[Tensor] |
     got = [torch.full_like(tensor, torch.nan) for tensor in inputs[0]] if out is None else out
     expected = [torch.full_like(tensor, torch.nan) for tensor in inputs[0]]
     wanted = select_and_fuse_(expected, *inputs, **SETTINGS, backend=backend)
-    stats = plan.fuse(got, *inputs)
+    stats = plan.fuse(FusionInputs(got, *inputs))
     assert_same_bits(got, on("cpu", expected) or [])
     assert torch.equal(stats.counts, wanted.counts)
     torch.testing.assert_close(stats.squared_norms, wanted.squared_norms, rtol=1e-12, atol=0)
@@ -70,7 +73,7 @@ def check(plan: FusionPlan, backend: Any, inputs: list[Any], out: list[Tensor] |
 
 @backends
 def test_copies_take_turns(backend: str, prepared: list[FusionInputs]) -> None:
-    plan = FusionPlan(**SETTINGS, backend=backend)
+    plan = FusionPlan(**PLANNED, backend=backend)
     base, inner, outer = lists()
     spare = [torch.empty_like(tensor) for tensor in base]
     for _ in range(6):
@@ -83,7 +86,7 @@ def test_copies_take_turns(backend: str, prepared: list[FusionInputs]) -> None:
 
 @backends
 def test_values_change_under_a_plan(backend: str) -> None:
-    plan = FusionPlan(**SETTINGS, backend=backend)
+    plan = FusionPlan(**PLANNED, backend=backend)
     inputs = [*lists(), *sides()]
     out = check(plan, backend, inputs)
     for tensors in inputs[:3]:
@@ -94,7 +97,7 @@ def test_values_change_under_a_plan(backend: str) -> None:
 
 
 def test_a_known_round_is_not_prepared_again(prepared: list[FusionInputs]) -> None:
-    plan = FusionPlan(**SETTINGS, backend="triton")
+    plan = FusionPlan(**PLANNED, backend="triton")
     inputs = [*lists(), *sides()]
     out = check(plan, "triton", inputs)
     for _ in range(3):
@@ -104,19 +107,19 @@ def test_a_known_round_is_not_prepared_again(prepared: list[FusionInputs]) -> No
 
 @backends
 def test_another_dtype_or_shape_at_the_same_address_is_validated(backend: str) -> None:
-    plan = FusionPlan(**SETTINGS, backend=backend)
+    plan = FusionPlan(**PLANNED, backend=backend)
     inputs = [*lists(), *sides()]
     out = check(plan, backend, inputs)
     turned = [[t.view(-1, 1) if t.numel() else t for t in tensors] for tensors in (out, *inputs[:3])]
     with pytest.raises(ValueError, match=r"has shape"):
-        plan.fuse(turned[0], *inputs)
+        plan.fuse(FusionInputs(turned[0], *inputs))
     with pytest.raises(TypeError, match=r"dtype int32"):
-        plan.fuse([t.view(torch.int32) for t in out], *inputs)
+        plan.fuse(FusionInputs([t.view(torch.int32) for t in out], *inputs))
     check(plan, backend, inputs, out)
 
 
 def test_no_more_than_a_few_places_are_kept() -> None:
-    plan = FusionPlan(**SETTINGS, backend="torch")
+    plan = FusionPlan(**PLANNED, backend="torch")
     kept = [[*lists(seed), *sides()] for seed in range(6)]
     for inputs in kept:
         check(plan, "torch", inputs)
@@ -125,17 +128,17 @@ def test_no_more_than_a_few_places_are_kept() -> None:
 
 @pytest.mark.parametrize("target", [0, 1, 2])
 def test_over_one_of_its_inputs(target: int, prepared: list[FusionInputs]) -> None:
-    plan = FusionPlan(**SETTINGS, backend="triton")
+    plan = FusionPlan(**PLANNED, backend="triton")
     inputs = [*lists(), *sides()]
     expected = [torch.empty_like(tensor) for tensor in inputs[0]]
     select_and_fuse_(expected, *inputs, **SETTINGS, backend="torch")
-    plan.fuse(inputs[target], *inputs)
+    plan.fuse(FusionInputs(inputs[target], *inputs))
     assert_same_bits(inputs[target], on("cpu", expected) or [])
     assert not prepared
 
 
 def test_copies_and_distances_are_not_prepared(prepared: list[FusionInputs]) -> None:
-    plan = FusionPlan(**SETTINGS, backend="triton")
+    plan = FusionPlan(**PLANNED, backend="triton")
     base, inner, outer = lists()
     shifted = [torch.zeros(t.numel() + 1, device=DEVICE)[1:].copy_(t) for t in inner]
     check(plan, "triton", [base, shifted, outer, *sides()])
@@ -144,27 +147,27 @@ def test_copies_and_distances_are_not_prepared(prepared: list[FusionInputs]) -> 
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_written() -> None:
-    plan = FusionPlan(**SETTINGS, names=["a", "b", "c", "d"])
+    plan = FusionPlan(**PLANNED, names=["a", "b", "c", "d"])
     inputs = [*lists(), *sides()]
     out = [torch.full_like(tensor, 7.0) for tensor in inputs[0]]
     out[1] = out[0][:3]
     with pytest.raises(ValueError, match=r"out\['b'\] and out\['a'\] share memory"):
-        plan.fuse(out, *inputs)
+        plan.fuse(FusionInputs(out, *inputs))
     assert all((tensor == 7).all() for tensor in out)
     with pytest.raises(ValueError, match=r"density must be in \[0, 1\]"):
-        FusionPlan(density=1.5, weights=SETTINGS["weights"])
+        FusionPlan(density=1.5, rule=PLANNED["rule"])
 
 
 def test_autograd_sees_the_write() -> None:
     inputs = [*lists(), *sides()]
     out = [torch.zeros_like(tensor) for tensor in inputs[0]]
     versions = [tensor._version for tensor in out]
-    FusionPlan(**SETTINGS).fuse(out, *inputs)
+    FusionPlan(**PLANNED).fuse(FusionInputs(out, *inputs))
     assert all(tensor._version > before for tensor, before in zip(out, versions, strict=True))
 
 
 def test_threads_take_turns() -> None:
-    plan = FusionPlan(**SETTINGS, backend="triton")
+    plan = FusionPlan(**PLANNED, backend="triton")
     rounds = [[*lists(seed), *sides(seed)] for seed in range(3)]
     outs = [[torch.empty_like(tensor) for tensor in inputs[0]] for inputs in rounds]
     failures: list[BaseException] = []
@@ -172,7 +175,7 @@ def test_threads_take_turns() -> None:
     def work(out: list[Tensor], inputs: list[Any]) -> None:
         try:
             for _ in range(3):
-                plan.fuse(out, *inputs)
+                plan.fuse(FusionInputs(out, *inputs))
         except BaseException as error:
             failures.append(error)
 
@@ -201,13 +204,13 @@ def test_the_snapshots_of_a_fuser_take_turns() -> None:
 
 @pytest.mark.gpu
 def test_a_round_is_captured_and_replayed() -> None:
-    plan = FusionPlan(**SETTINGS)
+    plan = FusionPlan(**PLANNED)
     inputs = [*lists(), *sides()]
     out = [torch.empty_like(tensor) for tensor in inputs[0]]
-    plan.fuse(out, *inputs)
+    plan.fuse(FusionInputs(out, *inputs))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        stats = plan.fuse(out, *inputs)
+        stats = plan.fuse(FusionInputs(out, *inputs))
     for seed in range(3):
         for tensors, fresh in zip(inputs[:3], lists(10 * seed), strict=True):
             for tensor, value in zip(tensors, fresh, strict=True):

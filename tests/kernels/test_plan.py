@@ -11,7 +11,7 @@ import torch
 from kernel_cases import BLOCK, CHUNK, NATIVE, assert_same_bits, normal, on
 from torch import Tensor
 
-from rkif_kernels import ImportancePlan, update_importance_
+from rkif_kernels import ImportancePlan, Smoothing, update_importance_
 from rkif_kernels.backends.triton.plan import _Places
 from rkif_kernels.backends.triton.table import StreamOrder
 from rkif_kernels.checks import ValidatedLists
@@ -36,7 +36,11 @@ class Pair:
         self.states = [[torch.zeros(size, device=DEVICE) for size in SIZES] for _ in range(4)]
         self.counters = [torch.zeros(1, dtype=torch.int64, device=DEVICE) for _ in range(2)]
         self.plan = ImportancePlan(
-            self.states[0], self.states[1], **SETTINGS, nonfinite=self.counters[0], backend=backend
+            self.states[0],
+            self.states[1],
+            smoothing=Smoothing(**SETTINGS),
+            nonfinite=self.counters[0],
+            backend=backend,
         )
 
     def step(self, grads: list[Any], *, frozen: bool = False) -> None:
@@ -141,7 +145,7 @@ def test_what_does_not_fit_is_refused(
 def test_states_off_a_boundary_are_refused() -> None:
     state = torch.zeros(9, device=DEVICE)[1:]
     counter = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    plan = ImportancePlan([state], beta1=0.5, nonfinite=counter, backend="triton")
+    plan = ImportancePlan([state], smoothing=Smoothing(0.5), nonfinite=counter, backend="triton")
     tensor = torch.ones(8, device=DEVICE)
     with pytest.raises(ValueError, match="tensor 0 must start on a boundary of 16 bytes"):
         plan.update([tensor], [tensor])
@@ -152,7 +156,7 @@ def test_autograd_sees_the_write() -> None:
     flat = torch.zeros(16, device=DEVICE)
     pair = [flat[:8], flat[8:]]
     counter = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    plan = ImportancePlan(pair, beta1=0.5, nonfinite=counter)
+    plan = ImportancePlan(pair, smoothing=Smoothing(0.5), nonfinite=counter)
     ones = [torch.ones(8, device=DEVICE)] * 2
     before = pair[1]._version
     plan.update(ones, ones)
@@ -253,7 +257,7 @@ def test_a_training_step_is_captured_and_replayed() -> None:
     data = torch.randn(16, 32, device=DEVICE)
     states = [[torch.zeros_like(weight)] for _ in range(2)]
     counter = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    plan = ImportancePlan([states[0][0].detach()], beta1=0.5, nonfinite=counter)
+    plan = ImportancePlan([states[0][0].detach()], smoothing=Smoothing(0.5), nonfinite=counter)
     optimizer = torch.optim.SGD([weight], lr=0.1)
 
     def step() -> None:

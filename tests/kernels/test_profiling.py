@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rkif_kernels
-from rkif_kernels import ImportancePlan, Scores
+from rkif_kernels import ImportancePlan, Scores, Smoothing
 from rkif_kernels.profiling import profiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +44,9 @@ CALLS: dict[str, tuple[Callable[[], object], set[str]]] = {
         {"rkif.observe"},
     ),
     "plan": (
-        lambda: ImportancePlan(ones(), beta1=0.5, nonfinite=nonfinite()).update(ones(), ones()),
+        lambda: ImportancePlan(ones(), smoothing=Smoothing(0.5), nonfinite=nonfinite()).update(
+            ones(), ones()
+        ),
         {"rkif.observe"},
     ),
     "thresholds": (

@@ -61,6 +61,21 @@ def cases(m_in, m_out, mask):
 
 
 @triton.jit
+def load_tile(
+    rows, first, numel, FULL: tl.constexpr, DTYPES: tl.constexpr, DISTANCES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One block: offsets, mask, base, inner and outer in float32, and the scores of either learner."""
+    offsets = first + tl.arange(0, BLOCK)
+    mask = tile_mask(offsets, numel, FULL)
+    base = load_float32(rows[1], offsets, mask)
+    inner = load_float32(rows[2], offsets, mask)
+    outer = load_float32(rows[3], offsets, mask)
+    score_in = load_score(rows[4], rows[5], offsets, mask, DTYPES[5] is not None, DISTANCES[0])
+    score_out = load_score(rows[6], rows[7], offsets, mask, DTYPES[7] is not None, DISTANCES[1])
+    return offsets, mask, base, inner, outer, score_in, score_out
+
+
+@triton.jit
 def store_norms(partial_norms_ptr, row, inner, outer, update):
     """A program's three squared norms, from lanes to its row."""
     tl.store(partial_norms_ptr + row * 3, tl.sum(inner))
@@ -77,29 +92,20 @@ def _fuse_tile(
     numel,
     FULL: tl.constexpr,
     DTYPES: tl.constexpr,
-    INNER_DISTANCE: tl.constexpr,
-    OUTER_DISTANCE: tl.constexpr,
+    DISTANCES: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
     BLOCK: tl.constexpr,
     ROUND_BF16: tl.constexpr,
 ):
     """Fuse one block; returns its counts of the cases and three squared norms, in lanes."""
-    out_ptr, base_ptr, inner_ptr, outer_ptr, s_in_ptr, u_in_ptr, s_out_ptr, u_out_ptr = rows
-    offsets = first + tl.arange(0, BLOCK)
-    mask = tile_mask(offsets, numel, FULL)
-    base = load_float32(base_ptr, offsets, mask)
-    inner = load_float32(inner_ptr, offsets, mask)
-    outer = load_float32(outer_ptr, offsets, mask)
-    m_in = (
-        load_score(s_in_ptr, u_in_ptr, offsets, mask, DTYPES[5] is not None, INNER_DISTANCE) > thresholds[0]
+    offsets, mask, base, inner, outer, score_in, score_out = load_tile(
+        rows, first, numel, FULL, DTYPES, DISTANCES, BLOCK
     )
-    m_out = (
-        load_score(s_out_ptr, u_out_ptr, offsets, mask, DTYPES[7] is not None, OUTER_DISTANCE) > thresholds[1]
-    )
+    m_in, m_out = score_in > thresholds[0], score_out > thresholds[1]
     fused, tau_in, tau_out = merge(
         base, inner, outer, m_in, m_out, weights, DTYPES, OUTER_FROM_INNER, ROUND_BF16
     )
-    tl.store(out_ptr + offsets, fused, mask=mask)
+    tl.store(rows[0] + offsets, fused, mask=mask)
     # Beyond the mask everything was loaded as zero, so only the counts need it.
     return (
         pack_counts(*cases(m_in, m_out, mask), BLOCK),
@@ -118,8 +124,7 @@ def fuse_chunk(
     numel,
     norms,
     DTYPES: tl.constexpr,
-    INNER_DISTANCE: tl.constexpr,
-    OUTER_DISTANCE: tl.constexpr,
+    DISTANCES: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
@@ -134,12 +139,12 @@ def fuse_chunk(
             if first + BLOCK <= numel:
                 n, x, y, z = _fuse_tile(
                     rows, thresholds, weights, first, numel, True, DTYPES,
-                    INNER_DISTANCE, OUTER_DISTANCE, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
+                    DISTANCES, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
                 )  # fmt: skip
             else:
                 n, x, y, z = _fuse_tile(
                     rows, thresholds, weights, first, numel, False, DTYPES,
-                    INNER_DISTANCE, OUTER_DISTANCE, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
+                    DISTANCES, OUTER_FROM_INNER, BLOCK, ROUND_BF16,
                 )  # fmt: skip
             selected += n
             norm_in += x
@@ -167,8 +172,7 @@ def _fuse_kernel(
     weights,
     # Constexprs
     DTYPES: tl.constexpr,
-    INNER_DISTANCE: tl.constexpr,
-    OUTER_DISTANCE: tl.constexpr,
+    DISTANCES: tl.constexpr,
     OUTER_FROM_INNER: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
@@ -190,7 +194,7 @@ def _fuse_kernel(
     zero = tl.zeros((BLOCK // 4,), tl.float64)
     selected, norm_in, norm_out, norm_update = fuse_chunk(
         rows, thresholds, weights, start, numel, (zero, zero, zero), DTYPES,
-        INNER_DISTANCE, OUTER_DISTANCE, OUTER_FROM_INNER, BLOCK, TILES, ROUND_BF16,
+        DISTANCES, OUTER_FROM_INNER, BLOCK, TILES, ROUND_BF16,
     )  # fmt: skip
     add_counts(counts_ptr, selected)
     store_norms(partial_norms_ptr, chunk, norm_in, norm_out, norm_update)
@@ -233,8 +237,7 @@ def fuse_(
                 inner_stride=int(thresholds[0].numel() > 1),
                 outer_stride=int(thresholds[1].numel() > 1),
                 # Constexprs
-                INNER_DISTANCE=inputs.inner_scores.distance,
-                OUTER_DISTANCE=inputs.outer_scores.distance,
+                DISTANCES=(inputs.inner_scores.distance, inputs.outer_scores.distance),
                 **merge_arguments(table, rule, config),
                 **config.options,
             )

@@ -28,18 +28,16 @@ from rkif_kernels.backends.triton.elements import (
     kernel,
     lane_sums,
     load_chunk,
-    load_float32,
     load_rows,
-    load_score,
     pack_counts,
     squared_lanes,
-    tile_mask,
 )
 from rkif_kernels.backends.triton.fuse import (
     INNER_SCORE,
     cases,
     fuse_,
     fuse_chunk,
+    load_tile,
     merge,
     merge_arguments,
     store_norms,
@@ -88,14 +86,9 @@ def _bracketed_fuse_tile(
     ROUND_BF16: tl.constexpr,
 ):
     """Fuse what the brackets decide; returns the bits of the rest, counts and squared norms, in lanes."""
-    out_ptr, base_ptr, inner_ptr, outer_ptr, s_in_ptr, u_in_ptr, s_out_ptr, u_out_ptr = rows
-    offsets = first + tl.arange(0, BLOCK)
-    mask = tile_mask(offsets, numel, FULL)
-    base = load_float32(base_ptr, offsets, mask)
-    inner = load_float32(inner_ptr, offsets, mask)
-    outer = load_float32(outer_ptr, offsets, mask)
-    score_in = load_score(s_in_ptr, u_in_ptr, offsets, mask, DTYPES[5] is not None)
-    score_out = load_score(s_out_ptr, u_out_ptr, offsets, mask, DTYPES[7] is not None)
+    offsets, mask, base, inner, outer, score_in, score_out = load_tile(
+        rows, first, numel, FULL, DTYPES, (False, False), BLOCK
+    )
 
     m_in = score_in > brackets[0]
     m_out = score_out > brackets[2]
@@ -106,7 +99,7 @@ def _bracketed_fuse_tile(
     fused, tau_in, tau_out = merge(
         base, inner, outer, m_in, m_out, weights, DTYPES, OUTER_FROM_INNER, ROUND_BF16
     )
-    tl.store(out_ptr + offsets, fused, mask=mask)
+    tl.store(rows[0] + offsets, fused, mask=mask)
     none = tl.zeros_like(mask)
     return (
         lane_sums(undecided.to(tl.int32) << (tl.arange(0, BLOCK) & 3), BLOCK),
@@ -240,7 +233,7 @@ def _finish_kernel(
             lists = load_rows(pointers_ptr, tensor, n_tensors, DTYPES)
             selected, norm_in, norm_out, norm_update = fuse_chunk(
                 lists, thresholds, weights, start, numel, (norm_in, norm_out, norm_update),
-                DTYPES, False, False, OUTER_FROM_INNER, BLOCK, TILES, ROUND_BF16,
+                DTYPES, (False, False), OUTER_FROM_INNER, BLOCK, TILES, ROUND_BF16,
             )  # fmt: skip
             add_counts(fields_ptr, selected)
             part += tl.num_programs(0)

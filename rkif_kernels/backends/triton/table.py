@@ -10,6 +10,7 @@ import functools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,14 +191,8 @@ def build_tables(
 
 # Gradients may alternate between a few places, and inner and outer learner have states of their own.
 @functools.lru_cache(maxsize=64)
-def _tables(
-    device: torch.device,
-    addresses: tuple[tuple[int, ...], ...],
-    dtypes: tuple[Dtypes, ...],
-    numels: tuple[int, ...],
-    chunk: int,
-) -> tuple[tuple[Table, ...], StreamOrder]:
-    made = build_tables(device, addresses, dtypes, numels, chunk)
+def _tables(device: torch.device, *key: Any) -> tuple[tuple[Table, ...], StreamOrder]:
+    made = build_tables(device, *key)
     return made, StreamOrder(device, [tensor for table in made for tensor in table.memory])
 
 
