@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+from bench.kernels.host import LAUNCHES, Row, missed_goals, problems
 
 
 def test_a_warm_observe_is_one_launch_and_nothing_is_compiled_again(tmp_path: Path) -> None:
@@ -32,3 +33,17 @@ def test_a_warm_observe_is_one_launch_and_nothing_is_compiled_again(tmp_path: Pa
         assert row["compilations"] == 0, row
         if row["call"].startswith("observe"):
             assert row["launches"] == 1, row
+
+
+def test_a_launch_too_many_and_a_kernel_compiled_again_are_problems() -> None:
+    good = [Row(call, 160, 9e9, launches, 0) for call, launches in LAUNCHES.items()]
+    assert problems(good) == []
+    assert problems([good[0]._replace(launches=2), good[3]._replace(compilations=1)]) == [
+        "observe, 160 tensors: 2 launches; at most 1 are needed",
+        "fuse, 160 tensors: compiled 1 kernels again",
+    ]
+
+
+def test_a_goal_is_missed_by_time_alone() -> None:
+    slow, quick, free = Row("fuse", 160, 400.1, 7, 0), Row("fuse", 160, 400, 7, 0), Row("fuse", 1, 9e9, 7, 0)
+    assert missed_goals([slow, quick, free]) == ["fuse of 160 tensors takes 400.1 us; the goal is 400"]

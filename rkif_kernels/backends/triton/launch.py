@@ -141,10 +141,11 @@ class Bracketing:
 
 # A run costs a sector of 32 bytes for each of four streams, and a bracket's width falls with the square root
 # of their number: one run of eight in 128 scores reads 3 % of all bytes and leaves 0.7 % of 64 Mi elements
-# undecided, which cost as much again. Neighbours resemble each other, so eight are counted as three. Below
-# four million elements the extra launches take longer than reading the scores again. None of it is measured.
+# undecided, which cost as much again. Neighbours resemble each other, so eight are counted as three.
+# Radix selection takes 17 launches for a fusion instead of 7, and reads scores four times; below 2^17
+# elements a sample would be most of them. None of it is measured.
 BRACKETING = Bracketing(
-    min_numel=1 << 22, sample_stride=128, max_samples=1 << 20, sigmas=4.0, list_slack=2.0,
+    min_numel=1 << 17, sample_stride=128, max_samples=1 << 20, sigmas=4.0, list_slack=2.0,
     run=8, design_effect=2.5,
 )  # fmt: skip
 
