@@ -4,6 +4,11 @@ A sample proposes a narrow bracket around the k-th score. One pass counts what l
 and collects what lies inside; the counts prove whether the bracket was right. If it was, the answer is an
 order statistic of the few collected scores. If not, the search goes on in the part that the counts point to,
 at worst by bisection of the float's bit pattern: a bad sample costs a pass, never exactness.
+
+Counting windows (:mod:`rkif_kernels.selection.counting`) finds the same value, and serves scores that are
+never in memory together. Given the same bracket it takes 2.2 times as long for 2^26 scores, 2.4 times for
+2^24 and 5 times for the 6.6 million of an adapter (medians of nine calls in turn, native backend, AMD EPYC,
+two threads): it counts what this search copies, and half a million bins must be summed.
 """
 
 from __future__ import annotations
