@@ -3,23 +3,99 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file under a temporary name, bring it to disk, and give it its own."""
+    """Let ``write`` make a file under a temporary name, bring it to disk, and give it its own.
+
+    Raises:
+        OSError: the file cannot be written; it names the path. The temporary file is deleted.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    fsync_file(temporary)
-    os.replace(temporary, path)
+    try:
+        with named_in_errors(path):
+            write(temporary)
+            fsync_file(temporary)
+            os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole UTF-8 file, or none; lines end in a line feed on every system."""
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file.
+
+    Raises:
+        ValueError: the file is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def parse_json(text: str | bytes, where: object) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: the text is no JSON, or is nested too deeply; it names ``where``.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{where} is damaged: it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged: {error}") from error
+
+
+def require_valid(model: type[BaseModel], content: Any, where: object) -> None:
+    """Raise ValueError, naming ``where`` and the key, unless ``content`` is as ``model`` has it."""
+    from pydantic import ValidationError
+
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} is damaged: it holds no object")
+    try:
+        model.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        key = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "missing":
+            message = f"{where} is damaged, or of another version of rkif: it lacks {key!r}"
+        else:
+            message = f"{where} is damaged: {f'{key}: ' if key else ''}{problem['msg']}"
+        raise ValueError(message.replace("Value error, ", "")) from None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Give the path to an OSError that names no file, as those of a full disk do."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def fsync_file(path: Path) -> None:

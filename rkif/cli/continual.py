@@ -67,6 +67,7 @@ def log_command(
     from rkif.continual.rundir.folder import RunReader
 
     records = RunReader(run).ledger()
+    selected = log.select(records, task=task, verdict=verdict, module=explain or module)
     if verify:
         from rkif.continual.rundir.verify import verify as check
 
@@ -76,15 +77,14 @@ def log_command(
             f"{checked['states']} kept states are as recorded; last hash {records[-1]['hash']}"
         )
         return
-    records = log.select(records, task=task, verdict=verdict)
     if as_json:
-        for record in log.only_module(records, explain or module):
+        for record in log.only_module(selected, explain or module):
             print(json.dumps(record))
         return
     from rich.console import Console
 
     console = Console()
-    for table in log.explain(records, explain) if explain is not None else [log.table(records, module)]:
+    for table in log.explain(selected, explain) if explain is not None else [log.table(selected, module)]:
         console.print(table)
 
 

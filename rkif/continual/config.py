@@ -5,13 +5,23 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticKnownError
 
 from rkif.config import FusionConfig, MergeWeights
+from rkif.continual.tasks.records import require_task_name
 from rkif.continual.tasks.text import TextFormat
 from rkif.continual.user_metrics import locate, metric_name
 from rkif.gate import Criterion, Gate
@@ -37,7 +47,7 @@ class TaskSettings(Settings):
     """The tasks' folder and their order. The limits are numbers of records per task."""
 
     folder: str
-    order: str | list[str]
+    order: str | list[Annotated[str, AfterValidator(require_task_name)]]
     train_limit: int | None = Field(None, ge=1)
     dev_limit: int | None = Field(None, ge=1)
 

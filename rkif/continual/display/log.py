@@ -44,13 +44,20 @@ class Share:
 
 
 def select(
-    records: Sequence[LedgerRecord], *, task: str | None = None, verdict: str | None = None
+    records: Sequence[LedgerRecord],
+    *,
+    task: str | None = None,
+    verdict: str | None = None,
+    module: str | None = None,
 ) -> list[LedgerRecord]:
     """The records of a task, and of rounds with a verdict.
 
     Raises:
-        ValueError: there is no such task or verdict.
+        ValueError: there is no such task or verdict, or no parameter's name contains ``module``.
     """
+    rounds = [record for record in records if record["event"] == "round"]
+    if module is not None and not any(module in name for record in rounds[:1] for name in record["modules"]):
+        raise ValueError(_no_module(rounds, module))
     if task is not None:
         tasks = next(record["tasks"] for record in records if record["event"] == "begin")
         require_choice("--task", task, tasks)
@@ -148,11 +155,11 @@ def _share(record: LedgerRecord, module: str | None) -> Share:
     """The effect of a round on the parameters whose names contain ``module``; on all without it."""
     values = [value for name, value in record["modules"].items() if module is None or module in name]
     if not values:
-        names = ", ".join(sorted({short_name(name) for name in record["modules"]})[:3])
-        raise ValueError(f"no parameter's name contains {module!r}; there are {names}, ...")
+        raise ValueError(_no_module([record], str(module)))
     sizes = [value["numel"] for value in values]
     importance = [
-        sum(value["importance"][side] * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
+        sum(value["importance"][side] * size for value, size in zip(values, sizes, strict=True))
+        / (sum(sizes) or 1)
         for side in (0, 1)
     ]
     return Share(
@@ -160,6 +167,13 @@ def _share(record: LedgerRecord, module: str | None) -> Share:
         tuple(sum(value["counts"][case] for value in values) for case in range(len(CASES))),
         (importance[0], importance[1]),
     )
+
+
+def _no_module(rounds: Sequence[LedgerRecord], module: str) -> str:
+    if not rounds:
+        return f"no parameter's name contains {module!r}: nothing has been fused"
+    names = ", ".join(sorted({short_name(name) for name in rounds[0]["modules"]})[:3])
+    return f"no parameter's name contains {module!r}; there are {names}, ..."
 
 
 def _verdict(record: LedgerRecord) -> str:

@@ -31,14 +31,10 @@ from torch import Tensor
 
 from rkif.continual.config import RunConfig, dump_config
 from rkif.continual.rundir.ledger import LEDGER, LedgerError, LedgerRecord, read_ledger
+from rkif.continual.rundir.schema import FileContent, Metrics, TaskSummary, require_records
 from rkif.continual.rundir.state import RunState, load_tensors, save_tensors, storable, write_checkpoint
 from rkif.continual.tasks.replay_memory import ReplayMemory
-from rkif.files import fsync_file, write_text
-
-METRICS = (
-    *("method", "split", "tasks", "data", "records", "trainable", "initial", "accuracy", "metrics"),
-    *("op", "bwt", "fwt", "steps", "samples"),
-)
+from rkif.files import fsync_file, parse_json, read_text, require_valid, write_text
 
 
 class RunReader:
@@ -54,27 +50,41 @@ class RunReader:
             raise ValueError(f"{path} is no run: it has no config.yaml")
 
     def config_text(self) -> str:
-        return _read_text(self.path / "config.yaml")
+        return read_text(self.path / "config.yaml")
 
     def metrics(self) -> dict[str, Any]:
-        """The content of ``metrics.json``; empty if nothing was measured yet."""
+        """The content of ``metrics.json``; empty if nothing was measured yet.
+
+        Raises:
+            ValueError: it is damaged; the message names the key.
+        """
         path = self.path / "metrics.json"
-        metrics = _read_json(path) if path.exists() else {}
-        for key in METRICS if path.exists() else ():
-            if key not in metrics:
-                raise ValueError(f"{path} is damaged, or of another version of rkif: it lacks {key!r}")
-        return metrics
+        return _read_json(path, Metrics) if path.exists() else {}
+
+    def records(self, *, torn: bool = False) -> list[LedgerRecord]:
+        """The ledger's records, oldest first; none if there is no ledger.
+
+        Args:
+            torn: whether an unfinished last line is left out; by default it is an error.
+
+        Raises:
+            LedgerError: the chain is broken, or a record is none of a run.
+        """
+        path = self.path / LEDGER
+        records = list(read_ledger(path, torn=torn)) if path.exists() else []
+        require_records(records, path)
+        return records
 
     def ledger(self) -> list[LedgerRecord]:
         """The ledger's records, oldest first; at least one.
 
         Raises:
-            LedgerError: there is no ledger, it is empty, or its chain is broken.
+            LedgerError: there is no ledger, it is empty, its chain is broken, or a record is none of a run.
         """
         path = self.path / LEDGER
         if not path.exists():
             raise LedgerError(f"{self.path} has no ledger: {path} is missing")
-        records = list(read_ledger(path))
+        records = self.records()
         if not records:
             raise LedgerError(f"{path} holds no record")
         return records
@@ -85,9 +95,8 @@ class RunReader:
         for index, name in enumerate(self.metrics().get("tasks", [])):
             file = task_folder(self.path, index, name) / "rounds.safetensors"
             if file.exists():
-                rounds_of_task[name] = load_tensors(file)
-                if "norms" not in rounds_of_task[name]:
-                    raise ValueError(f"{file} is damaged: it has no 'norms'")
+                tensors = rounds_of_task[name] = load_tensors(file)
+                _require_rounds(tensors, next(iter(rounds_of_task.values())), file)
         return rounds_of_task
 
 
@@ -143,7 +152,7 @@ class RunFolder:
 
     def read_task(self, index: int, name: str) -> dict[str, Any]:
         """The content of a task's ``task.json``: name, steps, samples."""
-        return _read_json(self.task(index, name) / "task.json")
+        return _read_json(self.task(index, name) / "task.json", TaskSummary)
 
     def digests(self, index: int, name: str) -> dict[str, str]:
         """Name -> SHA-256 of those files of a task that training determines to the bit."""
@@ -212,28 +221,31 @@ def write_metrics(run: Path, metrics: Mapping[str, Any]) -> None:
 
 def _require_same(path: Path, text: str) -> None:
     """Raise ValueError where the stored settings differ: all metrics of a run must have the same."""
-    stored = _read_text(path).splitlines()
+    stored = read_text(path).splitlines()
     given = text.splitlines()
     for old, new in zip([*stored, ""], [*given, ""], strict=False):
         if old != new:
             raise ValueError(f"{path} has `{old.strip()}` where the config now says `{new.strip()}`")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no object")
+def _read_json(path: Path, model: type[FileContent]) -> dict[str, Any]:
+    content: dict[str, Any] = parse_json(read_text(path), path)
+    require_valid(model, content, path)
     return content
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+def _require_rounds(tensors: Mapping[str, Tensor], first: Mapping[str, Tensor], file: Path) -> None:
+    """Raise ValueError unless a task's rounds are statistics of the tensors that ``first`` has."""
+    if "norms" not in tensors:
+        raise ValueError(f"{file} is damaged: it has no 'norms'")
+    if set(tensors) != set(first):
+        raise ValueError(f"{file} is damaged: it has other tensors than those of an earlier task")
+    widths = {"norms": 3, "counts": 4, "importance": 2}
+    rounds = tensors["norms"].shape[:1]
+    for name, tensor in tensors.items():
+        kind = name.partition(".")[0]
+        if kind not in widths or tensor.shape != (*rounds, widths[kind]):
+            raise ValueError(f"{file} is damaged: {name!r} has the shape {tuple(tensor.shape)}")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rkif.files import fsync_folder
+from rkif.files import fsync_folder, named_in_errors
 
 LEDGER = "ledger.jsonl"  # in the run's folder
 LedgerRecord = dict[str, Any]
@@ -75,10 +75,11 @@ class Ledger:
         new = not self.path.exists()
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            written = 0
-            while written < len(line):
-                written += os.write(descriptor, line[written:])
-            os.fsync(descriptor)
+            with named_in_errors(self.path):
+                written = 0
+                while written < len(line):
+                    written += os.write(descriptor, line[written:])
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
         if new:
@@ -103,8 +104,12 @@ class Ledger:
             os.fsync(file.fileno())
 
 
-def read_ledger(path: Path) -> Iterator[LedgerRecord]:
+def read_ledger(path: Path, *, torn: bool = False) -> Iterator[LedgerRecord]:
     """The records of a ledger; each is checked against the chain before it is yielded.
+
+    Args:
+        path: the file.
+        torn: whether an unfinished last line is left out; by default it is an error.
 
     Raises:
         LedgerError: at the first record that breaks the chain.
@@ -115,8 +120,8 @@ def read_ledger(path: Path) -> Iterator[LedgerRecord]:
     for seq, line in enumerate(lines[:-1]):
         where = f"{path}: record {seq}"
         try:
-            record = json.loads(line)
-        except ValueError as error:
+            record = json.loads(line, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
             raise LedgerError(f"{where} is not JSON") from error
         if not isinstance(record, dict) or any(key not in record for key in CHAIN_KEYS):
             raise LedgerError(f"{where} lacks its place in the chain")
@@ -125,14 +130,23 @@ def read_ledger(path: Path) -> Iterator[LedgerRecord]:
         if record["previous"] != previous:
             raise LedgerError(f"{where} does not follow the record before it")
         stated = record["hash"]
-        if stated != digest({key: value for key, value in record.items() if key != "hash"}):
+        hashed = {key: value for key, value in record.items() if key != "hash"}
+        try:
+            unchanged = stated == digest(hashed)
+        except ValueError as error:
+            raise LedgerError(f"{where} is damaged: {error}") from error
+        if not unchanged:
             raise LedgerError(f"{where} was changed: its hash is another")
         if canonical(record) != line:
             raise LedgerError(f"{where} was written anew: the same content in other characters")
         previous = stated
         yield record
-    if lines[-1]:
+    if lines[-1] and not torn:
         raise LedgerError(f"{path}: record {len(lines) - 1} is torn: it has no end")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def digest(record: Mapping[str, Any]) -> str:

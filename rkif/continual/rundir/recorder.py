@@ -68,8 +68,7 @@ class Recorder:
         if content["event"] == "round":
             content = {**content, "round": self.rounds + 1}
         if self.position == len(self.ledger.records):
-            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            self.ledger.append({**content, "time": now})
+            self.ledger.append({**content, "time": now()})
         else:
             recorded = self.ledger.records[self.position]
             for key in sorted((set(recorded) | set(content)) - set(NOT_REPRODUCED)):
@@ -85,6 +84,11 @@ class Recorder:
         """Update ``rounds``."""
         if record["event"] in ("round", "rollback"):
             self.rounds = int(record["round" if record["event"] == "round" else "to"])
+
+
+def now() -> str:
+    """The time of a record."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def not_rolled_back(records: Iterable[LedgerRecord]) -> list[LedgerRecord]:

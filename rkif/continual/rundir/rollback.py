@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rkif.continual.rundir.folder import RunReader, task_folder, write_metrics
 from rkif.continual.rundir.ledger import LEDGER, Ledger, LedgerRecord
-from rkif.continual.rundir.recorder import not_rolled_back, parameter_digest
+from rkif.continual.rundir.recorder import not_rolled_back, now, parameter_digest
 from rkif.continual.rundir.round_states import RoundStates
-from rkif.continual.rundir.state import read_checkpoint, write_checkpoint
+from rkif.continual.rundir.state import RunState, read_checkpoint, write_checkpoint
 from rkif.files import claimed
 
 
@@ -38,55 +39,79 @@ def rollback(run: Path, to: int) -> LedgerRecord:
 
 
 def _rollback(reader: RunReader, to: int) -> LedgerRecord:
+    """Everything is read and checked before anything is written."""
     run = reader.path
     finish_rollback(run)
-    ledger = Ledger(run / LEDGER)
-    rounds = {
-        record["round"]: record for record in not_rolled_back(ledger.records) if record["event"] == "round"
-    }
+    records = reader.records(torn=True)
+    rounds = {record["round"]: record for record in not_rolled_back(records) if record["event"] == "round"}
     if to != 0 and to not in rounds:
         raise ValueError(f"no round {to}: {run} has {len(rounds)} of them")
-    state = RoundStates(run).read(to)
+    state, metrics = _target(reader, to)
     digest = parameter_digest(state.parameters)
     side, number = ("after", to) if to else ("before", 1)
     if number in rounds and digest != rounds[number]["parameters"][side]:
         raise ValueError(f"the state kept of round {to} is not what the ledger says it was")
     checkpoint = read_checkpoint(run)
-    record = ledger.append(
+    record = Ledger(run / LEDGER).append(
         {
             "event": "rollback",
             "to": to,
-            "task": reader.metrics()["tasks"][state.task],
+            "task": metrics["tasks"][state.task],
             "finished": state.task,
             "parameters": {
                 "before": None if checkpoint is None else parameter_digest(checkpoint.parameters),
                 "after": digest,
             },
+            "time": now(),
         }
     )
     finish_rollback(run)
     return record
 
 
-def finish_rollback(run: Path) -> None:
-    """Complete the rollback that the ledger's last record announces, if there is one."""
-    path = run / LEDGER
-    records = Ledger(path).records if path.exists() else []
-    if not records or records[-1]["event"] != "rollback":
-        return
-    record = records[-1]
-    checkpoint = read_checkpoint(run)
-    if checkpoint is not None and checkpoint.ledger_records == len(records):
-        return
-    round_states = RoundStates(run)
-    state = round_states.read(record["to"])
-    round_states.discard_after(record["to"])
-    metrics = RunReader(run).metrics()
-    for index in range(state.task, len(metrics["tasks"])):
-        shutil.rmtree(task_folder(run, index, metrics["tasks"][index]), ignore_errors=True)
+def _target(reader: RunReader, to: int) -> tuple[RunState, dict[str, Any]]:
+    """The state to return to, and the metrics as they were then.
+
+    Raises:
+        ValueError: one of them is missing, or damaged, or they are of different runs.
+    """
+    state, metrics = RoundStates(reader.path).read(to), reader.metrics()
+    if not metrics:
+        raise ValueError(f"{reader.path} has rounds, but not what was measured: its metrics.json is missing")
+    if metrics["tasks"] != reader.records(torn=True)[0]["tasks"]:
+        raise ValueError(
+            f"{reader.path / 'metrics.json'} is damaged: tasks: they are not those of the ledger"
+        )
+    if state.task >= len(metrics["tasks"]):
+        raise ValueError(
+            f"the state kept of round {to} is damaged: task: {state.task} of {len(metrics['tasks'])}"
+        )
     for matrix in (metrics["accuracy"], *(metric["matrix"] for metric in metrics["metrics"].values())):
         for row in matrix:
             del row[state.task :]
-    write_metrics(run, metrics | {"op": None, "bwt": None, "fwt": None})
+    return state, metrics | {"op": None, "bwt": None, "fwt": None}
+
+
+def finish_rollback(run: Path) -> None:
+    """Complete the rollback that the ledger's last record announces, if there is one.
+
+    Raises:
+        ValueError: a file that is needed is damaged; nothing was changed.
+    """
+    if not (run / LEDGER).exists():
+        return
+    reader = RunReader(run)
+    records = reader.records(torn=True)
+    if not records or records[-1]["event"] != "rollback":
+        return
+    to = records[-1]["to"]
+    checkpoint = read_checkpoint(run)
+    if checkpoint is not None and checkpoint.ledger_records == len(records):
+        return
+    state, metrics = _target(reader, to)
+    RoundStates(run).discard_after(to)
+    for index in range(state.task, len(metrics["tasks"])):
+        shutil.rmtree(task_folder(run, index, metrics["tasks"][index]), ignore_errors=True)
+    write_metrics(run, metrics)
     # Last: as long as this checkpoint is missing, the next call repeats all steps.
     write_checkpoint(run, replace(state, ledger_records=len(records)))

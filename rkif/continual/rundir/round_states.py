@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,8 +48,11 @@ class RoundStates:
         return read_state(self._path(number))
 
     def rounds(self) -> list[int]:
-        """The rounds whose state is kept, ascending."""
-        return sorted(int(path.stem) for path in self.folder.glob("*.safetensors"))
+        """The rounds whose state is kept, ascending. Files of other names are ignored."""
+        names = (path.name for path in self.folder.glob("*.safetensors"))
+        return sorted(
+            int(name.split(".")[0]) for name in names if re.fullmatch(r"\d{6,}\.safetensors", name, re.A)
+        )
 
     def discard_after(self, number: int) -> None:
         """Delete the states of later rounds."""

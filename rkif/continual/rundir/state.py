@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rkif.checkpoint.buffers import as_bytes
-from rkif.files import replace_file
+from rkif.continual.rundir.schema import StateHeader
+from rkif.files import parse_json, replace_file, require_valid
 from rkif.fuser.state_names import flatten, section
 
 CHECKPOINT = "checkpoint.safetensors"
+POSITION = ("task", "step", "samples", "ledger_records")
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     """Write a safetensors file; see :func:`storable` for the tensors.
 
     A kill can leave a part of it, so the path must be temporary, or lie in a temporary folder.
+
+    Raises:
+        OSError: the file cannot be written.
     """
-    save_file(dict(tensors), path, metadata=metadata)
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def read_checkpoint(run: Path) -> RunState | None:
@@ -85,7 +93,7 @@ def write_state(path: Path, state: RunState) -> None:
     """
     tensors = flatten({"parameters": state.parameters, "method": state.method})
     # As a tensor: safetensors writes several entries of metadata in an order that changes from file to file.
-    tensors["position"] = torch.tensor([state.task, state.step, state.samples, state.ledger_records])
+    tensors["position"] = torch.tensor([getattr(state, name) for name in POSITION])
     stored: dict[str, Tensor] = {}
     first: dict[Any, str] = {}
     same = {}
@@ -114,15 +122,19 @@ def read_state(path: Path) -> RunState:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            same = json.loads((file.metadata() or {})["same"])
+            same = parse_json((file.metadata() or {})["same"], "metadata")
+        position = tensors.pop("position")
+        if position.shape != (len(POSITION),) or position.dtype != torch.int64:
+            raise ValueError(f"'position' is {position.dtype} {tuple(position.shape)}")
+        header = dict(zip(POSITION, position.tolist(), strict=True))
+        require_valid(StateHeader, header | {"same": same}, "its header")
         tensors |= {name: tensors[original].clone() for name, original in same.items()}
-        task, step, samples, ledger_records = tensors.pop("position").tolist()
         parameters, method = section(tensors, "parameters"), section(tensors, "method")
         if len(parameters) + len(method) < len(tensors):
             raise ValueError("it holds tensors of an unknown section")
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    return RunState(task, step, samples, ledger_records, parameters, method)
+    return RunState(**header, parameters=parameters, method=method)
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rkif.continual.tasks.json_lines import json_lines, json_object, string_field
-from rkif.continual.tasks.records import Record, Task, stratified_subset
+from rkif.continual.tasks.records import Record, Task, require_task_name, stratified_subset
 from rkif.seeding import derive_seed
 
 
@@ -101,11 +100,7 @@ def _resolve_order(
     for place, name in enumerate(names):
         if not isinstance(name, str) or name not in known:
             raise ValueError(f"task {name!r} is not in {path}; known tasks: {', '.join(known) or 'none'}")
-        if not re.fullmatch(r"[^/\\.][^/\\]*", name):
-            raise ValueError(
-                f"task {name!r} cannot be the name of a folder, which it becomes: it has a slash or begins "
-                "with a dot"
-            )
+        require_task_name(name)
         if name in names[:place]:
             raise ValueError(f"order has task {name!r} twice")
     return names

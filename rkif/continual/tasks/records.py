@@ -17,6 +17,26 @@ class Record:
     output: str
 
 
+def require_task_name(name: str) -> str:
+    """Return ``name``; raise ValueError unless it can be the name of a folder."""
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        size = 0
+    if size > 200:
+        problem = "it has more than 200 bytes"
+    elif not size:
+        problem = "it is empty, or no Unicode text"
+    elif name.startswith(".") or "/" in name or "\\" in name:
+        problem = "it has a slash or begins with a dot"
+    elif any(ord(character) < 32 or ord(character) == 127 for character in name):
+        problem = "it has control characters"
+    else:
+        return name
+    short = name if len(name) <= 60 else f"{name[:60]}..."
+    raise ValueError(f"task {short!r} cannot be the name of a folder, which it becomes: {problem}")
+
+
 Item = tuple[str, Record]
 """A task's instruction and one of its records: the content of a prompt."""
 

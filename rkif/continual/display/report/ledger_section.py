@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rkif.continual.display.report import plots
-from rkif.continual.rundir.ledger import LEDGER, LedgerError, LedgerRecord, read_ledger
+from rkif.continual.rundir.folder import RunReader
+from rkif.continual.rundir.ledger import LEDGER, LedgerError, LedgerRecord
 from rkif.continual.rundir.recorder import not_rolled_back
 
 MEANING = {
@@ -23,11 +24,10 @@ MEANING = {
 
 def ledger_sections(run: Path) -> list[str]:
     """The sections as HTML. If the chain is broken, the only section says so."""
-    path = run / LEDGER
-    if not path.exists():
+    if not (run / LEDGER).exists():
         return []
     try:
-        records = list(read_ledger(path))
+        records = RunReader(run).records()
     except LedgerError as error:
         return [_section("Ledger", f'<p class="bad">The ledger is broken: {_text(error)}</p>')]
     if not records:
@@ -92,7 +92,7 @@ def _digests(records: Sequence[LedgerRecord]) -> str:
         "settings": begin["config"],
         "versions": versions,
         "begun": begin["time"],
-        "last record": records[-1]["time"],
+        "last record": records[-1].get("time", "without a time"),
     }
     rows = "".join(f"<tr><th>{name}</th><td>{_text(value)}</td></tr>" for name, value in facts.items())
     return _section(

@@ -107,7 +107,10 @@ def movement_map(rounds: Sequence[Mapping[str, Any]]) -> str:
     names = sorted(rounds[0]["modules"], key=_natural)
     moved = torch.tensor(
         [
-            [round_["modules"][name]["moved"] / round_["modules"][name]["numel"] ** 0.5 for round_ in rounds]
+            [
+                round_["modules"][name]["moved"] / max(1, round_["modules"][name]["numel"]) ** 0.5
+                for round_ in rounds
+            ]
             for name in names
         ],
         dtype=torch.float64,

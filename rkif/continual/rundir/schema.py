@@ -1,0 +1,263 @@
+"""The keys and types of a run's files: whatever is read of them is validated here before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from rkif.continual.rundir.ledger import LedgerError
+from rkif.continual.tasks.records import require_task_name
+from rkif.files import require_valid
+from rkif.gate import Verdict
+from rkif_kernels import CASES
+
+
+def _require_relative(name: str) -> str:
+    parts = name.split("/")
+    if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"{name!r} is no file in the folder")
+    return name
+
+
+Count = Annotated[int, Field(ge=0)]
+Number = float | Literal["nan", "inf", "-inf"]  # JSON has no names for the last three
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+TaskName = Annotated[str, AfterValidator(require_task_name)]
+FileName = Annotated[str, AfterValidator(_require_relative)]
+
+
+class FileContent(BaseModel):
+    """Numbers are numbers and texts are texts: nothing is converted. Unknown keys are errors."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class TaskDigests(FileContent):
+    """SHA-256 of a task's records."""
+
+    train: Sha256
+    dev: Sha256
+
+
+class MetricMatrix(FileContent):
+    """A user's metric: a row per task, a column per task learned."""
+
+    initial: list[float]
+    matrix: list[list[float]]
+
+
+class Metrics(FileContent):
+    """``metrics.json``."""
+
+    method: str
+    split: str
+    tasks: Annotated[list[TaskName], Field(min_length=1)]
+    data: dict[TaskName, TaskDigests]
+    records: list[Count]
+    trainable: Count
+    initial: list[float]
+    accuracy: list[list[float]]
+    metrics: dict[str, MetricMatrix]
+    op: float | None
+    bwt: float | None
+    fwt: float | None
+    steps: Count
+    samples: Count
+
+    @model_validator(mode="after")
+    def _shapes(self) -> Metrics:
+        tasks = len(self.tasks)
+        if len(set(self.tasks)) < tasks:
+            raise ValueError("tasks: a task is there twice")
+        if set(self.data) != set(self.tasks):
+            raise ValueError("data: its tasks are not those of 'tasks'")
+        if len(self.records) != tasks:
+            raise ValueError(f"records: it has {len(self.records)} entries for {tasks} tasks")
+        if len(self.initial) not in (0, tasks):
+            raise ValueError(f"initial: it has {len(self.initial)} entries for {tasks} tasks")
+        matrices = {"accuracy": (self.initial, self.accuracy)}
+        matrices |= {f"metrics.{name}": (one.initial, one.matrix) for name, one in self.metrics.items()}
+        columns = len(self.accuracy[0]) if self.accuracy else 0
+        if columns > (tasks if self.initial else 0):
+            raise ValueError(f"accuracy: it has {columns} columns for {tasks} tasks")
+        for key, (initial, matrix) in matrices.items():
+            if len(initial) != len(self.initial):
+                raise ValueError(f"{key}: its initial values are not one for each task")
+            if [len(row) for row in matrix] != [columns] * tasks:
+                raise ValueError(f"{key}: it is no matrix of {tasks} rows and {columns} columns")
+        return self
+
+
+class TaskSummary(FileContent):
+    """``task.json``."""
+
+    task: TaskName
+    steps: Count
+    samples: Count
+
+
+class StateHeader(FileContent):
+    """What a state's file says besides its tensors; see :class:`rkif.continual.rundir.state.RunState`.
+
+    ``same``: name of a tensor -> name of the stored tensor that equals it.
+    """
+
+    task: Count
+    step: Count
+    samples: Count
+    ledger_records: Count
+    same: dict[str, str]
+
+
+class Record(BaseModel):
+    """What every record of the ledger has. Further keys are allowed."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    time: str | None = None
+    config: Sha256 | None = None
+    seed: int | None = None
+
+
+class End(BaseModel):
+    """Digest of the parameters after what is recorded."""
+
+    model_config = Record.model_config
+
+    after: Sha256
+
+
+class Change(End):
+    """Digests of the parameters before and after."""
+
+    before: Sha256 | None
+
+
+class Begin(Record):
+    method: str
+    tasks: Annotated[list[TaskName], Field(min_length=1)]
+    versions: dict[str, str]
+    config: Sha256
+    time: str
+    parameters: End
+
+
+class RoundData(FileContent):
+    """The ids of the records that each learner saw."""
+
+    inner: list[str]
+    outer: list[str]
+
+
+class Module(FileContent):
+    """The effect of a round on one parameter."""
+
+    numel: Count
+    counts: Annotated[list[Count], Field(min_length=len(CASES), max_length=len(CASES))]
+    importance: Annotated[list[float], Field(min_length=2, max_length=2)]
+    moved: float
+
+
+class GateAttempt(FileContent):
+    factor: float
+    figures: dict[str, Number]
+    objections: list[str]
+
+
+class GateVerdict(FileContent):
+    """See :class:`rkif.gate.GateReport`."""
+
+    verdict: Verdict
+    factor: float
+    before: dict[str, Number]
+    attempts: list[GateAttempt]
+    samples: Count
+
+    @model_validator(mode="after")
+    def _measured(self) -> GateVerdict:
+        if self.verdict in ("damp", "undo", "stop") and not self.attempts:
+            raise ValueError("attempts: there is none")
+        if any(set(self.before) - set(attempt.figures) for attempt in self.attempts):
+            raise ValueError("attempts: one lacks a figure of 'before'")
+        return self
+
+
+class Round(Record):
+    round: Annotated[int, Field(ge=1)]
+    task: TaskName
+    steps: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    data: RoundData
+    numel: Count
+    thresholds: Annotated[list[Number | dict[str, Number]], Field(min_length=2, max_length=2)]
+    counts: dict[str, Count]
+    norms: dict[str, Number]
+    applied: bool
+    gate: GateVerdict | None
+    modules: Annotated[dict[str, Module], Field(min_length=1)]
+    parameters: Change
+
+
+class Learned(Record):
+    task: TaskName
+    steps: Count
+    samples: Count
+    memory: dict[TaskName, list[str]]
+    files: dict[FileName, Sha256]
+    parameters: End
+
+
+class Rollback(Record):
+    to: Count
+    task: TaskName
+    finished: Count
+    parameters: Change
+
+
+RECORDS: dict[str, type[Record]] = {
+    "begin": Begin,
+    "round": Round,
+    "task": Learned,
+    "rollback": Rollback,
+}
+
+
+def require_records(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Check that these are a run's records, in an order that a run can have.
+
+    Raises:
+        LedgerError: names the first bad record and its key.
+    """
+    tasks: list[str] = []
+    modules: list[str] = []
+    learned = rounds = 0
+    for seq, record in enumerate(records):
+        where, event = f"{path}: record {seq}", record.get("event")
+        try:
+            if not isinstance(event, str) or event not in RECORDS:
+                raise ValueError(f"event: {event!r} is none of {', '.join(RECORDS)}")
+            require_valid(RECORDS[event], record, where)
+            if (event == "begin") != (seq == 0):
+                raise ValueError("event: a ledger has one 'begin', its first record")
+            if event == "begin":
+                tasks = record["tasks"]
+            elif event in ("round", "task") and [record["task"]] != tasks[learned : learned + 1]:
+                raise ValueError(f"task: {record['task']!r} is not the task that follows")
+            if event == "round":
+                modules = modules or sorted(record["modules"])
+                if record["round"] != rounds + 1:
+                    raise ValueError(f"round: {record['round']} does not follow round {rounds}")
+                if sorted(record["modules"]) != modules:
+                    raise ValueError("modules: they are not those of the rounds before")
+                rounds += 1
+            elif event == "task":
+                learned += 1
+            elif event == "rollback":
+                if record["to"] > rounds or record["finished"] > learned:
+                    raise ValueError(f"to, finished: there are {rounds} rounds and {learned} learned tasks")
+                rounds, learned = record["to"], record["finished"]
+        except ValueError as error:
+            message = str(error)
+            raise LedgerError(message if where in message else f"{where} is damaged: {message}") from None

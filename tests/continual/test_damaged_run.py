@@ -1,0 +1,244 @@
+"""A run with damaged or hostile files: every command refuses it in one line, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_inputs import go, make_config
+
+from rkif.cli import main
+from rkif.continual.config import RunConfig
+from rkif.continual.rundir.ledger import Ledger, read_ledger
+from rkif.continual.rundir.rollback import rollback
+
+Rkif = Callable[..., tuple[int, str, str]]
+Edit = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks with three rounds each, every second one undone."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    loss = {"metric": "memory_loss", "floor": -1, "tolerance": None}
+    go(make_config(inputs, gate={"criteria": [loss], "every": 2, "ladder": []}), folder)
+    return folder
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "parent" / "run")
+
+
+@pytest.fixture
+def rkif(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Rkif:
+    """Runs a command line; returns status, output and errors. An exception would be a traceback."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rkif", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        captured = capsys.readouterr()
+        return int(exit_info.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(rkif: Rkif, run: Path, *arguments: object) -> str:
+    """The one line with which a command fails; it has changed nothing."""
+    before = contents(run.parent)
+    status, _, errors = rkif(*arguments)
+    assert (status, errors.count("\n")) == (1, 1), errors
+    assert errors.startswith("rkif: error: ")
+    assert contents(run.parent) == before
+    return errors
+
+
+def change_json(path: Path, edit: Edit) -> None:
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def rewrite_ledger(run: Path, seq: int, edit: Edit) -> None:
+    """Change a record and chain all anew, as somebody who knows how it works would."""
+    path = run / "ledger.jsonl"
+    records = list(read_ledger(path))
+    path.unlink()
+    ledger = Ledger(path)
+    for record in records:
+        content = {key: value for key, value in record.items() if key not in ("seq", "previous", "hash")}
+        if record["seq"] == seq:
+            edit(content)
+        ledger.append(content)
+
+
+def seq_of(run: Path, event: str) -> int:
+    return next(r["seq"] for r in read_ledger(run / "ledger.jsonl") if r["event"] == event)
+
+
+READERS = {
+    "rollback": ("--to", 1),
+    "report": (),
+    "log": ("--verify",),
+    "reproduce": ("--round", 2),
+}
+
+
+def commands(run: Path) -> list[tuple[object, ...]]:
+    """Every command that reads a run."""
+    reading = [(command, run, *arguments) for command, arguments in READERS.items()]
+    return [*reading, ("run", run / "config.yaml", "--out", run, "--resume")]
+
+
+@pytest.mark.parametrize(
+    "name", ["place/../../../victim", "../victim", "..", ".", "/etc", "a\\b", "a\0b", "\ud800", "é" * 101, ""]
+)
+def test_a_task_name_that_leads_out_of_the_run_is_refused(rkif: Rkif, run: Path, name: str) -> None:
+    victim = run.parent / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("not the run's")
+    change_json(run / "metrics.json", lambda m: m["tasks"].__setitem__(2, name))
+    for command in commands(run):
+        errors = refused(rkif, run, *command)
+        assert "metrics.json is damaged: tasks.2: " in errors
+    assert (victim / "precious").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "key"),
+    [
+        (lambda m: m.update(accuracy=None), "accuracy: "),
+        (lambda m: m.update(accuracy=[]), "accuracy: it is no matrix of 3 rows and 0 columns"),
+        (lambda m: m["accuracy"].pop(), "accuracy: it is no matrix of 3 rows and 3 columns"),
+        (lambda m: m["accuracy"][1].pop(), "accuracy: it is no matrix of 3 rows and 3 columns"),
+        (lambda m: m["accuracy"][1].__setitem__(0, "high"), "accuracy.1.0: "),
+        (lambda m: m.update(initial=[1.0]), "initial: it has 1 entries for 3 tasks"),
+        (lambda m: m.update(records=["8", 8, 8]), "records.0: "),
+        (lambda m: m.update(tasks="place"), "tasks: "),
+        (lambda m: m["tasks"].pop(), "data: its tasks are not those of 'tasks'"),
+        (lambda m: m["tasks"].__setitem__(0, m["tasks"][1]), "tasks: a task is there twice"),
+        (lambda m: m.update(metrics=[]), "metrics: "),
+        (lambda m: m.update(metrics={"x": {"initial": [1.0], "matrix": []}}), "metrics.x: "),
+        (lambda m: m.update(op="high"), "op: "),
+        (lambda m: m.update(samples=-1), "samples: "),
+        (lambda m: m.update(trainable=True), "trainable: "),
+        (lambda m: m.update(extra=1), "extra: "),
+        (lambda m: m.pop("steps"), "it lacks 'steps'"),
+    ],
+)
+def test_wrong_metrics_are_named_and_nothing_is_changed(rkif: Rkif, run: Path, edit: Edit, key: str) -> None:
+    change_json(run / "metrics.json", edit)
+    for command in commands(run):
+        errors = refused(rkif, run, *command)
+        assert "metrics.json is damaged" in errors
+        assert key in errors
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, '{"tasks"', "\ufeff{}", "null"])
+def test_metrics_that_are_no_object(rkif: Rkif, run: Path, text: str) -> None:
+    (run / "metrics.json").write_text(text)
+    for command in commands(run):
+        assert "metrics.json is damaged" in refused(rkif, run, *command)
+
+
+@pytest.mark.parametrize(
+    ("event", "edit", "key"),
+    [
+        ("begin", lambda r: r.pop("versions"), "it lacks 'versions'"),
+        ("begin", lambda r: r.pop("time"), "it lacks 'time'"),
+        ("begin", lambda r: r.update(tasks=["../victim"]), "tasks.0: "),
+        ("begin", lambda r: r.update(event="end"), "event: 'end' is none of begin, round"),
+        ("begin", lambda r: r.pop("event"), "event: None is none of begin, round"),
+        ("begin", lambda r: r.update(event=[]), "event: [] is none of begin, round"),
+        ("round", lambda r: r.pop("modules"), "it lacks 'modules'"),
+        ("round", lambda r: r.pop("parameters"), "it lacks 'parameters'"),
+        ("round", lambda r: r["parameters"].pop("after"), "it lacks 'parameters.after'"),
+        ("round", lambda r: next(iter(r["modules"].values())).pop("numel"), ".numel'"),
+        ("round", lambda r: r["modules"].popitem(), "record 7 is damaged: modules: "),
+        ("round", lambda r: r.update(steps=[0]), "steps: "),
+        ("round", lambda r: r.update(round="1"), "round: "),
+        ("round", lambda r: r.update(round=7), "round: 7 does not follow round 0"),
+        ("round", lambda r: r.update(gate={}), "it lacks 'gate.verdict'"),
+        ("round", lambda r: r.update(task="place"), "task: 'place' is not the task that follows"),
+        ("task", lambda r: r.pop("files"), "it lacks 'files'"),
+        ("task", lambda r: r.update(files={"../x": "0" * 64}), "files.../x"),
+        ("task", lambda r: r.update(files={"x": "0"}), "files.x: "),
+        ("task", lambda r: r.update(event="rollback"), "it lacks 'to'"),
+    ],
+)
+def test_well_chained_records_that_no_run_writes(
+    rkif: Rkif, run: Path, event: str, edit: Edit, key: str
+) -> None:
+    if "record 7" in key:  # the modules of the second round differ from the first's
+        key = f"record {seq_of(run, 'round') + 1} is damaged: modules: "
+    rewrite_ledger(run, seq_of(run, event), edit)
+    for command in commands(run):
+        if command[0] == "report":  # the page says so itself
+            assert rkif(*command)[0] == 0
+            assert "The ledger is broken" in (run / "report.html").read_text()
+            (run / "report.html").unlink()
+        else:
+            errors = refused(rkif, run, *command)
+            assert "ledger.jsonl: record" in errors
+            assert key in errors
+
+
+@pytest.mark.parametrize("line", [b'{"seq":0,"previous":NaN,"hash":1}', b"[" * 100_000, b'{"hash": 1e999}'])
+def test_lines_that_are_no_records(rkif: Rkif, run: Path, line: bytes) -> None:
+    (run / "ledger.jsonl").write_bytes(line + b"\n")
+    assert "ledger.jsonl: record 0 " in refused(rkif, run, "log", run)
+
+
+def test_a_report_after_a_rollback(rkif: Rkif, run: Path) -> None:
+    rollback(run, 2)
+    assert rkif("report", run)[0] == 0
+    page = (run / "report.html").read_text()
+    assert "1 rollbacks" in page
+    assert json.loads((run / "ledger.jsonl").read_text().splitlines()[-1])["time"] in page
+
+
+def test_a_rollback_without_metrics_changes_nothing(rkif: Rkif, run: Path) -> None:
+    (run / "metrics.json").unlink()
+    assert "metrics.json is missing" in refused(rkif, run, "rollback", run, "--to", 1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--module", "zzz"),
+        ("--module", "zzz", "--json"),
+        ("--module", "zzz", "--task", "review"),
+        ("--module", "zzz", "--verdict", "stop"),
+        ("--module", "zzz", "--verify"),
+        ("--explain", "zzz"),
+        ("--explain", "zzz", "--json"),
+    ],
+)
+def test_an_unknown_module_is_said_everywhere(rkif: Rkif, run: Path, arguments: tuple[str, ...]) -> None:
+    assert "no parameter's name contains 'zzz'; there are layers.0" in refused(
+        rkif, run, "log", run, *arguments
+    )
+
+
+@pytest.mark.parametrize("stray", ["notes.safetensors", "1.safetensors", "-00001.safetensors", ".DS_Store"])
+def test_a_stray_file_in_snapshots_is_left_alone(rkif: Rkif, run: Path, stray: str) -> None:
+    (run / "snapshots" / stray).write_text("not a state")
+    assert rkif("rollback", run, "--to", 3)[0] == 0
+    assert (run / "snapshots" / stray).exists()
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "", "a\0b", "\ud800", "n" * 201, "line\nfeed"])
+def test_bad_task_names_are_refused_by_the_config(config: Callable[..., RunConfig], name: str) -> None:
+    with pytest.raises(ValueError, match=r"cannot be the name of a folder|unicode"):
+        config(tasks=config().tasks.model_dump() | {"order": ["review", name]})
