@@ -43,7 +43,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     class Counted:
         def __init__(self, name: str, kernel: Any) -> None:
-            self.name, self.kernel = name, kernel
+            self.name, self.kernel, self.arg_names = name, kernel, kernel.arg_names
 
         def __getitem__(self, grid: Any) -> Callable[..., Any]:
             counter[self.name] += 1
