@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,20 @@ def as_contiguous(tensor: Tensor, alignment: int = 1) -> Tensor:
     if tensor.is_contiguous() and tensor.data_ptr() % alignment == 0 and not tensor.is_neg():
         return tensor
     return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def all_contiguous(tensors: Sequence[Tensor | None], alignment: int = 1) -> list[Tensor | None]:
+    """:func:`as_contiguous` of each tensor; None stays."""
+    present: Any = [tensor for tensor in tensors if tensor is not None]
+    dense = all(map(Tensor.is_contiguous, present)) and not any(map(Tensor.is_neg, present))
+    if dense and alignment == 1:
+        return list(tensors)
+    return [None if tensor is None else as_contiguous(tensor, alignment) for tensor in tensors]
+
+
+def same_tensors(ones: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+    """Whether both lists hold the very same objects."""
+    return all(map(operator.is_, ones, others))
 
 
 @contextmanager

@@ -134,10 +134,10 @@ class FusionInputs:
         }
         return {argument: tensors for argument, tensors in read.items() if tensors is not None}
 
-    @property
+    @functools.cached_property
     def numel(self) -> int:
         """Number of elements in all tensors together."""
-        return sum(tensor.numel() for tensor in self.out)
+        return sum(map(Tensor.numel, self.out))
 
     @property
     def device(self) -> torch.device:

@@ -91,7 +91,8 @@ class FusionPlan:
                 k = order_statistic_k(inputs.numel, self._density)
                 launch = module.prepared_fusion(inputs, k, self._rule)
         launch = self._unprepared if launch is None else launch
-        return _Bound(places, inputs, launch, same_kind(moving))
+        views = [row for row in inputs.lists if isinstance(row, Views)]
+        return _Bound(places, views, launch, same_kind(moving))
 
     def _unprepared(self, inputs: FusionInputs) -> FuseStats:
         """For lists, or a backend, that nothing is prepared for."""
@@ -102,6 +103,6 @@ class _Bound(NamedTuple):
     """What was prepared, and what for."""
 
     places: Places
-    inputs: FusionInputs  # kept, so that no other list gets the id of one of them
+    views: list[Views]  # kept, so that no other list gets the id of one of them
     launch: Callable[[FusionInputs], FuseStats]
     same_kind: Callable[[Sequence[Tensor | None]], bool]

@@ -5,7 +5,7 @@ It is built from ``kernels.cpp`` when the package is installed, if there is a C+
 """
 
 from rkif_kernels.backends.native.adamw import adamw_
-from rkif_kernels.backends.native.fuse import fuse_, select_and_fuse_
+from rkif_kernels.backends.native.fuse import fuse_, prepared_fusion, select_and_fuse_
 from rkif_kernels.backends.native.importance import update_importance_
 from rkif_kernels.backends.native.select import count_scores_, score_thresholds
 from rkif_kernels.backends.torch.select import all_valid
@@ -15,6 +15,7 @@ __all__ = [
     "all_valid",
     "count_scores_",
     "fuse_",
+    "prepared_fusion",
     "score_thresholds",
     "select_and_fuse_",
     "update_importance_",

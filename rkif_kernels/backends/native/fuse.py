@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rkif_kernels.backends.native.library import Lists, call
-from rkif_kernels.backends.native.select import NativeReader, score_thresholds
-from rkif_kernels.contiguous import in_place
+from rkif_kernels.backends.native.select import LINE, sample_lists, score_thresholds
+from rkif_kernels.contiguous import all_contiguous, in_place, same_tensors
 from rkif_kernels.selection.bracket import Floats, bracket
 from rkif_kernels.selection.sampled import SMALL, kth, sample_size
 from rkif_kernels.types import FuseStats, FusionInputs, MergeRule
@@ -42,18 +42,46 @@ def select_and_fuse_(inputs: FusionInputs, k: int, rule: MergeRule) -> FuseStats
     parameters. The thresholds are order statistics of the listed scores, after which the listed elements are
     fused. Where a bracket missed, or very many scores are equal, the thresholds are found first.
     """
-    sides = (inputs.inner_scores, inputs.outer_scores)
     if inputs.numel > SMALL:
-        quantile = k / (inputs.numel - 1)
-        size = sample_size(inputs.numel)
-        brackets = [bracket(NativeReader().sample(side, size), quantile, NativeReader.run) for side in sides]
-        setup = _Call(inputs, rule)
         with in_place(inputs.out) as targets:
-            thresholds = _fuse_bracketed(Lists((targets, *inputs.lists[1:])), setup, brackets, k)
-        if thresholds is not None:
-            return setup.stats(thresholds)
-    found = [score_thresholds(side, ks=[k], per_tensor=False) for side in sides]
-    return fuse_(inputs, (found[0], found[1]), rule)
+            stats = _fuse_in_one_pass(Lists((targets, *inputs.lists[1:])), inputs, k, rule)
+        if stats is not None:
+            return stats
+    return _fuse_in_two_steps(inputs, k, rule)
+
+
+def prepared_fusion(
+    inputs: FusionInputs, k: int, rule: MergeRule
+) -> Callable[[FusionInputs], FuseStats] | None:
+    """:func:`select_and_fuse_` for tensors that stay where they are; None where it makes copies of some."""
+    rows = [row for row in inputs.lists if row is not None]
+    if inputs.numel <= SMALL or not all(same_tensors(all_contiguous(row), row) for row in rows):
+        return None
+    lists = Lists(inputs.lists).of_addresses()
+
+    def launch(inputs: FusionInputs) -> FuseStats:
+        stats = _fuse_in_one_pass(lists, inputs, k, rule)
+        return _fuse_in_two_steps(inputs, k, rule) if stats is None else stats
+
+    return launch
+
+
+def _fuse_in_two_steps(inputs: FusionInputs, k: int, rule: MergeRule) -> FuseStats:
+    sides = (inputs.inner_scores, inputs.outer_scores)
+    inner, outer = (score_thresholds(side, ks=[k], per_tensor=False) for side in sides)
+    return fuse_(inputs, (inner, outer), rule)
+
+
+def _fuse_in_one_pass(lists: Lists, inputs: FusionInputs, k: int, rule: MergeRule) -> FuseStats | None:
+    """None where brackets missed, and ``out`` holds part of the result."""
+    numel = inputs.numel
+    quantile, size = k / (numel - 1), sample_size(numel)
+    # Of every tensor the roles S and U of either learner.
+    samples = [sample_lists(lists.part(roles), False, size) for roles in (slice(4, 6), slice(6, 8))]
+    brackets = [bracket(sample, quantile, LINE) for sample in samples]
+    setup = _Call(inputs, rule)
+    thresholds = _fuse_bracketed(lists, setup, brackets, k)
+    return None if thresholds is None else setup.stats(thresholds)
 
 
 def _fuse_bracketed(

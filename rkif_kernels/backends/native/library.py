@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rkif_kernels.contiguous import as_contiguous
+from rkif_kernels.contiguous import all_contiguous
 
 _DTYPES = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -66,18 +66,35 @@ class Lists:
     def __init__(self, roles: Sequence[Sequence[Tensor | None] | None]) -> None:
         first = roles[0]
         assert first is not None
-        rows = [first if role is None else role for role in roles]
-        self._tensors = [
-            [None if role is None or tensor is None else as_contiguous(tensor) for tensor in row]
-            for role, row in zip(roles, rows, strict=True)
-        ]
+        self._tensors = [[None] * len(first) if role is None else all_contiguous(role) for role in roles]
+        shape = (len(roles), len(first))
         flat = [tensor for row in self._tensors for tensor in row]
+        numels = [tensor.numel() for tensor in first if tensor is not None]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in flat]
+        dtypes = [_DTYPES[None if tensor is None else tensor.dtype] for tensor in flat]
         # NumPy arrays: what PyTorch makes has the default dtype and device of the user's choice.
         self._arrays = (
-            np.array([tensor.numel() for tensor in first if tensor is not None], np.int64),
-            np.array([0 if tensor is None else tensor.data_ptr() for tensor in flat], np.int64),
-            np.array([_DTYPES[None if tensor is None else tensor.dtype] for tensor in flat], np.int32),
+            np.array(numels, np.int64),
+            np.array(addresses, np.int64).reshape(shape),
+            np.array(dtypes, np.int32).reshape(shape),
         )
+
+    def part(self, roles: slice) -> Lists:
+        """Some of the roles, without a copy."""
+        part = object.__new__(Lists)
+        numels, addresses, dtypes = self._arrays
+        part._tensors, part._arrays = self._tensors, (numels, addresses[roles], dtypes[roles])
+        return part
+
+    def of_addresses(self) -> Lists:
+        """The same, which keeps nothing alive: for callers that check addresses before each call."""
+        self._tensors = []
+        return self
+
+    @property
+    def numel(self) -> int:
+        """Elements of a role's tensors together."""
+        return int(self._arrays[0].sum())
 
     def call(self, function: str, *arguments: float) -> Any:
         """Call a function of the library with these lists, ``arguments`` and the number of threads."""

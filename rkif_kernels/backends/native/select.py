@@ -26,16 +26,20 @@ def count_scores_(counts: Tensor, scores: Scores, *, low: int, shift: int) -> No
     lists.call("rkif_count", scores.distance, low, shift, counts.numel() - 3, counts.data_ptr())
 
 
+def sample_lists(scores: Lists, distance: bool, size: int) -> Floats:
+    """About ``size`` scores; ``scores`` has the roles S and U."""
+    numel = scores.numel
+    lines = 0 if numel <= size else -(-size // LINE)
+    picked = np.empty(lines * LINE or numel, np.float32)
+    scores.call("rkif_sample", distance, lines, picked.ctypes.data)
+    return picked
+
+
 class NativeReader:
     run = LINE
 
     def sample(self, scores: Scores, size: int) -> Floats:
-        numel = scores.numel
-        lines = 0 if numel <= size else -(-size // LINE)
-        picked = np.empty(lines * LINE or numel, np.float32)
-        lists = Lists((scores.sensitivity, scores.uncertainty))
-        lists.call("rkif_sample", scores.distance, lines, picked.ctypes.data)
-        return picked
+        return sample_lists(Lists((scores.sensitivity, scores.uncertainty)), scores.distance, size)
 
     def split(self, scores: Scores, lower: float, upper: float, capacity: int) -> order_statistics.Split:
         between = np.empty(capacity, np.float32)

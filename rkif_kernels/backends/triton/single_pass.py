@@ -68,7 +68,7 @@ from rkif_kernels.backends.triton.windows import (
     last_program,
     workspace,
 )
-from rkif_kernels.contiguous import in_place
+from rkif_kernels.contiguous import in_place, same_tensors
 from rkif_kernels.types import FuseStats, FusionInputs, MergeRule
 
 
@@ -307,8 +307,8 @@ def prepared_fusion(
     """:func:`select_and_fuse_` for tensors that stay where they are; None where it makes copies of some."""
     rows = aligned(inputs.lists)
     pairs = zip(rows, inputs.lists, strict=True)
-    copied = any(a is not b for row, own in pairs if own is not None for a, b in zip(row, own, strict=True))
-    if copied or inputs.numel < bracketing.min_numel:
+    stay = all(same_tensors(row, own) for row, own in pairs if own is not None)
+    if not stay or inputs.numel < bracketing.min_numel:
         return None
     grouped = tables(rows, config.chunk)
     streams = StreamOrder(inputs.device, [memory for table in grouped for memory in table.memory])
