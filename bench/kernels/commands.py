@@ -60,6 +60,23 @@ def host_command(
         raise RuntimeError("; ".join(lines))
 
 
+@app.command("busy")
+def busy_command(
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
+) -> None:
+    """Measure the CPU kernels while another process keeps one core busy, beside quiet calls."""
+    from bench.kernels.busy import GOAL, measure
+
+    rows = measure()
+    for row in rows:
+        print(
+            f"{row.op:10} quiet {row.quiet_ms:8.2f} ms, busy {row.busy_ms:8.2f} ms: "
+            f"{row.ratio:.2f} times, the goal is {GOAL}"
+        )
+    if json_file is not None:
+        json_file.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n", encoding="utf-8")
+
+
 @app.command("run")
 def run_command(
     only: Only = None,

@@ -26,7 +26,7 @@ import rkif_kernels
 from bench.__main__ import app
 from bench.common import rows
 from bench.common.timing import plan
-from bench.kernels import baselines, goals, sweep
+from bench.kernels import baselines, busy, goals, sweep
 from bench.kernels import equality as gate
 from bench.kernels import tables as kernels
 from bench.kernels.implementations import Implementation, implementations
@@ -528,3 +528,11 @@ def test_the_gpu_script_names_imports_that_are_missing_before_anything_else(tmp_
     assert "has no torch, triton, numpy" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert "==" not in done.stdout
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core is kept busy")
+def test_calls_beside_a_busy_core_are_measured() -> None:
+    rows = busy.measure(rounds=1, shapes=fitted("smoke", 10_000))
+    assert [row.op for row in rows] == ["observe", "threshold", "fuse"]
+    assert all(row.quiet_ms > 0 and row.busy_ms > 0 for row in rows)
+    assert busy.Row("fuse", 2.0, 3.0).ratio == 1.5

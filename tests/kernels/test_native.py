@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -261,3 +263,39 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     with multiprocessing.get_context("fork").Pool(1) as forked:
         assert forked.apply_async(_threshold, (scores,)).get(timeout=60) == expected
     assert _threshold(scores) == expected
+
+
+def test_too_little_memory_is_an_ordinary_error() -> None:
+    """The list of undecided elements cannot grow; threads of the pool run into it, and go on to live."""
+    code = """
+import resource, torch, rkif_kernels
+from rkif_kernels.backends.native import fuse
+torch.set_num_threads(2)
+n = 1 << 21
+parts = [torch.randn(n) for _ in range(4)]
+scores = rkif_kernels.Scores([torch.rand(n)])
+def run():
+    return rkif_kernels.select_and_fuse_(
+        [parts[0]], [parts[1]], [parts[2]], [parts[3]], scores, scores, density=0.2,
+        weights=((1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.0, 0.0)), backend="native",
+    )
+counts = run().counts.tolist()
+fuse.bracket = lambda *_: (0.0, 1.0)  # everything is undecided
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (8 << 20), resource.RLIM_INFINITY))
+try:
+    run()
+except MemoryError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert run().counts.tolist() == counts
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "rkif_begin needs more memory than there is\n"
+
+
+def test_a_library_of_another_version_is_not_used_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rkif_kernels.backends.native.library.ABI", 0)
+    with pytest.warns(RuntimeWarning, match="was built from another version of rkif.*install rkif again"):
+        assert library.__wrapped__() is None

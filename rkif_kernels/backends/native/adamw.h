@@ -9,7 +9,7 @@ extern "C" int64_t rkif_adamw(int64_t tensors, const int64_t* numels, const int6
                               const int32_t* dtypes, float decay, float take1, float keep2, float take2,
                               float unbias2, float eps, float step_size, float importance_keep1,
                               float importance_take1, float importance_keep2, float importance_take2,
-                              int32_t order, int32_t threads) {
+                              int32_t order, int32_t threads) try {
     const Lists lists{tensors, numels, addresses, dtypes};
     const AdamWConstants constants{decay, take1, keep2, take2, unbias2, eps, step_size};
     const Smoothing smoothing{importance_keep1, importance_take1, importance_keep2, importance_take2};
@@ -21,4 +21,6 @@ extern "C" int64_t rkif_adamw(int64_t tensors, const int64_t* numels, const int6
         for (int role : {0, 2, 3, 4, 5}) parts.write(role, size);
     });
     return total(tallies);
+} catch (const std::bad_alloc&) {
+    return refused(int64_t{0});
 }

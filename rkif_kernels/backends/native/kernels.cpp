@@ -206,11 +206,26 @@ uint32_t hashed(uint32_t x) {
 
 }  // namespace
 
+// Whether a call of this thread had not the memory that it needs. No exception leaves the library: Python asks.
+thread_local bool out_of_memory = false;
+
+template <class Result>
+Result refused(Result result) {
+    out_of_memory = true;
+    return result;
+}
+
 // Arrays of addresses and dtypes hold one row a role, `tensors` entries each. Lists have been validated.
 extern "C" {
 
+int32_t rkif_out_of_memory() {
+    const bool was = out_of_memory;
+    out_of_memory = false;
+    return was;
+}
+
 // What the callers of this library expect of it; to be raised with every change of a signature below.
-int32_t rkif_abi() { return 4; }
+int32_t rkif_abi() { return 5; }
 
 // Compute with the which-th best instruction set that the processor has; returns how many it has. For tests.
 int32_t rkif_use_isa(int32_t which) {
@@ -221,7 +236,7 @@ int32_t rkif_use_isa(int32_t which) {
 // Roles: parameter, gradient, sensitivity, uncertainty. Returns the number of non-finite importances.
 int64_t rkif_update_importance(int64_t tensors, const int64_t* numels, const int64_t* addresses,
                                const int32_t* dtypes, float keep1, float take1, float keep2, float take2,
-                               int32_t order, int32_t threads) {
+                               int32_t order, int32_t threads) try {
     const Lists lists{tensors, numels, addresses, dtypes};
     const Smoothing smoothing{keep1, take1, keep2, take2};
     std::vector<Tally> tallies(std::max(threads, 1));
@@ -233,12 +248,14 @@ int64_t rkif_update_importance(int64_t tensors, const int64_t* numels, const int
         parts.write(3, size);
     });
     return total(tallies);
+} catch (const std::bad_alloc&) {
+    return refused(int64_t{0});
 }
 
 // Roles: sensitivity, uncertainty. With `lines` 0 writes all scores to `sample`, in order; else so many runs of
 // sixteen neighbours, one from each of so many equal parts of all the elements, at places that look random.
 void rkif_sample(int64_t tensors, const int64_t* numels, const int64_t* addresses, const int32_t* dtypes,
-                 int32_t distance, int64_t lines, float* sample, int32_t threads) {
+                 int32_t distance, int64_t lines, float* sample, int32_t threads) try {
     const Lists lists{tensors, numels, addresses, dtypes};
     std::vector<int64_t> firsts(tensors + 1, 0);
     for (int64_t t = 0; t < tensors; ++t) firsts[t + 1] = firsts[t] + numels[t];
@@ -277,13 +294,15 @@ void rkif_sample(int64_t tensors, const int64_t* numels, const int64_t* addresse
             }
         }
     });
+} catch (const std::bad_alloc&) {
+    static_cast<void>(refused(0));
 }
 
 // Roles: sensitivity, uncertainty. Counts the scores > lower and those >= upper into counts[0] and [1], and
 // gathers those between them; counts[2] is how many, which may be more than the `capacity` of `between`.
 void rkif_split(int64_t tensors, const int64_t* numels, const int64_t* addresses, const int32_t* dtypes,
                 int32_t distance, float lower, float upper, float* between, int64_t capacity, int64_t* counts,
-                int32_t threads) {
+                int32_t threads) try {
     const Lists lists{tensors, numels, addresses, dtypes};
     std::vector<Tally> tallies(std::max(threads, 1));
     std::atomic<int64_t> found{0};
@@ -303,12 +322,14 @@ void rkif_split(int64_t tensors, const int64_t* numels, const int64_t* addresses
         counts[1] += tally.counts[1];
     }
     counts[2] = found;
+} catch (const std::bad_alloc&) {
+    static_cast<void>(refused(0));
 }
 
 // Roles: sensitivity, uncertainty. Adds the scores to `counts`: [0] keys below the window that begins at `low`,
 // then its `bins` bins of 2^shift keys each, then all the others; last, those that are no scores.
 void rkif_count(int64_t tensors, const int64_t* numels, const int64_t* addresses, const int32_t* dtypes,
-                int32_t distance, int64_t low, int32_t shift, int64_t bins, int64_t* counts, int32_t threads) {
+                int32_t distance, int64_t low, int32_t shift, int64_t bins, int64_t* counts, int32_t threads) try {
     const Lists lists{tensors, numels, addresses, dtypes};
     std::vector<Tally> tallies(std::max(threads, 1));
     Tiles(lists).for_each(threads, [&](int thread, int64_t, Tiles::Place place) {
@@ -330,6 +351,8 @@ void rkif_count(int64_t tensors, const int64_t* numels, const int64_t* addresses
         counts[bins + 1] += tally.counts[1] - tally.counts[0];
         counts[bins + 2] += tally.counts[2];
     }
+} catch (const std::bad_alloc&) {
+    static_cast<void>(refused(0));
 }
 
 // Roles: out, base, inner, outer, inner sensitivity and uncertainty, outer sensitivity and uncertainty.
@@ -337,7 +360,7 @@ void rkif_count(int64_t tensors, const int64_t* numels, const int64_t* addresses
 void rkif_fuse(int64_t tensors, const int64_t* numels, const int64_t* addresses, const int32_t* dtypes,
                const float* inner_thresholds, const float* outer_thresholds, const float* inner_weights,
                const float* outer_weights, int32_t outer_from_inner, int32_t inner_distance,
-               int32_t outer_distance, int64_t* counts, double* norms, int32_t threads) {
+               int32_t outer_distance, int64_t* counts, double* norms, int32_t threads) try {
     Fusion fusion({tensors, numels, addresses, dtypes}, rule_of(inner_weights, outer_weights, outer_from_inner), threads);
     std::vector<Bracket> inner(tensors), outer(tensors);  // that leave nothing undecided
     for (int64_t t = 0; t < tensors; ++t) {
@@ -346,6 +369,8 @@ void rkif_fuse(int64_t tensors, const int64_t* numels, const int64_t* addresses,
     }
     fuse_pass(fusion, inner.data(), outer.data(), true, inner_distance != 0, outer_distance != 0, INT64_MAX);
     report(fusion, counts, norms);
+} catch (const std::bad_alloc&) {
+    static_cast<void>(refused(0));
 }
 
 // The same roles. Fuses what the brackets (lo, hi of the inner side, lo, hi of the outer side) decide; none of
@@ -355,7 +380,7 @@ void rkif_fuse(int64_t tensors, const int64_t* numels, const int64_t* addresses,
 void* rkif_begin(int64_t tensors, const int64_t* numels, const int64_t* addresses, const int32_t* dtypes,
                  const float* brackets, const float* inner_weights, const float* outer_weights,
                  int32_t outer_from_inner, int32_t inner_distance, int32_t outer_distance, int64_t most,
-                 int64_t* found, int32_t threads) {
+                 int64_t* found, int32_t threads) try {
     auto fusion = std::make_unique<Fusion>(Lists{tensors, numels, addresses, dtypes},
                                            rule_of(inner_weights, outer_weights, outer_from_inner), threads);
     fusion->brackets[0] = {brackets[0], brackets[1]};
@@ -370,6 +395,8 @@ void* rkif_begin(int64_t tensors, const int64_t* numels, const int64_t* addresse
         found[4] += list.elements.size;
     }
     return fusion.release();
+} catch (const std::bad_alloc&) {
+    return refused(static_cast<void*>(nullptr));
 }
 
 // Write the listed scores of a side with lo < score <= hi to `to`, in room for all that are listed and fifteen
@@ -384,11 +411,13 @@ int64_t rkif_gather_undecided(const void* fusion, int32_t side, float lo, float 
 }
 
 // Decide what is undecided, unless `thresholds` (inner, outer) is null, and free the fusion.
-void rkif_finish(void* fusion, const float* thresholds, int64_t* counts, double* norms) {
+void rkif_finish(void* fusion, const float* thresholds, int64_t* counts, double* norms) try {
     std::unique_ptr<Fusion> owned(static_cast<Fusion*>(fusion));
     if (!thresholds) return;
     decide(*owned, thresholds);
     report(*owned, counts, norms);
+} catch (const std::bad_alloc&) {
+    static_cast<void>(refused(0));
 }
 
 }  // extern "C"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -30,10 +31,11 @@ _SIGNATURES = {
     "rkif_gather_undecided": (_long, [_pointer, _int, _float, _float, _pointer]),
     "rkif_finish": (None, [_pointer] * 4),
     "rkif_use_isa": (_int, [_int]),
+    "rkif_out_of_memory": (_int, []),
 }
 
 
-ABI = 4  # of the signatures above; rkif_abi() in kernels.cpp
+ABI = 5  # of the signatures above; rkif_abi() in kernels.cpp
 
 
 @functools.cache
@@ -47,7 +49,15 @@ def library() -> ctypes.CDLL | None:
     path = next((path for path in paths if path.exists()), None)
     try:
         loaded = ctypes.CDLL(str(path)) if path else None
-        if loaded is None or loaded.rkif_abi() != ABI:
+        if loaded is None:
+            return None
+        if loaded.rkif_abi() != ABI:
+            warnings.warn(
+                f"{path} was built from another version of rkif, so PyTorch computes in its place; "
+                "install rkif again",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             return None
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(loaded, name)
@@ -103,8 +113,16 @@ class Lists:
 
 
 def call(function: str, *arguments: float | None) -> Any:
-    """Call a function of the library."""
-    return getattr(library(), function)(*arguments)
+    """Call a function of the library.
+
+    Raises:
+        MemoryError: it needs more memory than there is; what it writes to may hold a part of the result.
+    """
+    loaded: Any = library()
+    result = getattr(loaded, function)(*arguments)
+    if loaded.rkif_out_of_memory():
+        raise MemoryError(f"{function} needs more memory than there is")
+    return result
 
 
 def use_instructions(which: int) -> int:

@@ -1,11 +1,12 @@
 // Threads that live on between calls, and tiles that are handed out to them one after the other.
 #pragma once
 
-#include <unistd.h>
+#include <pthread.h>
 
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <mutex>
 #include <system_error>
@@ -19,16 +20,19 @@ class Pool {
     // The pool of this process. After a fork the child has none of the parent's threads, and makes its own.
     static Pool& of_process() {
         static std::atomic<Pool*> current{nullptr};
+        static const int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
+        (void)registered;
         Pool* pool = current.load();
-        if (pool && pool->process_ == getpid()) return *pool;
+        if (pool) return *pool;
         Pool* made = new Pool;
         if (current.compare_exchange_strong(pool, made)) return *made;
         delete made;
-        return *current.load();
+        return *pool;
     }
 
     // Call body(thread) on up to `threads` threads, this one included, and wait for all. Where another call
     // has the pool, or no thread can be had, fewer take part: the body must do all the work that is left.
+    // Throws what a body has thrown, after all have ended.
     void run(int threads, const std::function<void(int)>& body) {
         std::unique_lock<std::mutex> only(in_use_, std::try_to_lock);
         if (threads <= 1 || !only.owns_lock()) return body(0);
@@ -43,14 +47,27 @@ class Pool {
         body_ = &body;
         active_ = left_ = std::min<int>(threads - 1, started_);
         ++call_;
+        failure_ = nullptr;
         lock.unlock();
         wake_.notify_all();
-        body(0);
+        std::exception_ptr own = outcome(body, 0);
         lock.lock();
         done_.wait(lock, [this] { return left_ == 0; });
+        if (!own) own = failure_;
+        lock.unlock();
+        if (own) std::rethrow_exception(own);
     }
 
   private:
+    static std::exception_ptr outcome(const std::function<void(int)>& body, int thread) noexcept {
+        try {
+            body(thread);
+            return nullptr;
+        } catch (...) {
+            return std::current_exception();
+        }
+    }
+
     void work(int index) {
         std::unique_lock<std::mutex> lock(mutex_);
         for (uint64_t seen = 0;;) {
@@ -59,13 +76,14 @@ class Pool {
             if (index >= active_) continue;
             const std::function<void(int)>* body = body_;
             lock.unlock();
-            (*body)(index + 1);
+            const std::exception_ptr failure = outcome(*body, index + 1);
             lock.lock();
+            if (failure) failure_ = failure;
             if (--left_ == 0) done_.notify_one();
         }
     }
 
-    const pid_t process_ = getpid();
+    std::exception_ptr failure_;  // of another thread's body in this call
     std::mutex in_use_, mutex_;
     std::condition_variable wake_, done_;
     const std::function<void(int)>* body_ = nullptr;
