@@ -169,7 +169,11 @@ def require_fraction(argument: str, value: Any) -> None:
     """Raise ValueError unless 0 <= ``value`` <= 1, TypeError unless it is a number."""
     if not isinstance(value, numbers.Real | Decimal):
         raise TypeError(f"{argument} must be a number; got {value!r}")
-    if not 0 <= float(value) <= 1:
+    try:
+        inside = 0 <= float(value) <= 1
+    except OverflowError:
+        inside = False
+    if not inside:
         raise ValueError(f"{argument} must be in [0, 1]; got {value!r}")
 
 
@@ -177,7 +181,7 @@ def require_weights(argument: str, pair: Any) -> None:
     """Raise ValueError unless ``pair`` is two numbers that are finite in float32."""
     try:
         valid = len(pair) == 2 and all(math.isfinite(float32(weight)) for weight in pair)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         valid = False
     if not valid:
         raise ValueError(f"{argument} must be two finite numbers (inner, outer); got {pair!r}")

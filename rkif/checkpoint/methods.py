@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -175,6 +176,8 @@ class TaskArithmetic:
     def __post_init__(self) -> None:
         require_weights("weight", self.weight)
         require_fraction("density", self.density)
+        if not math.isfinite(self.lambda_):
+            raise ValueError(f"lambda must be a finite number; got {self.lambda_!r}")
         if self.scope is not None:
             require_choice("scope", self.scope, get_args(Scope))
         if not 0 <= self.seed < 2**64:

@@ -41,5 +41,5 @@ def _options(
 
 
 def main() -> None:
-    """Entry point of ``rkif``."""
+    """Run the command line of this process."""
     exit_in_one_line(app)

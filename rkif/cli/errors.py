@@ -1,4 +1,4 @@
-"""How a command fails: one line that names the cause, and exit status 1."""
+"""How a command fails: one line that names the cause, and exit status 1; 130 where it was interrupted."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import sys
 import typer
 from safetensors import SafetensorError
 
+INTERRUPTED = 130  # as shells count: 128 and the signal's number
+
 
 def exit_in_one_line(commands: typer.Typer) -> None:
     """Run commands; what is wrong with the input is said in one line, and the exit status is 1."""
     try:
         commands()
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code != INTERRUPTED:  # typer makes one of the other
+            raise
+        print("rkif: interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     except (ValueError, TypeError, RuntimeError, OSError, ImportError, SafetensorError) as error:
         message = str(error)
         if isinstance(error, OSError) and error.strerror and error.filename:

@@ -326,6 +326,18 @@ def fusion_config(settings: dict[str, Any]) -> FusionConfig:
     return FusionConfig.paper(**changes) if preset == "paper" else FusionConfig.release(**changes)
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [(key.tag, str(key.value)) for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                mark = node.value[place][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"key {key[1]!r} is there twice", mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: Path) -> RunConfig:
     """Read and validate a config file.
 
@@ -337,8 +349,10 @@ def load_config(path: Path) -> RunConfig:
     if not path.is_file():
         raise FileNotFoundError(f"no such config file: {path}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except RecursionError as error:
+        raise ValueError(f"{path}: not valid YAML: it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected settings as `key: value`, got {type(content).__name__}")

@@ -56,6 +56,9 @@ def load_state(fuser: Fuser, state: Mapping[str, Tensor]) -> None:
     """See :meth:`rkif.Fuser.load_state_dict`."""
     scalars = {"nonfinite", "phase", "round", "inner_observed", "outer_observed", "with_gradient"}
     scalars |= set() if fuser.config.refresh_outer else {"outer_settled"}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"state[{name!r}] must be a tensor; got {type(value).__name__}")
     for name in sorted(scalars - set(state)):
         raise ValueError(f"the state lacks {name!r}")
     for name in sorted(scalars - {"with_gradient"}):

@@ -162,6 +162,8 @@ def test_ties_at_the_threshold_are_dropped(triple: Triple) -> None:
         ("recurrent_kif", {"weight": (1, 1)}, "weight is not a setting of recurrent_kif"),
         ("ties", {"density": 1.5}, r"density must be in \[0, 1\]"),
         ("ties", {"weight": (1.0, float("nan"))}, "weight must be two finite numbers"),
+        ("ties", {"lambda": float("nan")}, "lambda must be a finite number; got nan"),
+        ("task_arithmetic", {"lambda": float("inf")}, "lambda must be a finite number; got inf"),
         ("linear", {"weight": (1.0, -1.0)}, "weight must not sum to zero"),
         ("recurrent_kif", {"rule": "none"}, "rule must be one of paper, release"),
         ("dare_ties", {"seed": -1}, "seed must be"),

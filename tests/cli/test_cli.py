@@ -76,6 +76,25 @@ def test_run_prints_a_table_and_says_where_the_run_is(
     assert "recurrent_kif after tense:" in out
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nmodel: x\nseed: 2\n", "key 'seed' is there twice in \"<unicode string>\", line 3"),
+        (
+            "training:\n  steps: 1\n  'steps': 2\n",
+            "key 'steps' is there twice in \"<unicode string>\", line 3",
+        ),
+        ("a: " + "[" * 20_000, "not valid YAML: it is nested too deeply"),
+        ("seed: 2024-13-45\n", "config.yaml: not valid YAML: month must be in 1..12"),
+    ],
+)
+def test_yaml_that_says_two_things_or_none(rkif: Rkif, tmp_path: Path, text: str, message: str) -> None:
+    status, _, errors = rkif("run", write(tmp_path / "config.yaml", text), "--out", tmp_path / "out")
+    assert (status, errors.count("\n")) == (1, 1)
+    assert message in errors
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_second_run_needs_resume_and_the_same_settings(
     rkif: Rkif, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -304,7 +323,8 @@ def test_a_full_disk_is_one_clear_line(
     monkeypatch.setattr("rkif.continual.rundir.state.save_file", full)
     config = write(tmp_path / "config.yaml", settings)
     status, _, errors = rkif("run", config, "--out", tmp_path / "out")
-    assert (status, errors) == (1, "rkif: error: No space left on device (os error 28)\n")
+    path = tmp_path / "out" / "checkpoint.safetensors.tmp"
+    assert (status, errors) == (1, f"rkif: error: No space left on device (os error 28): {path}\n")
     monkeypatch.undo()
     monkeypatch.setattr(sys, "argv", ["rkif", "run", str(config), "--out", str(tmp_path / "out"), "--resume"])
     with pytest.raises(SystemExit) as done:

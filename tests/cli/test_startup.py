@@ -12,7 +12,7 @@ import pytest
 from typer.main import get_command
 
 import rkif
-from rkif.cli import app
+from rkif.cli import app, main
 from rkif.cli.options import parse_size
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
@@ -86,6 +86,38 @@ def test_on_a_terminal_a_command_says_what_it_does_before_slow_imports(command: 
     assert process.wait() == 1
     assert str(tmp_path) in first
     assert "error" not in first
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_interrupted_by_an_import_that_swallows_it(command: str, tmp_path: Path) -> None:
+    """Modules may catch everything while they are imported; a command ends all the same."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.1)\nexcept BaseException: pass\n"
+        "raise ImportError('still here')\n"
+    )
+    arguments = [argument.format(tmp_path) for argument in ARGUMENTS.get(command, ["{}"])]
+    done = subprocess.run(
+        [sys.executable, "-m", "rkif", command, *arguments],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (130, "rkif: interrupted\n")
+
+
+def test_interrupted_outside_of_an_import(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rkif.cli.continual.announce", interrupted)
+    monkeypatch.setattr(sys, "argv", ["rkif", "report", "run"])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert (exit_info.value.code, capsys.readouterr().err) == (130, "rkif: interrupted\n")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ def test_the_config_must_be_one() -> None:
     ("settings", "error", "message"),
     [
         ({"density": 2}, ValueError, "density must be in .*; got 2"),
+        ({"density": 10**400}, ValueError, "density must be in .*; got 1000"),
         ({"beta1": -1}, ValueError, "beta1 must be in .*; got -1"),
         ({"refresh_outer": False, "clear_outer": True}, ValueError, "it needs clear_outer=False"),
         ({"beta2": "x"}, TypeError, "beta2 must be a number"),

@@ -43,6 +43,16 @@ def test_resumed_at_any_point_of_a_round_gives_the_same_bits(killed_at: int) -> 
         assert all(torch.equal(one[name], other[name]) for name in other)
 
 
+@pytest.mark.parametrize("name", ["round", "base.0.weight", "outer_importance.sensitivity.0.weight"])
+def test_a_state_holds_tensors_alone(name: str) -> None:
+    fuser = Fuser(make_model(), FusionConfig())
+    state = fuser.state_dict()
+    assert name in state
+    for value in (0, None, state[name].tolist()):
+        with pytest.raises(TypeError, match=rf"state\['{name}'\] must be a tensor; got "):
+            fuser.load_state_dict(state | {name: value})
+
+
 @pytest.mark.parametrize("ended_by", ["fusion", "rollback", "refusal", "gate"])
 def test_static_importance_is_that_of_the_first_fusion(ended_by: str) -> None:
     """However the first round ends, and over a resume: found until a fusion has gone by it, then kept."""

@@ -1,0 +1,44 @@
+"""Files that cannot be written or read are named, and nothing of them is left."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from rkif.continual.rundir.ledger import Ledger
+from rkif.continual.rundir.state import RunState, write_state
+from rkif.files import parse_json, write_text
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """No file may have more than 100 bytes: writing fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "whole")
+    state = RunState(0, 0, 0, 0, {"w": torch.zeros(1000)}, {})
+    for write in (
+        lambda: write_text(path, "x" * 1000),
+        lambda: write_state(path, state),
+        lambda: Ledger(path.with_name("file.jsonl")).append({"text": "x" * 1000}),
+    ):
+        with pytest.raises(OSError, match=str(path)):
+            write()
+    assert path.read_text() == "whole"
+    assert not (tmp_path / "file.tmp").exists()
+
+
+def test_what_is_nested_too_deeply_is_named() -> None:
+    with pytest.raises(ValueError, match="some file is damaged: it is nested too deeply"):
+        parse_json("[" * 100_000, "some file")
