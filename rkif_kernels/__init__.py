@@ -5,7 +5,7 @@ The operations validate their arguments and hand them to one of
 * ``triton``: Triton, one launch for a whole list of tensors;
 * ``native``: C++ for CPUs, where it was built;
 * ``torch``: PyTorch, blocked so that temporaries stay in cache;
-* ``reference``: PyTorch without any cleverness; the specification, used by the tests only.
+* ``reference``: plain PyTorch; the specification, used by the tests only.
 
 All of them give the same bits (see ``docs/reference/semantics.md``). Everything that is for use outside the
 package is imported from here.

@@ -23,10 +23,10 @@ STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Arguments:
-    """Lists of tensors that belong together, element by element, and the names errors call them by.
+    """Lists of tensors with equal lengths, shapes and devices, and the names that errors give them.
 
     Args:
-        names: one name a tensor (parameter names), or None: errors then give the position in the list.
+        names: one name per tensor (parameter names), or None: errors then give the position in the list.
     """
 
     def __init__(self, names: Sequence[str] | None = None) -> None:
@@ -94,7 +94,7 @@ class Arguments:
 
 
 class ValidatedLists:
-    """Lists of tensors that have passed the checks, known again by their addresses, dtypes and shapes.
+    """Lists of tensors that have passed the checks, recognised by their addresses, dtypes and shapes.
 
     A training loop passes the same tensors at every step. Checking hundreds of them takes longer than the
     kernels do; comparing what the checks depend on takes a fraction of that.
@@ -107,7 +107,7 @@ class ValidatedLists:
         self._lock = threading.Lock()
 
     def key(self, **lists: Sequence[Tensor | None] | None) -> Hashable:
-        """What the checks of these lists depend on; None for what has no address, and is never known."""
+        """What the checks of these lists depend on; None if a tensor has no address: they run every time."""
         try:
             return torch.is_inference_mode_enabled(), tuple(
                 (argument, None if tensors is None else tuple(map(_properties, tensors)))
@@ -124,7 +124,7 @@ class ValidatedLists:
             return True
 
     def add(self, key: Hashable) -> None:
-        """Remember a key; the one not seen for longest is forgotten."""
+        """Remember a key; beyond ``LIMIT`` keys the least recently used one is forgotten."""
         if key is not None:
             with self._lock:
                 self._keys[key] = None
@@ -147,7 +147,7 @@ def _properties(tensor: Tensor | None) -> Hashable:
 
 
 def require_writable(arguments: Arguments, argument: str, tensors: Sequence[Tensor]) -> None:
-    """Refuse what PyTorch would refuse to write to, and before anything is written.
+    """Refuse tensors that PyTorch would refuse to write to, before anything is written.
 
     Raises:
         ValueError: a tensor was made in inference mode, and this is not inference mode.
@@ -195,10 +195,10 @@ def require_disjoint(
     *,
     counterparts: bool = True,
 ) -> None:
-    """Refuse memory that is written under one name and read or written under another.
+    """Refuse memory that is written as one tensor and read or written as another.
 
-    An input that *is* the output of the same name is fine, unless ``counterparts`` is False: every element
-    is read before it is written. Anything else would make the result depend on the order of the writes (tied
+    An input may be the output of the same parameter, unless ``counterparts`` is False: every element is read
+    before it is written. Anything else would make the result depend on the order of the writes (tied
     weights listed twice, overlapping views).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Stand-ins for tensors that an implementation cannot address as they are."""
+"""Contiguous copies of tensors that an implementation cannot address directly."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def same_tensors(ones: Sequence[Tensor | None], others: Sequence[Tensor | None])
 
 @contextmanager
 def in_place(tensors: Sequence[Tensor], alignment: int = 1) -> Iterator[list[Tensor]]:
-    """Dense stand-ins for tensors that are written; what was a copy is copied back on leaving."""
+    """Contiguous tensors to write to in place of ``tensors``; copies are copied back when the block ends."""
     stand_ins = [as_contiguous(tensor, alignment) for tensor in tensors]
     yield stand_ins
     for tensor, stand_in in zip(tensors, stand_ins, strict=True):
         if stand_in is not tensor:
             tensor.detach().copy_(stand_in)
-    # A write through a raw pointer is one that autograd must know of, too.
+    # Autograd does not see a write through a raw pointer, so it is told.
     torch.autograd.graph.increment_version(tensors)

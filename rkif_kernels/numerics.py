@@ -1,4 +1,4 @@
-"""The one rounding that host-side constants go through."""
+"""How host-side constants are rounded."""
 
 from __future__ import annotations
 

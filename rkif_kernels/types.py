@@ -23,15 +23,15 @@ CASES = ("inner_only", "outer_only", "both", "neither")
 CaseWeights = tuple[tuple[float, float], tuple[float, float], tuple[float, float], tuple[float, float]]
 
 
-# The lists of a fusion in the order in which every backend is handed them: what is written, what is read, and
-# the scores of either learner, S and U. Kernels are compiled for a dtype under each of these names.
+# The lists of a fusion in the order in which every backend takes them: the output, the inputs, and S and U of
+# each learner. The dtypes that a kernel is compiled for have the same order.
 ROLES = ("OUT", "BASE", "INNER", "OUTER", "INNER_S", "INNER_U", "OUTER_S", "OUTER_U")
 
 TensorLists = tuple[Sequence[Tensor | None] | None, ...]
 
 
 class Views(tuple[Tensor, ...]):
-    """Views of one flat tensor that nobody moves one by one: where they are follows from where it is.
+    """Views of one flat tensor. No view is moved alone, so the flat tensor's address decides all addresses.
 
     Attributes:
         flat: the tensor.
@@ -50,7 +50,7 @@ class Views(tuple[Tensor, ...]):
 class Scores:
     """Importance scores of a list of tensors: ``sensitivity``, or ``sensitivity * uncertainty`` in float32.
 
-    The product is never stored: every reader forms it from the two where it needs it. With ``distance`` it is
+    The product is never stored: every reader forms it from the two tensors. With ``distance`` it is
     ``|sensitivity - uncertainty|`` instead, see :func:`magnitudes`.
     """
 
@@ -59,7 +59,7 @@ class Scores:
     distance: bool = False
 
     def values(self, index: int, part: slice | None = None) -> Tensor:
-        """The float32 scores of one tensor, as they are: negative and NaN ones too.
+        """The float32 scores of one tensor; negative and NaN scores are not replaced.
 
         Args:
             index: position of the tensor in the lists.
@@ -92,16 +92,16 @@ class Scores:
 
 
 def magnitudes(ends: Sequence[Tensor], starts: Sequence[Tensor]) -> Scores:
-    """The magnitudes of a task vector, ``|end - start|`` in float32, as scores; never stored either."""
+    """The magnitudes of a task vector, ``|end - start|`` in float32, as scores; they are never stored."""
     return Scores(ends, starts, distance=True)
 
 
 @dataclass(frozen=True)
 class FusionInputs:
-    """The lists of tensors that a fusion reads and writes, one entry a parameter.
+    """The lists of tensors that a fusion reads and writes, one entry per parameter.
 
     Attributes:
-        out: where the result goes; the only list that is written.
+        out: the result; the only list that is written.
         base, inner, outer: parameters before the round, after the inner and after the outer learner.
         inner_scores, outer_scores: importance.
     """
@@ -147,7 +147,7 @@ class FusionInputs:
 
 @dataclass(frozen=True)
 class ImportanceInputs:
-    """The lists of tensors that an update of the importance reads and writes, one entry a parameter.
+    """The lists of tensors that an update of the importance reads and writes, one entry per parameter.
 
     Attributes:
         params: weights.
@@ -192,7 +192,7 @@ class Smoothing:
 
 
 class MergeRule(NamedTuple):
-    """What a fusion makes of two task vectors.
+    """How a fusion weights two task vectors.
 
     Attributes:
         weights: (w_in, w_out) for each of :data:`CASES`.
@@ -209,7 +209,7 @@ class MergeRule(NamedTuple):
 
 
 class AdamWConstants(NamedTuple):
-    """What an AdamW step multiplies by: formed in double, rounded to float32 once. See :func:`adamw_`."""
+    """The constants of an AdamW step: formed in double, rounded to float32 once. See :func:`adamw_`."""
 
     decay: float  # 1 - lr*weight_decay
     take1: float  # 1 - beta1
@@ -222,13 +222,13 @@ class AdamWConstants(NamedTuple):
 
 @dataclass(frozen=True)
 class AdamWInputs:
-    """The lists of tensors that an AdamW step reads and writes, one entry a parameter.
+    """The lists of tensors that an AdamW step reads and writes, one entry per parameter.
 
     Attributes:
         params: weights; written.
         grads: their gradients.
         exp_avg, exp_avg_sq: first and second moment; written.
-        sensitivity, uncertainty: S and U; written. None where no importance, or no uncertainty, is followed.
+        sensitivity, uncertainty: S and U; written. None without importance, or without uncertainty.
     """
 
     params: Sequence[Tensor]
@@ -252,7 +252,7 @@ class AdamWInputs:
 
     @property
     def importance(self) -> ImportanceInputs | None:
-        """The lists of the importance's update; None where none is followed."""
+        """The lists of the importance's update; None without importance."""
         if self.sensitivity is None:
             return None
         return ImportanceInputs(self.params, self.grads, self.sensitivity, self.uncertainty)
@@ -268,13 +268,13 @@ def _device(tensors: Sequence[Tensor]) -> torch.device:
 
 
 class FuseStats(NamedTuple):
-    """What a fusion did, on the device of the parameters: reading it is what synchronises.
+    """Statistics of a fusion, on the device of the parameters; reading them waits for the device.
 
     Attributes:
         counts: int64 [4], elements selected by the inner learner only, the outer only, both, neither.
         squared_norms: float64 [3], squared L2 norms of the inner task vector, the outer task vector and
             ``out - base`` (with ``out`` as stored).
-        thresholds: (inner, outer), float32 [1], or one for each tensor.
+        thresholds: (inner, outer), each float32 [1], or one value per tensor.
     """
 
     counts: Tensor

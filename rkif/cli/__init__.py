@@ -1,7 +1,7 @@
 """The command line: one module for each group of commands.
 
-Whatever a command needs beyond typer is imported inside it: the help, and the first line of every command,
-must not wait for PyTorch.
+Everything else than typer is imported inside the commands' functions: the help, and the first line of every
+command, must not wait for PyTorch.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ def fuse_command(
         Path | None, typer.Option(help="Likewise.", show_default="magnitude of the task vector")
     ] = None,
     density: Annotated[
-        float | None, typer.Option(help="Fraction that each side selects.", show_default="0.2")
+        float | None,
+        typer.Option(help="Fraction of the parameters that each learner selects.", show_default="0.2"),
     ] = None,
     rule: Annotated[
         str | None,
@@ -77,9 +78,9 @@ def fuse_command(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of random drops (dare).", show_default="0")] = None,
     max_memory: Annotated[
-        str, typer.Option(help="Most anonymous memory of the process, including what Python takes.")
+        str, typer.Option(help="Maximum anonymous memory of the process, including Python's own.")
     ] = "2GiB",
-    max_shard_size: Annotated[str, typer.Option(help="Most bytes of a file of the output.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of an output file.")] = "5GB",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; read no weight.")] = False,
     resume: Resume = False,
@@ -136,7 +137,7 @@ def _fuse(request: Request, processes: ProcessGroup, *, dry_run: bool, as_json: 
     first = processes.rank == 0
     console = Console(stderr=as_json, quiet=not first)
     try:
-        with processes.raise_on_any_failure():  # before anyone writes where others look
+        with processes.raise_on_any_failure():  # before any process writes where others read
             plan = preflight(request)
     except PreflightError as error:
         if not first:

@@ -46,7 +46,7 @@ def log_command(
     run: Run,
     task: Annotated[str | None, typer.Option("--task", help="Only this task's records.")] = None,
     module: Annotated[
-        str | None, typer.Option("--module", help="Only parameters whose names contain this, as a total.")
+        str | None, typer.Option("--module", help="Only parameters whose names contain this, summed up.")
     ] = None,
     verdict: Annotated[
         str | None,
@@ -54,7 +54,11 @@ def log_command(
     ] = None,
     explain: Annotated[
         str | None,
-        typer.Option("--explain", metavar="MODULE", help="The rounds that moved it, and who selected it."),
+        typer.Option(
+            "--explain",
+            metavar="MODULE",
+            help="The rounds that changed it, and the learners that selected it.",
+        ),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the chain of records, and every file against its digest.")

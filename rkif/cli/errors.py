@@ -11,7 +11,7 @@ INTERRUPTED = 130  # as shells count: 128 and the signal's number
 
 
 def exit_in_one_line(commands: typer.Typer) -> None:
-    """Run commands; what is wrong with the input is said in one line, and the exit status is 1."""
+    """Run commands; an error becomes one line on stderr and exit status 1."""
     try:
         commands()
     except (KeyboardInterrupt, SystemExit) as error:

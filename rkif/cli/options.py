@@ -1,4 +1,4 @@
-"""What several groups of commands share: options, sizes in bytes, the line that is shown at once."""
+"""Shared by the groups of commands: options, sizes in bytes, and the line shown before slow imports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is in that folder, if anything is.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the work in that folder, if there is any.")]
 
 _SIZE = re.compile(r"\s*(\d*\.?\d+)\s*([kmgtpe]?)(i?)b?\s*", re.IGNORECASE)
 _POWERS = " kmgtpe"  # of 1000, or of 1024 with an i
@@ -33,9 +33,9 @@ def parse_size(option: str, text: str) -> int:
 
 
 def announce(line: str) -> None:
-    """Say on a terminal what begins, before imports that take a second; logs and pipes get the result alone.
+    """Show on a terminal what begins, before imports that take a second. Logs and pipes get only the result.
 
-    Of several processes under torchrun the first one speaks.
+    Under torchrun only the first process shows it.
     """
     if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ def plan_command(
     model: Annotated[Path, typer.Option("--model", help="A config.json, or a folder that has one.")],
     device_memory: Annotated[str, typer.Option("--device-memory", help="Memory of each device.")] = "80GiB",
     reserve: Annotated[
-        str, typer.Option(help="The part of it for activations and everything else that is not counted.")
+        str, typer.Option(help="The part of it for activations and all else that the plan does not count.")
     ] = "8GiB",
     dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32 or bfloat16.")] = "bfloat16",
     lora_r: Annotated[

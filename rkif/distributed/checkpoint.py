@@ -1,4 +1,4 @@
-"""State in a folder of safetensors files, written by all processes together and read by as many or others."""
+"""State in a folder of safetensors files, written by all processes, read by any number of processes."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from torch import Tensor
 from rkif.distributed.process_group import ProcessGroup
 from rkif.files import fsync_file, fsync_folder
 
-# How torch.distributed.checkpoint calls the files of a state.
+# The names that torch.distributed.checkpoint gives the files of a state.
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 
 
 def write_state(folder: str | os.PathLike[str], state: Mapping[str, Tensor], processes: ProcessGroup) -> None:
-    """Write tensors, spread or not, as ``torch.distributed.checkpoint`` does; all ranks must call.
+    """Write tensors, sharded or not, by ``torch.distributed.checkpoint``; all ranks must call.
 
-    The folder appears when it is complete, in the place of one that was there; a kill leaves either of them.
+    The folder appears when it is complete, and replaces an earlier one. A kill leaves one of the two, complete.
 
     Raises:
-        ValueError: what is there holds more than a state, which would be lost.
+        ValueError: the folder holds other files than a state's, which would be lost.
         OSError, RuntimeError: it could not be written, here or on another rank.
     """
-    # Imported where it is needed: it takes as long as everything else in rkif.
+    # Imported here, because it takes as long as everything else in rkif.
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    folder = Path(folder).resolve()  # of a link what it leads to is replaced
+    folder = Path(folder).resolve()  # of a link, the target is replaced
     temporary = folder.with_name(folder.name + ".tmp")
     with processes.raise_on_any_failure():
         if processes.rank == 0:
@@ -58,7 +58,7 @@ def read_state(
     empty_for: Callable[[str, torch.Size, torch.dtype], Tensor],
     processes: ProcessGroup,
 ) -> dict[str, Tensor]:
-    """Read what :func:`write_state` wrote, on as many ranks or others; all must call.
+    """Read what :func:`write_state` wrote, on any number of ranks; all must call.
 
     Args:
         empty_for: makes a tensor of this name, global shape and dtype to read into, sharded or not.
@@ -91,7 +91,7 @@ def read_state(
 
 
 def _replace_folder(folder: Path, new: Path) -> None:
-    """Put ``new`` in the place of a folder, which is there under another name until it is."""
+    """Replace a folder by ``new``. The old one has another name until the new one is in place."""
     old = _aside(folder)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -106,7 +106,7 @@ def _replace_folder(folder: Path, new: Path) -> None:
 
 
 def _require_state(folder: Path) -> None:
-    """Refuse to replace what is not, or not only, a state."""
+    """Refuse to replace a folder that holds anything but a state."""
     if not folder.exists():
         return
     others = [folder.name] if not folder.is_dir() else sorted(path.name for path in folder.iterdir())
@@ -119,7 +119,7 @@ def _require_state(folder: Path) -> None:
 
 
 def _restore(folder: Path) -> None:
-    """Give a folder its name back, if whoever replaced it came no further."""
+    """Give the old folder its name back, if replacing it was interrupted."""
     if _aside(folder).exists() and not folder.exists():
         os.rename(_aside(folder), folder)
 
@@ -130,10 +130,10 @@ def _aside(folder: Path) -> Path:
 
 @contextmanager
 def _in_words(what: str) -> Iterator[None]:
-    """What torch.distributed.checkpoint raises, on all ranks, is no Exception and many lines long.
+    """Replace errors of torch.distributed.checkpoint: its own are no Exception, and many lines long.
 
     Raises:
-        RuntimeError: in its place, with the first cause; or for a damaged file.
+        RuntimeError: instead, with the first cause; also for a damaged file.
     """
     from torch.distributed.checkpoint.api import CheckpointException
 

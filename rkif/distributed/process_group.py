@@ -14,14 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
-# How long a waiting process lets pass before it asks again whether another has failed, in seconds.
+# Seconds between two checks of a waiting process whether another has failed.
 _FIRST_PAUSE, _LONGEST_PAUSE = 1e-5, 0.05
 
-_made: Counter[str] = Counter()  # every process makes its own in the same order, so the numbers agree
+# Groups made so far, by name. All processes make them in the same order, so the numbers agree.
+_made: Counter[str] = Counter()
 
 
 class RankFailedError(RuntimeError):
-    """Another rank has failed; the message has which, and why."""
+    """Another rank has failed; the message names the rank and the cause."""
 
 
 class ProcessGroup:
@@ -33,7 +34,7 @@ class ProcessGroup:
 
     Attributes:
         group: the process group; None for one process.
-        size, rank: number of processes, and the place of this one among them.
+        size, rank: number of processes, and the index of this one.
     """
 
     def __init__(self, group: Any, device: torch.device) -> None:
@@ -70,7 +71,7 @@ class ProcessGroup:
         return torch.cat(parts).to(tensor.device)
 
     def mean(self, figures: Sequence[float]) -> list[float]:
-        """The ranks' means of some figures, the same on all."""
+        """The mean over all ranks of each number; the same on every rank."""
         if self.size == 1:
             return list(figures)
         found: list[float] = (
@@ -112,8 +113,8 @@ class ProcessGroup:
     def propagate_failure(self) -> Iterator[None]:
         """A block that communicates, such as training steps; a failure in it is told to the other ranks.
 
-        It is written to the store that waiting ranks look at; the group cannot be used after that. No
-        process waits here. What failed in a :meth:`raise_on_any_failure` inside is known already.
+        It is written to the store that waiting ranks read; the group cannot be used after that. No process
+        waits here. A failure inside a nested :meth:`raise_on_any_failure` is not told again.
 
         Raises:
             RankFailedError: the block has failed because another rank did.
@@ -146,7 +147,7 @@ class ProcessGroup:
             store = _get_default_store()
             if self._broken is None and store.check([self._failure]):
                 self._broken = store.get(self._failure).decode()
-        except (RuntimeError, ValueError):  # the store went with the process that had it
+        except (RuntimeError, ValueError):  # the process that hosted the store has ended
             return None
         return self._broken
 
@@ -165,7 +166,7 @@ class ProcessGroup:
             work.wait()
         except RankFailedError:
             raise
-        except RuntimeError as error:  # of the connection, which went with the other process
+        except RuntimeError as error:  # the connection broke, because the other process ended
             if cause := self._announcement():
                 raise RankFailedError(cause) from error
             raise

@@ -1,8 +1,8 @@
-"""Parameters that are sharded over processes: the local part, and which process counts it.
+"""Parameters that are sharded over processes: the local part of each, and the process that counts it.
 
-What the method does to an element needs that element alone, except for the thresholds, so every process works
-on its own parts. Sharded parameters are ``DTensor``: what ``fully_shard`` (FSDP2) and tensor parallelism make
-of a model. docs/guide/distributed.md says how they fit together.
+Except for the thresholds, the method treats every element alone, so every process works on its own parts.
+Sharded parameters are ``DTensor``: ``fully_shard`` (FSDP2) and tensor parallelism make them. See
+docs/guide/distributed.md.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a ``DTensor``; its module, slow to import, has been imported by whoever has one."""
+    """Whether a tensor is a ``DTensor``. Without its module, which is slow to import, there is none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def fsdp_units(source: Any) -> list[FSDPModule]:
-    """The modules that FSDP2 has sharded: a module's, or, where parameters alone are known, all there are."""
+    """The modules that FSDP2 has sharded: those inside ``source``, or all if it is not a module."""
     module = sys.modules.get("torch.distributed.fsdp")  # as above
     if module is None or not dist.is_initialized():
         return []
@@ -44,9 +44,9 @@ def fsdp_units(source: Any) -> list[FSDPModule]:
 
 
 def reshard(units: Iterable[FSDPModule]) -> None:
-    """Let FSDP2 drop the parameters that it has gathered and kept, as after a forward without a backward.
+    """Let FSDP2 drop gathered parameters, which it keeps after a forward pass without a backward pass.
 
-    The modules' parameters are the shards again then, and the next forward gathers what they have become.
+    Then the modules' parameters are the shards again, and the next forward pass gathers their new values.
     """
     for unit in units:
         unit.reshard()
@@ -54,13 +54,13 @@ def reshard(units: Iterable[FSDPModule]) -> None:
 
 @torch.no_grad()
 def to_local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies in this process, not a copy; a plain tensor itself, detached."""
+    """The local part of a tensor, not a copy; a plain tensor itself, detached."""
     return tensor.to_local() if is_dtensor(tensor) else tensor.detach()
 
 
 @torch.no_grad()
 def to_local_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """What of ``tensor``, of the parameter's shape, belongs to this process's part of ``parameter``."""
+    """The part of ``tensor``, of the parameter's shape, that matches the local part of ``parameter``."""
     if is_dtensor(parameter):
         from torch.distributed.tensor import distribute_tensor
 
@@ -68,13 +68,13 @@ def to_local_like(tensor: Tensor, parameter: Tensor) -> Tensor:
         if is_dtensor(tensor):
             if tensor.device_mesh == mesh:
                 return tensor.redistribute(mesh, placements).to_local()
-            tensor = tensor.full_tensor()  # DTensor goes from one mesh to another by no other way
+            tensor = tensor.full_tensor()  # DTensor has no other way from one mesh to another
         return distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()
     return tensor.full_tensor() if is_dtensor(tensor) else tensor.detach()
 
 
 def to_dtensor_like(part: Tensor, parameter: Tensor) -> Tensor:
-    """A local part as a tensor that is sharded as ``parameter`` is; as it is where the parameter is plain."""
+    """A local part as a tensor that is sharded like ``parameter``; unchanged if the parameter is plain."""
     if not is_dtensor(parameter):
         return part
     from torch.distributed.tensor import DTensor
@@ -99,22 +99,22 @@ def _counts(parameter: Tensor) -> bool:
 
 
 class ShardedParameters:
-    """A model's parameters as this process sees them: the parts that lie here, and who else has others.
+    """A model's parameters as this process sees them: the local parts, and the processes with the others.
 
     Args:
-        source: what the parameters were taken from; a DDP module knows its replicas.
+        source: the module or iterable with the parameters; a DDP module knows its replicas.
         parameters: name -> parameter.
 
     Attributes:
         processes: those that hold the parameters.
-        sharded: whether the parameters are spread over them; if not, every process has all.
+        sharded: whether the parameters are sharded over them; if not, every process has all.
         sizes: elements of each parameter, over all processes.
         owned: indices of the parameters whose parts this process counts; of replicas only the first does.
         owned_and_others: indices of these, and of all others.
 
     Raises:
-        ValueError: some parameters are spread and others are not, or not over the same processes; or a
-            parameter is a sum of parts.
+        ValueError: some parameters are sharded and others are not, or over other processes; or a parameter is
+            a sum of parts.
     """
 
     def __init__(self, source: Any, parameters: Mapping[str, Tensor]) -> None:
@@ -129,7 +129,7 @@ class ShardedParameters:
         self.owned = frozenset(self.owned_and_others[0])
 
     def parts(self) -> list[Tensor]:
-        """The parameters, or what lies of them here; not copies."""
+        """The parameters, or their local parts; not copies."""
         parameters = list(self._parameters.values())
         return [to_local(parameter) for parameter in parameters] if self.sharded else parameters
 
@@ -144,11 +144,11 @@ class ShardedParameters:
         ]
 
     def invalidate_gathered(self) -> None:
-        """Call after writing to parameters: what FSDP2 gathered of them before is out of date."""
+        """Call after writing to parameters: what FSDP2 has gathered is out of date."""
         reshard(self._units)
 
     def to_dtensors(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Name -> part, as tensors that are sharded as the parameters are."""
+        """Name -> part, as tensors that are sharded like the parameters."""
         return {name: to_dtensor_like(part, self._parameters[name]) for name, part in parts.items()}
 
     def all_reduce_sum(self, sums: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class ShardedParameters:
         return self.processes.all_reduce_sum(sums) if self.sharded else sums
 
     def max_over_replicas(self, counts: Tensor) -> Tensor:
-        """Counts of what was seen in the parts, [n]: over all processes, and of replicas the highest."""
+        """Counts by local parts, int64 [n]: the sum over all processes, or the maximum over replicas."""
         if self.sharded:
             return self.processes.all_reduce_sum(counts)
         if self.processes.size == 1:
@@ -164,7 +164,10 @@ class ShardedParameters:
         return self.processes.all_gather(counts).view(self.processes.size, -1).amax(0)
 
     def seen_anywhere(self, names: Collection[str]) -> Iterable[tuple[str, int]]:
-        """The parameters' names, and of each whether it is among the ``names`` of any process."""
+        """Pairs of a parameter's name and a number, positive if any process has the name in ``names``.
+
+        Empty for one process whose ``names`` are complete.
+        """
         if self.processes.size == 1 and len(names) == len(self._parameters):
             return ()
         seen = torch.tensor([int(name in names) for name in self._parameters])
@@ -185,7 +188,7 @@ class ShardedParameters:
         return sharded_thresholds(counted, self.sizes, density=density, scope=scope, processes=self.processes)
 
     def require_agreement(self, *settings: Any) -> None:
-        """Refuse ranks that would compute different things, or wait for each other in different places.
+        """Refuse ranks with other settings or parameters: they would compute other results, or wait for ever.
 
         Raises:
             RuntimeError: a rank has other settings or other parameters.
@@ -201,7 +204,7 @@ class ShardedParameters:
 
 
 def _processes_of(source: Any, parameters: Sequence[tuple[str, Tensor]]) -> tuple[ProcessGroup, bool]:
-    """The processes that hold the parameters, and whether these are spread over them."""
+    """The processes that hold the parameters, and whether the parameters are sharded over them."""
     spread = [(name, p) for name, p in parameters if is_dtensor(p)]
     device = parameters[0][1].device
     if not spread:

@@ -1,8 +1,8 @@
-"""Exact thresholds over the parts of the scores that lie in several processes.
+"""Exact thresholds of scores that are sharded over processes.
 
-A sample from all ranks tells between which two scores the threshold probably lies, then every rank counts its
-scores in that window and the counts are summed: whole numbers, so the thresholds are those of one process,
-bit for bit, however the scores are split. What is sent does not grow with their number.
+A sample from all ranks gives two scores between which the threshold probably lies. Then every rank counts its
+scores in that window, and the counts are summed. Counts are integers, so the thresholds are those of one
+process, bit for bit, however the scores are split. The bytes sent do not grow with the number of scores.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import rkif_kernels
 from rkif.distributed.process_group import ProcessGroup
 from rkif_kernels import CountingSearch, CountingSearches, Scope, Scores, bracket, order_statistic_k
 
-# Scores that all ranks together send. A quantile is then known to about a thousandth, which is a window of a
-# few per cent of its value: as many bytes of counts as of samples. Fewer scores than that are all sent.
+# Number of scores that all ranks together send; if there are fewer scores, all are sent. A quantile is then known
+# to about a thousandth, which is a window of a few per cent of its value: as many bytes of counts as of samples.
 SAMPLE = 1 << 18
-TENSOR_BINS = 1 << 11  # in a window of each tensor's search, where there is one for every tensor
+TENSOR_BINS = 1 << 11  # in a window, if every tensor has a search of its own
 
 
 def sharded_thresholds(
     scores: Scores, sizes: Sequence[int], *, density: float, scope: Scope, processes: ProcessGroup
 ) -> Tensor:
-    """:func:`rkif_kernels.score_thresholds` of scores that are spread over processes.
+    """:func:`rkif_kernels.score_thresholds` of scores that are sharded over processes.
 
     Args:
         scores: the parts that this process counts; tensors may be empty, or all of them.
         sizes: number of elements of each tensor on all ranks together.
-        density, scope: as there.
+        density, scope: as for that function.
         processes: the processes; all must call.
 
     Returns:
@@ -75,6 +75,6 @@ def _of_tensors(scores: Scores, sizes: Sequence[int], density: float, processes:
 def _gathered_sample(
     scores: Scores, step: int, processes: ProcessGroup
 ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    """Every ``step``-th score of each rank; what is not positive as zero, as wherever scores are counted."""
+    """Every ``step``-th score of each rank; scores that are not positive as zero, as in the counts."""
     sample = processes.all_gather(rkif_kernels.sample_scores(scores, step))
     return torch.where(sample > 0, sample, 0.0).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Which implementation an operation runs on."""
+"""The choice of the backend that runs an operation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def available(device: torch.device) -> list[str]:
         backends.append("native")
     backends.append("torch")
     if device.type == "cpu" and _triton_installed() and interpreting():
-        backends.append("triton")  # to be checked, not to be fast
+        backends.append("triton")  # for checks; it is slow
     return backends
 
 

@@ -51,15 +51,15 @@ def fuse_(
 ) -> FuseStats:
     """Write ``(base + w_in*(inner - base)) + w_out*(outer - inner)`` into ``out``.
 
-    The weights of an element follow from its two mask bits, ``score > threshold`` of either side. The
+    The weights of an element follow from its two mask bits, ``score > threshold`` of each learner. The
     arithmetic is float32, left to right as written, without fused multiply-add, and rounded once.
 
     Args:
-        out: where the result goes; mutated. May be the very tensors of ``base``, ``inner`` or ``outer``.
+        out: the result; mutated. May be the tensors of ``base``, ``inner`` or ``outer`` themselves.
         base, inner, outer: parameters before the round, after the inner and after the outer learner, of
             the same shapes; float32, bfloat16 or float16, also mixed.
         inner_scores, outer_scores: importance, of the same shapes.
-        thresholds: (inner, outer) from :func:`score_thresholds`: float32 [1], or [len(out)] for one a tensor.
+        thresholds: (inner, outer) from :func:`score_thresholds`: float32 [1], or [len(out)], one per tensor.
         weights: (w_in, w_out) for the cases inner only, outer only, both, neither.
         outer_from: "inner", or "base" for ``outer - base`` as the second task vector.
         names: parameter names, for error messages.
@@ -103,14 +103,14 @@ def select_and_fuse_(
     names: Sequence[str] | None = None,
     backend: Backend = "auto",
 ) -> FuseStats:
-    """:func:`score_thresholds` for both learners and :func:`fuse_`, with less reading.
+    """:func:`score_thresholds` for both learners and :func:`fuse_`, with fewer passes over memory.
 
-    The Triton backend does all of it in one pass over memory where there is one threshold a side, ``out`` is
-    memory of its own, no scores are distances, and the elements are millions. Elsewhere the thresholds come
-    first.
+    The Triton and native backends do all of it in one pass if each learner has one threshold, ``out`` shares
+    no memory with the inputs, no scores are distances, and there are enough elements. Otherwise the
+    thresholds come first.
 
     Args and Raises:
-        As there. Fails, too, where there is no element at all.
+        As of the two functions. A call without any element raises ValueError.
 
     Returns:
         As :func:`fuse_`, with the thresholds that were found.
@@ -139,7 +139,7 @@ def select_and_fuse(
     names: Sequence[str] | None,
     backend: Backend,
 ) -> FuseStats:
-    """:func:`select_and_fuse_` of what has been checked."""
+    """:func:`select_and_fuse_` with arguments that have been checked."""
     module = implementation(inputs.device, backend)
     if hasattr(module, "select_and_fuse_") and fits_one_pass(inputs, density, scope):
         with torch.no_grad(), on_device(inputs.device):
@@ -153,7 +153,7 @@ def select_and_fuse(
 
 
 def fits_one_pass(inputs: FusionInputs, density: float, scope: Scope) -> bool:
-    """Whether one pass can both select and fuse: it may have to begin anew, so the inputs must stay."""
+    """Whether one pass can both select and fuse. It may be repeated, so it must not overwrite an input."""
     if inputs.inner_scores.distance or inputs.outer_scores.distance or not 0 < density < 1:
         return False
     if scope != "global" or not inputs.numel:
@@ -189,6 +189,6 @@ def require_fusion(inputs: FusionInputs, rule: MergeRule, names: Sequence[str] |
 
 
 def require_selection(density: float, scope: Scope) -> None:
-    """Check what says how much is selected."""
+    """Check the settings of a selection."""
     require_fraction("density", density)
     require_choice("scope", scope, get_args(Scope))

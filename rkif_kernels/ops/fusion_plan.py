@@ -1,4 +1,4 @@
-"""Fusions of tensors that are in the same places again and again: checks and launches made ready once."""
+"""Repeated fusions of the same tensors: arguments are checked and launches prepared once."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from rkif_kernels.types import (
     Views,
 )
 
-# Sets of places that are kept. The copies of the parameters that a round makes take turns, in memory that an
-# allocator tends to give again.
+# Number of sets of addresses that are kept. The copies of the parameters that rounds make alternate between a
+# few allocations.
 _PLACES = 4
 
 
-# Of lists of views: their ids, and where the flat tensors are. Of all others: where each tensor is.
+# Lists of views: their ids and the addresses of the flat tensors. All other lists: each tensor's address.
 Places = tuple[list[tuple[int, int]], list[int]]
 
 
 class FusionPlan:
     """:func:`rkif_kernels.select_and_fuse_` for the same tensors in every round, at a fraction of its cost.
 
-    Lists in new places are validated, and their addresses sent to the device. A call compares addresses,
-    dtypes, shapes and strides; where it knows them all it only launches.
+    Lists with new addresses are validated, and the addresses sent to the device. A call compares addresses,
+    dtypes, shapes and strides; if it knows all of them it only launches.
 
     A plan may be used by several threads, and on several CUDA streams. A call can be captured in a CUDA graph
     after one outside of it with the same tensors, and replayed any number of times. The plan must outlive the
     graph.
 
     Args:
-        density, scope, names, backend: as there.
+        density, scope, names, backend: as for that function.
         rule: the weights of the cases, and where the outer task vector starts.
 
     Raises:
@@ -69,7 +69,7 @@ class FusionPlan:
     def fuse(self, inputs: FusionInputs) -> FuseStats:
         """Select and fuse once; lists and result as for :func:`rkif_kernels.select_and_fuse_`."""
         rows = list(filter(None, inputs.lists))
-        # Where views are, and of what kind, follows from their flat tensor: one address, not hundreds.
+        # The flat tensor decides addresses and kind of its views: one address is compared, not hundreds.
         moving = [tensor for row in rows if not isinstance(row, Views) for tensor in row]
         fixed = [(id(row), row.flat.data_ptr()) for row in rows if isinstance(row, Views)]
         places = fixed, addresses(moving)
@@ -95,12 +95,12 @@ class FusionPlan:
         return _Bound(places, views, launch, same_kind(moving))
 
     def _unprepared(self, inputs: FusionInputs) -> FuseStats:
-        """For lists, or a backend, that nothing is prepared for."""
+        """The fusion of lists for which the backend prepares nothing."""
         return select_and_fuse(inputs, self._rule, self._density, self._scope, self._names, self._backend)
 
 
 class _Bound(NamedTuple):
-    """What was prepared, and what for."""
+    """A prepared launch, and the lists that it was prepared for."""
 
     places: Places
     views: list[Views]  # kept, so that no other list gets the id of one of them

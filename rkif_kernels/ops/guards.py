@@ -1,4 +1,4 @@
-"""Whether a prepared call still fits: where tensors are, and of what kind, compared in few calls."""
+"""Whether a prepared call still fits: addresses, dtypes, shapes and strides are compared in a few calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch._C._dynamo.guards import TensorGuards
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Where tensors begin; 0 for None."""
+    """The addresses of tensors; 0 for None."""
     try:
         return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
     except TypeError:

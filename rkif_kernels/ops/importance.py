@@ -58,7 +58,7 @@ def update_importance_(
         beta1, beta2: smoothing in [0, 1]. ``1 - beta`` is formed in double and rounded to float32 once.
         order: the form of I.
         nonfinite: int64 tensor of one element on the same device; the number of elements with a
-            non-finite I is added to it, on the device: it is for the caller to read it, when it likes.
+            non-finite I is added to it, on the device; the caller decides when to read it.
         names: parameter names, for error messages.
         backend: "auto", "triton", "native" or "torch"; all give the same bits.
 
@@ -66,7 +66,7 @@ def update_importance_(
         TypeError, ValueError: for tensors that do not fit together; nothing has been written then.
     """
     if torch.compiler.is_compiling():
-        # To a compiler the call is one operation that it cannot look into; the names stay outside.
+        # For the compiler the call is one operation that it does not trace; names are not passed.
         update = torch.ops.rkif.update_importance_
         update(params, grads, sensitivity, uncertainty or [], beta1, beta2, order, nonfinite, backend)
         return

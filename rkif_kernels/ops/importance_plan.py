@@ -1,4 +1,4 @@
-"""Importance of parameters that stay where they are, step after step: checks and launch made ready once."""
+"""Repeated updates of the same importance: arguments are checked and the launch prepared once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rkif_kernels.ops.importance import require_importance
 from rkif_kernels.profiling import profiled
 from rkif_kernels.types import Backend, ImportanceInputs, Smoothing
 
-# What a backend makes ready: one step on the current device, for weights, gradients, settings, and whether a
-# gradient is not where it was at the last step.
+# What a backend prepares: one step on the current device. It takes weights, gradients, settings, and whether
+# a gradient has another address than at the last step.
 Step = Callable[[Sequence[Tensor], Sequence[Tensor | None], Smoothing, bool], None]
 
 
@@ -25,17 +25,17 @@ class ImportancePlan:
     """:func:`rkif_kernels.update_importance_` for the same states at every step, at a fraction of its cost.
 
     The lists are validated and their addresses sent to the device once. A step compares the addresses of
-    weights and gradients, and their dtypes, shapes and strides: where nothing has changed it only
-    launches; where gradients have moved it sends their addresses; anything else (a weight that has moved,
-    another dtype, a gradient that is missing or back) is validated anew, as if by a new plan.
+    weights and gradients, and their dtypes, shapes and strides: if nothing has changed it only
+    launches; if gradients have moved it sends their addresses; anything else (a weight that has moved,
+    another dtype, a gradient that is missing or back) is validated again, as by a new plan.
 
     A plan may be used by several threads, and on several CUDA streams: each step waits for the one before it.
     A step can be captured in a CUDA graph after one outside of it, with the gradients that it captures being
     allocated before or during the capture, and replayed any number of times. The plan must outlive the graph.
 
     Args:
-        sensitivity, uncertainty, nonfinite, names, backend: as there. On Triton the states must start on
-            boundaries of 16 bytes.
+        sensitivity, uncertainty, nonfinite, names, backend: as for that function. On Triton the states
+            must start on boundaries of 16 bytes.
         smoothing: the betas, and the form of the importance.
 
     Raises:
@@ -55,24 +55,24 @@ class ImportancePlan:
     ) -> None:
         self._states = sensitivity, uncertainty
         self._smoothing, self._nonfinite = smoothing, nonfinite
-        # With nothing taken of the new, S and U are written back as they were: 1*S + 0*I.
+        # Betas of 1 write S and U back unchanged: 1*S + 0*I.
         self._frozen = Smoothing(1.0, 1.0, smoothing.order)
         self._names, self._backend = names, backend
         self._lock = threading.Lock()
         self._bound: _Bound | None = None
         self._captured: list[object] = []
-        # The views of an arena share its version, which autograd must see change.
+        # Views share the version counter of their flat tensor; autograd must see it change.
         owners = [_owner(state) for state in (*sensitivity, *(uncertainty or ()))]
         self._owners = list({id(owner): owner for owner in owners}.values())
 
     def update(
         self, params: Sequence[Tensor], grads: Sequence[Tensor | None], *, frozen: bool = False
     ) -> None:
-        """Take in one step.
+        """Update the importance by one step.
 
         Args:
             params, grads: as for :func:`rkif_kernels.update_importance_`.
-            frozen: leave S and U as they are, and only count what is not finite.
+            frozen: leave S and U unchanged, and only count non-finite elements.
         """
         smoothing = self._frozen if frozen else self._smoothing
         with self._lock:
@@ -82,7 +82,7 @@ class ImportancePlan:
                 bound = self._bind(params, grads, places)
             elif places[1] != bound.grads:
                 bound, moved = bound._replace(grads=places[1]), True
-            # If the launch fails the next step begins anew.
+            # If the launch fails, the next step validates again.
             self._bound = None
             device = self._nonfinite.device
             with on_device(device), profiled("rkif.observe", device):
@@ -110,7 +110,7 @@ class ImportancePlan:
         return _Bound(step, *places, lambda new, gradients: same_params(new) and same_grads(gradients))
 
     def _unprepared(self, module: ModuleType) -> Step:
-        """For a backend that has nothing to prepare."""
+        """The step of a backend that prepares nothing."""
 
         def step(
             params: Sequence[Tensor], grads: Sequence[Tensor | None], smoothing: Smoothing, _moved: bool
@@ -123,7 +123,7 @@ class ImportancePlan:
 
 
 class _Bound(NamedTuple):
-    """What was prepared, and what for."""
+    """A prepared step, and the lists that it was prepared for."""
 
     step: Step
     params: list[int]
@@ -132,5 +132,5 @@ class _Bound(NamedTuple):
 
 
 def _owner(view: Tensor) -> Tensor:
-    """The tensor that a view is one of, or the tensor itself."""
+    """The tensor that ``view`` is a view of, or the tensor itself."""
     return view if view._base is None else view._base

@@ -1,7 +1,7 @@
-"""The operations in PyTorch's registry, which compiled functions call: a compiler cannot look into them.
+"""The operations registered with PyTorch, for calls in compiled functions: a compiler cannot trace them.
 
-While a function is being compiled, an operation calls its namesake in ``torch.ops.rkif``; at run time that
-one calls it back. Scores, weights and lists that are None become lists of tensors and numbers on the way.
+While a function is being compiled, an operation calls the operation of the same name in ``torch.ops.rkif``.
+At run time that one calls the operation here. Scores, weights and lists that are None are passed as lists.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _library = torch.library.Library("rkif", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _register(schema: str, operation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register an operation, and what makes its results without data."""
+    """Register an operation, and the function that makes its results without data."""
     name = schema.partition("(")[0]
     _library.define(schema)  # type: ignore[no-untyped-call]
     _library.impl(name, operation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -53,7 +53,7 @@ def _update_importance_(
 
 
 def _nothing_new(*_: object) -> None:
-    """It writes to what it is given, and makes no tensor."""
+    """For an operation that writes to its arguments and returns nothing."""
 
 
 def _score_thresholds(

@@ -1,4 +1,4 @@
-"""Several order statistics from counts: the searches of all sides or tensors, driven together."""
+"""Several order statistics from counts: the searches of both learners or of all tensors run together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rkif_kernels.types import Scores
 
 
 class CountingSearches:
-    """While not :attr:`done`: :meth:`count` every search's scores in any portions, then :meth:`narrow`."""
+    """While not :attr:`done`: :meth:`count` the scores of every search, in any parts, then :meth:`narrow`."""
 
     def __init__(self, searches: Iterable[CountingSearch]) -> None:
         self._searches = list(searches)
@@ -29,7 +29,7 @@ class CountingSearches:
 
     @property
     def valid(self) -> bool:
-        """Whether all that was counted since the last narrowing are scores: finite, and not negative."""
+        """Whether all values counted since the last :meth:`narrow` are scores: finite, and not negative."""
         return not any(counts[-1] for counts in self._counts)
 
     @property
@@ -45,7 +45,7 @@ class CountingSearches:
             count_scores_(counts, scores, low=search.window.low, shift=search.window.shift)
 
     def narrow(self, total: Callable[[Tensor], Tensor] = lambda counts: counts) -> None:
-        """Take in what was counted.
+        """Narrow every search by the counts.
 
         Args:
             total: the sum of int64 counts over all processes that count parts of the scores; all must call.

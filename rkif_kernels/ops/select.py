@@ -1,4 +1,4 @@
-"""Exact thresholds: the order statistic that a density asks for, over all tensors or each."""
+"""Exact thresholds: the order statistic that belongs to a density, over all tensors together or for each."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def count_scores_(
     names: Sequence[str] | None = None,
     backend: Backend = "auto",
 ) -> None:
-    """Add scores to the counts of a window of keys: a selection over more than memory holds, or many devices.
+    """Add scores to the counts of a window of keys, to select from more scores than one device holds.
 
     A score's key is the bit pattern of its float32 value, which orders like the values themselves; a score
     that is negative or NaN counts as zero, key 0. Counts of several calls add up, in any order.
@@ -93,7 +93,7 @@ def sample_scores(scores: Scores, step: int, *, names: Sequence[str] | None = No
     """Every ``step``-th score, counted through all tensors.
 
     Returns:
-        float32 on the scores' device, as they are: what is negative or NaN too.
+        float32 on the scores' device; negative and NaN scores are not replaced.
 
     Raises:
         TypeError, ValueError: for tensors that do not fit together, or a step below 1.
@@ -133,7 +133,7 @@ def score_thresholds(
         device of the scores.
 
     Raises:
-        TypeError, ValueError: for tensors that do not fit together, or where there is no score at all.
+        TypeError, ValueError: for tensors that do not fit together, or if there is no score.
     """
     if torch.compiler.is_compiling():
         threshold: Tensor = torch.ops.rkif.score_thresholds(

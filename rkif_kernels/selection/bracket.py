@@ -15,7 +15,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def half_width(quantile: float, sampled: float, sigmas: float = SIGMAS) -> float:
-    """Half-width in places of the sorted sample: ``sigmas`` of the binomial distribution, and one place."""
+    """Half-width in positions of the sorted sample: ``sigmas`` of the binomial distribution, plus one."""
     return sigmas * math.sqrt(quantile * (1 - quantile) * sampled) + 1
 
 
@@ -23,13 +23,13 @@ def bracket(sample: Floats, quantile: float, run: int = 1) -> tuple[float, float
     """Two scores between which, both included, the quantile of all scores very probably lies.
 
     Args:
-        sample: float32 [n], n > 0; what is not positive, a NaN too, counts as zero.
+        sample: float32 [n], n > 0; values that are not positive, NaN included, count as zero.
         quantile: in [0, 1], of the scores that the sample stands for.
-        run: so many neighbours were taken together at each place. They are alike: the variance of a quantile
-            is larger than that of independent scores. By how much is measured between the runs.
+        run: number of neighbouring scores that were sampled together. Neighbours are alike, so the variance
+            of a quantile is larger than that of independent scores; the runs give an estimate of the factor.
 
     Returns:
-        (lo, hi); 0 and infinity where the bracket goes beyond the sample.
+        (lo, hi); 0 or infinity where the bracket extends beyond the sample.
     """
     values = positive(sample)
     ordered = np.sort(values)
@@ -46,7 +46,7 @@ def positive(values: Floats) -> Floats:
 
 
 def _likeness(values: Floats, limit: np.float32, run: int) -> float:
-    """By what factor neighbours raise the variance of the share of values above the limit; at least 1.
+    """Factor by which neighbours raise the variance of the share of values above the limit; at least 1.
 
     The design effect of cluster sampling (Kish, 1965, section 5.4), from the variance between the runs.
     """

@@ -3,7 +3,7 @@
 A float's bit pattern orders like its value, so the search narrows an interval of patterns ("keys"). Each pass
 counts all scores in a window of the interval, one bin a key where the window is narrow enough; the bin that
 holds the k-th score is the next interval. Counts add up, so a pass may go over chunks of a file or over
-several machines, in any order, and its memory does not depend on how many scores there are, or are equal.
+several machines, in any order. Its memory depends neither on the number of scores nor on ties.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-BINS = 1 << 19  # at most: 4 MiB of counts; where a bin is one key, 6 % of a value
+BINS = 1 << 19  # maximum: 4 MiB of counts; a window with one key per bin spans 6 % of a value
 KEYS = 0x7F800001  # of all scores: zero's is 0, infinity's the last
 
 
 class Window(NamedTuple):
-    """Keys from ``low`` on, ``1 << shift`` in each of so many bins."""
+    """Keys from ``low`` on: ``bins`` bins of ``1 << shift`` keys each."""
 
     low: int
     shift: int
@@ -28,12 +28,12 @@ class Window(NamedTuple):
 class CountingSearch:
     """Finds the ``k``-th smallest score: while not :attr:`done`, count in :attr:`window`, :meth:`narrow`.
 
-    It ends after one pass where the guess holds the answer in at most BINS keys, and after three at worst.
+    It ends after one pass if the guess contains the answer in at most BINS keys, and after three at worst.
 
     Args:
         k: from 0, below the number of scores.
         guess: two scores between which the answer probably lies, if any are known.
-        bins: at most so many in a window, a power of two; 2^11 end after three passes, too.
+        bins: maximum number of bins in a window, a power of two; with 2^11 three passes are enough, too.
     """
 
     def __init__(self, k: int, guess: tuple[float, float] | None = None, bins: int = BINS) -> None:
@@ -75,7 +75,7 @@ class CountingSearch:
 
 
 def _window(low: int, high: int, bins: int) -> Window:
-    """The keys from ``low`` to below ``high``, in bins as narrow as so many of them allow."""
+    """The keys from ``low`` to below ``high``, in at most ``bins`` bins, as narrow as possible."""
     shift = max((high - low - 1).bit_length() - bins.bit_length() + 1, 0)
     return Window(low, shift, -(-(high - low) // (1 << shift)))
 

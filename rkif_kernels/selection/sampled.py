@@ -24,9 +24,9 @@ from rkif_kernels.selection.bracket import Floats, bracket, positive
 from rkif_kernels.types import Scores
 
 SHORT = 1 << 22  # scores that are collected for a direct selection: 16 MiB
-SMALL = 1 << 17  # so few that no sample is needed
+SMALL = 1 << 17  # scores up to which no sample is needed
 SAMPLE_SHIFT, SAMPLE_LEAST, SAMPLE_MOST = 8, 1 << 12, 1 << 20  # one score in 256, within these limits
-SAMPLED_PASSES = 3  # then bisection, which needs no luck
+SAMPLED_PASSES = 3  # then bisection, which does not depend on the sample
 
 # Positive floats order like their bit patterns, so a key is the pattern, and 0 for what is not positive.
 LOWEST, HIGHEST = -1, 0x7F800001  # open bounds: below zero's key, above infinity's
@@ -38,7 +38,7 @@ class Split(NamedTuple):
     Attributes:
         above: how many scores are greater than the lower bound.
         reached: how many are at least the upper bound.
-        between: the scores strictly between the bounds, in any order; None where they are too many.
+        between: the scores strictly between the bounds, in any order; None if there are too many.
     """
 
     above: int
@@ -50,13 +50,13 @@ class Reader(Protocol):
     """How an implementation reads scores.
 
     Attributes:
-        run: so many neighbours a sample takes at each place.
+        run: number of neighbouring scores that are sampled together.
     """
 
     run: int
 
     def sample(self, scores: Scores, size: int) -> Floats:
-        """About ``size`` scores from all over the tensors; all of them, in order, if they are no more."""
+        """About ``size`` scores spread over the tensors; all of them, in order, if there are no more."""
         ...
 
     def split(self, scores: Scores, lower: float, upper: float, capacity: int) -> Split:
@@ -81,12 +81,12 @@ def sample_scores(scores: Scores, step: int) -> Tensor:
 
 
 def sample_size(numel: int) -> int:
-    """How many scores a sample of so many takes."""
+    """Number of scores that are sampled from ``numel``."""
     return min(max(numel >> SAMPLE_SHIFT, SAMPLE_LEAST), SAMPLE_MOST)
 
 
 def kth(values: Floats, k: int) -> float:
-    """The ``k``-th smallest of the values, from 0; what is not positive counts as zero."""
+    """The ``k``-th smallest of the values, from 0; values that are not positive count as zero."""
     # NumPy's partition is several times faster than PyTorch's kthvalue.
     return float(np.partition(positive(values), k)[k])
 

@@ -1,4 +1,4 @@
-"""The production path on CPUs: one compiled pass over memory an operation. Arguments have been validated.
+"""The production path on CPUs: one compiled pass over memory per operation. Arguments have been validated.
 
 It is built from ``kernels.cpp`` when the package is installed, if there is a C++ compiler; without one,
 ``torch`` takes its place. The bits are the same.

@@ -17,10 +17,10 @@ from rkif_kernels.selection.bracket import Floats, bracket
 from rkif_kernels.selection.sampled import SMALL, kth, sample_size
 from rkif_kernels.types import FuseStats, FusionInputs, MergeRule
 
-# Undecided elements a thread, of 24 bytes each: more mean that many scores are equal, and that a pass for the
-# thresholds alone costs less.
+# Maximum of undecided elements per thread, of 24 bytes each. More mean that many scores are equal; then a
+# separate pass for the thresholds costs less.
 MOST_UNDECIDED = 1 << 22
-ROOM = 15  # elements beyond what is gathered, that a gathering may overwrite
+ROOM = 15  # elements behind the gathered ones that the library may overwrite
 
 
 def fuse_(inputs: FusionInputs, thresholds: tuple[Tensor, Tensor], rule: MergeRule) -> FuseStats:
@@ -114,7 +114,7 @@ def _fuse_bracketed(
 
 
 class _Call:
-    """What both ways to fuse hand to the library, and what they get back."""
+    """The arguments that both fusions pass to the library, and the results."""
 
     def __init__(self, inputs: FusionInputs, rule: MergeRule) -> None:
         self._numel = inputs.numel

@@ -1,4 +1,4 @@
-"""The specification: plain PyTorch on whole tensors, slow and obviously right. For tests only."""
+"""The specification: plain PyTorch on whole tensors, slow, close to the formulas. For tests only."""
 
 from rkif_kernels.backends.reference.adamw import adamw_
 from rkif_kernels.backends.reference.fuse import fuse_

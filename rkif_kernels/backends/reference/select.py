@@ -29,10 +29,10 @@ def count_scores_(counts: Tensor, scores: Scores, *, low: int, shift: int) -> No
 
 
 def score_values(scores: Scores) -> list[Tensor]:
-    """The float32 scores themselves. A product that is NaN (inf * 0) counts as zero: it selects nothing."""
+    """The float32 scores. Those that are not positive, and a product that is NaN (inf * 0), count as zero."""
     return [torch.where(score > 0, score, 0.0) for score in raw_values(scores)]
 
 
 def raw_values(scores: Scores) -> list[Tensor]:
-    """The same before what is not positive counts as zero."""
+    """The float32 scores, negative and NaN scores included."""
     return [scores.values(index) for index in range(len(scores.sensitivity))]

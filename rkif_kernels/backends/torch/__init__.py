@@ -1,4 +1,4 @@
-"""The production path on CPUs: PyTorch in blocks that stay in cache. Callers have validated the arguments."""
+"""PyTorch in blocks that stay in cache, for every device. Callers have validated the arguments."""
 
 from rkif_kernels.backends.torch.adamw import adamw_
 from rkif_kernels.backends.torch.fuse import fuse_

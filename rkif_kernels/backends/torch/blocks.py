@@ -35,7 +35,7 @@ class Scratch:
 def blocks(*roles: Sequence[Tensor | None] | None) -> Iterator[tuple[int, tuple[Tensor | None, ...]]]:
     """Yield (tensor index, one block of at most BLOCK elements of every role), in order.
 
-    A role that is None, or has None for a tensor, yields None there. Blocks are views of contiguous
+    A role that is None, or holds None for a tensor, yields None. Blocks are views of contiguous
     tensors and of contiguous copies otherwise: what is to be written comes through ``in_place``.
     """
     first = roles[0]
