@@ -23,7 +23,7 @@ _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 def write_state(folder: str | os.PathLike[str], state: Mapping[str, Tensor], processes: ProcessGroup) -> None:
     """Write tensors, sharded or not, by ``torch.distributed.checkpoint``; all ranks must call.
 
-    The folder appears when it is complete, and replaces an earlier one. A kill leaves one of the two, complete.
+    The folder appears when it is complete, and replaces an earlier one. A kill leaves one of the two.
 
     Raises:
         ValueError: the folder holds other files than a state's, which would be lost.

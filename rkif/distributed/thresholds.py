@@ -18,8 +18,8 @@ import rkif_kernels
 from rkif.distributed.process_group import ProcessGroup
 from rkif_kernels import CountingSearch, CountingSearches, Scope, Scores, bracket, order_statistic_k
 
-# Number of scores that all ranks together send; if there are fewer scores, all are sent. A quantile is then known
-# to about a thousandth, which is a window of a few per cent of its value: as many bytes of counts as of samples.
+# Number of scores that all ranks together send; if there are fewer, all are sent. A quantile is then known to
+# about a thousandth, a window of a few per cent of its value: as many bytes of counts as of samples.
 SAMPLE = 1 << 18
 TENSOR_BINS = 1 << 11  # in a window, if every tensor has a search of its own
 
