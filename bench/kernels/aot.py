@@ -1,7 +1,7 @@
 """Kernels compiled ahead of time, for targets that need not be there: what the compiler made of them.
 
-Memory-bound kernels live from wide accesses and from registers that do not spill. Both are decided when a
-kernel is compiled, so both can be checked on a machine without a GPU.
+Memory-bound kernels live from wide accesses, from registers that do not spill, and from few instructions an
+element. All are decided when a kernel is compiled, so all can be checked on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from rich.console import Console
@@ -20,18 +20,10 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.kernels.machine_code import cuda_tool, disassemble
-from rkif_kernels.backends.triton.adamw import _adamw_kernel
-from rkif_kernels.backends.triton.bracket import _count_sample_kernel, _sample_kernel
-from rkif_kernels.backends.triton.count import _count_kernel, _invalid_kernel
-from rkif_kernels.backends.triton.fuse import INNER_SCORE, _fuse_kernel
-from rkif_kernels.backends.triton.importance import _update_importance_kernel
-from rkif_kernels.backends.triton.launch import BRACKETING, FUSE, FUSE_PASS_REGISTERS, STREAM, LaunchConfig
-from rkif_kernels.backends.triton.radix import DIGITS, _histogram_kernel, _pick_kernel
-from rkif_kernels.backends.triton.single_pass import _bracketed_fuse_kernel, _finish_kernel
-from rkif_kernels.backends.triton.thresholds import _bracketed_scores_kernel
-from rkif_kernels.backends.triton.undecided import _list_kernel, _narrow_kernel
-from rkif_kernels.types import AdamWConstants
+from bench.kernels.cases import BYTES, Case, cases
+from bench.kernels.machine_code import Loop, bulk_loop, cuda_tool, disassemble, parse
+from bench.kernels.prediction import VARIANTS, blocks_per_sm, predicted_share
+from bench.kernels.prediction import table as predictions
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,222 +31,136 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-PARAMETERS = ("fp32", "bf16", "fp16")
-STATES = ("fp32", "bf16")
+# Earlier versions contract products and sums for these although they are told not to.
+SINCE = {"sm_100": (3, 7)}
+PREDICTED = "sm_90"  # whose instructions the predictions are made of
 # Cases that one process compiles one after another, and has disassembled together.
 GROUP = 18
-# Forms of scores: their name, how many streams they read, and whether they are distances.
-SCORES = (("S*U", 2, False), ("S", 1, False), ("|a-b|", 2, True))
+BARRIERS, ATOMICS = ("BAR",), ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDS", "REDUX")
 
 
-@dataclass(frozen=True)
-class Case:
-    """One kernel with its dtypes.
+class Row(NamedTuple):
+    """What is known of one compiled kernel. None: it has no bulk loop, or the target's code is not analysed.
 
     Attributes:
-        name: as it is shown.
-        kernel: the Triton function.
-        constants: its constexpr arguments.
-        loads, stores: dtypes of the streams of its bulk path, each read or written once; none for kernels
-            that touch a few elements only.
-        config: how it is launched.
-        divides: whether it takes quotients or roots, whose correct rounding is made of fused multiply-adds.
+        kernel, variant, target: what was compiled.
+        triton: the version that compiled it.
+        bytes_per_element: the minimum that the operation has to move.
+        registers: a thread's.
+        spills: registers that are kept in memory, by the accesses to it.
+        shared: bytes of shared memory a program.
+        blocks_per_sm: programs that a multiprocessor holds at once.
+        instructions_per_element: of a thread, in an iteration of the bulk loop over a whole block, by the
+            elements that it handles in it. Those under a condition count as executed.
+        loads_after_store: loads that the bulk loop issues behind its first store.
+        barriers_in_loop, atomics_in_loop: of the whole loop, the ways for tails among it.
+        predicted_share: of a copy's speed, on an H100, by the model of :mod:`bench.kernels.prediction`.
     """
 
-    name: str
-    kernel: Any
-    constants: dict[str, Any]
-    loads: tuple[str, ...] = ()
-    stores: tuple[str, ...] = ()
-    config: LaunchConfig = STREAM
-    divides: bool = False
-
-    @property
-    def bytes_an_element(self) -> int:
-        """The minimum that the operation has to move."""
-        return sum(BYTES[dtype] for dtype in (*self.loads, *self.stores))
+    kernel: str
+    variant: str
+    target: str
+    triton: str
+    bytes_per_element: int | None
+    registers: int
+    spills: int
+    shared: int
+    blocks_per_sm: int | None
+    instructions_per_element: float | None = None
+    loads_after_store: int | None = None
+    barriers_in_loop: int | None = None
+    atomics_in_loop: int | None = None
+    predicted_share: float | None = None
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made.
+    """What the compiler made, and what is wrong with it.
 
     Attributes:
-        minimum: bytes an element that the operation has to move.
-        registers: a thread's.
-        spills, stack: bytes a thread keeps in memory for want of registers, or otherwise.
-        shared: bytes of shared memory a program.
         loads, stores: number of global accesses in the code by their width in bits. Those of tails, lists
             and tables are among them.
     """
 
-    case: str
-    target: str
-    minimum: int
-    registers: int
-    spills: int
-    stack: int
-    shared: int
+    row: Row
     loads: Counter[int]
     stores: Counter[int]
     problems: tuple[str, ...]
 
 
-def _update_case(
-    param: str, state: str, *, grad: str | None = None, uncertain: bool = True,
-    order: str = "first", missing: bool = False,
-) -> Case:  # fmt: skip
-    gradient = None if missing else grad or param
-    gradients = () if gradient is None else (gradient,)
-    states = (state,) * (1 + uncertain)
-    return Case(
-        f"update_importance {order} {param}, {gradient or 'no gradient'}, "
-        f"{'S, U' if uncertain else 'S'} {state}",
-        _update_importance_kernel,
-        {"DTYPES": (param, gradient, state, state if uncertain else None), "ORDER": order},
-        (param, *gradients, *states),
-        states,
+def check(console: Console, targets: Sequence[str] = ()) -> tuple[list[Row], bool]:
+    """Compile everything for targets, all by default, and print tables of it.
+
+    Returns:
+        The rows, and whether nothing is wrong with them.
+
+    Raises:
+        ValueError: a target is unknown.
+    """
+    if unknown := set(targets) - set(TARGETS):
+        raise ValueError(f"--target must be one of {', '.join(TARGETS)}; got {', '.join(sorted(unknown))}")
+    compiled = []
+    for target in targets or TARGETS:
+        if _version() < SINCE.get(target, (0, 0)):
+            console.print(f"{target} is left out: triton {triton.__version__} contracts multiply-adds there")
+        else:
+            compiled += _compile_all(target)
+    console.print(_table(compiled))
+    failures = [
+        f"{made.row.kernel} {made.row.variant} on {made.row.target}: {problem}"
+        for made in compiled
+        for problem in made.problems
+    ]
+    for failure in failures:
+        console.print(failure, style="red", markup=False)
+    rows = [made.row for made in compiled]
+    rates = {
+        row.kernel: row.instructions_per_element or 0.0
+        for row in rows
+        if row.target == PREDICTED and VARIANTS.get(row.kernel) == row.variant
+    }
+    if rates:
+        console.print(predictions(rates))
+    console.print(f"{len(rows)} kernels compiled by triton {triton.__version__}, {len(failures)} problems")
+    return rows, not failures
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
+def _table(compiled: Sequence[Compiled]) -> Table:
+    table = Table(
+        title=f"kernels compiled ahead of time by triton {triton.__version__}",
+        caption="Bytes: the minimum that the operation has to move. Instructions: a thread's for one element "
+        "in the bulk loop. Late: the loop's loads behind a store. Of a copy: predicted. Loads, stores: "
+        "accesses in the code x their bits. Bulk streams need the 128-bit ones (64 where a thread has four "
+        "16-bit elements); narrower ones are of tails, lists and tables.",
     )
+    headings = ("kernel", "target", "bytes", "registers", "spills", "shared", "blocks an SM", "instructions")
+    for heading in (*headings, "late", "barriers", "atomics", "of a copy", "loads", "stores"):
+        table.add_column(heading, no_wrap=True)
+    for made in compiled:
+        kernel, variant, target, _, *figures, share = made.row
+        cells = ["-" if figure is None else str(figure) for figure in figures]
+        cells += ["-" if share is None else f"{share:.0%}", _widths(made.loads), _widths(made.stores)]
+        table.add_row(f"{kernel} {variant}", target, *cells, style="red" if made.problems else None)
+    return table
 
 
-def _adamw_case(
-    param: str, state: str, *, grad: str | None = None, importance: bool = True,
-    uncertain: bool = True, order: str = "first",
-) -> Case:  # fmt: skip
-    followed = (state,) * (1 + uncertain) if importance else ()
-    sensitivity, uncertainty = (*followed, None, None)[:2]
-    written = (param, state, state, *followed)
-    return Case(
-        f"adamw {order} {param}, {grad or param}, moments {state}, "
-        f"{('S, U' if uncertain else 'S') if importance else 'no importance'}",
-        _adamw_kernel,
-        {"DTYPES": (param, grad or param, state, state, sensitivity, uncertainty), "ORDER": order},
-        (grad or param, *written),
-        written,
-        divides=True,
-    )
+def _compile_all(target: str) -> list[Compiled]:
+    firsts = range(0, len(list(cases(target))), GROUP)
+    with ProcessPoolExecutor() as pool:
+        return list(itertools.chain.from_iterable(pool.map(compile_group, firsts, itertools.repeat(target))))
 
 
-def _fuse_case(
-    kernel: Any, param: str, state: str, *, out: str | None = None, uncertain: bool = True,
-    from_inner: bool = True,
-) -> Case:  # fmt: skip
-    scores = (state,) * (1 + uncertain)
-    names = {_fuse_kernel: "fuse", _bracketed_fuse_kernel: "bracketed fuse", _finish_kernel: "finish"}
-    name = names[kernel]
-    return Case(
-        f"{name} {param}{f' into {out}' if out else ''}, {'S*U' if uncertain else 'S'} {state}"
-        f"{'' if from_inner else ', from base'}",
-        kernel,
-        {
-            "DTYPES": (out or param, param, param, param, *(state, state if uncertain else None) * 2),
-            "OUTER_FROM_INNER": from_inner,
-        },
-        (param, param, param, *scores, *scores),
-        (out or param,),
-        replace(FUSE, max_registers=FUSE_PASS_REGISTERS) if kernel is _bracketed_fuse_kernel else FUSE,
-    )
+def compile_group(first: int, target: str) -> list[Compiled]:
+    """:func:`compile_cases` for another process, where Triton's functions cannot be sent to."""
+    return compile_cases(list(itertools.islice(cases(target), first, first + GROUP)), target)
 
 
-def cases() -> Iterator[Case]:
-    """Every kernel: all dtypes of parameters and state, and every variant of each once."""
-    f32, bf16, f16 = PARAMETERS
-    for param, state, uncertain in itertools.product(PARAMETERS, STATES, (True, False)):
-        yield _update_case(param, state, uncertain=uncertain)
-        yield _fuse_case(_fuse_kernel, param, state, uncertain=uncertain)
-        yield _fuse_case(_bracketed_fuse_kernel, param, state, uncertain=uncertain)
-        yield _fuse_case(_finish_kernel, param, state, uncertain=uncertain)
-    for param, state in itertools.product(PARAMETERS, STATES):
-        yield _adamw_case(param, state)
-    yield _adamw_case(f32, f32, importance=False)
-    yield _adamw_case(f32, f32, uncertain=False)
-    yield _adamw_case(f32, f32, order="mixed")
-    yield _adamw_case(bf16, f32, grad=f32)
-    for param, order in itertools.product((f32, bf16), ("second", "mixed")):
-        yield _update_case(param, f32, order=order)
-    for param in PARAMETERS:
-        yield _update_case(param, f32, missing=True)
-    for param, grad in ((bf16, f32), (f32, bf16), (f16, f32)):
-        yield _update_case(param, f32, grad=grad)
-    for kernel in (_fuse_kernel, _bracketed_fuse_kernel):
-        yield _fuse_case(kernel, f32, f32, from_inner=False)
-        for param, out in ((bf16, f32), (f32, bf16), (f16, f32)):
-            yield _fuse_case(kernel, param, f32, out=out)
-    # Selection is launched by itself and by the single pass, which has a configuration of its own.
-    for config in (STREAM, FUSE):
-        yield from _selection_cases(config)
-    for dtype, (kind, streams, distance) in itertools.product(PARAMETERS, SCORES):
-        yield from _bracket_cases(dtype, kind, streams, distance)
-    for dtype, (kind, streams, distance) in itertools.product(PARAMETERS, SCORES):
-        roles = {"DTYPES": (dtype, dtype if streams == 2 else None), "DISTANCE": distance}
-        yield Case(f"count {kind} {dtype}", _count_kernel, roles, (dtype,) * streams)
-    for dtype in PARAMETERS:
-        distances = {"DISTANCES": (True, True)}
-        case = _fuse_case(_fuse_kernel, dtype, dtype)
-        # The scores' four streams are those of the parameters, from the cache.
-        yield replace(
-            case,
-            name=f"fuse by magnitudes {dtype}",
-            constants=case.constants | distances,
-            loads=(dtype,) * 3,
-        )
-    for dtype in PARAMETERS:
-        yield Case(f"all valid {dtype}", _invalid_kernel, {"DTYPES": (dtype,)}, (dtype,))
-
-
-def _bracket_cases(dtype: str, kind: str, streams: int, distance: bool) -> Iterator[Case]:
-    """What finds thresholds by brackets, of scores alone and of both sides of a fusion."""
-    parts = dtype, dtype if streams == 2 else None
-    alone = {"DTYPES": parts, "ROLE": 0, "SIDES": 1, "DISTANCE": distance}
-    yield Case(
-        f"bracketed scores {kind} {dtype}", _bracketed_scores_kernel, alone, (dtype,) * streams, config=FUSE
-    )
-    forms = {"": alone}
-    if not distance:
-        both = (dtype,) * INNER_SCORE + parts * 2
-        forms[" of both sides"] = alone | {"DTYPES": both, "ROLE": INNER_SCORE, "SIDES": 2}
-    for suffix, constants in forms.items():
-        for name, kernel in (
-            ("sample", _sample_kernel),
-            ("count sample", _count_sample_kernel),
-            ("list", _list_kernel),
-            ("narrow", _narrow_kernel),
-        ):
-            yield Case(f"{name} {kind} {dtype}{suffix}", kernel, constants, config=FUSE)
-
-
-def _selection_cases(config: LaunchConfig) -> Iterator[Case]:
-    name = f"by {config.block}"
-    for state, (kind, streams, distance), (shift, bits) in itertools.product(STATES, SCORES, DIGITS):
-        yield Case(
-            f"histogram {kind} {state} bits {shift}+{bits}, {name}",
-            _histogram_kernel,
-            {
-                "DTYPES": (state, state if streams == 2 else None),
-                "DISTANCE": distance,
-                "SHIFT": shift,
-                "BITS": bits,
-            },
-            (state,) * streams,
-            config=config,
-        )
-    for shift, bits in DIGITS:
-        digit = {"SHIFT": shift, "BITS": bits}
-        yield Case(
-            f"pick bits {shift}+{bits}, {name}", _pick_kernel, digit | {"LAST": shift == 0}, config=config
-        )
-
-
-# Constants that are the same for every case, where a kernel has them.
-COMMON = {
-    "ROUND_BF16": False,
-    "DISTANCES": (False, False),
-    "STEP": 0,
-    "FIRST": True,
-    "RUN": BRACKETING.run,
-    "SAMPLES": BRACKETING.first_samples,
-}
+def _widths(accesses: Counter[int]) -> str:
+    return " ".join(f"{number}x{bits}" for bits, number in sorted(accesses.items(), reverse=True)) or "-"
 
 
 def compile_cases(cases: Sequence[Case], target: str) -> list[Compiled]:
@@ -268,7 +174,7 @@ def compile_cases(cases: Sequence[Case], target: str) -> list[Compiled]:
     else:
         texts = disassemble([made.asm["cubin"] for made in compiled], TARGETS[target].arch)
         found = [
-            _inspect_nvidia(case, target, made.asm["ptx"], made.asm["cubin"], sass)
+            _inspect_nvidia(case, target, made, sass)
             for case, made, sass in zip(cases, compiled, texts, strict=True)
         ]
     return [
@@ -277,112 +183,30 @@ def compile_cases(cases: Sequence[Case], target: str) -> list[Compiled]:
     ]
 
 
-def _constants(case: Case) -> dict[str, Any]:
-    values = {**COMMON, "BLOCK": case.config.block, "TILES": case.config.tiles, **case.constants}
-    return {name: value for name, value in values.items() if name in case.kernel.arg_names}
-
-
-def _signature(case: Case) -> dict[str, str | tuple[str, ...]]:
-    constants = _constants(case)
-    return {name: _argument_type(name, constants) for name in case.kernel.arg_names}
-
-
 def _compile(case: Case, target: str) -> Any:
     # What a launch finds out by itself: PyTorch's memory, and the tables in it, begin on 16 bytes.
     attributes = {
         (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(case.kernel.arg_names)
+        for index, name in enumerate(case.function.arg_names)
         if name.endswith("_ptr")
     }
-    source = ASTSource(case.kernel, _signature(case), constexprs=_constants(case), attrs=attributes)
+    source = ASTSource(case.function, case.signature, constexprs=case.all_constants, attrs=attributes)
     return triton.compile(source, target=TARGETS[target], options=case.config.options)
 
 
 def _specialised(case: Case) -> tuple[str, ...]:
-    signature = _signature(case)
     return tuple(
         f"is compiled anew for every kind of {parameter.name}"
-        for parameter in case.kernel.params
-        if signature[parameter.name] in ("i32", "i64") and not parameter.do_not_specialize
+        for parameter in case.function.params
+        if case.signature[parameter.name] in ("i32", "i64") and not parameter.do_not_specialize
     )
 
 
-def check(console: Console, targets: Sequence[str] = tuple(TARGETS)) -> bool:
-    """Compile everything, print the table; returns whether every bulk access is wide and nothing spills."""
-    table = Table(
-        title="kernels compiled ahead of time",
-        caption="Loads, stores: accesses in the code x their bits. Bulk streams need the 128-bit ones (64 "
-        "where a thread has four 16-bit elements); narrower ones are of tails, lists and tables. "
-        "Minimum: bytes an element that the operation has to move.",
-    )
-    headings = ("kernel", "target", "minimum", "registers", "spills", "stack", "shared", "loads", "stores")
-    for heading in headings:
-        table.add_column(heading, no_wrap=True)
-    failures = []
-    with ProcessPoolExecutor() as pool:
-        groups = zip(*_groups(targets), strict=True)
-        for made in itertools.chain.from_iterable(pool.map(compile_group, *groups)):
-            case = made.case
-            failures += [f"{case} on {made.target}: {problem}" for problem in made.problems]
-            figures = (made.minimum or "-", made.registers, made.spills, made.stack, made.shared)
-            widths = (_widths(made.loads), _widths(made.stores))
-            style = "red" if made.problems else None
-            table.add_row(case, made.target, *map(str, figures), *widths, style=style)
-    console.print(table)
-    for failure in failures:
-        console.print(f"[red]{failure}")
-    console.print(f"{table.row_count} kernels compiled, {len(failures)} problems")
-    return not failures
-
-
-def _groups(targets: Sequence[str]) -> list[tuple[int, str]]:
-    return [(first, target) for first in range(0, len(list(cases())), GROUP) for target in targets]
-
-
-def compile_group(first: int, target: str) -> list[Compiled]:
-    """:func:`compile_cases` for another process, where Triton's functions cannot be sent to."""
-    return compile_cases(list(itertools.islice(cases(), first, first + GROUP)), target)
-
-
-def _widths(accesses: Counter[int]) -> str:
-    return " ".join(f"{number}x{bits}" for bits, number in sorted(accesses.items(), reverse=True)) or "-"
-
-
-# Number of floats in the arguments that are tuples.
-TUPLES = {"weights": 8, "smoothing": 4, "constants": len(AdamWConstants._fields)}
-
-
-def _argument_type(name: str, constants: dict[str, Any]) -> str | tuple[str, ...]:
-    if name in constants:
-        return "constexpr"
-    words = {"chunk_tensors_ptr", "indices_ptr", "prefixes_ptr", "samples_ptr"}
-    float_pointers = {"values_ptr", "found_ptr"}
-    if name in words:
-        return "*i32"
-    if name in float_pointers or name.endswith("thresholds_ptr"):
-        return "*fp32"
-    if name.endswith("_ptr"):
-        return "*fp64" if name.endswith("norms_ptr") else "*i64"
-    if name in ("start", "numel", "capacity", "k"):
-        return "i64"
-    if name in TUPLES:
-        return ("fp32",) * TUPLES[name]
-    return "fp32" if name in ("fraction", "spread") else "i32"
-
-
-def _expected(dtypes: tuple[str, ...], elements: int) -> Counter[int]:
-    """Accesses a thread needs for its elements of a block: 128 bits wide, or less where they are fewer."""
-    needed: Counter[int] = Counter()
-    for dtype in dtypes:
-        share = elements * BYTES[dtype] * 8
-        needed[min(share, 128)] += max(share // 128, 1)
-    return needed
-
-
-def _inspect_nvidia(case: Case, target: str, ptx: str, cubin: bytes, sass: str) -> Compiled:
+def _inspect_nvidia(case: Case, target: str, made: Any, sass: str) -> Compiled:
+    ptx, shared = made.asm["ptx"], made.metadata.shared
     loads, stores = (_ptx_widths(ptx, kind) for kind in ("ld", "st"))
-    resources = cuda_tool("cuobjdump", cubin, "--dump-resource-usage")
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", resources)}
+    resources = cuda_tool("cuobjdump", made.asm["cubin"], "--dump-resource-usage")
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", resources)}
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     problems = _narrow(case, loads, stores, threads=32 * case.config.num_warps)
     if usage["STACK"] or spills:
@@ -391,18 +215,58 @@ def _inspect_nvidia(case: Case, target: str, ptx: str, cubin: bytes, sass: str) 
     where, code = ("PTX", ptx) if case.divides else ("machine code", sass)
     for contracted in set(re.findall(r"\b(FFMA[\w.]*|fma\.[\w.]*|\w+\.(?:FTZ|ftz)[\w.]*)", code)):
         problems.append(f"{contracted} in the {where}: not the arithmetic that was written")
-    return Compiled(
-        case.name,
-        target,
-        case.bytes_an_element,
-        usage["REG"],
-        spills,
-        usage["STACK"],
-        usage["SHARED"],
-        loads,
-        stores,
-        tuple(problems),
+    loop = bulk_loop(parse(sass), *_expected(case, threads=32 * case.config.num_warps))
+    row = _row(case, target, usage["REG"], spills, shared, loop)
+    return Compiled(row, loads, stores, (*problems, *_over_limits(case, row)))
+
+
+def _row(case: Case, target: str, registers: int, spills: int, shared: int, loop: Loop | None = None) -> Row:
+    figures: dict[str, Any] = {}
+    if loop is not None:
+        instructions = round(len(loop.bulk) / _elements(case, loop), 1)
+        figures = {
+            "instructions_per_element": instructions,
+            "loads_after_store": loop.loads_after_store,
+            "barriers_in_loop": loop.count(*BARRIERS),
+            "atomics_in_loop": loop.count(*ATOMICS),
+        }
+        if target == PREDICTED:
+            figures["predicted_share"] = predicted_share(case.bytes_per_element, instructions)
+    return Row(
+        kernel=case.kernel,
+        variant=case.variant,
+        target=target,
+        triton=triton.__version__,
+        bytes_per_element=case.bytes_per_element or None,
+        registers=registers,
+        spills=spills,
+        shared=shared,
+        blocks_per_sm=blocks_per_sm(target, registers, shared, case.config.num_warps),
+        **figures,
     )
+
+
+def _elements(case: Case, loop: Loop) -> float:
+    """How many elements a thread handles in one iteration: by what it stores of each, or else loads."""
+    kind, dtypes = ("STG", case.stores) if case.stores else ("LDG", case.loads)
+    widths = _expected(case, threads=32 * case.config.num_warps)[kind == "STG"]
+    return loop.bits(kind, widths) / 8 / sum(BYTES[dtype] for dtype in dtypes)
+
+
+def _over_limits(case: Case, row: Row) -> Iterator[str]:
+    """What a row does not keep of its case's limits. What cannot be had for a target is within them."""
+    limits = case.limits
+    if limits is None:
+        return
+    if row.instructions_per_element is None:
+        yield "no loop with the bulk accesses is found"
+        return
+    if row.blocks_per_sm is not None and row.blocks_per_sm < limits.blocks_per_sm:
+        yield f"{row.blocks_per_sm} programs a multiprocessor; the limit is {limits.blocks_per_sm}"
+    for field in ("instructions_per_element", "loads_after_store", "barriers_in_loop", "atomics_in_loop"):
+        figure, limit = getattr(row, field), getattr(limits, field)
+        if figure > limit:
+            yield f"{figure} {field.replace('_', ' ')}; the limit is {limit}"
 
 
 def _ptx_widths(ptx: str, kind: str) -> Counter[int]:
@@ -424,18 +288,8 @@ def _inspect_amd(case: Case, target: str, assembly: str, shared: int) -> Compile
     fused = re.findall(r"\b(v_(?:pk_)?fma[ck]?_f32\w*|v_mad_f32\w*)", "" if case.divides else assembly)
     for contracted in set(fused):
         problems.append(f"{contracted} in the machine code: not the arithmetic that was written")
-    return Compiled(
-        case.name,
-        target,
-        case.bytes_an_element,
-        registers,
-        spills,
-        stack,
-        shared,
-        loads,
-        stores,
-        tuple(problems),
-    )
+    row = _row(case, target, registers, spills, shared)
+    return Compiled(row, loads, stores, tuple(problems))
 
 
 def _amd_widths(assembly: str, kind: str) -> Counter[int]:
@@ -454,9 +308,20 @@ def _amd_widths(assembly: str, kind: str) -> Counter[int]:
 
 def _narrow(case: Case, loads: Counter[int], stores: Counter[int], *, threads: int) -> list[str]:
     problems = []
-    for kind, found, dtypes in (("loads", loads, case.loads), ("stores", stores, case.stores)):
-        expected = _expected(dtypes, case.config.block // threads)
+    kinds = (("loads", loads), ("stores", stores))
+    for (kind, found), expected in zip(kinds, _expected(case, threads=threads), strict=True):
         for bits, needed in expected.items():
             if found[bits] < needed:
                 problems.append(f"{found[bits]} {kind} of {bits} bits where a block needs {needed}")
     return problems
+
+
+def _expected(case: Case, *, threads: int) -> tuple[Counter[int], Counter[int]]:
+    """Loads and stores a thread needs for its elements of a block: of 128 bits, less where they are fewer."""
+    loads: Counter[int] = Counter()
+    stores: Counter[int] = Counter()
+    for needed, dtypes in ((loads, case.loads), (stores, case.stores)):
+        for dtype in dtypes:
+            share = case.config.block // threads * BYTES[dtype] * 8
+            needed[min(share, 128)] += max(share // 128, 1)
+    return loads, stores

@@ -34,11 +34,28 @@ Results = Annotated[Path | None, typer.Argument(metavar="ROWS", help="File of ro
 
 
 @app.command("aot")
-def aot_command() -> None:
-    """Compile every kernel for GPUs that need not be there; fails if one spills or has narrow accesses."""
+def aot_command(
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", help="May be given several times.", show_default="all")
+    ] = None,
+    triton: Annotated[
+        list[str] | None,
+        typer.Option("--triton", help="A version to fetch; likewise.", show_default="the installed one"),
+    ] = None,
+) -> None:
+    """Compile every kernel for GPUs that need not be there; fails if one does not keep its limits."""
     from bench.kernels.aot import check
+    from bench.kernels.toolchains import check_under
 
-    if not check(Console(width=170)):
+    if triton:
+        rows, passed = check_under(triton, target or [])
+    else:
+        found, passed = check(Console(width=200), target or [])
+        rows = [row._asdict() for row in found]
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if not passed:
         raise typer.Exit(1)
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from bench.kernels.aot import Case, compile_cases
+from bench.kernels.aot import compile_cases
+from bench.kernels.cases import Case
 from rkif_kernels.backends.triton.elements import kernel
 from rkif_kernels.backends.triton.launch import STREAM
 
@@ -41,16 +42,32 @@ def _contract(numels_ptr, values_ptr, numel, BLOCK: tl.constexpr):
     tl.store(values_ptr + offsets, tl.fma(values, values, values))
 
 
+@triton.jit
+def _meet(numels_ptr, values_ptr, numel, BLOCK: tl.constexpr):
+    """A loop whose threads meet, add up in memory, and load after they stored."""
+    for tile in range(numel):
+        offsets = (tl.program_id(0) * numel + tile) * BLOCK + tl.arange(0, BLOCK)
+        values = tl.load(values_ptr + offsets)
+        tl.store(values_ptr + offsets, values * 2)
+        tl.debug_barrier()
+        total = tl.sum(tl.load(values_ptr + offsets + BLOCK) + values)
+        tl.atomic_add(numels_ptr, total.to(tl.int64), sem="relaxed")
+
+
 if __name__ == "__main__":
     stream = ("fp32",)
-    good = Case("good", _double, {}, stream, stream)
+    good = Case("test", "good", _double, {}, stream, stream)
     cases = [
         good,
-        replace(good, name="narrow", kernel=_double_under_a_mask),
-        replace(good, name="spills", kernel=_hoard, config=replace(STREAM, block=4096, num_warps=1, tiles=1)),
-        replace(good, name="contracted", kernel=_contract),
-        replace(good, name="contracted, divides", kernel=_contract, divides=True),
+        replace(good, variant="narrow", function=_double_under_a_mask),
+        replace(
+            good, variant="spills", function=_hoard, config=replace(STREAM, block=4096, num_warps=1, tiles=1)
+        ),
+        replace(good, variant="contracted", function=_contract),
+        replace(good, variant="contracted, divides", function=_contract, divides=True),
+        replace(good, kernel="bracketed fuse", variant="meets", function=_meet),
+        replace(good, kernel="bracketed fuse", variant="no loop"),
     ]
     for target in ("sm_90", "gfx942"):
         for case, compiled in zip(cases, compile_cases(cases, target), strict=True):
-            print(case.name, target, *compiled.problems, sep=" | ")
+            print(case.variant, target, *compiled.problems, sep=" | ")

@@ -5,9 +5,159 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("triton")
+
+from bench.kernels import prediction, toolchains
+from bench.kernels.machine_code import Loop, bulk_loop, parse
+from bench.kernels.prediction import Launch, blocks_per_sm, predicted_share
+from bench.kernels.shapes import LORA_R8
+
+WIDE = Counter({128: 1})
+# A loop over tiles within a loop over chunks, as the disassembler prints it: whole blocks from 0x30, tails
+# from 0x80.
+NESTED = """
+        /*0000*/                   LDG.E.64 R2, desc[UR4][R2.64] ;
+        /*0010*/                   ISETP.GT.AND P0, PT, R4, R5, PT ;
+        /*0020*/              @!P0 BRA 0x80 ;
+        /*0030*/                   LDG.E.128 R8, desc[UR4][R2.64] ;
+        /*0040*/                   FADD R8, R8, R8 ;
+        /*0050*/                   STG.E.128 desc[UR4][R2.64], R8 ;
+        /*0060*/               @P1 LDG.E.U16 R12, desc[UR4][R2.64] ;
+        /*0070*/                   BRA 0xc0 ;
+        /*0080*/              @!P2 LDG.E R8, desc[UR4][R2.64] ;
+        /*0090*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00a0*/                   REDG.E.ADD.64.STRONG.GPU desc[UR4][R6.64], R10 ;
+        /*00b0*/              @!P2 STG.E desc[UR4][R2.64], R8 ;
+        /*00c0*/                   NOP ;
+        /*00d0*/               @P3 BRA 0x10 ;
+        /*00e0*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00f0*/               @P4 BRA 0x0 ;
+        /*0100*/                   EXIT ;
+        /*0110*/                   BRA 0x110 ;
+"""
+
+
+def loop(text: str, loads: Counter[int] = WIDE, stores: Counter[int] = WIDE) -> Loop:
+    found = bulk_loop(parse(text), loads, stores)
+    assert found is not None
+    return found
+
+
+def test_the_bulk_loop_is_the_way_of_whole_blocks_from_the_loops_entry() -> None:
+    operations = [instruction.operation for instruction in loop(NESTED).bulk]
+    assert operations == ["ISETP.GT.AND", "BRA", "LDG.E.128", "FADD", "STG.E.128", "LDG.E.U16", "BRA", "BRA"]
+    assert loop(NESTED).loads_after_store == 1
+    assert loop(NESTED).bits("STG", {128}) == 128
+    assert loop(NESTED).bits("LDG", {16, 128}) == 144
+
+
+def test_a_barrier_of_a_tail_is_counted_and_one_of_the_outer_loop_is_not() -> None:
+    assert (loop(NESTED).count("BAR"), loop(NESTED).count("REDG")) == (1, 1)
+
+
+def test_what_only_some_threads_do_is_part_of_the_iteration() -> None:
+    guarded = loop(NESTED.replace("    FADD R8, R8, R8 ;", "@P5 BRA 0x60 ;"), stores=Counter())
+    assert "STG.E.128" in [instruction.operation for instruction in guarded.bulk]
+
+
+def test_the_accesses_find_the_loop() -> None:
+    tail = bulk_loop(parse(NESTED), Counter({32: 1}), Counter({32: 1}))
+    assert tail is not None
+    assert "REDG.E.ADD.64.STRONG.GPU" in [instruction.operation for instruction in tail.bulk]
+    assert bulk_loop(parse(NESTED), Counter({128: 2}), WIDE) is None
+    assert bulk_loop(parse(NESTED), Counter(), Counter()) is None
+
+
+def test_code_without_a_way_back_has_no_loop() -> None:
+    straight = NESTED.replace("@P3 BRA 0x10", "@P3 BRA 0x100").replace("@P4 BRA 0x0", "@P4 BRA 0x100")
+    assert bulk_loop(parse(straight), WIDE, WIDE) is None
+
+
+def test_a_branch_may_have_its_predicate_among_the_operands() -> None:
+    text = NESTED.replace("@P3 BRA 0x10", "    BRA P3, 0x10").replace("@P4 BRA 0x0", "BRA.U !UP0, 0x0")
+    assert len(loop(text).bulk) == 8
+    with pytest.raises(RuntimeError, match="leads to no instruction"):
+        parse(NESTED.replace("BRA 0x10 ", "BRA 0x990 "))
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "warps", "blocks"),
+    [
+        ("sm_90", 56, 0, 4, 9),
+        ("sm_90", 66, 0, 4, 7),
+        ("sm_90", 123, 0, 4, 4),
+        ("sm_90", 16, 0, 1, 32),  # as many programs as there can be
+        ("sm_90", 16, 0, 4, 16),  # as many warps
+        ("sm_90", 32, 50 * 1024, 4, 4),  # 51 KiB each of 228
+        ("sm_80", 32, 50 * 1024, 4, 3),  # of 164
+    ],
+)
+def test_programs_a_multiprocessor_holds(
+    target: str, registers: int, shared: int, warps: int, blocks: int
+) -> None:
+    assert blocks_per_sm(target, registers, shared, warps) == blocks
+
+
+def test_a_launch_takes_the_longer_of_its_bytes_and_its_instructions() -> None:
+    """By hand: 0.9 of 3.35 TB/s, 132 multiprocessors, four warps' instructions a cycle of 1.98 GHz, 4 us."""
+    assert Launch("", 3.015e9, 0).seconds() == pytest.approx(1.004e-3)
+    assert Launch("", 3.015e9, 6.69e10).seconds() == pytest.approx(2.004e-3, rel=1e-3)
+    # 2^26 elements: 712.3 us of bytes and 153.5 of instructions; then 802.4 of instructions.
+    assert predicted_share(32, 76.5) == pytest.approx(712.3 / 716.3, abs=1e-3)
+    assert predicted_share(32, 400) == pytest.approx(712.3 / 806.4, abs=1e-3)
+
+
+def test_a_fusion_of_the_adapter_is_counted_launch_by_launch() -> None:
+    """By hand, for 6,553,600 elements: one run of eight from each 128, and 1.58 % undecided."""
+    launches = {launch.kernel: launch for launch in prediction.fuse(LORA_R8, {"bracketed fuse": 80})}
+    assert launches["count sample"].moved == 51_200 * 4 * 32
+    assert launches["bracketed fuse"].moved == 6_553_600 * (32 + 1 / 8)
+    assert launches["bracketed fuse"].instructions == 6_553_600 * 80
+    listed = launches["finish"].moved / 60
+    assert listed / 6_553_600 == pytest.approx(0.0158, abs=1e-4)
+    assert launches["list"].moved == pytest.approx(6_553_600 / 8 + listed * 260)
+    assert prediction._iterations(1.28, 1) == pytest.approx(1.28, rel=1e-4)  # of one lane: its mean
+
+
+def test_the_predictions_say_that_nothing_was_measured() -> None:
+    rates = {"observe": 20.0, "bracketed scores": 26.0, "bracketed fuse": 77.0}
+    columns = {str(column.header): list(column.cells) for column in prediction.table(rates).columns}
+    assert set(columns["measured"]) == {"not measured"}
+    assert columns["call"] == ["observe", "threshold", "fuse"] * 2
+    slow = {
+        column.header: list(column.cells) for column in prediction.table(dict.fromkeys(rates, 1e4)).columns
+    }
+    assert [cell for cell in slow["goal"] if cell != "-"] == [
+        "at least 85%: NOT REACHED",
+        "at most 140 us: NOT REACHED",
+    ]
+
+
+def test_another_triton_goes_before_the_installed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is installed once, in the user's cache; the installed version needs nothing."""
+    installations = []
+
+    def pip(command: list[str], check: bool) -> None:
+        installations.append(command[-1])
+        Path(command[command.index("--target") + 1]).mkdir()
+
+    monkeypatch.setattr(toolchains.subprocess, "run", pip)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    for _ in range(2):
+        first, rest = toolchains.environment("3.6.0")["PYTHONPATH"].split(os.pathsep)
+        assert (Path(first).parent, rest) == (tmp_path / "rkif", "mine")
+        assert Path(first).is_dir()
+    assert installations == ["triton==3.6.0"]
+    assert toolchains.environment(toolchains.installed_version("triton"))["PYTHONPATH"] == "mine"
+    assert installations == ["triton==3.6.0"]
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +186,10 @@ def problems() -> dict[tuple[str, str], str]:
         ("narrow", "sm_90", "is compiled anew for every kind of numel"),
         ("contracted", "sm_90", "FFMA in the machine code: not the arithmetic that was written"),
         ("contracted, divides", "sm_90", "fma.rn.f32 in the PTX: not the arithmetic that was written"),
+        ("meets", "sm_90", "barriers in loop; the limit is 0"),
+        ("meets", "sm_90", "1 atomics in loop; the limit is 0"),
+        ("meets", "sm_90", "loads after store; the limit is 0"),
+        ("no loop", "sm_90", "no loop with the bulk accesses is found"),
         ("contracted", "gfx942", "fma_f32 in the machine code: not the arithmetic that was written"),
     ],
 )

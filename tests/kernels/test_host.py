@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+
 from bench.kernels.host import LAUNCHES, Row, missed_goals, problems
+from bench.kernels.prediction import fuse
+from bench.kernels.shapes import LORA_R8
 
 
 def test_a_warm_observe_is_one_launch_and_nothing_is_compiled_again(tmp_path: Path) -> None:
@@ -33,6 +36,8 @@ def test_a_warm_observe_is_one_launch_and_nothing_is_compiled_again(tmp_path: Pa
         assert row["compilations"] == 0, row
         if row["call"].startswith("observe"):
             assert row["launches"] == 1, row
+        if row["call"] == "fuse":  # as the prediction has it, which counts the fill of the workspace too
+            assert row["launches"] == len(fuse(LORA_R8, {"bracketed fuse": 1.0})) - 1
 
 
 def test_a_launch_too_many_and_a_kernel_compiled_again_are_problems() -> None:

@@ -1,0 +1,65 @@
+"""Versions of Triton other than the installed one, each in a folder of its own that is put before it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+
+def check_under(versions: Sequence[str], targets: Sequence[str]) -> tuple[list[dict[str, Any]], bool]:
+    """Run ``bench aot`` under each version of Triton, in a process of its own.
+
+    Returns:
+        The rows of all, and whether every check passed.
+    """
+    found: list[dict[str, Any]] = []
+    passed = True
+    for version in versions:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = Path(folder) / "rows.json"
+            command = [sys.executable, "-m", "bench", "aot", "--json", str(rows)]
+            command += [part for target in targets for part in ("--target", target)]
+            done = subprocess.run(command, env=environment(version), check=False)
+            passed &= done.returncode == 0
+            found += json.loads(rows.read_text(encoding="utf-8")) if rows.exists() else []
+    return found, passed
+
+
+def environment(version: str) -> dict[str, str]:
+    """The variables of a process that imports this version of Triton. It is installed if it was not before.
+
+    Raises:
+        CalledProcessError: pip cannot install it.
+    """
+    if version == installed_version("triton"):
+        return dict(os.environ)
+    path = (str(_installed(version)), os.environ.get("PYTHONPATH"))
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+def _installed(version: str) -> Path:
+    """The folder with this version of Triton, made by pip unless it is there."""
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    folder = _cache() / f"triton-{version}-{python}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+            target = Path(unfinished) / "triton"
+            options = ("--quiet", "--no-deps", "--target", str(target))
+            subprocess.run(
+                [sys.executable, "-m", "pip", "install", *options, f"triton=={version}"], check=True
+            )
+            target.rename(folder)
+    return folder
+
+
+def _cache() -> Path:
+    """The user's cache folder, as the XDG base directory specification has it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rkif"
