@@ -85,7 +85,7 @@ STREAM = LaunchConfig(block=1024, tiles=8, num_warps=4)
 # Fusing holds seven streams in registers, and in a single pass masks and a list: with half the elements a
 # thread that is 125 of them, not 200, and more programs fit on a multiprocessor.
 FUSE = LaunchConfig(block=512, tiles=16, num_warps=4)
-# Of the bracketed pass of a fusion; see LaunchConfig.max_registers.
+# Of the bracketed pass of a fusion, and of its finish; see LaunchConfig.max_registers.
 FUSE_PASS_REGISTERS = 128
 
 

@@ -348,6 +348,7 @@ class BracketedFusion:
         self._undecided, self._norm_rows = undecided, rows[-1] + sum(programs)
         brackets, self._samples = find_brackets(grouped, kind, fraction, bracketing, config)
         passes, finish = [], []
+        options = replace(config, max_registers=FUSE_PASS_REGISTERS).options
         for index, table in enumerate(grouped):
             arguments = table.arguments | merge_arguments(table, rule, config)
             arguments |= {"first_row": rows[index], "rows": rows[-1], "capacity": undecided.capacity}
@@ -356,7 +357,7 @@ class BracketedFusion:
                     _bracketed_fuse_kernel,
                     table.programs,
                     arguments | {"k": k, "STEP": PASS_STEP},
-                    replace(config, max_registers=FUSE_PASS_REGISTERS).options,
+                    options,
                 )
             )
             arguments |= {
@@ -365,7 +366,7 @@ class BracketedFusion:
                 "all_programs": sum(programs),
                 "STEP": FINISH_STEP,
             }
-            finish.append(PreparedLaunch(_finish_kernel, programs[index], arguments, config.options))
+            finish.append(PreparedLaunch(_finish_kernel, programs[index], arguments, options))
         searches = list_and_search(grouped, undecided, kind, config)
         self._launches = [*brackets, *passes, *searches, *finish]
 
