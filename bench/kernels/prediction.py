@@ -3,12 +3,11 @@
 A launch takes the longer of two times, to move its bytes at the speed of a copy and to issue its
 instructions, and a fixed time to start and end. The model leaves out how many accesses are in flight, that
 single sectors at random places are slower than rows, and that atomic additions to one place wait for each
-other. So it is a bound from below, and no measurement.
+other, so a call rather takes longer. Nothing of it is measured.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -200,15 +199,14 @@ def _listed(shapes: ShapeSet, sides: int) -> float:
 
 def _iterations(mean: float, lanes: int) -> float:
     """How often the list's loop is run: the most listed elements of a lane, where they lie independently."""
-    at_most, term, expected = 0.0, math.exp(-mean), 0.0
-    for count in itertools.count(1):
-        at_most += term
-        term *= mean / count
-        more = 1 - min(at_most, 1.0) ** lanes
+    count, expected = 0, 0.0
+    term = at_most = math.exp(-mean)  # of a Poisson distribution: count, and at most count
+    while (more := 1 - min(at_most, 1.0) ** lanes) > 1e-6:
         expected += more
-        if more < 1e-6:
-            return expected
-    raise AssertionError
+        count += 1
+        term *= mean / count
+        at_most += term
+    return expected
 
 
 @dataclass(frozen=True)
