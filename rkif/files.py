@@ -19,7 +19,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file under a temporary name, bring it to disk, and give it its own.
 
     Raises:
-        OSError: the file cannot be written; it names the path. The temporary file is deleted.
+        OSError: the file cannot be written; it names the path. After any error the temporary file is deleted.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -27,7 +27,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             write(temporary)
             fsync_file(temporary)
             os.replace(temporary, path)
-    except OSError:
+    except Exception:
         temporary.unlink(missing_ok=True)
         raise
 
@@ -61,6 +61,13 @@ def parse_json(text: str | bytes, where: object) -> Any:
         raise ValueError(f"{where} is damaged: it is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"{where} is damaged: {error}") from error
+
+
+def require_inside(name: str) -> str:
+    """Return ``name``; raise ValueError unless it is the path of a file inside of a folder."""
+    if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise ValueError(f"{name!r} is no file in the folder")
+    return name
 
 
 def require_valid(model: type[BaseModel], content: Any, where: object) -> None:

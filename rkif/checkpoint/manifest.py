@@ -4,23 +4,65 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from rkif.checkpoint.progress import NullProgress, Progress
 from rkif.checkpoint.source import Entry, TensorReader, open_checkpoint
-from rkif.files import write_text
+from rkif.files import parse_json, read_text, require_inside, require_valid, write_text
 
 MANIFEST = "rkif-manifest.json"
 _BLOCK = 1 << 22  # bytes that are read at a time
 
 
+Count = Annotated[int, Field(ge=0)]
+FileName = Annotated[str, AfterValidator(require_inside)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Content(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class _File(_Content):
+    bytes: Count
+    sha256: Sha256
+
+
+class _Tensor(_Content):
+    file: FileName
+    dtype: str
+    shape: list[Count]
+    sha256: Sha256
+
+
+class _Manifest(_Content):
+    rkif: str
+    method: str
+    settings: dict[str, Any]
+    inputs: dict[str, dict[str, str]]
+    report: dict[str, Any]
+    identity_sha256: str
+    content_sha256: Sha256
+    files: dict[FileName, _File]
+    tensors: dict[str, _Tensor]
+    manifest_sha256: Sha256
+
+
 def content_digest(tensors: Mapping[str, tuple[Entry, str]]) -> str:
     """SHA-256 over names, dtypes, shapes and digests of tensors; it does not depend on their files."""
+    return _content_digest(
+        {name: (entry.dtype, entry.shape, sha256) for name, (entry, sha256) in tensors.items()}
+    )
+
+
+def _content_digest(tensors: Mapping[str, tuple[str, Sequence[int], str]]) -> str:
     digest = hashlib.sha256()
-    for name, (entry, sha256) in sorted(tensors.items()):
-        line = json.dumps([name, entry.dtype, entry.shape, sha256], separators=(",", ":"))
+    for name, (dtype, shape, sha256) in sorted(tensors.items()):
+        line = json.dumps([name, dtype, shape, sha256], separators=(",", ":"))
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()
 
@@ -61,40 +103,51 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder} has no {MANIFEST}: it is not a finished output of rkif fuse")
-    try:
-        text = path.read_bytes().decode()
-        manifest = dict(json.loads(text))
-        written = manifest.pop("manifest_sha256")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    text = read_text(path)
+    manifest: dict[str, Any] = parse_json(text, path)
+    require_valid(_Manifest, manifest, path)
+    written = manifest.pop("manifest_sha256")
     # The text is compared, too: other texts have the same content.
     if written != _content_sha256(manifest) or text != _text(manifest, written):
         raise ValueError(f"{path} is damaged: its digest is not that of its content")
+    tensors = {name: (t["dtype"], t["shape"], t["sha256"]) for name, t in manifest["tensors"].items()}
+    if manifest["content_sha256"] != _content_digest(tensors):
+        raise ValueError(f"{path} is damaged: content_sha256 is not the digest of its tensors")
+    for name, tensor in manifest["tensors"].items():
+        if tensor["file"] not in manifest["files"]:
+            raise ValueError(f"{path} is damaged: tensors.{name}.file: {tensor['file']!r} is not in files")
     return manifest
 
 
 def verify(folder: Path, progress: Progress | None = None) -> list[str]:
     """Read every byte of an output of ``rkif fuse``; returns a line for each difference from its manifest.
 
+    A file that was added is a difference: a loader may take it. Hidden files and folders are not looked at.
+
     Raises:
         ValueError: there is no manifest, or it is damaged.
         OSError: a file cannot be read.
     """
     manifest = read_manifest(folder)
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    names = {path.relative_to(folder): path for path in folder.rglob("*")}
+    present = {
+        name.as_posix()
+        for name, path in names.items()
+        if (path.is_file() or path.is_symlink()) and not any(part.startswith(".") for part in name.parts)
+    }
     progress = progress or NullProgress()
-    progress.stage("verifying", sum((folder / name).stat().st_size for name in present))
+    progress.stage("verifying", sum((folder / name).lstat().st_size for name in present))
     weights = {tensor["file"] for tensor in manifest["tensors"].values()}
     problems, damaged = [], set()
-    for name, expected in manifest["files"].items():
+    for name, written in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             problems.append(f"{name} is missing")
-        elif path.stat().st_size != expected["bytes"]:
-            problems.append(f"{name} has {path.stat().st_size:,} bytes; it had {expected['bytes']:,}")
-        elif name in weights and _header_digest(path) != expected["sha256"]:
+        elif path.stat().st_size != written["bytes"]:
+            problems.append(f"{name} has {path.stat().st_size:,} bytes; it had {written['bytes']:,}")
+        elif name in weights and _header_digest(path) != written["sha256"]:
             problems.append(f"{name}: its header was changed")
-        elif name not in weights and _file_digest(path, progress) != expected["sha256"]:
+        elif name not in weights and _file_digest(path, progress) != written["sha256"]:
             problems.append(f"{name} was changed")
         else:
             continue
@@ -102,25 +155,27 @@ def verify(folder: Path, progress: Progress | None = None) -> list[str]:
     for file in sorted(weights - damaged):
         checkpoint = open_checkpoint(folder / file, file, problems)
         if checkpoint is not None:
-            problems += _changed_tensors(checkpoint.tensors, manifest["tensors"], progress)
+            expected = {name: t["sha256"] for name, t in manifest["tensors"].items() if t["file"] == file}
+            problems += _changed_tensors(file, checkpoint.tensors, expected, progress)
     unknown = sorted(present - manifest["files"].keys() - {MANIFEST})
-    problems += [f"{name} was not there" for name in unknown if name.endswith((".safetensors", ".json"))]
-    return problems
+    return problems + [f"{name} was not there" for name in unknown]
 
 
 def _changed_tensors(
-    entries: Mapping[str, Entry], tensors: Mapping[str, Any], progress: Progress
+    file: str, entries: Mapping[str, Entry], digests: Mapping[str, str], progress: Progress
 ) -> list[str]:
     reader = TensorReader()
-    problems = []
+    problems = [f"{file}: {name!r} is missing" for name in digests if name not in entries]
     try:
         for name, entry in entries.items():
             digest = hashlib.sha256()
             for block in reader.blocks(entry, entry.numel):
                 digest.update(block)
                 progress.advance(len(block))
-            if digest.hexdigest() != tensors[name]["sha256"]:
-                problems.append(f"{entry.file.name}: {name!r} was changed")
+            if name not in digests:
+                problems.append(f"{file}: {name!r} is not in the manifest")
+            elif digest.hexdigest() != digests[name]:
+                problems.append(f"{file}: {name!r} was changed")
     finally:
         reader.close()
     return problems

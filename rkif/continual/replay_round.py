@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from rkif.continual.display.progress import RunProgress
 from rkif.continual.run import open_run
 from rkif.continual.rundir.folder import RunReader
 from rkif.continual.rundir.ledger import LedgerRecord
+from rkif.continual.rundir.recorded import read_recorded_state
 from rkif.continual.rundir.recorder import NOT_REPRODUCED, not_rolled_back
 from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import RunState
@@ -48,13 +49,14 @@ def reproduce(run: Path, number: int, progress: RunProgress) -> Reproduction:
         LedgerError: the ledger's chain is broken.
     """
     reader = RunReader(run)
-    records = not_rolled_back(reader.ledger())
+    ledger = reader.ledger()
+    records = not_rolled_back(ledger)
     rounds = {record["round"]: record for record in records if record["event"] == "round"}
     if number not in rounds:
         raise ValueError(f"no round {number}: {run} has {len(rounds)} of them")
     recorded = rounds[number]
     index = reader.metrics()["tasks"].index(recorded["task"])
-    start, state = _nearest(RoundStates(run), number, index)
+    start, state = _nearest(run, ledger, number, index)
     config = load_config(run / "config.yaml")
     with open_run(config, run, index, progress) as sequence:
         sequence.set_parameters(state.parameters)
@@ -74,10 +76,11 @@ def reproduce(run: Path, number: int, progress: RunProgress) -> Reproduction:
     return Reproduction(recorded, start, differences)
 
 
-def _nearest(round_states: RoundStates, number: int, task: int) -> tuple[int, RunState]:
+def _nearest(run: Path, ledger: Sequence[LedgerRecord], number: int, task: int) -> tuple[int, RunState]:
     """The latest round before ``number`` with a kept state of the same task, and the state."""
+    round_states = RoundStates(run)
     for start in reversed([kept for kept in round_states.rounds() if kept < number]):
-        state = round_states.read(start)
+        state = read_recorded_state(run, ledger, start)
         if state.task == task:
             return start, state
     kept = ", ".join(map(str, round_states.rounds())) or "none"

@@ -15,9 +15,11 @@ from rkif.continual.display.progress import RunProgress
 from rkif.continual.methods import METHODS
 from rkif.continual.models.device import run_device
 from rkif.continual.models.load import load_model
-from rkif.continual.rundir.folder import RunFolder
+from rkif.continual.rundir.folder import RunFolder, RunReader
+from rkif.continual.rundir.ledger import LEDGER
 from rkif.continual.rundir.rollback import finish_rollback
 from rkif.continual.rundir.state import RunState, read_checkpoint
+from rkif.continual.rundir.verify import require_whole
 from rkif.continual.task_sequence import TaskSequence
 from rkif.continual.tasks.load import load_tasks
 from rkif.continual.tasks.records import Task
@@ -34,7 +36,8 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
     Args:
         config: the settings.
         out: the run's folder; see :mod:`rkif.continual.rundir.folder` for its files.
-        resume: continue the run in ``out``. A finished run is only read.
+        resume: continue the run in ``out``, whose files are compared with the ledger first. A finished run is
+            only read.
         progress: where progress is shown.
 
     Returns:
@@ -45,8 +48,11 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
         RuntimeError: another process uses the folder.
     """
     with _locked_folder(out):
-        if resume:
+        if resume and (out / LEDGER).exists():
             finish_rollback(out)
+            reader = RunReader(out)
+            if records := reader.records(torn=True):
+                require_whole(reader, records)
         start = (read_checkpoint(out) if resume else None) or RunState(0, 0, 0, 0, {}, {})
         with open_run(config, out, start.task, progress, resume=resume) as sequence:
             return sequence.run(start)

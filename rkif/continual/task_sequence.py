@@ -70,11 +70,6 @@ class TaskSequence:
         """Train from ``start`` to the end of the last task; returns the content of ``metrics.json``."""
         if start.parameters:
             self.set_parameters(start.parameters)
-            if not self._table.begun:
-                raise ValueError(
-                    f"{self._folder.path} has a checkpoint, but not what was measured before: its "
-                    "metrics.json is missing"
-                )
         writer = RunWriter(
             self._folder,
             self._config,
@@ -92,13 +87,17 @@ class TaskSequence:
             writer.record_begin([task.name for task in self._tasks])
         if not self._table.begun:
             self._table.set_initial(self._measure_all("before training"))
-            self._folder.write_metrics(self._table.content)
+            writer.write_metrics(self._table.content)
+        elif not start.ledger_records:
+            writer.skip_measured()
         for index in range(len(self._tasks)):
             if index >= start.task:
                 from_its_start = RunState(index, 0, 0, start.ledger_records, {}, {})
                 self._learn(index, start if index == start.task else from_its_start, writer)
             if self._table.columns <= index:
-                self._add_column(index)
+                self._add_column(index, writer)
+            elif index >= start.task - 1:
+                writer.skip_measured()
         return self._table.content
 
     def _learn(self, index: int, start: RunState, writer: RunWriter) -> None:
@@ -172,7 +171,7 @@ class TaskSequence:
         for name, value in values.items():
             self._parameters[name].copy_(value)
 
-    def _add_column(self, index: int) -> None:
+    def _add_column(self, index: int, writer: RunWriter) -> None:
         """Measure all tasks after task ``index``, and write ``metrics.json``."""
         method = METHODS[self._config.method]
         column = self._measure_all(f"after {self._tasks[index].name}")
@@ -185,7 +184,7 @@ class TaskSequence:
         )
         if index + 1 == len(self._tasks):
             self._table.summarise(sequential=method.sequential)
-        self._folder.write_metrics(self._table.content)
+        writer.write_metrics(self._table.content)
         self._progress.measured(index, self._table.content)
 
     def _measure_all(self, when: str) -> dict[str, list[float]]:

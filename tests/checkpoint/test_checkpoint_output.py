@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,64 @@ def test_other_harm_is_found(output: Path, harm: str) -> None:
     (problem,) = verify(output)
     wanted = {"missing": "is missing", "foreign": "was not there"}.get(harm, f"it had {len(content):,}")
     assert wanted in problem
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "chat_template.jinja",
+        "tokenizer.model",
+        "modeling_evil.py",
+        "pytorch_model.bin",
+        "CONFIG.JSON",
+        "Model.SafeTensors",
+        "additional_chat_templates/tools.jinja",
+        "merges.txt",
+    ],
+)
+def test_an_added_file_that_a_loader_might_take_is_found(output: Path, name: str) -> None:
+    (output / name).parent.mkdir(exist_ok=True)
+    (output / name).write_text("{}")
+    assert verify(output) == [f"{name} was not there"]
+    (output / name).unlink()
+    (output / name).symlink_to("/dev/null")
+    assert verify(output) == [f"{name} was not there"]
+    (output / name).unlink()
+    (output / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    assert verify(output) == []
+
+
+def remade(manifest: dict[str, Any]) -> str:
+    """A manifest with the digest of its content, as somebody who knows how it is made would write it."""
+    manifest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "manifest_sha256": digest}, indent=1) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m.pop("tensors"), "it lacks 'tensors'"),
+        (lambda m: m.pop("files"), "it lacks 'files'"),
+        (lambda m: m.update(tensors=[]), "tensors: "),
+        (
+            lambda m: m["files"].update({"../victim": next(iter(m["files"].values()))}),
+            "'../victim' is no file in the",
+        ),
+        (lambda m: m.update(content_sha256="0" * 64), "content_sha256 is not the digest of its tensors"),
+        (lambda m: next(iter(m["tensors"].values())).update(sha256="0" * 64), "content_sha256 is not"),
+        (lambda m: m["tensors"].popitem(), "content_sha256 is not"),
+        (lambda m: next(iter(m["tensors"].values())).update(file="x.safetensors"), "is not in files"),
+    ],
+)
+def test_a_remade_manifest_is_damaged(output: Path, edit: Callable[[Any], Any], message: str) -> None:
+    manifest = json.loads((output / MANIFEST).read_text())
+    assert remade(manifest) == (output / MANIFEST).read_text()
+    edit(manifest)
+    (output / MANIFEST).write_text(remade(manifest))
+    with pytest.raises(ValueError, match=f"{MANIFEST} is damaged.*") as caught:
+        verify(output)
+    assert message in str(caught.value)
 
 
 def test_what_is_no_output_cannot_be_verified(tmp_path: Path) -> None:

@@ -6,22 +6,23 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from run_inputs import TASKS, go, make_config
+from run_inputs import TASKS, files, go, make_config
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from rkif.cli import app
-from rkif.continual.config import RunConfig
+from rkif.continual.config import RunConfig, load_config
 from rkif.continual.rundir.folder import RunReader
 from rkif.continual.rundir.ledger import Ledger, read_ledger
 from rkif.continual.rundir.rollback import rollback
 from rkif.continual.rundir.round_states import RoundStates
-from rkif.continual.rundir.state import write_state
+from rkif.continual.rundir.state import read_checkpoint, write_state
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_a_run_without_rounds_and_one_rolled_back(
     go(config(method="sequential"), tmp_path / "plain")
     assert shown(tmp_path / "plain").count("learned") == 3
     assert "nothing has been fused" in refused(tmp_path / "plain", "--explain", "q_proj")
-    assert "4 records in a whole chain; 3 tasks' files and 0 kept" in shown(tmp_path / "plain", "--verify")
+    assert "20 records in a whole chain; 3 tasks' files and 0 kept" in shown(tmp_path / "plain", "--verify")
     shutil.copytree(whole, tmp_path / "run")
     rollback(tmp_path / "run", 1)
     assert "back to round 1" in shown(tmp_path / "run")
@@ -170,39 +171,116 @@ def other_adapter(run: Path) -> None:
     save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path)
 
 
+TASK_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "importance.safetensors",
+    "memory.jsonl",
+    "README.md",
+    "rounds.safetensors",
+    "task.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+PARTS = ("task", "step", "samples", "ledger_records", "inner.", "fuser.outer_importance.")
+
+
+def other_state(run: Path, part: str) -> None:
+    """Move the position in the state after round 4 by one, or change a tensor of the method's."""
+    state = RoundStates(run).read(4)
+    if hasattr(state, part):
+        state = replace(state, **{part: getattr(state, part) + 1})
+    else:
+        next(t for name, t in state.method.items() if name.startswith(part) and t.is_floating_point()).add_(1)
+    write_state(run / "snapshots/000004.safetensors", state)
+
+
+def better_metrics(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["op"] = 100.0
+    (run / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def without_last_task(run: Path) -> None:
+    """Remove the last task, its records, and a checkpoint that would tell."""
+    shutil.rmtree(run / "tasks/03-place")
+    drop_lines(run / "ledger.jsonl", slice(0, 22))
+    state = read_checkpoint(run)
+    assert state is not None
+    write_state(run / "checkpoint.safetensors", replace(state, ledger_records=20))
+    for number in (3, 4, 5, 6):
+        (run / f"snapshots/{number:06d}.safetensors").unlink()
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
         (lambda run: change(run / "ledger.jsonl", lambda r: r.update(seed=9), 3), "record 3 was changed"),
         (lambda run: drop_lines(run / "ledger.jsonl", slice(1, None)), "record 0 says that it is record 1"),
-        (lambda run: drop_lines(run / "ledger.jsonl", slice(0, -1)), "record 9 is missing: the checkpoint"),
+        (lambda run: drop_lines(run / "ledger.jsonl", slice(0, -2)), "record 32 is missing: the checkpoint"),
+        (lambda run: drop_lines(run / "ledger.jsonl", slice(0, -1)), "metrics.json is not the file that was"),
         (
-            lambda run: forge(run / "ledger.jsonl", lambda r: r["parameters"].update(before="0" * 64), 3),
-            "record 3 begins with other parameters than the record before it ended with",
+            lambda run: forge(run / "ledger.jsonl", lambda r: r["parameters"].update(before="0" * 64), 13),
+            "record 13 begins with other parameters than the record before it ended with",
         ),
         (
-            lambda run: forge(run / "ledger.jsonl", lambda r: r["files"].pop("memory.jsonl"), 1),
+            lambda run: forge(run / "ledger.jsonl", lambda r: r["files"].pop("memory.jsonl"), 5),
             "memory.jsonl was not there when the task was learned",
         ),
-        (lambda run: flip(run / "tasks/02-tense/adapter_model.safetensors"), "record 5: "),
-        (lambda run: flip(run / "tasks/01-review/memory.jsonl"), "record 1: "),
+        (lambda run: flip(run / "tasks/02-tense/adapter_model.safetensors"), "record 18: "),
+        (lambda run: flip(run / "tasks/01-review/memory.jsonl"), "record 5: "),
         (other_adapter, "adapter_model.safetensors is not the file that was written"),
         (
             lambda run: (run / "tasks/02-tense/importance.safetensors").unlink(),
             "importance.safetensors is",
         ),
         (lambda run: shutil.rmtree(run / "tasks/03-place"), "03-place is missing"),
-        (other_snapshot, "record 6: the state kept of round 4 is another"),
-        (lambda run: other_snapshot(run, 0), "record 2: the state kept of before the first round is another"),
+        (other_snapshot, "snapshots/000004.safetensors is not the file that was written"),
+        (lambda run: other_snapshot(run, 0), "snapshots/000000.safetensors is not the file that was written"),
         (
             lambda run: (run / "config.yaml").write_text((run / "config.yaml").read_text() + "#"),
             "record 0 is of other settings than",
         ),
+        *(
+            (lambda run, name=name: flip(run / name), f"{name} is not the file that was written")
+            for name in (
+                "checkpoint.safetensors",
+                *(f"tasks/02-tense/{name}" for name in TASK_FILES),
+            )
+        ),
+        *(
+            (lambda run, name=name: (run / name).unlink(), f"its {name} is missing")
+            for name in ("checkpoint.safetensors", "metrics.json", "tasks/02-tense/adapter_config.json")
+        ),
+        (
+            lambda run: (run / "tasks/02-tense/chat_template.jinja").write_text("{{ evil }}"),
+            "02-tense/chat_template.jinja was not there when the task was learned",
+        ),
+        (
+            lambda run: shutil.copytree(run / "tasks/02-tense", run / "tasks/04-more"),
+            "was not there when the task was learned",
+        ),
+        (
+            lambda run: shutil.copy(
+                run / "snapshots/000001.safetensors", run / "snapshots/000007.safetensors"
+            ),
+            "000007.safetensors is no state that the run kept",
+        ),
+        *(
+            (lambda run, part=part: other_state(run, part), "000004.safetensors is not the file")
+            for part in PARTS
+        ),
+        (better_metrics, "metrics.json is not the file that was written"),
+        (without_last_task, "checkpoint.safetensors is not the file that was written"),
         (lambda run: (run / "ledger.jsonl").write_text(""), "holds no record"),
         (lambda run: (run / "ledger.jsonl").unlink(), "ledger.jsonl is missing"),
         (
             lambda run: (run / "ledger.jsonl").write_text((run / "ledger.jsonl").read_text() + '{"half'),
-            "record 10 is torn",
+            "record 34 is torn",
         ),
     ],
 )
@@ -210,11 +288,42 @@ def test_the_first_bad_record_is_named(
     whole: Path, tmp_path: Path, harm: Callable[[Path], Any], message: str
 ) -> None:
     shutil.copytree(whole, tmp_path / "run")
-    assert "10 records in a whole chain; 3 tasks' files and 7 kept states" in shown(
+    assert "34 records in a whole chain; 3 tasks' files and 7 kept states" in shown(
         tmp_path / "run", "--verify"
     )
     harm(tmp_path / "run")
     assert message in refused(tmp_path / "run", "--verify")
+    kept = contents(tmp_path / "run")
+    if "is torn" not in message and "ledger.jsonl" not in message and "holds no" not in message:
+        with pytest.raises(ValueError, match="run"):  # nobody trains on from files that were changed
+            go(load_config(whole / "config.yaml"), tmp_path / "run", resume=True)
+        assert contents(tmp_path / "run") == kept
+
+
+def test_the_state_before_a_rollback_to_the_start_is_checked(whole: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    rollback(run, 0)
+    assert "1 tasks' files and 1 kept states" in shown(run, "--verify")
+    other_snapshot(run, 0)
+    assert "snapshots/000000.safetensors is not the file that was written" in refused(run, "--verify")
+    with pytest.raises(ValueError, match="the state kept of round 0 is not what the ledger says it was"):
+        rollback(run, 0)
+
+
+def test_a_run_of_an_earlier_format_is_shown_but_not_verified(whole: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    forge(run / "ledger.jsonl", lambda r: r.pop("format"), 0)
+    assert [row[0] for row in rows(shown(run))] == ["1", "2", "3", "4", "5", "6"]
+    message = "record 0: the run is of format 1; this version of rkif checks and continues runs of format 2"
+    assert message in refused(run, "--verify")
+    before = files(run)
+    for attempt in (
+        lambda: rollback(run, 1),
+        lambda: go(load_config(whole / "config.yaml"), run, resume=True),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attempt()
+    assert files(run) == before
 
 
 def test_what_is_asked_for_wrongly(whole: Path, tmp_path: Path) -> None:

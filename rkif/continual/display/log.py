@@ -96,7 +96,7 @@ def table(records: Sequence[LedgerRecord], module: str | None) -> Table:
                 *part.shares,
                 f"{part.moved:.3g}",
             )
-        elif module is None:
+        elif module is None and record["event"] not in ("state", "measured"):
             shown.add_row("", record.get("task", ""), "", Text(_event(record), style="dim"))
     return shown
 

@@ -32,9 +32,11 @@ from torch import Tensor
 from rkif.continual.config import RunConfig, dump_config
 from rkif.continual.rundir.ledger import LEDGER, LedgerError, LedgerRecord, read_ledger
 from rkif.continual.rundir.schema import FileContent, Metrics, TaskSummary, require_records
-from rkif.continual.rundir.state import RunState, load_tensors, save_tensors, storable, write_checkpoint
+from rkif.continual.rundir.state import load_tensors, save_tensors, storable
 from rkif.continual.tasks.replay_memory import ReplayMemory
-from rkif.files import fsync_file, parse_json, read_text, require_valid, write_text
+from rkif.files import file_sha256, fsync_file, parse_json, read_text, require_valid, write_text
+
+METRICS = "metrics.json"  # in the run's folder
 
 
 class RunReader:
@@ -58,7 +60,7 @@ class RunReader:
         Raises:
             ValueError: it is damaged; the message names the key.
         """
-        path = self.path / "metrics.json"
+        path = self.path / METRICS
         return _read_json(path, Metrics) if path.exists() else {}
 
     def records(self, *, torn: bool = False) -> list[LedgerRecord]:
@@ -106,9 +108,9 @@ def task_folder(run: Path, index: int, name: str) -> Path:
 
 
 def file_digests(task: Path) -> dict[str, str]:
-    """Name -> SHA-256 of a task's tensor and record files; not of peft's settings, whose order varies."""
-    files = sorted(path for path in task.iterdir() if path.suffix in (".safetensors", ".jsonl"))
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    """Path in a task's folder -> SHA-256 of every file."""
+    files = sorted(path for path in task.rglob("*") if path.is_file())
+    return {path.relative_to(task).as_posix(): file_sha256(path) for path in files}
 
 
 class RunFolder:
@@ -155,7 +157,7 @@ class RunFolder:
         return _read_json(self.task(index, name) / "task.json", TaskSummary)
 
     def digests(self, index: int, name: str) -> dict[str, str]:
-        """Name -> SHA-256 of those files of a task that training determines to the bit."""
+        """Path in a task's folder -> SHA-256 of every file."""
         return file_digests(self.task(index, name))
 
     def read_memory(self, index: int, name: str) -> ReplayMemory:
@@ -204,19 +206,25 @@ class RunFolder:
         if len(validation):
             validation.save(temporary / "validation.jsonl")
         _write_json(temporary / "task.json", summary)
-        for path in temporary.iterdir():
-            fsync_file(path)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                fsync_file(path)
+        if final.exists() and file_digests(final) == file_digests(temporary):
+            shutil.rmtree(temporary)  # it is in the ledger, which a kill must find right
+            return
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
 
-    def write_checkpoint(self, checkpoint: RunState) -> None:
-        write_checkpoint(self.path, checkpoint)
-
 
 def write_metrics(run: Path, metrics: Mapping[str, Any]) -> None:
     """Write a run's ``metrics.json``."""
-    _write_json(run / "metrics.json", metrics)
+    _write_json(run / METRICS, metrics)
+
+
+def metrics_sha256(metrics: Mapping[str, Any]) -> str:
+    """SHA-256 of the file that :func:`write_metrics` writes."""
+    return hashlib.sha256(_json_text(metrics).encode()).hexdigest()
 
 
 def _require_same(path: Path, text: str) -> None:
@@ -249,4 +257,8 @@ def _require_rounds(tensors: Mapping[str, Tensor], first: Mapping[str, Tensor], 
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, _json_text(content))
+
+
+def _json_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"

@@ -6,7 +6,11 @@ Each record has an "event":
 - "round": a fusion, see :class:`~rkif.continual.methods.RecurrentKIF`; rounds are numbered from 1 across all
   tasks;
 - "task": a task was learned and published: the ids of the memory's records, the digests of the task's files;
+- "state": a checkpoint, or the state after round "round", is about to be written;
+- "measured": ``metrics.json`` is about to be written;
 - "rollback": the run returned to the state after round "to"; its first "finished" tasks remain learned.
+
+"files" has the SHA-256 of files that belong to a record; see :mod:`rkif.continual.rundir.recorded`.
 
 Each record of a run has "config" (the SHA-256 of the settings), "seed" and "time".
 """
@@ -80,6 +84,11 @@ class Recorder:
         self._count(self.ledger.records[self.position])
         self.position += 1
 
+    def skip_measured(self) -> None:
+        """Pass the record of ``metrics.json`` that an earlier process wrote together with the file."""
+        following = self.ledger.records[self.position : self.position + 1]
+        self.position += sum(record["event"] == "measured" for record in following)
+
     def _count(self, record: Mapping[str, Any]) -> None:
         """Update ``rounds``."""
         if record["event"] in ("round", "rollback"):
@@ -92,7 +101,7 @@ def now() -> str:
 
 
 def not_rolled_back(records: Iterable[LedgerRecord]) -> list[LedgerRecord]:
-    """The records without the rounds and tasks that a later rollback undid, in order."""
+    """The records without the rounds, their states and the tasks that a later rollback undid, in order."""
     kept: list[LedgerRecord] = []
     for record in records:
         if record["event"] == "rollback":
@@ -100,7 +109,7 @@ def not_rolled_back(records: Iterable[LedgerRecord]) -> list[LedgerRecord]:
             remaining = []
             for earlier in kept:
                 tasks += earlier["event"] == "task"
-                late = earlier["event"] == "round" and earlier["round"] > record["to"]
+                late = earlier["event"] in ("round", "state") and earlier.get("round", 0) > record["to"]
                 if not late and not (earlier["event"] == "task" and tasks > record["finished"]):
                     remaining.append(earlier)
             kept = remaining

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rkif.continual.rundir.folder import RunReader, task_folder, write_metrics
+from rkif.continual.rundir.folder import METRICS, RunReader, metrics_sha256, task_folder, write_metrics
 from rkif.continual.rundir.ledger import LEDGER, Ledger, LedgerRecord
+from rkif.continual.rundir.recorded import read_recorded_state, require_recorded
 from rkif.continual.rundir.recorder import not_rolled_back, now, parameter_digest
 from rkif.continual.rundir.round_states import RoundStates
-from rkif.continual.rundir.state import RunState, read_checkpoint, write_checkpoint
+from rkif.continual.rundir.state import CHECKPOINT, RunState, read_checkpoint, state_sha256, write_state
 from rkif.files import claimed
 
 
@@ -46,11 +48,8 @@ def _rollback(reader: RunReader, to: int) -> LedgerRecord:
     rounds = {record["round"]: record for record in not_rolled_back(records) if record["event"] == "round"}
     if to != 0 and to not in rounds:
         raise ValueError(f"no round {to}: {run} has {len(rounds)} of them")
-    state, metrics = _target(reader, to)
-    digest = parameter_digest(state.parameters)
-    side, number = ("after", to) if to else ("before", 1)
-    if number in rounds and digest != rounds[number]["parameters"][side]:
-        raise ValueError(f"the state kept of round {to} is not what the ledger says it was")
+    state, metrics = _target(reader, records, to)
+    require_recorded(run, records, [run / METRICS])
     checkpoint = read_checkpoint(run)
     record = Ledger(run / LEDGER).append(
         {
@@ -60,8 +59,9 @@ def _rollback(reader: RunReader, to: int) -> LedgerRecord:
             "finished": state.task,
             "parameters": {
                 "before": None if checkpoint is None else parameter_digest(checkpoint.parameters),
-                "after": digest,
+                "after": parameter_digest(state.parameters),
             },
+            "files": _files(replace(state, ledger_records=len(records) + 1), metrics),
             "time": now(),
         }
     )
@@ -69,16 +69,21 @@ def _rollback(reader: RunReader, to: int) -> LedgerRecord:
     return record
 
 
-def _target(reader: RunReader, to: int) -> tuple[RunState, dict[str, Any]]:
+def _files(checkpoint: RunState, metrics: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of the files that a rollback writes."""
+    return {CHECKPOINT: state_sha256(checkpoint), METRICS: metrics_sha256(metrics)}
+
+
+def _target(reader: RunReader, records: Sequence[LedgerRecord], to: int) -> tuple[RunState, dict[str, Any]]:
     """The state to return to, and the metrics as they were then.
 
     Raises:
         ValueError: one of them is missing, or damaged, or they are of different runs.
     """
-    state, metrics = RoundStates(reader.path).read(to), reader.metrics()
+    state, metrics = read_recorded_state(reader.path, records, to), reader.metrics()
     if not metrics:
         raise ValueError(f"{reader.path} has rounds, but not what was measured: its metrics.json is missing")
-    if metrics["tasks"] != reader.records(torn=True)[0]["tasks"]:
+    if metrics["tasks"] != records[0]["tasks"]:
         raise ValueError(
             f"{reader.path / 'metrics.json'} is damaged: tasks: they are not those of the ledger"
         )
@@ -108,10 +113,15 @@ def finish_rollback(run: Path) -> None:
     checkpoint = read_checkpoint(run)
     if checkpoint is not None and checkpoint.ledger_records == len(records):
         return
-    state, metrics = _target(reader, to)
+    state, metrics = _target(reader, records, to)
+    state = replace(state, ledger_records=len(records))
+    if _files(state, metrics) != records[-1].get("files"):
+        raise ValueError(
+            f"{run / LEDGER}: record {len(records) - 1}: its rollback would write other files now"
+        )
     RoundStates(run).discard_after(to)
     for index in range(state.task, len(metrics["tasks"])):
         shutil.rmtree(task_folder(run, index, metrics["tasks"][index]), ignore_errors=True)
     write_metrics(run, metrics)
     # Last: as long as this checkpoint is missing, the next call repeats all steps.
-    write_checkpoint(run, replace(state, ledger_records=len(records)))
+    write_state(run / CHECKPOINT, state)

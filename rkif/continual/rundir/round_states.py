@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rkif.continual.rundir.state import RunState, read_state, state_bytes, write_state
@@ -24,16 +24,22 @@ class RoundStates:
         self.folder = run / "snapshots"
         self.budget = budget
 
-    def write(self, number: int, state: RunState) -> None:
-        """Write the state after round ``number``, replacing an earlier one of that round."""
+    def write(self, number: int, state: RunState, record: Callable[[str], object] | None = None) -> None:
+        """Write the state after round ``number``, replacing an earlier one of that round.
+
+        Args:
+            number: of the round.
+            state: the state.
+            record: takes the file's SHA-256 before the file gets its name; not called if none is written.
+        """
         if state_bytes(state) > self.budget:
             return
         self.folder.mkdir(exist_ok=True)
-        write_state(self._path(number), state)
-        sizes = {n: self._path(n).stat().st_size for n in self.rounds()}
+        write_state(self.path(number), state, record)
+        sizes = {n: self.path(n).stat().st_size for n in self.rounds()}
         while sum(sizes.values()) > self.budget:
             dropped = next_to_drop(sorted(sizes))
-            self._path(dropped).unlink()
+            self.path(dropped).unlink()
             del sizes[dropped]
 
     def read(self, number: int) -> RunState:
@@ -45,7 +51,7 @@ class RoundStates:
         if number not in self.rounds():
             kept = ", ".join(map(str, self.rounds())) or "none"
             raise ValueError(f"the state after round {number} was not kept; there are: {kept}")
-        return read_state(self._path(number))
+        return read_state(self.path(number))
 
     def rounds(self) -> list[int]:
         """The rounds whose state is kept, ascending. Files of other names are ignored."""
@@ -58,9 +64,10 @@ class RoundStates:
         """Delete the states of later rounds."""
         for later in self.rounds():
             if later > number:
-                self._path(later).unlink()
+                self.path(later).unlink()
 
-    def _path(self, number: int) -> Path:
+    def path(self, number: int) -> Path:
+        """The file of the state after round ``number``."""
         return self.folder / f"{number:06d}.safetensors"
 
 

@@ -10,23 +10,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from rkif.continual.rundir.ledger import LedgerError
 from rkif.continual.tasks.records import require_task_name
-from rkif.files import require_valid
+from rkif.files import require_inside, require_valid
 from rkif.gate import Verdict
 from rkif_kernels import CASES
-
-
-def _require_relative(name: str) -> str:
-    parts = name.split("/")
-    if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in parts):
-        raise ValueError(f"{name!r} is no file in the folder")
-    return name
-
 
 Count = Annotated[int, Field(ge=0)]
 Number = float | Literal["nan", "inf", "-inf"]  # JSON has no names for the last three
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 TaskName = Annotated[str, AfterValidator(require_task_name)]
-FileName = Annotated[str, AfterValidator(_require_relative)]
+FileName = Annotated[str, AfterValidator(require_inside)]
 
 
 class FileContent(BaseModel):
@@ -137,6 +129,9 @@ class Change(End):
 
 
 class Begin(Record):
+    """``format``: of the run's files; earlier ledgers have none."""
+
+    format: int | None = None
     method: str
     tasks: Annotated[list[TaskName], Field(min_length=1)]
     versions: dict[str, str]
@@ -213,7 +208,14 @@ class Rollback(Record):
     to: Count
     task: TaskName
     finished: Count
+    files: dict[FileName, Sha256] | None = None  # earlier ledgers have none
     parameters: Change
+
+
+class Saved(Record):
+    """Files of the run that were written."""
+
+    files: Annotated[dict[FileName, Sha256], Field(min_length=1)]
 
 
 RECORDS: dict[str, type[Record]] = {
@@ -221,6 +223,8 @@ RECORDS: dict[str, type[Record]] = {
     "round": Round,
     "task": Learned,
     "rollback": Rollback,
+    "state": Saved,
+    "measured": Saved,
 }
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from rkif.checkpoint.buffers import as_bytes
 from rkif.continual.rundir.schema import StateHeader
-from rkif.files import parse_json, replace_file, require_valid
+from rkif.files import file_sha256, parse_json, replace_file, require_valid
 from rkif.fuser.state_names import flatten, section
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -81,15 +81,34 @@ def read_checkpoint(run: Path) -> RunState | None:
     return read_state(path) if path.exists() else None
 
 
-def write_checkpoint(run: Path, checkpoint: RunState) -> None:
-    """Write the state that a resumed run continues from."""
-    write_state(run / CHECKPOINT, checkpoint)
+def write_state(path: Path, state: RunState, record: Callable[[str], object] | None = None) -> None:
+    """Write a state, under a temporary name first.
+
+    Args:
+        path: the file.
+        state: is stored with equal tensors once.
+        record: takes the file's SHA-256 before the file gets its name.
+    """
+    stored, metadata = _stored(state)
+
+    def write(temporary: Path) -> None:
+        save_tensors(temporary, stored, metadata)
+        if record is not None:
+            record(file_sha256(temporary))
+
+    replace_file(path, write)
 
 
-def write_state(path: Path, state: RunState) -> None:
-    """Write a state, under a temporary name first. Equal tensors are stored once.
+def state_sha256(state: RunState) -> str:
+    """SHA-256 of the file that :func:`write_state` writes."""
+    return hashlib.sha256(save(*_stored(state))).hexdigest()
 
-    Many are equal: after a round the base equals the parameters, and cleared importance is zero.
+
+def _stored(state: RunState) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a state's file.
+
+    Of equal tensors the first is stored. Many are equal: after a round the base equals the parameters, and
+    cleared importance is zero.
     """
     tensors = flatten({"parameters": state.parameters, "method": state.method})
     # As a tensor: safetensors writes several entries of metadata in an order that changes from file to file.
@@ -104,8 +123,7 @@ def write_state(path: Path, state: RunState) -> None:
             stored[name] = tensor
         else:
             same[name] = original
-    metadata = {"same": json.dumps(same, sort_keys=True)}
-    replace_file(path, lambda temporary: save_tensors(temporary, stored, metadata))
+    return stored, {"same": json.dumps(same, sort_keys=True)}
 
 
 def state_bytes(state: RunState) -> int:

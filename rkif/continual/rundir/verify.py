@@ -1,20 +1,22 @@
-"""``rkif log --verify``: check a run's files against its ledger."""
+"""Check a run's files against its ledger: ``rkif log --verify``, and before a run is resumed."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from rkif.continual.rundir.folder import RunReader, file_digests, task_folder
+from rkif.continual.rundir.folder import RunReader, task_folder
 from rkif.continual.rundir.ledger import LEDGER, LedgerError, LedgerRecord
-from rkif.continual.rundir.recorder import not_rolled_back, parameter_digest
+from rkif.continual.rundir.recorded import require_recorded
+from rkif.continual.rundir.recorder import not_rolled_back
 from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import read_checkpoint
 
 
 def verify(run: Path) -> Counter[str]:
-    """Check the ledger's chain, the succession of parameter digests, and every file with a recorded digest.
+    """Check the ledger's chain, the succession of parameter digests, and every file against its digest.
 
     Records are checked in order, so the error names the first bad one. A ledger that was rewritten as a whole
     passes. To exclude that, store the hash of the last record elsewhere and compare it.
@@ -30,52 +32,61 @@ def verify(run: Path) -> Counter[str]:
         LedgerError: names the first bad record and what it disagrees with.
     """
     reader = RunReader(run)
-    records, path = reader.ledger(), run / LEDGER
+    return require_whole(reader, reader.ledger())
+
+
+def require_whole(reader: RunReader, records: Sequence[LedgerRecord]) -> Counter[str]:
+    """:func:`verify` for records that were read; at least one."""
+    run, path = reader.path, reader.path / LEDGER
     settings = hashlib.sha256(reader.config_text().encode()).hexdigest()
-    tasks = reader.metrics().get("tasks", [])
-    round_states = RoundStates(run)
-    kept_rounds = set(round_states.rounds())
-    checked = Counter({"records": len(records)})
+    tasks = reader.metrics().get("tasks", records[0]["tasks"])
+    if tasks != records[0]["tasks"]:
+        raise LedgerError(f"{path}: record 0 has other tasks than {run / 'metrics.json'}")
     checkpoint = read_checkpoint(run)
-    if checkpoint is not None and checkpoint.ledger_records > len(records):
+    known = 0 if checkpoint is None else checkpoint.ledger_records
+    if known > len(records):
         raise LedgerError(
-            f"{path}: record {len(records)} is missing: the checkpoint knows of "
-            f"{checkpoint.ledger_records} records"
+            f"{path}: record {len(records)} is missing: the checkpoint knows of {known} records"
         )
-    valid = {record["seq"] for record in not_rolled_back(records)}
+    if records[-1]["event"] == "rollback" and known != len(records):
+        raise LedgerError(
+            f"{path}: record {len(records) - 1} is of a rollback that was not completed; "
+            "rkif run --resume completes it"
+        )
+    valid = not_rolled_back(records)
+    numbers = {record["seq"] for record in valid}
     parameters = None
     for record in records:
         where = f"{path}: record {record['seq']}"
-        before = record["parameters"].get("before")
-        if record["event"] == "round" and before != parameters:
-            raise LedgerError(f"{where} begins with other parameters than the record before it ended with")
-        parameters = record["parameters"]["after"]
-        if record["seq"] not in valid:
-            continue
-        if record.get("config", settings) != settings:  # a rollback's record has no settings
+        if "parameters" in record:
+            if record["event"] == "round" and record["parameters"]["before"] != parameters:
+                raise LedgerError(
+                    f"{where} begins with other parameters than the record before it ended with"
+                )
+            parameters = record["parameters"]["after"]
+        # A rollback's record has no settings.
+        if record["seq"] in numbers and record.get("config", settings) != settings:
             raise LedgerError(f"{where} is of other settings than {run / 'config.yaml'} has now")
-        if record["event"] == "round" and record["round"] == 1 and 0 in kept_rounds:
-            if parameter_digest(round_states.read(0).parameters) != before:
-                raise LedgerError(f"{where}: the state kept of before the first round is another")
-            checked["states"] += 1
-        if record["event"] == "task":
-            _check_task(task_folder(run, tasks.index(record["task"]), record["task"]), record, where)
-            checked["tasks"] += 1
-        elif record["event"] == "round" and record["round"] in kept_rounds:
-            if parameter_digest(round_states.read(record["round"]).parameters) != parameters:
-                raise LedgerError(f"{where}: the state kept of round {record['round']} is another")
-            checked["states"] += 1
-    return checked
+    recorded = require_recorded(run, records)
+    learned = [record["task"] for record in valid if record["event"] == "task"]
+    following = task_folder(run, len(learned), tasks[len(learned)]) if len(learned) < len(tasks) else None
+    _require_no_other(run, recorded, following)
+    states = sum(RoundStates(run).path(number) in recorded for number in RoundStates(run).rounds())
+    return Counter({"records": len(records), "tasks": len(learned), "states": states})
 
 
-def _check_task(folder: Path, record: LedgerRecord, where: str) -> None:
-    if not folder.is_dir():
-        raise LedgerError(f"{where}: {folder} is missing")
-    digests = file_digests(folder)
-    for name in sorted(digests.keys() | record["files"].keys()):
-        if name not in digests:
-            raise LedgerError(f"{where}: {folder / name} is missing")
-        if name not in record["files"]:
-            raise LedgerError(f"{where}: {folder / name} was not there when the task was learned")
-        if digests[name] != record["files"][name]:
-            raise LedgerError(f"{where}: {folder / name} is not the file that was written")
+def _require_no_other(run: Path, recorded: Collection[Path], following: Path | None) -> None:
+    """Raise LedgerError where a task or the states have a file that no record names.
+
+    The folder of the following task, and whatever is under a temporary name, a kill may have left.
+    """
+    folders = {
+        run / "tasks": "was not there when the task was learned",
+        RoundStates(run).folder: "is no state that the run kept",
+    }
+    for folder, problem in folders.items():
+        for path in sorted(folder.rglob("*")):
+            entry = folder / path.relative_to(folder).parts[0]
+            if path in recorded or path.is_dir() or entry == following or entry.suffix == ".tmp":
+                continue
+            raise LedgerError(f"{run / LEDGER}: {path} {problem}")

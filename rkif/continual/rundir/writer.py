@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,11 +12,12 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from rkif.continual.config import RunConfig, dump_config
-from rkif.continual.rundir.folder import RunFolder
+from rkif.continual.rundir.folder import METRICS, RunFolder, metrics_sha256
 from rkif.continual.rundir.ledger import LEDGER
+from rkif.continual.rundir.recorded import FORMAT
 from rkif.continual.rundir.recorder import Recorder, parameter_digest
 from rkif.continual.rundir.round_states import RoundStates
-from rkif.continual.rundir.state import RunState
+from rkif.continual.rundir.state import CHECKPOINT, RunState, write_state
 from rkif.continual.tasks.replay_memory import ReplayMemory
 
 
@@ -80,6 +82,7 @@ class RunWriter:
         self.record(
             {
                 "event": "begin",
+                "format": FORMAT,
                 "method": self._config.method,
                 "tasks": list(tasks),
                 "versions": {name: importlib.metadata.version(name) for name in ("rkif", "torch")},
@@ -89,11 +92,30 @@ class RunWriter:
 
     def write_checkpoint(self, task: int, step: int, samples: int, method: dict[str, Tensor]) -> None:
         """Write the state that a resumed run continues from."""
-        self.folder.write_checkpoint(self._state(task, step, samples, method))
+        write_state(
+            self.folder.path / CHECKPOINT,
+            self._state(task, step, samples, method),
+            lambda sha256: self.record({"event": "state", "files": {CHECKPOINT: sha256}}),
+        )
+
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Write ``metrics.json``."""
+        self.record({"event": "measured", "files": {METRICS: metrics_sha256(metrics)}})
+        self.folder.write_metrics(metrics)
+
+    def skip_measured(self) -> None:
+        """Pass the record of ``metrics.json`` that an earlier process wrote together with the file."""
+        self._recorder.skip_measured()
 
     def write_round_state(self, task: int, step: int, samples: int, method: dict[str, Tensor]) -> None:
         """Keep the state after the latest round, for a rollback to it."""
-        self._round_states.write(self.rounds, self._state(task, step, samples, method))
+        number = self.rounds
+        name = self._round_states.path(number).relative_to(self.folder.path).as_posix()
+        self._round_states.write(
+            number,
+            self._state(task, step, samples, method),
+            lambda sha256: self.record({"event": "state", "round": number, "files": {name: sha256}}),
+        )
 
     def publish_task(
         self,
@@ -136,10 +158,19 @@ class RunWriter:
         """Adapter or model, with the tokenizer, as ``from_pretrained`` reads them."""
         self._model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
+        settings = folder / "adapter_config.json"
+        if settings.exists():
+            # peft keeps names of modules in sets, whose order changes from process to process.
+            content = json.loads(settings.read_text(encoding="utf-8"))
+            for key in ("target_modules", "exclude_modules"):
+                if isinstance(content.get(key), list):
+                    content[key].sort()
+            settings.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
     def _state(self, task: int, step: int, samples: int, method: dict[str, Tensor]) -> RunState:
         parameters = {name: parameter.detach() for name, parameter in self._parameters.items()}
-        return RunState(task, step, samples, self._recorder.position, parameters, method)
+        # The state accounts for its own record, too.
+        return RunState(task, step, samples, self._recorder.position + 1, parameters, method)
 
 
 def run_identity(config: RunConfig) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _digests(records: Sequence[LedgerRecord]) -> str:
     facts = {
         "records": f"{len(records)}, in an unbroken chain" + (f"; {returned} rollbacks" if returned else ""),
         "last hash": records[-1]["hash"],
-        "parameters": records[-1]["parameters"]["after"],
+        "parameters": [r["parameters"] for r in records if "parameters" in r][-1]["after"],
         "settings": begin["config"],
         "versions": versions,
         "begun": begin["time"],
