@@ -44,7 +44,7 @@ class Fuser:
     perhaps U, for either learner. The config can have less of each: see docs/guide/memory.md.
 
     Wrapped models (DDP, FSDP2's ``fully_shard``, tensor parallelism, ``torch.compile``) are given as they
-    are. Where parameters are spread over processes every method but :meth:`observe` must be called by all
+    are. Where parameters are sharded over processes, every method but :meth:`observe` must be called by all
     of them; a call that fails on one fails on all, with the cause. See docs/guide/distributed.md.
 
     Args:
@@ -57,7 +57,7 @@ class Fuser:
     Attributes:
         config: the settings.
         parameters: name -> trainable parameter.
-        sharded: whether they are spread over processes.
+        sharded: whether they are sharded over processes.
         phase: "inner" or "outer", whose turn it is.
         round: rounds that have ended, by a fusion or a rollback.
         inner_observed, outer_observed: calls of :meth:`observe` in this round.
@@ -65,7 +65,7 @@ class Fuser:
 
     Raises:
         TypeError, ValueError: nothing is trainable, parameters on several devices, unsupported dtypes, or a
-            model that is spread in a way that hides its gradients (DeepSpeed, FSDP1).
+            model that is sharded in a way that hides its gradients (DeepSpeed, FSDP1).
         RuntimeError: other settings, parameters or another gate than on another rank.
     """
 
@@ -248,7 +248,7 @@ class Fuser:
         self._end_round()
 
     def scores(self, learner: Learner) -> dict[str, Tensor]:
-        """Name -> importance scores so far: float32 copies of the parameters' shapes, spread as they are.
+        """Name -> importance scores so far: float32 copies of the parameters' shapes, sharded as they are.
 
         Raises:
             ValueError: ``learner`` is neither "inner" nor "outer".
@@ -261,7 +261,7 @@ class Fuser:
         return self._shards.to_dtensors(self._importance[learner].score_copies())
 
     def base(self) -> dict[str, Tensor]:
-        """Name -> the parameters at the start of the round, as copies, spread as they are."""
+        """Name -> the parameters at the start of the round, as copies, sharded as they are."""
         copies = [torch.empty_like(part) for part in self._shards.parts()]
         self._base.copy_to(copies)
         return self._shards.to_dtensors(dict(zip(self.parameters, copies, strict=True)))
@@ -271,7 +271,7 @@ class Fuser:
 
         Returns:
             A flat dict of tensors that share no memory, as safetensors wants them; those of the parameters'
-            shapes spread as the parameters are, as ``torch.distributed.checkpoint`` wants them.
+            shapes are sharded as the parameters are, as ``torch.distributed.checkpoint`` wants them.
         """
         return state_of(self)
 
@@ -279,7 +279,7 @@ class Fuser:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from where :meth:`state_dict` was taken. The parameters must be restored by the caller.
 
-        Tensors may be whole or spread in any way; every process takes its part.
+        Tensors may be whole or sharded in any way; every process takes its part.
 
         Raises:
             ValueError: other names, shapes or dtypes than this fuser's; nothing has been changed then.

@@ -1,4 +1,4 @@
-"""Exact order statistics of scores that are spread over many tensors, in constant memory.
+"""Exact order statistics of the scores of many tensors, in constant memory.
 
 A sample proposes a narrow bracket around the k-th score. One pass counts what lies on either side of it
 and collects what lies inside; the counts prove whether the bracket was right. If it was, the answer is an

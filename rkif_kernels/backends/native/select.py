@@ -1,4 +1,4 @@
-"""Exact order statistics of scores that are spread over many tensors, in constant memory."""
+"""Exact order statistics of the scores of many tensors, in constant memory."""
 
 from __future__ import annotations
 
