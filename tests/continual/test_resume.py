@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from run_inputs import TASKS, assert_same_files, files, go
 
 from rkif.continual.config import RunConfig
 from rkif.continual.display.progress import RunProgress
+from rkif.continual.rundir.verify import verify
+from rkif.continual.rundir.writer import RunWriter
 
 
 class Killed(BaseException):
@@ -65,9 +69,58 @@ def test_killed_at_any_event_and_resumed_ends_with_the_same_bytes(
             kill_after(patch, event)
             with pytest.raises(Killed):
                 go(settings, out)
+        if (out / "ledger.jsonl").exists():
+            verify(out)  # what a kill leaves is no damage
         go(settings, out, resume=True)
         assert_same_files(files(out), expected, f"killed at event {event}")
         shutil.rmtree(out)
+
+
+def test_killed_while_a_task_is_published_again(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """The task is in the ledger, but no checkpoint after it; its folder must be whole at any event."""
+    settings = config(tasks=config().tasks.model_dump() | {"order": TASKS[:2]}, checkpoint_every=100)
+    go(settings, tmp_path / "straight")
+
+    def dying(*_: Any) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunWriter, "write_checkpoint", dying)
+        with pytest.raises(Killed):
+            go(settings, tmp_path / "once")
+    for removal in range(100):
+        out = shutil.copytree(tmp_path / "once", tmp_path / f"{removal}")
+        with pytest.MonkeyPatch.context() as patch:
+            left = [removal]
+
+            def removing(*args: Any, call: Any, left: list[int] = left, **more: Any) -> Any:
+                left[0] -= 1
+                if left[0] == -1:
+                    raise Killed
+                return call(*args, **more)
+
+            for module, name in ((shutil, "rmtree"), (os, "unlink"), (os, "replace")):
+                patch.setattr(module, name, partial(removing, call=getattr(module, name)))
+            try:
+                go(settings, out, resume=True)
+                break
+            except Killed:
+                pass
+        go(settings, out, resume=True)
+        assert_same_files(files(out), files(tmp_path / "straight"), f"killed at event {removal}")
+    assert 3 < removal < 99
+
+
+def test_other_tasks_are_refused(config: Callable[..., RunConfig], inputs: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(inputs / "tasks", tmp_path / "data")
+    path = data / "tasks.json"
+    table = json.loads(path.read_text())
+    path.write_text(json.dumps(table | {"orders": {"short": TASKS[:2]}}))
+    settings = config(tasks={"folder": str(data), "order": "short"})
+    go(settings, tmp_path / "run")
+    path.write_text(json.dumps(table | {"orders": {"short": TASKS[1:]}}))
+    with pytest.raises(ValueError, match="the tasks are tense, place; this run began with "):
+        go(settings, tmp_path / "run", resume=True)
 
 
 def test_killed_again_and_again(config: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from rkif.continual.rundir.recorder import not_rolled_back
 from rkif.continual.rundir.rollback import rollback
 from rkif.continual.rundir.round_states import RoundStates, next_to_drop
 from rkif.continual.rundir.state import RunState, read_checkpoint
+from rkif.continual.rundir.verify import verify
 from rkif.files import claimed
 
 Config = Callable[..., RunConfig]
@@ -146,8 +147,14 @@ def test_killed_at_any_event_and_completed(whole: tuple[RunConfig, Path], tmp_pa
                 break
             except Killed:
                 pass
+        if (last := list(read_ledger(run / "ledger.jsonl"))[-1])["event"] == "rollback":
+            with pytest.raises(
+                ValueError, match=f"record {last['seq']} is of a rollback that was not completed"
+            ):
+                verify(run)
         go(config, run, resume=True)
         assert_same_end(run, original)
+        verify(run)
         shutil.rmtree(run)
     assert 5 < event < 99
 

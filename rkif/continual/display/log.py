@@ -163,7 +163,7 @@ def _share(record: LedgerRecord, module: str | None) -> Share:
         for side in (0, 1)
     ]
     return Share(
-        math.sqrt(sum(value["moved"] ** 2 for value in values)),
+        math.hypot(*(value["moved"] for value in values)),
         tuple(sum(value["counts"][case] for value in values) for case in range(len(CASES))),
         (importance[0], importance[1]),
     )

@@ -65,7 +65,9 @@ class AccuracyTable:
         return len(self.content["accuracy"][0])
 
     def require_same_data(self, tasks: Sequence[Task]) -> None:
-        """Raise ValueError where a task has other records than at the start of the run."""
+        """Raise ValueError where tasks, or their records, are not those from the start of the run."""
+        if (names := [task.name for task in tasks]) != self.content["tasks"]:
+            raise ValueError(f"the tasks are {', '.join(names)}; this run began with {self.content['tasks']}")
         for task in tasks:
             for split, digest in _digests(task).items():
                 if self.content["data"][task.name][split] != digest:

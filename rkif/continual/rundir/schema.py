@@ -14,7 +14,7 @@ from rkif.files import require_inside, require_valid
 from rkif.gate import Verdict
 from rkif_kernels import CASES
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 Number = float | Literal["nan", "inf", "-inf"]  # JSON has no names for the last three
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 TaskName = Annotated[str, AfterValidator(require_task_name)]
