@@ -324,21 +324,23 @@ class Fuser:
         # Into memory of its own, which is the next base: so one pass over memory is enough.
         with self._shards.processes.raise_on_any_failure():
             fused = self._snapshot(self._base_dtypes)
-        report = fuse_round(self, fused)
-        if self._gatekeeper is None:
+        with self._snapshots.put_back_on_failure(fused):
+            report = fuse_round(self, fused)
+            if self._gatekeeper is not None:
+                return self._apply_gate(self._gatekeeper, fused, report)
             restore(self._shards, fused)
-            self._base = self._snapshots.exchange(self._base, fused)
-            return report
-        return self._apply_gate(self._gatekeeper, fused, report)
+        self._base = self._snapshots.exchange(self._base, fused)
+        return report
 
     def _apply_gate(self, gatekeeper: Gatekeeper, fused: Snapshot, report: FusionReport) -> FusionReport:
         """Let the gate decide how much of the step from base to ``fused`` is taken."""
         outer = self._snapshot(self._dtypes, [part.detach() for part in self._shards.parts()])
-        verdict = take_gated_step(gatekeeper, self._shards, base=self._base, fused=fused, outer=outer)
+        with self._snapshots.put_back_on_failure(outer):
+            verdict = take_gated_step(gatekeeper, self._shards, base=self._base, fused=fused, outer=outer)
         self._snapshots.put_back(outer)
         if verdict.factor == 0:
-            self._snapshots.put_back(fused)
             self._undo_importance()
+            self._snapshots.put_back(fused)
             return replace(report, norms=report.norms | {"update": 0.0}, applied=False, gate=verdict)
         update = squared_distance(fused, self._base, self._shards.owned)
         norms = report.norms | {"update": math.sqrt(float(self._shards.all_reduce_sum(update)))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ def keeps_memory(size: float) -> bool:
 
 
 class Snapshot:
-    """A copy of each of some tensors, in one piece of memory for each dtype; uninitialised at first.
+    """A copy of each of some tensors, in few pieces of memory; uninitialised at first.
 
     Args:
         like: the tensors, which give shapes and device.
@@ -135,8 +136,18 @@ class SnapshotPool:
             self._free.remove(snapshot)
             snapshot.allocate()
         if values is not None:
-            snapshot.copy_from(range(len(values)), [value.detach() for value in values])
+            with self.put_back_on_failure(snapshot):
+                snapshot.copy_from(range(len(values)), [value.detach() for value in values])
         return snapshot
+
+    @contextmanager
+    def put_back_on_failure(self, snapshot: Snapshot) -> Iterator[None]:
+        """Put a snapshot back if the block raises: a fusion that knows its tensors keeps them alive."""
+        try:
+            yield
+        except BaseException:
+            self.put_back(snapshot)
+            raise
 
     def put_back(self, snapshot: Snapshot) -> None:
         """Give a snapshot's memory back. Whoever holds its tensors must not use them any more."""
@@ -187,18 +198,24 @@ def iter_groups(snapshots: Sequence[Snapshot]) -> Iterator[tuple[range, list[lis
 def _arenas(
     like: Sequence[Tensor], dtypes: Sequence[torch.dtype], device: torch.device, *, pin_memory: bool
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """Flat tensors, one for each dtype, and dense views of them, each starting on a 64-byte boundary."""
-    starts, sizes = [], dict.fromkeys(dtypes, 0)
-    for tensor, dtype in zip(like, dtypes, strict=True):
-        starts.append(sizes[dtype])
-        step = 64 // dtype.itemsize
-        sizes[dtype] += -(-tensor.numel() // step) * step
+    """Flat tensors, and dense views of them, each of which starts on a 64-byte boundary.
+
+    Small memory is one flat tensor for each dtype. Large memory comes in pieces: an allocator that has split
+    a large free block has no place for the whole, and pinned memory is rounded up to a power of two.
+    """
+    sizes = [tensor.numel() for tensor in like]
+    total = sum(size * dtype.itemsize for size, dtype in zip(sizes, dtypes, strict=True))
+    places, ends = [], dict[tuple[int, torch.dtype], int]()
+    for piece, indices in enumerate([range(len(sizes))] if keeps_memory(total) else groups(sizes)):
+        for index in indices:
+            key, step = (piece, dtypes[index]), 64 // dtypes[index].itemsize
+            places.append((key, ends.get(key, 0)))
+            ends[key] = places[-1][1] + -(-sizes[index] // step) * step
     flat = {
-        dtype: torch.empty(size, dtype=dtype, device=device, pin_memory=pin_memory)
-        for dtype, size in sizes.items()
+        key: torch.empty(end, dtype=key[1], device=device, pin_memory=pin_memory) for key, end in ends.items()
     }
-    rows = zip(like, dtypes, starts, strict=True)
-    views = [flat[dtype].as_strided(t.shape, _dense_strides(t), start) for t, dtype, start in rows]
+    rows = zip(like, places, strict=True)
+    views = [flat[key].as_strided(t.shape, _dense_strides(t), start) for t, (key, start) in rows]
     arenas = list(flat.values())
     return arenas, Views.of(arenas[0], views) if len(arenas) == 1 else views
 

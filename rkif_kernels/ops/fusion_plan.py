@@ -27,9 +27,10 @@ from rkif_kernels.types import (
 # few allocations.
 _PLACES = 4
 
-
-# Lists of views: their ids and the addresses of the flat tensors. All other lists: each tensor's address.
-Places = tuple[list[tuple[int, int]], list[int]]
+# Views: their id and the address of the flat tensor. Any other list: each tensor's address.
+Places = tuple[int, int] | list[int] | None
+# The places of each role, and whether the scores of each learner are distances.
+Key = tuple[list[Places], tuple[bool, bool]]
 
 
 class FusionPlan:
@@ -68,22 +69,21 @@ class FusionPlan:
 
     def fuse(self, inputs: FusionInputs) -> FuseStats:
         """Select and fuse once; lists and result as for :func:`rkif_kernels.select_and_fuse_`."""
-        rows = list(filter(None, inputs.lists))
         # The flat tensor decides addresses and kind of its views: one address is compared, not hundreds.
-        moving = [tensor for row in rows if not isinstance(row, Views) for tensor in row]
-        fixed = [(id(row), row.flat.data_ptr()) for row in rows if isinstance(row, Views)]
-        places = fixed, addresses(moving)
+        moving = [tensor for row in inputs.lists if row and not isinstance(row, Views) for tensor in row]
+        places = [None if row is None else _places(row) for row in inputs.lists]
+        key = places, (inputs.inner_scores.distance, inputs.outer_scores.distance)
         with self._lock:
-            bound = next((bound for bound in self._bound if bound.places == places), None)
+            bound = next((bound for bound in self._bound if bound.key == key), None)
             if bound is None or not bound.same_kind(moving):
-                bound = self._bind(inputs, moving, places)
-                self._bound = [bound, *(other for other in self._bound if other.places != places)][:_PLACES]
+                bound = self._bind(inputs, moving, key)
+                self._bound = [bound, *(other for other in self._bound if other.key != key)][:_PLACES]
             with torch.no_grad(), on_device(inputs.device), profiled("rkif.fuse", inputs.device):
                 stats = bound.launch(inputs)
         torch.autograd.graph.increment_version(inputs.out)
         return stats
 
-    def _bind(self, inputs: FusionInputs, moving: Sequence[Tensor | None], places: Places) -> _Bound:
+    def _bind(self, inputs: FusionInputs, moving: Sequence[Tensor | None], key: Key) -> _Bound:
         require_fusion(inputs, self._rule, self._names)
         module, launch = implementation(inputs.device, self._backend), None
         if hasattr(module, "prepared_fusion") and fits_one_pass(inputs, self._density, self._scope):
@@ -92,7 +92,7 @@ class FusionPlan:
                 launch = module.prepared_fusion(inputs, k, self._rule)
         launch = self._unprepared if launch is None else launch
         views = [row for row in inputs.lists if isinstance(row, Views)]
-        return _Bound(places, views, launch, same_kind(moving))
+        return _Bound(key, views, launch, same_kind(moving))
 
     def _unprepared(self, inputs: FusionInputs) -> FuseStats:
         """The fusion of lists for which the backend prepares nothing."""
@@ -102,7 +102,11 @@ class FusionPlan:
 class _Bound(NamedTuple):
     """A prepared launch, and the lists that it was prepared for."""
 
-    places: Places
+    key: Key
     views: list[Views]  # kept, so that no other list gets the id of one of them
     launch: Callable[[FusionInputs], FuseStats]
     same_kind: Callable[[Sequence[Tensor | None]], bool]
+
+
+def _places(row: Sequence[Tensor | None]) -> Places:
+    return (id(row), row.flat.data_ptr()) if isinstance(row, Views) else addresses(row)

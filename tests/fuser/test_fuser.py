@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -386,6 +387,22 @@ def test_parameters_that_share_memory_are_refused() -> None:
     p = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"parameters\['a'\] and parameters\['b'\] share memory"):
         Fuser([("a", p), ("b", p)], FusionConfig())
+
+
+def test_a_fusion_that_fails_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rkif.fuser.snapshot.KEPT_BYTES", 0)
+    loops = [Loop(FusionConfig.paper()) for _ in range(2)]
+    for loop in loops:
+        loop.run(range(6))
+    fuser = loops[0].fuser
+    with monkeypatch.context() as failing:
+        failing.setattr("rkif.fuser.round_fusion.report_of", Mock(side_effect=MemoryError))
+        for _ in range(3):
+            with pytest.raises(MemoryError):
+                fuser.fuse()
+    outs = [bound.views[0].flat for bound in fuser._plan._bound]
+    assert {out.untyped_storage().nbytes() for out in outs} == {0}
+    assert fuser.fuse() == loops[1].fuser.fuse()
 
 
 def test_a_fusion_in_inference_mode_leaves_a_fuser_that_goes_on() -> None:

@@ -226,6 +226,27 @@ def test_everything_includes_what_is_no_number() -> None:
     assert packed.tolist() == [3]
 
 
+@pytest.mark.parametrize(("kept", "pieces"), [(1 << 20, [96, 32]), (0, [48, 32, 48])])
+def test_large_copies_are_in_pieces(kept: int, pieces: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "KEPT_BYTES", kept)
+    monkeypatch.setattr(snapshots, "GROUP_NUMEL", 40)
+    values = [torch.randn(size) for size in (17, 0, 16, 3, 41)]
+    dtypes = [torch.float32] * 3 + [torch.bfloat16, torch.float32]
+    snapshot = snapshots.Snapshot(values, dtypes, offload=False)
+    assert [arena.numel() for arena in snapshot._arenas] == pieces
+    found = [torch.empty_like(value) for value in values]
+    for _ in range(2):
+        snapshot.copy_from(range(5), values)
+        snapshot.copy_to(found)
+        for got, value, dtype in zip(found, values, dtypes, strict=True):
+            assert torch.equal(got, value.to(dtype).float())
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in snapshot.tensors)
+        snapshot.free()
+        held = [arena.untyped_storage().nbytes() for arena in snapshot._arenas]
+        assert any(held) == bool(kept)
+        snapshot.allocate()
+
+
 def test_turns_cover_everything_once() -> None:
     for sizes, size in product([[], [0], [5], [3, 4, 0, 9, 1, 1], [0, 0, 20, 0]], [1, 4, 100]):
         with pytest.MonkeyPatch.context() as patch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from kernel_cases import BLOCK, CHUNK, NATIVE, assert_same_bits, normal, on, pos
 from torch import Tensor
 
 import rkif
-from rkif_kernels import FusionInputs, FusionPlan, MergeRule, Scores, magnitudes, select_and_fuse_
+from rkif_kernels import FusionInputs, FusionPlan, MergeRule, Scores, Views, magnitudes, select_and_fuse_
 from rkif_kernels.backends.triton import single_pass
 from rkif_kernels.backends.triton.launch import Bracketing
+from rkif_kernels.backends.triton.undecided import Undecided
 from rkif_kernels.ops import fusion_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,6 +146,50 @@ def test_copies_and_distances_are_not_prepared(prepared: list[FusionInputs]) -> 
     check(plan, "triton", [base, shifted, outer, *sides()])
     check(plan, "triton", [base, inner, outer, magnitudes(inner, base), magnitudes(outer, inner)])
     assert not prepared
+
+
+def test_the_same_tensors_in_other_roles_are_not_known() -> None:
+    plan = FusionPlan(**PLANNED, backend="triton")
+    flat = torch.randn(CHUNK, device=DEVICE)
+    views, (own, inner, outer, s, u, t) = Views.of(flat, [flat]), torch.rand(6, CHUNK, device=DEVICE)[:, None]
+    scores = Scores([*s], [*u]), Scores([*t], [*u])
+    check(plan, "triton", [views, [*inner], [*outer], *scores], [*own])
+    check(plan, "triton", [[*own], [*inner], [*outer], *scores], views)
+    check(plan, "triton", [[*inner], [*own], [*outer], Scores([*s], [*u]), Scores([*t])], views)
+    check(plan, "triton", [[*inner], [*own], [*outer], Scores([*s]), Scores([*u], [*t])], views)
+    distances = magnitudes([*s], [*u]), magnitudes([*t], [*u])
+    check(plan, "triton", [[*own], [*inner], [*outer], *distances], views)
+
+
+def test_the_memory_of_a_launch_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated: list[weakref.ref[Tensor]] = []
+    allocate = Undecided.allocate
+
+    def spy(*args: Any) -> dict[str, Tensor]:
+        memory = allocate(*args)
+        allocated.extend(map(weakref.ref, memory.values()))
+        return memory
+
+    monkeypatch.setattr(Undecided, "allocate", spy)
+    plan = FusionPlan(**PLANNED, backend="triton")
+    inputs = [*lists(), *sides()]
+    out = [torch.empty_like(tensor) for tensor in inputs[0]]
+    for _ in range(2):
+        plan.fuse(FusionInputs(out, *inputs))
+    assert len(allocated) == 8
+    assert all(memory() is None for memory in allocated)
+
+
+def test_every_launch_keeps_its_tables_for_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = FusionPlan(**PLANNED, backend="triton")
+    inputs = [*lists(), *sides()]
+    out = check(plan, "triton", inputs)
+    kept: list[Any] = []
+    monkeypatch.setattr(single_pass, "keep_for_graph", lambda used, memory: kept.append((used, memory)))
+    plan.fuse(FusionInputs(out, *inputs))
+    ((grouped, memory),) = kept
+    assert memory is grouped[0].pointers
+    assert memory[0, 0] == out[0].data_ptr()
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_written() -> None:

@@ -67,12 +67,12 @@ class PreparedLaunch:
 
     def __call__(self, given: Mapping[str, Any]) -> None:
         """Launch on the current stream, with what is not among the arguments kept from ``given``."""
-        for name in self._given:
-            self._arguments[name] = given[name]
+        # In an order that is the kernel's; not kept, or the memory of one launch would live until the next.
+        arguments = self._arguments | {name: given[name] for name in self._given}
         if self._launch is not None:
-            self._launch(*self._arguments.values())
+            self._launch(*arguments.values())
             return
-        compiled = self._kernel[self._grid](**self._arguments, **self._options)
+        compiled = self._kernel[self._grid](**arguments, **self._options)
         if compiled is not None:  # Triton's interpreter compiles nothing
             self._launch = compiled[self._grid]
 

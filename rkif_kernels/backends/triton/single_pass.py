@@ -52,7 +52,14 @@ from rkif_kernels.backends.triton.launch import (
     capped_grid,
 )
 from rkif_kernels.backends.triton.radix import radix_thresholds
-from rkif_kernels.backends.triton.table import ALIGNMENT, StreamOrder, Table, aligned, tables
+from rkif_kernels.backends.triton.table import (
+    ALIGNMENT,
+    StreamOrder,
+    Table,
+    aligned,
+    keep_for_graph,
+    tables,
+)
 from rkif_kernels.backends.triton.undecided import (
     Undecided,
     begin_searches,
@@ -316,6 +323,7 @@ def prepared_fusion(
 
     def launch(_: FusionInputs) -> FuseStats:
         streams.enter()
+        keep_for_graph(grouped, grouped[0].pointers)  # a plan forgets what it has not used for long
         return fusion.launch()
 
     return launch

@@ -152,7 +152,7 @@ def tables(rows: Rows, chunk: int) -> tuple[Table, ...]:
         chunk,
     )
     order.enter()
-    _keep_for_graph(found, found[0].pointers if found else None)
+    keep_for_graph(found, found[0].pointers if found else None)
     return found
 
 
@@ -214,7 +214,7 @@ def constant(device: torch.device, values: tuple[float, ...], dtype: torch.dtype
     """A small read-only tensor on the device, made once."""
     found, order = _constant(device, values, dtype)
     order.enter()
-    _keep_for_graph(found, found)
+    keep_for_graph(found, found)
     return found
 
 
@@ -231,7 +231,8 @@ def _constant(
 _captured: dict[int, object] = {}
 
 
-def _keep_for_graph(used: object, memory: Tensor | None) -> None:
+def keep_for_graph(used: object, memory: Tensor | None) -> None:
+    """Keep ``used``, of which ``memory`` is a part, for ever if a CUDA graph is being captured."""
     if memory is not None and memory.is_cuda and torch.cuda.is_current_stream_capturing():
         _captured[id(memory)] = used
 
