@@ -16,7 +16,6 @@ from rkif.continual.methods import METHODS
 from rkif.continual.models.device import run_device
 from rkif.continual.models.load import load_model
 from rkif.continual.rundir.folder import RunFolder, RunReader
-from rkif.continual.rundir.ledger import LEDGER
 from rkif.continual.rundir.rollback import finish_rollback
 from rkif.continual.rundir.state import RunState, read_checkpoint
 from rkif.continual.rundir.verify import require_whole
@@ -48,11 +47,10 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
         RuntimeError: another process uses the folder.
     """
     with _locked_folder(out):
-        if resume and (out / LEDGER).exists():
+        if resume and (out / "config.yaml").is_file():
             finish_rollback(out)
             reader = RunReader(out)
-            if records := reader.records(torn=True):
-                require_whole(reader, records)
+            require_whole(reader, reader.records(torn=True))
         start = (read_checkpoint(out) if resume else None) or RunState(0, 0, 0, 0, {}, {})
         with open_run(config, out, start.task, progress, resume=resume) as sequence:
             return sequence.run(start)

@@ -111,6 +111,21 @@ def test_killed_while_a_task_is_published_again(config: Callable[..., RunConfig]
     assert 3 < removal < 99
 
 
+@pytest.mark.parametrize("kept", ["metrics.json", "checkpoint.safetensors", "tasks/01-review/task.json"])
+def test_a_run_without_its_ledger_is_not_trained_on(
+    config: Callable[..., RunConfig], tmp_path: Path, kept: str
+) -> None:
+    settings = config(tasks=config().tasks.model_dump() | {"order": TASKS[:1]})
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    go(settings, whole)
+    (run / kept).parent.mkdir(parents=True)
+    for name in ("config.yaml", kept):
+        shutil.copy(whole / name, run / name)
+    with pytest.raises(ValueError, match=f"{kept} (is in no record|was not there when the task)"):
+        go(settings, run, resume=True)
+    assert set(files(run)) == {"config.yaml", kept}
+
+
 def test_other_tasks_are_refused(config: Callable[..., RunConfig], inputs: Path, tmp_path: Path) -> None:
     data = shutil.copytree(inputs / "tasks", tmp_path / "data")
     path = data / "tasks.json"

@@ -87,10 +87,9 @@ def _target(reader: RunReader, records: Sequence[LedgerRecord], to: int) -> tupl
         raise ValueError(
             f"{reader.path / 'metrics.json'} is damaged: tasks: they are not those of the ledger"
         )
-    if state.task >= len(metrics["tasks"]):
-        raise ValueError(
-            f"the state kept of round {to} is damaged: task: {state.task} of {len(metrics['tasks'])}"
-        )
+    learned = sum(record["event"] == "task" for record in not_rolled_back(records))
+    if state.task > min(learned, len(metrics["tasks"]) - 1):
+        raise ValueError(f"the state kept of round {to} is damaged: task: {state.task}, of {learned} learned")
     for matrix in (metrics["accuracy"], *(metric["matrix"] for metric in metrics["metrics"].values())):
         for row in matrix:
             del row[state.task :]

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from rkif.continual.rundir.folder import RunReader, task_folder
+from rkif.continual.rundir.folder import METRICS, RunReader, task_folder
 from rkif.continual.rundir.ledger import LEDGER, LedgerError, LedgerRecord
 from rkif.continual.rundir.recorded import require_recorded
 from rkif.continual.rundir.recorder import not_rolled_back
 from rkif.continual.rundir.round_states import RoundStates
-from rkif.continual.rundir.state import read_checkpoint
+from rkif.continual.rundir.state import CHECKPOINT, read_checkpoint
 
 
 def verify(run: Path) -> Counter[str]:
@@ -36,8 +36,11 @@ def verify(run: Path) -> Counter[str]:
 
 
 def require_whole(reader: RunReader, records: Sequence[LedgerRecord]) -> Counter[str]:
-    """:func:`verify` for records that were read; at least one."""
+    """:func:`verify` for records that were read; a run without any has no other file than its settings."""
     run, path = reader.path, reader.path / LEDGER
+    if not records:
+        _require_no_other(run, set(), None)
+        return Counter()
     settings = hashlib.sha256(reader.config_text().encode()).hexdigest()
     tasks = reader.metrics().get("tasks", records[0]["tasks"])
     if tasks != records[0]["tasks"]:
@@ -76,7 +79,7 @@ def require_whole(reader: RunReader, records: Sequence[LedgerRecord]) -> Counter
 
 
 def _require_no_other(run: Path, recorded: Collection[Path], following: Path | None) -> None:
-    """Raise LedgerError where a task or the states have a file that no record names.
+    """Raise LedgerError for metrics, a checkpoint, or a file of a task or of the states that no record names.
 
     The folder of the following task, and whatever is under a temporary name, a kill may have left.
     """
@@ -84,6 +87,9 @@ def _require_no_other(run: Path, recorded: Collection[Path], following: Path | N
         run / "tasks": "was not there when the task was learned",
         RoundStates(run).folder: "is no state that the run kept",
     }
+    for path in (run / METRICS, run / CHECKPOINT):
+        if path.exists() and path not in recorded:
+            raise LedgerError(f"{run / LEDGER}: {path} is in no record")
     for folder, problem in folders.items():
         for path in sorted(folder.rglob("*")):
             entry = folder / path.relative_to(folder).parts[0]
