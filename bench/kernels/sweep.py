@@ -30,7 +30,7 @@ from rkif_kernels import (
     update_importance_,
 )
 from rkif_kernels.backends import reference
-from rkif_kernels.backends.choose import available
+from rkif_kernels.backends.choose import available, interpreting
 from rkif_kernels.checks import PARAMETER_DTYPES, STATE_DTYPES
 from rkif_kernels.types import (
     Backend,
@@ -45,6 +45,7 @@ from rkif_kernels.types import (
 
 # Elements of a tensor at most: on a GPU enough for a single pass, on a CPU what the reference sorts quickly.
 LARGEST = {"cuda": 12_000_000, "cpu": 300_000}
+INTERPRETED = 5_000  # what Triton's interpreter computes in about a second
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ def sweep(
         How many cases were right, and what was wrong with the next one, or nothing.
     """
     backends = backends or available(device)
+    largest = INTERPRETED if interpreting() and "triton" in backends else LARGEST[device.type]
     start, done = time.monotonic(), 0
     while (cases is None or done < cases) and time.monotonic() - start < limit_s:
-        case = make_case(seed + done, LARGEST[device.type])
+        case = make_case(seed + done, largest)
         for backend in backends:
             try:
                 with _bracketing(seed + done) if backend == "triton" else nullcontext():
