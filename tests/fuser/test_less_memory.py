@@ -247,6 +247,25 @@ def test_large_copies_are_in_pieces(kept: int, pieces: list[int], monkeypatch: p
         snapshot.allocate()
 
 
+@pytest.mark.parametrize("preset", [rkif.FusionConfig.paper(), rkif.FusionConfig(scope="tensor")])
+@pytest.mark.parametrize("turn", [10, 1 << 24])
+def test_rounds_are_the_same_in_memory_that_is_given_back(
+    preset: rkif.FusionConfig, turn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, loop = Loop(preset), Loop(preset)
+    expected.run(range(35))
+    monkeypatch.setattr(snapshots, "KEPT_BYTES", 0)
+    monkeypatch.setattr(snapshots, "GROUP_NUMEL", turn)
+    others = []  # of the same sizes: they take memory that has been given back
+    for event in range(35):
+        loop.run(range(event, event + 1))
+        others.append(torch.full((16 * (1 + event % 5),), torch.nan))
+        others.extend(torch.full_like(weight, torch.nan) for weight in loop.weights())
+    assert all(map(torch.equal, loop.weights(), expected.weights()))
+    state, wanted = loop.fuser.state_dict(), expected.fuser.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
+
+
 def test_turns_cover_everything_once() -> None:
     for sizes, size in product([[], [0], [5], [3, 4, 0, 9, 1, 1], [0, 0, 20, 0]], [1, 4, 100]):
         with pytest.MonkeyPatch.context() as patch:
