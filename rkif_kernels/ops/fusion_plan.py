@@ -79,7 +79,7 @@ class FusionPlan:
                 bound = self._bind(inputs, moving, key)
                 self._bound = [bound, *(other for other in self._bound if other.key != key)][:_PLACES]
             with torch.no_grad(), on_device(inputs.device), profiled("rkif.fuse", inputs.device):
-                stats = bound.launch(inputs)
+                stats = (bound.launch or self._unprepared)(inputs)
         torch.autograd.graph.increment_version(inputs.out)
         return stats
 
@@ -90,7 +90,6 @@ class FusionPlan:
             with on_device(inputs.device):
                 k = order_statistic_k(inputs.numel, self._density)
                 launch = module.prepared_fusion(inputs, k, self._rule)
-        launch = self._unprepared if launch is None else launch
         views = [row for row in inputs.lists if isinstance(row, Views)]
         return _Bound(key, views, launch, same_kind(moving))
 
@@ -104,7 +103,7 @@ class _Bound(NamedTuple):
 
     key: Key
     views: list[Views]  # kept, so that no other list gets the id of one of them
-    launch: Callable[[FusionInputs], FuseStats]
+    launch: Callable[[FusionInputs], FuseStats] | None  # None: the backend prepares nothing
     same_kind: Callable[[Sequence[Tensor | None]], bool]
 
 

@@ -111,13 +111,15 @@ class ImportancePlan:
 
     def _unprepared(self, module: ModuleType) -> Step:
         """The step of a backend that prepares nothing."""
+        # Not the plan itself: a cycle of references would keep the states alive until they are collected.
+        states, counter = self._states, self._nonfinite
 
         def step(
             params: Sequence[Tensor], grads: Sequence[Tensor | None], smoothing: Smoothing, _moved: bool
         ) -> None:
-            inputs = ImportanceInputs(params, grads, *self._states)
+            inputs = ImportanceInputs(params, grads, *states)
             with torch.no_grad():
-                module.update_importance_(inputs, smoothing, self._nonfinite)
+                module.update_importance_(inputs, smoothing, counter)
 
         return step
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from typing import Any
 from unittest.mock import Mock
 
@@ -387,6 +389,25 @@ def test_parameters_that_share_memory_are_refused() -> None:
     p = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"parameters\['a'\] and parameters\['b'\] share memory"):
         Fuser([("a", p), ("b", p)], FusionConfig())
+
+
+@pytest.mark.parametrize(("size", "scope"), [(100, "global"), (100, "tensor"), (1 << 18, "global")])
+def test_a_fuser_that_is_gone_has_freed_its_memory_at_once(size: int, scope: Any) -> None:
+    weight = nn.Parameter(torch.randn(size))
+    fuser = Fuser([("w", weight)], FusionConfig(scope=scope))
+    weight.grad = torch.randn(size)
+    for _ in range(2):
+        fuser.observe()
+        with fuser.outer():
+            fuser.observe()
+    held = [fuser._base.tensors[0], *fuser._importance["inner"].tensors().values()]
+    known = [weakref.ref(tensor) for tensor in held]
+    gc.disable()
+    try:
+        del fuser, held
+        assert all(tensor() is None for tensor in known)
+    finally:
+        gc.enable()
 
 
 def test_a_fusion_that_fails_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
