@@ -14,8 +14,15 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     """The addresses of tensors; 0 for None."""
     try:
         return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
-    except TypeError:
-        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    except (RuntimeError, TypeError):
+        return list(map(_address, tensors))
+
+
+def _address(tensor: Tensor | None) -> int:
+    try:
+        return 0 if tensor is None else tensor.data_ptr()
+    except (AttributeError, RuntimeError):
+        return -1  # sparse, or no tensor: the checks refuse it by name
 
 
 def same_kind(tensors: Sequence[Tensor | None]) -> Callable[[Sequence[Tensor | None]], bool]:

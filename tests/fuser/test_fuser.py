@@ -193,6 +193,14 @@ def test_a_gradient_missing_in_one_step_counts_as_zero() -> None:
     assert fuser.scores("inner")["p"].item() == 0.5 * (0.5 * 6.0)
 
 
+def test_a_sparse_gradient_is_refused_by_name() -> None:
+    model = nn.Embedding(5, 3, sparse=True)
+    fuser = Fuser(model, FusionConfig())
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match=r"grads\['weight'\] must be a dense tensor; got layout"):
+        fuser.observe()
+
+
 def test_a_parameter_without_any_gradient_in_a_round_is_named() -> None:
     model = make_model()
     fuser = Fuser(model, FusionConfig())

@@ -200,6 +200,13 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written() -> None:
     with pytest.raises(ValueError, match=r"out\['b'\] and out\['a'\] share memory"):
         plan.fuse(FusionInputs(out, *inputs))
     assert all((tensor == 7).all() for tensor in out)
+    for entry, found in (
+        (1, "must be a tensor; got int"),
+        (None, "got NoneType"),
+        (inputs[0][0].to_sparse(), "dense"),
+    ):
+        with pytest.raises(TypeError, match=rf"inner\['a'\].*{found}"):
+            plan.fuse(FusionInputs(out, inputs[0], [entry, *inputs[1][1:]], *inputs[2:]))
     with pytest.raises(ValueError, match=r"density must be in \[0, 1\]"):
         FusionPlan(density=1.5, rule=PLANNED["rule"])
 
