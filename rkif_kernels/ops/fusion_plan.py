@@ -67,6 +67,11 @@ class FusionPlan:
         self._lock = threading.Lock()
         self._bound: list[_Bound] = []
 
+    def __deepcopy__(self, _memo: object) -> FusionPlan:
+        """A plan of the same settings, which knows no tensors: those of a copied model are elsewhere."""
+        density, scope, rule = self._density, self._scope, self._rule
+        return FusionPlan(density=density, scope=scope, rule=rule, names=self._names, backend=self._backend)
+
     def fuse(self, inputs: FusionInputs) -> FuseStats:
         """Select and fuse once; lists and result as for :func:`rkif_kernels.select_and_fuse_`."""
         # The flat tensor decides addresses and kind of its views: one address is compared, not hundreds.

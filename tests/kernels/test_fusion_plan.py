@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from typing import Any
@@ -209,6 +210,15 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written() -> None:
             plan.fuse(FusionInputs(out, inputs[0], [entry, *inputs[1][1:]], *inputs[2:]))
     with pytest.raises(ValueError, match=r"density must be in \[0, 1\]"):
         FusionPlan(density=1.5, rule=PLANNED["rule"])
+
+
+def test_a_copied_plan_fuses_like_the_plan() -> None:
+    plan = FusionPlan(**PLANNED, backend="torch")
+    inputs = [*lists(), *sides()]
+    check(plan, "torch", inputs)
+    copied = copy.deepcopy(plan)
+    assert not copied._bound
+    check(copied, "torch", inputs)
 
 
 def test_autograd_sees_the_write() -> None:

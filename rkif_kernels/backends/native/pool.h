@@ -34,8 +34,9 @@ class Pool {
     // has the pool, or no thread can be had, fewer take part: the body must do all the work that is left.
     // Throws what a body has thrown, after all have ended.
     void run(int threads, const std::function<void(int)>& body) {
+        if (threads <= 1) return body(0);  // without the lock, which would keep a larger call from its threads
         std::unique_lock<std::mutex> only(in_use_, std::try_to_lock);
-        if (threads <= 1 || !only.owns_lock()) return body(0);
+        if (!only.owns_lock()) return body(0);
         std::unique_lock<std::mutex> lock(mutex_);
         try {
             for (int next = static_cast<int>(started_); next < threads - 1; ++next) {
