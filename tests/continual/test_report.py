@@ -163,7 +163,7 @@ def test_a_browser_shows_the_page(config: Callable[..., RunConfig], tmp_path: Pa
         "Change by tensor",
         "Ledger",
     ]
-    assert headings == [*wanted, "Ledger", "Settings"]
+    assert headings == [*wanted, "Settings"]
     assert len(pictures) == 6
     assert all(box["width"] > 500 and box["height"] > 100 for box in pictures)
     assert len(refused) == 1 + 2  # a heading, and one of three rounds in each of two tasks
