@@ -190,6 +190,11 @@ class Smoothing:
         beta1, beta2 = self.beta1, self.beta2
         return float32(beta1), float32(1 - beta1), float32(beta2), float32(1 - beta2)
 
+    @property
+    def frozen(self) -> Smoothing:
+        """Takes nothing of the new, so S and U are written back as they were: 1*S + 0*I."""
+        return Smoothing(1.0, 1.0, self.order)
+
 
 class MergeRule(NamedTuple):
     """How a fusion weights two task vectors.

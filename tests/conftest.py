@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from kernel_cases import BLOCK, implementations
+
+Rkif = Callable[..., tuple[int, str, str]]
 
 # Time limits on an example would fail on a busy machine and prove nothing; CI repeats the same examples.
 settings.register_profile(
@@ -91,3 +94,20 @@ def config(inputs: Path) -> Callable[..., Any]:
     from run_inputs import make_config
 
     return partial(make_config, inputs)
+
+
+@pytest.fixture
+def rkif(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Rkif:
+    """Runs a command line; returns status, output and errors. An exception would be a traceback."""
+    from rkif.cli import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rkif", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        captured = capsys.readouterr()
+        return int(exit_info.value.code or 0), captured.out, captured.err
+
+    return call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,6 +28,7 @@ DtypeNames = Annotated[
     list[str] | None, typer.Option("--dtype", help="A name in bench/kernels/operations.py; likewise.")
 ]
 Ways = Annotated[str, typer.Option("--implementation", help="Only those whose name begins so.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="File for the rows.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Two shapes, few rounds.")]
 Memory = Annotated[float | None, typer.Option("--memory", help="GiB for inputs: models are cut to it.")]
 Results = Annotated[Path | None, typer.Argument(metavar="ROWS", help="File of rows.", show_default="all")]
@@ -35,7 +36,7 @@ Results = Annotated[Path | None, typer.Argument(metavar="ROWS", help="File of ro
 
 @app.command("aot")
 def aot_command(
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
+    json_file: JsonFile = None,
     target: Annotated[
         list[str] | None, typer.Option("--target", help="May be given several times.", show_default="all")
     ] = None,
@@ -53,15 +54,14 @@ def aot_command(
     else:
         found, passed = check(Console(width=200), target or [])
         rows = [row._asdict() for row in found]
-    if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    _write_json(json_file, rows)
     if not passed:
         raise typer.Exit(1)
 
 
 @app.command("host")
 def host_command(
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure the host's time for a call, on a driver that launches nothing; fails on a launch too many."""
     from bench.kernels.host import measure, missed_goals, problems
@@ -69,8 +69,7 @@ def host_command(
     rows = measure()
     for row in rows:
         print(f"{row.call:14} {row.tensors:4} tensors {row.microseconds:9.1f} us {row.launches:3} launches")
-    if json_file is not None:
-        json_file.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n", encoding="utf-8")
+    _write_json(json_file, [row._asdict() for row in rows])
     for line in missed_goals(rows):
         print(line)
     if lines := problems(rows):
@@ -79,7 +78,7 @@ def host_command(
 
 @app.command("busy")
 def busy_command(
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure the CPU kernels while another process keeps one core busy, beside quiet calls."""
     from bench.kernels.busy import GOAL, measure
@@ -90,8 +89,7 @@ def busy_command(
             f"{row.op:10} quiet {row.quiet_ms:8.2f} ms, busy {row.busy_ms:8.2f} ms: "
             f"{row.ratio:.2f} times, the goal is {GOAL}"
         )
-    if json_file is not None:
-        json_file.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n", encoding="utf-8")
+    _write_json(json_file, [row._asdict() for row in rows])
 
 
 @app.command("run")
@@ -245,6 +243,12 @@ def _selection(
         threads=threads,
         memory=memory,
     )
+
+
+def _write_json(file: Path | None, rows: list[dict[str, Any]]) -> None:
+    """Write rows, if there is a file for them."""
+    if file is not None:
+        file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def _rows(results: Path | None) -> list[Row]:

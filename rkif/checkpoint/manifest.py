@@ -23,23 +23,25 @@ FileName = Annotated[str, AfterValidator(require_inside)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Content(BaseModel):
+class FileContent(BaseModel):
+    """Numbers are numbers and texts are texts: nothing is converted. Unknown keys are errors."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class _File(_Content):
+class _File(FileContent):
     bytes: Count
     sha256: Sha256
 
 
-class _Tensor(_Content):
+class _Tensor(FileContent):
     file: FileName
     dtype: str
     shape: list[Count]
     sha256: Sha256
 
 
-class _Manifest(_Content):
+class _Manifest(FileContent):
     rkif: str
     method: str
     settings: dict[str, Any]

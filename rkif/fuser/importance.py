@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class Importance:
 
     def __init__(self, tensors: Mapping[str, Tensor], config: FusionConfig) -> None:
         self._config = config
+        self._smoothing = Smoothing(config.beta1, config.beta2, config.order)
         self._names = list(tensors)
         self._shapes = [tensor.shape for tensor in tensors.values()]
         self._device = next(iter(tensors.values())).device
@@ -67,22 +69,21 @@ class Importance:
         plan.update(parameters, gradients, frozen=frozen)
 
     def _plan(self, nonfinite: Tensor, indices: Sequence[int]) -> ImportancePlan:
-        scores, config = self.of(indices), self._config
+        scores = self.of(indices)
         return ImportancePlan(
             scores.sensitivity,
             scores.uncertainty,
-            smoothing=Smoothing(config.beta1, config.beta2, config.order),
+            smoothing=self._smoothing,
             nonfinite=nonfinite,
             names=[self._names[index] for index in indices],
         )
 
     def update_arguments(self, indices: Sequence[int], *, frozen: bool = False) -> dict[str, Any]:
         """What every operation that updates the importance of some tensors is told of it, by keyword."""
-        # With nothing taken of the new, S and U are written back as they were: 1*S + 0*I.
-        beta1, beta2 = (1.0, 1.0) if frozen else (self._config.beta1, self._config.beta2)
+        smoothing = self._smoothing.frozen if frozen else self._smoothing
         states = {part: [views[index] for index in indices] for part, views in self._views.items()}
         names = [self._names[index] for index in indices]
-        return {**states, "beta1": beta1, "beta2": beta2, "order": self._config.order, "names": names}
+        return {**states, **asdict(smoothing), "names": names}
 
     def clear(self) -> None:
         """Back to zero importance."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -107,14 +108,17 @@ def _refuse_deepspeed(what: str) -> None:
 
 def arena(shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> Views:
     """Views of one flat zeroed tensor, in the given shapes, each starting on a 64-byte boundary."""
-    step = 64 // dtype.itemsize
-    starts, total = [], 0
-    for shape in shapes:
-        starts.append(total)
-        total += -(-shape.numel() // step) * step
+    starts, total = aligned_starts([shape.numel() for shape in shapes], dtype)
     flat = torch.zeros(total, dtype=dtype, device=device)
     rows = zip(starts, shapes, strict=True)
     return Views.of(flat, (flat[start : start + shape.numel()].view(shape) for start, shape in rows))
+
+
+def aligned_starts(sizes: Sequence[int], dtype: torch.dtype) -> tuple[list[int], int]:
+    """Where tensors of so many elements start in a flat one, on 64-byte boundaries, and its size."""
+    step = 64 // dtype.itemsize
+    ends = [0, *accumulate(-(-size // step) * step for size in sizes)]
+    return ends[:-1], ends[-1]
 
 
 def short_name(name: str) -> str:

@@ -38,7 +38,6 @@ def fuse_round(fuser: Fuser, fused: Snapshot) -> FusionReport:
     shards = fuser._shards
     inner, outer = fuser._importance["inner"], fuser._importance["outer"]
     names = list(fuser.parameters)
-    weights = merge_weights(fuser.config.rule)
     plain = fuser._base_dtypes == fuser._dtypes and not (fuser.config.offload or fuser.config.pack_inner)
     if plain and not shards.sharded:
         with shards.processes.raise_on_any_failure():
@@ -56,7 +55,7 @@ def fuse_round(fuser: Fuser, fused: Snapshot) -> FusionReport:
             [part.detach() for part in shards.parts()],
             (inner, outer),
             thresholds=(inner_thresholds, outer_thresholds),
-            weights=weights.cases,
+            weights=merge_weights(fuser.config.rule).cases,
             owned=shards.owned,
             names=names,
         )

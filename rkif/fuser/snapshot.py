@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from rkif.fuser.parameters import aligned_starts
 from rkif_kernels import Views
 
 # Elements that are in flight between host and device at a time, unless one tensor has more: 64 MiB of float32
@@ -205,18 +206,16 @@ def _arenas(
     """
     sizes = [tensor.numel() for tensor in like]
     total = sum(size * dtype.itemsize for size, dtype in zip(sizes, dtypes, strict=True))
-    places, ends = [], dict[tuple[int, torch.dtype], int]()
-    for piece, indices in enumerate([range(len(sizes))] if keeps_memory(total) else groups(sizes)):
-        for index in indices:
-            key, step = (piece, dtypes[index]), 64 // dtypes[index].itemsize
-            places.append((key, ends.get(key, 0)))
-            ends[key] = places[-1][1] + -(-sizes[index] // step) * step
-    flat = {
-        key: torch.empty(end, dtype=key[1], device=device, pin_memory=pin_memory) for key, end in ends.items()
-    }
-    rows = zip(like, places, strict=True)
-    views = [flat[key].as_strided(t.shape, _dense_strides(t), start) for t, (key, start) in rows]
-    arenas = list(flat.values())
+    arenas: list[Tensor] = []
+    views: list[Tensor] = [like[0]] * len(like)
+    for indices in [range(len(sizes))] if keeps_memory(total) else groups(sizes):
+        for dtype in dict.fromkeys(dtypes[index] for index in indices):
+            own = [index for index in indices if dtypes[index] == dtype]
+            starts, size = aligned_starts([sizes[index] for index in own], dtype)
+            flat = torch.empty(size, dtype=dtype, device=device, pin_memory=pin_memory)
+            arenas.append(flat)
+            for index, start in zip(own, starts, strict=True):
+                views[index] = flat.as_strided(like[index].shape, _dense_strides(like[index]), start)
     return arenas, Views.of(arenas[0], views) if len(arenas) == 1 else views
 
 

@@ -55,8 +55,7 @@ class ImportancePlan:
     ) -> None:
         self._states = sensitivity, uncertainty
         self._smoothing, self._nonfinite = smoothing, nonfinite
-        # Betas of 1 write S and U back unchanged: 1*S + 0*I.
-        self._frozen = Smoothing(1.0, 1.0, smoothing.order)
+        self._frozen = smoothing.frozen
         self._names, self._backend = names, backend
         self._lock = threading.Lock()
         self._bound: _Bound | None = None

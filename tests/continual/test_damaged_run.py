@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from run_inputs import go, make_config
+from run_inputs import go, make_config, rewrite_ledger
 
-from rkif.cli import main
 from rkif.continual.config import RunConfig
-from rkif.continual.rundir.ledger import Ledger, read_ledger
+from rkif.continual.rundir.ledger import read_ledger
 from rkif.continual.rundir.rollback import rollback
 
 Rkif = Callable[..., tuple[int, str, str]]
@@ -35,21 +33,6 @@ def run(whole: Path, tmp_path: Path) -> Path:
     return shutil.copytree(whole, tmp_path / "parent" / "run")
 
 
-@pytest.fixture
-def rkif(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Rkif:
-    """Runs a command line; returns status, output and errors. An exception would be a traceback."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rkif", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        captured = capsys.readouterr()
-        return int(exit_info.value.code or 0), captured.out, captured.err
-
-    return call
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -68,19 +51,6 @@ def change_json(path: Path, edit: Edit) -> None:
     content = json.loads(path.read_text())
     edit(content)
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def rewrite_ledger(run: Path, seq: int, edit: Edit) -> None:
-    """Change a record and chain all anew, as somebody who knows how it works would."""
-    path = run / "ledger.jsonl"
-    records = list(read_ledger(path))
-    path.unlink()
-    ledger = Ledger(path)
-    for record in records:
-        content = {key: value for key, value in record.items() if key not in ("seq", "previous", "hash")}
-        if record["seq"] == seq:
-            edit(content)
-        ledger.append(content)
 
 
 def seq_of(run: Path, event: str) -> int:
@@ -184,7 +154,7 @@ def test_well_chained_records_that_no_run_writes(
     if "record 7" in key:  # the modules of the second round differ from the first's
         second = [r["seq"] for r in read_ledger(run / "ledger.jsonl") if r["event"] == "round"][1]
         key = f"record {second} is damaged: modules: "
-    rewrite_ledger(run, seq_of(run, event), edit)
+    rewrite_ledger(run / "ledger.jsonl", edit, seq_of(run, event))
     for command in commands(run):
         if command[0] == "report":  # the page says so itself
             assert rkif(*command)[0] == 0

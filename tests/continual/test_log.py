@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from run_inputs import TASKS, files, go, make_config
+from run_inputs import TASKS, files, go, make_config, rewrite_ledger
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from rkif.cli import app
 from rkif.continual.config import RunConfig, load_config
 from rkif.continual.rundir.folder import RunReader
-from rkif.continual.rundir.ledger import Ledger, read_ledger
 from rkif.continual.rundir.rollback import rollback
 from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import read_checkpoint, write_state
@@ -136,18 +135,6 @@ def change(path: Path, edit: Callable[[dict[str, Any]], None], which: int) -> No
     path.write_text("\n".join(lines) + "\n")
 
 
-def forge(path: Path, edit: Callable[[dict[str, Any]], None], which: int) -> None:
-    """Change a record and make the chain anew, as somebody who knows how it works would."""
-    records = list(read_ledger(path))
-    path.unlink()
-    ledger = Ledger(path)
-    for record in records:
-        content = {key: value for key, value in record.items() if key not in ("seq", "previous", "hash")}
-        if record["seq"] == which:
-            edit(content)
-        ledger.append(content)
-
-
 def drop_lines(path: Path, kept: slice) -> None:
     path.write_text("".join(path.read_text().splitlines(keepends=True)[kept]))
 
@@ -224,11 +211,13 @@ def without_last_task(run: Path) -> None:
         (lambda run: drop_lines(run / "ledger.jsonl", slice(0, -2)), "record 32 is missing: the checkpoint"),
         (lambda run: drop_lines(run / "ledger.jsonl", slice(0, -1)), "metrics.json is not the file that was"),
         (
-            lambda run: forge(run / "ledger.jsonl", lambda r: r["parameters"].update(before="0" * 64), 13),
+            lambda run: rewrite_ledger(
+                run / "ledger.jsonl", lambda r: r["parameters"].update(before="0" * 64), 13
+            ),
             "record 13 begins with other parameters than the record before it ended with",
         ),
         (
-            lambda run: forge(run / "ledger.jsonl", lambda r: r["files"].pop("memory.jsonl"), 5),
+            lambda run: rewrite_ledger(run / "ledger.jsonl", lambda r: r["files"].pop("memory.jsonl"), 5),
             "memory.jsonl was not there when the task was learned",
         ),
         (lambda run: flip(run / "tasks/02-tense/adapter_model.safetensors"), "record 18: "),
@@ -312,7 +301,7 @@ def test_the_state_before_a_rollback_to_the_start_is_checked(whole: Path, tmp_pa
 
 def test_a_run_of_an_earlier_format_is_shown_but_not_verified(whole: Path, tmp_path: Path) -> None:
     run = shutil.copytree(whole, tmp_path / "run")
-    forge(run / "ledger.jsonl", lambda r: r.pop("format"), 0)
+    rewrite_ledger(run / "ledger.jsonl", lambda r: r.pop("format"), 0)
     assert [row[0] for row in rows(shown(run))] == ["1", "2", "3", "4", "5", "6"]
     message = "record 0: the run is of format 1; this version of rkif checks and continues runs of format 2"
     assert message in refused(run, "--verify")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from rkif.continual.display.progress import RunProgress
 from rkif.continual.methods import Context, RecurrentKIF, Sequential
 from rkif.continual.models.load import load_model
 from rkif.continual.run import run
+from rkif.continual.rundir.ledger import Ledger, read_ledger
 from rkif.continual.rundir.recorder import NOT_REPRODUCED
 from rkif.continual.rundir.state import read_checkpoint
 from rkif.continual.tasks.load import load_tasks
@@ -123,3 +125,15 @@ def one_task(settings: RunConfig, inputs: Path, method: type[M] = RecurrentKIF, 
     memory.add(TASKS[0], tasks[0].instruction, tasks[0].train, fraction=0.1, seed=0)
     model, objective = load_model(settings, tasks, slices=len(tasks) if method.slices else 1)
     return method(Context(settings, model, objective, tasks, 1, memory, **more))
+
+
+def rewrite_ledger(path: Path, edit: Callable[[dict[str, Any]], Any], seq: int | None = None) -> None:
+    """Change a record, or each, and chain all anew, as somebody who knows how it works would."""
+    records = list(read_ledger(path))
+    path.unlink()
+    ledger = Ledger(path)
+    for record in records:
+        content = {key: value for key, value in record.items() if key not in ("seq", "previous", "hash")}
+        if seq in (None, record["seq"]):
+            edit(content)
+        ledger.append(content)

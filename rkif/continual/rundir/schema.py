@@ -8,23 +8,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from rkif.checkpoint.manifest import FileContent, FileName, Sha256
 from rkif.continual.rundir.ledger import LedgerError
 from rkif.continual.tasks.records import require_task_name
-from rkif.files import require_inside, require_valid
+from rkif.files import require_valid
 from rkif.gate import Verdict
 from rkif_kernels import CASES
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Number = float | Literal["nan", "inf", "-inf"]  # JSON has no names for the last three
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 TaskName = Annotated[str, AfterValidator(require_task_name)]
-FileName = Annotated[str, AfterValidator(require_inside)]
-
-
-class FileContent(BaseModel):
-    """Numbers are numbers and texts are texts: nothing is converted. Unknown keys are errors."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
 class TaskDigests(FileContent):
