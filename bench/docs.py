@@ -1,4 +1,4 @@
-"""The tables of README.md and the docs: made from the committed results, never typed."""
+"""The tables of README.md and the docs, generated from the committed results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILES = (README, *sorted(DOCS.rglob("*.md")))  # every page that may have tables
 
 
 def with_tables(text: str) -> str:
-    """``text`` with new tables between each results marker and its end.
+    """``text`` with new tables between the results markers.
 
     Raises:
         ValueError: a marker names an unknown table.

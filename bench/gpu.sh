@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: bench/gpu.sh [tests] [speed] [continual], all three without a name.
+# The tests and measurements that need a GPU: bench/gpu.sh [tests] [speed] [continual]; all three by default.
 #
-#   tests     all tests compiled, sweeps of random and hostile inputs, compute-sanitizer
+#   tests     all tests with compiled kernels, sweeps of random inputs and edge cases, compute-sanitizer
 #   speed     the suite, the goals, the 13B profile, launch configurations, ncu, checkpoints on disk, training steps
 #   continual the long suite on SmolLM2-135M-Instruct, the standard one with all parameters (models/smollm2, data/cl15)
 #
 #   OUT=folder     for rows and logs (default bench/results/gpu)
 #   PYTHON=python3 with torch, triton and rkif's dev dependencies
-#   SECONDS_EACH   seconds that a part may take (540): late stages are cut short or left out, and that is said
-#   DEVICE=cpu     a rehearsal: the same stages, small, on this machine's processor; no figure of it counts
+#   SECONDS_EACH   time limit of a part in seconds (540); late stages are cut short or skipped, and reported so
+#   DEVICE=cpu     a trial run of the same stages, small, on the CPU; its figures are not results
 #
-# Every stage has a limit of its own; one that fails stops no other. Its output goes to OUT/log.txt. Rows go
-# to bench/results, copies of them to OUT. The exit status is that of the tests, the sweeps and the sanitizer; the
-# goals are printed, not enforced.
+# Every stage has its own time limit, and a failed stage does not stop the others. Output goes to OUT/log.txt, rows
+# to bench/results, copies of the rows to OUT. The exit status is 0 if the tests, the sweeps and the sanitizer pass;
+# the goals are printed, not enforced.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results/gpu}
@@ -26,7 +26,7 @@ declare -A STATUS
 STAGES=()
 DEADLINE=0
 
-# stage NAME SECONDS COMMAND...: run it, keep its output and its exit status.
+# stage NAME SECONDS COMMAND...: run a command, keep its output and its exit status.
 stage() {
     local name=$1 limit=$2 start=$SECONDS left=$((DEADLINE - SECONDS)) log
     shift 2
@@ -46,7 +46,7 @@ stage() {
     rm -f "$log"
 }
 
-# skip NAME REASON: leave a stage out, and say so.
+# skip NAME REASON: skip a stage, and report it.
 skip() {
     STATUS[$1]="skipped: $2"
     STAGES+=("$1")
@@ -79,7 +79,7 @@ PY
 export -f bench environment
 export PYTHON DEVICE
 
-# Every import that a stage needs, looked up before the first minute is spent.
+# The imports of all stages are checked before the first stage starts.
 "$PYTHON" - <<'PY' || exit 1
 import importlib.util
 import sys
@@ -123,11 +123,11 @@ tests() {
     if [ "$DEVICE" = cuda ]; then
         stage sweep-graphs $((SWEEP + 30)) bash -c "bench sweep --device cuda --backend triton --graphs --seconds $SWEEP"
     else
-        skip sweep-graphs "graphs are CUDA's"
+        skip sweep-graphs "graphs need CUDA"
     fi
     for tool in memcheck racecheck initcheck; do
         if [ -z "$SANITIZER" ]; then
-            skip "$tool" "no compute-sanitizer here"
+            skip "$tool" "no compute-sanitizer found"
         else
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 75 "$SANITIZER" --tool "$tool" --error-exitcode 7 \
                 "$PYTHON" -m bench sweep --device cuda --backend triton --cases 2 --seed 1
@@ -142,9 +142,9 @@ speed() {
     TAIL=30 stage profile-13b 60 bash -c "bench profile-13b --device $DEVICE --layers $LAYERS"
     TAIL=30 stage profile-13b-bf16 60 bash -c "bench profile-13b --device $DEVICE --layers $LAYERS --dtype bfloat16"
     if [ -z "$NCU" ]; then
-        skip ncu "no ncu here"
+        skip ncu "no ncu found"
     else
-        # Enough launches of each operation for one whole call; then ncu ends the process.
+        # The number of launches covers one whole call of each operation; then ncu ends the process.
         for what in observe:2 threshold:10 fuse:30; do
             TAIL=60 stage "ncu-${what%:*}" 40 "$NCU" --target-processes all --clock-control none --kill yes \
                 --kernel-name 'regex:^_.*_kernel$' --launch-count "${what#*:}" --section SpeedOfLight \
@@ -164,7 +164,7 @@ continual() {
         skip continual "no $NEEDED or no data/cl15"
         return
     fi
-    # Either goes on where it was cut off, if it is called again in the same folder.
+    # Each continues an interrupted run when it is started again in the same folder.
     stage continual 370 bash -c "bench continual ${LONG[*]}"
     stage continual-full 170 bash -c "bench continual ${FULL[*]}"
 }
@@ -190,5 +190,5 @@ for name in "${STAGES[@]}"; do
     printf '%-18s %s\n' "$name" "${STATUS[$name]/#0/ok}"
 done | tee "$OUT/stages.txt"
 echo "took $SECONDS s; rows and log in $OUT"
-# What says that the kernels are right must have passed where it ran; only the sanitizer may be missing.
+# Tests, sweeps and sanitizer must pass; only the sanitizer and the sweep of graphs may be skipped.
 ! grep -E '^([a-z]+-tests|sweep(-graphs)?|memcheck|racecheck|initcheck) ' "$OUT/stages.txt" | grep -qvE ' (ok|skipped: (no compute|graphs).*)$'

@@ -15,18 +15,18 @@ app = typer.Typer()
 
 @app.command("checkpoints")
 def checkpoints_command(
-    folder: Annotated[Path, typer.Option("--folder", help="For three checkpoints, and a fourth.")] = Path(
+    folder: Annotated[Path, typer.Option("--folder", help="For the checkpoints and an output.")] = Path(
         "data/checkpoints"
     ),
-    layers: Annotated[int, typer.Option("--layers", min=1, help="12: 440 MB each; 96: 2.6 GB.")] = 12,
+    layers: Annotated[int, typer.Option("--layers", min=1, help="12 take 440 MB, 96 take 2.6 GB.")] = 12,
     peers: Annotated[
         Path | None,
         typer.Option("--peers", help="Python of an environment with mergekit and peft.", show_default="none"),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="Of rkif: auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="Device of rkif: auto, cpu or cuda.")] = "auto",
     rounds: Rounds = 3,
 ) -> None:
-    """Measure `rkif fuse` beside mergekit and peft."""
+    """Compare `rkif fuse` with mergekit and peft."""
     from bench.checkpoints.peers import compare
 
     chosen = resolved_device(device)

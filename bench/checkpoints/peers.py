@@ -1,4 +1,4 @@
-"""Fusing checkpoints on disk, beside the tools that merge them: CPU time, memory, and the bound of a copy."""
+"""Fusing checkpoints on disk, compared with other merging tools and with a copy: CPU time and memory."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ ROWS = RESULTS / "checkpoints.jsonl"
 NAMES = ("base", "inner", "outer")
 DENSITY, WEIGHTS = 0.2, (0.4, 0.6)
 
-# What each selects, by whose name it goes.
+# Name of a command -> what it selects.
 SELECTS = {
     "read": "nothing: the inputs are read",
     "cat": "nothing: the inputs are copied",
     "rkif start": "nothing: imports",
     "mergekit start": "nothing: imports",
-    "rkif recurrent_kif": "20 % of all parameters by magnitude, exactly, for each side",
+    "rkif recurrent_kif": "20 % of all parameters of each task vector by magnitude, exact",
     "rkif recurrent_kif, CPU": "the same",
-    "rkif ties": "20 % of each tensor by magnitude, exactly; majority sign",
+    "rkif ties": "20 % of each tensor by magnitude, exact; majority sign",
     "rkif dare_ties": "20 % at random, by seed; majority sign",
     "rkif task_arithmetic": "everything",
     "mergekit ties": "20 % of each tensor by magnitude, by sorting; majority sign",
     "mergekit dare_ties": "20 % at random; majority sign",
-    "mergekit della": "20 % at random, likelier where larger in its row; majority sign",
-    "mergekit arcee_fusion": "by divergence of softmaxed weights, per tensor, threshold from a sample",
+    "mergekit della": "20 % at random, more likely for larger values of a row; majority sign",
+    "mergekit arcee_fusion": "by divergence of the weights' softmax, per tensor; threshold from a sample",
     "mergekit task_arithmetic": "everything",
     "peft ties": "20 % of each tensor by magnitude, by topk; majority sign; tensors in memory",
 }
 
-# PEFT merges adapters of a loaded model; its functions on tensors do the same to a whole one.
+# PEFT merges adapters of a loaded model. Its tensor functions can merge a whole model.
 PEFT = """
 import json, sys, torch
 from pathlib import Path
@@ -68,7 +68,7 @@ save_file(merged, out / "model.safetensors", metadata={"format": "pt"})
 
 @dataclass(frozen=True)
 class Cost:
-    """What a process took: seconds of CPU and of the clock, bytes of its own memory and resident ones."""
+    """Cost of a process: CPU and wall-clock seconds, peak bytes of anonymous and of resident memory."""
 
     cpu_s: float
     wall_s: float
@@ -77,7 +77,7 @@ class Cost:
 
 
 def make(folder: Path, layers: int) -> None:
-    """Three Llama-shaped bf16 checkpoints in files of up to 200 MB, if they are not there yet."""
+    """Write three Llama-shaped bf16 checkpoints in files of up to 200 MB, unless they exist."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if all((folder / name / "model.safetensors.index.json").exists() for name in NAMES):
@@ -105,20 +105,20 @@ def make(folder: Path, layers: int) -> None:
 def compare(
     folder: Path, layers: int, peers: Path | None, device: torch.device, rounds: int, console: Console
 ) -> None:
-    """Run all in turn, several times, and write a row for each.
+    """Run all commands in turn, ``rounds`` times, and write a row for each.
 
     Args:
-        folder: where the checkpoints are, or are made, and the outputs go for a moment.
-        layers: of the checkpoints; 12 are 220 million parameters, 96 are 1.3 billion.
-        peers: the Python of an environment with mergekit and peft; without it they are left out.
-        device: what rkif computes on; the others compute on the CPU.
+        folder: of the checkpoints, which are made if they are missing, and of temporary outputs.
+        layers: number of layers of the checkpoints; 12 are 220 million parameters, 96 are 1.3 billion.
+        peers: Python of an environment with mergekit and peft; None leaves them out.
+        device: of rkif; the other tools compute on the CPU.
     """
     folder = folder / f"{layers}-layers"
     make(folder, layers)
     commands = _commands(folder.resolve(), peers, device)
     costs: dict[str, list[Cost]] = {name: [] for name in commands}
     for name, command in commands.items():
-        _run(command, folder)  # the cache is warm, bytecode is compiled
+        _run(command, folder)  # warms the cache and compiles bytecode
         console.print(f"ready: {name}")
     for number in range(rounds):
         for name, command in commands.items():
@@ -132,7 +132,7 @@ def compare(
 
 
 def markdown() -> str:
-    """The rows in tables, with how often as much CPU time as rkif's own method each takes."""
+    """The rows as tables, with each command's CPU time as a multiple of rkif's."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in read(ROWS):
         groups.setdefault(_key(row)[1:], []).append(row)
@@ -144,7 +144,7 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 
 def _parameters(folder: Path) -> int:
-    """Of a checkpoint, by its files' headers."""
+    """Number of parameters of a checkpoint, from its files' headers."""
     from safetensors import safe_open
 
     count = 0
@@ -161,9 +161,9 @@ def _table(found: Sequence[Row]) -> str:
     peers = "".join(f"; {peer}" for peer in sorted({row["peer"] for row in found if row["peer"]}))
     lines = [
         f"{ours['device']}; commit {ours['commit']}; {versions_}{peers}. {ours['parameters']:,} parameters, "
-        f"bf16, in files of 200 MB; medians of {ours['rounds']} rounds in turn, the cache warm.",
+        f"bf16, in files of 200 MB; medians of {ours['rounds']} rounds in turn, with a warm cache.",
         "",
-        "| | CPU s | times rkif's | wall s | own memory, MiB | selects |",
+        "| | CPU s | multiple of rkif's | wall s | anonymous memory, MiB | selects |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for name in sorted(rows, key=lambda name: rows[name]["cpu_s"]):
@@ -211,7 +211,7 @@ def _commands(folder: Path, peers: Path | None, device: torch.device) -> dict[st
 
 
 def _mergekit(method: str, inputs: Sequence[str]) -> dict[str, Any]:
-    """A config as mergekit reads it; JSON is YAML."""
+    """A config for mergekit, which reads JSON as YAML."""
     common = {"merge_method": method, "dtype": "float32", "out_dtype": "bfloat16"}
     base, inner, outer = inputs
     if method == "arcee_fusion":
@@ -226,10 +226,10 @@ def _mergekit(method: str, inputs: Sequence[str]) -> dict[str, Any]:
 
 
 def _run(command: Sequence[str], folder: Path) -> Cost:
-    """One process, and what it took; its output is removed.
+    """Run a command and measure its cost; its output is removed.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the command failed.
     """
     shutil.rmtree(folder / "made", ignore_errors=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -253,14 +253,14 @@ def _run(command: Sequence[str], folder: Path) -> Cost:
 
 
 def _watch(process: int, peak: list[int]) -> None:
-    """Follow a process's anonymous memory until it ends."""
+    """Record the peak of a process's anonymous memory until it ends."""
     status = Path(f"/proc/{process}/status")
     while True:
         try:
             lines = [line for line in status.read_text().splitlines() if line.startswith("RssAnon:")]
         except OSError:
             return
-        if not lines:  # it has ended
+        if not lines:  # the process has ended
             return
         peak[0] = max(peak[0], int(lines[0].split()[1]) * 1024)
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""The device and the commit that a figure was measured on."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with "-dirty" where files differ from it; those of figures do not count.
+    """The checkout's commit, with "-dirty" if files outside of bench/results differ from it.
 
-    Where a copy without its history is measured, whoever made it says the commit in RKIF_COMMIT.
+    For a copy without history, the commit is the value of RKIF_COMMIT.
     """
     described = _git("describe", "--always", "--abbrev=12", "--exclude=*")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)bench/results")

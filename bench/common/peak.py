@@ -1,4 +1,4 @@
-"""How much memory there is to measure in, and how much a step took beside its inputs."""
+"""The memory budget of a benchmark, and the peak of memory beyond a step's inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GIB = 2**30
 
 
 def budget(device: torch.device, gib: float | None) -> int:
-    """Bytes for inputs: as stated, or 11 GiB on a CPU and half of a GPU's memory."""
+    """Bytes for inputs: ``gib`` if given, else 11 GiB on a CPU and half of a GPU's memory."""
     if gib is not None:
         return int(gib * GIB)
     if device.type == "cuda":
@@ -20,20 +20,18 @@ def budget(device: torch.device, gib: float | None) -> int:
 
 
 def release(device: torch.device) -> None:
-    """Give unused memory back before the next inputs are made."""
+    """Release unused memory before the next inputs are allocated."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 class Peak:
-    """The peak of memory inside a ``with`` block, beyond what was there on entering.
-
-    Allocated by PyTorch on CUDA; resident in the process on Linux; elsewhere unknown.
+    """The peak of memory during a ``with`` block: PyTorch's allocations on CUDA, resident memory on Linux.
 
     Attributes:
-        extra: bytes, or None.
-        total: bytes with what was there before, or None.
+        extra: bytes beyond the memory in use on entry; None where unknown.
+        total: bytes; None where unknown.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,7 +43,7 @@ class Peak:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         elif _CLEAR.exists():
-            _CLEAR.write_text("5")  # the high-water mark starts anew
+            _CLEAR.write_text("5")  # resets the high-water mark
         self._before = self._now()
         return self
 

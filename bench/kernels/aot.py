@@ -1,7 +1,7 @@
-"""Kernels compiled ahead of time, for targets that need not be there: what the compiler made of them.
+"""Kernels compiled ahead of time for targets that need not be present, and checks of the machine code.
 
-Memory-bound kernels live from wide accesses, from registers that do not spill, and from few instructions an
-element. All are decided when a kernel is compiled, so all can be checked on a machine without a GPU.
+A memory-bound kernel needs wide accesses, no register spills, and few instructions per element. The compiler
+decides all three, so they are checked on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Earlier versions contract products and sums for these although they are told not to.
+# First Triton version for a target: earlier ones contract multiply-adds although contraction is disabled.
 SINCE = {"sm_100": (3, 7)}
-PREDICTED = "sm_90"  # whose instructions the predictions are made of
-# Cases that one process compiles one after another, and has disassembled together.
+PREDICTED = "sm_90"  # the target whose instructions the predictions use
+# Number of cases that one process compiles in sequence and disassembles together.
 GROUP = 18
 BARRIERS, ATOMICS = ("BAR",), ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDS", "REDUX")
 
 
 class Row(NamedTuple):
-    """What is known of one compiled kernel. None: it has no bulk loop, or the target's code is not analysed.
+    """Properties of one compiled kernel. None: it has no bulk loop, or the target's code is not analysed.
 
     Attributes:
         kernel, variant, target: what was compiled.
-        triton: the version that compiled it.
-        bytes_per_element: the minimum that the operation has to move.
-        registers: a thread's.
-        spills: registers that are kept in memory, by the accesses to it.
-        shared: bytes of shared memory a program.
-        blocks_per_sm: programs that a multiprocessor holds at once.
-        instructions_per_element: of a thread, in an iteration of the bulk loop over a whole block, by the
-            elements that it handles in it. Those under a condition count as executed.
-        loads_after_store: loads that the bulk loop issues behind its first store.
-        barriers_in_loop, atomics_in_loop: of the whole loop, the ways for tails among it.
-        predicted_share: of a copy's speed, on an H100, by the model of :mod:`bench.kernels.prediction`.
+        triton: version of the compiler.
+        bytes_per_element: minimum that the operation has to move.
+        registers: per thread.
+        spills: number of accesses to spilled registers (NVIDIA), or of spilled registers (AMD).
+        shared: bytes of shared memory per program.
+        blocks_per_sm: number of programs that a multiprocessor holds at once.
+        instructions_per_element: instructions of a thread in one iteration of the bulk loop over a whole
+            block, per element of the thread. Conditional instructions count as executed.
+        loads_after_store: loads of the bulk loop after its first store.
+        barriers_in_loop, atomics_in_loop: in the whole loop, including the paths for tails.
+        predicted_share: share of a copy's speed on an H100, see :mod:`bench.kernels.prediction`.
     """
 
     kernel: str
@@ -75,11 +75,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made, and what is wrong with it.
+    """The properties of a compiled kernel, and its problems.
 
     Attributes:
-        loads, stores: number of global accesses in the code by their width in bits. Those of tails, lists
-            and tables are among them.
+        loads, stores: width in bits -> number of global accesses in the code, including those of tails,
+            lists and tables.
     """
 
     row: Row
@@ -89,10 +89,10 @@ class Compiled:
 
 
 def check(console: Console, targets: Sequence[str] = ()) -> tuple[list[Row], bool]:
-    """Compile everything for targets, all by default, and print tables of it.
+    """Compile all kernels for the targets (by default all) and print tables.
 
     Returns:
-        The rows, and whether nothing is wrong with them.
+        The rows, and whether there are no problems.
 
     Raises:
         ValueError: a target is unknown.
@@ -102,7 +102,7 @@ def check(console: Console, targets: Sequence[str] = ()) -> tuple[list[Row], boo
     compiled = []
     for target in targets or TARGETS:
         if _version() < SINCE.get(target, (0, 0)):
-            console.print(f"{target} is left out: triton {triton.__version__} contracts multiply-adds there")
+            console.print(f"{target} is skipped: triton {triton.__version__} contracts multiply-adds for it")
         else:
             compiled += _compile_all(target)
     console.print(_table(compiled))
@@ -132,10 +132,10 @@ def _version() -> tuple[int, ...]:
 def _table(compiled: Sequence[Compiled]) -> Table:
     table = Table(
         title=f"kernels compiled ahead of time by triton {triton.__version__}",
-        caption="Bytes: the minimum that the operation has to move. Instructions: a thread's for one element "
-        "in the bulk loop. Late: the loop's loads behind a store. Of a copy: predicted. Loads, stores: "
-        "accesses in the code x their bits. Bulk streams need the 128-bit ones (64 where a thread has four "
-        "16-bit elements); narrower ones are of tails, lists and tables.",
+        caption="Bytes: minimum per element. Instructions: of a thread per element in the bulk loop. Late: "
+        "loads of the loop after a store. Of a copy: predicted. Loads, stores: number x width in bits. Bulk "
+        "streams need 128 bits (64 where a thread has four 16-bit elements); tails, lists and tables use "
+        "narrower accesses.",
     )
     headings = ("kernel", "target", "bytes", "registers", "spills", "shared", "blocks an SM", "instructions")
     for heading in (*headings, "late", "barriers", "atomics", "of a copy", "loads", "stores"):
@@ -155,7 +155,7 @@ def _compile_all(target: str) -> list[Compiled]:
 
 
 def compile_group(first: int, target: str) -> list[Compiled]:
-    """:func:`compile_cases` for another process, where Triton's functions cannot be sent to."""
+    """:func:`compile_cases` for another process: Triton's functions cannot be pickled, an index can."""
     return compile_cases(list(itertools.islice(cases(target), first, first + GROUP)), target)
 
 
@@ -164,7 +164,7 @@ def _widths(accesses: Counter[int]) -> str:
 
 
 def compile_cases(cases: Sequence[Case], target: str) -> list[Compiled]:
-    """Compile cases for one target and look at the outcome of each."""
+    """Compile cases for one target and inspect each result."""
     compiled = [_compile(case, target) for case in cases]
     if target.startswith("gfx"):
         found = [
@@ -184,7 +184,7 @@ def compile_cases(cases: Sequence[Case], target: str) -> list[Compiled]:
 
 
 def _compile(case: Case, target: str) -> Any:
-    # What a launch finds out by itself: PyTorch's memory, and the tables in it, begin on 16 bytes.
+    # A launch finds this by itself: PyTorch aligns its memory, and the tables in it, to 16 bytes.
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(case.function.arg_names)
@@ -196,7 +196,7 @@ def _compile(case: Case, target: str) -> Any:
 
 def _specialised(case: Case) -> tuple[str, ...]:
     return tuple(
-        f"is compiled anew for every kind of {parameter.name}"
+        f"is recompiled for special values of {parameter.name}"
         for parameter in case.function.params
         if case.signature[parameter.name] in ("i32", "i64") and not parameter.do_not_specialize
     )
@@ -211,7 +211,7 @@ def _inspect_nvidia(case: Case, target: str, made: Any, sass: str) -> Compiled:
     problems = _narrow(case, loads, stores, threads=32 * case.config.num_warps)
     if usage["STACK"] or spills:
         problems.append(f"{usage['STACK']} bytes of stack, {spills} accesses to it: registers spill")
-    # ptxas divides by fused multiply-adds, so where there are quotients its input is looked at instead.
+    # ptxas implements division by fused multiply-adds, so kernels with quotients are checked in PTX.
     where, code = ("PTX", ptx) if case.divides else ("machine code", sass)
     for contracted in set(re.findall(r"\b(FFMA[\w.]*|fma\.[\w.]*|\w+\.(?:FTZ|ftz)[\w.]*)", code)):
         problems.append(f"{contracted} in the {where}: not the arithmetic that was written")
@@ -247,14 +247,14 @@ def _row(case: Case, target: str, registers: int, spills: int, shared: int, loop
 
 
 def _elements(case: Case, loop: Loop) -> float:
-    """How many elements a thread handles in one iteration: by what it stores of each, or else loads."""
+    """Number of elements per thread and iteration, from the bits stored, or loaded if none are stored."""
     kind, dtypes = ("STG", case.stores) if case.stores else ("LDG", case.loads)
     widths = _expected(case, threads=32 * case.config.num_warps)[kind == "STG"]
     return loop.bits(kind, widths) / 8 / sum(BYTES[dtype] for dtype in dtypes)
 
 
 def _over_limits(case: Case, row: Row) -> Iterator[str]:
-    """What a row does not keep of its case's limits. What cannot be had for a target is within them."""
+    """The limits of its case that a row exceeds. Figures that are unknown for a target pass."""
     limits = case.limits
     if limits is None:
         return
@@ -270,7 +270,7 @@ def _over_limits(case: Case, row: Row) -> Iterator[str]:
 
 
 def _ptx_widths(ptx: str, kind: str) -> Counter[int]:
-    """Global accesses of a kind by width in bits: the vector's length times the element's size."""
+    """Width in bits (vector length times element size) -> number of global accesses of a kind."""
     found = re.findall(rf"\b{kind}\.global(?:\.[a-z]\w*(?:::\w+)?)*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
     return Counter(int(length or 1) * int(bits) for length, bits in found)
 
@@ -284,7 +284,7 @@ def _inspect_amd(case: Case, target: str, assembly: str, shared: int) -> Compile
     problems = _narrow(case, loads, stores, threads=64 * case.config.num_warps)
     if spills or stack:
         problems.append(f"{spills} registers spill, {stack} bytes of stack")
-    # A quotient is made of them too, and nothing tells those from a contraction.
+    # Quotients use fused multiply-adds too, and cannot be told from contractions.
     fused = re.findall(r"\b(v_(?:pk_)?fma[ck]?_f32\w*|v_mad_f32\w*)", "" if case.divides else assembly)
     for contracted in set(fused):
         problems.append(f"{contracted} in the machine code: not the arithmetic that was written")
@@ -317,7 +317,7 @@ def _narrow(case: Case, loads: Counter[int], stores: Counter[int], *, threads: i
 
 
 def _expected(case: Case, *, threads: int) -> tuple[Counter[int], Counter[int]]:
-    """Loads and stores a thread needs for its elements of a block: of 128 bits, less where they are fewer."""
+    """Loads and stores that a thread needs for its elements of a block, each of up to 128 bits."""
     loads: Counter[int] = Counter()
     stores: Counter[int] = Counter()
     for needed, dtypes in ((loads, case.loads), (stores, case.stores)):

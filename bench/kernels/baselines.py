@@ -1,10 +1,9 @@
-"""The same work without rkif: the released arithmetic, transcribed, and what else PyTorch offers for it.
+"""Baselines in PyTorch: the released arithmetic, transcribed and accelerated, and other selections.
 
 The release observes and fuses tensor by tensor, with a temporary for every step of a formula, a test for
-NaN per tensor (on a GPU: a synchronisation) and a quantile of all scores copied together. Here that is
-written out plainly (:func:`observe`, :func:`fuse`), then in the ways it would first be made faster: with
-horizontally fused ``torch._foreach`` operations and by the compiler. All compute in float32, as the
-operations they are compared with do; storage in another dtype is converted.
+NaN per tensor (on a GPU: a synchronisation) and a quantile of the concatenated scores. :func:`observe` and
+:func:`fuse` do the same; the other versions use horizontally fused ``torch._foreach`` operations or
+torch.compile. All compute in float32, as rkif's operations do; other storage dtypes are converted.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def observe(
     beta1: float,
     beta2: float,
 ) -> None:
-    """The release's importance update: new state tensors take the places of the old ones in the lists."""
+    """The release's importance update: new state tensors replace the old ones in the lists."""
     for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
         importance = (param.float() * grad.float()).abs()
         if torch.isnan(importance).any():
@@ -51,7 +50,7 @@ def observe_foreach(
     beta1: float,
     beta2: float,
 ) -> None:
-    """One fused operation a step over all tensors, in place, and no test for NaN."""
+    """One fused operation per step of the formula over all tensors, in place, without a test for NaN."""
     s, u = _floats(sensitivity), _floats(uncertainty)
     importance = torch._foreach_mul(_floats(params), _floats(grads))
     torch._foreach_abs_(importance)
@@ -68,7 +67,7 @@ def observe_foreach(
 def fuse(*lists: Any, density: float, weights: CaseWeights) -> None:
     """The release's fusion: a quantile of each learner's scores, masks as floats, weights by case.
 
-    ``lists`` are out, base, inner, outer, and the scores of either learner, as in every fusion here.
+    ``lists`` are out, base, inner, outer, and the scores of each learner, as in every fusion here.
     """
     limits = [released_threshold(scores, density) for scores in lists[-2:]]
     for tensors in _by_tensor(FusionInputs(*lists)):
@@ -76,7 +75,7 @@ def fuse(*lists: Any, density: float, weights: CaseWeights) -> None:
 
 
 def fuse_foreach(*lists: Any, density: float, weights: CaseWeights) -> None:
-    """:func:`fuse` with one fused operation a step over all tensors."""
+    """:func:`fuse` with one fused operation per step of the formula over all tensors."""
     out, base, inner, outer, inner_scores, outer_scores = lists
     m_in, m_out = (_masks_foreach(scores, density) for scores in (inner_scores, outer_scores))
     both = torch._foreach_mul(m_in, m_out)
@@ -100,7 +99,7 @@ def fuse_foreach(*lists: Any, density: float, weights: CaseWeights) -> None:
 def compiled_observe() -> Callable[..., None]:
     """The formulas of :func:`observe` through torch.compile, tensor by tensor, without the test for NaN.
 
-    Not all tensors at once: over the 160 of an adapter the compiler takes most of a minute, for each dtype.
+    One compilation over all 160 tensors of an adapter would take most of a minute for each dtype.
     """
     observe_one = torch.compile(_observe_one, fullgraph=True, dynamic=False)
 
@@ -124,7 +123,7 @@ def compiled_fuse() -> Callable[..., None]:
 
 
 def released_threshold(scores: Scores, density: float) -> Tensor:
-    """torch.quantile as far as it goes; beyond, the order statistic below it."""
+    """torch.quantile up to ``QUANTILE_LIMIT`` elements; beyond, the order statistic below the quantile."""
     values = all_scores(scores)
     if values.numel() <= QUANTILE_LIMIT:
         return torch.quantile(values, 1 - density)
@@ -158,7 +157,7 @@ def numpy_partition(scores: Scores, density: float) -> Tensor:
 
 
 def peft_merge(method: str) -> Callable[..., None]:
-    """A merge of PEFT's over the same two task vectors: it selects by magnitude, in each tensor apart."""
+    """A merge of PEFT over the same two task vectors; it selects by magnitude in each tensor."""
     from peft.utils import merge_utils
 
     merge = getattr(merge_utils, method)
@@ -186,7 +185,7 @@ def score_list(scores: Scores) -> list[Tensor]:
 
 
 def all_scores(scores: Scores) -> Tensor:
-    """S*U of all tensors, copied together."""
+    """S*U of all tensors, concatenated."""
     return torch.cat([values.flatten() for values in score_list(scores)])
 
 
@@ -223,7 +222,7 @@ def _merge_one(
 
 
 def _by_tensor(inputs: FusionInputs) -> Iterator[tuple[Tensor, ...]]:
-    """Every parameter's tensors: out, base, inner, outer, and S and U of either learner."""
+    """Yield each parameter's tensors: out, base, inner, outer, and S and U of each learner."""
     rows: list[Any] = [row or () for row in inputs.lists]
     return zip(*rows, strict=True)
 
@@ -234,7 +233,7 @@ def _masks_foreach(scores: Scores, density: float) -> list[Tensor]:
 
 
 def _weighted(cases: Sequence[Tensor], weights: CaseWeights, learner: int) -> Tensor:
-    """A learner's weight of every element."""
+    """A learner's weight for every element."""
     (first, weight), *others = _needed(cases, weights, learner)
     total = first * weight
     for mask, weight in others:
@@ -243,7 +242,7 @@ def _weighted(cases: Sequence[Tensor], weights: CaseWeights, learner: int) -> Te
 
 
 def _needed(cases: Sequence[T], weights: CaseWeights, learner: int) -> list[tuple[T, float]]:
-    """The cases in which a learner counts at all: nobody would write out the others."""
+    """The cases in which a learner's weight is not zero."""
     return [(case, pair[learner]) for case, pair in zip(cases, weights, strict=True) if pair[learner]]
 
 
@@ -253,6 +252,6 @@ def _floats(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _store(targets: list[Tensor], values: list[Tensor]) -> None:
-    """Round into storage of another dtype; float32 was worked on in place."""
+    """Round into storage of another dtype; float32 tensors were updated in place."""
     if targets[0].dtype != torch.float32:
         torch._foreach_copy_(targets, values)

@@ -1,4 +1,4 @@
-"""What a call of the CPU kernels takes while another process keeps one core busy."""
+"""The time of the CPU kernels while another process keeps one core busy."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from bench.kernels.implementations import implementations
 from bench.kernels.operations import DTYPES, OPERATIONS
 from bench.kernels.shapes import LORA_R8, ShapeSet
 
-GOAL = 1.6  # times the quiet call
+GOAL = 1.6  # maximum ratio of busy to quiet time
 ROUNDS = 15
 
 
 class Row(NamedTuple):
     """Attributes:
     op: the operation.
-    quiet_ms, busy_ms: medians, alone and beside a process that computes on one of the cores.
+    quiet_ms, busy_ms: medians, without and with a process that keeps one core busy.
     """
 
     op: str
@@ -37,10 +37,10 @@ class Row(NamedTuple):
 
 
 def measure(rounds: int = ROUNDS, shapes: ShapeSet = LORA_R8) -> list[Row]:
-    """Each operation of rkif's first backend, by default on a 13B adapter, float32; quiet and busy in turn.
+    """Time each operation of rkif's first backend in float32, quiet and busy in turn.
 
     Raises:
-        RuntimeError: there is one core alone.
+        RuntimeError: this process may use only one core.
     """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:

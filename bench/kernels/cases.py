@@ -1,4 +1,4 @@
-"""The kernels that are compiled ahead of time: with which dtypes and constants, and what they are held to."""
+"""The kernels that are compiled ahead of time, with dtypes, constants and limits."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from rkif_kernels.types import AdamWConstants
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PARAMETERS = ("fp32", "bf16", "fp16")
 STATES = ("fp32", "bf16")
-# Forms of scores: their name, how many streams they read, and whether they are distances.
+# Forms of scores: name, number of streams that are read, and whether they are distances.
 SCORES = (("S*U", 2, False), ("S", 1, False), ("|a-b|", 2, True))
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a kernel's bulk loop is held to, for every NVIDIA target and by every version of Triton.
+    """Limits of a kernel's bulk loop, for every NVIDIA target and every version of Triton.
 
     Attributes:
-        instructions_per_element, loads_after_store, barriers_in_loop, atomics_in_loop: at most so many.
-        blocks_per_sm: at least so many programs on a multiprocessor.
+        instructions_per_element, loads_after_store, barriers_in_loop, atomics_in_loop: maximum.
+        blocks_per_sm: minimum number of programs on a multiprocessor.
     """
 
     instructions_per_element: float
@@ -42,7 +42,7 @@ class Limits:
     atomics_in_loop: int = 0
 
 
-# About a tenth above the most that was counted under triton 3.6 and 3.9, over all variants of a kernel.
+# About a tenth above the maximum over all variants of a kernel under triton 3.6 and 3.9.
 LIMITS = {
     "observe": Limits(29, 5),
     "adamw": Limits(84, 2),
@@ -54,7 +54,7 @@ LIMITS = {
     "count": Limits(84, 5, barriers_in_loop=4, atomics_in_loop=8),
     "all valid": Limits(7.2, 16),
 }
-# Where streams of 16 and of 32 bits meet and a thread has eight elements, values change threads.
+# With streams of both 16 and 32 bits and eight elements per thread, values move between threads.
 LIMITS_OF_MIXED = {
     "observe": Limits(30, 4, barriers_in_loop=8),
     "adamw": Limits(84, 2, barriers_in_loop=16),
@@ -66,15 +66,15 @@ class Case:
     """One kernel with its dtypes.
 
     Attributes:
-        kernel: its name, of :data:`LIMITS` where it has limits.
-        variant: what tells the case from the kernel's others.
+        kernel: its name; the key in :data:`LIMITS` if it has limits.
+        variant: name of the case among the kernel's cases.
         function: the Triton function.
         constants: its constexpr arguments.
-        loads, stores: dtypes of the streams of its bulk path, each read or written once; none for kernels
-            that touch a few elements only.
-        config: how it is launched.
-        divides: whether it takes quotients or roots, whose correct rounding is made of fused multiply-adds.
-        index: type of the numbers of elements that are arguments: Triton passes those below 2^31 as i32.
+        loads, stores: dtypes of the streams of its bulk path, each read or written once; empty for kernels
+            that access few elements.
+        config: its launch configuration.
+        divides: whether it has quotients or roots; their correct rounding uses fused multiply-adds.
+        index: type of arguments that are numbers of elements: Triton passes values below 2^31 as i32.
     """
 
     kernel: str
@@ -93,7 +93,7 @@ class Case:
 
     @property
     def bytes_per_element(self) -> int:
-        """The minimum that the operation has to move."""
+        """Minimum that the operation has to move."""
         return sum(BYTES[dtype] for dtype in (*self.loads, *self.stores))
 
     @property
@@ -116,7 +116,7 @@ class Case:
         }
 
 
-# Constants that are the same for every case, where a kernel has them.
+# Constants that are the same in every case whose kernel has them.
 COMMON = {
     "ROUND_BF16": False,
     "DISTANCES": (False, False),
@@ -146,9 +146,9 @@ def _argument_type(name: str, index: str) -> str | tuple[str, ...]:
 
 
 def cases(target: str) -> Iterator[Case]:
-    """Every kernel: all dtypes of parameters and state, and every variant of each once.
+    """Yield every kernel with all dtypes of parameters and state, and every other variant once.
 
-    For sm_90 alone also with the indices of models below 2^31 elements.
+    For sm_90, some kernels are repeated with the indices of models below 2^31 elements.
     """
     f32, bf16, f16 = PARAMETERS
     for param, state, uncertain in itertools.product(PARAMETERS, STATES, (True, False)):
@@ -172,7 +172,7 @@ def cases(target: str) -> Iterator[Case]:
         yield _fuse_case(kernel, f32, f32, from_inner=False)
         for param, out in ((bf16, f32), (f32, bf16), (f16, f32)):
             yield _fuse_case(kernel, param, f32, out=out)
-    # Selection is launched by itself and by the single pass, which has a configuration of its own.
+    # The selection has two launch configurations: its own, and that of the single pass.
     for config in (STREAM, FUSE):
         yield from _selection_cases(config)
     for dtype, (kind, streams, distance) in itertools.product(PARAMETERS, SCORES):
@@ -183,7 +183,7 @@ def cases(target: str) -> Iterator[Case]:
     for dtype in PARAMETERS:
         distances = {"DISTANCES": (True, True)}
         case = _fuse_case(_fuse_kernel, dtype, dtype)
-        # The scores' four streams are those of the parameters, from the cache.
+        # The scores read the streams of the parameters again, from the cache.
         yield replace(
             case,
             variant=f"{dtype}, magnitudes",
@@ -259,7 +259,7 @@ def _fuse_case(
 
 
 def _bracket_cases(dtype: str, kind: str, streams: int, distance: bool) -> Iterator[Case]:
-    """What finds thresholds by brackets, of scores alone and of both sides of a fusion."""
+    """Yield the kernels that find thresholds by brackets, for one side and for both sides of a fusion."""
     parts = dtype, dtype if streams == 2 else None
     alone = {"DTYPES": parts, "ROLE": 0, "SIDES": 1, "DISTANCE": distance}
     name = f"{kind} {dtype}"

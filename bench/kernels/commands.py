@@ -18,19 +18,17 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-Only = Annotated[
-    list[str] | None, typer.Option("--only", help="observe, threshold or fuse; may be given several times.")
-]
+Only = Annotated[list[str] | None, typer.Option("--only", help="observe, threshold or fuse; repeatable.")]
 Shapes = Annotated[
-    list[str] | None, typer.Option("--shape", help="A name in bench/kernels/shapes.py; likewise.")
+    list[str] | None, typer.Option("--shape", help="A name in bench/kernels/shapes.py; repeatable.")
 ]
 DtypeNames = Annotated[
-    list[str] | None, typer.Option("--dtype", help="A name in bench/kernels/operations.py; likewise.")
+    list[str] | None, typer.Option("--dtype", help="A name in bench/kernels/operations.py; repeatable.")
 ]
-Ways = Annotated[str, typer.Option("--implementation", help="Only those whose name begins so.")]
+Ways = Annotated[str, typer.Option("--implementation", help="Prefix of the implementations' names.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="File for the rows.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Two shapes, few rounds.")]
-Memory = Annotated[float | None, typer.Option("--memory", help="GiB for inputs: models are cut to it.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Measure two shapes in few rounds.")]
+Memory = Annotated[float | None, typer.Option("--memory", help="GiB for inputs; larger models are cut.")]
 Results = Annotated[Path | None, typer.Argument(metavar="ROWS", help="File of rows.", show_default="all")]
 
 
@@ -38,14 +36,14 @@ Results = Annotated[Path | None, typer.Argument(metavar="ROWS", help="File of ro
 def aot_command(
     json_file: JsonFile = None,
     target: Annotated[
-        list[str] | None, typer.Option("--target", help="May be given several times.", show_default="all")
+        list[str] | None, typer.Option("--target", help="Repeatable.", show_default="all")
     ] = None,
     triton: Annotated[
         list[str] | None,
-        typer.Option("--triton", help="A version to fetch; likewise.", show_default="the installed one"),
+        typer.Option("--triton", help="A version to install; repeatable.", show_default="the installed one"),
     ] = None,
 ) -> None:
-    """Compile every kernel for GPUs that need not be there; fails if one does not keep its limits."""
+    """Compile every kernel for GPUs that need not be present; fails if a kernel exceeds its limits."""
     from bench.kernels.aot import check
     from bench.kernels.toolchains import check_under
 
@@ -63,7 +61,7 @@ def aot_command(
 def host_command(
     json_file: JsonFile = None,
 ) -> None:
-    """Measure the host's time for a call, on a driver that launches nothing; fails on a launch too many."""
+    """Measure the host's time per call with a driver that launches nothing; fails on superfluous launches."""
     from bench.kernels.host import measure, missed_goals, problems
 
     rows = measure()
@@ -80,14 +78,14 @@ def host_command(
 def busy_command(
     json_file: JsonFile = None,
 ) -> None:
-    """Measure the CPU kernels while another process keeps one core busy, beside quiet calls."""
+    """Compare the CPU kernels' time with and without another process that keeps one core busy."""
     from bench.kernels.busy import GOAL, measure
 
     rows = measure()
     for row in rows:
         print(
             f"{row.op:10} quiet {row.quiet_ms:8.2f} ms, busy {row.busy_ms:8.2f} ms: "
-            f"{row.ratio:.2f} times, the goal is {GOAL}"
+            f"{row.ratio:.2f} times; the goal is {GOAL}"
         )
     _write_json(json_file, [row._asdict() for row in rows])
 
@@ -104,7 +102,7 @@ def run_command(
     memory: Memory = None,
     out: Rows = None,
 ) -> None:
-    """Measure the kernels and what they are compared with; nothing wrong is timed."""
+    """Measure the kernels and their baselines; a wrong result is an error and is not timed."""
     from bench.kernels.run import run
 
     print(run(_selection(only, shape, dtype, implementation, device, quick, threads, memory), out))
@@ -112,12 +110,12 @@ def run_command(
 
 @app.command("launches")
 def launches_command(shape: Shapes = None, device: Device = "auto") -> None:
-    """Measure the Triton kernels under other blocks and warps than they are launched with."""
+    """Measure the Triton kernels with several launch configurations."""
 
     from bench.kernels.launches import measure
 
     chosen = _selection(shape=shape, device=device)
-    chosen.arguments(Path())  # which refuses shapes that do not exist
+    chosen.arguments(Path())  # refuses unknown shapes
     measure(resolved_device(device), chosen.shapes, Console(width=100))
 
 
@@ -132,9 +130,9 @@ def compare_command(
     quick: Quick = False,
     threads: Threads = None,
     memory: Memory = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Of each, in turn.")] = 2,
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Number of rounds.")] = 2,
 ) -> None:
-    """Measure another commit and this checkout in turn, side by side."""
+    """Measure another commit and this checkout in turn."""
     from bench.kernels.compare import compare
 
     selection = _selection(only, shape, dtype, implementation, device, quick, threads, memory)
@@ -153,7 +151,8 @@ def table_command(results: Results = None) -> None:
 def plot_command(
     results: Results = None,
     shape: Annotated[
-        list[str] | None, typer.Option("--shape", help="As in the rows.", show_default="smallest and largest")
+        list[str] | None,
+        typer.Option("--shape", help="A shape of the rows.", show_default="smallest and largest"),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="A PNG file.")] = Path("docs/results/kernels.png"),
 ) -> None:
@@ -166,7 +165,7 @@ def plot_command(
 
 @app.command("goals")
 def goals_command(results: Results = None) -> None:
-    """Say of each goal for GPUs whether the rows reach it."""
+    """Show for each GPU goal whether the rows reach it."""
     from bench.kernels.goals import table
 
     Console(width=160).print(table(_rows(results)))
@@ -174,14 +173,14 @@ def goals_command(results: Results = None) -> None:
 
 @app.command("profile-13b")
 def profile_command(
-    layers: Annotated[int, typer.Option("--layers", help="Of 40; all: embedding, norm and head too.")] = 1,
+    layers: Annotated[int, typer.Option("--layers", help="1 to 40 (all, with embedding and head).")] = 1,
     dtype: Annotated[str, typer.Option("--dtype", help="A name in bench/kernels/operations.py.")] = "float32",
     device: Device = "auto",
     threads: Threads = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print rows, not words.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
     out: Rows = None,
 ) -> None:
-    """Merge throughput on LLaMA-2-13B's shapes: the adapter, and all parameters layer by layer."""
+    """Measure merge throughput on LLaMA-2-13B's shapes: an adapter, and parameters layer by layer."""
     import torch
 
     from bench.common import rows
@@ -199,10 +198,10 @@ def profile_command(
 
 @app.command("sweep")
 def sweep_command(
-    seconds: Annotated[float, typer.Option("--seconds", help="For how long.")] = 60,
+    seconds: Annotated[float, typer.Option("--seconds", help="Time limit.")] = 60,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the first case.", show_default="any")] = None,
-    cases: Annotated[int | None, typer.Option("--cases", help="How many at most.")] = None,
-    backend: Annotated[list[str] | None, typer.Option("--backend", help="Likewise several.")] = None,
+    cases: Annotated[int | None, typer.Option("--cases", help="Maximum number of cases.")] = None,
+    backend: Annotated[list[str] | None, typer.Option("--backend", help="A backend; repeatable.")] = None,
     graphs: Annotated[bool, typer.Option("--graphs", help="Replay CUDA graphs; --device cuda.")] = False,
     device: Device = "auto",
 ) -> None:
@@ -252,7 +251,7 @@ def _write_json(file: Path | None, rows: list[dict[str, Any]]) -> None:
 
 
 def _rows(results: Path | None) -> list[Row]:
-    """Of a file, or of all that were committed."""
+    """The rows of a file, or all committed rows."""
     from bench.common import rows
 
     if results is not None:

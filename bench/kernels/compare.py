@@ -23,9 +23,9 @@ Case = tuple[str, str, str, str]
 
 
 def compare(ref: str, selection: Selection, rounds: int) -> Table:
-    """Measure both, one after the other, ``rounds`` times; medians of their medians side by side.
+    """Measure both in turn, ``rounds`` times; the table shows medians of the rounds' medians.
 
-    Both are measured by the benchmarks of this checkout.
+    The benchmarks of this checkout measure both.
 
     Raises:
         ValueError: ``ref`` is not a commit.
@@ -44,7 +44,7 @@ def compare(ref: str, selection: Selection, rounds: int) -> Table:
 
 @contextmanager
 def worktree(ref: str) -> Iterator[tuple[Path, str]]:
-    """A checkout of ``ref`` with this one's benchmarks and its own native kernels built; its commit.
+    """A checkout of ``ref`` with this checkout's benchmarks and its own native kernels, and its commit.
 
     Raises:
         ValueError: ``ref`` is not a commit.
@@ -70,7 +70,7 @@ def worktree(ref: str) -> Iterator[tuple[Path, str]]:
 
 
 def _build(root: Path) -> None:
-    """Compile what the checkout declares; without a compiler that is nothing, as on installation."""
+    """Build the checkout's extension; without a compiler nothing is built, as on installation."""
     script = "from setuptools import setup; setup()"
     command = [sys.executable, "-c", script, "-q", "build_ext", "--inplace"]
     subprocess.run(command, cwd=root, env=os.environ, capture_output=True, check=False)
@@ -82,7 +82,7 @@ def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def _table(found: tuple[dict[Case, list[float]], dict[Case, list[float]]], old: str, new: str) -> Table:
     table = Table(
-        title=f"{old} against {new}", caption="ms, medians of the rounds' medians; above 1: faster now"
+        title=f"{old} against {new}", caption="ms, medians of the rounds' medians; above 1: now faster"
     )
     for heading in ("operation", "shape", "dtype", "implementation"):
         table.add_column(heading)

@@ -1,9 +1,8 @@
-"""What a result must be before the time it took counts.
+"""Checks of a result, which come before its timing.
 
-Element by element the reference decides, on the device of the tensors and in chunks, so that it needs little
-memory at any size. A threshold is compared with the reference up to ``SORTED`` elements; beyond, where a sort
-of everything would not fit, it is held against the definition of an order statistic: of k k is the value
-that at most k scores are below and more than k are not above.
+Elements are compared with the reference on the device of the tensors, in chunks that need little memory. A
+threshold is compared with the reference up to ``SORTED`` elements. Beyond that a sort would not fit, and the
+definition of an order statistic is checked: at most k scores are below it, and more than k are not above it.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ SORTED = 2**24
 
 
 def chunks(*lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Lists of tensors of the same shapes, together, in flat pieces of at most ``CHUNK`` elements."""
+    """Yield flat chunks of at most ``CHUNK`` elements of lists of tensors of the same shapes."""
     for group in zip(*lists, strict=True):
         yield from zip(*(tensor.reshape(-1).split(CHUNK) for tensor in group), strict=True)
 
 
 def require_same_bits(what: str, got: Tensor, expected: Tensor) -> None:
-    """Raise AssertionError unless all bits agree; any NaN is as good as another."""
+    """Raise AssertionError unless all bits agree; all NaNs are equal."""
     assert got.dtype == expected.dtype, f"{what}: {got.dtype}, expected {expected.dtype}"
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[got.itemsize]
     if torch.equal(got.view(integers), expected.view(integers)):
@@ -41,7 +40,7 @@ def require_same_bits(what: str, got: Tensor, expected: Tensor) -> None:
 
 
 def require_close(what: str, got: Tensor, expected: Tensor, ignored: Tensor | None = None) -> None:
-    """Raise AssertionError unless all elements agree but for the rounding of another order of operations."""
+    """Raise AssertionError unless all elements agree up to the rounding of another order of operations."""
     if ignored is not None:
         got, expected = got[~ignored], expected[~ignored]
     rtol = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[expected.dtype]
@@ -49,10 +48,10 @@ def require_close(what: str, got: Tensor, expected: Tensor, ignored: Tensor | No
 
 
 def exact_threshold(scores: Scores, k: int, got: Tensor) -> Tensor:
-    """The ``k``-th smallest score as float32 [1]: the reference's, or ``got`` where it can be proved right.
+    """The ``k``-th smallest score as float32 [1]: from the reference, or ``got`` after a check by counting.
 
     Raises:
-        AssertionError: too large to sort, and ``got`` is not the order statistic.
+        AssertionError: there are too many scores to sort, and ``got`` is not the order statistic.
     """
     if sum(tensor.numel() for tensor in scores.sensitivity) <= SORTED:
         return reference.score_thresholds(scores, ks=[k], per_tensor=False)

@@ -1,4 +1,4 @@
-"""What the kernels are to reach on a GPU, and whether the rows say that they do."""
+"""The goals of the kernels on a GPU, and whether the rows reach them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.common.rows import Row
 from bench.kernels.shapes import LORA_R8
 from bench.kernels.tables import grouped, milliseconds
 
-LARGE = 2**26  # elements: from here on neither launches nor caches decide
+LARGE = 2**26  # elements from which neither launches nor caches matter
 OURS = "rkif.triton"
 
 Finding = tuple[float, str]
@@ -20,11 +20,11 @@ Finding = tuple[float, str]
 
 @dataclass(frozen=True)
 class Goal:
-    """One statement about all rows that it concerns.
+    """A goal for some of the rows.
 
     Attributes:
-        text: the statement.
-        findings: of every row it concerns how far it is (1 and more: reached), and its figures in words.
+        text: the goal in words.
+        findings: for every row that the goal concerns: ratio to the goal (1 or more: reached), and a text.
     """
 
     text: str
@@ -32,7 +32,7 @@ class Goal:
 
 
 def table(found: Sequence[Row]) -> Table:
-    """Each goal with the row that is furthest from it."""
+    """A table of the goals, each with the row that is furthest from it."""
     out = Table(title="goals")
     for heading in ("goal", "", "rows", "furthest from it"):
         out.add_column(heading)
@@ -56,7 +56,7 @@ def _share(found: Sequence[Row], op: str, goal: float) -> list[Finding]:
 
 
 def _microseconds(found: Sequence[Row], op: str, goal: float) -> list[Finding]:
-    """With the time that copying as many bytes takes: no kernel is faster on inputs beyond the cache."""
+    """Findings with the time of a copy of as many bytes: the minimum for inputs larger than the cache."""
     return [
         (
             goal / (row["ms_median"] * 1e3),

@@ -1,7 +1,7 @@
-"""What a call costs the host, on a driver that launches nothing: time, launches, compilations.
+"""The host's cost of a call with a driver that launches nothing: time, launches, compilations.
 
-An adapter's tensors are so small that a GPU would wait for the host. A warm call is measured, of
-:class:`rkif.Fuser` where it has one. Fusions take the path of a large model, whatever their size.
+An adapter's tensors are so small that a GPU would wait for the host. Warm calls are measured, of
+:class:`rkif.Fuser` where it has the operation. Fusions of all sizes take the path of a large model.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from rkif_kernels.backends.triton import single_pass
 from rkif_kernels.backends.triton.launch import BRACKETING
 
 TENSORS = (1, 160, 640)
-SHAPE = (8, 16)  # small, so that PyTorch's own operations, which a GPU would run, take the CPU no time
+SHAPE = (8, 16)  # small, so that PyTorch's operations, which a GPU would run, take the CPU little time
 ROUNDS, WARM_UP = 41, 3
-# Launches of a warm call, at most.
+# Maximum number of launches of a warm call.
 LAUNCHES = {"observe": 1, "observe_moved": 1, "threshold": 8, "fuse": 8}
 # Microseconds of a warm call, by (call, tensors).
 GOALS = {
@@ -43,7 +43,7 @@ class Row(NamedTuple):
     tensors: number of parameters.
     microseconds: host time of one warm call, the median.
     launches: kernels launched by one warm call.
-    compilations: kernels compiled after the first round with the first number of tensors.
+    compilations: kernels compiled after the very first round of the call.
     """
 
     call: str
@@ -68,7 +68,7 @@ def measure(rounds: int = ROUNDS) -> list[Row]:
 
 
 class _Case:
-    """A fuser over so many parameters, with two sets of gradients that take turns."""
+    """A fuser over ``tensors`` parameters, with two alternating sets of gradients."""
 
     def __init__(self, tensors: int) -> None:
         shapes = [SHAPE] * tensors
@@ -120,7 +120,7 @@ class _Case:
 
 
 def problems(rows: Sequence[Row]) -> list[str]:
-    """What is counted, and must hold on any machine: one line for each call that does more."""
+    """Violated limits of launches and compilations, which hold on any machine: one line each."""
     lines = []
     for row in rows:
         what = f"{row.call}, {row.tensors} tensors"
@@ -132,7 +132,7 @@ def problems(rows: Sequence[Row]) -> list[str]:
 
 
 def missed_goals(rows: Sequence[Row]) -> list[str]:
-    """What is slower than :data:`GOALS` here; a busy machine may be why."""
+    """One line for each call that is slower than :data:`GOALS`; a busy machine may be the reason."""
     goals = ((row, GOALS.get((row.call, row.tensors), row.microseconds)) for row in rows)
     return [
         f"{row.call} of {row.tensors} tensors takes {row.microseconds} us; the goal is {goal}"

@@ -1,4 +1,4 @@
-"""Who does an operation: rkif's backends and the baselines, under the names that rows give them."""
+"""The implementations of an operation: rkif's backends and the baselines, with their names in rows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from rkif_kernels.types import Backend
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to do an operation.
+    """One implementation of an operation.
 
     Attributes:
-        name: as it stands in rows.
-        make: makes the callable, where what it needs is there.
-        exact: whether its results must be the reference's bit for bit.
-        same: whether it does the same thing at all; else nothing is compared.
-        largest: most elements it takes.
-        captures: whether it may be tried in a CUDA graph; no where it is known to wait for the GPU.
-        adapters_only: whether it is shown on adapters alone.
-        obstacle: why it cannot run here, or nothing.
+        name: as in rows.
+        make: returns the callable; not called if there is an obstacle.
+        exact: whether its results must have the bits of the reference.
+        same: whether it computes the same operation; if not, results are not compared.
+        largest: maximum number of elements.
+        captures: whether a capture in a CUDA graph is tried; False if it is known to wait for the GPU.
+        adapters_only: whether it is measured on adapters only.
+        obstacle: why it cannot run here, or "".
     """
 
     name: str
@@ -43,16 +43,16 @@ class Implementation:
     obstacle: str = ""
 
     def obstacle_to(self, shapes: ShapeSet) -> str:
-        """Why it cannot be measured on these shapes, or nothing."""
+        """Why it cannot be measured on these shapes, or ""."""
         if self.adapters_only and not shapes.adapter:
-            return f"{self.name} is shown on adapters alone"
+            return f"{self.name} is measured on adapters only"
         if self.largest is not None and shapes.numel > self.largest:
             return f"{self.name} takes at most {self.largest:,} elements"
         return self.obstacle
 
 
 def implementations(op: str, device: torch.device) -> list[Implementation]:
-    """All ways to do an operation on a device, rkif's first."""
+    """All implementations of an operation on a device, rkif's first."""
     ours = {"observe": _observe, "threshold": _threshold, "fuse": _fuse}[op]
     backends = [backend for backend in available(device) if device.type == "cuda" or backend != "triton"]
     found = [

@@ -1,4 +1,4 @@
-"""The kernels under other launch configurations than those they have: which block, how many warps."""
+"""The Triton kernels with several launch configurations: block, tiles and warps."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def file() -> Path:
 
 
 def measure(device: torch.device, shapes: Sequence[str], console: Console) -> None:
-    """Time every operation under every configuration, once its result is the reference's, and write rows.
+    """Check every operation against the reference with every configuration, time it, and write rows.
 
     Raises:
         RuntimeError: Triton kernels do not run on the device.
@@ -92,7 +92,7 @@ def measure(device: torch.device, shapes: Sequence[str], console: Console) -> No
 
 
 def markdown() -> str:
-    """The rows, beside what bytes alone predict: as long as copying as many takes."""
+    """The rows as a table, with the time of a copy of as many bytes as the prediction."""
     if not file().exists():
         return "Not measured yet: no GPU has run them.\n"
     lines = [

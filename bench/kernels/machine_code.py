@@ -1,4 +1,4 @@
-"""The machine code in cubins: as text, by the CUDA tools that Triton's wheel contains, and its loops."""
+"""The machine code in cubins, disassembled by the CUDA tools in Triton's wheel, and its loops."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SHF_EXECINSTR = 4  # of a section of an ELF file: it holds instructions
 
 
 def disassemble(cubins: Sequence[bytes], arch: int) -> list[str]:
-    """The instructions of each cubin, one a line.
+    """The instructions of each cubin, one per line.
 
-    All cubins go to one call of the disassembler, because its start takes most of its time.
+    One call of the disassembler takes all cubins, because its start takes most of its time.
     """
     codes = [_machine_code(cubin) for cubin in cubins]
-    # Triton compiles for the features of just this architecture where there are such.
+    # From sm_90 on Triton compiles for architecture-specific features.
     options = ("--no-dataflow", "--binary", f"SM{arch}{'a' if arch >= 90 else ''}")
     text = cuda_tool("nvdisasm", b"".join(codes), *options)
     lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/.*$", text, re.MULTILINE)
@@ -50,7 +50,7 @@ def _machine_code(cubin: bytes) -> bytes:
 
 
 def cuda_tool(name: str, content: bytes, *options: str) -> str:
-    """What a CUDA tool that Triton's wheel brings along says of a file with this content."""
+    """The output of a CUDA tool in Triton's wheel for a file with this content."""
     binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(content)
@@ -69,12 +69,12 @@ class Instruction(NamedTuple):
     following: tuple[int, ...]
 
     def is_kind(self, *kinds: str) -> bool:
-        """Whether it is one of these operations, whatever its modifiers."""
+        """Whether it is one of these operations, with any modifiers."""
         return self.operation.partition(".")[0] in kinds
 
     @property
     def bits(self) -> int:
-        """Of a load or store: how many bits a thread moves."""
+        """Number of bits that a thread moves by this load or store."""
         width = re.search(r"\.[US]?(8|16|64|128|256)\b", self.operation)
         return int(width[1]) if width else 32
 
@@ -84,10 +84,10 @@ class Loop:
     """A loop over blocks.
 
     Attributes:
-        bulk: what an iteration over a whole block may come to, in the order of the code. Of a condition
-            within, as of an addition that only some threads make, both ways are there.
-        loads_after_store: loads among it that come behind a store: they wait for memory once more.
-        body: every instruction of the loop, the ways for tails among them.
+        bulk: instructions that an iteration over a whole block may execute, in the order of the code; both
+            branches of a condition, such as an addition by some threads only.
+        loads_after_store: loads of the bulk after a store, which wait for memory once more.
+        body: every instruction of the loop, including the paths for tails.
     """
 
     bulk: tuple[Instruction, ...]
@@ -95,11 +95,11 @@ class Loop:
     body: tuple[Instruction, ...]
 
     def bits(self, kind: str, widths: Container[int]) -> int:
-        """How many bits a thread moves in one iteration, by accesses of this kind and these widths."""
+        """Number of bits that a thread moves in one iteration by accesses of this kind and these widths."""
         return sum(each.bits for each in self.bulk if each.is_kind(kind) and each.bits in widths)
 
     def count(self, *kinds: str) -> int:
-        """How many instructions of the body are of these kinds."""
+        """Number of instructions of these kinds in the body."""
         return sum(each.is_kind(*kinds) for each in self.body)
 
 
@@ -107,14 +107,14 @@ def parse(text: str) -> list[Instruction]:
     """The instructions of one kernel, from lines of :func:`disassemble`.
 
     Raises:
-        RuntimeError: a branch leads to where no instruction is.
+        RuntimeError: a branch's target is no instruction.
     """
     lines = re.findall(r"/\*([0-9a-f]+)\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*)", text)
     places = {int(address, 16): index for index, (address, *_) in enumerate(lines)}
     instructions = []
     for index, (_, predicate, operation, operands) in enumerate(lines):
         kind = operation.partition(".")[0]
-        # A branch may have its predicate among the operands.
+        # The predicate of a branch may be among the operands.
         conditional = bool(predicate) or (kind == "BRA" and re.search(r"\bU?P\d", operands) is not None)
         following = []
         if kind in BRANCHES:
@@ -129,11 +129,11 @@ def parse(text: str) -> list[Instruction]:
 
 
 def bulk_loop(code: Sequence[Instruction], loads: Counter[int], stores: Counter[int]) -> Loop | None:
-    """The innermost loop that has at least these global accesses, by their width in bits; None without one.
+    """The innermost loop with at least these global accesses; None if there is none.
 
     Args:
         code: of one kernel.
-        loads, stores: of a thread for a whole block.
+        loads, stores: width in bits -> number of accesses of a thread for a whole block.
     """
     wanted = Counter({(LOAD, bits): n for bits, n in loads.items()})
     wanted += Counter({(STORE, bits): n for bits, n in stores.items()})
@@ -170,7 +170,7 @@ def _access(instruction: Instruction) -> tuple[str, int] | None:
 
 
 def _cycle(code: Sequence[Instruction], start: int) -> list[int]:
-    """The fewest instructions from one back to itself; none where there is no way back."""
+    """The shortest cycle through an instruction; empty if there is none."""
     came_from = dict.fromkeys(code[start].following, start)
     queue = deque(came_from)
     while queue and start not in came_from:
@@ -188,10 +188,10 @@ def _cycle(code: Sequence[Instruction], start: int) -> list[int]:
 
 
 def _header(after: Mapping[int, Sequence[int]], cycle: Sequence[int]) -> int:
-    """Where a loop is entered: without it, no other instruction of the cycle is reached.
+    """The entry of a loop: every path from the start to the cycle goes through it.
 
     Raises:
-        RuntimeError: there are several such places.
+        RuntimeError: the loop has several entries.
     """
     for index in sorted(cycle):
         if index == 0 or not _reached(after, [0], without=index) & set(cycle):
@@ -200,7 +200,7 @@ def _header(after: Mapping[int, Sequence[int]], cycle: Sequence[int]) -> int:
 
 
 def _reached(edges: Mapping[int, Sequence[int]], starts: Sequence[int], *, without: int) -> set[int]:
-    """The starts and all that can be reached from them, but for one instruction and what lies behind it."""
+    """The starts and all instructions that are reachable from them without passing through ``without``."""
     seen, waiting = set(starts), list(starts)
     while waiting:
         for index in edges.get(waiting.pop(), ()):

@@ -1,4 +1,4 @@
-"""One measurement: the result is checked, then the time is taken, then the row is made."""
+"""One measurement: check the result, take the time, make the row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.kernels.operations import Operation, bytes_per_element
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to measure: seconds a round at least, seconds in all, fewest and most rounds."""
+    """How long to measure: minimum seconds per round, total seconds, minimum and maximum of rounds."""
 
     round_s: float = 0.01
     total_s: float = 1.0
@@ -30,17 +30,17 @@ def measure(
     budget: Budget,
     copy_gbps: float,
 ) -> Row:
-    """Time an implementation whose result is right.
+    """Check an implementation's result, then time it.
 
     Args:
         benchmark: pytest-benchmark's fixture.
         operation: what to run, with its inputs.
-        implementation: by whom.
+        implementation: what runs it.
         budget: how long to measure.
         copy_gbps: the copy bandwidth in this session.
 
     Raises:
-        AssertionError: the result is wrong; nothing has been timed then.
+        AssertionError: the result is wrong; nothing has been timed.
     """
     run_once = implementation.make()
     if implementation.same:
@@ -60,7 +60,7 @@ def measure(
         rounds=budget.rounds,
     )
     benchmark.pedantic(run, rounds=rounds, iterations=iterations, warmup_rounds=1)
-    taken = benchmark.stats.stats.data  # of one iteration, a value a round
+    taken = benchmark.stats.stats.data  # seconds of one iteration, one value per round
     shapes, dtypes = operation.shapes, operation.dtypes
     return row(
         op=operation.name,

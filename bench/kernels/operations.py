@@ -1,4 +1,4 @@
-"""The operations that are measured: their inputs, the bytes they must move, and when a result is right."""
+"""The measured operations: inputs, minimum of bytes moved, and checks of the results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WEIGHTS: CaseWeights = ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5))
 
 @dataclass(frozen=True)
 class Dtypes:
-    """Storage of parameters and gradients, and of importance."""
+    """Storage dtypes of parameters and gradients, and of importance."""
 
     name: str
     param: torch.dtype
@@ -43,7 +43,7 @@ DTYPES = {
 
 
 def bytes_per_element(op: str, dtypes: Dtypes) -> int:
-    """The least that an operation reads and writes: every input once, every output once."""
+    """Minimum that an operation reads and writes: every input once, every output once."""
     param, state = dtypes.param.itemsize, dtypes.state.itemsize
     return {
         "observe": 2 * param + 4 * state,  # w, g; S and U, read and written
@@ -53,11 +53,11 @@ def bytes_per_element(op: str, dtypes: Dtypes) -> int:
 
 
 class Operation(ABC):
-    """One operation on random inputs of its own.
+    """One operation on its own random inputs.
 
     Attributes:
-        name: as it stands in rows.
-        repeats: how many times :meth:`call` runs the implementation.
+        name: as in rows.
+        repeats: number of times that :meth:`call` runs the implementation.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Operation(ABC):
 
         Args:
             run: the implementation.
-            exact: bit for bit, or but for rounding (and, with a quantile, for its interpolation).
+            exact: compare bits; if False, up to rounding (and the interpolation of a quantile).
         """
 
     def _normal(self) -> list[Tensor]:
@@ -94,8 +94,8 @@ class Operation(ABC):
 class Observe(Operation):
     """The importance update.
 
-    A call is two updates, with two gradients in turn. Under one gradient S converges and U decays into
-    denormals, which processors are slow with and which training does not produce.
+    A call is two updates with different gradients. With one gradient S would converge and U would decay to
+    denormals, which are slow on CPUs and do not occur in training.
     """
 
     name = "observe"
@@ -140,9 +140,9 @@ class Threshold(Operation):
             expected = exact_threshold(self.scores, k, got)
             require_same_bits("threshold", got.reshape(1).to(expected), expected)
         else:
-            # torch.quantile interpolates, at a position that it forms in float32: up to one place beside.
+            # torch.quantile interpolates at a float32 position, which may be off by one.
             below, up_to = rank_range(self.scores, got)
-            assert below - 2 <= k <= up_to, f"quantile between places {below} and {up_to}"
+            assert below - 2 <= k <= up_to, f"quantile between k {below} and {up_to}; expected near {k}"
 
 
 class Fuse(Operation):
@@ -173,7 +173,7 @@ class Fuse(Operation):
         limits = [exact_threshold(scores, k, t) for scores, t in zip(sides, found, strict=True)]
         for side, got, expected in zip(("inner", "outer"), found, limits, strict=True):
             require_same_bits(f"{side} threshold", got, expected)
-        # Where a quantile replaces the order statistic, the scores between the two may go either way.
+        # Masks may differ for scores between the order statistic and a quantile that replaces it.
         loose = limits if exact else [self._quantile(scores, limits[i]) for i, scores in enumerate(sides)]
         counts = torch.zeros(4, dtype=torch.int64, device=self.device)
         lists = [self.base, self.inner, self.outer, self.out]
@@ -211,6 +211,6 @@ def _random(
 
 
 def _between(scores: Scores, one: Tensor, other: Tensor) -> Tensor:
-    """Whose scores are from the one threshold to the other."""
+    """A mask of the scores between two thresholds, both included."""
     (values,) = score_values(scores)
     return (values >= torch.minimum(one, other)) & (values <= torch.maximum(one, other))

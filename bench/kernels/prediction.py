@@ -1,9 +1,8 @@
-"""What speed to expect on a GPU that is not there, by counting bytes, instructions and launches.
+"""Predicted speed on a GPU, from the number of bytes, instructions and launches. Nothing of it is measured.
 
-A launch takes the longer of two times, to move its bytes at the speed of a copy and to issue its
-instructions, and a fixed time to start and end. The model leaves out how many accesses are in flight, that
-single sectors at random places are slower than rows, and that atomic additions to one place wait for each
-other, so a call rather takes longer. Nothing of it is measured.
+The time of a launch is the maximum of two times (to move its bytes at the speed of a copy, and to issue its
+instructions) plus a fixed time. The model ignores the number of accesses in flight, the lower speed of
+random sectors, and contention of atomic additions. So a call probably takes longer than predicted.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from rkif_kernels.backends.triton.launch import BRACKETING, FUSE
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What the programs of a multiprocessor share. CUDA C++ Programming Guide, "Technical Specifications per
+    """Resources of a multiprocessor, from the CUDA C++ Programming Guide, "Technical Specifications per
     Compute Capability"; the units of allocation are those of NVIDIA's occupancy calculator.
 
     Attributes:
         shared: bytes of shared memory.
-        registers, warps, programs: how many there are at most.
-        shared_reserved: bytes of shared memory that the system takes for each program.
-        shared_unit, register_unit, warp_unit: what is allocated in multiples: bytes of shared memory a
-            program, registers a warp, warps for which there are registers.
+        registers, warps, programs: maximum numbers.
+        shared_reserved: bytes of shared memory that the system reserves per program.
+        shared_unit, register_unit, warp_unit: units of allocation: bytes of shared memory per program,
+            registers per warp, and warps that get registers.
     """
 
     shared: int
@@ -51,11 +50,11 @@ LANES = 32
 
 
 def blocks_per_sm(target: str, registers: int, shared: int, num_warps: int) -> int | None:
-    """How many programs a multiprocessor holds at once; None for targets of which it is not known.
+    """Number of programs that a multiprocessor holds at once; None for targets without known limits.
 
     Args:
-        registers: a thread's.
-        shared: bytes a program.
+        registers: per thread.
+        shared: bytes per program.
     """
     limits = MULTIPROCESSORS.get(target)
     if limits is None:
@@ -73,13 +72,13 @@ def _rounded(number: int, unit: int) -> int:
 @dataclass(frozen=True)
 class Gpu:
     """Attributes:
-    bandwidth: bytes a second of its memory.
-    multiprocessors: how many it has.
-    clock: cycles a second, boosted.
-    schedulers: of a multiprocessor; each issues one instruction of a warp a cycle.
-    copy_share: of the bandwidth that a copy reaches. An assumption.
-    launch: seconds from one kernel of a stream to the next. An assumption, for a CUDA graph: the start, the
-        first and last accesses that nothing hides, and what the last program does alone.
+    bandwidth: of its memory, in bytes per second.
+    multiprocessors: number of multiprocessors.
+    clock: boost clock, in cycles per second.
+    schedulers: per multiprocessor; each issues one instruction of a warp per cycle.
+    copy_share: share of the bandwidth that a copy reaches. An assumption.
+    launch: fixed seconds of a kernel in a CUDA graph: its start, the latency of its first and last accesses,
+        and the work of its last program. An assumption.
     """
 
     name: str
@@ -92,12 +91,12 @@ class Gpu:
 
     @property
     def copy(self) -> float:
-        """Bytes a second that a copy reads and writes."""
+        """Bytes per second that a copy reads and writes."""
         return self.bandwidth * self.copy_share
 
     @property
     def issue(self) -> float:
-        """Instructions a second, each thread's counted."""
+        """Instructions per second, summed over threads."""
         return self.multiprocessors * self.schedulers * self.clock * LANES
 
 
@@ -107,12 +106,12 @@ H100 = Gpu("H100 SXM", bandwidth=3.35e12, multiprocessors=132, clock=1.98e9)
 
 
 class Launch(NamedTuple):
-    """What one launch needs.
+    """The cost of one launch.
 
     Attributes:
         kernel: its name, as in the rows of compiled kernels.
         moved: bytes between memory and the multiprocessors.
-        instructions: of all threads.
+        instructions: summed over all threads.
     """
 
     kernel: str
@@ -124,49 +123,49 @@ class Launch(NamedTuple):
 
 
 def predicted_share(bytes_per_element: float, instructions_per_element: float, numel: int = 2**26) -> float:
-    """Of a copy's speed, for one launch over so many elements on an H100."""
+    """Share of a copy's speed that one launch over ``numel`` elements reaches on an H100."""
     launch = Launch("", bytes_per_element * numel, instructions_per_element * numel)
     return round(launch.moved / H100.copy / launch.seconds(), 3)
 
 
-# The kernels' variants whose counted instructions stand for a call: float32, with S and U.
+# The variants whose numbers of instructions the predictions use: float32, with S and U.
 VARIANTS = {
     "observe": "first fp32, fp32, S, U fp32",
     "bracketed scores": "S*U fp32",
     "bracketed fuse": "fp32, S*U fp32",
 }
-# What has no bulk loop was counted by hand, in machine code for sm_90 by triton 3.9. Of a thread: an element
-# of the second sample for each side, and each halving in the search for its tensor; the list's kernel before
-# its loop, and an iteration of that, which lists at most one element.
+# Instructions of a thread in code without a bulk loop, counted by hand for sm_90 and triton 3.9.
+# Second sample: per element and side, and per step of the bisection for its tensor. List kernel: before its
+# loop, and per iteration, which lists at most one element.
 SAMPLED, HALVING = 100, 17
 LIST_START, LIST_ENTRY = 240, 140
-DENSITY = 0.2  # the release's, of the elements that a learner selects
-SECTOR = 32  # bytes: the least that is read
+DENSITY = 0.2  # of the release preset
+SECTOR = 32  # bytes: minimum of an access
 
 
 def observe(shapes: ShapeSet, rates: Mapping[str, float]) -> list[Launch]:
     """Args:
-    rates: instructions an element in the bulk loops of the kernels in :data:`VARIANTS`.
+    rates: instructions per element in the bulk loops of the kernels in :data:`VARIANTS`.
     """
     return [Launch("observe", 24 * shapes.numel, rates["observe"] * shapes.numel)]
 
 
 def threshold(shapes: ShapeSet, rates: Mapping[str, float]) -> list[Launch]:
-    """By one bracketed pass; see :func:`observe`."""
+    """The launches with one bracketed pass; see :func:`observe`."""
     moved, instructions = 8 * shapes.numel, rates["bracketed scores"] * shapes.numel
     return _bracketed(shapes, Launch("bracketed scores", moved, instructions), sides=1)
 
 
 def fuse(shapes: ShapeSet, rates: Mapping[str, float]) -> list[Launch]:
-    """Likewise, and the listed elements fused once more."""
+    """The launches with one bracketed pass, after which the listed elements are fused again."""
     moved, instructions = 32 * shapes.numel, rates["bracketed fuse"] * shapes.numel
     launches = _bracketed(shapes, Launch("bracketed fuse", moved, instructions), sides=2)
-    entry = 8 + 5 * 4 + SECTOR  # an address and five values, and what is written at that address
+    entry = 8 + 5 * 4 + SECTOR  # an address, five values, and the sector that is written
     return [*launches, Launch("finish", entry * _listed(shapes, sides=2), 0)]
 
 
 def _bracketed(shapes: ShapeSet, bulk: Launch, sides: int) -> list[Launch]:
-    """All launches from the workspace's fill to the thresholds.
+    """All launches from the fill of the workspace to the thresholds.
 
     Args:
         bulk: the pass, without the bits that it stores.
@@ -175,7 +174,7 @@ def _bracketed(shapes: ShapeSet, bulk: Launch, sides: int) -> list[Launch]:
     cells = -(-numel // BRACKETING.stride(numel))
     sampled = cells * BRACKETING.run * (SAMPLED * sides + HALVING * len(shapes.shapes).bit_length())
     bits, listed = numel / 8, _listed(shapes, sides)
-    # Of each listed element one sector of every stream is read; where it fuses, of base, inner and outer too.
+    # Each listed element reads one sector of every score stream; in a fusion, of base, inner and outer too.
     gathered, stored = (7, 36) if sides == 2 else (streams, 4)
     threads = numel / FUSE.chunk * FUSE.num_warps * LANES
     return [
@@ -193,14 +192,14 @@ def _bracketed(shapes: ShapeSet, bulk: Launch, sides: int) -> list[Launch]:
 
 
 def _listed(shapes: ShapeSet, sides: int) -> float:
-    """How many elements the brackets are expected to leave undecided."""
+    """Expected number of elements that the brackets leave undecided."""
     return BRACKETING.capacity(1 - DENSITY, shapes.numel, sides) / BRACKETING.list_slack
 
 
 def _iterations(mean: float, lanes: int) -> float:
-    """How often the list's loop is run: the most listed elements of a lane, where they lie independently."""
+    """Expected iterations of the list's loop: the maximum of listed elements over the (independent) lanes."""
     count, expected = 0, 0.0
-    term = at_most = math.exp(-mean)  # of a Poisson distribution: count, and at most count
+    term = at_most = math.exp(-mean)  # Poisson probabilities of count, and of at most count
     while (more := 1 - min(at_most, 1.0) ** lanes) > 1e-6:
         expected += more
         count += 1
@@ -214,9 +213,9 @@ class Call:
     """A call whose time is predicted.
 
     Attributes:
-        launches: counts it.
-        least: bytes an element that it has to move.
-        share, microseconds: its goals: at least this share of the speed of a copy, at most so long.
+        launches: returns its launches.
+        least: minimum of bytes per element that it has to move.
+        share, microseconds: its goals: minimum share of a copy's speed, maximum time.
     """
 
     launches: Callable[[ShapeSet, Mapping[str, float]], list[Launch]]
@@ -250,15 +249,15 @@ CALLS = (
 
 
 def table(rates: Mapping[str, float]) -> Table:
-    """Every call of :data:`CALLS`.
+    """A table of the predictions for :data:`CALLS`.
 
     Args:
         rates: see :func:`observe`.
     """
     out = Table(
         title=f"predicted for one {H100.name}",
-        caption=f"float32, S and U, density {DENSITY}, from a CUDA graph. A model, with a copy at "
-        f"{H100.copy / 1e12:.2f} TB/s and {H100.launch * 1e6:.0f} us a launch, which are assumptions.",
+        caption=f"float32, S and U, density {DENSITY}, from a CUDA graph. The model assumes a copy at "
+        f"{H100.copy / 1e12:.2f} TB/s and {H100.launch * 1e6:.0f} us per launch.",
     )
     for heading in ("call", "shapes", "us", "of a copy", "goal", "measured", "us of each launch"):
         out.add_column(heading)

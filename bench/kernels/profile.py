@@ -1,9 +1,9 @@
-"""Merge throughput on a model of LLaMA-2-13B's shapes: its adapter whole, and all its parameters in layers.
+"""Merge throughput on LLaMA-2-13B's shapes: an adapter in one call, and all parameters layer by layer.
 
-No device here holds four copies of 13 billion parameters with two importance states, and no fusion needs
-them at once: a layer's tensors are made on the device, observed, fused and dropped. Each layer (and the
-embedding, the final norm and the head each) is then a group with thresholds of its own, which moves as many
-bytes as one threshold over all would.
+Four copies of 13 billion parameters with two importance states do not fit on one device. So the tensors of
+one layer are made on the device, observed, fused and freed, then those of the next. Each layer, the
+embedding, the final norm and the head have their own thresholds, which moves as many bytes as one global
+threshold.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ WHOLE = LLAMA_2_13B.whole().numel
 
 @dataclass
 class Part:
-    """What was measured of one set of parameters.
+    """Measurements of one set of parameters.
 
     Attributes:
-        name: as it stands in rows.
-        numel, tensors: parameters, and in how many tensors.
-        dtypes: storage.
-        taken: seconds by step ("observe", "fuse"), for all parameters together.
-        breakdown: seconds by kernel (CUDA) or by operation (CPU); on CUDA of one group only.
-        peak: bytes at most beside the inputs (CPU) or in all (CUDA).
+        name: as in rows.
+        numel, tensors: number of parameters and of tensors.
+        dtypes: storage dtypes.
+        taken: step ("observe", "fuse") -> seconds for all parameters together.
+        breakdown: kernel of one group (CUDA) or operation (CPU) -> seconds.
+        peak: maximum of bytes beyond the inputs (CPU) or in total (CUDA).
     """
 
     name: str
@@ -49,7 +49,7 @@ class Part:
     peak: int = 0
 
     def rows(self, device: torch.device, bandwidth: float) -> list[Row]:
-        """One a step."""
+        """One row per step."""
         return [
             row(
                 op="profile-13b",
@@ -72,10 +72,10 @@ class Part:
 
 
 def profile_13b(device: torch.device, layers: int, dtypes: str) -> list[Row]:
-    """Measure the adapter and ``layers`` layers (of 40; with all of them embedding, norm and head too).
+    """Measure the adapter and ``layers`` of 40 layers; 40 adds embedding, norm and head.
 
     Raises:
-        ValueError: no such number of layers or dtypes.
+        ValueError: ``layers`` is out of range, or ``dtypes`` is unknown.
     """
     if not 1 <= layers <= LLAMA_2_13B.layers:
         raise ValueError(f"--layers must be from 1 to {LLAMA_2_13B.layers}; got {layers}")
@@ -92,7 +92,7 @@ def profile_13b(device: torch.device, layers: int, dtypes: str) -> list[Row]:
 
 
 def report(found: list[Row]) -> Iterator[str]:
-    """The rows in words."""
+    """Yield lines of text for the rows."""
     for one in found:
         yield (
             f"{one['shape']}, {one['dtype']}, {one['implementation']} on {one['device']}: "
@@ -108,14 +108,14 @@ def report(found: list[Row]) -> Iterator[str]:
                 f"for all {WHOLE:,} parameters"
             )
     for title, breakdown in {one["shape"].partition(":")[0]: one["breakdown_ms"] for one in found}.items():
-        yield f"{title}, where the time goes:"
+        yield f"{title}, time by part:"
         total = sum(breakdown.values())
         for name, value in sorted(breakdown.items(), key=lambda item: -item[1]):
             yield f"  {value:12,.3f} ms  {value / total:4.0%}  {name}"
 
 
 def _adapter(device: torch.device, dtypes: Dtypes) -> Part:
-    """The released adapter: many small tensors, in one call."""
+    """Measure the released adapter: many small tensors in one call."""
     part = Part(LORA_R8.name, LORA_R8.numel, len(LORA_R8.shapes), dtypes)
     _profile(part, _Group(LORA_R8, dtypes, device), several=True)
     release(device)
@@ -123,7 +123,7 @@ def _adapter(device: torch.device, dtypes: Dtypes) -> Part:
 
 
 def _layers(device: torch.device, dtypes: Dtypes, layers: int) -> Part:
-    """The model's parameters, a group at a time."""
+    """Measure the model's parameters, one group at a time."""
     stack = LLAMA_2_13B
     whole = layers == stack.layers
     shapes = stack.whole() if whole else stack.first(layers)
@@ -142,13 +142,13 @@ def _layers(device: torch.device, dtypes: Dtypes, layers: int) -> Part:
 
 
 class _Group:
-    """Random tensors of one round, small enough to be there together, and what is done to them."""
+    """Random tensors of one round that fit in memory together, and the operations on them."""
 
     def __init__(self, shapes: ShapeSet, dtypes: Dtypes, device: torch.device) -> None:
         fusion = Fuse(shapes, dtypes, device)
         self.device, self._backend = device, cast(Backend, available(device)[0])
         self._inner, self._sides = fusion.inner, (fusion.inner_scores, fusion.outer_scores)
-        # The gradients' memory takes the result: over one of its inputs a fusion may need another pass.
+        # The result is written to the gradients: a fusion into one of its inputs may need another pass.
         self._grads = [tensor.normal_() for tensor in fusion.out]
         self._lists = (self._grads, fusion.base, fusion.inner, fusion.outer, *self._sides)
         self._nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
@@ -188,7 +188,7 @@ class _Group:
 
 
 def _profile(part: Part, group: _Group, several: bool) -> None:
-    """Add a group's times to a part's: of one run of each step, or of the mean of several."""
+    """Add a group's times to a part: one run of each step, or the mean of ``several``."""
     steps: dict[str, Callable[[], Any]] = {"observe": group.observe, "fuse": group.fuse}
     for name, run in steps.items():
         with Peak(group.device) as peak:
@@ -210,7 +210,7 @@ def _profile(part: Part, group: _Group, several: bool) -> None:
 
 
 def _mean(run: Callable[[], Any], device: torch.device, first: float) -> float:
-    """Seconds of a run among many: what brackets them does not count."""
+    """Mean seconds of a run over many runs, which makes the synchronisation negligible."""
     seconds(run, device)
     _, iterations = plan(min(first, 0.05), round_s=0.2, total_s=0.2, rounds=(1, 1))
 
@@ -222,7 +222,7 @@ def _mean(run: Callable[[], Any], device: torch.device, first: float) -> float:
 
 
 def _kernels(steps: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Seconds of every GPU kernel of one run of each step."""
+    """GPU kernel -> seconds in one run of each step."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as trace:

@@ -1,4 +1,4 @@
-"""Starts the suite: pytest in a process of its own, with the environment the figures need."""
+"""Starts the suite: pytest in a separate process, with an environment for measurements."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Selection:
-    """What to measure; empty choices mean everything that is measured on the device by default."""
+    """What to measure; an empty choice means the default of the device."""
 
     device: str = "auto"
     ops: tuple[str, ...] = ()
@@ -32,10 +32,10 @@ class Selection:
     memory: float | None = None
 
     def arguments(self, out: Path) -> list[str]:
-        """Of the pytest process, relative to the root of a checkout.
+        """The arguments of pytest, relative to the root of a checkout.
 
         Raises:
-            ValueError: an operation, a shape or dtypes that do not exist.
+            ValueError: an operation, a shape or a dtype is unknown.
         """
         choices = (("--only", self.ops, OPERATIONS), ("--shape", self.shapes, SHAPES))
         for option, names, known in (*choices, ("--dtype", self.dtypes, DTYPES)):
@@ -61,12 +61,12 @@ class Selection:
 
 
 def run(selection: Selection, out: Path | None, root: Path = ROOT) -> Path:
-    """Measure in the checkout at ``root``; rows replace those of the same keys in the results file.
+    """Measure in the checkout at ``root``; rows replace those with the same keys in the results file.
 
     Args:
         selection: what to measure.
         out: the results file; by default that of the device.
-        root: whose code is measured.
+        root: the checkout that is measured.
 
     Returns:
         The results file.
@@ -77,14 +77,14 @@ def run(selection: Selection, out: Path | None, root: Path = ROOT) -> Path:
     out = out or rows.results_file(resolved_device(selection.device).type)
     command = [sys.executable, "-m", "pytest", *selection.arguments(out)]
     if subprocess.run(command, cwd=root, env=_environment(os.environ, selection), check=False).returncode:
-        raise RuntimeError("the suite failed, see above: what failed has no new row")
+        raise RuntimeError("the suite failed, see above: failed benchmarks have no new row")
     return out
 
 
 def _environment(inherited: Mapping[str, str], selection: Selection) -> dict[str, str]:
-    """Without Triton's interpreter, whose time means nothing, and with the number of threads.
+    """The environment with the number of threads, and without Triton's interpreter.
 
-    And without what a pytest around this one says of itself: it would be taken for its own.
+    Variables of a pytest process that has started this one are left out, because the new one would read them.
     """
     kept = {
         name: value

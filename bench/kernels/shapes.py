@@ -1,4 +1,4 @@
-"""What is measured: parameter lists of real models and adapters, as data."""
+"""The measured shapes: parameter lists of real models and adapters, as data."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ShapeSet:
-    """The shapes of the parameters that one call is given.
+    """The shapes of the parameters of one call.
 
     Attributes:
-        name: as it stands in rows and tables.
-        shapes: one shape a tensor.
+        name: as in rows and tables.
+        shapes: one shape per tensor.
         adapter: whether these are LoRA factors.
-        note: what else there is to say.
+        note: a remark.
     """
 
     name: str
@@ -31,12 +31,12 @@ class ShapeSet:
 
 @dataclass(frozen=True)
 class Stack:
-    """A model: layers that repeat, and what it has once.
+    """A model of equal layers and other parameters.
 
     Attributes:
-        name: the model's.
+        name: name of the model.
         layer: shapes of one layer.
-        layers: how many there are.
+        layers: number of layers.
         rest: embeddings, final norm, head.
     """
 
@@ -49,14 +49,14 @@ class Stack:
         return ShapeSet(self.name, self.layer * self.layers + self.rest)
 
     def first(self, layers: int) -> ShapeSet:
-        """The first ``layers`` layers alone, under a name that says so."""
+        """The first ``layers`` layers only; the name contains their number."""
         return ShapeSet(f"{self.name}, {layers} of {self.layers} layers", self.layer * layers)
 
     def within(self, numel: int) -> ShapeSet:
-        """The model whole where it has at most ``numel`` parameters, else as many layers as fit.
+        """The whole model if it has at most ``numel`` parameters, else as many layers as fit.
 
         Raises:
-            ValueError: not even one layer fits.
+            ValueError: one layer has more than ``numel`` parameters.
         """
         if self.whole().numel <= numel:
             return self.whole()
@@ -67,7 +67,7 @@ class Stack:
 
 
 def _lora(rank: int, linears: tuple[Shape, ...], layers: int) -> tuple[Shape, ...]:
-    """A (rank x in) and B (out x rank) of every linear (out x in)."""
+    """A (rank x in) and B (out x rank) of every linear layer (out x in)."""
     return tuple(factor for out, into in linears for factor in ((rank, into), (out, rank))) * layers
 
 
@@ -85,7 +85,7 @@ LLAMA_2_13B = Stack(
     layers=40,
     rest=((32000, 5120), (5120,), (32000, 5120)),
 )
-# Its head is tied to the embedding: one tensor.
+# The head and the embedding are one tensor.
 LLAMA_32_1B = Stack("llama-3.2-1b", layer=(*_1B, (2048,), (2048,)), layers=16, rest=((128256, 2048), (2048,)))
 LORA_R8 = ShapeSet(
     "llama-2-13b-lora-r8", _lora(8, ((5120, 5120),) * 2, 40), adapter=True, note="q and v, as released"
@@ -97,9 +97,9 @@ SHAPES: dict[str, ShapeSet | Stack] = {
     for shapes in (
         LORA_R8,
         LORA_R64,
-        ShapeSet("one-16Mi", ((2**24,),), note="the most that torch.quantile takes"),
+        ShapeSet("one-16Mi", ((2**24,),), note="the maximum for torch.quantile"),
         ShapeSet("one-64Mi", ((2**26,),)),
-        ShapeSet("one-2Gi", ((2**31 + 12_345,),), note="more elements than an int32 counts"),
+        ShapeSet("one-2Gi", ((2**31 + 12_345,),), note="more elements than int32 can count"),
         LLAMA_32_1B,
         LLAMA_2_13B,
         ShapeSet("smoke", ((3, 5), (1000,), (70, 31), (1,)), note="to try the suite out"),
@@ -113,15 +113,15 @@ _DEVICE = {
 
 
 def by_default(device: str, quick: bool) -> tuple[str, ...]:
-    """The names of what is measured on a device unless something else is asked for."""
+    """The names of the shapes that are measured on a device by default."""
     return QUICK if quick else _DEVICE[device]
 
 
 def fitted(name: str, max_numel: int) -> ShapeSet:
-    """The shape of that name; of a model as many layers as ``max_numel`` elements hold.
+    """The shapes called ``name``; for a model, as many layers as fit into ``max_numel`` elements.
 
     Raises:
-        ValueError: it does not fit.
+        ValueError: the shapes, or one layer, have more than ``max_numel`` elements.
     """
     shapes = SHAPES[name]
     if isinstance(shapes, Stack):

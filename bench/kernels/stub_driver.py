@@ -1,7 +1,7 @@
-"""A driver for Triton that launches nothing: arguments are bound, kernels compiled for sm_90, calls counted.
+"""A driver for Triton that launches nothing: it binds arguments, compiles for sm_90, and counts launches.
 
-So host time can be measured, and launches and compilations counted, on a machine without a GPU: tensors are
-on the CPU, and what a kernel would have written stays as it was.
+With it, host time, launches and compilations are measured without a GPU. Tensors are on the CPU, and kernels
+write nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 
-SHARED_MEMORY = 232_448  # bytes a program may have, of an H100
+SHARED_MEMORY = 232_448  # maximum of bytes per program on an H100
 
 
 class Counter:
@@ -29,10 +29,10 @@ class Counter:
 
 @contextmanager
 def stub_driver() -> Iterator[Counter]:
-    """Make Triton's kernels the ones that are "launched" for CPU tensors too.
+    """Replace Triton's driver, and choose the Triton backend for CPU tensors, while the block runs.
 
     Raises:
-        RuntimeError: Triton interprets kernels in this process, and compiles none.
+        RuntimeError: Triton interprets kernels in this process, so it compiles none.
     """
     import triton
     from triton.backends.compiler import GPUTarget

@@ -1,7 +1,7 @@
-"""Random inputs, pleasant and hostile, through every operation and backend: the reference's bits or a seed.
+"""Random inputs and edge cases for every operation and backend, compared bit for bit with the reference.
 
-The tests try chosen inputs; this tries fresh ones for as long as it is given. A case is made from its seed
-alone, so that a mismatch is repeated by ``python -m bench sweep --seed SEED --cases 1``.
+The tests use fixed inputs; the sweep uses new ones until its time is over. The seed alone determines a case,
+so ``python -m bench sweep --seed SEED --cases 1`` repeats a mismatch.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from rkif_kernels.types import (
     Smoothing,
 )
 
-# Elements of a tensor at most: on a GPU enough for a single pass, on a CPU what the reference sorts quickly.
+# Maximum of elements of a tensor: on a GPU enough for a single pass, on a CPU few enough to sort quickly.
 LARGEST = {"cuda": 12_000_000, "cpu": 300_000}
-INTERPRETED = 5_000  # what Triton's interpreter computes in about a second
+INTERPRETED = 5_000  # maximum in Triton's interpreter, for about a second per case
 
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs on the CPU, and settings; all that a seed decides."""
+    """The inputs (on the CPU) and settings of a seed."""
 
     params: tuple[list[Tensor], list[Tensor], list[Tensor]]
     grads: list[Tensor | None]
@@ -73,18 +73,18 @@ def sweep(
     seed: int,
     graphs: bool = False,
 ) -> tuple[int, str]:
-    """Try cases until the time is over or enough were tried, each of them twice in a row.
+    """Run each case twice, until the time is over, ``cases`` have passed, or one has failed.
 
     Args:
-        device: where the backends run; the reference runs on the CPU.
-        backends: names; all that are available where there is none.
-        limit_s: seconds.
-        cases: how many at most.
-        seed: of the first case; the others follow.
-        graphs: replay each case from a CUDA graph that has been captured on other values.
+        device: of the backends; the reference runs on the CPU.
+        backends: names of the backends; if empty, all that are available.
+        limit_s: time limit in seconds.
+        cases: maximum number of cases.
+        seed: of the first case; the others have the following seeds.
+        graphs: replay each case from a CUDA graph that was captured with other values.
 
     Returns:
-        How many cases were right, and what was wrong with the next one, or nothing.
+        The number of cases that passed, and the failure of the next one, or "".
     """
     backends = backends or available(device)
     largest = INTERPRETED if interpreting() and "triton" in backends else LARGEST[device.type]
@@ -98,7 +98,7 @@ def sweep(
         for backend in sorted(set(backends) - unfit):
             try:
                 with _bracketing(number) if backend == "triton" else nullcontext():
-                    for _ in range(2):  # what depends on timing need not come out wrong at once
+                    for _ in range(2):  # an error that depends on timing may not occur at once
                         (check_replay if graphs else check)(case, device, cast(Backend, backend))
             except (AssertionError, RuntimeError) as error:
                 return done, f"seed {number}, {backend}, {case.text}: {error}"
@@ -108,7 +108,7 @@ def sweep(
 
 @contextmanager
 def _bracketing(seed: int) -> Iterator[None]:
-    """The brackets of a seed, good and bad ones, and for every size: each case comes to a bracketed pass."""
+    """Use the brackets of a seed, which may miss. All sizes use them, so each case has a bracketed pass."""
     from rkif_kernels.backends.triton import score_thresholds as threshold
     from rkif_kernels.backends.triton import select_and_fuse_ as fuse
     from rkif_kernels.backends.triton.launch import BRACKETING
@@ -134,7 +134,7 @@ def make_case(seed: int, largest: int) -> Case:
     choose = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     sizes = [_size(choose, largest) for _ in range(choose.randint(1, 6))]
-    sizes[choose.randrange(len(sizes))] += 1  # not nothing at all
+    sizes[choose.randrange(len(sizes))] += 1  # at least one element
     kinds = [choose.choice(list(SCORES)) for _ in range(4)]
     uncertain = choose.random() < 0.7
 
@@ -168,7 +168,7 @@ def make_case(seed: int, largest: int) -> Case:
 
 
 def check(case: Case, device: torch.device, backend: Backend) -> None:
-    """Run every operation and raise AssertionError at the first bit that is not the reference's."""
+    """Run every operation; raise AssertionError at the first bit that differs from the reference."""
     _check_observe(case, device, backend)
     expected = [_expected_thresholds(case, scores) for scores in case.sides]
     for side, scores, wanted in zip(("inner", "outer"), case.sides, expected, strict=True):
@@ -178,10 +178,10 @@ def check(case: Case, device: torch.device, backend: Backend) -> None:
 
 
 def check_replay(case: Case, device: torch.device, backend: Backend) -> None:
-    """Capture a round of one learner, put the case into the captured memory, replay, and compare.
+    """Capture an update and a fusion, copy the case into the captured memory, replay, and compare.
 
     Raises:
-        AssertionError: a bit is not the reference's, or the round waits for the device and has no graph.
+        AssertionError: a bit differs from the reference, or no CUDA graph could be captured.
     """
     other = _other_values(case)
     params: list[Any] = [_copies(device, tensors) for tensors in other.params]
@@ -233,7 +233,7 @@ def check_replay(case: Case, device: torch.device, backend: Backend) -> None:
 
 
 def _other_values(case: Case) -> Case:
-    """Of the same shapes, dtypes and settings: backwards, and half the scores."""
+    """A case with the same shapes, dtypes and settings: reversed tensors, and S halved."""
 
     def backwards(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensor.flip(0) for tensor in tensors]
@@ -250,7 +250,7 @@ def _other_values(case: Case) -> Case:
 
 
 def _all(sides: Sequence[Scores]) -> list[Tensor]:
-    """Every tensor of some scores."""
+    """All tensors of the scores."""
     return [tensor for scores in sides for tensor in (*scores.sensitivity, *(scores.uncertainty or ()))]
 
 
@@ -308,7 +308,7 @@ def _check_fuse(
 
 
 def _expected_thresholds(case: Case, scores: Scores) -> Tensor:
-    """As :func:`rkif_kernels.score_thresholds` promises, with the reference's search."""
+    """The result that :func:`rkif_kernels.score_thresholds` must have, by the reference's search."""
     sizes = [tensor.numel() for tensor in scores.sensitivity]
     per_tensor = case.scope == "tensor"
     groups = sizes if per_tensor else [sum(sizes)]
@@ -327,13 +327,13 @@ def _expected_thresholds(case: Case, scores: Scores) -> Tensor:
 
 
 def _size(choose: random.Random, largest: int) -> int:
-    """From nothing to ``largest``, small ones as often as large ones; often at a power of two."""
+    """A size from 0 to ``largest``, log-uniform, and often a power of two or one more."""
     size = int(largest ** choose.random()) - 1
     return choose.choice([size, size, 1 << size.bit_length() >> 1, (1 << size.bit_length() >> 1) + 1])
 
 
 def _param(size: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Normal, with a few values that arithmetic is careless with."""
+    """Normal values, with a few infinities, NaNs, zeros, denormals and very large values."""
     values = torch.randn(size, generator=generator)
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 0.0, 1e-42, 3e38])
     at = torch.rand(size, generator=generator) < 1e-3
@@ -342,7 +342,7 @@ def _param(size: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
 
 
 def _has_bfloat16_denormals(case: Case) -> bool:
-    """Whether a score is one: S or U of either learner."""
+    """Whether S or U of a learner has a bfloat16 denormal."""
     tiny = torch.finfo(torch.bfloat16).tiny
     states = [tensor for tensor in _all(case.sides) if tensor.dtype == torch.bfloat16]
     return any(bool(((tensor != 0) & (tensor.abs() < tiny)).any()) for tensor in states)
@@ -351,7 +351,7 @@ def _has_bfloat16_denormals(case: Case) -> bool:
 def _spread(
     make: Callable[[Tensor], Tensor], sizes: Sequence[int], generator: torch.Generator
 ) -> list[Tensor]:
-    """Values made for all tensors together, cut into them."""
+    """Make values for all tensors together, and split them."""
     values = make(torch.rand(sum(sizes), generator=generator))
     return list(torch.split(values, list(sizes)))
 
@@ -375,7 +375,7 @@ def _require_all(what: str, got: Sequence[Tensor], expected: Sequence[Tensor]) -
 
 _RELEASE: CaseWeights = ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5))
 _PAPER: CaseWeights = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.0, 0.0))
-# What scores are made of uniform random numbers.
+# Name -> function that makes scores of uniform random numbers.
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": lambda x: x,
     "wide": lambda x: (x * 60 - 40).exp(),

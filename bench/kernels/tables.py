@@ -1,4 +1,4 @@
-"""The measurements as tables and as a figure."""
+"""The measurements as tables and a figure."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def grouped(found: Iterable[Row]) -> dict[tuple[str, str, str, str], dict[str, R
 
 
 def baseline(group: dict[str, Row]) -> str | None:
-    """What speed-ups are against: the eager transcription; for thresholds what it takes them with.
+    """The baseline of speed-ups: the eager transcription, or for thresholds the selection that it uses.
 
-    That is torch.quantile as far as it goes, and torch.kthvalue beyond.
+    That is torch.quantile up to its maximum of elements, and torch.kthvalue beyond.
     """
     return next((name for name in ("eager", "torch.quantile", "torch.kthvalue") if name in group), None)
 
 
 def best(group: dict[str, Row]) -> Row | None:
-    """rkif's fastest."""
+    """The row of rkif's fastest backend."""
     ours = [row for name, row in group.items() if name.startswith("rkif.")]
     return min(ours, key=lambda row: float(row["ms_median"]), default=None)
 
@@ -73,7 +73,7 @@ def rich_table(found: Iterable[Row]) -> Table:
 
 
 def markdown() -> str:
-    """The README's table of every device that was measured: float32, rkif's fastest backend a line."""
+    """The README's tables, one per measured device: float32, one line for rkif's fastest backend."""
     found: list[Row] = []
     for device in ("cuda", "cpu"):
         path = rows.results_file(device)
@@ -101,10 +101,10 @@ def plot(found: Iterable[Row], out: Path, shapes: Sequence[str] = ()) -> None:
     Args:
         found: rows of one device.
         out: a PNG file.
-        shapes: which to show; by default the smallest and the largest that an operation was measured on.
+        shapes: shapes to show; by default the smallest and the largest of an operation.
 
     Raises:
-        ValueError: there is nothing to show.
+        ValueError: no row matches, or rows are of several devices.
     """
     import matplotlib
 
@@ -118,7 +118,7 @@ def plot(found: Iterable[Row], out: Path, shapes: Sequence[str] = ()) -> None:
         raise ValueError("no float32 rows of an operation to plot")
     devices = sorted({key[0] for key in groups})
     if len(devices) > 1:
-        raise ValueError(f"rows of several devices ({', '.join(devices)}): plot them from files of their own")
+        raise ValueError(f"rows of several devices ({', '.join(devices)}): plot them from separate files")
     panels = [op for op in OPERATIONS if any(key[1] == op for key in groups)]
     heights = [sum(len(group) + 1 for key, group in groups.items() if key[1] == op) for op in panels]
     figure, axes = pyplot.subplots(
@@ -132,7 +132,7 @@ def plot(found: Iterable[Row], out: Path, shapes: Sequence[str] = ()) -> None:
     for op, axis in zip(panels, axes[:, 0], strict=True):
         _panel(axis, op, {key[2]: group for key, group in groups.items() if key[1] == op})
     axes[-1, 0].set_xlabel(
-        "share of the bandwidth of a large copy (the least bytes an operation can move / its time)",
+        "share of the bandwidth of a large copy (minimum of bytes moved / time)",
         fontsize=8,
     )
     row = best(next(iter(groups.values()))) or next(iter(next(iter(groups.values())).values()))

@@ -1,4 +1,4 @@
-"""Versions of Triton other than the installed one, each in a folder of its own that is put before it."""
+"""Versions of Triton other than the installed one, each in its own folder at the front of PYTHONPATH."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def check_under(versions: Sequence[str], targets: Sequence[str]) -> tuple[list[dict[str, Any]], bool]:
-    """Run ``bench aot`` under each version of Triton, in a process of its own.
+    """Run ``bench aot`` under each version of Triton, in separate processes.
 
     Returns:
         The rows of all, and whether every check passed.
@@ -33,7 +33,7 @@ def check_under(versions: Sequence[str], targets: Sequence[str]) -> tuple[list[d
 
 
 def environment(version: str) -> dict[str, str]:
-    """The variables of a process that imports this version of Triton. It is installed if it was not before.
+    """The environment of a process that imports this version of Triton, which is installed if missing.
 
     Raises:
         CalledProcessError: pip cannot install it.
@@ -45,7 +45,7 @@ def environment(version: str) -> dict[str, str]:
 
 
 def _installed(version: str) -> Path:
-    """The folder with this version of Triton, made by pip unless it is there."""
+    """The folder with this version of Triton; pip creates it if it is missing."""
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     folder = _cache() / f"triton-{version}-{python}"
     if not folder.exists():
@@ -61,5 +61,5 @@ def _installed(version: str) -> Path:
 
 
 def _cache() -> Path:
-    """The user's cache folder, as the XDG base directory specification has it."""
+    """The user's cache folder, by the XDG base directory specification."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rkif"

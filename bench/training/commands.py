@@ -28,7 +28,7 @@ def overhead_command(
 
 @app.command("scaling")
 def scaling_command() -> None:
-    """Measure a fusion over two processes on this machine: time, and bytes given to collectives."""
+    """Measure a fusion over two processes on this machine: time, and bytes passed to collectives."""
     from bench.training.scaling import measure
 
     measure(Console())

@@ -44,7 +44,7 @@ CONFIGS = {
 
 
 def markdown() -> str:
-    """A table: a row for each model, what is trained, and number of devices."""
+    """A table with a row per model, choice of trained parameters, and number of devices."""
     lines = [
         "| model | trained | parameters | devices | GiB a device, plain | least, exact | least | "
         + " | ".join(f"{size} GiB" for size in DEVICES)

@@ -133,7 +133,7 @@ class _Training:
         else:
             optimizer = torch.optim.AdamW(self._trained, lr=1e-5, fused=method == "fused" or None)
         for parameter, (mean, square) in zip(self._trained, moments, strict=True):
-            # The step counter of PyTorch's fused AdamW is on the device, that of the others on the host.
+            # The step counter of PyTorch's fused AdamW is on the device; that of the others is on the host.
             step = torch.zeros((), device=self._device if method == "fused" else "cpu")
             optimizer.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
         return optimizer
@@ -185,7 +185,7 @@ def markdown() -> str:
             f"autocast, two AdamW; medians of {row['rounds']} rounds in turn, on {device}, "
             f"torch {row['torch']}, at {store.commit_of(row)}.",
             "",
-            "| trained | parameters | step | ms a step | to AdamW | to fused AdamW | peak, GiB |",
+            "| trained | parameters | step | ms per step | over AdamW | over fused AdamW | peak, GiB |",
             "| --- | ---: | --- | ---: | ---: | ---: | ---: |",
         ]
         lines += [_line(row, here) for row in here]

@@ -39,7 +39,7 @@ class Cluster:
     latency: float
 
 
-SHARE = 0.8  # of both rates: the goal of the kernels, and what NCCL's tests report of links
+SHARE = 0.8  # assumed share of both rates: the kernels' goal, and what NCCL's tests report for links
 CLUSTERS = (
     Cluster("13B, 8 x H100 SXM, NVLink", 13_015_864_320, 8, 3.35e12, 450e9, 5e-6),
     Cluster("70B, 64 x H100 SXM, 8 a node, 400 Gb/s a GPU", 68_976_648_192, 64, 3.35e12, 50e9, 20e-6),
@@ -70,12 +70,12 @@ def markdown() -> str:
         f"Measured: {row['parameters']:,} float32 parameters over {row['ranks']} gloo processes on "
         f"{row['device']}, {row['threads']} thread each, at {store.commit_of(row)}. A "
         f"fusion takes {row['fuse_ms']:.0f} ms (median of {row['rounds']}), one process with all parameters "
-        f"and one thread {row['alone_ms']:.0f} ms. Each process hands {row['handed_bytes'] / 2**20:.2f} MiB "
+        f"and one thread {row['alone_ms']:.0f} ms. Each process passes {row['handed_bytes'] / 2**20:.2f} MiB "
         f"to collectives (counting passes: {row['passes']}, bins in all: {row['bins']:,}); "
         f"summing {row['summed_bytes'] / 2**20:.0f} MiB takes {row['sum_ms']:.1f} ms.\n\n"
     )
     lines = [
-        "| | parameters | devices | bytes sent by each, computed | wire, ms | memory, ms | fusion, ms | "
+        "| | parameters | devices | bytes sent by each, computed | network, ms | memory, ms | fusion, ms | "
         "gathering all scores instead, ms |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]

@@ -136,7 +136,7 @@ def test_another_algorithm_says_so_and_runs() -> None:
         assert "another algorithm" in implementation.name
         operation.call(implementation.make())
         assert not any(tensor.isnan().any() for tensor in operation.out)
-        assert implementation.obstacle_to(replace(SMALL, adapter=False)).endswith("adapters alone")
+        assert implementation.obstacle_to(replace(SMALL, adapter=False)).endswith("adapters only")
 
 
 def test_a_quantile_is_refused_beyond_its_limit() -> None:

@@ -183,7 +183,7 @@ def problems() -> dict[tuple[str, str], str]:
         ("narrow", "sm_90", "0 loads of 128 bits where a block needs 2 | 0 stores of 128 bits"),
         ("narrow", "gfx942", "0 loads of 128 bits where a block needs 1 | 0 stores of 128 bits"),
         ("spills", "sm_90", "registers spill"),
-        ("narrow", "sm_90", "is compiled anew for every kind of numel"),
+        ("narrow", "sm_90", "is recompiled for special values of numel"),
         ("contracted", "sm_90", "FFMA in the machine code: not the arithmetic that was written"),
         ("contracted, divides", "sm_90", "fma.rn.f32 in the PTX: not the arithmetic that was written"),
         ("meets", "sm_90", "barriers in loop; the limit is 0"),

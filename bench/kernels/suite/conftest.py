@@ -1,4 +1,4 @@
-"""Options of the suite, and the fixtures that check, time and record."""
+"""Options of the suite, and fixtures that check, time and record operations."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", help="cpu or cuda")
     group.addoption("--shape", action="append", default=[], choices=list(SHAPES))
     group.addoption("--dtype", action="append", default=[], choices=list(DTYPES))
-    group.addoption("--implementation", default="", help="only those whose name begins so")
+    group.addoption("--implementation", default="", help="prefix of the names")
     group.addoption("--quick", action="store_true")
     group.addoption("--threads", type=int)
     group.addoption("--memory", type=float, help="GiB for inputs")
-    group.addoption("--rows", type=Path, help="file that rows go to")
+    group.addoption("--rows", type=Path, help="file for the rows")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each shape, dtype and implementation, those of the same inputs next to each other."""
+    """Make one test per shape, dtype and implementation; tests with the same inputs are consecutive."""
     option = metafunc.config.getoption
     device = torch.device(option("--device"))
     op = metafunc.module.OPERATION.name
@@ -66,7 +66,7 @@ def bandwidth(device: torch.device) -> float:
 def operations(
     request: pytest.FixtureRequest, device: torch.device
 ) -> Iterator[Callable[[str, str, str], Operation]]:
-    """Makes operations with their inputs, and keeps the last one for the next implementation."""
+    """Return a function that makes operations with their inputs, and caches the last one."""
     kept: dict[tuple[str, str, str], Operation] = {}
     bytes_for_inputs = memory.budget(device, request.config.getoption("--memory"))
 
@@ -75,7 +75,7 @@ def operations(
         if key not in kept:
             kept.clear()
             memory.release(device)
-            # The second gradient and the checks' copies of the state need as much as a fusion does.
+            # With a second gradient and copies of the state, other operations need as much as a fusion.
             each = max(bytes_per_element(op, DTYPES[dtype]), bytes_per_element("fuse", DTYPES[dtype]))
             try:
                 shapes = fitted(shape, bytes_for_inputs // each)
@@ -98,7 +98,7 @@ def measured(
     dtype: str,
     implementation: Any,
 ) -> Iterator[Callable[[type[Operation]], None]]:
-    """Measures the test's case and records its row."""
+    """Return a function that measures the test's case and records its row."""
     option = request.config.getoption
 
     def run(kind: type[Operation]) -> None:
@@ -115,4 +115,4 @@ def measured(
         rows.write(option("--rows") or rows.results_file(operation.device.type), row)
 
     yield run
-    torch.compiler.reset()  # compiled once a case: past a limit of shapes torch.compile gives up silently
+    torch.compiler.reset()  # beyond a number of shapes torch.compile silently stops compiling
