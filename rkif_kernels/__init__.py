@@ -7,8 +7,7 @@ The operations validate their arguments and hand them to one of
 * ``torch``: PyTorch, blocked so that temporaries stay in cache;
 * ``reference``: plain PyTorch; the specification, used by the tests only.
 
-All of them give the same bits (see ``docs/reference/semantics.md``). Everything that is for use outside the
-package is imported from here.
+All of them give the same bits (see ``docs/reference/semantics.md``). Other packages import only from here.
 """
 
 from rkif_kernels.checks import (

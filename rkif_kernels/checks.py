@@ -26,7 +26,7 @@ class Arguments:
     """Lists of tensors with equal lengths, shapes and devices, and the names that errors give them.
 
     Args:
-        names: one name per tensor (parameter names), or None: errors then give the position in the list.
+        names: one name per tensor (parameter names), or None: errors then give the index in the list.
     """
 
     def __init__(self, names: Sequence[str] | None = None) -> None:
@@ -44,10 +44,10 @@ class Arguments:
         *,
         optional: bool = False,
     ) -> None:
-        """Check one list against the first one added: length, shapes, devices, and its own dtypes.
+        """Check the dtypes of a list, and that its length, shapes and devices equal those of the first list.
 
         Args:
-            optional: whether single entries may be None (never in the first list).
+            optional: whether entries may be None (never in the first list).
 
         Raises:
             TypeError: an entry is not a dense tensor, or its dtype is not one of ``dtypes``.
@@ -96,8 +96,8 @@ class Arguments:
 class ValidatedLists:
     """Lists of tensors that have passed the checks, recognised by their addresses, dtypes and shapes.
 
-    A training loop passes the same tensors at every step. Checking hundreds of them takes longer than the
-    kernels do; comparing what the checks depend on takes a fraction of that.
+    A training loop passes the same tensors in every step. The checks of hundreds of tensors take longer than
+    the kernels; comparing keys takes a fraction of that.
     """
 
     LIMIT = 16
@@ -107,7 +107,7 @@ class ValidatedLists:
         self._lock = threading.Lock()
 
     def key(self, **lists: Sequence[Tensor | None] | None) -> Hashable:
-        """What the checks of these lists depend on; None if a tensor has no address: they run every time."""
+        """The properties that the checks depend on; None if a tensor has no address, so checks always run."""
         try:
             return torch.is_inference_mode_enabled(), tuple(
                 (argument, None if tensors is None else tuple(map(_properties, tensors)))
@@ -147,10 +147,10 @@ def _properties(tensor: Tensor | None) -> Hashable:
 
 
 def require_writable(arguments: Arguments, argument: str, tensors: Sequence[Tensor]) -> None:
-    """Refuse tensors that PyTorch would refuse to write to, before anything is written.
+    """Refuse tensors that PyTorch would refuse to write to.
 
     Raises:
-        ValueError: a tensor was made in inference mode, and this is not inference mode.
+        ValueError: a tensor was made in inference mode, and inference mode is off.
     """
     for index, tensor in enumerate(tensors):
         if tensor.is_inference() and not torch.is_inference_mode_enabled():
@@ -195,15 +195,15 @@ def require_disjoint(
     *,
     counterparts: bool = True,
 ) -> None:
-    """Refuse memory that is written as one tensor and read or written as another.
+    """Refuse outputs that share memory with each other or with inputs.
 
-    An input may be the output of the same parameter, unless ``counterparts`` is False: every element is read
-    before it is written. Anything else would make the result depend on the order of the writes (tied
-    weights listed twice, overlapping views).
+    If ``counterparts``, an input may be the output of the same parameter, because every element is read
+    before it is written. With other overlaps (tied weights listed twice, overlapping views) the result would
+    depend on the order of the writes.
 
     Raises:
         ValueError: two outputs share memory, an output overlaps itself, or an output overlaps an input
-            that is not exactly its own counterpart.
+            that is not its counterpart.
     """
     spans = []
     for index, tensor in enumerate(out):
@@ -244,6 +244,6 @@ def require_disjoint(
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """The byte addresses that a non-empty tensor's elements lie between."""
+    """The byte addresses of the start and the end of a non-empty tensor's elements."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

@@ -1,4 +1,4 @@
-"""Contiguous copies of tensors that an implementation cannot address directly."""
+"""Contiguous copies of tensors that a backend cannot address directly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def as_contiguous(tensor: Tensor, alignment: int = 1) -> Tensor:
-    """``tensor`` itself, or a copy where it is not contiguous, not aligned (bytes), or a negated view."""
+    """``tensor``, or a copy if it is not contiguous, not aligned (in bytes), or a negated view."""
     if tensor.is_contiguous() and tensor.data_ptr() % alignment == 0 and not tensor.is_neg():
         return tensor
     return tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -28,7 +28,7 @@ def all_contiguous(tensors: Sequence[Tensor | None], alignment: int = 1) -> list
 
 
 def same_tensors(ones: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
-    """Whether both lists hold the very same objects."""
+    """Whether both lists hold the same objects."""
     return all(map(operator.is_, ones, others))
 
 
@@ -40,5 +40,5 @@ def in_place(tensors: Sequence[Tensor], alignment: int = 1) -> Iterator[list[Ten
     for tensor, stand_in in zip(tensors, stand_ins, strict=True):
         if stand_in is not tensor:
             tensor.detach().copy_(stand_in)
-    # Autograd does not see a write through a raw pointer, so it is told.
+    # Autograd does not see writes through raw pointers.
     torch.autograd.graph.increment_version(tensors)

@@ -1,4 +1,4 @@
-"""How host-side constants are rounded."""
+"""Rounding of constants on the host."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 def float32(value: float) -> float:
-    """``value`` rounded to float32 once: every constant of the arithmetic, on every backend.
+    """``value`` rounded to float32 once, as all constants of all backends are.
 
-    A negative zero becomes a positive one, so that a weight of zero cannot decide a result's sign. Values
-    beyond float32 become infinite.
+    Negative zero becomes positive zero, so that a weight of zero does not affect a result's sign. Values
+    beyond the range of float32 become infinite.
     """
     with np.errstate(over="ignore"):
         return float(np.float32(value)) + 0.0

@@ -1,4 +1,4 @@
-"""Names of the operations for profilers; without a profiler they cost next to nothing."""
+"""Names of the operations for profilers, at negligible cost without a profiler."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def profiled(name: str, device: torch.device) -> AbstractContextManager[object]:
-    """A range called ``name`` in the profile that is being taken.
+    """A range called ``name`` in a profile.
 
-    ``torch.profiler`` gets a ``record_function`` (it takes microseconds, so only while one runs); without
-    one, tools that attach to the process, as Nsight Systems does, get an NVTX range on CUDA devices.
+    While ``torch.profiler`` runs, it is a ``record_function``, which takes microseconds. Otherwise it is an
+    NVTX range on CUDA devices, for tools such as Nsight Systems.
     """
     if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
         return torch.profiler.record_function(name)

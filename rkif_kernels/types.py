@@ -17,21 +17,21 @@ Scope = Literal["global", "tensor"]
 OuterFrom = Literal["inner", "base"]
 Backend = Literal["auto", "triton", "native", "torch"]
 
-# Which learners selected an element.
+# The learners that selected an element.
 CASES = ("inner_only", "outer_only", "both", "neither")
 # (inner, outer) weights of the four cases, in this order.
 CaseWeights = tuple[tuple[float, float], tuple[float, float], tuple[float, float], tuple[float, float]]
 
 
-# The lists of a fusion in the order in which every backend takes them: the output, the inputs, and S and U of
-# each learner. The dtypes that a kernel is compiled for have the same order.
+# The order of a fusion's lists in every backend: the output, the inputs, and S and U of each learner. A
+# kernel's dtypes have the same order.
 ROLES = ("OUT", "BASE", "INNER", "OUTER", "INNER_S", "INNER_U", "OUTER_S", "OUTER_U")
 
 TensorLists = tuple[Sequence[Tensor | None] | None, ...]
 
 
 class Views(tuple[Tensor, ...]):
-    """Views of one flat tensor. No view is moved alone, so the flat tensor's address decides all addresses.
+    """Views of one flat tensor, whose address determines the addresses of all views.
 
     Attributes:
         flat: the tensor.
@@ -50,8 +50,8 @@ class Views(tuple[Tensor, ...]):
 class Scores:
     """Importance scores of a list of tensors: ``sensitivity``, or ``sensitivity * uncertainty`` in float32.
 
-    The product is never stored: every reader forms it from the two tensors. With ``distance`` it is
-    ``|sensitivity - uncertainty|`` instead, see :func:`magnitudes`.
+    The product is never stored: kernels form it from the two tensors. With ``distance`` the scores are
+    ``|sensitivity - uncertainty|``, see :func:`magnitudes`.
     """
 
     sensitivity: Sequence[Tensor]
@@ -62,7 +62,7 @@ class Scores:
         """The float32 scores of one tensor; negative and NaN scores are not replaced.
 
         Args:
-            index: position of the tensor in the lists.
+            index: index of the tensor in the lists.
             part: elements of the flattened tensor to take; all of them, in its shape, by default.
         """
         lists = (self.sensitivity, self.uncertainty)
@@ -176,7 +176,7 @@ class Smoothing:
     """How an importance is formed and smoothed over steps.
 
     Attributes:
-        beta1, beta2: share of the old sensitivity and of the old uncertainty that a step keeps, in [0, 1].
+        beta1, beta2: smoothing factors of the sensitivity and of the uncertainty, in [0, 1].
         order: the form of the importance.
     """
 
@@ -192,7 +192,7 @@ class Smoothing:
 
     @property
     def frozen(self) -> Smoothing:
-        """Takes nothing of the new, so S and U are written back as they were: 1*S + 0*I."""
+        """The same form of importance with betas of 1, which leave S and U unchanged: 1*S + 0*I."""
         return Smoothing(1.0, 1.0, self.order)
 
 

@@ -41,13 +41,12 @@ def available(device: torch.device) -> list[str]:
 def resolve_backend(device: torch.device, requested: str) -> str:
     """Choose "triton", "native" or "torch" for tensors on ``device``.
 
-    "auto" takes Triton for CUDA and ROCm tensors where Triton is installed, the compiled library for CPU
-    tensors where it was built, and torch for everything else: the results are the same bits, so the choice
-    is one of speed alone.
+    "auto" is Triton for CUDA and ROCm tensors if Triton is installed, the compiled library for CPU tensors
+    if it was built, and torch otherwise. All give the same bits, so the choice affects only speed.
 
     Raises:
         ValueError: ``requested`` is not a backend.
-        RuntimeError: the backend was asked for by name and cannot run on ``device``.
+        RuntimeError: the requested backend cannot run on ``device``.
     """
     if requested not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {requested!r}")
@@ -76,10 +75,10 @@ def _obstacle(backend: str, device: torch.device) -> str:
 
 
 def on_device(device: torch.device) -> torch.cuda.device:
-    """Make ``device`` the current one: kernels are launched there, whatever the addresses they are given."""
+    """Make ``device`` the current one: kernels are launched there, wherever their tensors are."""
     return torch.cuda.device(device.index if device.type == "cuda" else -1)
 
 
 def implementation(device: torch.device, requested: str) -> ModuleType:
-    """The module that implements the operations; the only place from which Triton is ever imported."""
+    """The module that implements the operations. Triton is imported only through this function."""
     return importlib.import_module(f"rkif_kernels.backends.{resolve_backend(device, requested)}")

@@ -45,29 +45,29 @@ def adamw_(
     names: Sequence[str] | None = None,
     backend: Backend = "auto",
 ) -> None:
-    r"""Take an AdamW step, and before it the importance of the weights as they were, in place.
+    r"""Update the importance from the weights before the step, and take an AdamW step, in place.
 
-    With ``sensitivity``, S and U become what :func:`update_importance_` makes of them, bit for bit. Then
-    (Loshchilov & Hutter, 2019, algorithm 2), with ``(b1, b2) = betas`` and element by element in float32::
+    With ``sensitivity``, S and U are updated with the bits of :func:`update_importance_`. Then follows the
+    step (Loshchilov & Hutter, 2019, algorithm 2), with ``(b1, b2) = betas``, element by element in float32::
 
         m <- m + (1-b1)*(g - m)
         v <- b2*v + ((1-b2)*g)*g
         w <- (1 - lr*weight_decay)*w - (lr/(1-b1^step) * m) / (sqrt(v) * 1/sqrt(1-b2^step) + eps)
 
-    from left to right, constants formed in double and rounded to float32 once, no fused multiply-add, one
-    rounding at each store; m and v are those just updated, before they are rounded to their storage dtype.
-    Float32 moves 44 bytes an element with U (36 with S alone, 28 without): w, g, m, v, S and U are read once
-    and all but g written once.
+    The formulas are evaluated from left to right, without fused multiply-add, with one rounding at each
+    store. Constants are formed in double and rounded to float32 once. The step uses the new m and v before
+    they are rounded to their storage dtype. Float32 moves 44 bytes per element with S and U (36 with S only,
+    28 without importance): w, g, m, v, S and U are read once, and all but g are written once.
 
     Args:
         params: weights, any shapes; float32, bfloat16 or float16, also mixed; mutated.
         grads: their gradients, of the same shapes.
         exp_avg, exp_avg_sq: m and v, of the same shapes, contiguous, float32 or bfloat16; mutated.
-        sensitivity: S, likewise; mutated. None: no importance is followed.
+        sensitivity: S, likewise; mutated. None: no importance is updated.
         uncertainty: U, likewise; mutated. None where only the sensitivity is used.
         lr, betas, eps, weight_decay: the step's settings; ``lr``, ``eps`` and ``weight_decay`` not negative,
             ``betas`` in [0, 1).
-        step: number of this step for these parameters, from 1.
+        step: number of this step, counted from 1.
         beta1, beta2, order, nonfinite: the importance's, see :func:`update_importance_`. ``nonfinite`` is
             needed with ``sensitivity``.
         names: parameter names, for error messages.
@@ -75,7 +75,7 @@ def adamw_(
 
     Raises:
         TypeError, ValueError: for tensors that do not fit together, or settings out of range; nothing has
-            been written then.
+        been written.
     """
     constants = adamw_constants(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step)
     inputs = AdamWInputs(params, grads, exp_avg, exp_avg_sq, sensitivity, uncertainty)
@@ -120,7 +120,7 @@ def adamw_constants(
 
 
 def _is_number(value: Any) -> bool:
-    # A tensor's value would have to be waited for, and could change between this check and the step.
+    # Reading a tensor waits for the device, and its value could change between this check and the step.
     return isinstance(value, numbers.Real)
 
 

@@ -51,8 +51,9 @@ def fuse_(
 ) -> FuseStats:
     """Write ``(base + w_in*(inner - base)) + w_out*(outer - inner)`` into ``out``.
 
-    The weights of an element follow from its two mask bits, ``score > threshold`` of each learner. The
-    arithmetic is float32, left to right as written, without fused multiply-add, and rounded once.
+    An element's two mask bits, ``score > threshold`` of each learner, select its weights. The arithmetic is
+    float32, from left to right, without fused multiply-add; the result is rounded once to the dtype of
+    ``out``.
 
     Args:
         out: the result; mutated. May be the tensors of ``base``, ``inner`` or ``outer`` themselves.
@@ -71,7 +72,7 @@ def fuse_(
 
     Raises:
         TypeError, ValueError: for tensors that do not fit together, or outputs that overlap each other or
-            another parameter's input; nothing has been written then.
+            another parameter's input; nothing has been written.
     """
     inputs = FusionInputs(out, base, inner, outer, inner_scores, outer_scores)
     rule = MergeRule(weights, outer_from)
@@ -105,12 +106,12 @@ def select_and_fuse_(
 ) -> FuseStats:
     """:func:`score_thresholds` for both learners and :func:`fuse_`, with fewer passes over memory.
 
-    The Triton and native backends do all of it in one pass if each learner has one threshold, ``out`` shares
-    no memory with the inputs, no scores are distances, and there are enough elements. Otherwise the
-    thresholds come first.
+    The Triton and native backends use one pass if each learner has one threshold, ``out`` shares no memory
+    with the inputs, no scores are distances, and there are enough elements. Otherwise a separate pass finds
+    the thresholds first.
 
     Args and Raises:
-        As of the two functions. A call without any element raises ValueError.
+        As for the two functions. A call without elements raises ValueError.
 
     Returns:
         As :func:`fuse_`, with the thresholds that were found.
@@ -153,7 +154,7 @@ def select_and_fuse(
 
 
 def fits_one_pass(inputs: FusionInputs, density: float, scope: Scope) -> bool:
-    """Whether one pass can both select and fuse. It may be repeated, so it must not overwrite an input."""
+    """Whether one pass can select and fuse. The pass may be repeated, so it must not overwrite an input."""
     if inputs.inner_scores.distance or inputs.outer_scores.distance or not 0 < density < 1:
         return False
     if scope != "global" or not inputs.numel:
@@ -173,7 +174,7 @@ def _fuse(
 
 
 def require_fusion(inputs: FusionInputs, rule: MergeRule, names: Sequence[str] | None) -> None:
-    """Check everything that both fusions share."""
+    """Check the arguments that both fusions share."""
     arguments = Arguments(names)
     key = _validated.key(out=inputs.out, **inputs.read)
     if key not in _validated:

@@ -23,25 +23,25 @@ from rkif_kernels.types import (
     Views,
 )
 
-# Number of sets of addresses that are kept. The copies of the parameters that rounds make alternate between a
-# few allocations.
+# Maximum number of prepared launches. The copies of the parameters alternate between a few allocations from
+# round to round.
 _PLACES = 4
 
-# Views: their id and the address of the flat tensor. Any other list: each tensor's address.
+# For Views: id and address of the flat tensor. For other lists: the address of each tensor.
 Places = tuple[int, int] | list[int] | None
 # The places of each role, and whether the scores of each learner are distances.
 Key = tuple[list[Places], tuple[bool, bool]]
 
 
 class FusionPlan:
-    """:func:`rkif_kernels.select_and_fuse_` for the same tensors in every round, at a fraction of its cost.
+    """:func:`rkif_kernels.select_and_fuse_` for the same tensors in every round, at lower cost per call.
 
-    Lists with new addresses are validated, and the addresses sent to the device. A call compares addresses,
-    dtypes, shapes and strides; if it knows all of them it only launches.
+    A call compares addresses, dtypes, shapes and strides. If they are known, it only launches. Otherwise it
+    validates the lists, and sends the addresses to the device.
 
-    A plan may be used by several threads, and on several CUDA streams. A call can be captured in a CUDA graph
-    after one outside of it with the same tensors, and replayed any number of times. The plan must outlive the
-    graph.
+    Several threads and several CUDA streams may use a plan. After a call outside of a capture, a call with
+    the same tensors can be captured in a CUDA graph and replayed any number of times. The plan must outlive
+    the graph.
 
     Args:
         density, scope, names, backend: as for that function.
@@ -49,7 +49,7 @@ class FusionPlan:
 
     Raises:
         TypeError, ValueError: for settings out of range; by :meth:`fuse`, for tensors that do not fit
-            together; nothing has been written then.
+        together, and nothing has been written.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class FusionPlan:
         self._bound: list[_Bound] = []
 
     def __deepcopy__(self, _memo: object) -> FusionPlan:
-        """A plan of the same settings, which knows no tensors: those of a copied model are elsewhere."""
+        """A plan with the same settings and no prepared launches: a copied model has other addresses."""
         density, scope, rule = self._density, self._scope, self._rule
         return FusionPlan(density=density, scope=scope, rule=rule, names=self._names, backend=self._backend)
 
     def fuse(self, inputs: FusionInputs) -> FuseStats:
         """Select and fuse once; lists and result as for :func:`rkif_kernels.select_and_fuse_`."""
-        # The flat tensor decides addresses and kind of its views: one address is compared, not hundreds.
+        # The flat tensor determines its views, so one address is compared instead of hundreds.
         moving = [tensor for row in inputs.lists if row and not isinstance(row, Views) for tensor in row]
         places = [None if row is None else _places(row) for row in inputs.lists]
         key = places, (inputs.inner_scores.distance, inputs.outer_scores.distance)

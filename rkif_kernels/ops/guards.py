@@ -1,4 +1,4 @@
-"""Whether a prepared call still fits: addresses, dtypes, shapes and strides are compared in a few calls."""
+"""Fast checks whether a prepared call still applies: addresses, dtypes, shapes and strides."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def _address(tensor: Tensor | None) -> int:
     try:
         return 0 if tensor is None else tensor.data_ptr()
     except (AttributeError, RuntimeError):
-        return -1  # sparse, or no tensor: the checks refuse it by name
+        return -1  # sparse, or no tensor: the argument checks refuse it by name
 
 
 def same_kind(tensors: Sequence[Tensor | None]) -> Callable[[Sequence[Tensor | None]], bool]:
-    """A test for tensors of the same dtypes, shapes, strides and devices, and None in the same places."""
+    """Return a test whether other tensors have the same dtypes, shapes, strides, devices and None entries."""
     present = [tensor is not None for tensor in tensors]
     some = list(compress(cast(Sequence[Tensor], tensors), present))
-    # One call for all tensors, where a comparison of three attributes takes Python three calls for each.
+    # One call for all tensors; comparing three attributes in Python would take three calls per tensor.
     sizes: list[Any] = [list(tensor.shape) for tensor in some]
     strides: list[Any] = [list(tensor.stride()) for tensor in some]
     guards = TensorGuards(*some, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)

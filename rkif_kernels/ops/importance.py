@@ -57,16 +57,16 @@ def update_importance_(
         uncertainty: U, likewise; mutated. None where only the sensitivity is used.
         beta1, beta2: smoothing in [0, 1]. ``1 - beta`` is formed in double and rounded to float32 once.
         order: the form of I.
-        nonfinite: int64 tensor of one element on the same device; the number of elements with a
-            non-finite I is added to it, on the device; the caller decides when to read it.
+        nonfinite: int64 tensor of one element on the same device; mutated. The number of elements with a
+            non-finite I is added to it, without waiting for the device.
         names: parameter names, for error messages.
         backend: "auto", "triton", "native" or "torch"; all give the same bits.
 
     Raises:
-        TypeError, ValueError: for tensors that do not fit together; nothing has been written then.
+        TypeError, ValueError: for tensors that do not fit together; nothing has been written.
     """
     if torch.compiler.is_compiling():
-        # For the compiler the call is one operation that it does not trace; names are not passed.
+        # The compiler treats the call as one opaque operation; names are not passed.
         update = torch.ops.rkif.update_importance_
         update(params, grads, sensitivity, uncertainty or [], beta1, beta2, order, nonfinite, backend)
         return

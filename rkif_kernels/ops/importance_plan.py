@@ -16,22 +16,22 @@ from rkif_kernels.ops.importance import require_importance
 from rkif_kernels.profiling import profiled
 from rkif_kernels.types import Backend, ImportanceInputs, Smoothing
 
-# What a backend prepares: one step on the current device. It takes weights, gradients, settings, and whether
-# a gradient has another address than at the last step.
+# A prepared step on the current device. It takes weights, gradients, settings, and whether the address of a
+# gradient has changed since the last step.
 Step = Callable[[Sequence[Tensor], Sequence[Tensor | None], Smoothing, bool], None]
 
 
 class ImportancePlan:
-    """:func:`rkif_kernels.update_importance_` for the same states at every step, at a fraction of its cost.
+    """:func:`rkif_kernels.update_importance_` for the same states in every step, at lower cost per call.
 
-    The lists are validated and their addresses sent to the device once. A step compares the addresses of
-    weights and gradients, and their dtypes, shapes and strides: if nothing has changed it only
-    launches; if gradients have moved it sends their addresses; anything else (a weight that has moved,
-    another dtype, a gradient that is missing or back) is validated again, as by a new plan.
+    The lists are validated and their addresses sent to the device once. A step compares addresses, dtypes,
+    shapes and strides of weights and gradients. If nothing has changed, it only launches. If gradients have
+    new addresses, it sends these. Other changes (a weight with a new address, another dtype, a gradient that
+    is missing or present again) are validated as by a new plan.
 
-    A plan may be used by several threads, and on several CUDA streams: each step waits for the one before it.
-    A step can be captured in a CUDA graph after one outside of it, with the gradients that it captures being
-    allocated before or during the capture, and replayed any number of times. The plan must outlive the graph.
+    Several threads and several CUDA streams may use a plan; each step waits for the previous one. After a
+    step outside of a capture, a step can be captured in a CUDA graph and replayed any number of times. Its
+    gradients are allocated before or during the capture. The plan must outlive the graph.
 
     Args:
         sensitivity, uncertainty, nonfinite, names, backend: as for that function. On Triton the states
@@ -40,7 +40,7 @@ class ImportancePlan:
 
     Raises:
         TypeError, ValueError: by :meth:`update`, for tensors that do not fit together; nothing has been
-            written then.
+            written.
     """
 
     def __init__(
@@ -110,7 +110,8 @@ class ImportancePlan:
 
     def _unprepared(self, module: ModuleType) -> Step:
         """The step of a backend that prepares nothing."""
-        # Not the plan itself: a cycle of references would keep the states alive until they are collected.
+        # The step does not refer to the plan: a reference cycle would keep the states alive until a
+        # collection.
         states, counter = self._states, self._nonfinite
 
         def step(

@@ -1,7 +1,7 @@
-"""The operations registered with PyTorch, for calls in compiled functions: a compiler cannot trace them.
+"""The operations registered with PyTorch, because torch.compile cannot trace them.
 
 While a function is being compiled, an operation calls the operation of the same name in ``torch.ops.rkif``.
-At run time that one calls the operation here. Scores, weights and lists that are None are passed as lists.
+At run time, the latter calls the former. Scores, weights and lists that are None are passed as lists.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _select_and_fuse_(
         outer_from=outer_from,
         backend=backend,
     )
-    # The results of a registered operation must not share memory, as two parts of one tensor do.
+    # The results of a registered operation must not share memory; the thresholds may be views of one tensor.
     return counts, squared_norms, thresholds[0].clone(), thresholds[1].clone()
 
 

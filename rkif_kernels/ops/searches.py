@@ -48,7 +48,7 @@ class CountingSearches:
         """Narrow every search by the counts.
 
         Args:
-            total: the sum of int64 counts over all processes that count parts of the scores; all must call.
+            total: sums int64 counts over all processes that count parts of the scores; all must call it.
         """
         left = [index for index, search in enumerate(self._searches) if not search.done]
         if left:

@@ -1,4 +1,4 @@
-"""Exact thresholds: the order statistic that belongs to a density, over all tensors together or for each."""
+"""Exact thresholds: the order statistic for a density, over all tensors or for each tensor."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _validated = ValidatedLists()
 
 
 def order_statistic_k(numel: int, density: float) -> int:
-    """``floor((1 - density) * (numel - 1))``, exact on the decimal value of the density.
+    """``floor((1 - density) * (numel - 1))``, exact for the decimal value of the density.
 
-    The threshold is the ``k``-th smallest score, counted from 0. In float arithmetic
-    ``(1 - 0.2) * 10`` is 8 only by luck; read as the decimal it was written as, 0.2 is one fifth.
+    The threshold is the ``k``-th smallest score, counted from 0. The density is read as a decimal fraction,
+    because its float value has a rounding error, which could change the result of ``floor``.
     """
     return int((1 - Fraction(str(density))) * (numel - 1))
 
@@ -55,16 +55,16 @@ def count_scores_(
     names: Sequence[str] | None = None,
     backend: Backend = "auto",
 ) -> None:
-    """Add scores to the counts of a window of keys, to select from more scores than one device holds.
+    """Count scores in a window of keys, to select from more scores than fit on one device.
 
-    A score's key is the bit pattern of its float32 value, which orders like the values themselves; a score
-    that is negative or NaN counts as zero, key 0. Counts of several calls add up, in any order.
+    A score's key is the bit pattern of its float32 value; keys order like scores. A negative or NaN score
+    counts as zero, with key 0. Counts of several calls add up, in any order.
 
     Args:
-        counts: int64 [bins + 3], contiguous, on the scores' device; mutated. ``counts[0]`` gains the scores
-            with keys below ``low``, ``counts[1 + j]`` the ``1 << shift`` keys from ``low + (j << shift)``
-            on, ``counts[1 + bins]`` all others, and the last element those that are no scores (negative, NaN
-            or infinite), which are counted in their places too.
+        counts: int64 [bins + 3], contiguous, on the scores' device; mutated. ``counts[0]`` counts the keys
+            below ``low``, ``counts[1 + j]`` the ``1 << shift`` keys from ``low + (j << shift)`` on, and
+            ``counts[1 + bins]`` the keys above the window. The last element counts invalid scores (negative,
+            NaN or infinite), in addition to the other counts.
         scores: non-negative; float32, bfloat16 or float16, formed in float32.
         low: first key of the window, in [0, 2^31).
         shift: log2 of the keys in a bin, in [0, 31).
@@ -72,7 +72,7 @@ def count_scores_(
         backend: "auto", "triton", "native" or "torch"; all count the same.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit together; nothing has been counted then.
+        TypeError, ValueError: for arguments that do not fit together; nothing has been counted.
     """
     device = _require_scores(scores, names)
     if not scores.sensitivity:
@@ -115,16 +115,16 @@ def score_thresholds(
 ) -> Tensor:
     """The exact threshold above which the fraction ``density`` of the scores lies.
 
-    With n scores the threshold is the ``k``-th smallest, ``k = floor((1-density)*(n-1))`` from 0; the mask it
-    stands for is ``score > threshold``, so ties at the threshold are left out and the mask does not depend
-    on the order or the splitting of the tensors. ``density=1`` gives -inf and ``density=0`` gives inf,
-    without reading the scores.
+    The threshold of n scores is the ``k``-th smallest, counted from 0, with ``k = floor((1-density)*(n-1))``.
+    The mask is ``score > threshold``. It excludes ties at the threshold, so it does not depend on the order
+    or the splitting of the tensors. ``density=1`` gives -inf and ``density=0`` gives inf, without reading the
+    scores.
 
     Args:
-        scores: non-negative (this is not checked here: a negative or NaN score counts as zero);
-            float32, bfloat16 or float16, formed in float32.
+        scores: non-negative; float32, bfloat16 or float16, formed in float32. This is not checked: a negative
+            or NaN score counts as zero.
         density: fraction to keep, in [0, 1].
-        scope: "global", one threshold over all tensors, or "tensor", one for each.
+        scope: "global" for one threshold over all tensors, "tensor" for one per tensor.
         names: parameter names, for error messages.
         backend: "auto", "triton", "native" or "torch"; all give the same bits.
 
@@ -154,7 +154,7 @@ def score_thresholds(
         return thresholds.neg_()
     if density == 0:
         return thresholds
-    # An empty tensor has no order statistic; leaving it out keeps every group of the others non-empty.
+    # An empty tensor has no order statistic, so it is left out.
     filled = [index for index, size in enumerate(sizes) if size > 0]
     kept = scores.subset(filled)
     ks = [
@@ -163,7 +163,7 @@ def score_thresholds(
     ]
     found = kth_scores(kept, ks=ks, scope=scope, names=names, backend=backend)
     if per_tensor and len(filled) < len(sizes):
-        rest = iter(torch.split(found, 1))  # no index is sent to the device, which may be capturing a graph
+        rest = iter(torch.split(found, 1))  # without an index tensor, whose upload a capture forbids
         return torch.cat([next(rest) if size else thresholds[:1] for size in sizes])
     return found
 

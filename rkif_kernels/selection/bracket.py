@@ -1,4 +1,4 @@
-"""Two values between which a quantile of many scores very probably lies, from a sample of them."""
+"""Brackets: two values from a sample of scores, between which a quantile of all scores very probably lies."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-# Half-width of a bracket in standard deviations of the sample's quantile: beyond it lie 7 of a million
-# brackets. A bracket that misses costs another pass, never exactness.
+# Half-width of a bracket in standard deviations of the sample's quantile. Of a million brackets about 7 miss,
+# which costs another pass; the result stays exact.
 SIGMAS = 4.5
 
 Floats = npt.NDArray[np.float32]
 
 
 def half_width(quantile: float, sampled: float, sigmas: float = SIGMAS) -> float:
-    """Half-width in positions of the sorted sample: ``sigmas`` of the binomial distribution, plus one."""
+    """Half-width in sampled scores: ``sigmas`` standard deviations of the binomial distribution, plus one."""
     return sigmas * math.sqrt(quantile * (1 - quantile) * sampled) + 1
 
 
@@ -24,9 +24,10 @@ def bracket(sample: Floats, quantile: float, run: int = 1) -> tuple[float, float
 
     Args:
         sample: float32 [n], n > 0; values that are not positive, NaN included, count as zero.
-        quantile: in [0, 1], of the scores that the sample stands for.
-        run: number of neighbouring scores that were sampled together. Neighbours are alike, so the variance
-            of a quantile is larger than that of independent scores; the runs give an estimate of the factor.
+        quantile: in [0, 1], of all scores.
+        run: number of neighbouring scores that were sampled together. Neighbours are correlated, so the
+            variance of a quantile is larger than for independent scores; the factor is estimated from the
+            runs.
 
     Returns:
         (lo, hi); 0 or infinity where the bracket extends beyond the sample.
@@ -46,7 +47,7 @@ def positive(values: Floats) -> Floats:
 
 
 def _likeness(values: Floats, limit: np.float32, run: int) -> float:
-    """Factor by which neighbours raise the variance of the share of values above the limit; at least 1.
+    """Factor, at least 1, by which correlated neighbours increase the variance of the share above ``limit``.
 
     The design effect of cluster sampling (Kish, 1965, section 5.4), from the variance between the runs.
     """

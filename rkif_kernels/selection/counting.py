@@ -1,9 +1,9 @@
 """Exact order statistics from counts alone: for scores that are never in memory together.
 
 A float's bit pattern orders like its value, so the search narrows an interval of patterns ("keys"). Each pass
-counts all scores in a window of the interval, one bin a key where the window is narrow enough; the bin that
-holds the k-th score is the next interval. Counts add up, so a pass may go over chunks of a file or over
-several machines, in any order. Its memory depends neither on the number of scores nor on ties.
+counts all scores in a window of the interval, with one bin per key if the window is narrow enough. The bin
+that contains the k-th score is the next interval. Counts add up, so a pass may process chunks of a file on
+several machines, in any order. The memory is independent of the number of scores and of ties.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 BINS = 1 << 19  # maximum: 4 MiB of counts; a window with one key per bin spans 6 % of a value
-KEYS = 0x7F800001  # of all scores: zero's is 0, infinity's the last
+KEYS = 0x7F800001  # number of keys, from 0 for zero to that of infinity
 
 
 class Window(NamedTuple):
@@ -28,12 +28,12 @@ class Window(NamedTuple):
 class CountingSearch:
     """Finds the ``k``-th smallest score: while not :attr:`done`, count in :attr:`window`, :meth:`narrow`.
 
-    It ends after one pass if the guess contains the answer in at most BINS keys, and after three at worst.
+    It takes one pass if the guess contains the answer in at most BINS keys, and at most three passes.
 
     Args:
         k: from 0, below the number of scores.
         guess: two scores between which the answer probably lies, if any are known.
-        bins: maximum number of bins in a window, a power of two; with 2^11 three passes are enough, too.
+        bins: maximum number of bins in a window, a power of two; three passes are enough from 2^11 on.
     """
 
     def __init__(self, k: int, guess: tuple[float, float] | None = None, bins: int = BINS) -> None:
@@ -75,7 +75,7 @@ class CountingSearch:
 
 
 def _window(low: int, high: int, bins: int) -> Window:
-    """The keys from ``low`` to below ``high``, in at most ``bins`` bins, as narrow as possible."""
+    """The window of the keys in [low, high), in at most ``bins`` bins that are as narrow as possible."""
     shift = max((high - low - 1).bit_length() - bins.bit_length() + 1, 0)
     return Window(low, shift, -(-(high - low) // (1 << shift)))
 

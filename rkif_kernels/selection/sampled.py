@@ -1,14 +1,14 @@
 """Exact order statistics of the scores of many tensors, in constant memory.
 
-A sample proposes a narrow bracket around the k-th score. One pass counts what lies on either side of it
-and collects what lies inside; the counts prove whether the bracket was right. If it was, the answer is an
-order statistic of the few collected scores. If not, the search goes on in the part that the counts point to,
-at worst by bisection of the float's bit pattern: a bad sample costs a pass, never exactness.
+A sample gives a narrow bracket around the k-th score. One pass counts the scores on each side of the bracket
+and collects those inside. The counts prove whether the bracket contains the k-th score. If so, the result is
+an order statistic of the few collected scores. If not, the search continues on the side that the counts show,
+in the worst case by bisection of the bit pattern. So a bad sample costs a pass, and the result stays exact.
 
-Counting windows (:mod:`rkif_kernels.selection.counting`) finds the same value, and serves scores that are
-never in memory together. Given the same bracket it takes 2.2 times as long for 2^26 scores, 2.4 times for
-2^24 and 5 times for the 6.6 million of an adapter (medians of nine calls in turn, native backend, AMD EPYC,
-two threads): it counts what this search copies, and half a million bins must be summed.
+:mod:`rkif_kernels.selection.counting` finds the same value, also for scores that are never in memory
+together. With the same bracket it takes 2.2 times as long for 2^26 scores, 2.4 times for 2^24 and 5 times for
+the 6.6 million of an adapter (medians of nine calls in turn, native backend, AMD EPYC, two threads), because
+it counts the scores that this search copies, and sums half a million bins.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from rkif_kernels.types import Scores
 
 SHORT = 1 << 22  # scores that are collected for a direct selection: 16 MiB
 SMALL = 1 << 17  # scores up to which no sample is needed
-SAMPLE_SHIFT, SAMPLE_LEAST, SAMPLE_MOST = 8, 1 << 12, 1 << 20  # one score in 256, within these limits
-SAMPLED_PASSES = 3  # then bisection, which does not depend on the sample
+SAMPLE_SHIFT, SAMPLE_LEAST, SAMPLE_MOST = 8, 1 << 12, 1 << 20  # one score per 256, within limits
+SAMPLED_PASSES = 3  # maximum; then bisection, which is independent of the sample
 
-# Positive floats order like their bit patterns, so a key is the pattern, and 0 for what is not positive.
+# Positive floats order like their bit patterns, so a key is the pattern; values that are not positive have
+# key 0.
 LOWEST, HIGHEST = -1, 0x7F800001  # open bounds: below zero's key, above infinity's
 
 
 class Split(NamedTuple):
-    """Outcome of one pass over all scores.
+    """Result of one pass over all scores.
 
     Attributes:
-        above: how many scores are greater than the lower bound.
-        reached: how many are at least the upper bound.
+        above: number of scores greater than the lower bound.
+        reached: number of scores greater than or equal to the upper bound.
         between: the scores strictly between the bounds, in any order; None if there are too many.
     """
 
@@ -47,7 +48,7 @@ class Split(NamedTuple):
 
 
 class Reader(Protocol):
-    """How an implementation reads scores.
+    """How a backend reads scores.
 
     Attributes:
         run: number of neighbouring scores that are sampled together.
@@ -56,16 +57,16 @@ class Reader(Protocol):
     run: int
 
     def sample(self, scores: Scores, size: int) -> Floats:
-        """About ``size`` scores spread over the tensors; all of them, in order, if there are no more."""
+        """About ``size`` scores distributed over the tensors; if there are no more, all of them in order."""
         ...
 
     def split(self, scores: Scores, lower: float, upper: float, capacity: int) -> Split:
-        """One pass over all scores; at most ``capacity`` are collected. Nothing reaches an upper NaN."""
+        """One pass over all scores; at most ``capacity`` are collected. No score reaches a NaN ``upper``."""
         ...
 
 
 def score_thresholds(scores: Scores, *, ks: Sequence[int], per_tensor: bool, read: Reader) -> Tensor:
-    """One order statistic for each group of scores; one ``k`` a group, from 0."""
+    """One order statistic for each group of scores; one ``k`` per group, from 0."""
     groups = [scores.subset([index]) for index in range(len(ks))] if per_tensor else [scores]
     found = [_order_statistic(group, k, read) for group, k in zip(groups, ks, strict=True)]
     return torch.tensor(found, dtype=torch.float32, device=scores.device)
@@ -110,7 +111,7 @@ def _order_statistic(scores: Scores, k: int, read: Reader) -> float:
         above, reached, between = read.split(scores, _value(lo), _value(hi), SHORT)
         up_to_lo, before_hi = numel - above, numel - reached
         passes += 1
-        # Each outcome leaves fewer keys: lo and hi lie inside, and where they are one key it is excluded.
+        # Each case leaves fewer keys: lo and hi are inside the interval, and a single key is excluded.
         if lo == hi and before_hi <= k < up_to_lo:
             return _value(lo)
         if lo == hi and k < before_hi:
@@ -129,7 +130,7 @@ def _order_statistic(scores: Scores, k: int, read: Reader) -> float:
 
 
 def _bracket(sample: Floats, low: int, high: int, quantile: float, run: int) -> tuple[int, int]:
-    """Two keys inside (low, high) between which the quantile of the scores in there very probably lies."""
+    """Two keys in (low, high), between which the quantile of the scores in (low, high) very probably lies."""
     keys = sample.view(np.int32)
     part = sample[(keys > low) & (keys < high)]
     if part.size == 0:

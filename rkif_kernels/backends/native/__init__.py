@@ -1,7 +1,7 @@
 """The production path on CPUs: one compiled pass over memory per operation. Arguments have been validated.
 
-It is built from ``kernels.cpp`` when the package is installed, if there is a C++ compiler; without one,
-``torch`` takes its place. The bits are the same.
+It is built from ``kernels.cpp`` when the package is installed. Without a C++ compiler, the ``torch``
+backend is used, with the same bits.
 """
 
 from rkif_kernels.backends.native.adamw import adamw_

@@ -1,4 +1,4 @@
-// What the kernels share: dtypes, the conversions of 16-bit numbers, and how a tensor's elements are addressed.
+// Shared by all kernels: dtypes, conversions of 16-bit floats, and the addresses of a tensor's elements.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 enum Dtype : int32_t { ABSENT = 0, FLOAT32 = 1, BFLOAT16 = 2, FLOAT16 = 3 };
 enum Order : int32_t { FIRST = 0, SECOND = 1, MIXED = 2 };
 
-constexpr int64_t TILE = 4096;  // elements; what a thread works on between two looks at its surroundings
-constexpr int LANES = 16;       // elements that are computed on together, on every instruction set
+constexpr int64_t TILE = 4096;  // elements; the unit of work of a thread
+constexpr int LANES = 16;       // elements that are computed together, on every instruction set
 
 inline float as_float(uint32_t bits) {
     float value;
@@ -25,8 +25,8 @@ inline uint32_t as_bits(float value) {
 inline float from_bfloat16(uint16_t value) { return as_float(static_cast<uint32_t>(value) << 16); }
 
 inline float from_half(uint16_t half) {
-    // The exponents' biases differ by 112. A subnormal half, a count of 2^-24, is added to 2^-14 by its bits and
-    // left over exactly when 2^-14 is taken away: no operand is a subnormal float32, which might be flushed.
+    // The exponents' biases differ by 112. A subnormal half is a multiple of 2^-24. Its bits are placed in the
+    // mantissa of 2^-14, and subtracting 2^-14 is exact. No operand is a subnormal float32, which might be flushed.
     const uint32_t magnitude = half & 0x7fffu;
     const uint32_t subnormal = as_bits(as_float(0x38800000u | (magnitude << 13)) - 0x1p-14f);
     const uint32_t normal = (magnitude << 13) + 0x38000000u;
@@ -35,12 +35,12 @@ inline float from_half(uint16_t half) {
     return as_float(bits | (static_cast<uint32_t>(half & 0x8000u) << 16));
 }
 
-// To nearest, ties to even, as are all roundings here.
+// Rounds to nearest, ties to even, as all conversions here.
 inline uint16_t to_half(float value) {
     const uint32_t bits = as_bits(value), magnitude = bits & 0x7fffffffu;
     const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
     const uint32_t normal = rounded >= 0x47800000u ? 0x7c00u : (rounded - 0x38000000u) >> 13;
-    // Beside 0.5 the last bit of a float32 is worth as much as that of a subnormal half: the sum rounds.
+    // In a float32 near 0.5 the last bit has the value of a subnormal half's last bit, so the addition rounds.
     const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;
     uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
     half = magnitude > 0x7f800000u ? 0x7e00u : half;
@@ -53,7 +53,7 @@ inline uint16_t to_bfloat16(float value) {
     return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-// Elements of one tensor from some place on, of any dtype; none where it is ABSENT.
+// Elements of one tensor from some offset on, of any dtype; none if the dtype is ABSENT.
 struct Row {
     char* at;
     int32_t dtype;
@@ -62,7 +62,7 @@ struct Row {
     bool present() const { return dtype != ABSENT; }
 };
 
-// Lists of tensors, one a role: arrays of addresses and dtypes, one row a role, `tensors` entries each.
+// Lists of tensors, one per role: arrays of addresses and dtypes, one row of `tensors` entries per role.
 struct Lists {
     int64_t tensors;
     const int64_t* numels;
@@ -76,7 +76,7 @@ struct Lists {
     }
 };
 
-// Scores: the first row where the second is absent, their distance, or their product.
+// Scores: the first row if the second is absent, otherwise their distance or their product.
 struct ScoreRows {
     Row first, second;
     bool distance;
@@ -90,18 +90,18 @@ struct AdamWConstants {
     float decay, take1, keep2, take2, unbias2, eps, step_size;
 };
 
-// The merge: weights of the cases neither, inner only, outer only, both; where the second task vector starts.
+// The merge: weights of the cases neither, inner only, outer only, both; the start of the second task vector.
 struct Rule {
     float inner[4], outer[4];
     bool from_inner;
 };
 
-// A side's scores <= lo are not selected, those > hi are, and those between are undecided.
+// Scores of a side <= lo are not selected, scores > hi are selected, and scores between are undecided.
 struct Bracket {
     float lo, hi;
 };
 
-// Elements that no bracket decides, in the order in which one thread came by them, with all that decides them.
+// Undecided elements of one thread, in the order of processing, with the values that the decision needs.
 struct Undecided {
     float *inner_score, *outer_score, *base, *inner, *outer;
     int32_t* offset;  // from the start of the element's tile
@@ -109,7 +109,7 @@ struct Undecided {
 };
 
 struct FuseCounts {
-    int64_t inner, outer, both;  // selected by the inner learner, the outer one, both; of what is decided
+    int64_t inner, outer, both;  // decided elements selected by the inner learner, the outer one, both
     int64_t below[2], up_to[2];  // scores of a side < lo and <= lo
 };
 

@@ -1,4 +1,4 @@
-"""The masked, weighted merge of two task vectors, with thresholds that are given or found on the way."""
+"""The masked, weighted merge of two task vectors, with given thresholds or with their selection."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from rkif_kernels.backends.native.select import LINE, sample_lists, score_thresh
 from rkif_kernels.contiguous import all_contiguous, in_place, same_tensors
 from rkif_kernels.selection.bracket import Floats, bracket
 from rkif_kernels.selection.sampled import SMALL, kth, sample_size
-from rkif_kernels.types import FuseStats, FusionInputs, MergeRule
+from rkif_kernels.types import ROLES, FuseStats, FusionInputs, MergeRule
 
-# Maximum of undecided elements per thread, of 24 bytes each. More mean that many scores are equal; then a
+INNER_S, OUTER_S = ROLES.index("INNER_S"), ROLES.index("OUTER_S")  # each followed by its U
+# Maximum of undecided elements per thread, of 24 bytes each. More occur if many scores are equal; then a
 # separate pass for the thresholds costs less.
 MOST_UNDECIDED = 1 << 22
-ROOM = 15  # elements behind the gathered ones that the library may overwrite
+ROOM = 15  # elements after the gathered ones that the library may overwrite
 
 
 def fuse_(inputs: FusionInputs, thresholds: tuple[Tensor, Tensor], rule: MergeRule) -> FuseStats:
@@ -37,10 +38,10 @@ def fuse_(inputs: FusionInputs, thresholds: tuple[Tensor, Tensor], rule: MergeRu
 def select_and_fuse_(inputs: FusionInputs, k: int, rule: MergeRule) -> FuseStats:
     """See :func:`rkif_kernels.ops.select_and_fuse_`; ``k`` is that of both thresholds, from 0.
 
-    ``out`` shares no memory with the inputs. A sample gives each side a bracket of its threshold. One pass
-    fuses what the brackets decide, and lists the other elements with all that decides them: their scores and
-    parameters. The thresholds are order statistics of the listed scores, after which the listed elements are
-    fused. Where a bracket missed, or very many scores are equal, the thresholds are found first.
+    ``out`` shares no memory with the inputs. A sample gives a bracket of each side's threshold. One pass
+    fuses the elements that the brackets decide, and lists the others with their scores and parameters. The
+    thresholds are order statistics of the listed scores; then the listed elements are fused. If a bracket
+    missed, or very many scores are equal, a separate pass finds the thresholds first.
     """
     if inputs.numel > SMALL:
         with in_place(inputs.out) as targets:
@@ -53,7 +54,7 @@ def select_and_fuse_(inputs: FusionInputs, k: int, rule: MergeRule) -> FuseStats
 def prepared_fusion(
     inputs: FusionInputs, k: int, rule: MergeRule
 ) -> Callable[[FusionInputs], FuseStats] | None:
-    """:func:`select_and_fuse_` for tensors that stay where they are; None where it makes copies of some."""
+    """:func:`select_and_fuse_` for fixed addresses; None if it would copy tensors."""
     rows = [row for row in inputs.lists if row is not None]
     if inputs.numel <= SMALL or not all(same_tensors(all_contiguous(row), row) for row in rows):
         return None
@@ -73,11 +74,10 @@ def _fuse_in_two_steps(inputs: FusionInputs, k: int, rule: MergeRule) -> FuseSta
 
 
 def _fuse_in_one_pass(lists: Lists, inputs: FusionInputs, k: int, rule: MergeRule) -> FuseStats | None:
-    """None where brackets missed, and ``out`` holds part of the result."""
+    """Fuse with brackets; None if a bracket missed, and ``out`` then holds part of the result."""
     numel = inputs.numel
     quantile, size = k / (numel - 1), sample_size(numel)
-    # Of every tensor the roles S and U of either learner.
-    samples = [sample_lists(lists.part(roles), False, size) for roles in (slice(4, 6), slice(6, 8))]
+    samples = [sample_lists(lists.part(slice(s, s + 2)), False, size) for s in (INNER_S, OUTER_S)]
     brackets = [bracket(sample, quantile, LINE) for sample in samples]
     setup = _Call(inputs, rule)
     thresholds = _fuse_bracketed(lists, setup, brackets, k)
@@ -87,7 +87,7 @@ def _fuse_in_one_pass(lists: Lists, inputs: FusionInputs, k: int, rule: MergeRul
 def _fuse_bracketed(
     lists: Lists, setup: _Call, brackets: list[tuple[float, float]], k: int
 ) -> tuple[Tensor, Tensor] | None:
-    """The thresholds, after everything is fused; None where that failed, and ``out`` holds part of it."""
+    """Fuse, and return the thresholds; None if that failed, and ``out`` then holds part of the result."""
     ends = np.array(brackets, np.float32)
     found = np.empty(5, np.int64)
     fusion = lists.call("rkif_begin", ends.ctypes.data, *setup.settings, MOST_UNDECIDED, found.ctypes.data)

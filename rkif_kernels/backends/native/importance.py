@@ -10,7 +10,7 @@ from rkif_kernels.backends.native.library import Lists
 from rkif_kernels.contiguous import in_place
 from rkif_kernels.types import ImportanceInputs, Order, Smoothing
 
-ORDERS = get_args(Order)  # as the library counts them
+ORDERS = get_args(Order)  # the index is the library's enum value
 
 
 def update_importance_(inputs: ImportanceInputs, smoothing: Smoothing, nonfinite: Tensor) -> None:

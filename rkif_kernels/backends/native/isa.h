@@ -1,4 +1,4 @@
-// The tile functions, compiled for every instruction set that the processor at run time may have.
+// The tile functions, compiled for every supported instruction set and chosen at run time.
 #pragma once
 
 #include "elements.h"
@@ -56,7 +56,7 @@ namespace avx512 {
 }  // namespace avx512
 #endif
 
-// Which of them are there, the best one first; the last one always is.
+// The available instruction sets, best first; the last one is portable and always available.
 const Isa* isas[3] = {};
 int isa_count = 0;
 

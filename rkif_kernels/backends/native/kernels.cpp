@@ -1,12 +1,11 @@
 // The operations on CPU memory: every element is read once, computed on in registers and written once.
 //
-// Same arithmetic, hence same bits, as every other backend: float32, in the order written, one rounding a
-// store. That holds because this file is compiled with -ffp-contract=off and without -ffast-math. Sums of
-// floating-point numbers are formed tile by tile and added up in the order of the tiles, so they are the same
-// on any number of threads and any instruction set.
+// The arithmetic, and so the bits, are those of every other backend: float32, in the order written, one rounding
+// per store. This requires -ffp-contract=off and forbids -ffast-math. Sums of floating-point numbers are formed
+// per tile and added in the order of the tiles, so they are equal for any number of threads and instruction set.
 //
-// elements.h: dtypes and rows.  pool.h: threads and tiles.  isa.h: tile.h, where the arithmetic is, compiled for
-// every instruction set over its own lanes_*.h.  Here: what is done to whole lists of tensors.
+// elements.h: dtypes and rows.  pool.h: threads and tiles.  tile.h: the arithmetic.  isa.h: tile.h compiled for every
+// instruction set with its lanes_*.h.  This file: operations on whole lists of tensors.
 
 #include <algorithm>
 #include <atomic>
@@ -23,7 +22,7 @@
 
 namespace {
 
-// A cache line a thread.
+// Counters of one thread, in a separate cache line.
 struct alignas(64) Tally {
     int64_t counts[3] = {};
 };
@@ -34,9 +33,9 @@ int64_t total(const std::vector<Tally>& tallies) {
     return sum;
 }
 
-constexpr int64_t PART = 1024;  // a quarter of a tile: what is widened stays in the first cache
+constexpr int64_t PART = 1024;  // a quarter of a tile: widened buffers stay in the L1 cache
 
-// A part of a tile in float32: where it lies, or widened into a buffer; null for a role that is absent.
+// A part of a tile in float32: in place, or widened into a buffer; null for a role that is absent.
 template <int ROLES>
 struct Parts {
     alignas(64) float buffers[ROLES][PART];
@@ -74,7 +73,7 @@ ScoreRows scores_at(const Lists& lists, int role, bool distance, int64_t tensor,
     return {lists.row(role, tensor, start), lists.row(role + 1, tensor, start), distance};
 }
 
-// Memory that grows as lists do, and is never cleared.
+// Reallocate memory for `room` elements; new elements are not initialised.
 template <class T>
 void grow(T*& memory, int64_t room) {
     void* larger = std::realloc(memory, room * sizeof(T));
@@ -82,7 +81,7 @@ void grow(T*& memory, int64_t room) {
     memory = static_cast<T*>(larger);
 }
 
-// What one thread could not decide, tile by tile.
+// The undecided elements of one thread, tile by tile.
 struct alignas(64) UndecidedList {
     struct Part {
         int64_t tile, first, last;
@@ -114,7 +113,7 @@ struct Norms {
     double squared[3];
 };
 
-// A fusion between its pass over all elements and the decision on those that the pass left undecided.
+// The state of a fusion between the pass over all elements and the decision of the undecided ones.
 struct Fusion {
     Lists lists;
     Rule rule;
@@ -122,16 +121,16 @@ struct Fusion {
     Tiles tiles;
     std::vector<UndecidedList> undecided;
     std::vector<Norms> norms;  // of every tile
-    Bracket brackets[2] = {};  // of the two sides, where elements may be undecided
+    Bracket brackets[2] = {};  // of the two sides, if elements may be undecided
 
     Fusion(const Lists& of, const Rule& by, int most_threads)
         : lists(of), rule(by), threads(std::max(most_threads, 1)), tiles(lists), undecided(threads), norms(tiles.size()) {}
 };
 
-constexpr int64_t STREAMED = 1 << 21;  // elements of `out` beyond which they go around the caches
+constexpr int64_t STREAMED = 1 << 21;  // number of elements from which stores to `out` bypass the caches
 
-// Fuse everything that the brackets (two a tensor, or two for all) decide. False if more than `most` elements a
-// thread are undecided; `out` then holds part of a fusion.
+// Fuse the elements that the brackets (two per tensor, or two for all) decide. False if a thread has more than
+// `most` undecided elements; `out` then holds part of a fusion.
 bool fuse_pass(Fusion& fusion, const Bracket* inner, const Bracket* outer, bool bracket_per_tensor,
                bool inner_distance, bool outer_distance, int64_t most) {
     const Lists& lists = fusion.lists;
@@ -177,7 +176,7 @@ void decide(Fusion& fusion, const float* thresholds) {
     });
 }
 
-// counts: selected by the inner learner, the outer one, both. norms: squared, of the task vectors, the update.
+// counts: selected by the inner learner, the outer one, both. norms: squared norms of the task vectors and the update.
 void report(const Fusion& fusion, int64_t* counts, double* norms) {
     std::fill_n(counts, 3, 0);
     std::fill_n(norms, 3, 0.0);
@@ -191,7 +190,7 @@ void report(const Fusion& fusion, int64_t* counts, double* norms) {
 }
 
 Rule rule_of(const float* inner_weights, const float* outer_weights, int32_t outer_from_inner) {
-    // Given in the order inner only, outer only, both, neither.
+    // The arguments have the order inner only, outer only, both, neither.
     Rule rule{{inner_weights[3], inner_weights[0], inner_weights[1], inner_weights[2]},
               {outer_weights[3], outer_weights[0], outer_weights[1], outer_weights[2]},
               outer_from_inner != 0};
@@ -206,7 +205,7 @@ uint32_t hashed(uint32_t x) {
 
 }  // namespace
 
-// Whether a call of this thread had not the memory that it needs. No exception leaves the library: Python asks.
+// Whether a call of this thread ran out of memory. No exception may leave the library, so Python reads this flag.
 thread_local bool out_of_memory = false;
 
 template <class Result>
@@ -215,7 +214,7 @@ Result refused(Result result) {
     return result;
 }
 
-// Arrays of addresses and dtypes hold one row a role, `tensors` entries each. Lists have been validated.
+// Arrays of addresses and dtypes hold one row of `tensors` entries per role. Lists have been validated.
 extern "C" {
 
 int32_t rkif_out_of_memory() {
@@ -224,10 +223,10 @@ int32_t rkif_out_of_memory() {
     return was;
 }
 
-// What the callers of this library expect of it; to be raised with every change of a signature below.
+// The version of the signatures below; increase it with every change of one.
 int32_t rkif_abi() { return 5; }
 
-// Compute with the which-th best instruction set that the processor has; returns how many it has. For tests.
+// Use the which-th best instruction set of the processor; returns how many there are. For tests.
 int32_t rkif_use_isa(int32_t which) {
     if (which >= 0 && which < isa_count) isa = isas[which];
     return isa_count;
@@ -252,8 +251,8 @@ int64_t rkif_update_importance(int64_t tensors, const int64_t* numels, const int
     return refused(int64_t{0});
 }
 
-// Roles: sensitivity, uncertainty. With `lines` 0 writes all scores to `sample`, in order; else so many runs of
-// sixteen neighbours, one from each of so many equal parts of all the elements, at places that look random.
+// Roles: sensitivity, uncertainty. With `lines` 0, writes all scores to `sample`, in order. Otherwise divides the
+// elements into `lines` equal parts, and writes sixteen neighbours from a pseudo-random place in each part.
 void rkif_sample(int64_t tensors, const int64_t* numels, const int64_t* addresses, const int32_t* dtypes,
                  int32_t distance, int64_t lines, float* sample, int32_t threads) try {
     const Lists lists{tensors, numels, addresses, dtypes};
@@ -298,8 +297,8 @@ void rkif_sample(int64_t tensors, const int64_t* numels, const int64_t* addresse
     static_cast<void>(refused(0));
 }
 
-// Roles: sensitivity, uncertainty. Counts the scores > lower and those >= upper into counts[0] and [1], and
-// gathers those between them; counts[2] is how many, which may be more than the `capacity` of `between`.
+// Roles: sensitivity, uncertainty. Counts the scores > lower into counts[0], those >= upper into counts[1], and those
+// between into counts[2], and gathers the latter. counts[2] may exceed the `capacity` of `between`.
 void rkif_split(int64_t tensors, const int64_t* numels, const int64_t* addresses, const int32_t* dtypes,
                 int32_t distance, float lower, float upper, float* between, int64_t capacity, int64_t* counts,
                 int32_t threads) try {
@@ -326,8 +325,8 @@ void rkif_split(int64_t tensors, const int64_t* numels, const int64_t* addresses
     static_cast<void>(refused(0));
 }
 
-// Roles: sensitivity, uncertainty. Adds the scores to `counts`: [0] keys below the window that begins at `low`,
-// then its `bins` bins of 2^shift keys each, then all the others; last, those that are no scores.
+// Roles: sensitivity, uncertainty. Adds the scores to `counts`: [0] keys below the window, which starts at `low`; then
+// its `bins` bins of 2^shift keys each; then keys above the window; last, the invalid scores.
 void rkif_count(int64_t tensors, const int64_t* numels, const int64_t* addresses, const int32_t* dtypes,
                 int32_t distance, int64_t low, int32_t shift, int64_t bins, int64_t* counts, int32_t threads) try {
     const Lists lists{tensors, numels, addresses, dtypes};
@@ -340,7 +339,7 @@ void rkif_count(int64_t tensors, const int64_t* numels, const int64_t* addresses
         const int64_t found = isa->bin_tile(scores, static_cast<uint32_t>(low), shift, static_cast<uint32_t>(bins),
                                             distances, inside, place.size, tally.counts[0], tally.counts[2]);
         tally.counts[1] += place.size - found;
-        // Equal neighbours together: ties by the million would have the threads fight for one address.
+        // Equal neighbours are added together, because with many ties the threads would contend for one address.
         for (int64_t i = 0, next; i < found; i = next) {
             for (next = i + 1; next < found && inside[next] == inside[i];) ++next;
             __atomic_fetch_add(counts + 1 + inside[i], next - i, __ATOMIC_RELAXED);
@@ -362,7 +361,7 @@ void rkif_fuse(int64_t tensors, const int64_t* numels, const int64_t* addresses,
                const float* outer_weights, int32_t outer_from_inner, int32_t inner_distance,
                int32_t outer_distance, int64_t* counts, double* norms, int32_t threads) try {
     Fusion fusion({tensors, numels, addresses, dtypes}, rule_of(inner_weights, outer_weights, outer_from_inner), threads);
-    std::vector<Bracket> inner(tensors), outer(tensors);  // that leave nothing undecided
+    std::vector<Bracket> inner(tensors), outer(tensors);  // empty brackets leave no element undecided
     for (int64_t t = 0; t < tensors; ++t) {
         inner[t] = {inner_thresholds[t], inner_thresholds[t]};
         outer[t] = {outer_thresholds[t], outer_thresholds[t]};
@@ -373,10 +372,10 @@ void rkif_fuse(int64_t tensors, const int64_t* numels, const int64_t* addresses,
     static_cast<void>(refused(0));
 }
 
-// The same roles. Fuses what the brackets (lo, hi of the inner side, lo, hi of the outer side) decide; none of
-// the inputs shares memory with `out`. Writes to `found` for each side: scores < lo, scores <= lo; then how many
-// elements are listed. Returns the fusion, for rkif_gather_undecided and rkif_finish; the lists must outlive it.
-// Returns null if more than `most` elements a thread are undecided.
+// The same roles. Fuses the elements that the brackets (lo, hi of the inner side; lo, hi of the outer side) decide; no
+// input shares memory with `out`. Writes to `found` for each side the number of scores < lo and of scores <= lo; then
+// the number of listed elements. Returns the fusion, for rkif_gather_undecided and rkif_finish; the lists must outlive
+// it. Returns null if a thread has more than `most` undecided elements.
 void* rkif_begin(int64_t tensors, const int64_t* numels, const int64_t* addresses, const int32_t* dtypes,
                  const float* brackets, const float* inner_weights, const float* outer_weights,
                  int32_t outer_from_inner, int32_t inner_distance, int32_t outer_distance, int64_t most,
@@ -399,8 +398,8 @@ void* rkif_begin(int64_t tensors, const int64_t* numels, const int64_t* addresse
     return refused(static_cast<void*>(nullptr));
 }
 
-// Write the listed scores of a side with lo < score <= hi to `to`, in room for all that are listed and fifteen
-// more; returns how many they are.
+// Write the listed scores of a side with lo < score <= hi to `to`, and return their number. `to` has space for all
+// listed scores and fifteen more.
 int64_t rkif_gather_undecided(const void* fusion, int32_t side, float lo, float hi, float* to) {
     int64_t gathered = 0;
     for (const UndecidedList& list : static_cast<const Fusion*>(fusion)->undecided) {
@@ -410,7 +409,7 @@ int64_t rkif_gather_undecided(const void* fusion, int32_t side, float lo, float 
     return gathered;
 }
 
-// Decide what is undecided, unless `thresholds` (inner, outer) is null, and free the fusion.
+// Decide the undecided elements, unless `thresholds` (inner, outer) is null, and free the fusion.
 void rkif_finish(void* fusion, const float* thresholds, int64_t* counts, double* norms) try {
     std::unique_ptr<Fusion> owned(static_cast<Fusion*>(fusion));
     if (!thresholds) return;

@@ -5,7 +5,7 @@ struct F {
 };
 using Mask = uint32_t;
 
-// For each mask of eight lanes: the lanes that are set, in order, then whatever.
+// For each mask of eight lanes: the indices of the set lanes, in order; the rest is unspecified.
 struct Shuffles {
     alignas(8) uint8_t lanes[256][8] = {};
     Shuffles() {
@@ -75,7 +75,7 @@ TARGET inline F only(Mask m, F a) {
 TARGET inline __m256i shuffle_of(Mask m) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(SHUFFLES.lanes[m & 255])));
 }
-// Writes up to sixteen values, of which those of the mask come first.
+// Writes the values of the set lanes to the front of `to`; overwrites up to sixteen values.
 TARGET inline void compress(float* to, Mask m, F a) {
     _mm256_storeu_ps(to, _mm256_permutevar8x32_ps(a.low, shuffle_of(m)));
     _mm256_storeu_ps(to + __builtin_popcount(m & 255), _mm256_permutevar8x32_ps(a.high, shuffle_of(m >> 8)));
@@ -87,7 +87,7 @@ TARGET inline void compress_places(int32_t* to, Mask m, int32_t first) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + __builtin_popcount(m & 255)), high);
 }
 
-// Sums of squares in float64, a lane each.
+// Sums of squares in float64, one per lane.
 struct Squares {
     __m256d parts[4];
 };

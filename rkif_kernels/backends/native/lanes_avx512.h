@@ -24,7 +24,7 @@ TARGET inline Mask greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_O
 TARGET inline Mask at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 TARGET inline F choose(Mask m, F otherwise, F where) { return _mm512_mask_blend_ps(m, otherwise, where); }
 TARGET inline F only(Mask m, F a) { return _mm512_maskz_mov_ps(m, a); }
-// Writes sixteen values, of which those of the mask come first.
+// Writes the values of the set lanes to the front of `to`; overwrites sixteen values.
 TARGET inline void compress(float* to, Mask m, F a) { _mm512_storeu_ps(to, _mm512_maskz_compress_ps(m, a)); }
 TARGET inline void compress_places(int32_t* to, Mask m, int32_t first) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -32,8 +32,8 @@ TARGET inline void compress_places(int32_t* to, Mask m, int32_t first) {
     _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(m, place));
 }
 
-// Sums of squares in float64, a lane each. The product of two float32 is exact there: a fused multiply-add
-// rounds no less and no more than an addition.
+// Sums of squares in float64, one per lane. The product of two float32 is exact in float64, so a fused multiply-add
+// gives the bits of a multiplication and an addition.
 struct Squares {
     __m512d low, high;
 };

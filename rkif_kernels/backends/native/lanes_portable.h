@@ -68,7 +68,7 @@ inline F choose(Mask m, F otherwise, F where) {
 inline F only(Mask m, F a) {
     return each([&](int i) { return m >> i & 1 ? a.lane[i] : 0.0f; });
 }
-// Writes up to sixteen values, of which those of the mask come first.
+// Writes the values of the set lanes to the front of `to`; overwrites up to sixteen values.
 inline void compress(float* to, Mask m, F a) {
     compress_each(to, m, [&](int i) { return a.lane[i]; });
 }
@@ -76,7 +76,7 @@ inline void compress_places(int32_t* to, Mask m, int32_t first) {
     compress_each(to, m, [&](int i) { return first + i; });
 }
 
-// Sums of squares in float64, a lane each.
+// Sums of squares in float64, one per lane.
 struct Squares {
     double lane[LANES];
 };

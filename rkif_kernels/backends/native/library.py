@@ -1,4 +1,4 @@
-"""The compiled library, and how lists of tensors are handed to it."""
+"""The compiled library, and the lists of tensors that it takes."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ ABI = 5  # of the signatures above; rkif_abi() in kernels.cpp
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The loaded library, whose calls release the interpreter's lock.
+    """The loaded library, whose calls release Python's global interpreter lock.
 
-    None where there is none, where it cannot be loaded, or where it was built from another version.
+    None if it was not built, cannot be loaded, or was built from another version.
     """
     folder = Path(__file__).parent
     paths = (folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES)
@@ -68,9 +68,9 @@ def library() -> ctypes.CDLL | None:
 
 
 class Lists:
-    """Lists of tensors, one a role, as arrays of addresses and dtypes; keeps alive what it points to.
+    """Lists of tensors, one per role, as arrays of addresses and dtypes; it keeps the tensors alive.
 
-    Tensors that are not contiguous are replaced by copies: what is to be written comes through ``in_place``.
+    Tensors that are not contiguous are replaced by copies, so outputs must come from ``in_place``.
     """
 
     def __init__(self, roles: Sequence[Sequence[Tensor | None] | None]) -> None:
@@ -82,7 +82,7 @@ class Lists:
         numels = [tensor.numel() for tensor in first if tensor is not None]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in flat]
         dtypes = [_DTYPES[None if tensor is None else tensor.dtype] for tensor in flat]
-        # NumPy arrays: what PyTorch makes has the default dtype and device of the user's choice.
+        # NumPy arrays, because PyTorch's defaults of dtype and device are set by the user.
         self._arrays = (
             np.array(numels, np.int64),
             np.array(addresses, np.int64).reshape(shape),
@@ -97,13 +97,13 @@ class Lists:
         return part
 
     def of_addresses(self) -> Lists:
-        """The same, which keeps nothing alive: for callers that check addresses before each call."""
+        """Release the tensors and return self: for callers that check addresses before each call."""
         self._tensors = []
         return self
 
     @property
     def numel(self) -> int:
-        """Elements of a role's tensors together."""
+        """Number of elements in all tensors of a role."""
         return int(self._arrays[0].sum())
 
     def call(self, function: str, *arguments: float) -> Any:
@@ -116,7 +116,7 @@ def call(function: str, *arguments: float | None) -> Any:
     """Call a function of the library.
 
     Raises:
-        MemoryError: it needs more memory than there is; what it writes to may hold a part of the result.
+        MemoryError: the function ran out of memory; its outputs may hold a part of the result.
     """
     loaded: Any = library()
     result = getattr(loaded, function)(*arguments)
@@ -126,9 +126,9 @@ def call(function: str, *arguments: float | None) -> Any:
 
 
 def use_instructions(which: int) -> int:
-    """Compute with the ``which``-th best instruction set, for tests; returns how many the processor has.
+    """Use the ``which``-th best instruction set, for tests; returns how many the processor has.
 
-    The best, 0, is chosen when the library is loaded: AVX-512, AVX2 or portable C++.
+    The default is 0, the best of AVX-512, AVX2 and portable C++.
     """
     count: int = call("rkif_use_isa", which)
     return count

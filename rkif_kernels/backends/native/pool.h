@@ -1,4 +1,4 @@
-// Threads that live on between calls, and tiles that are handed out to them one after the other.
+// Threads that persist between calls, and the tiles that are distributed to them.
 #pragma once
 
 #include <pthread.h>
@@ -17,7 +17,7 @@
 
 class Pool {
   public:
-    // The pool of this process. After a fork the child has none of the parent's threads, and makes its own.
+    // The pool of this process. A forked child has none of the parent's threads, so it starts its own.
     static Pool& of_process() {
         static std::atomic<Pool*> current{nullptr};
         static const int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
@@ -30,11 +30,11 @@ class Pool {
         return *pool;
     }
 
-    // Call body(thread) on up to `threads` threads, this one included, and wait for all. Where another call
-    // has the pool, or no thread can be had, fewer take part: the body must do all the work that is left.
-    // Throws what a body has thrown, after all have ended.
+    // Call body(thread) on up to `threads` threads, including this one, and wait for all. Fewer threads take part if
+    // another call uses the pool or no thread can be started, so the body must loop until no work is left.
+    // After all have ended, throws an exception that a body has thrown.
     void run(int threads, const std::function<void(int)>& body) {
-        if (threads <= 1) return body(0);  // without the lock, which would keep a larger call from its threads
+        if (threads <= 1) return body(0);  // without the lock, so that a larger call can use the threads
         std::unique_lock<std::mutex> only(in_use_, std::try_to_lock);
         if (!only.owns_lock()) return body(0);
         std::unique_lock<std::mutex> lock(mutex_);
@@ -115,8 +115,8 @@ class Tiles {
         return {tensor, start, std::min(TILE, lists_.numels[tensor] - start)};
     }
 
-    // Call body(thread, tile, place) once for every tile. Who is ready takes the next few: a thread whose core
-    // does other work takes fewer, and nobody waits long for it.
+    // Call body(thread, tile, place) once for every tile. An idle thread takes the next few tiles, so a thread on a
+    // busy core takes fewer, and the others do not wait long for it.
     template <class Body>
     void for_each(int most_threads, Body body) const {
         std::atomic<int64_t> next{0};
@@ -129,7 +129,7 @@ class Tiles {
     }
 
   private:
-    static constexpr int64_t TILES_A_THREAD = 8;  // less work than this is not worth waking a thread for
+    static constexpr int64_t TILES_A_THREAD = 8;  // minimum of work for which a thread is woken
     static constexpr int64_t TILES_AT_ONCE = 4;
 
     const Lists& lists_;

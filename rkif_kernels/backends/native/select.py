@@ -12,7 +12,7 @@ from rkif_kernels.selection import sampled as order_statistics
 from rkif_kernels.selection.bracket import Floats
 from rkif_kernels.types import Scores
 
-LINE = 16  # neighbouring scores in a sample: a cache line of float32
+LINE = 16  # neighbouring scores in a run of a sample: a cache line of float32
 
 
 def score_thresholds(scores: Scores, *, ks: Sequence[int], per_tensor: bool) -> Tensor:

@@ -1,7 +1,7 @@
-// What is done to a tile, written once for sixteen lanes. Included once for each instruction set, inside a
-// namespace of its own, after the lanes; TARGET stands before every function.
+// The operations on a tile, written for sixteen lanes. Included once per instruction set, in a separate namespace,
+// after its lanes. TARGET precedes every function.
 
-constexpr int64_t AHEAD = 512;  // elements between what is computed on and what is fetched into the cache
+constexpr int64_t AHEAD = 512;  // distance of prefetching, in elements
 
 TARGET inline void prefetch(Row row, int64_t i) { __builtin_prefetch(row.at + (i + AHEAD) * row.width()); }
 
@@ -17,7 +17,7 @@ TARGET inline F load(Row row, int64_t i, int64_t n) {
     return row.dtype == FLOAT32 ? load_float32(at) : row.dtype == BFLOAT16 ? load_bfloat16(at) : load_float16(at);
 }
 
-// As it is once it is stored: rounded to the row's dtype.
+// Round to a dtype, as a store does.
 TARGET inline F rounded(int32_t dtype, F x) {
     if (dtype == FLOAT32) return x;
     alignas(64) float wide[LANES];
@@ -102,7 +102,7 @@ struct TileFusion {
         return load({row.at, PLAIN ? FLOAT32 : row.dtype}, i, n);
     }
 
-    // What is not a number counts as zero, here as in the selection.
+    // A NaN counts as zero, as in the selection.
     TARGET ALWAYS_INLINE F read(const ScoreRows& rows, int64_t i, int64_t n) const {
         const F first = read(rows.first, i, n);
         if (!rows.second.present()) return not_negative(first);
@@ -110,7 +110,7 @@ struct TileFusion {
         return not_negative(!PLAIN && rows.distance ? magnitude(sub(first, second)) : mul(first, second));
     }
 
-    // The `n` elements from `i` on, at most sixteen.
+    // Fuse the `n` elements from `i` on, at most sixteen.
     TARGET ALWAYS_INLINE void step(int64_t i, int64_t n) {
         const Mask there = static_cast<Mask>((1u << n) - 1);
         const F b = read(base, i, n), p = read(inner, i, n), q = read(outer, i, n);
@@ -173,8 +173,8 @@ TARGET void fuse_rows(const Row& out, const Row* in, const ScoreRows* scores, in
     norms[2] = total(tile.n_update);
 }
 
-// Fuse a tile. What a bracket leaves undecided is written as if selected, listed, and not counted. `norms`:
-// squared, of both task vectors, and of the update where it is decided. The list has room for the tile.
+// Fuse a tile. Undecided elements are written as if scores in a bracket were selected; they are listed and not counted.
+// `norms`: squared norms of both task vectors, and of the decided part of the update. The list has space for the tile.
 TARGET void fuse_tile(const Row& out, const Row* in, const ScoreRows* scores, int64_t size, const Bracket* brackets,
                       const Rule& rule, bool streaming, FuseCounts& counts, Undecided& list, double* norms) {
     bool plain = out.dtype == FLOAT32;
@@ -203,7 +203,7 @@ TARGET double decide_tile(const Row& out, const Undecided& list, int64_t first, 
         const F fused = merge(b, sub(p, b), sub(q, rule.from_inner ? p : b), w, m_in, m_out);
         alignas(64) float values[LANES];
         store(values, fused);
-        // The pass has written what is right where an element is selected after all.
+        // The pass wrote elements as selected, so only elements with a different mask are written again.
         const Mask wrong = there & ((m_in ^ greater(s_in, lo_in)) | (m_out ^ greater(s_out, lo_out)));
         for (int64_t lane = 0; lane < n; ++lane) {
             if (!(wrong >> lane & 1)) continue;
@@ -223,7 +223,7 @@ TARGET double decide_tile(const Row& out, const Undecided& list, int64_t first, 
     return total(n_update);
 }
 
-// Gather the values with lo < value <= hi; returns how many. `to` has room for fifteen more.
+// Gather the values with lo < value <= hi, and return their number. `to` has space for fifteen more.
 TARGET int64_t gather(const float* values, int64_t size, Bracket bracket, float* to) {
     const Row row{reinterpret_cast<char*>(const_cast<float*>(values)), FLOAT32};
     const F lo = set(bracket.lo), hi = set(bracket.hi);
@@ -238,7 +238,7 @@ TARGET int64_t gather(const float* values, int64_t size, Bracket bracket, float*
     return found;
 }
 
-// Count the scores > lower and those >= upper (nothing reaches a NaN), and gather those between.
+// Count the scores > lower and those >= upper (none if upper is NaN), and gather those between.
 TARGET SplitCounts split_tile(const ScoreRows& rows, int64_t size, float lower, float upper, float* between) {
     const ScoreRows source = rows;
     const F lo = set(lower), hi = set(upper);
@@ -293,9 +293,9 @@ TARGET inline float importance_of(float w, float g) {
                           : ORDER == SECOND ? square : __builtin_fabsf(product - square * 0.5f);
 }
 
-// Updates s, and u if there is one; returns how many importances are not finite, which keep their states. To
-// count those first costs less than a choice at every element: the second reading of w and g is from the cache,
-// and almost never is there anything to choose.
+// Update s, and u if there is one; return the number of importances that are not finite. Their elements keep s and u.
+// A first loop counts them, which costs less than a condition per element: the second loop reads w and g from the
+// cache, and rarely needs the condition.
 template <int ORDER>
 TARGET int64_t update_order(const float* __restrict w, const float* __restrict g, float* __restrict s,
                             float* __restrict u, int64_t size, Smoothing b) {
@@ -341,15 +341,15 @@ TARGET void adamw_tile(float* __restrict w, const float* __restrict g, float* __
     }
 }
 
-constexpr int64_t FEW = 16;  // fewer, where more of them are looked for
+constexpr int64_t FEW = 16;  // elements that are skipped together if none is in the window
 
-// Write the bins of the scores whose keys lie in the window to `inside`, in room for one more, and return how
-// many they are; adds those below it to `below`, and those that are no scores to `unfit`. The bit patterns of
-// positive floats order like their values; what is not positive, a NaN too, counts as zero.
+// Write the bins of the scores whose keys lie in the window to `inside`, which has space for one more, and return their
+// number. Add the number of keys below the window to `below`, and of invalid scores to `unfit`. The bit patterns of
+// positive floats order like their values; values that are not positive, NaN included, count as zero.
 TARGET int64_t bin_tile(const float* __restrict scores, uint32_t low, int32_t shift, uint32_t bins,
                         uint32_t* __restrict distances, uint32_t* __restrict inside, int64_t size,
                         int64_t& below, int64_t& unfit) {
-    // Distances wrap: a key below the window is at least 2^31 from its beginning.
+    // Distances wrap: for a key below the window the distance is at least 2^31.
     const uint64_t span = static_cast<uint64_t>(bins) << shift;
     const uint32_t width = static_cast<uint32_t>(span < (uint64_t{1} << 31) ? span : uint64_t{1} << 31);
     int32_t under = 0, fit = 0;

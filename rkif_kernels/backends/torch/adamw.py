@@ -26,7 +26,7 @@ def adamw_(inputs: AdamWInputs, constants: AdamWConstants, smoothing: Smoothing,
 
 
 def _step(w: Tensor, g: Tensor, m: Tensor, v: Tensor, scratch: Scratch, constants: AdamWConstants) -> None:
-    """Step one block. Named products and sums: lerp_ and addcmul_ contract to a fused multiply-add."""
+    """Step one block. Products and sums are separate: lerp_ and addcmul_ contract to a fused multiply-add."""
     size = w.numel()
     grad = scratch.float32(g, 0)
     mean, square = scratch.float32(m, 1), scratch.float32(v, 2)

@@ -1,4 +1,4 @@
-"""Walking over lists of tensors in blocks, with scratch memory that does not depend on their size."""
+"""Iteration over lists of tensors in blocks, with scratch memory of constant size."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from rkif_kernels.contiguous import as_contiguous
 
-# Elements. Six float32 streams of a block are 1.5 MiB, about what two cores' L2 caches hold, while a
-# block is still long enough (two of PyTorch's 32,768-element grains) to be shared between the cores.
+# Elements. Six float32 streams of a block are 1.5 MiB, about the size of two cores' L2 caches. A block is two
+# of PyTorch's grains of 32,768 elements, so two cores can share it.
 BLOCK = 1 << 16
 
 
 class Scratch:
-    """Buffers of one block each, handed out by position and allocated once per call of an operation."""
+    """Buffers of one block each, addressed by slot and allocated once per call of an operation."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -35,8 +35,8 @@ class Scratch:
 def blocks(*roles: Sequence[Tensor | None] | None) -> Iterator[tuple[int, tuple[Tensor | None, ...]]]:
     """Yield (tensor index, one block of at most BLOCK elements of every role), in order.
 
-    A role that is None, or holds None for a tensor, yields None. Blocks are views of contiguous
-    tensors and of contiguous copies otherwise: what is to be written comes through ``in_place``.
+    A role that is None, or holds None for a tensor, yields None. Blocks are views of the tensors if they are
+    contiguous, otherwise of copies, so outputs must come from ``in_place``.
     """
     first = roles[0]
     assert first is not None

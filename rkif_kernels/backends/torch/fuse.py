@@ -40,7 +40,7 @@ def fuse_(inputs: FusionInputs, thresholds: tuple[Tensor, Tensor], rule: MergeRu
             tau_in.mul_(_choose(cases, inner_weights, scratch))
             tau_out.mul_(_choose(cases, outer_weights, scratch))
             fused = tau_in.add_(b).add_(tau_out)
-            # The update is that of the stored, rounded value; `b` may be the very memory of the target.
+            # The update is that of the stored, rounded value; `b` may share its memory with the target.
             stored = scratch.float32(fused.to(target.dtype), 5)
             squared_norms[2] += _squared_norm(torch.sub(stored, b, out=scratch(4, size)), scratch)
             target.copy_(fused)
@@ -51,22 +51,22 @@ def _mask(
     s: Tensor | None, u: Tensor | None, distance: bool, threshold: float, scratch: Scratch, slot: int
 ) -> Tensor:
     assert s is not None
-    if threshold == -torch.inf:  # selects everything, a score that is not a number included
+    if threshold == -torch.inf:  # selects everything, including NaN
         return scratch(slot, s.numel()).fill_(1)
     score = block_score(s, u, distance, scratch, (5, 6, 7))
-    # 0 and 1 in float32: PyTorch's comparisons into bool, and its where, are several times slower on CPUs.
+    # 0 and 1 in float32, because comparisons into bool, and torch.where, are several times slower on CPUs.
     return torch.gt(score, threshold, out=scratch(slot, s.numel()))
 
 
 def _cases(m_in: Tensor, m_out: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Masks of 0 and 1 for inner only, outer only, both, neither; overwrites the two it is given."""
+    """Masks of 0 and 1 for inner only, outer only, both, neither; overwrites ``m_in`` and ``m_out``."""
     both = torch.mul(m_in, m_out, out=scratch(10, m_in.numel()))
     neither = torch.add(m_in, m_out, out=scratch(11, m_in.numel())).sub_(both).neg_().add_(1)
     return m_in.sub_(both), m_out.sub_(both), both, neither
 
 
 def _choose(cases: Sequence[Tensor], weights: Sequence[float], scratch: Scratch) -> Tensor:
-    """One weight an element: a sum in which all terms but one are zero, hence exact."""
+    """One weight per element: an exact sum, because all terms but one are zero."""
     chosen = scratch(5, cases[0].numel()).zero_()
     for mask, weight in zip(cases, weights, strict=True):
         if weight == 1:

@@ -31,7 +31,7 @@ def update_block(
     keep1, take1, keep2, take2 = smoothing.factors
     size = w.numel()
     importance = scratch(0, size)
-    # Named products and sums, never addcmul or add(alpha=...): those contract to a fused multiply-add.
+    # Separate products and sums, because addcmul and add(alpha=...) contract to a fused multiply-add.
     torch.mul(
         scratch.float32(w, 1),
         scratch.float32(g, 2) if g is not None else scratch(2, size).zero_(),
@@ -43,8 +43,8 @@ def update_block(
         importance.sub_(torch.mul(importance, importance, out=scratch(3, size)).div_(2))
     importance.abs_()
 
-    # A sum is not finite if a term is not; only then is it worth finding out which. (The sum of
-    # finite terms can overflow too: the exact mask decides.)
+    # If a term is not finite, the sum is not, so the mask is computed only then. A sum of finite terms may
+    # overflow too; the mask is exact in both cases.
     kept = None
     if not importance.sum().isfinite():
         kept = importance.isfinite().logical_not_()
@@ -60,7 +60,7 @@ def update_block(
 
 
 def _store(state: Tensor, value: Tensor, kept: Tensor | None) -> None:
-    """Round ``value`` into ``state``, except where ``kept`` says that the old value stays."""
+    """Round ``value`` into ``state``, except for the elements in the mask ``kept``."""
     if kept is None:
         state.copy_(value)
     else:

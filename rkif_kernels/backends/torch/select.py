@@ -21,7 +21,7 @@ def score_thresholds(scores: Scores, *, ks: Sequence[int], per_tensor: bool) -> 
 def all_valid(tensors: Sequence[Tensor]) -> bool:
     """See :func:`rkif_kernels.ops.all_valid_scores`."""
     filled = [tensor.detach().min().float() for tensor in tensors if tensor.numel()]
-    # A NaN anywhere makes the minimum NaN, and is not >= 0.
+    # The minimum of values with a NaN is NaN, which is not >= 0.
     return not filled or bool((torch.stack(filled) >= 0).all())
 
 
@@ -48,7 +48,7 @@ class _BlockReader:
         above = reached = 0
         between: list[Tensor] = []
         for block in _score_blocks(scores, scratch):
-            # Masks of 0 and 1 in float32: PyTorch's comparisons into bool are several times slower on CPUs.
+            # Masks of 0 and 1 in float32, because comparisons into bool are several times slower on CPUs.
             over = torch.gt(block, lower, out=scratch(3, block.numel()))
             beyond = torch.ge(block, upper, out=scratch(4, block.numel()))
             n_over, n_beyond = int(over.sum()), int(beyond.sum())
@@ -61,7 +61,7 @@ class _BlockReader:
 
 
 def _score_blocks(scores: Scores, scratch: Scratch) -> Iterator[Tensor]:
-    """float32 scores, block by block; each is valid until the next one is asked for, and read only."""
+    """Yield float32 scores block by block; a block is read-only, and valid until the next one."""
     for _, (s, u) in blocks(scores.sensitivity, scores.uncertainty):
         assert s is not None
         yield block_score(s, u, scores.distance, scratch, (0, 1, 2))
@@ -70,7 +70,7 @@ def _score_blocks(scores: Scores, scratch: Scratch) -> Iterator[Tensor]:
 def block_score(
     s: Tensor, u: Tensor | None, distance: bool, scratch: Scratch, slots: tuple[int, int, int]
 ) -> Tensor:
-    """float32 scores of a block; read only."""
+    """float32 scores of a block; read-only."""
     score = scratch.float32(s, slots[0])
     if u is None:
         return score

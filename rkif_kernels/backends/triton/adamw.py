@@ -41,7 +41,7 @@ def _adamw_tile(
     decay, take1, keep2, take2, unbias2, eps, step_size = constants
     offsets = first + tl.arange(0, BLOCK)
     mask = tile_mask(offsets, numel, FULL)
-    # All loads come before the first store, or the later ones would wait for memory once more.
+    # All loads precede the first store, because loads after it would wait for memory again.
     w = load_float32(w_ptr, offsets, mask)
     g = load_float32(g_ptr, offsets, mask)
     m = load_float32(m_ptr, offsets, mask)
@@ -91,8 +91,8 @@ def _adamw_kernel(
 ):
     """Importance as in ``_update_importance_kernel``, then an AdamW step on the same w and g.
 
-    DTYPES are those of w, g, m, v, S and U; None where there is no S, or no U. A program owns one chunk of
-    one tensor. Float32: reads 24 bytes an element (w, g, m, v, S, U), writes 20 (w, m, v, S, U).
+    DTYPES are those of w, g, m, v, S and U; None for a missing S or U. A program owns one chunk of one
+    tensor. Float32: reads 24 bytes per element (w, g, m, v, S, U), writes 20 (w, m, v, S, U).
     """
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)

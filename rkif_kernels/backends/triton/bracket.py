@@ -1,9 +1,9 @@
-"""Brackets around an order statistic, from a sample: two launches, nothing waits for the host.
+"""Brackets around an order statistic, from a sample: two launches that do not wait for the host.
 
-A first sample of a few thousand scores gives a window of keys that holds the order statistic's surroundings.
-A second one, of up to millions, is only counted: below the window, and in the window's bins. The bins that
-the order statistic very probably lies in are the bracket. Either end of the window is counted by itself, so
-that ties by the million there (zeros above all) are decided exactly.
+A first sample of a few thousand scores gives a window of keys around the order statistic. A second sample, of
+up to millions of scores, is only counted: below the window, and in the window's bins. The bracket consists of
+the bins in which the order statistic very probably lies. Each end of the window is counted separately, so
+that many ties there (mostly zeros) are decided exactly.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rkif_kernels.backends.triton.windows import (
 
 @triton.jit
 def _hashed(cells):
-    """Pseudo-random 32 bits of each cell: equal distances might follow a pattern in the scores."""
+    """32 pseudo-random bits per cell; equal distances could coincide with a pattern in the scores."""
     bits = cells.to(tl.uint32)
     bits = (bits ^ (bits >> 16)) * 0x7FEB352D
     bits = (bits ^ (bits >> 15)) * 0x846CA68B
@@ -62,9 +62,9 @@ def _gather_key(
 
 @triton.jit
 def _cell_elements(firsts_ptr, n_tensors, start, numel, stride, first_cell, cells, places, RUN: tl.constexpr):
-    """Where the sampled elements lie: (tensors, offsets, mask), RUN neighbours from each cell of ``stride``.
+    """The sampled elements (tensors, offsets, mask): RUN neighbours from each cell of ``stride`` elements.
 
-    A run begins at a hashed place of its cell, on a multiple of RUN in its tensor: one access to memory.
+    A run starts at a hashed place in its cell, at a multiple of RUN in its tensor: one access to memory.
     """
     cell = places // RUN
     mask = cell < cells
@@ -80,7 +80,7 @@ def _cell_elements(firsts_ptr, n_tensors, start, numel, stride, first_cell, cell
 
 @triton.jit
 def _key_of_k(keys, mask, k):
-    """The key of order ``k`` among ``keys``, by radix; the smallest where k is negative."""
+    """The ``k``-th smallest of ``keys``, by radix selection; the smallest if k is negative."""
     key = k.to(tl.int32) * 0
     remaining = tl.maximum(k, 0)
     for digit in tl.static_range(4):
@@ -120,9 +120,10 @@ def _sample_kernel(
     SAMPLES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sample one score of each cell; the last program stores the windows, from order ``low_k`` to ``high_k``.
+    """Sample one score of each cell; the last program stores the windows.
 
-    ``low_k`` is -1, and ``high_k`` is ``all_cells``, for an end beyond the sample.
+    A window extends from the ``low_k``-th to the ``high_k``-th sampled score. ``low_k`` -1 and ``high_k``
+    ``all_cells`` stand for ends beyond the sample.
     """
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tensors, offsets, mask = _cell_elements(
@@ -162,7 +163,7 @@ def _count_key(fields_ptr, side, key, mask):
 
 @triton.jit
 def _bracket_side(fields_ptr, side, fraction, spread):
-    """Replace a side's window by its bracket, and empty its bins."""
+    """Replace a side's window by its bracket, and set its bins to zero."""
     low = tl.load(fields_ptr + BRACKETS + 2 * side)
     high = tl.load(fields_ptr + BRACKETS + 2 * side + 1)
     shift = tl.load(fields_ptr + SEARCHES + 4 * side)
@@ -216,7 +217,7 @@ def _count_sample_kernel(
 ):
     """Count RUN neighbours of each cell in the windows; the last program stores the brackets.
 
-    A bracket reaches ``spread * sqrt(sampled) + 1`` sampled scores to either side of ``fraction`` of them.
+    A bracket extends ``spread * sqrt(sampled) + 1`` sampled scores to each side of the quantile ``fraction``.
     """
     block = tl.program_id(0)
     while block * BLOCK < cells * RUN:
@@ -245,11 +246,11 @@ def find_brackets(
     """The launches that write the brackets' keys into the workspace.
 
     Args:
-        scores: where a table has them, as constants of the kernels: ROLE, SIDES and DISTANCE.
-        fraction: the order statistic's place among all scores, from 0 to 1.
+        scores: the kernels' constants ROLE, SIDES and DISTANCE, which say where a table has the scores.
+        fraction: the quantile of the order statistic, in [0, 1].
 
     Returns:
-        The launches, and how many int32 they need as ``samples_ptr``.
+        The launches, and the number of int32 in their ``samples_ptr``.
     """
     numel = sum(table.numel for table in grouped)
     tables = _cell_arguments(grouped, max(1, -(-numel // bracketing.first_samples)))
@@ -264,7 +265,7 @@ def find_brackets(
         "all_programs": sum(programs),
         # Constexprs
         "STEP": SAMPLE_STEP,
-        # Whatever the size, so that nothing is compiled anew: tables round their cells up.
+        # Independent of the number of scores, so that nothing is recompiled; each table rounds its cells up.
         "SAMPLES": triton.next_power_of_2(bracketing.first_samples + len(grouped) - 1),
         "BLOCK": config.block,
         **scores,
@@ -297,7 +298,7 @@ def find_brackets(
 
 
 def _cell_arguments(grouped: Sequence[Table], stride: int) -> list[dict[str, Any]]:
-    """The kernels' arguments by which each table's cells of ``stride`` elements are sampled."""
+    """The kernels' arguments for sampling cells of ``stride`` elements, one dict per table."""
     cells = [triton.cdiv(table.numel, stride) for table in grouped]
     return [
         {

@@ -1,4 +1,4 @@
-"""Counting scores: in a window of keys, and those that are no scores."""
+"""Counting scores in a window of keys, and counting invalid scores."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def _count_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Count the scores below a window of keys, in each of its bins, beyond it, and those that are no scores.
+    """Count the scores below a window of keys, in each of its bins, above it, and the invalid scores.
 
-    A program owns one chunk of one tensor. Float32: reads 8 bytes an element (S, U). Only what lies inside
-    the window, a few per cent, is counted in memory one by one.
+    A program owns one chunk of one tensor. Float32: reads 8 bytes per element (S, U). Only scores inside the
+    window, a few per cent, need an atomic addition each.
     """
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
@@ -115,7 +115,7 @@ def _invalid_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Count the values that are negative or not a number. Float32: reads 4 bytes an element."""
+    """Count the values that are negative or NaN. Float32: reads 4 bytes per element."""
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
     row_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES)

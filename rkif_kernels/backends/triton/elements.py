@@ -1,12 +1,12 @@
-"""Helpers inside kernels: reaching a tensor through the pointer table, scores, and rounding at a store."""
+"""Functions for kernels: access to tensors through the pointer table, scores, counts, and rounding."""
 
 from functools import partial
 
 import triton
 import triton.language as tl
 
-# A kernel that is launched. Triton would compile it anew for sizes that are 1, or divisible by 16, or
-# neither, and every other model or adapter has others; no access is wider for it.
+# Decorator of launched kernels. By default Triton recompiles for sizes that are 1 or divisible by 16. Sizes
+# differ between models, and the specialisation makes no access wider.
 kernel = partial(
     triton.jit,
     do_not_specialize=(
@@ -20,20 +20,20 @@ kernel = partial(
 
 @triton.jit
 def load_row(pointers_ptr, ROLE: tl.constexpr, tensor, n_tensors, DTYPES: tl.constexpr):
-    """The typed base pointer of ``tensor`` in a role; any pointer where the role is not there (None)."""
+    """The typed base pointer of ``tensor`` in a role; an unused pointer if the role's dtype is None."""
     DTYPE: tl.constexpr = DTYPES[ROLE]
     if DTYPE is None:
         return pointers_ptr
     else:
         address = tl.load(pointers_ptr + ROLE * n_tensors + tensor)
-        # The alignment must be declared on the typed pointer: on the integer it is lost, and accesses fall
-        # to 32 bits. The table only takes addresses that keep the promise.
+        # The alignment must be declared on the typed pointer: on the integer it is lost, and accesses shrink
+        # to 32 bits. All addresses in the table have this alignment.
         return tl.multiple_of(address.to(tl.pointer_type(tl.dtype(DTYPE))), 16)
 
 
 @triton.jit
 def load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK: tl.constexpr):
-    """The tensor of a chunk, the chunk's first element in it, and how many elements the tensor has."""
+    """The tensor of a chunk, the chunk's first element in it, and the tensor's number of elements."""
     tensor = tl.load(chunk_tensors_ptr + chunk)
     start = tl.multiple_of(tl.load(chunk_starts_ptr + chunk), BLOCK)
     return tensor, start, tl.load(numels_ptr + tensor)
@@ -56,9 +56,10 @@ def load_rows(pointers_ptr, tensor, n_tensors, DTYPES: tl.constexpr):
 
 @triton.jit
 def tile_mask(offsets, numel, FULL: tl.constexpr):
-    """Which elements of a block there are.
+    """The mask of the elements of a block that are within the tensor.
 
-    A mask that depends on the size would narrow every access to one element, so a FULL block has none.
+    A mask that depends on the size would narrow every access to one element, so that of a FULL block is
+    constant.
     """
     if FULL:
         return tl.zeros_like(offsets) == 0
@@ -74,7 +75,7 @@ def load_float32(row_ptr, offsets, mask):
 
 @triton.jit
 def load_raw_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY: tl.constexpr, DISTANCE: tl.constexpr):
-    """Scores as they are: S, S*U where there is an UNCERTAINTY, or the DISTANCE |S-U|."""
+    """Raw scores, NaN and negative ones included: S, S*U with UNCERTAINTY, |S-U| with DISTANCE."""
     score = load_float32(s_ptr, offsets, mask)
     if DISTANCE:
         score = tl.abs(score - load_float32(u_ptr, offsets, mask))
@@ -85,14 +86,14 @@ def load_raw_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY: tl.constexpr, DISTA
 
 @triton.jit
 def load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY: tl.constexpr, DISTANCE: tl.constexpr = False):
-    """Scores. Zero for what is not positive, a NaN product and a negative zero included."""
+    """Scores; values that are not positive, NaN and negative zero included, are replaced by zero."""
     score = load_raw_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY, DISTANCE)
     return tl.where(score > 0, score, 0.0)
 
 
 @triton.jit
 def lane_sums(values, BLOCK: tl.constexpr):
-    """Sums of four neighbours. One thread holds them, so that adding up over tiles needs no other thread."""
+    """Sums of four neighbours ("lanes"). One thread holds all four, so threads exchange nothing."""
     return tl.sum(tl.reshape(values, (BLOCK // 4, 4)), axis=1)
 
 
@@ -104,14 +105,14 @@ def squared_lanes(vector, BLOCK: tl.constexpr):
 
 @triton.jit
 def pack_counts(a, b, c, d, BLOCK: tl.constexpr):
-    """How many of each of four conditions hold, 8 bits each: a lane has four elements a tile."""
+    """For each lane, the numbers of elements that meet four conditions, packed into 8 bits each."""
     low = a.to(tl.int32) | (b.to(tl.int32) << 8)
     return lane_sums(low | (c.to(tl.int32) << 16) | (d.to(tl.int32) << 24), BLOCK)
 
 
 @triton.jit
 def add_counts(counts_ptr, lanes, FIELDS: tl.constexpr = 4):
-    """Add the counts of a program to as many in memory."""
+    """Add a program's packed counts to FIELDS counters in memory."""
     for field in tl.static_range(FIELDS):
         total = tl.sum((lanes >> (8 * field)) & 0xFF)
         if total > 0:
@@ -120,7 +121,7 @@ def add_counts(counts_ptr, lanes, FIELDS: tl.constexpr = 4):
 
 @triton.jit
 def gather_float32(pointers_ptr, ROLE: tl.constexpr, tensors, n_tensors, offsets, mask, DTYPES: tl.constexpr):
-    """Single elements of many tensors in float32; 0 beyond the mask."""
+    """Elements of several tensors in float32; 0 beyond the mask."""
     DTYPE: tl.constexpr = DTYPES[ROLE]
     addresses = tl.load(pointers_ptr + ROLE * n_tensors + tensors, mask=mask, other=0)
     values = tl.load(addresses.to(tl.pointer_type(tl.dtype(DTYPE))) + offsets, mask=mask, other=0.0)
@@ -129,7 +130,7 @@ def gather_float32(pointers_ptr, ROLE: tl.constexpr, tensors, n_tensors, offsets
 
 @triton.jit
 def find_tensor(firsts_ptr, n_tensors, positions, mask):
-    """Which tensor holds each position, by bisection of where the tensors begin."""
+    """The tensor that holds each position, by bisection of the tensors' first positions."""
     low = tl.zeros_like(positions)
     high = low + n_tensors
     width = n_tensors
@@ -146,9 +147,9 @@ def find_tensor(firsts_ptr, n_tensors, positions, mask):
 def round_to(value, DTYPES: tl.constexpr, ROLE: tl.constexpr, ROUND_BF16: tl.constexpr):
     """A float32 value rounded to nearest even in the dtype of a role.
 
-    Triton's interpreter truncates float32 to bfloat16, so there (ROUND_BF16) the rounding is done on the
-    bits: adding half a unit, less the tie that goes to even, carries into the upper half exactly when the
-    value is to be rounded up. Compiled code has an instruction for it.
+    Triton's interpreter truncates float32 to bfloat16, so with ROUND_BF16 the bits are rounded here: 0x7FFF
+    plus the lowest bit that is kept carries into the upper half exactly if the value is rounded up. Compiled
+    code uses an instruction.
     """
     DTYPE: tl.constexpr = DTYPES[ROLE]
     if ROUND_BF16 and DTYPE == "bf16":

@@ -1,4 +1,4 @@
-"""The masked, weighted merge of two task vectors, thresholds given."""
+"""The masked, weighted merge of two task vectors, with given thresholds."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def merge(
     OUTER_FROM_INNER: tl.constexpr,
     ROUND_BF16: tl.constexpr,
 ):
-    """(base + w_in*tau_in) + w_out*tau_out, rounded to what is stored; and the two task vectors."""
+    """(base + w_in*tau_in) + w_out*tau_out, rounded to the dtype of the output; and the two task vectors."""
     tau_in = inner - base
     tau_out = outer - (inner if OUTER_FROM_INNER else base)
     w_in = _by_case(m_in, m_out, weights[0], weights[2], weights[4], weights[6])
@@ -55,7 +55,7 @@ def merge(
 
 @triton.jit
 def cases(m_in, m_out, mask):
-    """Whether an element is selected by the inner learner only, the outer only, both, neither."""
+    """Masks of the elements selected by the inner learner only, the outer only, both, neither."""
     m_in, others = mask & m_in, mask & (m_in == 0)
     return m_in & (m_out == 0), others & m_out, m_in & m_out, others & (m_out == 0)
 
@@ -64,7 +64,7 @@ def cases(m_in, m_out, mask):
 def load_tile(
     rows, first, numel, FULL: tl.constexpr, DTYPES: tl.constexpr, DISTANCES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One block: offsets, mask, base, inner and outer in float32, and the scores of either learner."""
+    """One block: offsets, mask, base, inner and outer in float32, and the scores of each learner."""
     offsets = first + tl.arange(0, BLOCK)
     mask = tile_mask(offsets, numel, FULL)
     base = load_float32(rows[1], offsets, mask)
@@ -77,7 +77,7 @@ def load_tile(
 
 @triton.jit
 def store_norms(partial_norms_ptr, row, inner, outer, update):
-    """A program's three squared norms, from lanes to its row."""
+    """Sum a program's three squared norms over lanes, and store them in its row."""
     tl.store(partial_norms_ptr + row * 3, tl.sum(inner))
     tl.store(partial_norms_ptr + row * 3 + 1, tl.sum(outer))
     tl.store(partial_norms_ptr + row * 3 + 2, tl.sum(update))
@@ -106,7 +106,7 @@ def _fuse_tile(
         base, inner, outer, m_in, m_out, weights, DTYPES, OUTER_FROM_INNER, ROUND_BF16
     )
     tl.store(rows[0] + offsets, fused, mask=mask)
-    # Beyond the mask everything was loaded as zero, so only the counts need it.
+    # Values beyond the mask were loaded as zero, so only the counts need the mask.
     return (
         pack_counts(*cases(m_in, m_out, mask), BLOCK),
         squared_lanes(tau_in, BLOCK),
@@ -180,8 +180,9 @@ def _fuse_kernel(
 ):
     """out = (base + w_in*(inner - base)) + w_out*(outer - inner), weights by the two mask bits.
 
-    A program owns one chunk of one tensor. Float32 with uncertainties: reads 28 bytes an element, writes 4.
-    Counts are integer atomics; squared norms go to a slot a program, so that nothing depends on timing.
+    A program owns one chunk of one tensor. Float32 with uncertainties: reads 28 bytes per element, writes 4.
+    Counts are integer atomics, and each program stores its squared norms in its own row, so results do not
+    depend on timing.
     """
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
@@ -201,7 +202,7 @@ def _fuse_kernel(
 
 
 def merge_arguments(table: Table, rule: MergeRule, config: LaunchConfig) -> dict[str, object]:
-    """What the kernels that fuse take beside memory: the weights, and what they are compiled for."""
+    """The arguments of the fusing kernels other than memory: weights and constants."""
     return {
         "weights": rule.factors,
         "DTYPES": table.dtypes,
@@ -221,7 +222,7 @@ def fuse_(
     with in_place(inputs.out, ALIGNMENT) as targets:
         rows = aligned((targets, *inputs.lists[1:]))  # copies among them live until the last launch
         grouped = tables(rows, config.chunk)
-        # Two rows are 48 bytes: parts begin on multiples of 16, or kernels would be compiled for either.
+        # An even number of rows keeps each part aligned to 16 bytes; otherwise kernels would be recompiled.
         sizes = [table.programs + table.programs % 2 for table in grouped]
         norms = torch.zeros((sum(sizes), 3), dtype=torch.float64, device=device)
         for table, partial_norms in zip(grouped, norms.split(sizes), strict=True):

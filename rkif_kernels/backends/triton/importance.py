@@ -39,7 +39,7 @@ def store_importance(
 ):
     """Smooth the importance of ``product``, w*g, into S and U of a block: roles ROLE and ROLE + 1.
 
-    Returns how many elements have an importance that is not finite, in lanes.
+    Returns the number of elements with an importance that is not finite, in lanes.
     """
     keep1, take1, keep2, take2 = smoothing
     if ORDER == "first":
@@ -49,7 +49,7 @@ def store_importance(
     else:
         importance = tl.abs(product - product * product * 0.5)
     finite = importance < float("inf")
-    # The old value is stored back where the importance is not finite: a mask would narrow the store.
+    # If the importance is not finite, the old value is stored again, because a mask would narrow the store.
     new_s = keep1 * s + take1 * importance
     tl.store(s_ptr, round_to(tl.where(finite, new_s, s), DTYPES, ROLE, ROUND_BF16), mask=mask)
     if DTYPES[ROLE + 1] is not None:
@@ -74,7 +74,7 @@ def _update_tile(
     w_ptr, g_ptr, s_ptr, u_ptr = lists
     offsets = first + tl.arange(0, BLOCK)
     mask = tile_mask(offsets, numel, FULL)
-    # All loads come before the first store, or the later ones would wait for memory once more.
+    # All loads precede the first store, because loads after it would wait for memory again.
     product = load_float32(w_ptr, offsets, mask)
     if DTYPES[1] is None:
         product *= 0.0
@@ -110,8 +110,8 @@ def _update_importance_kernel(
 ):
     """I = |w*g| (or a second-order form); S <- b1*S + (1-b1)*I; U <- b2*U + (1-b2)*|I - S|.
 
-    DTYPES are those of w, g, S and U; None where there is no g, which is zero then, or no U. A program owns
-    one chunk of one tensor. Float32: reads 16 bytes an element (w, g, S, U), writes 8 (S, U).
+    DTYPES are those of w, g, S and U; None for a missing g, which counts as zero, or a missing U. A program
+    owns one chunk of one tensor. Float32: reads 16 bytes per element (w, g, S, U), writes 8 (S, U).
     """
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
@@ -155,7 +155,7 @@ def update_importance_(
 def prepare_update(
     table: Table, order: Order, nonfinite: Tensor, config: LaunchConfig = STREAM
 ) -> PreparedLaunch:
-    """The launch for one table, which is given the factors of the ``smoothing``."""
+    """The launch for one table; each call passes the factors as ``smoothing``."""
     arguments = update_arguments(table, order, nonfinite, config)
     return PreparedLaunch(_update_importance_kernel, table.programs, arguments, config.options)
 
@@ -163,7 +163,7 @@ def prepare_update(
 def update_arguments(
     table: Table, order: Order, nonfinite: Tensor, config: LaunchConfig
 ) -> dict[str, object]:
-    """The arguments for one table, without the smoothing's factors; AdamW's kernel takes them too."""
+    """The arguments for one table without the smoothing's factors; AdamW's kernel has the same ones."""
     return {
         # Tensors
         **table.arguments,

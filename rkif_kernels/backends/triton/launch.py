@@ -1,4 +1,4 @@
-"""How kernels are launched: configurations as data, chosen by pure functions."""
+"""Launches of kernels: configurations as data, prepared launches, and the size of samples."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 @dataclass(frozen=True)
 class LaunchConfig:
     """Attributes:
-    block: elements a program handles at a time, a power of two.
-    tiles: blocks a program handles one after another; its chunk is ``block * tiles`` elements.
-    num_warps: warps (wavefronts) a program.
-    max_registers: a thread's at most, on NVIDIA GPUs. Without a number ptxas spills a few registers of some
-        kernels in order to fit one more program on a multiprocessor.
+    block: number of elements that a program processes at a time, a power of two.
+    tiles: number of blocks that a program processes in sequence; its chunk is ``block * tiles`` elements.
+    num_warps: warps (wavefronts) per program.
+    max_registers: maximum per thread on NVIDIA GPUs. With None, ptxas spills a few registers of some kernels
+        in order to fit one more program on a multiprocessor.
     """
 
     block: int
@@ -35,7 +35,7 @@ class LaunchConfig:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Compiler options. Without fused multiply-add the results are those of every other backend."""
+        """Compiler options. Fused multiply-add is off, so that all backends give the same bits."""
         options = {"num_warps": self.num_warps, "enable_fp_fusion": False}
         if self.max_registers is not None and torch.version.hip is None:
             options["maxnreg"] = self.max_registers
@@ -43,17 +43,17 @@ class LaunchConfig:
 
 
 class PreparedLaunch:
-    """A kernel and the arguments that it keeps; a later launch passes the others, and binds nothing.
+    """A kernel with fixed arguments; a launch passes the other arguments without Triton's binder.
 
-    Binding some twenty arguments and looking up the compiled kernel takes Triton longer than the rest of a
-    launch. What it depends on (dtypes, alignment, constants) does not change here, so the compiled kernel
-    of the first launch serves all others.
+    Binding some twenty arguments and looking up the compiled kernel take Triton longer than the rest of a
+    launch. The compiled kernel depends on dtypes, alignment and constants, which are fixed here, so that of
+    the first launch is reused.
 
     Args:
         kernel: a Triton kernel.
         programs: size of the grid.
-        arguments: by name. What the kernel takes beside them is given at each launch: floats, and memory as
-            PyTorch's allocators give it.
+        arguments: fixed arguments by name. Each launch passes the others: floats, and memory that PyTorch has
+            allocated.
         options: of the compiler.
     """
 
@@ -66,8 +66,8 @@ class PreparedLaunch:
         self._launch: Any = None
 
     def __call__(self, given: Mapping[str, Any]) -> None:
-        """Launch on the current stream, with what is not among the arguments kept from ``given``."""
-        # In an order that is the kernel's; not kept, or the memory of one launch would live until the next.
+        """Launch on the current stream, with the arguments that are not fixed from ``given``."""
+        # In the kernel's order. The dict is not stored, because it would keep memory until the next launch.
         arguments = self._arguments | {name: given[name] for name in self._given}
         if self._launch is not None:
             self._launch(*arguments.values())
@@ -77,15 +77,15 @@ class PreparedLaunch:
             self._launch = compiled[self._grid]
 
 
-# 1024 float32 elements over 4 warps are two 16-byte accesses a thread and stream. Several tiles a program
-# make one set of atomics, and one entry of the chunk table, serve 8,192 elements: 13e9 parameters are then
-# 1.6 million chunks and 19 MB of table.
+# 1024 float32 elements over 4 warps are two 16-byte accesses per thread and stream. With eight tiles per
+# program, one set of atomics and one entry of the chunk table serve 8,192 elements: 13e9 parameters are 1.6
+# million chunks and 19 MB of table.
 STREAM = LaunchConfig(block=1024, tiles=8, num_warps=4)
 
-# Fusing holds seven streams in registers, and in a single pass masks and a list: with half the elements a
-# thread that is 125 of them, not 200, and more programs fit on a multiprocessor.
+# A fusion holds seven streams in registers, and a single pass also masks and a list. Half as many elements
+# per thread need 125 registers instead of 200, so more programs fit on a multiprocessor.
 FUSE = LaunchConfig(block=512, tiles=16, num_warps=4)
-# Of the bracketed pass of a fusion, and of its finish; see LaunchConfig.max_registers.
+# For a fusion's bracketed pass and its finish; see LaunchConfig.max_registers.
 FUSE_PASS_REGISTERS = 128
 
 
@@ -94,14 +94,14 @@ class Bracketing:
     """How a sample brackets an order statistic of all scores.
 
     Attributes:
-        min_numel: number of scores from which a bracketed pass pays; below, they are read several times.
-        sample_stride: one run of scores is sampled from so many,
-        max_samples: but not more runs than these.
+        min_numel: minimum number of scores for a bracketed pass; fewer are read several times.
+        sample_stride: one run is sampled per this number of scores, or fewer runs, see ``max_samples``.
+        max_samples: maximum number of runs.
         sigmas: half-width of a bracket, in standard deviations of a quantile of the sample.
-        list_slack: length of the list, in times of what a perfect sample would leave undecided.
-        run: neighbours in a run, a power of two; eight float32 are one access to memory.
-        design_effect: factor on the variance of a quantile, because neighbours resemble each other.
-        first_samples: how many scores give the first window.
+        list_slack: capacity of the list, relative to the expected number of undecided elements.
+        run: number of neighbours in a run, a power of two; eight float32 are one access to memory.
+        design_effect: factor on the variance of a quantile, because neighbours are correlated.
+        first_samples: number of scores in the first sample.
     """
 
     min_numel: int
@@ -114,19 +114,19 @@ class Bracketing:
     first_samples: int = 2048
 
     def stride(self, numel: int) -> int:
-        """One run is sampled from so many neighbours."""
+        """Number of scores per sampled run."""
         return max(self.sample_stride, -(-numel // self.max_samples))
 
     def capacity(self, fraction: float, numel: int, sides: int) -> int:
-        """Elements that can be listed as undecided: all brackets' share, and some slack."""
+        """Capacity of the list of undecided elements: the expected number for all brackets, with slack."""
         sampled = -(-numel // self.stride(numel)) * self.run
         width = 2 * self._margin(fraction, sampled) / sampled
         return min(max(math.ceil(self.list_slack * sides * width * numel), 1), numel)
 
     def sample_ks(self, fraction: float, sampled: int, numel: int) -> tuple[int, int]:
-        """Orders in the first sample of the window's ends; -1 or ``sampled`` for one beyond it.
+        """The k of the window's ends in the first sample; -1 or ``sampled`` for an end beyond it.
 
-        The window holds the bracket although both samples err.
+        The window contains the bracket in spite of the sampling errors of both samples.
         """
         margin = self.sigmas * math.sqrt(fraction * (1 - fraction) * sampled)
         counted = -(-numel // self.stride(numel)) * self.run
@@ -139,11 +139,11 @@ class Bracketing:
         return self.sigmas * math.sqrt(fraction * (1 - fraction) * sampled * self.design_effect) + 1
 
 
-# A run costs a sector of 32 bytes for each of four streams, and a bracket's width falls with the square root
-# of their number: one run of eight in 128 scores reads 3 % of all bytes and leaves 0.7 % of 64 Mi elements
-# undecided, which cost as much again. Neighbours resemble each other, so eight are counted as three.
+# A run costs a sector of 32 bytes in each of four streams, and a bracket's width falls with the square root
+# of the number of runs. One run of eight per 128 scores reads 3 % of all bytes and leaves 0.7 % of 64 Mi
+# elements undecided, which cost as much again. Neighbours are correlated, so eight count as about three.
 # Radix selection takes 17 launches for a fusion instead of 7, and reads scores four times; below 2^17
-# elements a sample would be most of them. None of it is measured.
+# elements the sample would contain most of them. None of it is measured.
 BRACKETING = Bracketing(
     min_numel=1 << 17, sample_stride=128, max_samples=1 << 20, sigmas=4.0, list_slack=2.0,
     run=8, design_effect=2.5,
@@ -151,11 +151,11 @@ BRACKETING = Bracketing(
 
 
 def capped_grid(programs: int, device: torch.device) -> int:
-    """As many programs as are wanted, but no more than a few for each multiprocessor: they loop."""
+    """``programs``, but at most four per multiprocessor; the kernels loop."""
     return max(1, min(programs, 4 * _multiprocessors(device)))
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU; for the interpreter so few that programs do loop."""
+    """Number of multiprocessors of a GPU; 1 for the interpreter, so that programs loop."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

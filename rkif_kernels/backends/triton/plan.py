@@ -1,4 +1,4 @@
-"""An update of the importance, prepared: its tables lie on the device and its launches are typed."""
+"""A prepared update of the importance: its tables are on the device and its kernels compiled."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ GRADIENTS = 1  # the gradients' row in a table
 
 
 class PreparedUpdate:
-    """One update of tensors that stay where they are, under gradients that may move.
+    """An update of tensors with fixed addresses; the addresses of gradients may change.
 
-    A CUDA graph that is captured gets tables of its own, which every replay fills from memory that is kept
-    for it: replays do not disturb other steps, nor other steps the replays.
+    A captured CUDA graph has its own tables. Every replay fills them from host memory that is kept for the
+    graph, so replays and other steps do not affect each other.
 
     Args:
-        inputs: validated. Which tensors have a gradient, and all dtypes, are fixed by it.
+        inputs: validated. They fix all dtypes, and which tensors have a gradient.
         order, nonfinite: see :func:`rkif_kernels.ops.update_importance_`.
-        captured: keeps alive what CUDA graphs read; appended to.
+        captured: keeps the memory of CUDA graphs alive; mutated.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class PreparedUpdate:
         self._indices = [table.indices.tolist() for table in self._tables]
         self._streams = StreamOrder(self._device, [t for table in self._tables for t in table.memory])
         self._launches = self._prepare(self._tables)
-        # Pinned memory cannot be had during a capture: one whole table for each launch is kept ready.
+        # Pinned memory cannot be allocated during a capture, so one source per table is allocated before.
         self._spare = self._pinned()
         self._captured = captured
-        self._stale = False  # whether gradients have moved in a capture, which leaves these tables alone
+        self._stale = False  # whether gradients moved in a capture, which does not update these tables
 
     def launch(
         self,
@@ -68,7 +68,7 @@ class PreparedUpdate:
         """Update once, on the current stream.
 
         Args:
-            moved: whether a gradient is not where it was at the last launch.
+            moved: whether a gradient's address has changed since the last launch.
         """
         self._streams.enter()
         launches, capturing = self._launches, self._capturing()
@@ -94,7 +94,7 @@ class PreparedUpdate:
         return [prepare_update(table, self._order, self._nonfinite, self._config) for table in tables]
 
     def _upload(self) -> None:
-        """Send the row of the gradients' addresses. Each copy has a source of its own, which may wait."""
+        """Upload the gradients' addresses. Each copy has a new source, because copies are asynchronous."""
         row = self._rows[GRADIENTS]
         for table, indices in zip(self._tables, self._indices, strict=True):
             addresses = row if len(indices) == len(row) else [row[index] for index in indices]
@@ -128,9 +128,9 @@ class PreparedUpdate:
 
 
 class _Places:
-    """Where a kernel finds the tensors of one role: where they are, or in copies that keep their place.
+    """The addresses of the tensors of one role, or of copies with fixed addresses.
 
-    A tensor that is not contiguous, not aligned or negated is copied by every step, into memory that is
+    A tensor that is not contiguous, not aligned or negated is copied in every step, into memory that is
     allocated once.
     """
 
@@ -139,7 +139,7 @@ class _Places:
         self._copied: list[int] = []
 
     def find(self, tensors: Sequence[Tensor | None]) -> list[int]:
-        """Addresses, 0 for None."""
+        """The addresses; 0 for None."""
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         self._copied = [
             index
@@ -155,7 +155,7 @@ class _Places:
         return addresses
 
     def fill(self, tensors: Sequence[Tensor | None]) -> None:
-        """Copy what has to be copied."""
+        """Copy the tensors that kernels cannot address."""
         if self._copied:
             sources = [tensor.detach() for index in self._copied if (tensor := tensors[index]) is not None]
             torch._foreach_copy_([self._copies[index] for index in self._copied], sources)

@@ -1,8 +1,8 @@
 """Exact order statistics by radix selection on the bit pattern: four histogram passes, no sorting.
 
 A positive float32 has 31 significant bits, and patterns order like values. The digits are 8, 8, 8 and 7 bits
-wide; each pass counts one digit of the scores that share the digits found so far, and then picks the next.
-Everything stays on the device: no result is waited for.
+wide. Each pass counts one digit of the scores that share the digits found so far, and picks the next digit.
+The host does not wait for a result.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from rkif_kernels.backends.triton.table import aligned, constant, tables
 from rkif_kernels.types import Scores
 
 # (shift, bits), most significant first. For a histogram of 2,048 bins Triton emits 512 population counts and
-# 64 additions to shared memory a thread and tile, far more time than the reads take; for 256 bins an eighth
-# of that, about as much as the reads, so a fourth reading is the cheaper one.
+# 64 additions to shared memory per thread and tile, which take much longer than the reads. 256 bins need an
+# eighth of that, about the time of the reads, so four passes with 256 bins cost less than three with 2,048.
 DIGITS = ((23, 8), (15, 8), (7, 8), (0, 7))
 
 
@@ -62,8 +62,8 @@ def _histogram_kernel(
 ):
     """Count the digit at SHIFT of all scores whose higher bits equal their group's prefix.
 
-    A program owns one chunk of one tensor. Float32: reads 8 bytes an element (S, U). A group whose remaining
-    k is negative has nothing to find, and reads nothing.
+    A program owns one chunk of one tensor. Float32: reads 8 bytes per element (S, U). A group with a negative
+    remaining k is done, and reads nothing.
     """
     program = tl.program_id(0)
     tensor = tl.load(chunk_tensors_ptr + program)
@@ -103,7 +103,7 @@ def _pick_kernel(
     BITS: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """The digit that the remaining k-th score has; after the last, the order statistic. A program a group."""
+    """Pick the digit of the k-th remaining score; after the last, store it. One program per group."""
     group = tl.program_id(0)
     remaining = tl.load(remaining_ptr + group)
     if remaining >= 0:
@@ -119,11 +119,11 @@ def _pick_kernel(
 
 
 def _radix_select(remaining: Tensor, found: Tensor, config: LaunchConfig, count: Callable[..., None]) -> None:
-    """Find one order statistic a group.
+    """Find one order statistic per group.
 
     Args:
-        remaining: int64 [groups], k of each, from 0; mutated. Groups with a negative one are left out.
-        found: float32 [groups]; the order statistics are written there.
+        remaining: int64 [groups], k of each group, from 0; mutated. Groups with a negative k are skipped.
+        found: float32 [groups], the order statistics; mutated.
         count: launches the histogram kernels of one digit.
     """
     groups = remaining.numel()

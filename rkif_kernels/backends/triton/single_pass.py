@@ -1,16 +1,16 @@
 """Exact thresholds and the fusion itself in one pass over memory.
 
-A sample gives each learner a bracket (lo, hi] that very probably holds the wanted order statistic, and holds
-few of the scores. One pass reads everything: a score that is not above lo is not selected and one above hi
-is, so almost every element is final when it is written. The pass marks the few others and counts what lies
-below the brackets. They are listed with their values; from the counts and the list follow the exact
-thresholds, and the listed elements are done over.
+A sample gives each learner a bracket (lo, hi] that very probably holds the order statistic, and few of the
+scores. One pass reads all elements. A score up to lo is not selected and a score above hi is, so almost every
+element is final when it is written. The pass marks the undecided elements and counts the scores below the
+brackets. The undecided elements are listed with their values. The counts and the list give the exact
+thresholds, and the listed elements are fused again.
 
-The counts prove whether a bracket held what it should. If one did not, or the list was too short (ties by
-the million at the threshold), the launches that would search the list search among all scores, and the one
-that would do the list over fuses everything. Which of the two is decided on the device: nothing waits for it,
-and the whole can be captured in a CUDA graph. The price is that ``out`` must not be one of the inputs, or the
-second fusion would find its inputs overwritten by the first.
+The counts prove whether a bracket holds its order statistic. If one does not, or the list is too short
+(because of many ties at the threshold), the launches that search the list search all scores instead, and the
+one that fuses the list fuses all elements. The choice is made on the device. Nothing waits for it, so the
+whole can be captured in a CUDA graph. The second fusion reads the inputs again, so ``out`` must not be one of
+them.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _bracketed_fuse_tile(
     BLOCK: tl.constexpr,
     ROUND_BF16: tl.constexpr,
 ):
-    """Fuse what the brackets decide; returns the bits of the rest, counts and squared norms, in lanes."""
+    """Fuse one block; returns the bits of undecided elements, counts and squared norms, in lanes."""
     offsets, mask, base, inner, outer, score_in, score_out = load_tile(
         rows, first, numel, FULL, DTYPES, (False, False), BLOCK
     )
@@ -102,7 +102,7 @@ def _bracketed_fuse_tile(
     open_in = mask & m_in & (score_in <= brackets[1])
     open_out = mask & m_out & (score_out <= brackets[3])
     undecided = open_in | open_out
-    # What is undecided is stored with the rest, as if above the threshold: a mask would narrow the store.
+    # Undecided elements are stored too, as if selected, because a mask would narrow the store.
     fused, tau_in, tau_out = merge(
         base, inner, outer, m_in, m_out, weights, DTYPES, OUTER_FROM_INNER, ROUND_BF16
     )
@@ -146,10 +146,10 @@ def _bracketed_fuse_kernel(
     TILES: tl.constexpr,
     ROUND_BF16: tl.constexpr,
 ):
-    """The pass over everything. Float32 with uncertainties: reads 28 bytes an element, writes 4 and a bit.
+    """The pass over all elements. Float32 with uncertainties: reads 28 bytes per element, writes 33 bits.
 
     A program owns one chunk of one tensor. Counts are integer atomics; bits, the number of undecided elements
-    and squared norms go to a row a program. Programs' loops have neither barriers nor atomics.
+    and squared norms go to one row per program. The loop has neither barriers nor atomics.
     """
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
@@ -224,9 +224,9 @@ def _finish_kernel(
     TILES: tl.constexpr,
     ROUND_BF16: tl.constexpr,
 ):
-    """Fuse the listed elements of a table, now that the thresholds are known; where brackets failed, all.
+    """Fuse the listed elements of a table with the exact thresholds; if the brackets failed, all elements.
 
-    The last program adds the norms up, always in the same order. The grid is capped; programs loop.
+    The last program sums the norms in a fixed order. The grid is capped; programs loop.
     """
     OUT: tl.constexpr = DTYPES[0]
     thresholds = (tl.load(thresholds_ptr), tl.load(thresholds_ptr + 1))
@@ -265,7 +265,7 @@ def _finish_kernel(
             entry += tl.num_programs(0).to(tl.int64) * BLOCK
     store_norms(partial_norms_ptr, rows + first_program + tl.program_id(0), norm_in, norm_out, norm_update)
     if last_program(fields_ptr, STEP, all_programs):
-        row = tl.where(failed, rows, 0)  # the pass's norms count unless everything was done over
+        row = tl.where(failed, rows, 0)  # the pass's norms count unless all elements were fused again
         total_in = tl.zeros((BLOCK,), tl.float64)
         total_out, total_update = total_in, total_in
         while row < rows + all_programs:
@@ -288,7 +288,7 @@ def select_and_fuse_(
     config: LaunchConfig = FUSE,
     bracketing: Bracketing = BRACKETING,
 ) -> FuseStats:
-    """See :func:`rkif_kernels.ops.select_and_fuse_`, for one threshold a side.
+    """See :func:`rkif_kernels.ops.select_and_fuse_`, for one threshold per side.
 
     ``k`` is that of both thresholds, from 0. ``out`` shares no memory with the inputs.
     """
@@ -311,7 +311,7 @@ def prepared_fusion(
     config: LaunchConfig = FUSE,
     bracketing: Bracketing = BRACKETING,
 ) -> Callable[[FusionInputs], FuseStats] | None:
-    """:func:`select_and_fuse_` for tensors that stay where they are; None where it makes copies of some."""
+    """:func:`select_and_fuse_` for fixed addresses; None if it would copy tensors."""
     rows = aligned(inputs.lists)
     pairs = zip(rows, inputs.lists, strict=True)
     stay = all(same_tensors(row, own) for row, own in pairs if own is not None)
@@ -323,14 +323,14 @@ def prepared_fusion(
 
     def launch(_: FusionInputs) -> FuseStats:
         streams.enter()
-        keep_for_graph(grouped, grouped[0].pointers)  # a plan forgets what it has not used for long
+        keep_for_graph(grouped, grouped[0].pointers)  # a plan drops its least recently used launches
         return fusion.launch()
 
     return launch
 
 
 class BracketedFusion:
-    """A fusion in one pass over memory, prepared for tensors that stay where they are.
+    """A fusion in one pass over memory, prepared for tensors with fixed addresses.
 
     Args:
         grouped: the tables of the lists in the order of ROLES.

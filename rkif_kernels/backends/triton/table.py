@@ -1,7 +1,7 @@
-"""The tables by which one launch reaches a whole list of tensors.
+"""Tables of addresses with which one launch processes a whole list of tensors.
 
-A table is a function of addresses, sizes and dtypes alone, so it is cached by them: while tensors stay where
-they are, a launch uploads nothing, and a tensor that has moved simply asks for another table.
+A table is a function of addresses, sizes and dtypes only, and is cached by them. While these do not change, a
+launch uploads nothing; a tensor with a new address needs a new table.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from rkif_kernels.contiguous import as_contiguous
 
-ALIGNMENT = 16  # bytes: what a kernel may assume of every address, and the width of its accesses
+ALIGNMENT = 16  # bytes: alignment of every address, and the width of a kernel's accesses
 
-# The names that Triton gives them; kernels are compiled for names.
+# Triton's names of dtypes, for which kernels are compiled.
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 Dtypes = tuple[torch.dtype | None, ...]
@@ -28,12 +28,12 @@ Rows = list[list[Tensor | None]]
 
 @dataclass(frozen=True)
 class Layout:
-    """How the elements of some tensors are shared out to programs; all on the device.
+    """The distribution of the elements of some tensors over programs; all on the device.
 
     Attributes:
         numels: int64 [tensors].
-        chunk_tensors: int32 [programs], which of these tensors a program works on.
-        chunk_starts: int64 [programs], and from which element.
+        chunk_tensors: int32 [programs], index of the tensor that a program processes.
+        chunk_starts: int64 [programs], the first element that it processes.
     """
 
     numels: Tensor
@@ -46,13 +46,13 @@ class Table:
     """Tensors of one combination of dtypes.
 
     Attributes:
-        dtypes: name of each role's dtype; None for a role that these tensors lack.
-        pointers: int64 [roles, tensors], addresses; 0 for a role that is lacking.
-        indices: int32 [tensors], their positions in the caller's lists.
-        firsts: int64 [tensors + 1], where their elements begin if all tensors of all tables are laid end to
-            end, this table's after those of the tables before it.
-        start, numel: where this table's elements begin, and how many they are.
-        layout: how they are shared out.
+        dtypes: name of each role's dtype; None for a missing role.
+        pointers: int64 [roles, tensors], addresses; 0 for a missing role.
+        indices: int32 [tensors], indices in the caller's lists.
+        firsts: int64 [tensors + 1], position of each tensor's first element in the concatenation of the
+            tensors of all tables, and the end.
+        start, numel: first position and number of elements of this table.
+        layout: distribution of the elements over programs.
     """
 
     dtypes: tuple[str | None, ...]
@@ -65,7 +65,7 @@ class Table:
 
     @property
     def memory(self) -> tuple[Tensor, ...]:
-        """Everything of it that lies on the device."""
+        """Its tensors on the device."""
         layout = self.layout
         return (
             self.pointers, self.indices, self.firsts, layout.numels, layout.chunk_tensors, layout.chunk_starts
@@ -81,7 +81,7 @@ class Table:
 
     @property
     def arguments(self) -> dict[str, object]:
-        """What every kernel that walks the chunks takes, by the names of its parameters."""
+        """The arguments of every kernel that processes chunks, by the names of its parameters."""
         return {
             "pointers_ptr": self.pointers,
             "numels_ptr": self.layout.numels,
@@ -92,11 +92,11 @@ class Table:
 
 
 class StreamOrder:
-    """Lets several CUDA streams use the same memory, one after another.
+    """Orders several CUDA streams that use the same memory.
 
     Args:
-        device: of the memory; where it is no GPU there is nothing to order.
-        memory: written on the stream that is current now.
+        device: of the memory; on a CPU there is nothing to order.
+        memory: tensors that were written on the current stream.
     """
 
     def __init__(self, device: torch.device, memory: Sequence[Tensor]) -> None:
@@ -105,7 +105,7 @@ class StreamOrder:
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def enter(self) -> None:
-        """Let the current stream wait for the last one that has entered, if that was another.
+        """Let the current stream wait for the stream that entered last, if it is another one.
 
         A capture of a CUDA graph cannot wait for work outside of it, and need not: it begins with a wait.
         """
@@ -123,10 +123,10 @@ class StreamOrder:
 
 
 def aligned(roles: Sequence[Sequence[Tensor | None] | None]) -> Rows:
-    """The roles' tensors as kernels can address them; the caller keeps them until its last launch.
+    """The roles' tensors in a form that kernels can address; the caller keeps them until its last launch.
 
-    Tensors that are not contiguous, or not aligned, are replaced by copies: what is to be written comes
-    through ``in_place`` with :data:`ALIGNMENT`. A role that is None lacks every tensor.
+    Tensors that are not contiguous, or not aligned, are replaced by copies, so outputs must come from
+    ``in_place`` with :data:`ALIGNMENT`. A role that is None gives a row of None.
     """
     first = roles[0]
     assert first is not None
@@ -139,7 +139,7 @@ def aligned(roles: Sequence[Sequence[Tensor | None] | None]) -> Rows:
 
 
 def tables(rows: Rows, chunk: int) -> tuple[Table, ...]:
-    """One table for each combination of dtypes, or of lacking entries, among ``rows``; from :func:`aligned`.
+    """One table for each combination of dtypes and missing entries in ``rows`` (from :func:`aligned`).
 
     Empty tensors are left out.
     """
@@ -163,7 +163,7 @@ def build_tables(
     numels: tuple[int, ...],
     chunk: int,
 ) -> tuple[Table, ...]:
-    """:func:`tables` from what it depends on; ``addresses`` and ``dtypes`` have one row a role."""
+    """:func:`tables` without the cache; ``addresses`` and ``dtypes`` have one row per role."""
     groups: dict[Dtypes, list[int]] = {}
     for index, key in enumerate(zip(*dtypes, strict=True)):
         if numels[index] > 0:
@@ -189,7 +189,7 @@ def build_tables(
     return tuple(made)
 
 
-# Gradients may alternate between a few places, and inner and outer learner have states of their own.
+# Gradients may alternate between a few addresses, and each learner has its own states.
 @functools.lru_cache(maxsize=64)
 def _tables(device: torch.device, *key: Any) -> tuple[tuple[Table, ...], StreamOrder]:
     made = build_tables(device, *key)
@@ -207,11 +207,11 @@ def _layout(device: torch.device, numels: tuple[int, ...], chunk: int) -> tuple[
 
 
 def _host(values: Sequence[object]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device="cpu")  # whatever the defaults are
+    return torch.tensor(values, dtype=torch.int64, device="cpu")  # users may change the defaults
 
 
 def constant(device: torch.device, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """A small read-only tensor on the device, made once."""
+    """A small read-only tensor on the device, from a cache."""
     found, order = _constant(device, values, dtype)
     order.enter()
     keep_for_graph(found, found)
@@ -226,8 +226,8 @@ def _constant(
     return made, StreamOrder(device, [made])
 
 
-# What a CUDA graph was captured with: it reads the memory at every replay, long after the caches forgot it.
-# By identity, so that capturing the same again adds nothing.
+# Memory of captured CUDA graphs. Every replay reads it, also after the caches have dropped it. The keys are
+# ids, so repeated captures of the same memory add nothing.
 _captured: dict[int, object] = {}
 
 
@@ -241,7 +241,7 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     """Copy to the device without waiting for it.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured: the copy would become part of it, its source not.
+        RuntimeError: a CUDA graph is being captured; it would contain the copy but not keep its source.
     """
     if device.type != "cuda":
         return host.to(device)

@@ -1,4 +1,4 @@
-"""Exact thresholds alone: one bracketed pass; radix selection for few scores, or for each tensor."""
+"""Exact thresholds by one bracketed pass; for few scores, or one threshold per tensor, by radix selection."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _bracketed_scores_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Mark the scores in the bracket, and count those below it. Float32: reads 8 bytes an element (S, U)."""
+    """Mark the scores in the bracket, and count those below it. Float32: reads 8 bytes per element (S, U)."""
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
     s_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES)

@@ -1,9 +1,9 @@
-"""What brackets leave undecided: bits of the pass, then a list in the order of the elements.
+"""The elements that brackets leave undecided: bits from the pass, then a list in the order of the elements.
 
-The pass stores a word of bits for each of its lanes and a count for each of its programs. Its last program
-adds the counts up: every program's part of the list has its place, which does not depend on timing. One
-launch gathers the undecided elements with their values; two more search the thresholds in the list. Where the
-brackets failed, the same launches search among all scores instead.
+The pass stores a word of bits per lane and a count per program. Its last program computes prefix sums of the
+counts, which give every program a fixed part of the list, independent of timing. One launch gathers the
+undecided elements with their values; two more search the thresholds in the list. If the brackets failed, the
+same launches search all scores.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ from rkif_kernels.backends.triton.windows import (
     store_search,
 )
 
-MOST_TILES = 16  # four bits of each in a word of 64
+MOST_TILES = 16  # four bits per tile in a word of 64
 
 
 @dataclass(frozen=True)
 class Undecided:
-    """Room for the undecided elements of a pass over some tables.
+    """The memory for the undecided elements of a pass over some tables.
 
     Attributes:
-        rows: the index of the first program of each table, and of one more.
-        lanes: words of bits that a program stores.
-        capacity: elements that can be listed.
-        values: numbers that the list holds of an element, its scores first.
+        rows: index of the first program of each table; at the end, the number of programs.
+        lanes: number of words of bits that a program stores.
+        capacity: maximum number of listed elements.
+        values: number of values per listed element, its scores first.
     """
 
     rows: list[int]
@@ -73,8 +73,8 @@ class Undecided:
         """The memory, by the names of the kernels' parameters.
 
         ``bits_ptr`` is int64 [programs, lanes], bit ``4 * tile + element`` of a lane; ``offsets_ptr`` int64
-        [programs + 1], where a program's part of the list begins; ``addresses_ptr`` int64 [capacity], of what
-        is to be written; ``values_ptr`` float32 [values, capacity].
+        [programs + 1], the start of each program's part of the list; ``addresses_ptr`` int64 [capacity], of
+        the outputs; ``values_ptr`` float32 [values, capacity].
         """
         programs = self.rows[-1]
         return {
@@ -87,7 +87,7 @@ class Undecided:
 
 @triton.jit
 def load_bracket(fields_ptr, side):
-    """(lo, hi] of a side as float32: up to lo nothing is selected, above hi everything is."""
+    """(lo, hi] of a side as float32: scores up to lo are not selected, scores above hi are."""
     lo = tl.load(fields_ptr + BRACKETS + 2 * side).to(tl.int32)
     hi = tl.load(fields_ptr + BRACKETS + 2 * side + 1).to(tl.int32)
     return lo.to(tl.float32, bitcast=True), hi.to(tl.float32, bitcast=True)
@@ -95,7 +95,7 @@ def load_bracket(fields_ptr, side):
 
 @triton.jit
 def store_undecided(bits_ptr, offsets_ptr, row, bits, undecided, BLOCK: tl.constexpr):
-    """What a program of the pass leaves undecided: its lanes' bits, and how many they are."""
+    """Store the bits of a program's undecided elements, and their number."""
     tl.store(bits_ptr + row.to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4), bits)
     tl.store(offsets_ptr + row + 1, undecided.to(tl.int64))
 
@@ -104,9 +104,9 @@ def store_undecided(bits_ptr, offsets_ptr, row, bits, undecided, BLOCK: tl.const
 def begin_searches(
     fields_ptr, thresholds_ptr, offsets_ptr, rows, capacity, k, SIDES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """By the pass's last program: lay the list out, and tell where each threshold is to be found.
+    """In the pass's last program: compute the offsets of the list, and start the search of each threshold.
 
-    That is lo itself, the list, or, the brackets having failed, anywhere.
+    The threshold is lo, or in the list, or, if the brackets failed, anywhere among all scores.
     """
     listed = (k * 0).to(tl.int64)  # k is an int32 wherever 32 bits hold it
     tl.store(offsets_ptr, listed)
@@ -135,13 +135,13 @@ def begin_searches(
         store_search(fields_ptr, thresholds_ptr, side, low, tl.where(failed, 31 - BITS, shift), left)
     tl.store(fields_ptr + LISTED, tl.where(failed, 0, listed))
     tl.store(fields_ptr + FAILED, failed.to(tl.int64))
-    if failed:  # the elements are counted again
+    if failed:  # all elements are counted again
         tl.store(fields_ptr + tl.arange(0, 4), tl.zeros((4,), tl.int64))
 
 
 @triton.jit
 def _bit_count(words):
-    """How many bits of each int64 are set."""
+    """Number of set bits of each int64."""
     pairs = words - ((words >> 1) & 0x5555555555555555)
     fours = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
     eights = (fours + (fours >> 4)) & 0x0F0F0F0F0F0F0F0F
@@ -152,7 +152,7 @@ def _bit_count(words):
 
 @triton.jit
 def _lowest_bit(words):
-    """The index of the lowest bit that is set, by the exponent of its value; the words are not zero."""
+    """Index of the lowest set bit of nonzero words, from the float64 exponent of its value."""
     value = (words & (0 - words)).to(tl.float64).to(tl.int64, bitcast=True)
     return ((value >> 52) & 0x7FF) - 1023
 
@@ -168,7 +168,7 @@ def _gather_scores(
     ROLE: tl.constexpr,
     DISTANCE: tl.constexpr,
 ):
-    """Scores of one tensor at any offsets."""
+    """Scores of one tensor at given offsets."""
     s_ptr = load_row(pointers_ptr, ROLE, tensor, n_tensors, DTYPES)
     u_ptr = load_row(pointers_ptr, ROLE + 1, tensor, n_tensors, DTYPES)
     return load_score(s_ptr, u_ptr, offsets, mask, DTYPES[ROLE + 1] is not None, DISTANCE)
@@ -203,7 +203,7 @@ def _list_kernel(
 ):
     """Gather a chunk's undecided elements and count them in the windows; the last program narrows these.
 
-    An undecided element: 4 bytes of each of up to seven streams, a sector each; 36 bytes are written.
+    An undecided element reads one sector of each of up to seven streams, and writes up to 36 bytes.
     """
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
@@ -231,7 +231,7 @@ def _list_kernel(
                     )
                     tl.store(values_ptr + side * capacity + places, score, mask=mask)
                     add_to_bins(fields_ptr, side, score, mask)
-                if SIDES == 2:  # a fusion: what is written, then base, inner and outer
+                if SIDES == 2:  # a fusion: the output's address, then base, inner and outer
                     size: tl.constexpr = tl.dtype(DTYPES[0]).primitive_bitwidth // 8
                     tl.store(
                         addresses_ptr + places, tl.load(pointers_ptr + tensor) + offsets * size, mask=mask
@@ -272,9 +272,9 @@ def _narrow_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Count the list, or all scores of the table, in the windows; the last program narrows these.
+    """Count the list, or all scores of the table, in the windows; the last program narrows the windows.
 
-    Of several tables' launches the FIRST counts the list. The grid is capped; programs loop.
+    With several tables, the FIRST launch counts the list. The grid is capped; programs loop.
     """
     part = tl.program_id(0)
     if tl.load(fields_ptr + FAILED) != 0:
@@ -304,10 +304,10 @@ def _narrow_kernel(
 def list_and_search(
     grouped: Sequence[Table], undecided: Undecided, scores: Mapping[str, object], config: LaunchConfig
 ) -> list[PreparedLaunch]:
-    """The launches after the pass that make the list, and find the thresholds in it.
+    """The launches after the pass, which make the list and find the thresholds in it.
 
     Args:
-        scores: where a table has them, as constants of the kernels: ROLE, SIDES and DISTANCE.
+        scores: the kernels' constants ROLE, SIDES and DISTANCE, which say where a table has the scores.
     """
     blocks = {"BLOCK": config.block, "TILES": config.tiles}
     launches = []

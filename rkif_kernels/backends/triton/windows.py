@@ -1,11 +1,11 @@
-"""Order statistics by counting keys in windows that narrow: the state of a search, kept on the device.
+"""Order statistics by counting keys in narrowing windows; the state of a search is on the device.
 
-A score's key is the bit pattern of its float32 value, which orders like the values themselves. A search knows
-in which window of keys its order statistic lies. A launch counts the keys of the window in equal bins; the
-last program of that launch picks the bin that the order statistic is in, which is the next window. Three
-launches with 2,048 bins resolve the 31 bits of any key.
+A score's key is the bit pattern of its float32 value; keys order like scores. The state of a search is the
+window of keys that contains its order statistic. A launch counts the keys of the window in equal bins. The
+last program of the launch picks the bin that contains the order statistic as the next window. Three launches
+with 2,048 bins resolve the 31 bits of any key.
 
-No program waits for another one: the last program is the one that finds, by an atomic counter, that all the
+No program waits for another. The last program is the one whose addition to an atomic counter shows that all
 others are done.
 """
 
@@ -22,22 +22,25 @@ BITS = tl.constexpr(11)
 BINS = tl.constexpr(1 << 11)
 LARGEST_KEY = tl.constexpr(0x7F800000)  # of infinity
 
-# The fields of the workspace, an int64 array. In the first four places: the counts of the four cases. From
-# COUNTS on, four for each side: scores below lo, up to lo, in the bracket, one unused. BRACKETS: keys of lo
-# and hi. SEARCHES, four for each side: first key of the window, log2 of the keys in a bin, how many keys of
-# the window precede the order statistic, one unused. SAMPLED, likewise: sampled scores below the window's
-# lower end, up to it, all, one unused. LISTED: number of undecided elements. FAILED: whether the brackets
-# failed. DONE: for each launch how many programs are done. ALL_BINS: the bins of each side.
+# Offsets of the fields of the workspace, an int64 array:
+# 0: counts of the four cases.
+# COUNTS, four per side: number of scores below lo, up to lo, in the bracket; one unused.
+# BRACKETS, two per side: keys of lo and hi.
+# SEARCHES, four per side: first key of the window, log2 of the keys per bin, number of the window's keys
+#     before the order statistic (-1 once it is found); one unused.
+# SAMPLED, four per side: sampled scores below the window's lower end, up to it, all; one unused.
+# LISTED: number of undecided elements. FAILED: whether the brackets failed.
+# DONE: number of finished programs of each launch. ALL_BINS: the bins of each side.
 COUNTS, BRACKETS, SEARCHES, SAMPLED = (tl.constexpr(place) for place in (4, 12, 16, 24))
 LISTED, FAILED, DONE, ALL_BINS = (tl.constexpr(place) for place in (32, 33, 34, 48))
 SAMPLE_STEP, COUNT_STEP, PASS_STEP, LIST_STEP, SECOND_STEP, THIRD_STEP, FINISH_STEP = range(7)
 
 
 def workspace(sides: int, device: torch.device) -> dict[str, Tensor]:
-    """What the launches of one call hand on to each other, by the names of the kernels' parameters.
+    """The memory that the launches of one call share, by the names of the kernels' parameters.
 
-    ``fields_ptr`` is int64, see above, zero in the beginning; ``thresholds_ptr`` float32 [sides], written as
-    soon as they are known.
+    ``fields_ptr`` is int64, initially zero, with the fields above; ``thresholds_ptr`` is float32 [sides],
+    which holds the thresholds once they are found.
     """
     return {
         "fields_ptr": torch.zeros(ALL_BINS.value + sides * BINS.value, dtype=torch.int64, device=device),
@@ -47,20 +50,20 @@ def workspace(sides: int, device: torch.device) -> dict[str, Tensor]:
 
 @triton.jit
 def last_program(fields_ptr, step, programs):
-    """Whether all the other programs of a launch are done. What they wrote can then be read."""
-    tl.debug_barrier()  # what any thread of this program wrote comes before the addition
+    """Whether all other programs of the launch are done, so that their writes are visible."""
+    tl.debug_barrier()  # orders all writes of this program before the addition
     return tl.atomic_add(fields_ptr + DONE + step, 1, sem="acq_rel") == programs - 1
 
 
 @triton.jit
 def bin_bits(keys, bins):
-    """The log2 of the smallest bins by which so many bins cover so many keys."""
+    """log2 of the smallest bin size with which ``bins`` bins cover ``keys`` keys."""
     return tl.sum((((keys - 1) >> tl.arange(0, 32).to(tl.int64)) >= bins).to(tl.int64))
 
 
 @triton.jit
 def load_search(fields_ptr, side):
-    """The first key of a window, the log2 of a bin's keys, and how many keys precede; -1 once it is found."""
+    """The window's first key, log2 of the keys per bin, and the number of keys before the order statistic."""
     at = fields_ptr + SEARCHES + 4 * side
     return tl.load(at).to(tl.int32), tl.load(at + 1).to(tl.int32), tl.load(at + 2)
 
@@ -76,9 +79,9 @@ def store_search(fields_ptr, thresholds_ptr, side, low, shift, remaining):
 
 @triton.jit
 def add_to_bins(fields_ptr, side, score, mask):
-    """Count the scores that lie in a search's window in memory, one by one: they are few."""
+    """Count the scores in a search's window by one atomic addition each; they are few."""
     low, shift, remaining = load_search(fields_ptr, side)
-    low = tl.where(remaining < 0, 0x7FFFFFFF, low)  # found: beyond every key
+    low = tl.where(remaining < 0, 0x7FFFFFFF, low)  # a finished search counts no key
     distance = score.to(tl.int32, bitcast=True) - low
     place = distance >> shift
     inside = mask & (distance >= 0) & (place < BINS)
@@ -88,7 +91,7 @@ def add_to_bins(fields_ptr, side, score, mask):
 
 @triton.jit
 def narrow_search(fields_ptr, thresholds_ptr, side):
-    """Go on with the bin that the order statistic is in; by the last program alone."""
+    """Narrow the window to the bin that contains the order statistic; called by the last program only."""
     low, shift, remaining = load_search(fields_ptr, side)
     if remaining >= 0:
         bins = tl.arange(0, BINS)
