@@ -73,7 +73,7 @@ def _ablates(runs: Runs) -> bool:
 
 
 def _groups() -> dict[tuple[str, ...], dict[str, Runs]]:
-    """(config, device) -> method -> runs. Rows older than the field "config" form groups of their own."""
+    """(config, device) -> method -> runs. Rows without the field "config" form separate groups."""
     groups: dict[tuple[str, ...], dict[str, Runs]] = {}
     for row in rows():
         key = (row.get("config") or f"{row['order']}-{row['model']}", row["device"])
@@ -134,7 +134,7 @@ def _standard_error(row: Row) -> float:
 
 
 def _mean(runs: Runs, key: str, *, sign: bool = False) -> str:
-    """The mean, and the standard deviation over runs where there are several."""
+    """The mean over runs, with the standard deviation if there are several."""
     values = [row[key] for row in runs.values() if row[key] is not None]
     if not values:
         return "-"

@@ -63,8 +63,8 @@ def adamw_(
         params: weights, any shapes; float32, bfloat16 or float16, also mixed; mutated.
         grads: their gradients, of the same shapes.
         exp_avg, exp_avg_sq: m and v, of the same shapes, contiguous, float32 or bfloat16; mutated.
-        sensitivity: S, likewise; mutated. None: no importance is updated.
-        uncertainty: U, likewise; mutated. None where only the sensitivity is used.
+        sensitivity: S, as ``exp_avg``; mutated. None: no importance is updated.
+        uncertainty: U, as ``exp_avg``; mutated. None if only the sensitivity is used.
         lr, betas, eps, weight_decay: the step's settings; ``lr``, ``eps`` and ``weight_decay`` not negative,
             ``betas`` in [0, 1).
         step: number of this step, counted from 1.

@@ -54,7 +54,7 @@ def update_importance_(
         params: weights, any shapes; float32, bfloat16 or float16, also mixed.
         grads: their gradients, of the same shapes; None counts as a zero gradient.
         sensitivity: S, of the same shapes, contiguous, float32 or bfloat16; mutated.
-        uncertainty: U, likewise; mutated. None where only the sensitivity is used.
+        uncertainty: U, as ``sensitivity``; mutated. None if only the sensitivity is used.
         beta1, beta2: smoothing in [0, 1]. ``1 - beta`` is formed in double and rounded to float32 once.
         order: the form of I.
         nonfinite: int64 tensor of one element on the same device; mutated. The number of elements with a
