@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import Trainer
@@ -12,6 +12,7 @@ from transformers import Trainer
 from rkif import Fuser, FusionConfig, Gate
 from rkif.hf import state
 from rkif.hf.rounds import TrainerRounds
+from rkif.optim import AdamW
 
 # Used beyond the Trainer's documented interface (read and run with transformers 5.0.0 and 5.23.0):
 # _maybe_log_save_evaluate (after all callbacks of a step or epoch, before it is logged, measured and saved),
@@ -40,8 +41,8 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
     The best model is loaded last and stays as it is. Within a round the model is the inner learner: to choose
     among fused models, evaluate at multiples of ``inner_steps``.
 
-    With `optimizer_cls_and_kwargs=(rkif.optim.AdamW, {"lr": ...})` the steps of both learners also update the
-    importance, in one pass over memory. The result has the same bits.
+    With ``optimizer="rkif_adamw"`` the steps of both learners also update the importance, in one pass over
+    memory. The result has the same bits as ``rkif.optim.AdamW`` with a separate observation.
 
     Checkpoints hold the round and the outer learner, so a resumed run has the same bits as an uninterrupted
     one. With ``save_only_model`` they do not hold them and cannot be resumed.
@@ -59,6 +60,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         fusion: FusionConfig | None = None,
         outer_learning_rate: float = 1e-3,
         gate: Gate | None = None,
+        optimizer: Literal["rkif_adamw"] | None = None,
         eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -73,12 +75,14 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
             gate: checks every fusion before it is kept. If the gate undoes a fusion, parameters, importance
                 and the state of both optimizers return to the start of the round (a gate takes a copy of
                 them), and training continues with the next batch; "stop" ends training after that step.
+            optimizer: "rkif_adamw" trains both learners with `rkif.optim.AdamW` instead of ``args.optim``,
+                with the learning rate, betas, epsilon and weight decay of `args`.
 
         Raises:
             TypeError: `fusion` is no `FusionConfig`, `gate` is no `Gate`, or the memory lacks a length or
                 indexing.
-            ValueError: `outer_learning_rate` is not positive and finite, or a memory is given together with
-                a ready-made optimizer.
+            ValueError: `outer_learning_rate` is not positive and finite, `optimizer` is unknown or given with
+                another choice of an optimizer, or a memory is given with a ready-made optimizer.
         """
         self.fusion = FusionConfig() if fusion is None else fusion
         if not isinstance(self.fusion, FusionConfig):
@@ -91,6 +95,14 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         if gate is not None and not isinstance(gate, Gate):
             raise TypeError(f"gate must be a Gate, got {type(gate).__name__}")
         self.gate = gate
+        if optimizer not in (None, "rkif_adamw"):
+            raise ValueError(
+                f"optimizer must be 'rkif_adamw' or None (args.optim decides), got {optimizer!r}"
+            )
+        for other in ("optimizers", "optimizer_cls_and_kwargs"):
+            if optimizer is not None and kwargs.get(other) not in (None, (None, None)):
+                raise ValueError(f"optimizer={optimizer!r} and {other} both choose an optimizer: pass one")
+        self._optimizer_name = optimizer
         self._rkif: TrainerRounds | None = None
 
         # The trainer refuses to evaluate without a dataset. The memory in its place would hide that mistake.
@@ -128,6 +140,15 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         if self._rkif is not None:
             self._rkif.refuse_unseen_gradients()
         return super().train(*args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the inner learner's optimizer, as `Trainer.create_optimizer` does; see `optimizer`."""
+        if self._optimizer_name is not None:
+            # Of the current arguments: a hyperparameter search changes them between trials.
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            settings = {"lr": self.args.learning_rate, "betas": betas, "eps": self.args.adam_epsilon}
+            self.optimizer_cls_and_kwargs = (AdamW, settings)
+        return super().create_optimizer(*args, **kwargs)
 
     def create_outer_optimizer(self) -> torch.optim.Optimizer:
         """Make the outer learner's optimizer with `create_optimizer`; override it to choose another.

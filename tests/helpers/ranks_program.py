@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,12 +38,13 @@ CONFIGS = {
     "everything": rkif.FusionConfig.paper(density=1),
     "nothing": rkif.FusionConfig.release(density=0),
     "bf16": rkif.FusionConfig.release(state_dtype="bfloat16"),
+    "adamw": rkif.FusionConfig.release(),  # with rkif.optim.AdamW, whose steps observe
 }
 
 
 def names(kind: str) -> list[str]:
     """The configs that are tried: all of them, where parts differ by replica or by column a few."""
-    return ["release", "tensor", "packed"] if kind in ("columns", "hsdp") else list(CONFIGS)
+    return ["release", "tensor", "packed", "adamw"] if kind in ("columns", "hsdp") else list(CONFIGS)
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -114,10 +116,11 @@ class Momentum(torch.optim.Optimizer):
 class Loop:
     """Events 0..2 are inner steps, 3 begins the outer phase, 4 and 5 are outer steps, 6 fuses; and again."""
 
-    def __init__(self, model: nn.Module, config: rkif.FusionConfig) -> None:
-        self.model = model
-        self.inner, self.outer = (Momentum(model.parameters(), lr) for lr in (0.05, 0.1))
+    def __init__(self, model: nn.Module, config: rkif.FusionConfig, *, adamw: bool = False) -> None:
+        self.model, self.adamw = model, adamw
         self.fuser = rkif.Fuser(model, config)
+        optimizer = partial(rkif.optim.AdamW, fuser=self.fuser) if adamw else Momentum
+        self.inner, self.outer = (optimizer(model.parameters(), lr=lr) for lr in (0.05, 0.1))
         self.reports: list[dict[str, object]] = []
 
     def run(self, events: range) -> None:
@@ -130,7 +133,8 @@ class Loop:
             else:
                 optimizer = self.inner if phase < 3 else self.outer
                 set_gradients(self.model, event)
-                self.fuser.observe()
+                if not self.adamw:
+                    self.fuser.observe()
                 optimizer.step()
 
     def result(self) -> dict[str, Tensor]:
@@ -138,6 +142,9 @@ class Loop:
         found |= {f"state.{name}": whole(t) for name, t in self.fuser.state_dict().items()}
         for learner in ("inner", "outer"):
             found |= {f"scores.{learner}.{n}": whole(t) for n, t in self.fuser.scores(learner).items()}
+            moments = getattr(self, learner).state.values()
+            for index, own in enumerate(moments):
+                found |= {f"{learner}.{index}.{n}": whole(t) for n, t in own.items() if isinstance(t, Tensor)}
         return found
 
 
@@ -155,7 +162,7 @@ def same_bits(folder: Path) -> None:
             for sample in (1 << 18, 8):
                 rkif.distributed.thresholds.SAMPLE = sample
                 dtype = torch.bfloat16 if name == "bf16" else torch.float32
-                loop = Loop(spread(make_model(dtype), kind), CONFIGS[name])
+                loop = Loop(spread(make_model(dtype), kind), CONFIGS[name], adamw=name == "adamw")
                 loop.run(range(21))
                 keep(folder, f"{kind}-{name}-{sample}", loop.result(), loop.reports)
 
