@@ -113,7 +113,7 @@ else
 fi
 WORKERS=()
 "$PYTHON" -c 'import xdist' 2>/dev/null && WORKERS=(-n "$(($(nproc) / 2 + 1))")
-KERNELS=(tests/kernels/test_kernels.py tests/kernels/test_counting.py tests/kernels/test_ops.py tests/kernels/test_single_pass.py tests/kernels/test_launches.py)
+KERNELS=(tests/kernels/test_scores.py tests/kernels/test_merge.py tests/kernels/test_counting.py tests/kernels/test_ops.py tests/kernels/test_single_pass.py tests/kernels/test_launches.py)
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 NCU=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null)
 

@@ -35,8 +35,8 @@ settings.load_profile("rkif")
 
 # With `pytest -n`, tests of one of these modules go to one worker, so that what they share is made once.
 SHARING = {
-    *("test_log", "test_gating", "test_rollback", "test_reproduce", "test_aot", "test_hf_resume", "test_cli"),
-    *("test_ranks", "test_hf_ranks", "test_checkpoint_output", "test_checkpoint_crash"),
+    *("test_log", "test_gating", "test_rollback", "test_reproduce", "test_aot", "test_hf_resume"),
+    *("test_run_command", "test_ranks", "test_hf_ranks", "test_checkpoint_output", "test_checkpoint_crash"),
 }
 
 

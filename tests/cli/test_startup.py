@@ -1,11 +1,13 @@
-"""What the command line does before it imports PyTorch."""
+"""The command line's entry point, and what it does before it imports PyTorch."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pty
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import rkif
 from rkif.cli import app, main
 from rkif.cli.options import parse_size
 
+Rkif = Callable[..., tuple[int, str, str]]
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 
 # Runs a command line, and fails if it took one of the slow imports.
@@ -146,3 +149,29 @@ def test_what_is_no_size(text: str) -> None:
 def test_no_size_at_all(text: str) -> None:
     with pytest.raises(ValueError, match="--max-memory must be more than nothing; got"):
         parse_size("--max-memory", text)
+
+
+def test_version(rkif: Rkif) -> None:
+    status, out, _ = rkif("--version")
+    assert (status, out) == (0, f"rkif {importlib.metadata.version('rkif')}\n")
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["demo"]])
+def test_help(rkif: Rkif, command: list[str]) -> None:
+    status, out, _ = rkif(*command, "--help")
+    assert status == 0
+    assert "Usage:" in out
+
+
+def test_an_unknown_command_is_refused(rkif: Rkif) -> None:
+    status, _, errors = rkif("fly")
+    assert status == 2
+    assert "No such command 'fly'" in errors
+
+
+def test_python_dash_m_is_the_same_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rkif", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "demo" in done.stdout

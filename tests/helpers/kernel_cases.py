@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rkif_kernels import Scores
-from rkif_kernels.backends import native
+from rkif_kernels.backends import native, reference
 from rkif_kernels.backends import torch as torch_backend
 from rkif_kernels.backends import triton as kernels
 from rkif_kernels.backends.choose import interpreting
@@ -144,3 +144,13 @@ def assert_same_bits(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
                 f"tensor {index}: {int((~same).sum())} of {a.numel()} elements differ, the first at {at}: "
                 f"{a[at].item()!r}, expected {b[at].item()!r}"
             )
+
+
+def check_thresholds(implementation: Any, scores: Scores, ks: list[int], per_tensor: bool) -> Tensor:
+    """Compare the thresholds of an implementation with those of the reference, which are returned."""
+    expected = reference.score_thresholds(scores, ks=ks, per_tensor=per_tensor)
+    device = implementation.device
+    got = implementation.score_thresholds(scores_on(device, scores), ks=ks, per_tensor=per_tensor)
+    assert got.dtype == torch.float32
+    assert torch.equal(got.cpu(), expected)
+    return expected

@@ -29,6 +29,7 @@ from rkif_kernels.backends.triton import (
     undecided,
 )
 from rkif_kernels.backends.triton.launch import BRACKETING
+from rkif_kernels.backends.triton.table import aligned, tables
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -303,3 +304,30 @@ def test_more_than_two_to_the_31_elements() -> None:
         assert_same_bits([out[part]], expected)
     assert int(stats.counts.sum()) == n
     assert not out.isnan().any()
+
+
+def test_addresses_are_aligned() -> None:
+    memory = torch.arange(100.0)
+    rows = aligned(([memory[1:40], memory[44:80]], [memory[:39], None]))
+    found = tables(rows, chunk=16)
+    assert sorted(built.indices.tolist() for built in found) == [[0], [1]]
+    for built in found:
+        for row, tensors in zip(built.pointers.tolist(), rows, strict=True):
+            for address, index in zip(row, built.indices.tolist(), strict=True):
+                tensor = tensors[index]
+                assert address % 16 == 0
+                assert address == (0 if tensor is None else tensor.data_ptr())
+        assert built.layout.chunk_starts.tolist() == [0, 16, 32]
+
+
+def test_tables_are_made_once_and_anew_for_memory_that_moved() -> None:
+    tensors = [torch.rand(40), torch.rand(9)]
+    (first,) = tables(aligned((tensors,)), chunk=16)
+    assert tables(aligned((tensors,)), chunk=16)[0] is first
+    tensors[1] = tensors[1].clone()
+    (moved,) = tables(aligned((tensors,)), chunk=16)
+    assert moved.pointers.tolist() == [[tensor.data_ptr() for tensor in tensors]]
+    assert moved.pointers.tolist() != first.pointers.tolist()
+    assert moved.layout is first.layout
+    tensors[1] = tensors[1].resize_(20)
+    assert tables(aligned((tensors,)), chunk=16)[0].layout.numels.tolist() == [40, 20]

@@ -1,11 +1,9 @@
-"""The command line, as a user meets it: what it prints, what it refuses, and with which status."""
+"""``rkif run`` as a user sees it: what it prints, what it refuses, and the exit status."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 
 import pytest
 import yaml
-from checkpoint_files import Triple
 from safetensors import SafetensorError
 
 from rkif.cli import main
@@ -316,11 +313,6 @@ def test_a_full_disk_is_one_clear_line(
     assert not done.value.code
 
 
-def test_version(rkif: Rkif) -> None:
-    status, out, _ = rkif("--version")
-    assert (status, out) == (0, f"rkif {importlib.metadata.version('rkif')}\n")
-
-
 def test_without_transformers_the_way_to_get_it_is_said(
     rkif: Rkif, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,27 +324,6 @@ def test_without_transformers_the_way_to_get_it_is_said(
     assert status == 1
     assert 'pip install "rkif[hf]"' in errors
     assert not (tmp_path / "demo").exists()
-
-
-@pytest.mark.parametrize("command", [[], ["run"], ["demo"]])
-def test_help(rkif: Rkif, command: list[str]) -> None:
-    status, out, _ = rkif(*command, "--help")
-    assert status == 0
-    assert "Usage:" in out
-
-
-def test_an_unknown_command_is_refused(rkif: Rkif) -> None:
-    status, _, errors = rkif("fly")
-    assert status == 2
-    assert "No such command 'fly'" in errors
-
-
-def test_python_dash_m_is_the_same_command() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "rkif", "--help"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0
-    assert "demo" in done.stdout
 
 
 def test_a_config_survives_being_recorded(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -375,104 +346,3 @@ def test_relative_folders_are_meant_from_the_config(inputs: Path, settings: dict
     hub = load_config(write(inputs / "hub.yaml", settings | {"model": "someone/some-model"}))
     assert hub.model == "someone/some-model"
     assert isinstance(hub, RunConfig)
-
-
-@pytest.fixture
-def triple(tmp_path: Path) -> Triple:
-    return Triple(tmp_path)
-
-
-def paths(triple: Triple) -> list[Path]:
-    return [triple.path(name) for name in ("base", "inner", "outer")]
-
-
-def test_fuse_and_verify(rkif: Rkif, triple: Triple) -> None:
-    out = triple.folder / "out"
-    status, output, errors = rkif(
-        "fuse", *paths(triple), "--out", out, "--density", 0.3, "--max-memory", "2GiB"
-    )
-    assert (status, errors) == (0, "")
-    assert "density 0.3" in output
-    assert "selected by" in output
-    status, output, _ = rkif("verify", out)
-    assert status == 0
-    assert "are as they were written" in output
-    file = out / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
-    status, _, errors = rkif("verify", out)
-    assert status == 1
-    assert errors.startswith(f"rkif: error: {out}: model.safetensors: 'layer.")
-
-
-def test_fuse_for_machines(rkif: Rkif, triple: Triple) -> None:
-    out = triple.folder / "out"
-    status, output, _ = rkif(
-        "fuse", *paths(triple), "--out", out, "--json", "--method", "ties", "--weight", 0.4, 0.6
-    )
-    assert status == 0
-    summary = json.loads(output)
-    assert summary["out"] == str(out)
-    assert summary["settings"]["weight"] == [0.4, 0.6]
-    assert sum(summary["report"]["counts"].values()) == summary["report"]["numel"]
-    assert summary["cpu_seconds"] > 0
-
-
-@pytest.mark.parametrize("json_", [True, False])
-def test_a_dry_run_makes_nothing(rkif: Rkif, triple: Triple, json_: bool) -> None:
-    before = sorted(triple.folder.iterdir())
-    options = ["--json"] if json_ else []
-    status, output, _ = rkif(
-        "fuse", *paths(triple), "--out", triple.folder / "a" / "b", "--dry-run", *options
-    )
-    assert status == 0
-    assert sorted(triple.folder.iterdir()) == before
-    if json_:
-        plan = json.loads(output)
-        assert plan["problems"] == []
-        assert plan["memory"] <= 2 << 30
-    else:
-        assert "no problem found" in output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (["--density", "2"], "density must be in [0, 1]; got 2.0"),
-        (["--method", "merge"], "method must be one of recurrent_kif, linear"),
-        (["--method", "linear", "--density", "0.5"], "density is not a setting of linear"),
-        (["--max-memory", "much"], "--max-memory must be a size such as 2GiB or 500MB; got 'much'"),
-        (["--max-memory", "1MiB"], "--max-memory: 1 MiB are too few"),
-        (["--device", "tpu"], "--device must be auto, cpu or cuda; got 'tpu'"),
-        (["--inner-importance", "nowhere"], "--outer-importance belong together"),
-    ],
-)
-def test_what_is_wrong_with_a_fusion_is_said_in_one_line(
-    rkif: Rkif, triple: Triple, arguments: list[str], error: str
-) -> None:
-    status, output, errors = rkif("fuse", *paths(triple), "--out", triple.folder / "out", *arguments)
-    assert (status, output) == (1, "")
-    last = errors.strip().splitlines()[-1]
-    assert last.startswith("rkif: error: ")
-    assert error in errors
-    assert not (triple.folder / "out").exists()
-
-
-def test_all_problems_are_listed(rkif: Rkif, triple: Triple) -> None:
-    triple.inner.pop("layer.1.bias")
-    triple.save("inner")
-    triple.path("outer").unlink()
-    status, output, errors = rkif("fuse", *paths(triple), "--out", triple.folder / "out", "--json")
-    assert status == 1
-    listed = [line.removeprefix("- ") for line in errors.splitlines() if line.startswith("- ")]
-    assert listed == json.loads(output)["problems"]
-    assert len(listed) == 2
-    assert errors.splitlines()[-1].startswith("rkif: error: 2 problems; the first: ")
-
-
-def test_verify_of_something_else(rkif: Rkif, tmp_path: Path) -> None:
-    status, _, errors = rkif("verify", tmp_path)
-    assert status == 1
-    assert (
-        errors
-        == f"rkif: error: {tmp_path} has no rkif-manifest.json: it is not a finished output of rkif fuse\n"
-    )

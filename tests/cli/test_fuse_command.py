@@ -1,0 +1,113 @@
+"""``rkif fuse`` and ``rkif verify`` as a user sees them: output, errors and exit status."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoint_files import Triple
+
+Rkif = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def triple(tmp_path: Path) -> Triple:
+    return Triple(tmp_path)
+
+
+def paths(triple: Triple) -> list[Path]:
+    return [triple.path(name) for name in ("base", "inner", "outer")]
+
+
+def test_fuse_and_verify(rkif: Rkif, triple: Triple) -> None:
+    out = triple.folder / "out"
+    status, output, errors = rkif(
+        "fuse", *paths(triple), "--out", out, "--density", 0.3, "--max-memory", "2GiB"
+    )
+    assert (status, errors) == (0, "")
+    assert "density 0.3" in output
+    assert "selected by" in output
+    status, output, _ = rkif("verify", out)
+    assert status == 0
+    assert "are as they were written" in output
+    file = out / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    status, _, errors = rkif("verify", out)
+    assert status == 1
+    assert errors.startswith(f"rkif: error: {out}: model.safetensors: 'layer.")
+
+
+def test_fuse_for_machines(rkif: Rkif, triple: Triple) -> None:
+    out = triple.folder / "out"
+    status, output, _ = rkif(
+        "fuse", *paths(triple), "--out", out, "--json", "--method", "ties", "--weight", 0.4, 0.6
+    )
+    assert status == 0
+    summary = json.loads(output)
+    assert summary["out"] == str(out)
+    assert summary["settings"]["weight"] == [0.4, 0.6]
+    assert sum(summary["report"]["counts"].values()) == summary["report"]["numel"]
+    assert summary["cpu_seconds"] > 0
+
+
+@pytest.mark.parametrize("json_", [True, False])
+def test_a_dry_run_makes_nothing(rkif: Rkif, triple: Triple, json_: bool) -> None:
+    before = sorted(triple.folder.iterdir())
+    options = ["--json"] if json_ else []
+    status, output, _ = rkif(
+        "fuse", *paths(triple), "--out", triple.folder / "a" / "b", "--dry-run", *options
+    )
+    assert status == 0
+    assert sorted(triple.folder.iterdir()) == before
+    if json_:
+        plan = json.loads(output)
+        assert plan["problems"] == []
+        assert plan["memory"] <= 2 << 30
+    else:
+        assert "no problem found" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--density", "2"], "density must be in [0, 1]; got 2.0"),
+        (["--method", "merge"], "method must be one of recurrent_kif, linear"),
+        (["--method", "linear", "--density", "0.5"], "density is not a setting of linear"),
+        (["--max-memory", "much"], "--max-memory must be a size such as 2GiB or 500MB; got 'much'"),
+        (["--max-memory", "1MiB"], "--max-memory: 1 MiB are too few"),
+        (["--device", "tpu"], "--device must be auto, cpu or cuda; got 'tpu'"),
+        (["--inner-importance", "nowhere"], "--outer-importance belong together"),
+    ],
+)
+def test_what_is_wrong_with_a_fusion_is_said_in_one_line(
+    rkif: Rkif, triple: Triple, arguments: list[str], error: str
+) -> None:
+    status, output, errors = rkif("fuse", *paths(triple), "--out", triple.folder / "out", *arguments)
+    assert (status, output) == (1, "")
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("rkif: error: ")
+    assert error in errors
+    assert not (triple.folder / "out").exists()
+
+
+def test_all_problems_are_listed(rkif: Rkif, triple: Triple) -> None:
+    triple.inner.pop("layer.1.bias")
+    triple.save("inner")
+    triple.path("outer").unlink()
+    status, output, errors = rkif("fuse", *paths(triple), "--out", triple.folder / "out", "--json")
+    assert status == 1
+    listed = [line.removeprefix("- ") for line in errors.splitlines() if line.startswith("- ")]
+    assert listed == json.loads(output)["problems"]
+    assert len(listed) == 2
+    assert errors.splitlines()[-1].startswith("rkif: error: 2 problems; the first: ")
+
+
+def test_verify_of_something_else(rkif: Rkif, tmp_path: Path) -> None:
+    status, _, errors = rkif("verify", tmp_path)
+    assert status == 1
+    assert (
+        errors
+        == f"rkif: error: {tmp_path} has no rkif-manifest.json: it is not a finished output of rkif fuse\n"
+    )
