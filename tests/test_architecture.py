@@ -63,7 +63,7 @@ ARROWS = [(module_of(path), target) for path in FILES for target in imports(path
 
 
 @pytest.mark.parametrize("package", ["rkif", "rkif_kernels"])
-def test_no_import_runs_upward(package: str) -> None:
+def test_no_module_imports_from_a_higher_layer(package: str) -> None:
     for source, target in ARROWS:
         if source.partition(".")[0] == package and target.partition(".")[0] in ("rkif", "rkif_kernels"):
             (level, name), (target_level, target_name) = layer(source), layer(target)
@@ -76,7 +76,7 @@ def test_every_module_has_a_layer() -> None:
             assert layer(module)[1] not in ("rkif", "rkif_kernels"), f"{module} is in none of LAYERS"
 
 
-def test_the_kernels_are_reached_through_their_face_alone() -> None:
+def test_rkif_imports_kernels_only_from_the_package() -> None:
     for source, target in ARROWS:
         if source.startswith("rkif.") and target.startswith("rkif_kernels."):
             face, *inner = target.split(".")[1:]
@@ -89,7 +89,7 @@ def test_the_kernels_are_reached_through_their_face_alone() -> None:
         )
 
 
-def test_triton_is_imported_by_its_backend_alone() -> None:
+def test_only_the_triton_backend_imports_triton() -> None:
     for source, target in ARROWS:
         if target.partition(".")[0] == "triton" and not source.startswith("bench."):
             assert source.startswith("rkif_kernels.backends.triton."), f"{source} imports {target}"
@@ -109,7 +109,7 @@ def test_the_parser_sees_every_package() -> None:
 
 
 @pytest.mark.parametrize(("folder", "most"), [("rkif", 9), ("bench", 6), ("tests", 8)])
-def test_few_modules_are_loose(folder: str, most: int) -> None:
+def test_few_modules_are_at_the_top_level(folder: str, most: int) -> None:
     assert 0 < len(list((ROOT / folder).glob("*.py"))) <= most
 
 

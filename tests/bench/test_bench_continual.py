@@ -76,7 +76,7 @@ def job(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     return Job(tmp_path / "tiny.yaml", "demo", "demo", "recurrent_kif", 1, tmp_path / "runs")
 
 
-def test_a_suite_writes_rows_and_does_nothing_twice(job: Job, tmp_path: Path) -> None:
+def test_a_suite_writes_rows_and_repeats_no_run(job: Job, tmp_path: Path) -> None:
     other = Job(job.config, job.suite, job.order, "sequential", 2, job.out)
     shown = Console(file=io.StringIO())
     compare([job, other], 1, shown)
@@ -103,7 +103,7 @@ def test_a_suite_writes_rows_and_does_nothing_twice(job: Job, tmp_path: Path) ->
     assert TASKS[0] in fused["tasks"]
 
 
-def test_a_run_that_fails_does_not_cost_the_others(job: Job, tmp_path: Path) -> None:
+def test_a_failed_run_does_not_stop_the_others(job: Job, tmp_path: Path) -> None:
     out = Job(job.config, job.suite, job.order, "sequential", 3, job.out)
     out.folder.mkdir(parents=True)
     (out.folder / "something").touch()  # no run
@@ -116,7 +116,7 @@ def test_a_run_that_fails_does_not_cost_the_others(job: Job, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("change", ["dev_limit", "model", "steps", "none"])
-def test_a_row_is_of_its_settings_data_and_model(job: Job, tmp_path: Path, change: str) -> None:
+def test_a_row_is_identified_by_settings_data_and_model(job: Job, tmp_path: Path, change: str) -> None:
     content = yaml.safe_load(job.config.read_text())
     config = job.settings()
     rows.write_all(
@@ -199,7 +199,7 @@ def test_tables_are_means_and_paired_differences(tmp_path: Path, monkeypatch: py
     assert "replay_rate_half" not in continual_tables.ablations()
 
 
-def test_what_is_wrong_with_a_suite_is_said_before_anything_runs(tmp_path: Path) -> None:
+def test_an_invalid_suite_is_refused_before_any_run(tmp_path: Path) -> None:
     failed = CliRunner().invoke(app, ["continual", "--suite", "short"])
     assert "--suite must be one of standard, long; got 'short'" in str(failed.exception)
     failed = CliRunner().invoke(app, ["continual", "--method", "magic", "--out", str(tmp_path / "runs")])

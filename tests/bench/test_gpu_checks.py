@@ -24,7 +24,7 @@ from bench.kernels import sweep
 CPU = torch.device("cpu")
 
 
-def test_the_sweep_is_made_from_its_seed() -> None:
+def test_a_case_of_the_sweep_depends_only_on_its_seed() -> None:
     one, other = sweep.make_case(7, 5000), sweep.make_case(7, 5000)
     assert one.text == other.text
     assert all(
@@ -32,13 +32,13 @@ def test_the_sweep_is_made_from_its_seed() -> None:
     )
 
 
-def test_the_sweep_finds_nothing_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sweep_passes_on_correct_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sweep.LARGEST, "cpu", 3000)
     backends = [name for name in sweep.available(CPU) if name != "triton"]
     assert sweep.sweep(CPU, backends, 60, 40, seed=0) == (40, "")
 
 
-def test_the_sweep_of_graphs_finds_nothing_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sweep_of_graphs_passes_and_finds_a_missing_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU the second call stands for the replay."""
     monkeypatch.setitem(sweep.LARGEST, "cpu", 3000)
 
@@ -108,7 +108,7 @@ def run_gpu_script(folder: Path, *parts: str, fails: str) -> tuple[int, list[str
     return done.returncode, (folder / "calls").read_text().splitlines(), done.stdout
 
 
-def test_every_command_of_the_gpu_script_is_one_that_there_is(tmp_path: Path) -> None:
+def test_every_command_of_the_gpu_script_exists(tmp_path: Path) -> None:
     code, calls, said = run_gpu_script(tmp_path, fails="nothing at all")
     assert code == 0, said
     assert "skipped" not in said
@@ -151,14 +151,12 @@ def test_every_command_of_the_gpu_script_is_one_that_there_is(tmp_path: Path) ->
         ("testing", "nothing at all", 2),
     ],
 )
-def test_the_gpu_script_fails_where_something_is_wrong(
-    tmp_path: Path, part: str, fails: str, code: int
-) -> None:
+def test_the_gpu_script_fails_if_a_check_fails(tmp_path: Path, part: str, fails: str, code: int) -> None:
     found, _, said = run_gpu_script(tmp_path, part, fails=fails)
     assert found == code, said
 
 
-def test_the_gpu_script_names_imports_that_are_missing_before_anything_else(tmp_path: Path) -> None:
+def test_the_gpu_script_names_missing_packages_first(tmp_path: Path) -> None:
     """A Python without packages: one line with their names, and no stage has begun."""
     script = Path(rows.__file__).parents[1] / "gpu.sh"
     python = tmp_path / "bare"

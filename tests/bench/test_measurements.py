@@ -62,7 +62,7 @@ def test_every_default_shape_exists() -> None:
     assert all(isinstance(shapes, ShapeSet | Stack) for shapes in SHAPES.values())
 
 
-def test_bytes_are_every_input_once_and_every_output_once() -> None:
+def test_bytes_count_every_input_and_output_once() -> None:
     expected = {
         "float32": {"observe": 24, "threshold": 8, "fuse": 32},
         "bfloat16+float32": {"observe": 20, "threshold": 8, "fuse": 24},
@@ -72,7 +72,7 @@ def test_bytes_are_every_input_once_and_every_output_once() -> None:
         assert {op: bytes_per_element(op, dtypes) for op in OPERATIONS} == expected[name]
 
 
-def test_a_row_by_hand() -> None:
+def test_a_row_has_the_hand_computed_bandwidth() -> None:
     """1000 elements of 8 bytes in 2 us are 4 GB/s, half of 8."""
     row = make_row(seconds=[1e-6, 2e-6, 3e-6], bytes_min=8000, copy_gbps=8.0)
     assert (row["ms_median"], row["gbps"], row["share"], row["rounds"]) == (0.002, 4.0, 0.5, 3)
@@ -119,7 +119,7 @@ def test_compiled_baselines_agree_with_the_reference(monkeypatch: pytest.MonkeyP
         operation.check(compiled.make(), exact=False)
 
 
-def test_another_algorithm_says_so_and_runs() -> None:
+def test_another_algorithm_is_labelled_and_runs() -> None:
     pytest.importorskip("peft")
     operation = Fuse(SMALL, DTYPES["float32"], CPU)
     others = [one for one in implementations("fuse", CPU) if not one.same]
@@ -137,7 +137,7 @@ def test_a_quantile_is_refused_beyond_its_limit() -> None:
     assert "at most 16,777,216 elements" in quantile.obstacle_to(fitted("one-64Mi", 2**30))
 
 
-def test_beyond_what_is_sorted_the_definition_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_thresholds_are_checked_by_counting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "SORTED", 100)
     monkeypatch.setattr(gate, "CHUNK", 64)
     monkeypatch.setattr(baselines, "QUANTILE_LIMIT", 100)
@@ -160,7 +160,7 @@ class Never:
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_what_is_wrong_is_not_timed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_is_not_timed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An implementation that is 1e-3 off, in one element, fails its benchmark."""
     right = implementations(op, CPU)[0]
 
@@ -183,7 +183,7 @@ def test_what_is_wrong_is_not_timed(op: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("op", ["observe", "threshold"])
-def test_a_measurement_is_of_one_operation(op: str, benchmark: Any) -> None:
+def test_a_row_is_the_time_of_one_operation(op: str, benchmark: Any) -> None:
     """Not of a round's iterations, nor of the two updates in a call."""
     if benchmark.disabled:
         pytest.skip("pytest-xdist disables benchmarks")
@@ -200,7 +200,7 @@ def test_a_measurement_is_of_one_operation(op: str, benchmark: Any) -> None:
     assert not row["graph"]
 
 
-def test_plans() -> None:
+def test_the_plan_fits_rounds_and_iterations_into_the_time() -> None:
     assert plan(2.0, round_s=0.01, total_s=1.0, rounds=(5, 100)) == (5, 1)
     assert plan(0.01, round_s=0.01, total_s=1.0, rounds=(5, 100)) == (100, 1)
     assert plan(0.0001, round_s=0.01, total_s=0.5, rounds=(5, 100)) == (50, 100)
@@ -235,7 +235,7 @@ def some_rows(device: str = "A100") -> list[dict[str, Any]]:
     ]
 
 
-def test_table_and_figure(tmp_path: Path) -> None:
+def test_rows_are_shown_as_table_and_figure(tmp_path: Path) -> None:
     console = Console(width=200, record=True)
     console.print(kernels.rich_table(some_rows()))
     text = console.export_text()
@@ -250,7 +250,9 @@ def test_table_and_figure(tmp_path: Path) -> None:
         kernels.plot(some_rows() + some_rows("H100"), out)
 
 
-def test_the_readme_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_table_compares_the_best_implementation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     assert kernels.markdown() == ""
     for row in [*some_rows(), make_row(dtype="bfloat16")]:
@@ -263,7 +265,7 @@ def test_the_readme_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "peft" not in text
 
 
-def test_goals() -> None:
+def test_goals_are_passed_failed_or_not_measured() -> None:
     large = {"numel": goals.LARGE, "implementation": goals.OURS}
     found = [
         make_row(op="observe", **large, seconds=[1.0], bytes_min=9_100_000_000),
@@ -277,7 +279,7 @@ def test_goals() -> None:
     assert verdicts == ["PASS", "NOT MEASURED", "FAIL", "PASS", "NOT MEASURED", "FAIL", "FAIL"]
 
 
-def test_the_overhead_of_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_overhead_of_a_small_model_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = {"hidden_size": 72, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
     monkeypatch.setattr(overhead, "SHAPES", overhead.SHAPES | tiny)
     monkeypatch.setattr(overhead, "RESULTS", tmp_path / "overhead.jsonl")
@@ -301,7 +303,7 @@ def test_the_overhead_of_a_small_model(tmp_path: Path, monkeypatch: pytest.Monke
     assert "| Fuser.observe, torch.optim.AdamW | 1.0 | +50.0% | - | - |" in overhead.markdown()
 
 
-def test_the_profile_of_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_profile_of_a_small_model_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     from bench.kernels import profile
 
     monkeypatch.setattr(profile, "LLAMA_2_13B", Stack("toy", ((8, 16), (16,)), layers=3, rest=((50, 16),)))
@@ -326,7 +328,7 @@ def test_the_profile_of_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
         profile.profile_13b(CPU, 4, "float32")
 
 
-def test_the_suite_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_suite_runs_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of its own, as it is used: options arrive, a result is checked, timed and recorded."""
     out = tmp_path / "rows.jsonl"
     chosen = ["--device", "cpu", "--only", "threshold", "--shape", "smoke", "--dtype", "float32", "--quick"]
@@ -372,7 +374,7 @@ def test_scores_between_a_quantile_and_its_order_statistic_may_go_either_way() -
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core is kept busy")
-def test_calls_beside_a_busy_core_are_measured() -> None:
+def test_calls_next_to_a_busy_core_are_measured() -> None:
     rows = busy.measure(rounds=1, shapes=fitted("smoke", 10_000))
     assert [row.op for row in rows] == ["observe", "threshold", "fuse"]
     assert all(row.quiet_ms > 0 and row.busy_ms > 0 for row in rows)

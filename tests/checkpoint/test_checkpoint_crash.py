@@ -75,7 +75,7 @@ def whole(triple: Triple, out: Path, method: str) -> dict[str, bytes]:
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_every_record_is_a_point_of_death(
+def test_a_kill_at_any_record_resumes_to_the_same_bytes(
     triple: Triple, tmp_path: Path, method: str, after: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dies right before or after anything is written down; resumed, it ends with the same bytes."""
@@ -131,7 +131,7 @@ def test_every_record_is_a_point_of_death(
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_kill_at_random_moments(triple: Triple, tmp_path: Path) -> None:
+def test_a_kill_at_a_random_moment_resumes_to_the_same_bytes(triple: Triple, tmp_path: Path) -> None:
     """SIGKILL, dozens of times, at any moment of one fusion after another."""
     expected = whole(triple, tmp_path / "whole", "recurrent_kif")
     inputs = [str(triple.path(name)) for name in ("base", "inner", "outer")]
@@ -175,7 +175,7 @@ def test_kill_at_random_moments(triple: Triple, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_work_is_resumed_only_for_the_same(triple: Triple, tmp_path: Path, monkeypatch: Any) -> None:
+def test_resume_refuses_other_inputs_and_settings(triple: Triple, tmp_path: Path, monkeypatch: Any) -> None:
     out = tmp_path / "out"
     stopped = []
 
@@ -202,7 +202,9 @@ def test_work_is_resumed_only_for_the_same(triple: Triple, tmp_path: Path, monke
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_torn_line_is_done_again(triple: Triple, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_chunk_with_an_incomplete_record_is_repeated(
+    triple: Triple, tmp_path: Path, monkeypatch: Any
+) -> None:
     expected = whole(triple, tmp_path / "whole", "recurrent_kif")
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -226,7 +228,7 @@ def test_a_torn_line_is_done_again(triple: Triple, tmp_path: Path, monkeypatch: 
         triple.fuse(out=out, resume=True)
 
 
-def test_what_is_complete_stays(triple: Triple, tmp_path: Path) -> None:
+def test_a_complete_output_is_not_overwritten(triple: Triple, tmp_path: Path) -> None:
     out = tmp_path / "out"
     expected = whole(triple, out, "recurrent_kif")
     again = triple.fuse(out=out, resume=True)
@@ -239,7 +241,7 @@ def test_what_is_complete_stays(triple: Triple, tmp_path: Path) -> None:
     assert files_of(out) == expected
 
 
-def test_an_empty_folder_is_filled_and_parents_are_made(triple: Triple, tmp_path: Path) -> None:
+def test_an_empty_folder_is_accepted_and_parents_are_made(triple: Triple, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     triple.fuse(out=tmp_path / "there")
     triple.fuse(out=tmp_path / "a" / "b" / "c")
@@ -259,7 +261,7 @@ def test_two_processes_do_not_write_one_output(triple: Triple, tmp_path: Path) -
         assert (tmp_path / "out.partial" / "journal.jsonl").exists()
 
 
-def test_a_full_disk_is_found_out_before_the_work(triple: Triple, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_before_the_fusion(triple: Triple, tmp_path: Path) -> None:
     """A limit on the size of files is as good as a full disk: the system refuses to make room."""
     inputs = [str(triple.path(name)) for name in ("base", "inner", "outer")]
     limited = (
@@ -275,7 +277,7 @@ def test_a_full_disk_is_found_out_before_the_work(triple: Triple, tmp_path: Path
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_disk_that_fills_up_later_loses_nothing(triple: Triple, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_fusion_continues_after_the_disk_was_full(triple: Triple, tmp_path: Path, monkeypatch: Any) -> None:
     expected = whole(triple, tmp_path / "whole", "recurrent_kif")
     out = tmp_path / "out"
     written = []
@@ -298,7 +300,9 @@ def test_a_disk_that_fills_up_later_loses_nothing(triple: Triple, tmp_path: Path
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_an_input_that_shrinks_meanwhile_is_named(triple: Triple, tmp_path: Path, monkeypatch: Any) -> None:
+def test_an_input_that_shrinks_during_the_fusion_is_named(
+    triple: Triple, tmp_path: Path, monkeypatch: Any
+) -> None:
     plan = planning.preflight(triple.request(out=tmp_path / "out"))
     content = triple.path("inner").read_bytes()
     try:
@@ -311,7 +315,7 @@ def test_an_input_that_shrinks_meanwhile_is_named(triple: Triple, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_journal_is_lines_of_json(triple: Triple, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_journal_has_one_line_per_chunk(triple: Triple, tmp_path: Path, monkeypatch: Any) -> None:
     """What is appended is a line a chunk: no rewriting of what was said before."""
     monkeypatch.setattr(planning, "MAX_SLOT", CHUNK)
     lines = []
@@ -327,7 +331,7 @@ def test_a_journal_is_lines_of_json(triple: Triple, tmp_path: Path, monkeypatch:
     assert [record["chunk"] for record in records[2:]] == list(range(len(records) - 2))
 
 
-def test_an_output_of_other_weights_is_not_taken_for_the_wanted(tmp_path: Path) -> None:
+def test_resume_refuses_an_output_of_other_weights(tmp_path: Path) -> None:
     triple = Triple(tmp_path)
     triple.fuse()
     triple.inner["layer.0.norm"] += 1.0
@@ -336,7 +340,7 @@ def test_an_output_of_other_weights_is_not_taken_for_the_wanted(tmp_path: Path) 
         triple.fuse(resume=True)
 
 
-def test_inputs_that_change_meanwhile_are_noticed(tmp_path: Path) -> None:
+def test_inputs_that_change_during_the_fusion_are_reported(tmp_path: Path) -> None:
     triple = Triple(tmp_path)
     plan = planning.preflight(triple.request())
     triple.outer["layer.0.norm"] += 1.0
@@ -347,7 +351,7 @@ def test_inputs_that_change_meanwhile_are_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_work_is_resumed_by_the_cut_it_was_begun_with(tmp_path: Path, monkeypatch: Any) -> None:
+def test_resume_keeps_the_chunks_of_the_interrupted_fusion(tmp_path: Path, monkeypatch: Any) -> None:
     """How much memory Python takes, and with it the size of a chunk, is not the same every time."""
     triple = Triple(tmp_path, scale=3)
     expected = whole(triple, tmp_path / "whole", "recurrent_kif")
@@ -362,7 +366,7 @@ def test_work_is_resumed_by_the_cut_it_was_begun_with(tmp_path: Path, monkeypatc
     assert files_of(tmp_path / "out") == expected
 
 
-def test_what_a_kill_after_the_publication_leaves_is_removed(tmp_path: Path) -> None:
+def test_files_left_by_a_kill_after_publication_are_removed(tmp_path: Path) -> None:
     triple = Triple(tmp_path)
     triple.fuse()
     (tmp_path / "out.partial").mkdir()

@@ -53,7 +53,7 @@ def in_memory(triple: Triple, importance: bool, **settings: Any) -> rkif.fusion.
     [{}, {"rule": "release", "density": 0.7}, {"outer_from": "base"}, {"density": 1}, {"density": 0}],
     ids=str,
 )
-def test_as_in_memory(
+def test_the_output_has_the_bits_of_a_fusion_in_memory(
     triple: Triple, chunks: Any, importance: bool, scope: str, settings: dict[str, Any]
 ) -> None:
     summary = triple.fuse(importance=importance, scope=scope, **settings)
@@ -105,7 +105,7 @@ def test_dtypes_may_differ_between_the_inputs(triple: Triple) -> None:
     assert got["layer.0.weight"].dtype == torch.bfloat16
 
 
-def test_digests_do_not_depend_on_the_cut(triple: Triple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digests_do_not_depend_on_chunks_and_files(triple: Triple, monkeypatch: pytest.MonkeyPatch) -> None:
     triple.fuse()
     first = read_manifest(triple.folder / "out")
     monkeypatch.setattr(planning, "MAX_SLOT", 320)
@@ -134,7 +134,7 @@ def _ends(request: Request) -> tuple[Path, Path]:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("which", ["base", "inner", "outer", "inner_scores", "outer_scores"])
 @pytest.mark.parametrize("density", [0.2, 1], ids=["scanned", "not scanned"])
-def test_what_is_not_finite_is_named_and_nothing_is_published(
+def test_a_nonfinite_value_is_named_and_nothing_is_published(
     triple: Triple, chunks: Any, which: str, value: float, density: float
 ) -> None:
     getattr(triple, which)["layer.1.weight"].view(-1)[777] = value
@@ -155,7 +155,7 @@ def test_negative_importance_is_refused(triple: Triple, chunks: Any, scope: str)
     assert not (triple.folder / "out").exists()
 
 
-def test_a_result_beyond_its_dtype_is_refused(triple: Triple) -> None:
+def test_a_result_that_overflows_its_dtype_is_refused(triple: Triple) -> None:
     for name, value in (("base", 6e4), ("inner", 6.5e4), ("outer", 6.5e4)):
         getattr(triple, name)["layer.1.weight"].fill_(value)
         triple.save(name)
@@ -164,7 +164,7 @@ def test_a_result_beyond_its_dtype_is_refused(triple: Triple) -> None:
     assert not (triple.folder / "out").exists()
 
 
-def test_what_is_copied_must_agree(triple: Triple) -> None:
+def test_copied_tensors_must_be_equal(triple: Triple) -> None:
     triple.outer["positions"][3] = 7
     triple.save("outer")
     with pytest.raises(
@@ -175,7 +175,7 @@ def test_what_is_copied_must_agree(triple: Triple) -> None:
 
 
 @pytest.mark.parametrize("name", ["all equal", "all zero", "95 % zeros"])
-def test_ties(triple: Triple, chunks: Any, name: str) -> None:
+def test_elements_tied_at_the_threshold_are_not_selected(triple: Triple, chunks: Any, name: str) -> None:
     """Millions of equal magnitudes at the threshold are what bfloat16 gives; here all, or nearly all, are."""
     for end in (triple.inner, triple.outer):
         for key, value in triple.base.items():
@@ -194,7 +194,7 @@ def test_ties(triple: Triple, chunks: Any, name: str) -> None:
     same(floats(load_folder(triple.folder / "out")), in_memory(triple, False).params)
 
 
-def test_a_bad_sample_costs_a_pass_and_nothing_else(triple: Triple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_sample_costs_only_another_pass(triple: Triple, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rkif.checkpoint.scan.guess_thresholds", lambda *_: ((5.0, 6.0), (0.0, 1e-9)))
     triple.fuse()
     same(floats(load_folder(triple.folder / "out")), in_memory(triple, False).params)
@@ -203,7 +203,7 @@ def test_a_bad_sample_costs_a_pass_and_nothing_else(triple: Triple, monkeypatch:
 @pytest.mark.gpu
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 @pytest.mark.parametrize("method", ["recurrent_kif", "ties", "dare_ties"])
-def test_on_a_gpu(triple: Triple, chunks: Any, method: str, scope: str) -> None:
+def test_a_gpu_gives_the_bytes_of_the_cpu(triple: Triple, chunks: Any, method: str, scope: str) -> None:
     """Pinned, double-buffered transfers and Triton kernels give the bytes of the CPU."""
     settings = {} if method == "dare_ties" else {"scope": scope}
     triple.fuse(method=method, **settings)

@@ -53,7 +53,9 @@ def kept(vector: Tensor, density: float) -> Tensor:
 
 @pytest.mark.parametrize("cut", [None, 512], ids=["whole", "cut"])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_formulas(triple: Triple, normalize: bool, cut: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_method_follows_its_formula(
+    triple: Triple, normalize: bool, cut: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float32, where no two magnitudes are equal: ties at the threshold have a test of their own."""
     if cut:
         monkeypatch.setattr(planning, "MAX_SLOT", cut)
@@ -95,7 +97,7 @@ def test_formulas(triple: Triple, normalize: bool, cut: int | None, monkeypatch:
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
-def test_dare_keeps_a_share_at_random_and_the_norm(triple: Triple, method: str) -> None:
+def test_dare_drops_at_random_and_keeps_the_norm(triple: Triple, method: str) -> None:
     summary = triple.fuse(method=method, density=0.3, out=triple.folder / "first", weight=(1.0, 0.0))
     counts = summary.report["counts"]
     chosen = counts["inner_only"] + counts["both"]
@@ -114,7 +116,7 @@ def test_dare_keeps_a_share_at_random_and_the_norm(triple: Triple, method: str) 
     assert not torch.equal(got["embed.weight"], other["embed.weight"])
 
 
-def test_what_is_dropped_does_not_depend_on_the_cut() -> None:
+def test_random_drops_do_not_depend_on_chunks() -> None:
     method = make_method("dare_linear", {"density": 0.5})
     assert isinstance(method, TaskArithmetic)
 
@@ -127,7 +129,7 @@ def test_what_is_dropped_does_not_depend_on_the_cut() -> None:
         assert torch.equal(keeps(start, stop), whole[start:stop])
 
 
-def test_what_is_dropped_does_not_depend_on_the_files(triple: Triple) -> None:
+def test_random_drops_do_not_depend_on_files(triple: Triple) -> None:
     for out, size in (("one", 10**9), ("many", 5_000)):
         triple.fuse(method="dare_linear", out=triple.folder / out, max_shard_size=size)
     one, many = (load_folder(triple.folder / out) for out in ("one", "many"))
@@ -169,12 +171,12 @@ def test_ties_at_the_threshold_are_dropped(triple: Triple) -> None:
         ("dare_ties", {"seed": -1}, "seed must be"),
     ],
 )
-def test_wrong_settings(name: str, settings: dict[str, Any], error: str) -> None:
+def test_invalid_settings_are_refused(name: str, settings: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         make_method(name, settings)
 
 
-def test_settings_are_ready_for_json() -> None:
+def test_settings_can_be_written_as_json() -> None:
     for name in SETTINGS:
         found = settings_of(make_method(name, {}))
         assert tuple(found) == SETTINGS[name]
@@ -201,7 +203,7 @@ for method, parameters in cases.items():
 @pytest.mark.skipif(
     MERGEKIT is None, reason="mergekit is not installed (RKIF_MERGEKIT names a Python that has it)"
 )
-def test_as_mergekit(triple: Triple) -> None:
+def test_results_are_those_of_mergekit(triple: Triple) -> None:
     """Without what is random, in float32: equal to it within the rounding of a few operations."""
     assert MERGEKIT is not None
     triple.base = {
@@ -239,7 +241,7 @@ def test_as_mergekit(triple: Triple) -> None:
 
 @pytest.mark.parametrize("density", [0, 0.3, 1])
 @pytest.mark.parametrize("name", list(SETTINGS))
-def test_what_a_method_declares_is_what_it_does(name: str, density: float) -> None:
+def test_a_method_behaves_as_it_declares(name: str, density: float) -> None:
     settings = {"density": density} if "density" in SETTINGS[name] else {}
     method = make_method(name, settings)
     assert method.needs_threshold == (method.threshold_k(7) is not None)

@@ -71,7 +71,7 @@ def fuse(folder: Path, out: Path, **more: Any) -> Path:
 
 
 @pytest.mark.parametrize("shard", [30_000, 10**9], ids=["sharded", "one file"])
-def test_transformers_loads_it(models: Path, tmp_path: Path, shard: int) -> None:
+def test_transformers_loads_the_output(models: Path, tmp_path: Path, shard: int) -> None:
     import transformers
 
     out = fuse(models, tmp_path / "out", max_shard_size=shard)
@@ -91,7 +91,7 @@ def test_transformers_loads_it(models: Path, tmp_path: Path, shard: int) -> None
     )
 
 
-def test_the_index_is_true_to_the_byte(models: Path, tmp_path: Path) -> None:
+def test_the_index_agrees_with_the_files(models: Path, tmp_path: Path) -> None:
     out = fuse(models, tmp_path / "out", max_shard_size=30_000)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     saved = load_folder(out)
@@ -106,7 +106,7 @@ def test_the_index_is_true_to_the_byte(models: Path, tmp_path: Path) -> None:
         assert sum(saved[name].nbytes for name in names) <= 30_000 or len(names) == 1
 
 
-def test_companions_are_copied_and_the_rest_is_not(models: Path, tmp_path: Path) -> None:
+def test_configs_and_tokenizers_are_copied_and_other_files_are_not(models: Path, tmp_path: Path) -> None:
     out = fuse(models, tmp_path / "out")
     expected = {
         "config.json",
@@ -127,7 +127,7 @@ def test_companions_are_copied_and_the_rest_is_not(models: Path, tmp_path: Path)
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, path.name
 
 
-def test_the_card_says_what_was_done(models: Path, tmp_path: Path) -> None:
+def test_the_card_describes_the_fusion(models: Path, tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 
     out = fuse(models, tmp_path / "out", settings={"density": 0.3})
@@ -147,7 +147,7 @@ def test_the_card_says_what_was_done(models: Path, tmp_path: Path) -> None:
     assert str(models) not in card.content
 
 
-def test_adapters_stay_adapters(tmp_path: Path) -> None:
+def test_a_fusion_of_adapters_is_an_adapter(tmp_path: Path) -> None:
     """PEFT loads the fusion of three of its adapters."""
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
@@ -175,7 +175,7 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def test_every_flipped_byte_is_found(output: Path) -> None:
+def test_verify_finds_every_flipped_byte(output: Path) -> None:
     assert verify(output) == []
     for path in sorted(output.iterdir()):
         content = path.read_bytes()
@@ -195,7 +195,7 @@ def test_every_flipped_byte_is_found(output: Path) -> None:
     assert verify(output) == []
 
 
-def test_a_tensor_that_was_changed_is_named(output: Path) -> None:
+def test_verify_names_a_changed_tensor(output: Path) -> None:
     file = next(output.glob("*.safetensors"))
     with safe_open(file, framework="pt") as opened:
         names = list(opened.keys())
@@ -208,7 +208,7 @@ def test_a_tensor_that_was_changed_is_named(output: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["missing", "truncated", "longer", "foreign"])
-def test_other_harm_is_found(output: Path, harm: str) -> None:
+def test_verify_finds_other_damage(output: Path, harm: str) -> None:
     file = sorted(output.glob("*.safetensors"))[-1]
     content = file.read_bytes()
     if harm == "missing":
@@ -235,7 +235,7 @@ def test_other_harm_is_found(output: Path, harm: str) -> None:
         "merges.txt",
     ],
 )
-def test_an_added_file_that_a_loader_might_take_is_found(output: Path, name: str) -> None:
+def test_verify_finds_an_added_file(output: Path, name: str) -> None:
     (output / name).parent.mkdir(exist_ok=True)
     (output / name).write_text("{}")
     assert verify(output) == [f"{name} was not there"]
@@ -270,7 +270,9 @@ def remade(manifest: dict[str, Any]) -> str:
         (lambda m: next(iter(m["tensors"].values())).update(file="x.safetensors"), "is not in files"),
     ],
 )
-def test_a_remade_manifest_is_damaged(output: Path, edit: Callable[[Any], Any], message: str) -> None:
+def test_verify_refuses_an_invalid_manifest_with_a_valid_digest(
+    output: Path, edit: Callable[[Any], Any], message: str
+) -> None:
     manifest = json.loads((output / MANIFEST).read_text())
     assert remade(manifest) == (output / MANIFEST).read_text()
     edit(manifest)
@@ -280,14 +282,14 @@ def test_a_remade_manifest_is_damaged(output: Path, edit: Callable[[Any], Any], 
     assert message in str(caught.value)
 
 
-def test_what_is_no_output_cannot_be_verified(tmp_path: Path) -> None:
+def test_verify_refuses_a_folder_that_is_no_output(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"has no {MANIFEST}"):
         verify(tmp_path)
     with pytest.raises(ValueError, match=f"has no {MANIFEST}"):
         verify(tmp_path / "nowhere")
 
 
-def test_a_changed_length_of_a_header_and_other_spellings_of_the_manifest_are_found(output: Path) -> None:
+def test_verify_finds_a_changed_header_length_and_a_reformatted_manifest(output: Path) -> None:
     file = sorted(output.glob("*.safetensors"))[0]
     content = file.read_bytes()
     for length in (2**40, 2**63):
@@ -300,7 +302,7 @@ def test_a_changed_length_of_a_header_and_other_spellings_of_the_manifest_are_fo
         verify(output)
 
 
-def test_what_lies_beside_the_base_does_not_stop_a_fusion(models: Path, tmp_path: Path) -> None:
+def test_unreadable_files_next_to_the_base_do_not_stop_a_fusion(models: Path, tmp_path: Path) -> None:
     """A card that is no YAML, and a name that is no UTF-8."""
     for name in ("base", "inner", "outer"):
         shutil.copytree(models / name, tmp_path / name)

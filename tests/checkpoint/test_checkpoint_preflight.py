@@ -65,7 +65,7 @@ def set_config(folder: Path, **values: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | values))
 
 
-def test_a_sound_plan(folders: Path) -> None:
+def test_a_valid_request_gives_a_complete_plan(folders: Path) -> None:
     plan = preflight(
         Request(
             *(folders / name for name in ("base", "inner", "outer")),
@@ -107,7 +107,7 @@ def test_all_problems_in_one_report(folders: Path) -> None:
         assert problem in found, found
 
 
-def test_a_head_that_one_of_them_has_not_tied(folders: Path) -> None:
+def test_an_untied_head_in_one_input_is_explained(folders: Path) -> None:
     set_config(folders / "base", tie_word_embeddings=True)
     change(folders, "outer", **{"lm_head.weight": torch.ones(300, 32).bfloat16()})
     found = problems(folders)
@@ -116,7 +116,7 @@ def test_a_head_that_one_of_them_has_not_tied(folders: Path) -> None:
     )
 
 
-def test_tokenizers_that_number_tokens_otherwise(folders: Path) -> None:
+def test_tokenizers_with_other_token_ids_are_refused(folders: Path) -> None:
     for name, vocabulary in (("base", {"a": 0, "b": 1}), ("inner", {"a": 1, "b": 0}), ("outer", {"a": 0})):
         content = {"model": {"vocab": vocabulary}, "added_tokens": [{"content": "<s>", "id": 9}]}
         (folders / name / "tokenizer.json").write_text(json.dumps(content))
@@ -138,7 +138,7 @@ def test_tokenizers_that_number_tokens_otherwise(folders: Path) -> None:
         ("an adapter", "INNER is an adapter, BASE a model"),
     ],
 )
-def test_inputs_that_cannot_be_used(folders: Path, harm: str, wanted: str) -> None:
+def test_unusable_inputs_are_refused(folders: Path, harm: str, wanted: str) -> None:
     inner = folders / "inner"
     index = inner / "model.safetensors.index.json"
     second = inner / "model-00002-of-00002.safetensors"
@@ -169,13 +169,13 @@ def test_inputs_that_cannot_be_used(folders: Path, harm: str, wanted: str) -> No
     assert any(re.fullmatch(wanted, problem) for problem in found), found
 
 
-def test_nothing_to_fuse(tmp_path: Path) -> None:
+def test_inputs_without_floating_point_elements_are_refused(tmp_path: Path) -> None:
     for name in ("base", "inner", "outer"):
         split_folder(tmp_path / name, {"w": torch.empty(0, 3), "positions": torch.arange(3)}, 1)
     assert problems(tmp_path) == ["BASE has no floating-point element: there is nothing to fuse"]
 
 
-def test_what_transformers_loads_is_what_is_fused(folders: Path) -> None:
+def test_the_fused_file_is_the_one_that_transformers_loads(folders: Path) -> None:
     """A whole file goes before an index that is left over from before."""
     save_file(tensors(), folders / "base" / "model.safetensors")
     opened = open_checkpoint(folders / "base", "BASE", found := [])
@@ -184,7 +184,7 @@ def test_what_transformers_loads_is_what_is_fused(folders: Path) -> None:
     assert found == []
 
 
-def test_adapters_must_agree_in_what_scales_them(tmp_path: Path) -> None:
+def test_adapters_must_have_the_same_scaling(tmp_path: Path) -> None:
     for name, alpha in (("base", 16), ("inner", 16), ("outer", 32)):
         split_folder(tmp_path / name, noisy(tensors(), 1), 1, stem="adapter_model")
         (tmp_path / name / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": alpha}))
@@ -221,7 +221,7 @@ def test_importance_must_fit(tmp_path: Path) -> None:
             preflight(request)
 
 
-def test_where_the_output_cannot_go(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_output_folder_is_refused(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folders / "file").touch()
     assert problems(folders, out=folders / "file") == [f"--out: {folders / 'file'} is a file"]
     assert problems(folders, out=folders / "file" / "x") == [f"--out: {folders / 'file'} is not a folder"]
@@ -235,7 +235,7 @@ def test_where_the_output_cannot_go(folders: Path, monkeypatch: pytest.MonkeyPat
     assert "0.00 GB are free" in problem
 
 
-def test_too_little_memory_is_said_with_what_is_needed(folders: Path) -> None:
+def test_too_little_memory_is_refused_with_the_minimum(folders: Path) -> None:
     (problem,) = problems(folders, max_memory=50 << 20)
     assert problem.startswith("--max-memory: 50 MiB are too few")
     needed = int(problem.split()[-2])

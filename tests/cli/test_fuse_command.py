@@ -21,7 +21,7 @@ def paths(triple: Triple) -> list[Path]:
     return [triple.path(name) for name in ("base", "inner", "outer")]
 
 
-def test_fuse_and_verify(rkif: Rkif, triple: Triple) -> None:
+def test_verify_accepts_an_output_and_finds_a_changed_byte(rkif: Rkif, triple: Triple) -> None:
     out = triple.folder / "out"
     status, output, errors = rkif(
         "fuse", *paths(triple), "--out", out, "--density", 0.3, "--max-memory", "2GiB"
@@ -39,7 +39,7 @@ def test_fuse_and_verify(rkif: Rkif, triple: Triple) -> None:
     assert errors.startswith(f"rkif: error: {out}: model.safetensors: 'layer.")
 
 
-def test_fuse_for_machines(rkif: Rkif, triple: Triple) -> None:
+def test_fuse_prints_json(rkif: Rkif, triple: Triple) -> None:
     out = triple.folder / "out"
     status, output, _ = rkif(
         "fuse", *paths(triple), "--out", out, "--json", "--method", "ties", "--weight", 0.4, 0.6
@@ -53,7 +53,7 @@ def test_fuse_for_machines(rkif: Rkif, triple: Triple) -> None:
 
 
 @pytest.mark.parametrize("json_", [True, False])
-def test_a_dry_run_makes_nothing(rkif: Rkif, triple: Triple, json_: bool) -> None:
+def test_a_dry_run_writes_nothing(rkif: Rkif, triple: Triple, json_: bool) -> None:
     before = sorted(triple.folder.iterdir())
     options = ["--json"] if json_ else []
     status, output, _ = rkif(
@@ -81,7 +81,7 @@ def test_a_dry_run_makes_nothing(rkif: Rkif, triple: Triple, json_: bool) -> Non
         (["--inner-importance", "nowhere"], "--outer-importance belong together"),
     ],
 )
-def test_what_is_wrong_with_a_fusion_is_said_in_one_line(
+def test_invalid_options_are_one_clear_line(
     rkif: Rkif, triple: Triple, arguments: list[str], error: str
 ) -> None:
     status, output, errors = rkif("fuse", *paths(triple), "--out", triple.folder / "out", *arguments)
@@ -104,7 +104,7 @@ def test_all_problems_are_listed(rkif: Rkif, triple: Triple) -> None:
     assert errors.splitlines()[-1].startswith("rkif: error: 2 problems; the first: ")
 
 
-def test_verify_of_something_else(rkif: Rkif, tmp_path: Path) -> None:
+def test_verify_refuses_a_folder_without_manifest(rkif: Rkif, tmp_path: Path) -> None:
     status, _, errors = rkif("verify", tmp_path)
     assert status == 1
     assert (

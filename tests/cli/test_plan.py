@@ -31,7 +31,7 @@ def plan(*arguments: Any) -> dict[str, Any]:
     return found
 
 
-def test_counts_what_the_model_has(model: Path) -> None:
+def test_parameters_are_those_of_the_model(model: Path) -> None:
     real = tiny_llama(40, 0)
     sizes = [p.numel() for p in real.parameters()]
     for path in (model, model / "config.json"):
@@ -52,7 +52,7 @@ def test_tied_embeddings_count_once(model: Path) -> None:
     assert counts[0] - counts[1] == text["vocab_size"] * text["hidden_size"]
 
 
-def test_bytes_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_are_those_computed_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """float32, AdamW, S*U: 4 + 4 + 8 + 8 + base 4 + S, U 8 + 8; inner result 4; fusion 4, no gradients."""
     monkeypatch.setattr("rkif.fuser.snapshot.KEPT_BYTES", 0)
     plain, memory = Training(1000, 0, 1000), 10**9
@@ -79,7 +79,7 @@ def test_bytes_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Option(offload=True).scratch(large) == (GROUP_NUMEL + 3) * (4 + 2 * 8)
 
 
-def test_small_copies_have_memory_in_every_phase() -> None:
+def test_small_copies_are_counted_in_every_phase() -> None:
     """As above, inner result 4 and fusion 4 in each phase."""
     small, memory = Training(1000, 0, 1000), 10**9
     phases = budget(Option(), small, memory=memory, reserve=0).phases
@@ -88,7 +88,7 @@ def test_small_copies_have_memory_in_every_phase() -> None:
     assert (offloaded["inner"], offloaded["outer"]) == (40_000, 40_000)
 
 
-def test_the_first_that_fits_is_taken_and_a_byte_less_is_too_little() -> None:
+def test_the_first_option_that_fits_is_chosen() -> None:
     training = Training(10**9, 0, 10**6)
     sizes = [budget(option, training, memory=0, reserve=0).bytes for option in OPTIONS]
     assert [option.exact for option in OPTIONS] == [True] * 4 + [False] * 4
@@ -103,7 +103,7 @@ def test_the_first_that_fits_is_taken_and_a_byte_less_is_too_little() -> None:
     assert choose(training, memory=min(sizes) - 1, reserve=0)[1] is None
 
 
-def test_the_command(model: Path) -> None:
+def test_the_command_shows_the_plan(model: Path) -> None:
     found = plan("--model", model, "--device-memory", "1GiB", "--reserve", "1KiB")
     assert found["chosen"] == {}
     assert len(found["options"]) == len(OPTIONS)
@@ -130,7 +130,7 @@ def test_the_command(model: Path) -> None:
         (["--model", "{bad}"], "describes no model that transformers has"),
     ],
 )
-def test_bad_input_is_said_in_one_line(
+def test_bad_input_is_one_clear_line(
     model: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     bad = model / "bad"

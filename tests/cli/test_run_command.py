@@ -45,9 +45,7 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
-def test_run_prints_a_table_and_says_where_the_run_is(
-    rkif: Rkif, settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_run_prints_a_table_and_the_folder(rkif: Rkif, settings: dict[str, Any], tmp_path: Path) -> None:
     config = write(tmp_path / "config.yaml", settings)
     status, out, _ = rkif("run", config, "--out", tmp_path / "out")
     assert status == 0
@@ -69,7 +67,9 @@ def test_run_prints_a_table_and_says_where_the_run_is(
         ("seed: 2024-13-45\n", "config.yaml: not valid YAML: month must be in 1..12"),
     ],
 )
-def test_yaml_that_says_two_things_or_none(rkif: Rkif, tmp_path: Path, text: str, message: str) -> None:
+def test_duplicate_keys_and_invalid_yaml_are_refused(
+    rkif: Rkif, tmp_path: Path, text: str, message: str
+) -> None:
     status, _, errors = rkif("run", write(tmp_path / "config.yaml", text), "--out", tmp_path / "out")
     assert (status, errors.count("\n")) == (1, 1)
     assert message in errors
@@ -256,7 +256,7 @@ def test_a_damaged_run_is_named(rkif: Rkif, settings: dict[str, Any], tmp_path: 
     assert f"{out / damage} is damaged" in errors
 
 
-def test_settings_can_be_corrected_until_the_run_has_begun(
+def test_settings_can_be_corrected_before_training_begins(
     rkif: Rkif, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     config = write(tmp_path / "config.yaml", changed(settings, "adapter.target_modules", ["q_prj"]))
@@ -265,7 +265,7 @@ def test_settings_can_be_corrected_until_the_run_has_begun(
     assert rkif("run", config, "--out", tmp_path / "out")[0] == 0
 
 
-def test_a_resumed_run_wants_the_data_it_began_with(
+def test_resume_refuses_changed_data(
     rkif: Rkif, settings: dict[str, Any], inputs: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
@@ -279,9 +279,7 @@ def test_a_resumed_run_wants_the_data_it_began_with(
     assert "the dev records of task 'review' have changed since this run began" in errors
 
 
-def test_labels_that_the_tokenizer_confuses_are_refused(
-    rkif: Rkif, settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_labels_with_equal_tokens_are_refused(rkif: Rkif, settings: dict[str, Any], tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     table = {"tasks": {"parity": {"instruction": "Even?\n", "labels": ["quux", "zork"]}}}
@@ -313,7 +311,7 @@ def test_a_full_disk_is_one_clear_line(
     assert not done.value.code
 
 
-def test_without_transformers_the_way_to_get_it_is_said(
+def test_without_transformers_the_install_command_is_shown(
     rkif: Rkif, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -326,7 +324,7 @@ def test_without_transformers_the_way_to_get_it_is_said(
     assert not (tmp_path / "demo").exists()
 
 
-def test_a_config_survives_being_recorded(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_recorded_config_loads_unchanged(settings: dict[str, Any], tmp_path: Path) -> None:
     rule = {"inner_only": [1, 0], "outer_only": [0, 1], "both": [0.3, 0.7], "neither": [0, 0]}
     settings["fusion"] = {"preset": "paper", "rule": rule, "state_dtype": "bfloat16", "density": 0.1}
     first = load_config(write(tmp_path / "a.yaml", settings))
@@ -338,7 +336,7 @@ def test_a_config_survives_being_recorded(settings: dict[str, Any], tmp_path: Pa
     assert second.fusion["state_dtype"] == "bfloat16"
 
 
-def test_relative_folders_are_meant_from_the_config(inputs: Path, settings: dict[str, Any]) -> None:
+def test_relative_folders_start_at_the_config(inputs: Path, settings: dict[str, Any]) -> None:
     relative = settings | {"model": "model", "tasks": {"folder": "tasks", "order": ["review"]}}
     config = load_config(write(inputs / "relative.yaml", relative))
     assert config.model == str(inputs / "model")

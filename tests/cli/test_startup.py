@@ -44,7 +44,7 @@ def test_the_package_is_imported_without_pytorch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_public_names_are_there_and_others_are_not() -> None:
+def test_public_names_exist_and_unknown_names_raise() -> None:
     assert all(getattr(rkif, name) is not None for name in rkif.__all__)
     assert set(rkif.__all__) <= set(dir(rkif))
     with pytest.raises(AttributeError, match="module 'rkif' has no attribute 'fuze'"):
@@ -70,7 +70,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_on_a_terminal_a_command_says_what_it_does_before_slow_imports(command: str, tmp_path: Path) -> None:
+def test_a_command_is_announced_before_slow_imports(command: str, tmp_path: Path) -> None:
     """PyTorch cannot be imported here: what is on the terminal was written before."""
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     arguments = [argument.format(tmp_path) for argument in ARGUMENTS.get(command, ["{}"])]
@@ -92,7 +92,7 @@ def test_on_a_terminal_a_command_says_what_it_does_before_slow_imports(command: 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_interrupted_by_an_import_that_swallows_it(command: str, tmp_path: Path) -> None:
+def test_an_interrupt_that_an_import_swallows_ends_the_command(command: str, tmp_path: Path) -> None:
     """Modules may catch everything while they are imported; a command ends all the same."""
     (tmp_path / "torch.py").write_text(
         "import os, signal, time\n"
@@ -110,7 +110,7 @@ def test_interrupted_by_an_import_that_swallows_it(command: str, tmp_path: Path)
     assert (done.returncode, done.stderr) == (130, "rkif: interrupted\n")
 
 
-def test_interrupted_outside_of_an_import(
+def test_an_interrupt_ends_the_command_with_status_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -135,29 +135,29 @@ def test_interrupted_outside_of_an_import(
         ("7b", 7),
     ],
 )
-def test_sizes(text: str, size: int) -> None:
+def test_sizes_are_parsed(text: str, size: int) -> None:
     assert parse_size("--max-memory", text) == size
 
 
 @pytest.mark.parametrize("text", ["", "much", "GiB", "1iB", "-1", "1.2.3", "2GiB more", "nan"])
-def test_what_is_no_size(text: str) -> None:
+def test_invalid_sizes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--max-memory must be a size such as 2GiB or 500MB; got"):
         parse_size("--max-memory", text)
 
 
 @pytest.mark.parametrize("text", ["0", "0.4", "0GiB"])
-def test_no_size_at_all(text: str) -> None:
+def test_a_size_of_zero_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--max-memory must be more than nothing; got"):
         parse_size("--max-memory", text)
 
 
-def test_version(rkif: Rkif) -> None:
+def test_version_is_printed(rkif: Rkif) -> None:
     status, out, _ = rkif("--version")
     assert (status, out) == (0, f"rkif {importlib.metadata.version('rkif')}\n")
 
 
 @pytest.mark.parametrize("command", [[], ["run"], ["demo"]])
-def test_help(rkif: Rkif, command: list[str]) -> None:
+def test_help_is_printed(rkif: Rkif, command: list[str]) -> None:
     status, out, _ = rkif(*command, "--help")
     assert status == 0
     assert "Usage:" in out
@@ -169,7 +169,7 @@ def test_an_unknown_command_is_refused(rkif: Rkif) -> None:
     assert "No such command 'fly'" in errors
 
 
-def test_python_dash_m_is_the_same_command() -> None:
+def test_python_dash_m_runs_the_same_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "rkif", "--help"], capture_output=True, text=True, check=False
     )

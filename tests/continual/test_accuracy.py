@@ -18,7 +18,7 @@ from rkif.continual.tasks.records import Record
         ("1 + 1", "2", False),
     ],
 )
-def test_exact_match(prediction: str, output: str, same: bool) -> None:
+def test_an_exact_match_is_correct(prediction: str, output: str, same: bool) -> None:
     assert exact_match(prediction, output) is same
 
 

@@ -46,7 +46,7 @@ def parameters_of(method: Sequential) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("method", "optimizer"), [*((method, "adamw") for method in METHODS), ("recurrent_kif", "rkif_adamw")]
 )
-def test_killed_between_steps_and_resumed_ends_with_the_same_bytes(
+def test_a_killed_and_resumed_run_ends_with_the_same_bytes(
     config: Config, tmp_path: Path, method: str, optimizer: str
 ) -> None:
     training = config().training.model_dump() | {"optimizer": optimizer}
@@ -100,7 +100,7 @@ def test_replay_with_equal_steps_takes_the_steps_and_samples_of_recurrent_kif(
     assert set(fractions) == {(steps - step) / steps for step in range(steps)}
 
 
-def test_ewc_without_a_spring_is_fine_tuning(config: Config, tmp_path: Path) -> None:
+def test_ewc_of_strength_zero_is_fine_tuning(config: Config, tmp_path: Path) -> None:
     ends = {}
     for name, settings in (
         ("plain", config(method="sequential")),
@@ -113,7 +113,7 @@ def test_ewc_without_a_spring_is_fine_tuning(config: Config, tmp_path: Path) -> 
     assert not all(torch.equal(ends["stiff"][name], value) for name, value in ends["plain"].items())
 
 
-def test_ewc_pulls_by_the_fisher_information(config: Config, inputs: Path) -> None:
+def test_the_ewc_penalty_is_weighted_by_fisher_information(config: Config, inputs: Path) -> None:
     names = list(parameters_of(one_task(config(method="ewc"), inputs, Ewc)))
     shapes = {name: t.shape for name, t in parameters_of(one_task(config(), inputs, Ewc)).items()}
     fisher = {f"fisher.{name}": torch.rand(shapes[name]) for name in names}
@@ -133,7 +133,7 @@ def test_ewc_pulls_by_the_fisher_information(config: Config, inputs: Path) -> No
         torch.testing.assert_close(values[name].grad, gradient)
 
 
-def test_ewc_sums_the_tasks_fisher_information(config: Config, inputs: Path) -> None:
+def test_ewc_sums_fisher_information_over_tasks(config: Config, inputs: Path) -> None:
     method = one_task(config(method="ewc"), inputs, Ewc)
     method.finish()
     first = method.task_state()
@@ -159,7 +159,7 @@ def test_ewc_sums_the_tasks_fisher_information(config: Config, inputs: Path) -> 
             torch.testing.assert_close(tensor, 2 * first[name])
 
 
-def test_o_lora_learns_in_its_own_slice(config: Config, inputs: Path) -> None:
+def test_o_lora_trains_only_the_slice_of_the_task(config: Config, inputs: Path) -> None:
     method = one_task(config(method="o_lora", o_lora={"strength": 0.1}), inputs, OLora)
     before = parameters_of(method)
     for step in range(4):
@@ -174,7 +174,7 @@ def test_o_lora_learns_in_its_own_slice(config: Config, inputs: Path) -> None:
         assert not torch.equal(new, start)
 
 
-def test_a_slice_of_o_lora_adds_what_an_adapter_of_its_own_would(config: Config, inputs: Path) -> None:
+def test_a_slice_of_o_lora_equals_a_separate_adapter(config: Config, inputs: Path) -> None:
     """The scale alpha / r is that of one task's adapter, however many slices there are."""
     sliced = one_task(config(method="o_lora"), inputs, OLora)
     plain = one_task(config(method="sequential"), inputs, Sequential)
@@ -190,7 +190,7 @@ def test_a_slice_of_o_lora_adds_what_an_adapter_of_its_own_would(config: Config,
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_o_lora_repels_by_the_gradient_of_the_overlap(config: Config, inputs: Path) -> None:
+def test_o_lora_adds_the_gradient_of_the_overlap(config: Config, inputs: Path) -> None:
     method = one_task(config(method="o_lora", o_lora={"strength": 0.25}), inputs, OLora)
     for name, parameter in method.inner.parameters.items():
         if "lora_A" in name:
@@ -212,7 +212,7 @@ def test_o_lora_repels_by_the_gradient_of_the_overlap(config: Config, inputs: Pa
         ({"method": "replay_equal_steps", "training": {"steps": 2, "batch_size": 1}}, "1 is too small"),
     ],
 )
-def test_methods_refuse_what_they_cannot_do(
+def test_methods_refuse_invalid_settings(
     config: Config, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -247,7 +247,7 @@ def test_tasl_merges_unit_by_unit(config: Config, inputs: Path) -> None:
     torch.testing.assert_close(method.task_state()["history"], expected)
 
 
-def test_ties_by_hand() -> None:
+def test_ties_gives_the_hand_computed_merge() -> None:
     inner = torch.tensor([1.0, -2.0, 3.0, 0.0, -1.0, 2.0])
     outer = torch.tensor([3.0, 1.0, -3.0, 5.0, 0.0, -4.0])
     #      agree      inner wins  a tie: +   one alone  one alone  outer wins
@@ -331,7 +331,7 @@ def test_soft_weights_lie_between_the_masks_and_the_average(config: Config, inpu
     assert method.merge("v", one, 3 * one).item() == 0.25 * 0.5 + 0.75 * 1.5
 
 
-def test_per_task_is_asked_of_each_tasks_own_adapter(config: Config, inputs: Path, tmp_path: Path) -> None:
+def test_per_task_evaluates_each_task_with_its_adapter(config: Config, inputs: Path, tmp_path: Path) -> None:
     metrics = go(config(method="per_task"), tmp_path)
     for index, row in enumerate(metrics["accuracy"]):
         assert row[:index] == [metrics["initial"][index]] * index
@@ -357,7 +357,7 @@ def test_per_task_is_asked_of_each_tasks_own_adapter(config: Config, inputs: Pat
     assert all(torch.equal(value, initial[name]) for name, value in parameters_of(again).items())
 
 
-def test_multi_task_sees_all_tasks_alike(config: Config, inputs: Path) -> None:
+def test_multi_task_samples_all_tasks_equally(config: Config, inputs: Path) -> None:
     method = one_task(config(training={"steps": 30, "batch_size": 4}), inputs, MultiTask)
     records = [record for step in range(30) for _, record in method.batch(step)]
     counts = [sum(record.task == task for record in records) for task in TASKS]
@@ -370,7 +370,7 @@ def test_multi_task_sees_all_tasks_alike(config: Config, inputs: Path) -> None:
     assert [r.id for r in earlier] != [r.id for r in records]  # the walk goes on from task to task
 
 
-def test_multi_task_sees_as_many_records_as_replay_and_none_twice(config: Config, tmp_path: Path) -> None:
+def test_multi_task_uses_as_many_records_as_replay_without_repeats(config: Config, tmp_path: Path) -> None:
     settings = {"training": {"epochs": 0.5, "batch_size": 4, "learning_rate": 1e-2}}
     seen: list[str] = []
     original = BatchLearner.step
@@ -388,7 +388,7 @@ def test_multi_task_sees_as_many_records_as_replay_and_none_twice(config: Config
 
 
 @pytest.mark.parametrize("setting", ["observe", "optimizers"])
-def test_ablations_of_the_loop_change_what_they_say(config: Config, inputs: Path, setting: str) -> None:
+def test_ablations_change_the_named_step(config: Config, inputs: Path, setting: str) -> None:
     value = {"observe": "after", "optimizers": "reset"}[setting]
     usual = one_task(config(), inputs)
     changed = one_task(config(rounds={setting: value}), inputs)
@@ -407,7 +407,7 @@ def test_ablations_of_the_loop_change_what_they_say(config: Config, inputs: Path
         assert [len(learner.tensors()) > 0 for learner in (changed.inner, changed.outer)] == [False, False]
 
 
-def test_static_importance_is_what_the_first_round_found(config: Config, inputs: Path) -> None:
+def test_static_importance_is_that_of_the_first_round(config: Config, inputs: Path) -> None:
     method = one_task(config(fusion={"inner_steps": 3, "outer_steps": 2, "refresh_outer": False}), inputs)
     assert method.fuser is not None
     found = []

@@ -74,7 +74,7 @@ def commands(run: Path) -> list[tuple[object, ...]]:
 @pytest.mark.parametrize(
     "name", ["place/../../../victim", "../victim", "..", ".", "/etc", "a\\b", "a\0b", "\ud800", "é" * 101, ""]
 )
-def test_a_task_name_that_leads_out_of_the_run_is_refused(rkif: Rkif, run: Path, name: str) -> None:
+def test_a_task_name_outside_the_run_is_refused(rkif: Rkif, run: Path, name: str) -> None:
     victim = run.parent / "victim"
     victim.mkdir()
     (victim / "precious").write_text("not the run's")
@@ -116,7 +116,7 @@ def test_wrong_metrics_are_named_and_nothing_is_changed(rkif: Rkif, run: Path, e
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, '{"tasks"', "\ufeff{}", "null"])
-def test_metrics_that_are_no_object(rkif: Rkif, run: Path, text: str) -> None:
+def test_metrics_that_are_not_an_object_are_refused(rkif: Rkif, run: Path, text: str) -> None:
     (run / "metrics.json").write_text(text)
     for command in commands(run):
         assert "metrics.json is damaged" in refused(rkif, run, *command)
@@ -148,7 +148,7 @@ def test_metrics_that_are_no_object(rkif: Rkif, run: Path, text: str) -> None:
         ("task", lambda r: r.update(event="rollback"), "it lacks 'to'"),
     ],
 )
-def test_well_chained_records_that_no_run_writes(
+def test_invalid_records_with_a_valid_chain_are_refused(
     rkif: Rkif, run: Path, event: str, edit: Edit, key: str
 ) -> None:
     if "record 7" in key:  # the modules of the second round differ from the first's
@@ -167,12 +167,12 @@ def test_well_chained_records_that_no_run_writes(
 
 
 @pytest.mark.parametrize("line", [b'{"seq":0,"previous":NaN,"hash":1}', b"[" * 100_000, b'{"hash": 1e999}'])
-def test_lines_that_are_no_records(rkif: Rkif, run: Path, line: bytes) -> None:
+def test_lines_that_are_not_records_are_refused(rkif: Rkif, run: Path, line: bytes) -> None:
     (run / "ledger.jsonl").write_bytes(line + b"\n")
     assert "ledger.jsonl: record 0 " in refused(rkif, run, "log", run)
 
 
-def test_a_report_after_a_rollback(rkif: Rkif, run: Path) -> None:
+def test_a_report_can_be_written_after_a_rollback(rkif: Rkif, run: Path) -> None:
     rollback(run, 2)
     assert rkif("report", run)[0] == 0
     page = (run / "report.html").read_text()
@@ -197,14 +197,16 @@ def test_a_rollback_without_metrics_changes_nothing(rkif: Rkif, run: Path) -> No
         ("--explain", "zzz", "--json"),
     ],
 )
-def test_an_unknown_module_is_said_everywhere(rkif: Rkif, run: Path, arguments: tuple[str, ...]) -> None:
+def test_an_unknown_module_is_reported_by_every_option(
+    rkif: Rkif, run: Path, arguments: tuple[str, ...]
+) -> None:
     assert "no parameter's name contains 'zzz'; there are layers.0" in refused(
         rkif, run, "log", run, *arguments
     )
 
 
 @pytest.mark.parametrize("stray", ["notes.safetensors", "1.safetensors", "-00001.safetensors", ".DS_Store"])
-def test_a_stray_file_in_snapshots_is_left_alone(rkif: Rkif, run: Path, stray: str) -> None:
+def test_an_unknown_file_in_snapshots_is_not_deleted(rkif: Rkif, run: Path, stray: str) -> None:
     (run / "snapshots" / stray).write_text("not a state")
     assert rkif("rollback", run, "--to", 3)[0] == 0
     assert (run / "snapshots" / stray).exists()

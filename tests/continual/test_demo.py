@@ -66,7 +66,7 @@ def test_fine_tuning_forgets_and_recurrent_kif_does_not(tmp_path: Path) -> None:
     assert fmean(ops["recurrent_kif"]) > fmean(ops["sequential"]) + 5
 
 
-def test_inputs_are_whole_and_the_same_each_time(tmp_path: Path) -> None:
+def test_inputs_are_complete_and_deterministic(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_inputs(tmp_path / name, train=60, dev=20, seed=0)
     tasks = load_tasks(tmp_path / "a" / "tasks", "demo")

@@ -39,6 +39,6 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     assert not (tmp_path / "file.tmp").exists()
 
 
-def test_what_is_nested_too_deeply_is_named() -> None:
+def test_a_file_nested_too_deeply_is_named() -> None:
     with pytest.raises(ValueError, match="some file is damaged: it is nested too deeply"):
         parse_json("[" * 100_000, "some file")

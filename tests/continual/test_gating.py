@@ -75,7 +75,7 @@ def rounds(run: Path) -> list[dict[str, Any]]:
     return [record for record in read_ledger(run / "ledger.jsonl") if record["event"] == "round"]
 
 
-def test_wrong_labels_do_not_cost_what_was_learned(reviews: Path, tmp_path: Path) -> None:
+def test_wrong_labels_do_not_reduce_accuracy(reviews: Path, tmp_path: Path) -> None:
     before, after = go(reviews_config(reviews, "mislabelled", None), tmp_path / "free")["accuracy"][0]
     assert before >= 95
     assert after <= 75, "the memory alone makes up for it: the test shows nothing"
@@ -94,7 +94,7 @@ def test_wrong_labels_do_not_cost_what_was_learned(reviews: Path, tmp_path: Path
         assert one["parameters"]["after"] == other["parameters"]["before"]
 
 
-def test_broken_gradients_do_not_cost_what_was_learned(
+def test_broken_gradients_do_not_reduce_accuracy(
     reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sound = BatchLearner.gradient
@@ -122,7 +122,7 @@ def test_broken_gradients_do_not_cost_what_was_learned(
     assert set(verdicts[7:]) <= {"undo", "damp"}
 
 
-def test_an_undone_round_leaves_nothing_behind(inputs: Path, tmp_path: Path) -> None:
+def test_an_undone_round_restores_the_whole_state(inputs: Path, tmp_path: Path) -> None:
     """Parameters, importance and both optimizers are as if the round had not been, whatever it saw."""
     impossible = {"criteria": [{"metric": "memory_loss", "floor": -1, "tolerance": None}], "ladder": []}
     settings = {"training": {"steps": 6, "batch_size": 4, "learning_rate": 1e-2}, "checkpoint_every": 3}
@@ -182,7 +182,7 @@ def test_a_gated_run_resumes_to_the_same_bits(
     assert files(tmp_path / "cut") == expected
 
 
-def test_records_are_set_aside_only_where_they_are_asked(inputs: Path) -> None:
+def test_records_are_set_aside_only_for_metrics_that_need_them(inputs: Path) -> None:
     task = load_tasks(inputs / "tasks", ["review"])[0]
     accuracy = {"criteria": [{"metric": "accuracy"}], "records": 6}
     trained, held = hold_out(task, make_config(inputs, gate=accuracy))
@@ -215,7 +215,7 @@ def share_of_short(predictions: Sequence[str], records: Sequence[Record]) -> flo
     return 100 * sum(len(prediction) < 5 for prediction in predictions) / len(records)
 
 
-def test_a_metric_of_ones_own_guards(inputs: Path, tmp_path: Path) -> None:
+def test_a_user_metric_can_be_a_criterion(inputs: Path, tmp_path: Path) -> None:
     gate = {"criteria": [{"metric": f"{__name__}:share_of_short", "floor": 101, "tolerance": None}]}
     go(make_config(inputs, gate=gate | {"records": 2, "ladder": []}), tmp_path / "run")
     records = rounds(tmp_path / "run")
@@ -242,7 +242,9 @@ def test_a_metric_of_ones_own_guards(inputs: Path, tmp_path: Path) -> None:
         ({"criteria": [{"metric": "accuracy", "flor": 3}]}, "gate.criteria.0.flor: unknown setting"),
     ],
 )
-def test_wrong_settings(inputs: Path, tmp_path: Path, gate: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(
+    inputs: Path, tmp_path: Path, gate: dict[str, Any], message: str
+) -> None:
     import yaml
 
     content = make_config(inputs).model_dump(mode="json") | {"gate": gate}
@@ -253,12 +255,12 @@ def test_wrong_settings(inputs: Path, tmp_path: Path, gate: dict[str, Any], mess
     assert message in str(error.value)
 
 
-def test_only_the_fusions_of_the_recurrent_method_can_be_gated(inputs: Path) -> None:
+def test_only_recurrent_kif_accepts_a_gate(inputs: Path) -> None:
     with pytest.raises(ValidationError, match="only the fusions of recurrent_kif can be gated, not replay"):
         make_config(inputs, method="replay", gate=GATE)
 
 
-def test_a_run_without_a_gate_has_its_parameters(inputs: Path, tmp_path: Path) -> None:
+def test_a_gate_that_always_keeps_changes_no_bit(inputs: Path, tmp_path: Path) -> None:
     """A gate that everything passes, and that sets nothing aside, changes no bit."""
     content = {"criteria": [{"metric": "memory_loss", "floor": 1e9, "tolerance": None}]}
     go(make_config(inputs), tmp_path / "free")

@@ -43,7 +43,7 @@ def written(config: Callable[..., RunConfig], folder: Path, metrics: Any) -> Pat
     return folder / "config.yaml"
 
 
-def test_a_metric_beside_the_config_is_computed_kept_and_shown(
+def test_a_metric_next_to_the_config_is_computed_stored_and_shown(
     config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     path = written(config, tmp_path, "own:share_of_first")
@@ -60,7 +60,9 @@ def test_a_metric_beside_the_config_is_computed_kept_and_shown(
     assert go(load_config(tmp_path / "run" / "config.yaml"), tmp_path / "run", resume=True) == metrics
 
 
-def test_a_metric_that_can_be_imported(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_a_metric_of_an_importable_module_is_computed(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
     metrics = go(config(metrics=["kpi_of_the_tests:words"], method="sequential"), tmp_path)
     assert metrics["metrics"]["words"]["initial"] == [8.0, 8.0, 8.0]
 
@@ -79,7 +81,7 @@ def test_a_metric_that_can_be_imported(config: Callable[..., RunConfig], tmp_pat
         ("own:accuracy", "two metrics are called 'accuracy'"),
     ],
 )
-def test_what_is_wrong_with_a_metric_is_said_in_one_line(
+def test_an_invalid_metric_is_one_clear_line(
     config: Callable[..., RunConfig], tmp_path: Path, metrics: Any, message: str
 ) -> None:
     path = written(config, tmp_path, metrics)
@@ -99,7 +101,7 @@ def test_a_module_that_fails_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_metric_may_use_dataclasses_and_give_numpys_numbers(tmp_path: Path) -> None:
+def test_a_metric_may_use_dataclasses_and_return_numpy_numbers(tmp_path: Path) -> None:
     (tmp_path / "numbers_of_my_own.py").write_text(
         "from __future__ import annotations\n"
         "from dataclasses import dataclass\n"

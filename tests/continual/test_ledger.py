@@ -27,7 +27,9 @@ RECORDS = st.dictionaries(
 
 
 @given(contents=st.lists(RECORDS, min_size=1, max_size=6), again=st.integers(0, 6))
-def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, contents: Any, again: int) -> None:
+def test_records_are_read_as_written(
+    tmp_path_factory: pytest.TempPathFactory, contents: Any, again: int
+) -> None:
     path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
     ledger = Ledger(path)
     for place, content in enumerate(contents):
@@ -80,7 +82,7 @@ def test_every_flipped_bit_is_found_and_named(tmp_path: Path) -> None:
         (lambda lines: [lines[0], lines[1].replace(b":", b": ", 1), lines[2]], "record 1 was written anew"),
     ],
 )
-def test_lines_taken_out_moved_or_written_anew_are_found(tmp_path: Path, change: Any, message: str) -> None:
+def test_removed_moved_and_rewritten_lines_are_found(tmp_path: Path, change: Any, message: str) -> None:
     path = written(tmp_path)
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"".join(line + b"\n" for line in change(lines)))
@@ -90,7 +92,7 @@ def test_lines_taken_out_moved_or_written_anew_are_found(tmp_path: Path, change:
         Ledger(path)  # nobody writes on
 
 
-def test_a_record_made_anew_breaks_the_chain_after_it(tmp_path: Path) -> None:
+def test_a_rewritten_record_breaks_the_chain(tmp_path: Path) -> None:
     path = written(tmp_path)
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     del lines[1]["hash"]
@@ -101,7 +103,7 @@ def test_a_record_made_anew_breaks_the_chain_after_it(tmp_path: Path) -> None:
         list(read_ledger(path))
 
 
-def test_a_torn_line_is_put_aside_and_the_ledger_goes_on(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_moved_and_the_ledger_continues(tmp_path: Path) -> None:
     whole = written(tmp_path).read_bytes()
     for cut in range(whole.rindex(b"\n", 0, -1) + 2, len(whole)):
         path = tmp_path / f"{cut}" / "ledger.jsonl"
@@ -119,7 +121,7 @@ def test_a_torn_line_is_put_aside_and_the_ledger_goes_on(tmp_path: Path) -> None
         assert Ledger(path).torn == 0
 
 
-def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
+def test_invalid_records_are_refused(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
     with pytest.raises(ValueError, match="'hash' is a key of the ledger's own"):
         ledger.append({"hash": "x"})

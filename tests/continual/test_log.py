@@ -63,7 +63,7 @@ def test_the_table_has_every_round_with_its_shares(whole: Path) -> None:
         assert float(row[8]) == pytest.approx(record["norms"]["update"], rel=1e-2)
 
 
-def test_a_record_says_what_went_in_and_what_was_decided(whole: Path, inputs: Path) -> None:
+def test_a_record_has_counts_norms_and_data_ids(whole: Path, inputs: Path) -> None:
     rounds = RunReader(whole).rounds()
     records = [record for record in RunReader(whole).ledger() if record["event"] == "round"]
     for record in records:
@@ -82,7 +82,7 @@ def test_a_record_says_what_went_in_and_what_was_decided(whole: Path, inputs: Pa
     assert set(rounds) == set(TASKS[1:])
 
 
-def test_filters(whole: Path) -> None:
+def test_options_filter_the_records(whole: Path) -> None:
     assert [row[0] for row in rows(shown(whole, "--task", "place"))] == ["4", "5", "6"]
     assert [row[0] for row in rows(shown(whole, "--verdict", "undo"))] == ["2", "5"]
     printed = shown(whole, "--json", "--task", "tense", "--module", "layers.1").splitlines()
@@ -98,7 +98,7 @@ def test_filters(whole: Path) -> None:
     assert float(first[8]) == pytest.approx(math.hypot(*(v["moved"] for v in wanted)), rel=1e-2)
 
 
-def test_explain_names_the_rounds_that_moved_it_and_who_won(whole: Path) -> None:
+def test_explain_names_the_rounds_and_learners_that_changed_a_module(whole: Path) -> None:
     text = shown(whole, "--explain", "layers.0.self_attn.v_proj.lora_B")
     records = [record for record in RunReader(whole).ledger() if record["event"] == "round"]
     by_round = rows(text)
@@ -113,7 +113,7 @@ def test_explain_names_the_rounds_that_moved_it_and_who_won(whole: Path) -> None
     assert [line.split()[0] for line in text.split("by task")[1].splitlines() if "place" in line] == ["place"]
 
 
-def test_a_run_without_rounds_and_one_rolled_back(
+def test_runs_without_rounds_and_rolled_back_runs_are_shown(
     whole: Path, config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     go(config(method="sequential"), tmp_path / "plain")
@@ -315,7 +315,7 @@ def test_a_run_of_an_earlier_format_is_shown_but_not_verified(whole: Path, tmp_p
     assert files(run) == before
 
 
-def test_what_is_asked_for_wrongly(whole: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(whole: Path, tmp_path: Path) -> None:
     assert "--task must be one of review, tense, place; got 'plaice'" in refused(whole, "--task", "plaice")
     assert "no parameter's name contains '[/x]'" in refused(whole, "--module", "[/x]")
     (tmp_path / "empty").mkdir()

@@ -74,7 +74,7 @@ def test_an_encoder_learns_a_sequence(
     assert metrics["accuracy"][2][2] >= metrics["initial"][2] + 25
 
 
-def test_long_questions_lose_their_middle(inputs: Path) -> None:
+def test_long_prompts_lose_their_middle(inputs: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(inputs / "bert")
     text = "good bad " * 60
     matching = LabelMatchingObjective(
@@ -92,12 +92,12 @@ def test_an_answer_outside_the_labels_is_refused(settings: RunConfig, inputs: Pa
         objective.collate([("", Record(tasks[0].name, "7", "text", "blue"))])
 
 
-def test_a_language_model_is_no_encoder(settings: RunConfig, inputs: Path, tmp_path: Path) -> None:
+def test_a_language_model_is_refused_as_an_encoder(settings: RunConfig, inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="architecture 'causal', the config says 'encoder'"):
         go(settings.model_copy(update={"model": str(inputs / "model")}), tmp_path)
 
 
-def test_settings_that_an_encoder_cannot_follow(settings: RunConfig, tmp_path: Path) -> None:
+def test_settings_invalid_for_an_encoder_are_refused(settings: RunConfig, tmp_path: Path) -> None:
     content = settings.model_dump()
     with pytest.raises(ValidationError, match=r"evaluation\.scoring: an encoder cannot generate"):
         RunConfig.model_validate(content | {"evaluation": {"scoring": "generation"}})
@@ -106,7 +106,7 @@ def test_settings_that_an_encoder_cannot_follow(settings: RunConfig, tmp_path: P
         go(long, tmp_path)
 
 
-def test_a_model_that_gives_nan_is_not_taken_at_its_word(settings: RunConfig, inputs: Path) -> None:
+def test_nan_embeddings_are_an_error(settings: RunConfig, inputs: Path) -> None:
     tasks = load_tasks(inputs / "tasks", TASKS)
     model, objective = load_model(settings, tasks)
     with torch.no_grad():

@@ -33,7 +33,9 @@ def memory_of(*tasks: str, instruction: str = "?") -> ReplayMemory:
     cap=st.none() | st.integers(1, 9),
     seed=st.integers(0, 5),
 )
-def test_sample_size_and_labels(outputs: str, percent: int, cap: int | None, seed: int) -> None:
+def test_the_sample_has_the_requested_size_and_balanced_labels(
+    outputs: str, percent: int, cap: int | None, seed: int
+) -> None:
     memory = ReplayMemory()
     memory.add("t", "?", records("t", outputs), fraction=percent / 100, cap=cap, seed=seed)
     n = min(max(1, percent * len(outputs) // 100), cap or 99)
@@ -45,14 +47,14 @@ def test_sample_size_and_labels(outputs: str, percent: int, cap: int | None, see
         assert kept[label] >= min(count, n // len(there))
 
 
-def test_the_share_is_taken_in_decimal() -> None:
+def test_the_fraction_is_exact_in_decimal() -> None:
     memory = ReplayMemory()
     memory.add("t", "?", records("t", "ab" * 50), fraction=0.29, seed=0)
     assert int(0.29 * 100) == 28
     assert len(memory) == 29
 
 
-def test_free_text_does_not_fill_the_memory() -> None:
+def test_free_text_outputs_do_not_exceed_the_memory_size() -> None:
     task = [Record("t", str(i), "", f"answer {i}") for i in range(150)]
     memory = ReplayMemory()
     memory.add("t", "?", task, seed=0)
@@ -70,7 +72,7 @@ def test_sample_depends_on_seed_and_task_only() -> None:
     assert kept("t", 0) != kept("u", 0)
 
 
-def test_contents() -> None:
+def test_the_memory_has_the_added_records() -> None:
     memory = ReplayMemory()
     assert (len(memory), memory.tasks, memory.ids, memory.items) == (0, (), {}, ())
     b, a = records("b", "xy"), records("a", "z")
@@ -94,7 +96,7 @@ def test_contents() -> None:
         ({"cap": 0}, "cap must be at least 1, got 0"),
     ],
 )
-def test_add_refuses(arguments: dict[str, Any], message: str) -> None:
+def test_add_refuses_invalid_arguments(arguments: dict[str, Any], message: str) -> None:
     memory = ReplayMemory()
     memory.add("old", "?", records("old", "a"), seed=0)
     with pytest.raises(ValueError, match=message):
@@ -114,7 +116,9 @@ def test_add_refuses(arguments: dict[str, Any], message: str) -> None:
         unique_by=lambda pair: pair[0],
     )
 )
-def test_round_trip(tmp_path_factory: pytest.TempPathFactory, contents: list[tuple[str, list[str]]]) -> None:
+def test_a_saved_memory_loads_unchanged(
+    tmp_path_factory: pytest.TempPathFactory, contents: list[tuple[str, list[str]]]
+) -> None:
     memory = ReplayMemory()
     for task, texts in contents:
         memory.add(task, texts[0], [Record(task, t, t + "\n", t) for t in texts], fraction=1, seed=0)
@@ -126,7 +130,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, contents: list[tup
     assert os.listdir(path.parent) == ["memory.jsonl"]
 
 
-def test_equality_sees_contents_and_order() -> None:
+def test_equality_compares_contents_and_order() -> None:
     assert memory_of("a", "b") == memory_of("a", "b")
     assert memory_of("a", "b") != memory_of("b", "a")
     assert memory_of("a") != memory_of("a", instruction="!")
@@ -166,13 +170,13 @@ HEAD = {"rkif_memory": 1, "records": 1}
         ([HEAD, LINE, {**LINE, "id": "2"}], r"m\.jsonl:3: 2 records, where the first line announces 1"),
     ],
 )
-def test_load_refuses(tmp_path: Path, lines: list[Any], message: str) -> None:
+def test_load_refuses_damaged_files(tmp_path: Path, lines: list[Any], message: str) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     with pytest.raises(ValueError, match=message):
         ReplayMemory.load(path)
 
 
-def test_load_of_a_missing_file(tmp_path: Path) -> None:
+def test_load_names_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent"):
         ReplayMemory.load(tmp_path / "absent.jsonl")

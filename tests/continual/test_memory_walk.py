@@ -65,7 +65,7 @@ def test_a_batch_is_a_window_of_the_walk(sizes: list[int], size: int, step: int,
     assert filled(sizes).batch(step, size, seed=seed) == expected
 
 
-def test_epochs_and_seeds_are_shuffled_apart() -> None:
+def test_each_epoch_and_seed_has_its_own_order() -> None:
     memory = filled([10, 10])
     seen = walk(memory, 40)
     assert seen[:20] != seen[20:]
@@ -73,7 +73,7 @@ def test_epochs_and_seeds_are_shuffled_apart() -> None:
     assert seen[:20] != [record for _, record in memory.items]
 
 
-def test_a_known_walk_over_equal_tasks_takes_turns() -> None:
+def test_a_walk_over_equal_tasks_alternates() -> None:
     names = [record.task for record in walk(filled([4, 4, 4]), 12)]
     assert names == names[:3] * 4
     assert set(names[:3]) == {"task0", "task1", "task2"}
@@ -112,6 +112,6 @@ def test_no_global_generator_is_touched() -> None:
         ([2], 0, 0, "size must be at least 1, got 0"),
     ],
 )
-def test_batch_refuses(sizes: list[int], step: int, size: int, message: str) -> None:
+def test_batch_refuses_invalid_arguments(sizes: list[int], step: int, size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         filled(sizes).batch(step, size, seed=0)

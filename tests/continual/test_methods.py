@@ -106,14 +106,14 @@ def test_epochs_are_rounded_up_to_steps(config: Callable[..., RunConfig], inputs
         assert method.context.steps == steps == math.ceil(epochs * 40 / 3)
 
 
-def test_every_record_is_seen_once_an_epoch(config: Callable[..., RunConfig], inputs: Path) -> None:
+def test_every_record_is_used_once_per_epoch(config: Callable[..., RunConfig], inputs: Path) -> None:
     method = one_task(config(training={"steps": 9, "batch_size": 10}), inputs)
     epochs = [[r.id for step in range(4 * e, 4 * e + 4) for _, r in method.batch(step)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(r.id for r in method.context.task.train)
     assert epochs[0] != epochs[1]
 
 
-def test_learning_a_task_works(config: Callable[..., RunConfig], inputs: Path, tmp_path: Path) -> None:
+def test_training_reduces_the_loss(config: Callable[..., RunConfig], inputs: Path, tmp_path: Path) -> None:
     """Not how well: that the loss of what is trained on falls to nearly nothing."""
     settings = config(adapter=None, training={"steps": 60, "batch_size": 8, "learning_rate": 3e-3})
     method = one_task(settings, inputs)
@@ -129,7 +129,9 @@ def test_tokenizer_of_the_inputs_knows_the_answers(inputs: Path) -> None:
     )
 
 
-def test_recurrent_kif_is_a_plain_loop_with_a_fuser(config: Callable[..., RunConfig], inputs: Path) -> None:
+def test_recurrent_kif_equals_a_plain_loop_with_a_fuser(
+    config: Callable[..., RunConfig], inputs: Path
+) -> None:
     """Seven steps against the same written out: batches, rates, clipping, optimizers, rounds."""
     settings = config(
         training={"steps": 7, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.1,
@@ -198,7 +200,7 @@ def test_dropout_differs_from_step_to_step(config: Callable[..., RunConfig], inp
     assert len(set(losses)) == 3
 
 
-def test_autocast_changes_what_is_computed(config: Callable[..., RunConfig], inputs: Path) -> None:
+def test_autocast_changes_the_loss(config: Callable[..., RunConfig], inputs: Path) -> None:
     losses = {}
     for precision in ("float32", "bfloat16"):
         method = one_task(config(precision=precision, adapter=None), inputs)

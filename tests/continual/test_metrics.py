@@ -24,7 +24,7 @@ MATRIX = [
 INITIAL = [5.0, 8.0, 30.0]
 
 
-def test_by_hand() -> None:
+def test_metrics_are_those_computed_by_hand() -> None:
     assert overall_performance(MATRIX) == pytest.approx((60 + 76 + 95) / 3)
     assert backward_transfer(MATRIX) == pytest.approx(((60 - 90) + (76 - 80)) / 2)
     assert forward_transfer(MATRIX, INITIAL) == pytest.approx(((20 - 8) + (34 - 30)) / 2)
@@ -57,7 +57,7 @@ runs = st.integers(2, 6).flatmap(
 
 
 @given(runs)
-def test_against_exact_fractions(run: tuple[list[list[float]], list[float]]) -> None:
+def test_metrics_equal_exact_fractions(run: tuple[list[list[float]], list[float]]) -> None:
     rows, initial = run
     a, first, k = [[Fraction(x) for x in row] for row in rows], [Fraction(x) for x in initial], len(rows)
     op, bwt, fwt = Fraction(0), Fraction(0), Fraction(0)
@@ -90,7 +90,9 @@ def test_against_exact_fractions(run: tuple[list[list[float]], list[float]]) -> 
         ([["1"]], TypeError, r"a\[0\]\[0\] must be a number or None, got '1'"),
     ],
 )
-def test_wrong_matrices(metric: Callable[[Any], Any], a: Any, kind: type[Exception], message: str) -> None:
+def test_invalid_matrices_are_refused(
+    metric: Callable[[Any], Any], a: Any, kind: type[Exception], message: str
+) -> None:
     with pytest.raises(kind, match=message):
         metric(a)
 
@@ -106,7 +108,7 @@ def test_missing_entries_are_named() -> None:
         forward_transfer([[1.0, 1.0], [1.0, 1.0]], [1.0, None])
 
 
-def test_wrong_initial() -> None:
+def test_invalid_initial_accuracies_are_refused() -> None:
     with pytest.raises(ValueError, match="initial has 1 entries for 3 tasks"):
         forward_transfer(MATRIX, [1.0])
     with pytest.raises(ValueError, match=r"initial\[0\] must be a percentage in \[0, 100\], got nan"):

@@ -35,7 +35,7 @@ def state_of(method: RecurrentKIF) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("optimizers", ["keep", "reset"])
-def test_the_same_bits_as_observing_apart(
+def test_the_bits_are_those_of_a_separate_observe(
     config: Config, inputs: Path, optimizers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(training=TRAINING, rounds={"optimizers": optimizers})
@@ -55,7 +55,7 @@ def test_the_same_bits_as_observing_apart(
     assert calls == [0]
 
 
-def test_a_gradient_that_is_not_finite_is_observed_and_not_stepped_on(config: Config, inputs: Path) -> None:
+def test_a_nonfinite_gradient_is_observed_and_not_applied(config: Config, inputs: Path) -> None:
     method = one_task(config(training=TRAINING), inputs)
     before = parameters_of(method)
 
@@ -70,7 +70,7 @@ def test_a_gradient_that_is_not_finite_is_observed_and_not_stepped_on(config: Co
     assert method.fuser.state_dict()["nonfinite"] > 0
 
 
-def test_a_method_without_importance_steps_alone(config: Config, inputs: Path) -> None:
+def test_a_method_without_importance_only_steps(config: Config, inputs: Path) -> None:
     plain = one_task(config(method="sequential"), inputs, Sequential)
     ours = one_task(config(method="sequential", training=TRAINING), inputs, Sequential)
     before = parameters_of(ours)

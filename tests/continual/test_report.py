@@ -50,7 +50,7 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def test_the_page_has_everything_in_it(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_the_page_is_complete_and_self_contained(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("def right(predictions, records):\n    return 41.5 + len(records)\n")
     metrics = go(config(metrics=[f"{tmp_path / 'own.py'}:right"]), tmp_path / "run")
     written = CliRunner().invoke(app, ["report", str(tmp_path / "run")])
@@ -85,7 +85,7 @@ def test_methods_without_rounds_and_unfinished_runs_have_a_page(
         assert message in str(failed.exception)
 
 
-def test_names_are_text_whatever_they_look_like(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_names_are_escaped(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     """Neither HTML nor a formula of matplotlib's."""
     name = '<script>alert(1)<,script>&$x$ "q'
     go(config(), tmp_path / "run")
@@ -97,7 +97,9 @@ def test_names_are_text_whatever_they_look_like(config: Callable[..., RunConfig]
     assert page.count("&lt;script&gt;alert(1)&lt;,script&gt;&amp;$x$") >= 4
 
 
-def test_what_a_kill_left_is_no_task(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_the_folder_of_an_unfinished_task_is_ignored(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
     go(config(), tmp_path)
     expected = write_report(tmp_path).read_bytes()
     (tmp_path / "tasks/02-tense.tmp").mkdir()
@@ -119,7 +121,7 @@ def test_what_a_kill_left_is_no_task(config: Callable[..., RunConfig], tmp_path:
         ("tasks/02-tense/rounds.safetensors", "half", "rounds.safetensors is damaged"),
     ],
 )
-def test_damage_is_said_in_one_line(
+def test_a_damaged_run_is_one_clear_line(
     config: Callable[..., RunConfig], tmp_path: Path, file: str, content: str | bytes, message: str
 ) -> None:
     go(config(), tmp_path)
@@ -132,7 +134,7 @@ GATE = {"criteria": [{"metric": "memory_loss", "floor": -1, "tolerance": None}],
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")
-def test_a_browser_shows_the_page(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_a_browser_renders_the_page(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     """Nothing is fetched, nothing fails, nothing is wider than the window, and every picture is drawn."""
     sync_api = pytest.importorskip("playwright.sync_api")
     go(config(gate=GATE), tmp_path / "run")
@@ -169,7 +171,9 @@ def test_a_browser_shows_the_page(config: Callable[..., RunConfig], tmp_path: Pa
     assert len(refused) == 1 + 2  # a heading, and one of three rounds in each of two tasks
 
 
-def test_the_page_answers_for_the_run(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_the_page_shows_the_gate_and_the_ledger_check(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
     go(config(gate=GATE), tmp_path)
     text = html.unescape(write_report(tmp_path).read_text())
     records = list(read_ledger(tmp_path / "ledger.jsonl"))
@@ -188,7 +192,7 @@ def test_the_page_answers_for_the_run(config: Callable[..., RunConfig], tmp_path
     assert "<h2>Gate</h2>" not in broken
 
 
-def test_history_counts_by_hand() -> None:
+def test_history_has_the_hand_computed_counts() -> None:
     inner = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([[5.0]])}
     outer = {"a": torch.tensor([4.0, 3.0, 2.0, 1.0]), "b": torch.tensor([[0.0]])}
     norms = {"inner": 1.0, "outer": 2.0, "update": 3.0}
@@ -204,7 +208,7 @@ def test_history_counts_by_hand() -> None:
     assert tensors["norms"].tolist() == [[1.0, 2.0, 3.0]] * 3
 
 
-def test_history_adds_up_to_the_reports(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_history_sums_to_the_reports(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     metrics = go(config(), tmp_path)
     rounds = RunReader(tmp_path).rounds()
     assert list(rounds) == TASKS[1:]

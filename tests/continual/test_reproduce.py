@@ -35,7 +35,7 @@ def quiet() -> RunProgress:
 
 
 @pytest.mark.parametrize("number", range(1, 7))
-def test_every_round_is_reproduced_and_nothing_written(whole: Path, number: int) -> None:
+def test_every_round_is_reproduced_and_nothing_is_written(whole: Path, number: int) -> None:
     before = files(whole)
     found = reproduce(whole, number, quiet())
     assert found.differences == {}
@@ -44,7 +44,7 @@ def test_every_round_is_reproduced_and_nothing_written(whole: Path, number: int)
     assert files(whole) == before
 
 
-def test_from_an_earlier_state_where_the_last_was_not_kept(whole: Path, tmp_path: Path) -> None:
+def test_a_round_is_reproduced_from_an_earlier_state(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run/snapshots/000004.safetensors").unlink()
     found = reproduce(tmp_path / "run", 5, quiet())
@@ -58,7 +58,7 @@ def test_from_an_earlier_state_where_the_last_was_not_kept(whole: Path, tmp_path
     assert "no round 99: " in str(failed.exception)
 
 
-def test_a_round_that_was_done_again_after_a_rollback(whole: Path, tmp_path: Path, inputs: Path) -> None:
+def test_a_round_repeated_after_a_rollback_is_reproduced(whole: Path, tmp_path: Path, inputs: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     rollback(tmp_path / "run", 4)
     failed = CliRunner().invoke(app, ["reproduce", str(tmp_path / "run"), "--round", "5"])
@@ -68,7 +68,7 @@ def test_a_round_that_was_done_again_after_a_rollback(whole: Path, tmp_path: Pat
     assert "round 4 of task place, from the state after round 3: the same data" in done.output
 
 
-def test_what_differs_is_named(whole: Path, tmp_path: Path) -> None:
+def test_differences_are_named(whole: Path, tmp_path: Path) -> None:
     """A ledger that was rewritten whole holds together, but is not what happened."""
     shutil.copytree(whole, tmp_path / "run")
     path = tmp_path / "run/ledger.jsonl"
@@ -88,7 +88,7 @@ def test_what_differs_is_named(whole: Path, tmp_path: Path) -> None:
     assert "round 2 was not reproduced: counts, parameters differ" in str(failed.exception)
 
 
-def test_other_data_is_refused(config: Callable[..., RunConfig], inputs: Path, tmp_path: Path) -> None:
+def test_changed_data_is_refused(config: Callable[..., RunConfig], inputs: Path, tmp_path: Path) -> None:
     shutil.copytree(inputs / "tasks", tmp_path / "tasks")
     settings = config(tasks=config().tasks.model_dump() | {"folder": str(tmp_path / "tasks")})
     go(settings, tmp_path / "run")

@@ -54,7 +54,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, events: int) -> list[int]:
     return count
 
 
-def test_killed_at_any_event_and_resumed_ends_with_the_same_bytes(
+def test_a_run_killed_at_any_event_resumes_to_the_same_bytes(
     config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     settings = config(tasks=config().tasks.model_dump() | {"order": TASKS[:2]})
@@ -76,7 +76,9 @@ def test_killed_at_any_event_and_resumed_ends_with_the_same_bytes(
         shutil.rmtree(out)
 
 
-def test_killed_while_a_task_is_published_again(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_a_run_killed_while_republishing_a_task_resumes(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
     """The task is in the ledger, but no checkpoint after it; its folder must be whole at any event."""
     settings = config(tasks=config().tasks.model_dump() | {"order": TASKS[:2]}, checkpoint_every=100)
     go(settings, tmp_path / "straight")
@@ -112,7 +114,7 @@ def test_killed_while_a_task_is_published_again(config: Callable[..., RunConfig]
 
 
 @pytest.mark.parametrize("kept", ["metrics.json", "checkpoint.safetensors", "tasks/01-review/task.json"])
-def test_a_run_without_its_ledger_is_not_trained_on(
+def test_resume_refuses_a_run_without_its_ledger(
     config: Callable[..., RunConfig], tmp_path: Path, kept: str
 ) -> None:
     settings = config(tasks=config().tasks.model_dump() | {"order": TASKS[:1]})
@@ -126,7 +128,7 @@ def test_a_run_without_its_ledger_is_not_trained_on(
     assert set(files(run)) == {"config.yaml", kept}
 
 
-def test_other_tasks_are_refused(config: Callable[..., RunConfig], inputs: Path, tmp_path: Path) -> None:
+def test_resume_refuses_other_tasks(config: Callable[..., RunConfig], inputs: Path, tmp_path: Path) -> None:
     data = shutil.copytree(inputs / "tasks", tmp_path / "data")
     path = data / "tasks.json"
     table = json.loads(path.read_text())
@@ -138,7 +140,9 @@ def test_other_tasks_are_refused(config: Callable[..., RunConfig], inputs: Path,
         go(settings, tmp_path / "run", resume=True)
 
 
-def test_killed_again_and_again(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_a_run_killed_many_times_resumes_to_the_same_bytes(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
     """Every resumption dies a little later; none may lose or repeat a step."""
     settings = config(tasks=config().tasks.model_dump() | {"order": TASKS[:2]})
     go(settings, tmp_path / "straight")
@@ -157,7 +161,9 @@ def test_killed_again_and_again(config: Callable[..., RunConfig], tmp_path: Path
     assert_same_files(files(out), files(tmp_path / "straight"))
 
 
-def test_killed_by_the_system(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_a_run_killed_by_sigkill_resumes_to_the_same_bytes(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
     """The real thing: SIGKILL to the command, wherever it happens to be."""
     settings = config(training={"steps": 12, "batch_size": 4, "learning_rate": 1e-2})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
@@ -182,7 +188,7 @@ def test_killed_by_the_system(config: Callable[..., RunConfig], tmp_path: Path) 
     assert_same_files(files(tmp_path / "out"), files(tmp_path / "straight"))
 
 
-def test_old_training_data_need_not_stay(
+def test_training_data_of_finished_tasks_may_be_deleted(
     config: Callable[..., RunConfig], inputs: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
@@ -216,9 +222,7 @@ def test_a_finished_run_is_only_read(config: Callable[..., RunConfig], tmp_path:
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_a_run_without_its_figures_is_not_measured_anew(
-    config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_resume_refuses_a_run_without_its_metrics(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     """What the model knew before training cannot be found out afterwards."""
     go(config(), tmp_path)
     (tmp_path / "metrics.json").unlink()

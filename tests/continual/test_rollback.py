@@ -90,7 +90,7 @@ def test_a_run_resumed_from_any_round_ends_with_the_same_bits(
     assert [r["parameters"] for r in again] == [r["parameters"] for r in first]
 
 
-def test_rolled_back_in_the_middle_of_a_run_and_again(
+def test_an_unfinished_run_can_be_rolled_back_twice(
     config: Config, whole: tuple[RunConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rkif.continual.methods import RecurrentKIF
@@ -134,7 +134,7 @@ def kill_at(patch: pytest.MonkeyPatch, event: int) -> None:
         patch.setattr(module, name, dying)
 
 
-def test_killed_at_any_event_and_completed(whole: tuple[RunConfig, Path], tmp_path: Path) -> None:
+def test_a_rollback_killed_at_any_event_is_completed(whole: tuple[RunConfig, Path], tmp_path: Path) -> None:
     """The next resumption completes what was begun."""
     config, original = whole
     for event in range(100):
@@ -159,7 +159,9 @@ def test_killed_at_any_event_and_completed(whole: tuple[RunConfig, Path], tmp_pa
     assert 5 < event < 99
 
 
-def test_what_cannot_be_returned_to(whole: tuple[RunConfig, Path], tmp_path: Path, config: Config) -> None:
+def test_rounds_without_a_valid_state_are_refused(
+    whole: tuple[RunConfig, Path], tmp_path: Path, config: Config
+) -> None:
     _, original = whole
     run = tmp_path / "run"
     shutil.copytree(original, run)
@@ -183,7 +185,7 @@ def test_what_cannot_be_returned_to(whole: tuple[RunConfig, Path], tmp_path: Pat
         rollback(run, 2)
 
 
-def test_one_process_at_a_time(whole: tuple[RunConfig, Path], tmp_path: Path) -> None:
+def test_a_run_in_use_by_another_process_is_refused(whole: tuple[RunConfig, Path], tmp_path: Path) -> None:
     settings, finished = whole
     run = shutil.copytree(finished, tmp_path / "run")
     before = files(run)
@@ -196,7 +198,7 @@ def test_one_process_at_a_time(whole: tuple[RunConfig, Path], tmp_path: Path) ->
     assert rollback(run, 1)["to"] == 1
 
 
-def test_the_command(whole: tuple[RunConfig, Path], tmp_path: Path) -> None:
+def test_the_command_rolls_back_and_reports(whole: tuple[RunConfig, Path], tmp_path: Path) -> None:
     _, original = whole
     shutil.copytree(original, tmp_path / "run")
     done = CliRunner().invoke(app, ["rollback", str(tmp_path / "run"), "--to", "4"])
@@ -209,7 +211,7 @@ def state(size: int) -> RunState:
     return RunState(1, 2, 3, 4, {"w": values, "v": -values}, {"base.w": values, "m": values + 1})
 
 
-def test_states_are_as_they_were_and_equal_tensors_are_stored_once(tmp_path: Path) -> None:
+def test_states_are_read_as_written_and_equal_tensors_are_stored_once(tmp_path: Path) -> None:
     snapshots = RoundStates(tmp_path, 10**6)
     snapshots.write(5, state(1000))
     found = snapshots.read(5)
@@ -222,7 +224,7 @@ def test_states_are_as_they_were_and_equal_tensors_are_stored_once(tmp_path: Pat
     assert found.method["base.w"].any()  # no memory is shared
 
 
-def test_the_budget_is_kept(tmp_path: Path) -> None:
+def test_states_stay_within_the_budget(tmp_path: Path) -> None:
     snapshots = RoundStates(tmp_path, 60_000)
     for number in range(1, 41):
         snapshots.write(number, state(1000))
@@ -238,7 +240,7 @@ def test_the_budget_is_kept(tmp_path: Path) -> None:
 
 
 @given(st.sets(st.integers(0, 10**6), min_size=2))
-def test_the_newest_is_never_given_up(numbers: set[int]) -> None:
+def test_the_newest_state_is_never_deleted(numbers: set[int]) -> None:
     ordered = sorted(numbers)
     assert next_to_drop(ordered) in ordered[:-1]
     assert next_to_drop(ordered[:1]) == ordered[0]

@@ -24,9 +24,7 @@ from rkif.continual.tasks.replay_memory import ReplayMemory
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_leaves_a_whole_run(
-    config: Callable[..., RunConfig], tmp_path: Path, method: str
-) -> None:
+def test_every_method_completes_a_run(config: Callable[..., RunConfig], tmp_path: Path, method: str) -> None:
     metrics = go(config(method=method), tmp_path)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     accuracy = metrics["accuracy"]
@@ -63,7 +61,7 @@ def test_replay_and_recurrent_kif_see_the_same_number_of_samples(
     assert seen == dict.fromkeys(METHODS, 72 + 32) | alone | {"ewc": 72 + 2 * 64}
 
 
-def test_adapters_reload_to_the_same_logits_and_are_what_the_next_task_starts_from(
+def test_adapters_reload_to_the_same_logits_and_start_the_next_task(
     config: Callable[..., RunConfig], inputs: Path, tmp_path: Path
 ) -> None:
     """The released code saves empty adapters, silently: each task then starts from none."""
@@ -110,7 +108,9 @@ def test_all_parameters_of_a_model_can_be_trained(config: Callable[..., RunConfi
 
 
 @pytest.mark.parametrize("scoring", ["likelihood", "generation"])
-def test_seq2seq_models(config: Callable[..., RunConfig], inputs: Path, tmp_path: Path, scoring: str) -> None:
+def test_seq2seq_models_can_be_trained(
+    config: Callable[..., RunConfig], inputs: Path, tmp_path: Path, scoring: str
+) -> None:
     settings = config(
         model=str(inputs / "t5"),
         architecture="seq2seq",
@@ -126,7 +126,7 @@ def test_seq2seq_models(config: Callable[..., RunConfig], inputs: Path, tmp_path
     assert all(torch.equal(p, last[n]) for n, p in reloaded.named_parameters() if n in last)
 
 
-def test_limits_of_tasks_and_memory_are_kept(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_limits_of_tasks_and_memory_are_applied(config: Callable[..., RunConfig], tmp_path: Path) -> None:
     tasks = config().tasks.model_dump() | {"train_limit": 20, "dev_limit": 6}
     metrics = go(config(tasks=tasks, memory={"fraction": 0.5, "cap": 3}), tmp_path)
     assert metrics["records"] == [6, 6, 6]

@@ -117,7 +117,7 @@ def test_half_precision_models_are_summed_in_fp32(kind: str) -> None:
 
 
 @both
-def test_modes_gradients_and_generators_are_left_alone(kind: str) -> None:
+def test_modes_gradients_and_generators_are_unchanged(kind: str) -> None:
     model, collator = setup(kind)
     expected = predict_by_likelihood(model, collator, items(), LABELS, batch_size=4)
     written = predict_by_generation(model, collator, items(), batch_size=4, max_new_tokens=3)
@@ -137,7 +137,7 @@ def test_modes_gradients_and_generators_are_left_alone(kind: str) -> None:
     assert set(with_gradients) == {False}
 
 
-def test_modes_come_back_after_an_error() -> None:
+def test_modes_are_restored_after_an_error() -> None:
     model, collator = setup("llama", max_length=20)
     model.train()
     with pytest.raises(ValueError, match="max_length must hold"):
@@ -146,7 +146,7 @@ def test_modes_come_back_after_an_error() -> None:
 
 
 @both
-def test_training_goes_on_after_scoring(kind: str) -> None:
+def test_training_continues_after_scoring(kind: str) -> None:
     model, collator = setup(kind)
     filled_on_first_use: list[torch.Tensor] = []
 
@@ -161,14 +161,14 @@ def test_training_goes_on_after_scoring(kind: str) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_no_items_no_answers() -> None:
+def test_no_items_give_no_answers() -> None:
     model, collator = setup("llama")
     assert predict_by_likelihood(model, collator, [], LABELS, batch_size=1) == []
     assert label_scores(model, collator, [], LABELS, batch_size=1).shape == (0, 4)
     assert predict_by_generation(model, collator, [], batch_size=1, max_new_tokens=1) == []
 
 
-def test_wrong_arguments() -> None:
+def test_invalid_arguments_are_refused() -> None:
     model, collator = setup("llama")
     with pytest.raises(ValueError, match="labels are empty: for free text use predict_by_generation"):
         predict_by_likelihood(model, collator, items(), [], batch_size=4)
@@ -183,7 +183,7 @@ def test_wrong_arguments() -> None:
 
 
 @both
-def test_a_model_that_gives_nan_is_named(kind: str) -> None:
+def test_nan_logits_are_an_error(kind: str) -> None:
     model, collator = setup(kind)
     model.lm_head.weight.data[:] = float("nan")
     with pytest.raises(ValueError, match="model gives NaN for record '0' of task 't'"):

@@ -15,7 +15,7 @@ def test_seed_is_the_first_63_bits_of_the_parts_digest() -> None:
     )  # by sha256sum of [0, "memory", "agnews"]
 
 
-def test_seeds_differ_where_the_parts_do() -> None:
+def test_different_parts_give_different_seeds() -> None:
     parts: list[tuple[str | int, ...]] = [(1,), ("1",), ("a", "b"), ("ab",), ("a", "b", ""), ("b", "a"), ()]
     assert len({derive_seed(*p) for p in parts}) == len(parts)
 

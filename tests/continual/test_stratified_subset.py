@@ -14,7 +14,7 @@ def records(outputs: str) -> list[Record]:
     return [Record("t", str(i), "", output) for i, output in enumerate(outputs)]
 
 
-def test_a_rare_label_gives_all_it_has() -> None:
+def test_all_records_of_a_rare_label_are_chosen() -> None:
     chosen = Counter(r.output for r in stratified_subset(records("a" * 50 + "b" * 2 + "c" * 50), 12, seed=0))
     assert chosen == {"a": 5, "b": 2, "c": 5}
 

@@ -40,7 +40,7 @@ def write(folder: Path, *, table: Any = TABLE, train: Any = TRAIN, dev: Any = DE
     return folder
 
 
-def test_tasks_come_in_the_order_asked_for(tmp_path: Path) -> None:
+def test_tasks_have_the_requested_order(tmp_path: Path) -> None:
     folder = write(tmp_path)
     news = Task(
         "news",
@@ -70,7 +70,7 @@ def test_compressed_files_and_blank_lines_read_the_same(tmp_path: Path) -> None:
     assert load_tasks(tmp_path, "both") == expected
 
 
-def test_records_of_other_tasks_are_not_judged(tmp_path: Path) -> None:
+def test_records_of_other_tasks_are_not_validated(tmp_path: Path) -> None:
     folder = write(tmp_path, train=[*TRAIN, {"task": "free", "id": 3}, {"task": "free"}])
     assert [task.name for task in load_tasks(folder, ["news"])] == ["news"]
 
@@ -136,7 +136,7 @@ ROW = {"task": "news", "id": "n9", "input": "z", "output": "world"}
         ),
     ],
 )
-def test_wrong_files_are_named_with_line(tmp_path: Path, files: dict[str, Any], message: str) -> None:
+def test_invalid_files_are_named_with_line(tmp_path: Path, files: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         load_tasks(write(tmp_path, **files), "both")
     assert "\n" not in str(caught.value)
@@ -152,12 +152,12 @@ def test_wrong_files_are_named_with_line(tmp_path: Path, files: dict[str, Any], 
         ({"order": "both", "dev_limit": -1}, "dev_limit must be at least 1, got -1"),
     ],
 )
-def test_wrong_arguments(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_tasks(write(tmp_path), **arguments)
 
 
-def test_missing_and_doubled_files(tmp_path: Path) -> None:
+def test_missing_and_duplicate_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such folder: .*absent"):
         load_tasks(tmp_path / "absent", "both")
     with pytest.raises(FileNotFoundError, match=r"tasks\.json"):
@@ -175,7 +175,7 @@ def test_missing_and_doubled_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [lambda raw: raw[:-9], lambda raw: b"plain text", lambda raw: raw[:10] + b"\xff" + raw[11:]]
 )
-def test_damaged_compressed_file(tmp_path: Path, damage: Any) -> None:
+def test_a_damaged_compressed_file_is_named(tmp_path: Path, damage: Any) -> None:
     raw = (write(tmp_path) / "dev.jsonl").read_bytes()
     (tmp_path / "dev.jsonl").unlink()
     (tmp_path / "dev.jsonl.gz").write_bytes(damage(gzip.compress(raw)))
@@ -183,7 +183,7 @@ def test_damaged_compressed_file(tmp_path: Path, damage: Any) -> None:
         load_tasks(tmp_path, "both")
 
 
-def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     with (write(tmp_path) / "train.jsonl").open("ab") as file:
         file.write(b'{"task": "\xff"}\n')
     with pytest.raises(ValueError, match=r"train\.jsonl:4: not valid JSON"):
@@ -196,7 +196,7 @@ def numbered(outputs: str, split: str = "") -> list[dict[str, str]]:
     ]
 
 
-def test_limits_depend_on_seed_task_and_split_alone(tmp_path: Path) -> None:
+def test_limits_depend_only_on_seed_task_and_split(tmp_path: Path) -> None:
     train, dev = numbered("ab" * 20, "train"), numbered("ab" * 20, "dev")
     other = [{**row, "task": "other"} for row in train]
     tasks = {name: {"instruction": ""} for name in ("news", "other")}
@@ -217,14 +217,14 @@ def test_limits_depend_on_seed_task_and_split_alone(tmp_path: Path) -> None:
     assert [r.id for r in chosen_other] != few_train
 
 
-def test_a_limit_hides_no_leak(tmp_path: Path) -> None:
+def test_a_leak_is_found_before_limits_apply(tmp_path: Path) -> None:
     train = numbered("ab" * 20)
     write(tmp_path, train=train, dev=train[:1], table={"tasks": {"news": {"instruction": ""}}})
     with pytest.raises(ValueError, match="same input as training record '0'"):
         load_tasks(tmp_path, ["news"], train_limit=1)
 
 
-def test_the_public_benchmark() -> None:
+def test_the_public_benchmark_can_be_read() -> None:
     folder = os.environ.get("RKIF_CL15")
     if folder is None or not Path(folder).is_dir():
         pytest.skip("RKIF_CL15 does not name a folder with the 15 benchmark tasks")

@@ -31,7 +31,7 @@ def as_lists(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {name: tensor.tolist() for name, tensor in batch.items()}
 
 
-def test_causal_batch() -> None:
+def test_a_causal_batch_has_prompt_and_target() -> None:
     assert as_lists(collator().training_batch(ITEMS)) == {
         "input_ids": [[4, 8, 9, 5, 6, EOS], [4, 10, 5, 7, 7, EOS]],
         "attention_mask": [[1] * 6, [1] * 6],
@@ -49,7 +49,7 @@ def test_padding_is_masked_by_length_even_where_it_is_eos(own_pad: bool, filler:
     }
 
 
-def test_seq2seq_batch() -> None:
+def test_a_seq2seq_batch_has_prompts_and_targets() -> None:
     assert as_lists(collator(seq2seq=True, eos_after=True).training_batch(ITEMS)) == {
         "input_ids": [[4, 8, 9, 5, EOS], [4, 10, 5, EOS, 0]],
         "attention_mask": [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]],
@@ -68,7 +68,9 @@ def test_seq2seq_batch() -> None:
         (True, True, True, [BOS, 4, 5, EOS]),
     ],
 )
-def test_special_tokens(seq2seq: bool, bos: bool, eos_after: bool, expected: list[int]) -> None:
+def test_special_tokens_are_added_as_the_tokenizer_does(
+    seq2seq: bool, bos: bool, eos_after: bool, expected: list[int]
+) -> None:
     made = collator(seq2seq=seq2seq, bos=bos, eos_after=eos_after)
     assert made.prompt("Ask:", " Answer:") == expected
     assert made.target("yes") == [6, EOS]
@@ -83,7 +85,7 @@ def test_a_bos_that_is_also_eos_is_kept_in_front() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_prompt_batch(side: Any) -> None:
+def test_a_prompt_batch_has_the_prompts_alone(side: Any) -> None:
     filled = {"left": [[4, 8, 9, 5], [0, 4, 10, 5]], "right": [[4, 8, 9, 5], [4, 10, 5, 0]]}
     mask = {"left": [[1, 1, 1, 1], [0, 1, 1, 1]], "right": [[1, 1, 1, 1], [1, 1, 1, 0]]}
     batch = as_lists(collator().prompt_batch(ITEMS, side=side))
@@ -117,7 +119,7 @@ def test_max_length_counts_the_prompt_alone_of_a_seq2seq_model() -> None:
     assert made.prompt_batch([LONG], side="right", reserve=9)["input_ids"].tolist() == expected
 
 
-def test_max_length_too_small() -> None:
+def test_a_max_length_that_is_too_small_is_refused() -> None:
     assert collator(max_length=20).training_batch([LONG])["input_ids"].shape == (1, 20)
     with pytest.raises(ValueError, match="at least 17 tokens of the prompt beside 3 of the target, got 19"):
         collator(max_length=19).training_batch([LONG])
@@ -155,7 +157,7 @@ def test_templates_are_filled() -> None:
         ({"prompt": "{input} {"}, r"prompt template '\{input\} \{' is malformed"),
     ],
 )
-def test_wrong_templates(templates: dict[str, str], message: str) -> None:
+def test_invalid_templates_are_refused(templates: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TextFormat(**templates)
 
@@ -177,6 +179,6 @@ def test_empty_batches_and_prompts_are_refused() -> None:
     assert collator(bos=True).prompt("", " ") == [BOS]
 
 
-def test_pad() -> None:
+def test_pad_fills_to_the_longest() -> None:
     assert pad([[1], [], [2, 3]], -7, "left").tolist() == [[-7, 1], [-7, -7], [2, 3]]
     assert pad([[1], [], [2, 3]], -7, "right").tolist() == [[1, -7], [-7, -7], [2, 3]]

@@ -77,7 +77,7 @@ def test_trials_are_runs_of_the_config_with_the_searched_settings(
         assert chosen.training == settings.training
 
 
-def test_an_interrupted_trial_is_tried_again(
+def test_an_interrupted_trial_is_repeated(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = short(config)
@@ -105,7 +105,7 @@ def test_an_interrupted_trial_is_tried_again(
     assert done[1].params == interrupted.params
 
 
-def test_a_trial_that_fails_counts_and_settings_are_not_run_twice(
+def test_a_failed_trial_counts_and_settings_are_not_run_twice(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, runs = short(config), [0]
@@ -137,13 +137,13 @@ def test_a_trial_that_fails_counts_and_settings_are_not_run_twice(
         tune(settings, tmp_path / "hopeless", trials=2, resume=False, console=Console(quiet=True))
 
 
-def test_a_damaged_study_is_said_to_be(config: Config, tmp_path: Path) -> None:
+def test_a_damaged_study_is_reported(config: Config, tmp_path: Path) -> None:
     (tmp_path / "study.db").write_text("not a database, but long enough to be taken for one" * 20)
     with pytest.raises(ValueError, match=r"study\.db is damaged"):
         tune(short(config), tmp_path, trials=1, resume=True, console=Console(quiet=True))
 
 
-def test_tune_refuses_what_it_cannot_search(config: Config, tmp_path: Path) -> None:
+def test_tune_refuses_configs_that_it_cannot_search(config: Config, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the config has replay"):
         tune(config(method="replay"), tmp_path / "a", trials=1, resume=False, console=Console())
     (tmp_path / "b").mkdir()

@@ -77,7 +77,7 @@ def test_the_bytes_are_those_of_one_process(triple: Triple, ranks: int, settings
     assert summaries[0]["read"] == summaries[1]["read"]
 
 
-def test_folders_of_several_files(triple: Triple) -> None:
+def test_sharded_folders_are_fused_by_several_processes(triple: Triple) -> None:
     for name in ("base", "inner", "outer"):
         split_folder(triple.folder / name, getattr(triple, name), files=3)
     folders = [triple.folder / name for name in ("base", "inner", "outer")]
@@ -92,7 +92,7 @@ def test_folders_of_several_files(triple: Triple) -> None:
     ("first", "dies", "then"),
     [(2, [1, 1], 2), (2, [1, 4], 1), (3, [0, 5], 2), (1, [0, 9], 3)],
 )
-def test_killed_and_resumed_by_as_many_or_others(
+def test_a_killed_fusion_resumes_with_any_number_of_processes(
     triple: Triple, first: int, dies: list[int], then: int
 ) -> None:
     expected = triple.folder / "expected"
@@ -108,7 +108,7 @@ def test_killed_and_resumed_by_as_many_or_others(
     assert not (triple.folder / "out.partial").exists()
 
 
-def test_a_full_disk_of_one_is_everybodys(triple: Triple) -> None:
+def test_a_full_disk_on_one_process_fails_all(triple: Triple) -> None:
     out = triple.folder / "out"
     done = start(2, [*inputs(triple), "--out", out], fails=True, full=[1, 3])
     assert done.returncode != 0
@@ -117,7 +117,7 @@ def test_a_full_disk_of_one_is_everybodys(triple: Triple) -> None:
     assert (triple.folder / "out.partial").exists()
 
 
-def test_a_nan_in_the_share_of_one_stops_all(triple: Triple) -> None:
+def test_a_nan_on_one_process_stops_all(triple: Triple) -> None:
     """Whose share it is makes no difference: nothing is left behind, and the next try begins anew."""
     triple.inner["layer.1.weight"][3, 4] = math.nan
     triple.save("inner")
@@ -127,7 +127,7 @@ def test_a_nan_in_the_share_of_one_stops_all(triple: Triple) -> None:
     assert not [path for path in triple.folder.iterdir() if path.stem == "out"]
 
 
-def test_what_is_wrong_beforehand_is_said_once(triple: Triple) -> None:
+def test_a_preflight_problem_is_printed_once(triple: Triple) -> None:
     save_file({"other": torch.zeros(3)}, triple.path("inner"))
     done = start(2, [*inputs(triple), "--out", triple.folder / "out"], fails=True)
     assert done.returncode != 0
@@ -135,7 +135,7 @@ def test_what_is_wrong_beforehand_is_said_once(triple: Triple) -> None:
     assert not [path for path in triple.folder.iterdir() if path.stem == "out"]
 
 
-def test_a_dry_run_is_shown_once(triple: Triple) -> None:
+def test_a_dry_run_is_printed_once(triple: Triple) -> None:
     done = start(2, [*inputs(triple), "--out", triple.folder / "out", "--dry-run"])
     assert done.returncode == 0
     assert done.stdout.count("Pre-flight") == 1
@@ -144,7 +144,7 @@ def test_a_dry_run_is_shown_once(triple: Triple) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 40])
 @pytest.mark.parametrize("sizes", [[1], [4, 4, 4, 4], [100, 1, 1], [1, 1, 100], [1, 50, 1, 50], []])
-def test_shares_are_whole_tensors_and_all_of_them(sizes: list[int], ranks: int) -> None:
+def test_shares_are_whole_tensors_and_cover_all(sizes: list[int], ranks: int) -> None:
     tensors = [OutputTensor(str(n), _entry(n, size), ()) for n, size in enumerate(sizes)]
     chunks = [
         (Piece(number, start, min(start + 10, size)),)

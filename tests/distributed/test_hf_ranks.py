@@ -31,13 +31,13 @@ def test_processes_share_the_batches_of_one(ends: Path, one: str, other: str) ->
 
 
 @pytest.mark.parametrize("scenario", ["resumes", "keeps_shards"])
-def test_a_checkpoint_holds_all(tmp_path: Path, scenario: str) -> None:
+def test_a_checkpoint_holds_the_whole_state(tmp_path: Path, scenario: str) -> None:
     done = start_program(hf_ranks_program.__file__, 2, scenario, tmp_path / "it")
     assert done.returncode == 0, done.stderr[-4000:]
     assert list((tmp_path / "it").glob("*.safetensors"))
 
 
-def test_a_rank_that_fails_in_an_outer_step_tells_the_others(tmp_path: Path) -> None:
+def test_a_failure_in_an_outer_step_fails_all_ranks(tmp_path: Path) -> None:
     done = start_program(hf_ranks_program.__file__, 2, "fails", tmp_path, fails=True)
     assert done.returncode != 0
     assert "RankFailedError: rank 1 failed: OSError: the disk with the memory is gone" in done.stderr

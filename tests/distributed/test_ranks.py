@@ -69,7 +69,7 @@ def test_masks_and_bits_are_those_of_one_process(
         assert report == wanted
 
 
-def test_the_scenarios_select_and_move(results: dict[int, Path]) -> None:
+def test_the_compared_runs_contain_every_case(results: dict[int, Path]) -> None:
     """What the comparisons above compare: every case occurs, and shards of nothing do."""
     for name in ("paper", "release", "tensor", "packed"):
         reports = json.loads((results[1] / f"alone-{name}-8.json").read_text())
@@ -82,7 +82,7 @@ def test_the_scenarios_select_and_move(results: dict[int, Path]) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_steps_on_batches_of_ones_own_leave_all_ranks_with_the_same_model(tmp_path: Path, ranks: int) -> None:
+def test_ranks_with_their_own_batches_end_with_the_same_model(tmp_path: Path, ranks: int) -> None:
     """Outer steps synchronise gradients as inner ones do."""
     run(ranks, "training", tmp_path)
     for kind in ("ddp", "fsdp"):
@@ -122,7 +122,7 @@ def test_a_state_is_resumed_on_any_number_of_ranks(tmp_path: Path) -> None:
                 )
 
 
-def test_a_rank_that_drops_out_of_the_outer_phase_tells_the_others(tmp_path: Path) -> None:
+def test_a_failure_in_the_outer_phase_fails_all_ranks(tmp_path: Path) -> None:
     done = start(3, "drops_out", tmp_path, fails=True)
     assert done.returncode != 0
     assert "OSError: the disk with the memory is gone" in done.stderr
@@ -137,7 +137,7 @@ def test_a_nan_in_one_shard_stops_all_ranks_with_their_state_intact(tmp_path: Pa
         assert f"[rank{rank}]: RuntimeError: 1 elements had a non-finite importance" in done.stderr
 
 
-def test_a_fusion_that_one_rank_refuses_is_given_up_by_all_who_then_go_on(tmp_path: Path) -> None:
+def test_all_ranks_abandon_a_fusion_that_one_refuses_and_continue(tmp_path: Path) -> None:
     done = start(3, "fails_in_fuse", tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     cause = "RuntimeError: observe() was never called for the outer learner in this round"
@@ -154,7 +154,7 @@ def test_ranks_with_other_settings_are_refused(tmp_path: Path, scenario: str) ->
     assert done.stderr.count(refusal) >= 2
 
 
-def test_a_nan_in_one_replica_is_refused_by_all_who_then_go_on(tmp_path: Path) -> None:
+def test_all_ranks_refuse_a_nan_in_one_replica_and_continue(tmp_path: Path) -> None:
     done = start(2, "replica_gets_nan", tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in (0, 1):
@@ -162,7 +162,7 @@ def test_a_nan_in_one_replica_is_refused_by_all_who_then_go_on(tmp_path: Path) -
         assert done.stdout.count(f"rank {rank} goes on") == 2
 
 
-def test_a_fusion_that_one_rank_cannot_compute_is_given_up_by_all_who_then_go_on(tmp_path: Path) -> None:
+def test_all_ranks_abandon_a_fusion_that_one_cannot_compute_and_continue(tmp_path: Path) -> None:
     done = start(2, "no_memory_to_fuse", tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "rank 0 was told: rank 1 failed: OutOfMemoryError: no memory to fuse" in done.stdout
@@ -170,7 +170,7 @@ def test_a_fusion_that_one_rank_cannot_compute_is_given_up_by_all_who_then_go_on
     assert done.stdout.count("goes on in round 2") == 2
 
 
-def test_what_is_computed_between_is_of_the_parameters_as_they_are(tmp_path: Path) -> None:
+def test_evaluations_use_the_current_parameters(tmp_path: Path) -> None:
     """The gate's evaluations and others under FSDP2, after a rollback and fusions kept, damped and undone."""
     run(1, "evaluates", tmp_path)
     run(2, "evaluates", tmp_path)
@@ -183,11 +183,11 @@ def test_what_is_computed_between_is_of_the_parameters_as_they_are(tmp_path: Pat
         assert {0.0, 1.0} <= set(one.tolist()), one  # a fusion was undone, and one was kept
 
 
-def test_a_state_goes_from_one_mesh_to_another(tmp_path: Path) -> None:
+def test_a_state_can_be_loaded_on_another_mesh(tmp_path: Path) -> None:
     run(4, "other_mesh", tmp_path)
 
 
-def test_deepspeed_and_the_first_fsdp_are_refused_with_the_reason() -> None:
+def test_deepspeed_and_fsdp1_are_refused_with_the_reason() -> None:
     model = nn.Linear(2, 2)
     model.weight.ds_id = 0  # as ZeRO's third stage marks parameters
     with pytest.raises(TypeError, match=r"'weight' is DeepSpeed's.*\.grad is not the gradient.*FSDP2"):
@@ -202,7 +202,7 @@ def test_deepspeed_and_the_first_fsdp_are_refused_with_the_reason() -> None:
         rkif.Fuser(nn.Sequential(FullyShardedDataParallel()))
 
 
-def test_a_wrapped_model_has_the_names_of_the_model_itself() -> None:
+def test_a_wrapped_model_has_the_parameter_names_of_the_model() -> None:
     model = ranks_program.make_model()
     compiled = torch.compile(model)
     parallel = nn.DataParallel(model)

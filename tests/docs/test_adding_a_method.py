@@ -73,7 +73,7 @@ def test_the_merge_of_the_page_takes_the_larger_change() -> None:
     assert merge(None, "w", inner, outer).tolist() == [-2.0, -3.0, 2.0, 0.0]
 
 
-def test_the_page_names_what_there_is() -> None:
+def test_the_page_lists_every_hook_and_attribute() -> None:
     """Every hook and class attribute of the page is one of the base class, and the other way round."""
     from rkif.continual.methods.sequential import Sequential
 

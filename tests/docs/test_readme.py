@@ -49,7 +49,7 @@ def test_the_config_is_valid() -> None:
     RunConfig.model_validate(yaml.safe_load(code))
 
 
-def test_the_gate_is_as_documented() -> None:
+def test_the_documented_gate_is_valid() -> None:
     text = (README.parent / "docs" / "guide" / "ledger.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names: dict[str, Any] = {}
@@ -68,7 +68,7 @@ def test_both_commands_are_single_lines_that_install_first() -> None:
     assert tests == "pip install -e '.[dev]' && pytest -n logical --dist loadgroup\n"
 
 
-def test_checkpoints_are_fused_as_it_says(
+def test_the_fuse_commands_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     triple = Triple(tmp_path)
@@ -95,14 +95,14 @@ def test_figures_are_those_of_the_committed_results() -> None:
         assert row["op"] == pytest.approx(sum(final) / size, abs=1e-3)
 
 
-def test_it_is_short_and_its_links_lead_somewhere() -> None:
+def test_the_readme_is_short_and_its_links_exist() -> None:
     written = re.sub(r"<!-- results: .*?<!-- end -->", "", TEXT, flags=re.DOTALL)
     assert len(written.splitlines()) < 150
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", TEXT):
         assert (Path(README).parent / target).exists(), target
 
 
-def test_the_documented_settings_are_all_there_are_with_their_defaults() -> None:
+def test_the_config_page_lists_all_settings_with_their_defaults() -> None:
     text = (README.parent / "docs" / "reference" / "config.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     documented = yaml.safe_load(code)

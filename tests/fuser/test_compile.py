@@ -58,7 +58,7 @@ def test_compiled_steps_give_the_same_bits(how: str) -> None:
     assert counter.frame_count >= 1
 
 
-def test_fusions_do_not_make_the_compiler_begin_anew() -> None:
+def test_fusions_cause_no_recompilation() -> None:
     """Parameters are written in place: one graph serves all rounds."""
     counter = CompileCounterWithBackend("aot_eager")
     rounds("forward", counter)
@@ -100,7 +100,7 @@ def test_an_update_of_importance_is_one_operation_of_a_graph(backend: str, uncer
         torch.testing.assert_close(compiled, plain, rtol=0, atol=0, equal_nan=True)
 
 
-def test_the_operation_is_what_pytorch_expects_of_one() -> None:
+def test_the_operation_passes_opcheck() -> None:
     tensors = [torch.randn(5), torch.randn(5)]
     state = [[torch.zeros(5), torch.zeros(5)], [torch.zeros(5), torch.zeros(5)]]
     count = torch.zeros(1, dtype=torch.int64)

@@ -11,7 +11,7 @@ from fuser_loop import make_model
 from rkif import Fuser, FusionConfig
 
 
-def test_the_config_must_be_one() -> None:
+def test_a_config_of_another_type_is_refused() -> None:
     with pytest.raises(TypeError, match="config must be a FusionConfig; got dict"):
         Fuser(make_model(), {"density": 0.2})
 
@@ -36,12 +36,12 @@ def test_the_config_must_be_one() -> None:
         ({"state_dtype": "float8"}, ValueError, "state_dtype must be one of"),
     ],
 )
-def test_config_refuses(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         FusionConfig(**settings)
 
 
-def test_presets() -> None:
+def test_presets_have_the_documented_settings() -> None:
     paper, release = FusionConfig.paper(), FusionConfig.release()
     assert (paper.importance, paper.beta1, paper.rule) == ("sensitivity", 0.55, "paper")
     assert (release.importance, release.beta1, release.beta2) == ("sensitivity_uncertainty", 0.85, 0.85)

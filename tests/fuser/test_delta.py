@@ -71,7 +71,7 @@ def dense(
         {"density": 1, "rule": "release"},
     ],
 )
-def test_as_the_dense_fusion(settings: dict[str, Any], dtype: torch.dtype) -> None:
+def test_the_result_is_that_of_a_dense_fusion(settings: dict[str, Any], dtype: torch.dtype) -> None:
     head = {f"head{seed}": torch.randn(7, generator=torch.Generator().manual_seed(seed)) for seed in range(3)}
     sets = [adapter(seed, dtype=dtype, head=head[f"head{seed}"]) for seed in range(3)]
     expected, report = dense(sets, 0.5, **settings)
@@ -96,7 +96,7 @@ def test_as_the_dense_fusion(settings: dict[str, Any], dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("rule", ["paper", rkif.MergeWeights((1, 0), (1, 0), (1, 0), (1, 0))])
-def test_what_has_the_rank_is_kept_whole(rule: Any) -> None:
+def test_an_update_within_the_rank_is_not_truncated(rule: Any) -> None:
     """Density 1 is the outer learner's end by the paper's rule; the second rule takes the inner one's."""
     sets = [adapter(seed) for seed in range(3)]
     found = rkif.fuse_delta(*sets, scaling=2.0, density=1, rule=rule)
@@ -110,7 +110,9 @@ def test_what_has_the_rank_is_kept_whole(rule: Any) -> None:
 
 
 @given(st.integers(1, 4), st.floats(0.05, 0.95), st.sampled_from(sorted(RULES)), st.booleans())
-def test_any_rank_and_density(rank: int, density: float, rule: str, ties: bool) -> None:
+def test_the_truncation_is_optimal_for_any_rank_and_density(
+    rank: int, density: float, rule: str, ties: bool
+) -> None:
     sets = [adapter(seed, rank) for seed in range(3)]
     if ties:
         sets = [{name: t.round() for name, t in tensors.items()} for tensors in sets]
@@ -122,7 +124,7 @@ def test_any_rank_and_density(rank: int, density: float, rule: str, ties: bool) 
         assert (tensor - expected[module]).norm() <= 1.05 * least + 1e-3
 
 
-def test_an_update_of_nothing_is_nothing() -> None:
+def test_a_zero_update_gives_zero_factors() -> None:
     sets = [{name: torch.zeros_like(t) for name, t in adapter(0).items()} for _ in range(3)]
     found = rkif.fuse_delta(*sets, scaling=1.0)
     assert not any(tensor.any() for tensor in found.params.values())
@@ -131,7 +133,7 @@ def test_an_update_of_nothing_is_nothing() -> None:
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("rslora", [False, True])
-def test_scaling_is_pefts(rslora: bool) -> None:
+def test_scaling_is_that_of_peft(rslora: bool) -> None:
     config = LoraConfig(
         r=4,
         lora_alpha=6,
@@ -150,7 +152,7 @@ def test_scaling_is_pefts(rslora: bool) -> None:
     assert len(set(found.values())) == 3
 
 
-def test_what_a_model_computes_is_what_its_updates_say() -> None:
+def test_a_model_with_fused_factors_has_the_fused_update() -> None:
     """The fused factors, put back into the model, add the fused update to its weights."""
     config = LoraConfig(r=2, lora_alpha=6, use_rslora=True, target_modules=["q_proj"])
     model = get_peft_model(tiny_llama(40, 0), config)
@@ -179,7 +181,7 @@ def test_what_a_model_computes_is_what_its_updates_say() -> None:
         (lambda t: t | {"model.q.lora_A.weight": torch.ones(2, 9, 1, 1)}, "factors are matrices"),
     ],
 )
-def test_refuses_with_the_reason(change: Any, message: str) -> None:
+def test_refuses_unsupported_adapters_with_the_reason(change: Any, message: str) -> None:
     tensors = change(adapter(0))
     with pytest.raises(ValueError, match=message):
         rkif.fuse_delta(tensors, tensors, tensors, scaling=1.0)
@@ -187,7 +189,7 @@ def test_refuses_with_the_reason(change: Any, message: str) -> None:
         rkif.lora_scaling({"use_dora": True}, [])
 
 
-def test_refuses_what_does_not_fit_together() -> None:
+def test_refuses_inconsistent_inputs() -> None:
     tensors = adapter(0)
     with pytest.raises(ValueError, match=r"scaling lacks 'model\.v'"):
         rkif.fuse_delta(tensors, tensors, tensors, scaling={"model.q": 1.0})
@@ -196,7 +198,7 @@ def test_refuses_what_does_not_fit_together() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_refuses_what_is_not_finite(value: float) -> None:
+def test_refuses_nonfinite_values(value: float) -> None:
     base, inner = adapter(0), adapter(1)
     inner["model.q.lora_A.weight"][0, 0] = value
     with pytest.raises(ValueError, match=r"inner\['model\.q\.lora_A\.weight'\] has NaN or infinite elements"):

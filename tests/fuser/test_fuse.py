@@ -71,7 +71,7 @@ def brute_force(
 @pytest.mark.parametrize("rule", ["paper", "release"])
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 @pytest.mark.parametrize("density", [0.2, 0.5, 0.03])
-def test_against_brute_force(rule: str, scope: str, density: float) -> None:
+def test_the_result_is_that_of_plain_python(rule: str, scope: str, density: float) -> None:
     a = arguments()
     result = rkif.fuse(**a, density=density, rule=rule, scope=scope)
     expected, counts = brute_force(a, density, rule, scope)
@@ -90,7 +90,7 @@ def test_against_brute_force(rule: str, scope: str, density: float) -> None:
             assert any(found in a[key][name] for name in NAMES)
 
 
-def test_report_norms_and_json() -> None:
+def test_the_report_has_norms_and_can_be_written_as_json() -> None:
     a = arguments()
     result = rkif.fuse(**a)
 
@@ -135,7 +135,7 @@ def test_parameters_of_a_model_can_be_fused_in_place() -> None:
 
 @pytest.mark.parametrize("density", [0, 1])
 @pytest.mark.parametrize("scope", ["global", "tensor"])
-def test_density_zero_and_one(density: int, scope: str) -> None:
+def test_density_zero_selects_nothing_and_one_everything(density: int, scope: str) -> None:
     a = arguments()
     report = rkif.fuse(**a, density=density, scope=scope).report
     expected = dict.fromkeys(("inner_only", "outer_only", "both", "neither"), 0)
@@ -160,7 +160,7 @@ def test_low_precision_parameters_are_computed_in_float32(dtype: torch.dtype) ->
         assert torch.equal(tensor, expected[name].to(dtype))
 
 
-def test_weights_of_ones_own_and_outer_from_base() -> None:
+def test_custom_weights_and_outer_from_base() -> None:
     a = arguments()
     rule = rkif.MergeWeights(inner_only=(0, 0), outer_only=(0, 0), both=(0, 0), neither=(0, 1))
     result = rkif.fuse(**a, density=0, rule=rule, outer_from="base")

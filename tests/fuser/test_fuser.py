@@ -100,7 +100,7 @@ def test_two_rounds_equal_a_transcription_of_the_method(config: FusionConfig) ->
     assert fuser.round == 2
 
 
-def test_separate_calls_are_the_block() -> None:
+def test_separate_calls_equal_the_with_block() -> None:
     one, other = Loop(FusionConfig()), Loop(FusionConfig())
     one.run(range(7))
     train(other.model, other.fuser, other.inner, range(3), 1)
@@ -110,7 +110,7 @@ def test_separate_calls_are_the_block() -> None:
     assert one.fuser.last_report == other.fuser.last_report
 
 
-def test_scores_are_copies_of_the_parameters_shapes() -> None:
+def test_scores_are_copies_with_the_shapes_of_the_parameters() -> None:
     loop = Loop(FusionConfig(state_dtype=torch.bfloat16))
     loop.run(range(2))
     scores = loop.fuser.scores("inner")
@@ -125,7 +125,7 @@ def test_scores_are_copies_of_the_parameters_shapes() -> None:
         loop.fuser.scores("both")
 
 
-def test_observation_goes_to_the_learner_whose_phase_it_is() -> None:
+def test_observe_updates_the_learner_of_the_current_phase() -> None:
     loop = Loop(FusionConfig.paper())
     loop.run(range(3))
     assert (loop.fuser.inner_observed, loop.fuser.outer_observed) == (3, 0)
@@ -137,7 +137,7 @@ def test_observation_goes_to_the_learner_whose_phase_it_is() -> None:
     assert any(score.any() for score in loop.fuser.scores("outer").values())
 
 
-def test_frozen_parameters_take_no_part() -> None:
+def test_frozen_parameters_are_ignored() -> None:
     model = make_model()
     model[0].weight.requires_grad_(False)
     frozen = model[0].weight.clone()
@@ -157,7 +157,7 @@ def test_parameters_may_be_given_by_name() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_models(dtype: torch.dtype) -> None:
+def test_low_precision_models_are_fused(dtype: torch.dtype) -> None:
     model = make_model(dtype=dtype)
     fuser = Fuser(model, FusionConfig.paper())
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -226,7 +226,7 @@ def test_a_parameter_without_any_gradient_in_a_round_is_named() -> None:
     assert fuser.phase == "outer"
 
 
-def test_a_nonfinite_gradient_raises_at_the_fusion_and_leaves_everything() -> None:
+def test_a_nonfinite_gradient_raises_at_the_fusion_and_changes_nothing() -> None:
     loop = poisoned_loop("raise")
     before, state = loop.weights(), loop.fuser.state_dict()
     with pytest.raises(RuntimeError, match="1 elements had a non-finite importance"):
@@ -240,7 +240,7 @@ def test_a_nonfinite_gradient_raises_at_the_fusion_and_leaves_everything() -> No
     assert loop.fuser.last_report.nonfinite == 0
 
 
-def test_a_nonfinite_gradient_can_refuse_the_fusion_instead() -> None:
+def test_a_nonfinite_gradient_can_skip_the_fusion() -> None:
     loop = poisoned_loop("skip")
     start = Loop(FusionConfig()).weights()
     report = loop.fuser.fuse()
@@ -298,7 +298,7 @@ def test_calls_out_of_order_are_refused() -> None:
         ),
     ],
 )
-def test_parameters_that_cannot_be_followed(source: Any, error: type[Exception], message: str) -> None:
+def test_invalid_parameters_are_refused(source: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Fuser(source, FusionConfig())
 
@@ -337,7 +337,7 @@ def test_importance_sees_no_loss_scale_when_gradients_are_unscaled_first() -> No
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_every_setting_has_its_effect(changes: dict[str, Any]) -> None:
+def test_every_setting_changes_the_result(changes: dict[str, Any]) -> None:
     config = FusionConfig(**changes)
     model = make_model()
     parameters = dict(model.named_parameters())
@@ -380,7 +380,7 @@ def test_every_setting_has_its_effect(changes: dict[str, Any]) -> None:
     assert all(torch.equal(p, expected.params[name]) for name, p in parameters.items())
 
 
-def test_a_gradient_of_the_last_round_does_not_count_in_this_one() -> None:
+def test_a_gradient_of_the_previous_round_does_not_count() -> None:
     loop = Loop(FusionConfig())
     loop.run(range(7))
     for phase in ("inner", "outer"):
@@ -400,7 +400,7 @@ def test_parameters_that_share_memory_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("size", "scope"), [(100, "global"), (100, "tensor"), (1 << 18, "global")])
-def test_a_fuser_that_is_gone_has_freed_its_memory_at_once(size: int, scope: Any) -> None:
+def test_a_deleted_fuser_frees_its_memory(size: int, scope: Any) -> None:
     weight = nn.Parameter(torch.randn(size))
     fuser = Fuser([("w", weight)], FusionConfig(scope=scope))
     weight.grad = torch.randn(size)
@@ -418,7 +418,7 @@ def test_a_fuser_that_is_gone_has_freed_its_memory_at_once(size: int, scope: Any
         gc.enable()
 
 
-def test_a_fusion_that_fails_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_fusion_frees_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rkif.fuser.snapshot.KEPT_BYTES", 0)
     loops = [Loop(FusionConfig.paper()) for _ in range(2)]
     for loop in loops:
@@ -434,7 +434,7 @@ def test_a_fusion_that_fails_gives_its_memory_back(monkeypatch: pytest.MonkeyPat
     assert fuser.fuse() == loops[1].fuser.fuse()
 
 
-def test_a_fusion_in_inference_mode_leaves_a_fuser_that_goes_on() -> None:
+def test_a_fuser_works_after_a_fusion_in_inference_mode() -> None:
     model = torch.nn.Linear(3, 2)
     fuser = rkif.Fuser(model, rkif.FusionConfig.paper())
     for _ in range(2):

@@ -44,7 +44,7 @@ def test_resumed_at_any_point_of_a_round_gives_the_same_bits(killed_at: int) -> 
 
 
 @pytest.mark.parametrize("name", ["round", "base.0.weight", "outer_importance.sensitivity.0.weight"])
-def test_a_state_holds_tensors_alone(name: str) -> None:
+def test_a_state_has_only_tensors(name: str) -> None:
     fuser = Fuser(make_model(), FusionConfig())
     state = fuser.state_dict()
     assert name in state
@@ -89,7 +89,7 @@ def test_static_importance_is_that_of_the_first_fusion(ended_by: str) -> None:
     assert loop.fuser.fuse().nonfinite == 36  # still counted
 
 
-def test_a_state_on_disk_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_on_disk_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop(FusionConfig())
     (tmp_path / "link").symlink_to(tmp_path / "state")
     loop.fuser.save(tmp_path / "state")
@@ -125,7 +125,7 @@ def test_a_state_on_disk_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytes
         loop.fuser.load(tmp_path / "state")
 
 
-def test_nothing_else_is_replaced_by_a_state(tmp_path: Path) -> None:
+def test_save_does_not_overwrite_other_files(tmp_path: Path) -> None:
     fuser = Fuser(nn.Linear(3, 3))
     (tmp_path / "thesis.txt").write_text("years of work")
     for folder, named in ((tmp_path, "thesis.txt"), (tmp_path / "thesis.txt", "thesis.txt")):
@@ -138,7 +138,7 @@ def test_nothing_else_is_replaced_by_a_state(tmp_path: Path) -> None:
     fuser.load(tmp_path / "empty")
 
 
-def test_what_cannot_be_written_is_an_ordinary_error(tmp_path: Path) -> None:
+def test_a_failed_write_raises_an_error(tmp_path: Path) -> None:
     """A full disk, as a limit of the size of files."""
     fuser = Fuser(nn.Linear(300, 300))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -226,7 +226,7 @@ def test_importance_is_cleared_or_kept_after_a_round(clear_inner: bool, clear_ou
             assert torch.equal(score, torch.zeros_like(score) if cleared else before[learner][name])
 
 
-def test_what_a_round_has_seen_survives_a_resume() -> None:
+def test_observed_counts_survive_a_resume() -> None:
     first = poisoned_loop("raise")
     first.model[0].bias.grad = None
     second = Loop(FusionConfig())
@@ -267,7 +267,7 @@ def test_state_of_parameters_in_other_memory_formats_can_be_saved() -> None:
     assert torch.equal(loaded["base.weight"], model.weight)
 
 
-def test_parameters_may_be_called_as_the_states_parts_are() -> None:
+def test_parameter_names_may_equal_section_names() -> None:
     names = ("weight", "base.weight", "inner.weight", "start.inner_importance.sensitivity.weight")
     parameters = [(name, nn.Parameter(torch.ones(size))) for size, name in enumerate(names, start=1)]
     fuser = Fuser(parameters)

@@ -61,7 +61,9 @@ def judged(figures: dict[float, float], **settings: Any) -> tuple[Any, Scripted]
         ({0: math.inf, 1: 4}, {"higher_is_better": False}, "keep", 1.0),
     ],
 )
-def test_verdicts(figures: dict[float, float], settings: dict[str, Any], verdict: str, factor: float) -> None:
+def test_the_verdict_follows_from_the_values(
+    figures: dict[float, float], settings: dict[str, Any], verdict: str, factor: float
+) -> None:
     report, script = judged(figures, **settings)
     assert (report.verdict, report.factor) == (verdict, factor)
     assert script.taken[-1] == factor
@@ -71,7 +73,7 @@ def test_verdicts(figures: dict[float, float], settings: dict[str, Any], verdict
         assert bool(attempt.objections) == (attempt.factor != factor)
 
 
-def test_all_criteria_must_be_content_and_the_reasons_are_given() -> None:
+def test_all_criteria_must_pass_and_objections_are_reported() -> None:
     loss = Scripted({0: 1.0, 1: 2.0, 0.5: 1.2})
     accuracy = Scripted({0: 80.0, 1: 85.0, 0.5: 70.0})
     gate = Gate(
@@ -93,7 +95,7 @@ def test_all_criteria_must_be_content_and_the_reasons_are_given() -> None:
     assert report.to_dict()["before"] == {"loss": 1.0, "accuracy": 80.0}
 
 
-def test_what_was_measured_at_the_end_of_a_round_is_not_measured_again() -> None:
+def test_the_value_after_a_round_is_reused() -> None:
     script = Scripted({0: 5.0, 1: 5.0})
     keeper = Gatekeeper(Gate([Criterion("kpi", script, samples=7)]))
     for _ in range(3):
@@ -105,7 +107,7 @@ def test_what_was_measured_at_the_end_of_a_round_is_not_measured_again() -> None
     assert script.measured == 6
 
 
-def test_frequency_and_budget() -> None:
+def test_every_and_budget_limit_the_measurements() -> None:
     script = Scripted({0: 5.0, 1: 5.0})
     keeper = Gatekeeper(Gate([Criterion("kpi", script, samples=10)], every=2, ladder=()))
     assert [keeper.judge(script.take).verdict for _ in range(5)] == [
@@ -140,7 +142,7 @@ def test_frequency_and_budget() -> None:
         (lambda: Gate([Criterion("x", float)], otherwise="shrug"), "otherwise must be"),
     ],
 )
-def test_settings_are_checked(make: Callable[[], Any], message: str) -> None:
+def test_invalid_settings_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -160,7 +162,7 @@ def one_round(fuser: rkif.Fuser, model: nn.Module, change: float) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fuser_takes_as_much_of_the_step_as_the_gate_lets_it(dtype: torch.dtype) -> None:
+def test_a_fuser_takes_the_fraction_that_the_gate_accepts(dtype: torch.dtype) -> None:
     model = nn.Linear(3, 2).to(dtype)
     start = [parameter.detach().clone() for parameter in model.parameters()]
     limit = [math.inf]
@@ -226,7 +228,7 @@ def test_a_criterion_that_fails_leaves_the_round_as_it_was() -> None:
         torch.testing.assert_close(parameter.detach(), value)
 
 
-def test_a_gate_goes_on_from_its_state() -> None:
+def test_a_gate_resumes_from_its_state() -> None:
     def made() -> tuple[nn.Module, rkif.Fuser, list[int]]:
         torch.manual_seed(0)
         model, calls = nn.Linear(3, 2), [0]
@@ -260,13 +262,13 @@ def test_a_gate_goes_on_from_its_state() -> None:
         rkif.Fuser(made()[0], CONFIG).load_state_dict(state)
 
 
-def test_only_a_gate_is_a_gate() -> None:
+def test_a_gate_of_another_type_is_refused() -> None:
     with pytest.raises(TypeError, match="gate must be a Gate; got function"):
         rkif.Fuser(nn.Linear(2, 2), gate=lambda: True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_a_step_to_nowhere_is_undone_bit_for_bit(value: float) -> None:
+def test_a_nonfinite_step_is_undone_bit_for_bit(value: float) -> None:
     """No share of it is finite, not even none: 0 * inf is no number."""
     parameter = nn.Parameter(torch.ones(4))
 

@@ -30,7 +30,7 @@ OPTIONS = [{"pack_inner": True}, {"offload": True}, {"pack_inner": True, "offloa
 @pytest.mark.parametrize("preset", [rkif.FusionConfig.paper, rkif.FusionConfig.release])
 @pytest.mark.parametrize("density", [0.3, 0, 1])
 @pytest.mark.parametrize("turn", [1 << 24, 10])
-def test_the_bits_are_those_of_the_plain_way(
+def test_the_options_do_not_change_the_bits(
     options: dict[str, bool],
     scope: Any,
     preset: Any,
@@ -67,7 +67,7 @@ def test_a_state_is_resumed_at_any_point_of_a_round(options: dict[str, bool], st
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
-def test_a_packed_state_is_checked_before_it_is_taken() -> None:
+def test_a_packed_state_is_validated_before_it_is_loaded() -> None:
     loop = Loop(rkif.FusionConfig(pack_inner=True))
     loop.run(range(5))
     state = loop.fuser.state_dict()
@@ -88,7 +88,7 @@ def test_a_packed_state_is_checked_before_it_is_taken() -> None:
         Loop(rkif.FusionConfig()).fuser.load_state_dict(state)
 
 
-def test_packed_scores_are_gone_until_the_next_round() -> None:
+def test_packed_scores_cannot_be_read_in_the_outer_phase() -> None:
     loop = Loop(rkif.FusionConfig(pack_inner=True))
     loop.run(range(4))
     with pytest.raises(RuntimeError, match="pack_inner"):
@@ -130,7 +130,7 @@ def held(known: dict[int, int]) -> int:
         ({"importance": "sensitivity", "pack_inner": True}, 4 + 4 + 4, 4 + 4 + 4 + 1 / 8),
     ],
 )
-def test_bytes_a_parameter_are_those_planned(
+def test_bytes_per_parameter_are_those_of_the_plan(
     options: dict[str, Any],
     inner_phase: float,
     outer_phase: float,
@@ -163,7 +163,7 @@ def test_bytes_a_parameter_are_those_planned(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options))
 @pytest.mark.parametrize(("tolerance", "factor"), [(100.0, 1.0), (1.0, 0.1), (0.0, 0.0)])
-def test_the_gate_decides_alike(
+def test_the_gate_gives_the_same_verdicts(
     options: dict[str, bool], dtype: torch.dtype, tolerance: float, factor: float
 ) -> None:
     """It keeps, damps or undoes by how far the parameters have come."""
@@ -219,7 +219,7 @@ def test_packing_keeps_the_mask(values: list[float], threshold: float, product: 
     assert torch.equal(repacked(expected.to(torch.uint8)), packed)
 
 
-def test_everything_includes_what_is_no_number() -> None:
+def test_density_one_selects_nan_scores() -> None:
     """As the kernels have it: a threshold of -inf selects all, where no comparison with NaN would."""
     scores = Scores([torch.tensor([torch.inf, 1.0])], [torch.tensor([0.0, 1.0])])
     (packed,) = packed_masks(scores, torch.tensor([-torch.inf]))
@@ -227,7 +227,9 @@ def test_everything_includes_what_is_no_number() -> None:
 
 
 @pytest.mark.parametrize(("kept", "pieces"), [(1 << 20, [96, 32]), (0, [48, 32, 48])])
-def test_large_copies_are_in_pieces(kept: int, pieces: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_copies_are_allocated_in_pieces(
+    kept: int, pieces: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(snapshots, "KEPT_BYTES", kept)
     monkeypatch.setattr(snapshots, "GROUP_NUMEL", 40)
     values = [torch.randn(size) for size in (17, 0, 16, 3, 41)]
@@ -249,7 +251,7 @@ def test_large_copies_are_in_pieces(kept: int, pieces: list[int], monkeypatch: p
 
 @pytest.mark.parametrize("preset", [rkif.FusionConfig.paper(), rkif.FusionConfig(scope="tensor")])
 @pytest.mark.parametrize("turn", [10, 1 << 24])
-def test_rounds_are_the_same_in_memory_that_is_given_back(
+def test_rounds_in_reused_memory_give_the_same_bits(
     preset: rkif.FusionConfig, turn: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, loop = Loop(preset), Loop(preset)
@@ -266,7 +268,7 @@ def test_rounds_are_the_same_in_memory_that_is_given_back(
     assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
 
 
-def test_turns_cover_everything_once() -> None:
+def test_groups_cover_every_tensor_once() -> None:
     for sizes, size in product([[], [0], [5], [3, 4, 0, 9, 1, 1], [0, 0, 20, 0]], [1, 4, 100]):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(snapshots, "GROUP_NUMEL", size)
@@ -280,7 +282,7 @@ def test_turns_cover_everything_once() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_copies_beside_other_work_are_in_time(
+def test_asynchronous_copies_give_the_same_bits(
     options: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU copies go on while the learners step: large tensors, small turns, no synchronisation by us."""

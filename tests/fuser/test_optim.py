@@ -65,7 +65,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_a_step_is_observe_and_a_step(config: FusionConfig) -> None:
+def test_a_step_equals_observe_and_a_step(config: FusionConfig) -> None:
     joined, apart = JoinedLoop(config), JoinedLoop(config, joined=False)
     for event in range(15):
         joined.run(range(event, event + 1))
@@ -117,7 +117,9 @@ def test_a_learning_rate_scheduler_and_groups_reach_the_step() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_narrow_parameters(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+def test_moments_of_16_bit_parameters_have_the_state_dtype(
+    dtype: torch.dtype, state_dtype: torch.dtype
+) -> None:
     model = make_model(dtype=dtype)
     fuser = Fuser(model, RELEASE)
     optimizer = rkif.optim.AdamW(model.parameters(), lr=1e-2, fuser=fuser, state_dtype=state_dtype)
@@ -134,7 +136,7 @@ def test_narrow_parameters(dtype: torch.dtype, state_dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("first", [rkif.optim.AdamW, torch.optim.AdamW], ids=["ours", "torch's"])
-def test_either_loads_the_others_state(first: Any) -> None:
+def test_state_dicts_are_exchangeable_with_torch(first: Any) -> None:
     second = torch.optim.AdamW if first is rkif.optim.AdamW else rkif.optim.AdamW
     model, other = make_model(), make_model()
     optimizer = first(model.parameters(), lr=1e-2, weight_decay=0.1)
@@ -160,7 +162,7 @@ def test_a_loaded_state_shares_no_memory() -> None:
         assert all(torch.equal(state["state"][index][key], value) for key, value in entry.items())
 
 
-def test_copies_and_pickles() -> None:
+def test_an_optimizer_can_be_copied_and_pickled() -> None:
     model = make_model()
     optimizer = rkif.optim.AdamW(model.parameters(), state_dtype=torch.bfloat16)
     train(model, None, optimizer, range(1), 1)
@@ -170,7 +172,7 @@ def test_copies_and_pickles() -> None:
     assert again.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
 
 
-def test_missing_gradients_and_foreign_parameters() -> None:
+def test_a_step_observes_all_parameters_and_steps_its_own() -> None:
     """What the fuser follows is observed, whether it is stepped or not; what it does not is stepped alone."""
     model, other, extra = make_model(), make_model(), nn.Parameter(torch.ones(3))
     fuser, twin = Fuser(model, RELEASE), Fuser(other, RELEASE)
@@ -207,7 +209,7 @@ def test_importance_that_is_not_finite_is_counted() -> None:
     assert fuser.state_dict()["nonfinite"] == 1
 
 
-def test_observe_without_a_step() -> None:
+def test_observe_works_without_a_step() -> None:
     model = make_model()
     fuser = Fuser(model, RELEASE)
     optimizer = rkif.optim.AdamW(model.parameters(), fuser=fuser)
@@ -247,7 +249,7 @@ def test_a_phase_has_one_observer(first: str) -> None:
     assert fuser.outer_observed == 1
 
 
-def test_a_closure_and_no_gradients() -> None:
+def test_a_step_accepts_a_closure_and_missing_gradients() -> None:
     model = make_model()
     optimizer = rkif.optim.AdamW(model.parameters())
     assert optimizer.step() is None
@@ -266,7 +268,7 @@ def test_a_closure_and_no_gradients() -> None:
 
 
 @pytest.mark.parametrize("overflow", [False, True])
-def test_a_gradient_scaler(overflow: bool) -> None:
+def test_a_step_skipped_by_a_gradient_scaler_is_not_observed(overflow: bool) -> None:
     model = make_model()
     fuser = Fuser(model, RELEASE)
     optimizer = rkif.optim.AdamW(model.parameters(), fuser=fuser)
@@ -292,12 +294,12 @@ def test_a_gradient_scaler(overflow: bool) -> None:
     ],
     ids=str,
 )
-def test_refuses_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_refuses_invalid_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         rkif.optim.AdamW(make_model().parameters(), **settings)
 
 
-def test_refuses_parameters_groups_and_fusers() -> None:
+def test_refuses_invalid_parameters_groups_and_fusers() -> None:
     model = make_model()
     with pytest.raises(TypeError, match="float64"):
         rkif.optim.AdamW(make_model(dtype=torch.float64).parameters())
@@ -315,7 +317,7 @@ def test_refuses_parameters_groups_and_fusers() -> None:
     ],
     ids=["amsgrad", "Adam"],
 )
-def test_refuses_a_state_of_other_features(kind: Any, settings: dict[str, Any], message: str) -> None:
+def test_refuses_a_state_of_unsupported_features(kind: Any, settings: dict[str, Any], message: str) -> None:
     model = make_model()
     optimizer = rkif.optim.AdamW(model.parameters(), lr=0.5)
     with pytest.raises(ValueError, match=message):

@@ -53,7 +53,7 @@ class Run:
 @pytest.mark.parametrize(
     ("dtype", "spacing"), [(torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)], ids=["bf16", "fp16"]
 )
-def test_a_thousand_rounds_end_half_a_spacing_from_float32(
+def test_after_a_thousand_rounds_the_error_is_within_the_bound(
     dtype: torch.dtype, spacing: float, rule: str
 ) -> None:
     """The bound of docs/reference/semantics.md: the last rounding, and float32's own, four to a round."""
@@ -65,7 +65,7 @@ def test_a_thousand_rounds_end_half_a_spacing_from_float32(
     assert (found - exact).abs().max() <= bound
 
 
-def test_without_a_master_the_fusions_lose_what_the_learners_found() -> None:
+def test_without_float32_masters_the_error_exceeds_the_bound() -> None:
     """So the bound above is one that can fail."""
     spacing = 2.0**-7
     exact = Run(torch.float32, spacing, rkif.FusionConfig(density=0.4)).rounds(ROUNDS)
@@ -73,7 +73,7 @@ def test_without_a_master_the_fusions_lose_what_the_learners_found() -> None:
     assert (Run(torch.bfloat16, spacing, config).rounds(ROUNDS) - exact).abs().max() > 4 * spacing
 
 
-def test_what_nobody_changes_keeps_its_bits() -> None:
+def test_unchanged_parameters_keep_their_bits() -> None:
     """Repeated merging in bfloat16 has cost others 28 % of the weights' norm; here it costs nothing."""
     weights = torch.randn(4096, generator=torch.Generator().manual_seed(0)).bfloat16()
     parameter = nn.Parameter(weights.clone())
@@ -87,7 +87,7 @@ def test_what_nobody_changes_keeps_its_bits() -> None:
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_the_master_is_what_the_next_round_starts_from(offload: bool) -> None:
+def test_the_next_round_starts_from_the_master(offload: bool) -> None:
     """By hand: 1 + 2^-7 * 0.5 rounds to 1 in bfloat16, and twice that does not."""
     parameter = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
     half = ((0.5, 0.5),) * 4

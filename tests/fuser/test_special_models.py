@@ -75,7 +75,7 @@ def test_adapters_are_fused_by_their_names_and_reload(kind: str, tmp_path: Path)
     assert torch.equal(again(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
 
 
-def test_of_several_adapters_the_one_that_is_trained_takes_part() -> None:
+def test_only_the_trained_adapter_is_fused() -> None:
     model = adapted()
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
     model.set_adapter("second")
@@ -102,7 +102,7 @@ def test_tied_embeddings_are_one_parameter(tied: bool) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_adapters_over_a_quantised_base(bits: int, tmp_path: Path) -> None:
+def test_adapters_on_a_quantised_base_are_fused(bits: int, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     tiny_llama(40, 0).save_pretrained(tmp_path)
     how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
@@ -181,7 +181,9 @@ def test_adapters_on_disk_are_fused_and_load(kind: str, tmp_path: Path) -> None:
         ("dora", {"use_dora": False}),
     ],
 )
-def test_adapters_of_other_meanings_are_refused(kind: str, change: dict[str, Any], tmp_path: Path) -> None:
+def test_adapters_with_different_settings_are_refused(
+    kind: str, change: dict[str, Any], tmp_path: Path
+) -> None:
     """Their factors have the same shapes, and stand for other updates."""
     save_adapters(tmp_path, change, **ADAPTERS[kind])
     (setting,) = change

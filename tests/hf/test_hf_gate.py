@@ -33,7 +33,7 @@ def gated(folder: Path, *, dropout: float = 0.0, gate: dict[str, Any], **changes
     return trainer(folder, kind=RKIFTrainer, model=model, gate=guard, **changes)
 
 
-def test_what_is_undone_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_an_undone_round_restores_the_whole_state(tmp_path: Path) -> None:
     start = weights(lora_llama())
     run = gated(tmp_path, gate={"floor": 1e9, "tolerance": None})
     run.train()
@@ -47,7 +47,7 @@ def test_what_is_undone_leaves_nothing_behind(tmp_path: Path) -> None:
         assert not any(score.any() for score in run.fuser.scores(learner).values())
 
 
-def test_an_undone_round_is_a_round_that_was_not(tmp_path: Path) -> None:
+def test_an_undone_round_equals_the_state_before_it(tmp_path: Path) -> None:
     """The second of three rounds: its end is that of the first, moments and importance included."""
     ends: list[dict[str, torch.Tensor]] = []
     refused = [False]
@@ -82,7 +82,7 @@ def test_a_gate_may_stop_training(tmp_path: Path) -> None:
     assert_same_bits(weights(run.model), start)
 
 
-def test_a_content_gate_changes_no_bit(tmp_path: Path) -> None:
+def test_a_gate_that_always_keeps_changes_no_bit(tmp_path: Path) -> None:
     run = gated(tmp_path / "gated", gate={"floor": 0.0, "tolerance": None})
     free = trainer(tmp_path / "free", kind=RKIFTrainer, model=lora_llama())
     run.train()
@@ -104,12 +104,12 @@ def test_resumes_to_the_same_bits(tmp_path: Path, step: int) -> None:
     assert_same_bits(state(run), state(whole))
 
 
-def test_figures_are_logged(tmp_path: Path) -> None:
+def test_verdicts_and_values_are_logged(tmp_path: Path) -> None:
     run = gated(tmp_path, gate={"floor": 1e9, "tolerance": None}, logging_strategy="steps", logging_steps=3)
     run.train()
     assert [entry["rkif/gate_factor"] for entry in run.state.log_history if "loss" in entry] == [0.0, 0.0]
 
 
-def test_only_a_gate_is_a_gate(tmp_path: Path) -> None:
+def test_a_gate_of_another_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="gate must be a Gate, got function"):
         trainer(tmp_path, kind=RKIFTrainer, model=lora_llama(), gate=lambda: True)

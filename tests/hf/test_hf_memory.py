@@ -42,7 +42,7 @@ def test_the_walk_is_epochs_without_replacement() -> None:
 
 
 @pytest.mark.parametrize("start", [1, 9, 10, 25])
-def test_the_walk_goes_on_from_any_position(start: int) -> None:
+def test_the_walk_resumes_from_any_position(start: int) -> None:
     whole = list(islice(memory_walk(10, 0, seed=3), 60))
     assert list(islice(memory_walk(10, start, seed=3), 60 - start)) == whole[start:]
 
@@ -69,7 +69,7 @@ def test_batches_follow_the_walk_without_unused_columns(tmp_path: Any, data_seed
         assert drawn_memory(tmp_path, memory, data_seed=data_seed) == expected
 
 
-def test_a_memory_smaller_than_a_batch_fills_it(tmp_path: Any) -> None:
+def test_a_memory_smaller_than_a_batch_is_repeated(tmp_path: Any) -> None:
     batches = drawn_memory(tmp_path, MEMORY[:2], per_device_train_batch_size=5, max_steps=3)
     assert [len(batch) for batch in batches] == [5, 5]
     samples = [sample for batch in batches for sample in batch]
@@ -161,7 +161,7 @@ def test_refuses_an_outer_learning_rate(tmp_path: Any, rate: float) -> None:
         trainer(tmp_path, outer_learning_rate=rate)
 
 
-def test_refuses_other_configurations(tmp_path: Any) -> None:
+def test_refuses_unsupported_configurations(tmp_path: Any) -> None:
     with pytest.raises(TypeError, match="fusion must be a FusionConfig, got dict"):
         trainer(tmp_path, fusion={"density": 0.2})
 
@@ -202,7 +202,9 @@ UNSEEN = ["DeepSpeed", "FSDP1", "nn.DataParallel on 2 GPUs", "a model on cpu, me
 
 
 @pytest.mark.parametrize("found", UNSEEN)
-def test_refuses_what_hides_the_gradients(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+def test_refuses_wrappers_that_hide_the_gradients(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
     run = trainer(tmp_path, train_dataset=NEW)
     before = weights(run.model)
     if found == "nn.DataParallel on 2 GPUs":

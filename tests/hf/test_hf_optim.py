@@ -18,7 +18,7 @@ def end(run: Any) -> dict[str, torch.Tensor]:
     return weights(run.model) | {f"fuser.{name}": value for name, value in run.fuser.state_dict().items()}
 
 
-def test_the_same_bits_as_observing_apart_and_when_resumed(
+def test_the_bits_are_those_of_a_separate_observe_also_when_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trainer(tmp_path / "fused", save_strategy="steps", save_steps=1, **FUSED)

@@ -63,7 +63,7 @@ OVERFLOWS = frozenset({1, 9})
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
 @pytest.mark.parametrize("overflows", [frozenset(), OVERFLOWS], ids=["no overflow", "overflows"])
-def test_the_loss_scale_is_never_seen(
+def test_the_loss_scale_changes_no_bit(
     tmp_path: Any, kind: Any, clip: float, optimizer: str, overflows: frozenset[int]
 ) -> None:
     """A scale by a power of two changes no bit of weights and importance; a step that overflows never was."""
@@ -81,14 +81,14 @@ def test_the_loss_scale_is_never_seen(
     assert run.accelerator.scaler.get_scale() == 2.0 ** (16 - len(overflows))
 
 
-def test_overflows_without_end_are_an_error(tmp_path: Any) -> None:
+def test_endless_overflows_are_an_error(tmp_path: Any) -> None:
     run = scale_losses(trainer(tmp_path, kind=OverflowingTrainer), autocast=False)
     run.overflows = frozenset(range(3, 100))
     with pytest.raises(RuntimeError, match="17 outer steps of a round had gradients that are not finite"):
         run.train()
 
 
-def test_a_huge_gradient_is_no_overflow(tmp_path: Any) -> None:
+def test_a_huge_finite_gradient_is_no_overflow(tmp_path: Any) -> None:
     """Only one whose square overflows, where nothing needs the square."""
     run = scale_losses(trainer(tmp_path, kind=EarlierTrainer, max_grad_norm=0.0), autocast=False)
     run.overflows, run.gradient = OVERFLOWS, 1e30

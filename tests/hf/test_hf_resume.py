@@ -120,7 +120,7 @@ class SaveAndStop(TrainerCallback):
 
 
 @pytest.mark.parametrize("step", [3, 5], ids=["full round", "mid-round"])
-def test_resumes_from_a_save_amid_a_step(tmp_path: Path, whole: Any, step: int) -> None:
+def test_resumes_from_a_save_within_a_step(tmp_path: Path, whole: Any, step: int) -> None:
     _, end = whole
     stop = SaveAndStop(step)
     stop.trainer = dropout_run(tmp_path, callbacks=[stop], save_steps=100)
@@ -130,7 +130,7 @@ def test_resumes_from_a_save_amid_a_step(tmp_path: Path, whole: Any, step: int) 
     assert_same_bits(state(resumed), end)
 
 
-def test_resuming_a_finished_run_goes_on_in_a_new_round(tmp_path: Path, whole: Any) -> None:
+def test_resuming_a_finished_run_begins_a_new_round(tmp_path: Path, whole: Any) -> None:
     folder, _ = whole
     run = dropout_run(tmp_path, max_steps=16)
     run.train(resume_from_checkpoint=str(folder / "checkpoint-14"))

@@ -23,7 +23,7 @@ def test_the_last_steps_are_fused_and_in_the_last_checkpoint(tmp_path: Any, step
     assert_same_bits(weights(lora_llama(adapter=tmp_path / f"checkpoint-{steps}")), weights(run.model))
 
 
-def test_a_stop_by_a_callback(tmp_path: Any) -> None:
+def test_the_tail_is_fused_when_a_callback_stops(tmp_path: Any) -> None:
     """Wherever it comes from, the tail is fused as at the last step, also when half a gradient is there."""
     ends = []
     for event in ("on_step_end", "on_substep_end", "on_epoch_end"):  # four steps of three are an epoch
@@ -43,7 +43,7 @@ def test_a_stop_by_a_callback(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("event", ["on_log", "on_save"])
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_a_stop_by_the_last_callback_there_is(tmp_path: Any, event: str, strategy: str) -> None:
+def test_the_tail_is_fused_when_the_last_callback_stops(tmp_path: Any, event: str, strategy: str) -> None:
     kinds = {"logging_strategy": strategy, "save_strategy": strategy, "logging_steps": 4, "save_steps": 4}
     stop = Stop(event, 4)
     run = trainer(tmp_path, callbacks=[stop], max_steps=14, gradient_accumulation_steps=3, **kinds)
@@ -54,7 +54,7 @@ def test_a_stop_by_the_last_callback_there_is(tmp_path: Any, event: str, strateg
 
 
 @pytest.mark.parametrize("best", [False, True], ids=["last model", "best model"])
-def test_a_stop_by_an_evaluation(tmp_path: Any, best: bool) -> None:
+def test_the_tail_is_in_the_checkpoint_when_an_evaluation_stops(tmp_path: Any, best: bool) -> None:
     """The tail is in the checkpoint, unless what was measured may make the checkpoint the best."""
     measured: dict[int, dict[str, Tensor]] = {}
 

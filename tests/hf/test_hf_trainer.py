@@ -51,7 +51,7 @@ ACCUMULATED = {"gradient_accumulation_steps": 3, "max_grad_norm": 0.05}
 
 @pytest.mark.parametrize("steps", [{"max_grad_norm": 0.0}, ACCUMULATED], ids=["single", "accumulated"])
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
-def test_equals_a_plain_loop(tmp_path: Any, steps: dict[str, Any], adapter: bool) -> None:
+def test_training_equals_a_plain_loop(tmp_path: Any, steps: dict[str, Any], adapter: bool) -> None:
     models = [lora_llama() if adapter else tiny_llama(40, 0) for _ in range(2)]
     run = trainer(tmp_path, model=models[0], **steps)
     run.train()
@@ -65,7 +65,7 @@ def test_equals_a_plain_loop(tmp_path: Any, steps: dict[str, Any], adapter: bool
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
 @pytest.mark.parametrize("tokenwise", [True, False], ids=["mean over tokens", "mean of micro-batches"])
-def test_outer_micro_batches_make_one_big_batch(
+def test_outer_micro_batches_equal_one_large_batch(
     tmp_path: Any, recording_sgd: Any, ragged: bool, tokenwise: bool
 ) -> None:
     """Also after the shortened last step of an epoch: 7 micro-batches are steps of 3, 3 and 1."""
@@ -148,7 +148,7 @@ class TwoRatesTrainer(InOrderTrainer):
         return self.optimizer
 
 
-def test_rates_of_parameter_groups_keep_their_proportion(tmp_path: Any) -> None:
+def test_learning_rates_of_parameter_groups_keep_their_ratio(tmp_path: Any) -> None:
     run = trainer(tmp_path, kind=TwoRatesTrainer, lr_scheduler_type="constant")
     run.train()
     assert [group["lr"] for group in run._rkif.optimizer.param_groups] == [OUTER_RATE, 16 * OUTER_RATE]
@@ -180,7 +180,7 @@ class Watch(TrainerCallback):
         self.seen.append((state.global_step, rate, len(gradients), state.num_input_tokens_seen))
 
 
-def test_outer_steps_leave_nothing_of_the_trainer_changed(tmp_path: Any) -> None:
+def test_outer_steps_do_not_change_the_state_of_the_trainer(tmp_path: Any) -> None:
     """Batches, steps, schedule and counters are the plain trainer's, under dropout and over an epoch."""
     found = []
     for kind in (RKIFTrainer, Trainer):
@@ -208,7 +208,7 @@ def test_outer_steps_leave_nothing_of_the_trainer_changed(tmp_path: Any) -> None
 
 
 @pytest.mark.parametrize("memory", [None, []], ids=["none", "empty"])
-def test_without_memory_it_is_the_plain_trainer(tmp_path: Any, memory: Any) -> None:
+def test_without_memory_it_equals_the_plain_trainer(tmp_path: Any, memory: Any) -> None:
     models = [lora_llama(dropout=0.1) for _ in range(2)]
     logs = {"logging_strategy": "steps", "logging_steps": 1}
     plain = trainer(tmp_path, kind=Trainer, model=models[0], **logs)
@@ -221,7 +221,7 @@ def test_without_memory_it_is_the_plain_trainer(tmp_path: Any, memory: Any) -> N
         assert log == expected
 
 
-def test_every_training_starts_a_fuser(tmp_path: Any) -> None:
+def test_every_training_makes_a_new_fuser(tmp_path: Any) -> None:
     run = trainer(tmp_path)
     assert run.fuser is None
     run.train()
@@ -232,7 +232,7 @@ def test_every_training_starts_a_fuser(tmp_path: Any) -> None:
     assert run._rkif.memory_position == 3 * 2 * FUSION.outer_steps
 
 
-def test_figures_of_the_last_fusion_are_beside_the_loss(tmp_path: Any) -> None:
+def test_the_last_fusion_is_logged_with_the_loss(tmp_path: Any) -> None:
     run = trainer(tmp_path, logging_strategy="steps", logging_steps=2)
     run.train()
     rounds = {log["step"]: log.get("rkif/round") for log in run.state.log_history if "loss" in log}
@@ -274,7 +274,7 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path: Any) -> None:
     assert_same_bits(weights(models[0]), weights(models[1]))
 
 
-def test_an_encoder_decoder_model(tmp_path: Any) -> None:
+def test_an_encoder_decoder_model_can_be_trained(tmp_path: Any) -> None:
     model = tiny_t5(40, 0)
     before = weights(model)
     run = trainer(tmp_path, model=model, gradient_accumulation_steps=2)

@@ -78,22 +78,24 @@ def tensors(
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 @pytest.mark.parametrize("followed", [0, 1, 2], ids=["no importance", "S", "S and U"])
-def test_a_step(implementation: Any, sizes: list[int], followed: int) -> None:
+def test_a_step_has_the_bits_of_the_reference(implementation: Any, sizes: list[int], followed: int) -> None:
     assert check(implementation, *tensors(sizes, followed)) == 0
 
 
 @pytest.mark.parametrize("order", ["second", "mixed"])
-def test_other_orders(implementation: Any, order: str) -> None:
+def test_every_order_has_the_bits_of_the_reference(implementation: Any, order: str) -> None:
     assert check(implementation, *tensors([CHUNK + 5]), order) == 0
 
 
 @pytest.mark.parametrize("dtype", PARAMETER_DTYPES, ids=str)
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
-def test_dtypes(implementation: Any, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+def test_every_dtype_has_the_bits_of_the_reference(
+    implementation: Any, dtype: torch.dtype, state_dtype: torch.dtype
+) -> None:
     check(implementation, *tensors([CHUNK + 7, 3], dtype=dtype, state_dtype=state_dtype))
 
 
-def test_mixed_dtypes(implementation: Any) -> None:
+def test_mixed_dtypes_have_the_bits_of_the_reference(implementation: Any) -> None:
     rows = [tensors([CHUNK + i], dtype=dtype) for i, dtype in enumerate(PARAMETER_DTYPES)]
     params, grads, states = zip(*rows, strict=True)
     joined = [[row[state][0] for row in states] for state in range(4)]
@@ -112,11 +114,13 @@ def test_mixed_dtypes(implementation: Any) -> None:
     ],
     ids=str,
 )
-def test_settings_at_their_ends(implementation: Any, changes: dict[str, Any]) -> None:
+def test_extreme_settings_have_the_bits_of_the_reference(
+    implementation: Any, changes: dict[str, Any]
+) -> None:
     check(implementation, *tensors([CHUNK + 5]), **changes)
 
 
-def test_what_is_not_finite_keeps_its_importance(implementation: Any) -> None:
+def test_a_nonfinite_element_keeps_its_importance(implementation: Any) -> None:
     params, grads, states = tensors([CHUNK + 5, 2])
     grads[0][0], grads[0][CHUNK] = torch.nan, torch.inf
     params[0][7] = -torch.inf
@@ -124,7 +128,7 @@ def test_what_is_not_finite_keeps_its_importance(implementation: Any) -> None:
     assert check(implementation, params, grads, states) == 4
 
 
-def test_zeros_and_denormals(implementation: Any) -> None:
+def test_zeros_and_denormals_have_the_bits_of_the_reference(implementation: Any) -> None:
     params, grads, states = tensors([CHUNK + 1])
     grads[0].fill_(1e-41)
     for state in states:
@@ -136,12 +140,12 @@ def test_zeros_and_denormals(implementation: Any) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [1, 8191, 8192, 8193, 1 << 20])
-def test_the_default_launch_on_a_gpu(n: int) -> None:
+def test_the_default_launch_on_a_gpu_has_the_bits_of_the_reference(n: int) -> None:
     compare_default_launch("triton", "cuda", n)
 
 
 @pytest.mark.parametrize("n", [0, 1, 1023, 1024, 1025, 8193])
-def test_the_default_launch(n: int) -> None:
+def test_the_default_launch_has_the_bits_of_the_reference(n: int) -> None:
     compare_default_launch("auto", "cpu", n)
 
 
@@ -183,7 +187,7 @@ def test_importance_is_that_of_an_update_before_the_step(implementation: Any) ->
 
 
 @pytest.mark.parametrize("layout", ["transposed", "misaligned"])
-def test_weights_of_any_layout(layout: str) -> None:
+def test_weights_of_any_layout_are_updated(layout: str) -> None:
     def laid_out(tensor: Tensor) -> Tensor:
         if layout == "transposed":
             return tensor.view(7, 9).T.contiguous().T
@@ -223,7 +227,7 @@ def test_weights_of_any_layout(layout: str) -> None:
     ],
     ids=str,
 )
-def test_refuses_before_anything_is_written(changes: dict[str, Any], message: str | None) -> None:
+def test_invalid_arguments_are_refused_before_any_write(changes: dict[str, Any], message: str | None) -> None:
     params, grads, states = tensors([5])
     given: dict[str, Any] = {
         "params": params,

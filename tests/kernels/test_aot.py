@@ -48,7 +48,7 @@ def loop(text: str, loads: Counter[int] = WIDE, stores: Counter[int] = WIDE) -> 
     return found
 
 
-def test_the_bulk_loop_is_the_way_of_whole_blocks_from_the_loops_entry() -> None:
+def test_the_bulk_loop_is_the_path_of_whole_blocks() -> None:
     operations = [instruction.operation for instruction in loop(NESTED).bulk]
     assert operations == ["ISETP.GT.AND", "BRA", "LDG.E.128", "FADD", "STG.E.128", "LDG.E.U16", "BRA", "BRA"]
     assert loop(NESTED).loads_after_store == 1
@@ -60,12 +60,12 @@ def test_a_barrier_of_a_tail_is_counted_and_one_of_the_outer_loop_is_not() -> No
     assert (loop(NESTED).count("BAR"), loop(NESTED).count("REDG")) == (1, 1)
 
 
-def test_what_only_some_threads_do_is_part_of_the_iteration() -> None:
+def test_conditional_instructions_are_counted() -> None:
     guarded = loop(NESTED.replace("    FADD R8, R8, R8 ;", "@P5 BRA 0x60 ;"), stores=Counter())
     assert "STG.E.128" in [instruction.operation for instruction in guarded.bulk]
 
 
-def test_the_accesses_find_the_loop() -> None:
+def test_wide_accesses_identify_the_loop() -> None:
     tail = bulk_loop(parse(NESTED), Counter({32: 1}), Counter({32: 1}))
     assert tail is not None
     assert "REDG.E.ADD.64.STRONG.GPU" in [instruction.operation for instruction in tail.bulk]
@@ -73,7 +73,7 @@ def test_the_accesses_find_the_loop() -> None:
     assert bulk_loop(parse(NESTED), Counter(), Counter()) is None
 
 
-def test_code_without_a_way_back_has_no_loop() -> None:
+def test_code_without_a_backward_branch_has_no_loop() -> None:
     straight = NESTED.replace("@P3 BRA 0x10", "@P3 BRA 0x100").replace("@P4 BRA 0x0", "@P4 BRA 0x100")
     assert bulk_loop(parse(straight), WIDE, WIDE) is None
 
@@ -97,7 +97,7 @@ def test_a_branch_may_have_its_predicate_among_the_operands() -> None:
         ("sm_80", 32, 50 * 1024, 4, 3),  # of 164
     ],
 )
-def test_programs_a_multiprocessor_holds(
+def test_occupancy_is_limited_by_registers_warps_and_shared_memory(
     target: str, registers: int, shared: int, warps: int, blocks: int
 ) -> None:
     assert blocks_per_sm(target, registers, shared, warps) == blocks
@@ -138,7 +138,7 @@ def test_the_predictions_say_that_nothing_was_measured() -> None:
     ]
 
 
-def test_another_triton_goes_before_the_installed_one(
+def test_another_triton_version_replaces_the_installed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is installed once, in the user's cache; the installed version needs nothing."""
@@ -200,5 +200,5 @@ def test_a_bad_kernel_is_refused(
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_a_good_kernel_is_not(problems: dict[tuple[str, str], str], target: str) -> None:
+def test_a_good_kernel_is_accepted(problems: dict[tuple[str, str], str], target: str) -> None:
     assert problems["good", target] == ""

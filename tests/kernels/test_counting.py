@@ -58,7 +58,7 @@ def test_a_good_guess_needs_one_pass() -> None:
     st.floats(0, 1),
     st.tuples(st.floats(0, width=32, allow_nan=False), st.floats(0, width=32, allow_nan=False)).map(sorted),
 )
-def test_search_anywhere(values: list[float], fraction: float, guess: list[float]) -> None:
+def test_search_is_exact_on_random_scores(values: list[float], fraction: float, guess: list[float]) -> None:
     k = int(fraction * (len(values) - 1))
     value, passes = search([torch.tensor(values)], k, (guess[0], guess[1]))
     assert value == sorted(values)[k]
@@ -69,7 +69,9 @@ def test_search_anywhere(values: list[float], fraction: float, guess: list[float
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 @pytest.mark.parametrize("bins", [1, 64])
 @pytest.mark.parametrize("distance", [False, True], ids=["S*U", "distance"])
-def test_counts(implementation: object, sizes: list[int], bins: int, distance: bool) -> None:
+def test_counts_are_those_of_the_reference(
+    implementation: object, sizes: list[int], bins: int, distance: bool
+) -> None:
     device = implementation.device
     scores = Scores(positive(sizes, torch.float32, 0), positive(sizes, torch.bfloat16, 1), distance)
     key = int(np.float32(0.4).view(np.int32))
@@ -83,7 +85,7 @@ def test_counts(implementation: object, sizes: list[int], bins: int, distance: b
 
 
 @pytest.mark.parametrize("implementation", implementations())
-def test_counts_of_what_is_no_score_and_of_ties(implementation: object) -> None:
+def test_invalid_scores_and_ties_are_counted(implementation: object) -> None:
     values = torch.tensor([torch.nan, -1.0, -0.0, 0.0, 1e-45, 1.0, torch.inf, *[0.25] * (2 * CHUNK)])
     for low, shift, expected in (
         (0, 0, [0, 4, 1, 2 * CHUNK + 2, 3]),
@@ -97,7 +99,7 @@ def test_counts_of_what_is_no_score_and_of_ties(implementation: object) -> None:
         assert counts.tolist() == expected
 
 
-def test_what_does_not_fit_together_is_refused() -> None:
+def test_inconsistent_arguments_are_refused() -> None:
     scores = Scores([torch.rand(3)])
     for counts in (
         torch.zeros(5),
@@ -132,7 +134,7 @@ def test_few_bins_find_the_same_in_three_passes(values: list[float], k: int, bin
 
 @pytest.mark.parametrize("step", [1, 2, 3, 7, 100])
 @pytest.mark.parametrize("product", [False, True])
-def test_a_sample_is_counted_through_all_tensors(step: int, product: bool) -> None:
+def test_a_sample_takes_every_nth_score_over_all_tensors(step: int, product: bool) -> None:
     s = [
         torch.arange(5.0),
         torch.zeros(0),
@@ -148,7 +150,7 @@ def test_a_sample_is_counted_through_all_tensors(step: int, product: bool) -> No
 
 @pytest.mark.parametrize("uncertain", [False, True])
 @pytest.mark.parametrize("distance", [False, True])
-def test_values_of_some_scores(uncertain: bool, distance: bool) -> None:
+def test_a_subset_of_scores_keeps_their_form(uncertain: bool, distance: bool) -> None:
     """Every form of a score, and that a subset keeps it."""
     if distance and not uncertain:
         pytest.skip("a distance is one between two lists")

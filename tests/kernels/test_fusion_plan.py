@@ -75,7 +75,7 @@ def check(plan: FusionPlan, backend: Any, inputs: list[Any], out: list[Tensor] |
 
 
 @backends
-def test_copies_take_turns(backend: str, prepared: list[FusionInputs]) -> None:
+def test_a_plan_serves_alternating_copies(backend: str, prepared: list[FusionInputs]) -> None:
     plan = FusionPlan(**PLANNED, backend=backend)
     base, inner, outer = lists()
     spare = [torch.empty_like(tensor) for tensor in base]
@@ -88,7 +88,7 @@ def test_copies_take_turns(backend: str, prepared: list[FusionInputs]) -> None:
 
 
 @backends
-def test_values_change_under_a_plan(backend: str) -> None:
+def test_a_plan_reads_the_current_values(backend: str) -> None:
     plan = FusionPlan(**PLANNED, backend=backend)
     inputs = [*lists(), *sides()]
     out = check(plan, backend, inputs)
@@ -121,7 +121,7 @@ def test_another_dtype_or_shape_at_the_same_address_is_validated(backend: str) -
     check(plan, backend, inputs, out)
 
 
-def test_no_more_than_a_few_places_are_kept() -> None:
+def test_only_a_few_launches_are_kept() -> None:
     plan = FusionPlan(**PLANNED, backend="torch")
     kept = [[*lists(seed), *sides()] for seed in range(6)]
     for inputs in kept:
@@ -130,7 +130,7 @@ def test_no_more_than_a_few_places_are_kept() -> None:
 
 
 @pytest.mark.parametrize("target", [0, 1, 2])
-def test_over_one_of_its_inputs(target: int, prepared: list[FusionInputs]) -> None:
+def test_a_plan_writes_over_one_of_its_inputs(target: int, prepared: list[FusionInputs]) -> None:
     plan = FusionPlan(**PLANNED, backend="triton")
     inputs = [*lists(), *sides()]
     expected = [torch.empty_like(tensor) for tensor in inputs[0]]
@@ -149,7 +149,7 @@ def test_copies_and_distances_are_not_prepared(prepared: list[FusionInputs]) -> 
     assert not prepared
 
 
-def test_the_same_tensors_in_other_roles_are_not_known() -> None:
+def test_the_same_tensors_in_other_roles_are_prepared_again() -> None:
     plan = FusionPlan(**PLANNED, backend="triton")
     flat = torch.randn(CHUNK, device=DEVICE)
     views, (own, inner, outer, s, u, t) = Views.of(flat, [flat]), torch.rand(6, CHUNK, device=DEVICE)[:, None]
@@ -193,7 +193,7 @@ def test_every_launch_keeps_its_tables_for_a_graph(monkeypatch: pytest.MonkeyPat
     assert memory[0, 0] == out[0].data_ptr()
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_written() -> None:
+def test_invalid_inputs_are_refused_and_nothing_is_written() -> None:
     plan = FusionPlan(**PLANNED, names=["a", "b", "c", "d"])
     inputs = [*lists(), *sides()]
     out = [torch.full_like(tensor, 7.0) for tensor in inputs[0]]
@@ -221,7 +221,7 @@ def test_a_copied_plan_fuses_like_the_plan() -> None:
     check(copied, "torch", inputs)
 
 
-def test_autograd_sees_the_write() -> None:
+def test_autograd_detects_the_write() -> None:
     inputs = [*lists(), *sides()]
     out = [torch.zeros_like(tensor) for tensor in inputs[0]]
     versions = [tensor._version for tensor in out]
@@ -229,7 +229,7 @@ def test_autograd_sees_the_write() -> None:
     assert all(tensor._version > before for tensor, before in zip(out, versions, strict=True))
 
 
-def test_threads_take_turns() -> None:
+def test_a_plan_is_safe_for_several_threads() -> None:
     plan = FusionPlan(**PLANNED, backend="triton")
     rounds = [[*lists(seed), *sides(seed)] for seed in range(3)]
     outs = [[torch.empty_like(tensor) for tensor in inputs[0]] for inputs in rounds]
@@ -252,7 +252,7 @@ def test_threads_take_turns() -> None:
         check(plan, "triton", inputs, out)
 
 
-def test_the_snapshots_of_a_fuser_take_turns() -> None:
+def test_a_fuser_alternates_between_its_snapshots() -> None:
     weight = torch.nn.Parameter(torch.arange(32.0, device=DEVICE))
     fuser = rkif.Fuser([("w", weight)])
     seen = set()

@@ -40,7 +40,7 @@ def test_a_warm_observe_is_one_launch_and_nothing_is_compiled_again(tmp_path: Pa
             assert row["launches"] == len(fuse(LORA_R8, {"bracketed fuse": 1.0})) - 1
 
 
-def test_a_launch_too_many_and_a_kernel_compiled_again_are_problems() -> None:
+def test_extra_launches_and_recompilations_are_problems() -> None:
     good = [Row(call, 160, 9e9, launches, 0) for call, launches in LAUNCHES.items()]
     assert problems(good) == []
     assert problems([good[0]._replace(launches=2), good[3]._replace(compilations=1)]) == [
@@ -49,6 +49,6 @@ def test_a_launch_too_many_and_a_kernel_compiled_again_are_problems() -> None:
     ]
 
 
-def test_a_goal_is_missed_by_time_alone() -> None:
+def test_a_goal_is_missed_only_by_time() -> None:
     slow, quick, free = Row("fuse", 160, 400.1, 7, 0), Row("fuse", 160, 400, 7, 0), Row("fuse", 1, 9e9, 7, 0)
     assert missed_goals([slow, quick, free]) == ["fuse of 160 tensors takes 400.1 us; the goal is 400"]

@@ -138,7 +138,7 @@ def test_nothing_is_uploaded_for_tensors_that_stay_where_they_are(uploads: list[
     assert uploads, "a tensor that moved needs another table"
 
 
-def test_a_step_whose_gradients_moved_uses_where_they_are_now(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_reads_gradients_at_their_current_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     """zero_grad(set_to_none=True) frees gradients; the next ones may lie anywhere, at old addresses too."""
     monkeypatch.setattr("rkif_kernels.backends.choose.available", lambda device: ["triton"])
     parameter = torch.nn.Parameter(torch.ones(CHUNK, device=DEVICE))
@@ -172,7 +172,7 @@ def shifted(tables: tuple[table.Table, ...]) -> tuple[table.Table, ...]:
     return tuple(moved)
 
 
-def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offsets_beyond_32_bits_are_correct(monkeypatch: pytest.MonkeyPatch) -> None:
     """Addresses shifted back, offsets shifted forth: only 64-bit arithmetic arrives at the memory again."""
     sizes = [CHUNK + 5, 40]
     base, inner, outer = (normal(sizes, torch.float32, seed) for seed in range(3))
@@ -205,7 +205,9 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("before", [FAR, 2**31 - 100], ids=["all", "some"])
-def test_positions_beyond_32_bits_in_a_single_pass(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_pass_positions_beyond_32_bits_are_correct(
+    before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As if so many elements of other tensors came before: positions in the list, and where tensors begin."""
     sizes = [CHUNK + 5, 40, 2 * CHUNK]
     base, inner, outer = (on(DEVICE, normal(sizes, torch.float32, seed)) for seed in range(3))
@@ -274,7 +276,7 @@ def test_nothing_waits_for_the_device_and_a_graph_can_be_captured() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_more_than_two_to_the_31_elements() -> None:
+def test_more_than_two_to_the_31_elements_are_fused() -> None:
     """bfloat16, so that 2^31 elements and more of seven streams fit a device of 80 GiB."""
     n = (1 << 31) + 4099
     generator = torch.Generator("cuda").manual_seed(0)
@@ -320,7 +322,7 @@ def test_addresses_are_aligned() -> None:
         assert built.layout.chunk_starts.tolist() == [0, 16, 32]
 
 
-def test_tables_are_made_once_and_anew_for_memory_that_moved() -> None:
+def test_tables_are_cached_until_memory_moves() -> None:
     tensors = [torch.rand(40), torch.rand(9)]
     (first,) = tables(aligned((tensors,)), chunk=16)
     assert tables(aligned((tensors,)), chunk=16)[0] is first

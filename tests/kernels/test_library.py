@@ -53,9 +53,7 @@ def check(operation: str, arguments: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("sizes", LISTS)
 @pytest.mark.parametrize("uncertainty", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_update_importance_is_what_pytorch_expects(
-    dtype: torch.dtype, uncertainty: bool, sizes: list[int]
-) -> None:
+def test_update_importance_passes_opcheck(dtype: torch.dtype, uncertainty: bool, sizes: list[int]) -> None:
     scores = scores_of(sizes, uncertainty, 2)
     grads = [*parameters(sizes, dtype, 1)[:-1], None] if len(sizes) > 1 else parameters(sizes, dtype, 1)
     nonfinite = torch.zeros(1, dtype=torch.int64, device=DEVICE)
@@ -70,7 +68,7 @@ def test_update_importance_is_what_pytorch_expects(
 @pytest.mark.parametrize("uncertainty", [False, True])
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-def test_score_thresholds_is_what_pytorch_expects(
+def test_score_thresholds_passes_opcheck(
     density: float, scope: str, uncertainty: bool, sizes: list[int]
 ) -> None:
     scores = scores_of(sizes, uncertainty, 0)
@@ -81,7 +79,7 @@ def test_score_thresholds_is_what_pytorch_expects(
 @pytest.mark.parametrize("uncertainty", [False, True])
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_select_and_fuse_is_what_pytorch_expects(
+def test_select_and_fuse_passes_opcheck(
     dtype: torch.dtype, scope: str, uncertainty: bool, sizes: list[int]
 ) -> None:
     *lists, inner, outer = fusion(sizes, dtype, uncertainty)

@@ -32,7 +32,7 @@ PAPER = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.0, 0.0))
 RELEASE = ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5))
 
 
-def test_tensors_of_other_dtypes_keep_their_own_threshold(implementation: Any) -> None:
+def test_tensors_of_mixed_dtypes_keep_their_own_threshold(implementation: Any) -> None:
     """Tensors are grouped by dtype for a launch; each must still find its own k and its own threshold."""
     sizes = [CHUNK + 5, 30, CHUNK, 7, 60]
     dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float16, torch.bfloat16]
@@ -160,12 +160,12 @@ def test_fuse_leaves_out_scores_at_the_threshold(implementation: Any) -> None:
     assert in_only == both == 0
 
 
-def test_fuse_with_weights_of_ones_own(implementation: Any) -> None:
+def test_fuse_with_custom_weights(implementation: Any) -> None:
     weights = ((0.3, -0.1), (1.5, 0.7), (-2.0, 1 / 3), (0.1, 0.9))
     check_fuse(implementation, **fuse_arguments([CHUNK + 9]), weights=weights)
 
 
-def test_fuse_of_values_that_are_not_finite(implementation: Any) -> None:
+def test_fuse_of_nonfinite_values(implementation: Any) -> None:
     arguments = fuse_arguments([CHUNK + 9])
     special = [torch.inf, -torch.inf, torch.nan, -0.0, 1e-42, 3e38]
     for position, (a, b) in enumerate(itertools.product(special, special)):

@@ -43,7 +43,7 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
     ],
     ids=str,
 )
-def test_tiles_are_shared_out_among_threads(threads: int, sizes: list[int]) -> None:
+def test_tiles_are_distributed_over_threads(threads: int, sizes: list[int]) -> None:
     torch.set_num_threads(threads)
     base, inner, outer = (normal(sizes, torch.float32, seed) for seed in range(3))
     s, u = positive(sizes, torch.float32, 4), positive(sizes, torch.float32, 5)
@@ -82,7 +82,7 @@ def test_tiles_are_shared_out_among_threads(threads: int, sizes: list[int]) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("flush", [False, True], ids=["", "denormals flushed"])
-def test_every_16_bit_number_is_read_as_it_is(dtype: torch.dtype, flush: bool) -> None:
+def test_every_16_bit_number_is_read_exactly(dtype: torch.dtype, flush: bool) -> None:
     """A half's subnormals are no denormals in float32, and no business of a mode that flushes those."""
     every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
     zero = torch.zeros(every.numel())
@@ -128,7 +128,7 @@ def test_16_bit_results_are_rounded_to_nearest_even(dtype: torch.dtype) -> None:
     assert_same_bits(out, expected)
 
 
-def test_more_threads_than_there_is_work_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_threads_than_tiles_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.get_num_threads", lambda: 1000)
     ones, s = torch.ones(70 * TILE), torch.zeros(70 * TILE)
     native.update_importance_(
@@ -176,7 +176,7 @@ SIZES = [SELECTED + 3, 0, 1, TILE - 1, TILE, TILE + 1, 17, 5000]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", ["S", "S*U", "distance"])
-def test_the_single_pass_is_the_reference(dtype: torch.dtype, form: str) -> None:
+def test_the_single_pass_has_the_bits_of_the_reference(dtype: torch.dtype, form: str) -> None:
     def scores(seed: int) -> Scores:
         first, second = positive(SIZES, dtype, seed), positive(SIZES, dtype, seed + 10)
         return Scores(first, None if form == "S" else second, distance=form == "distance")
@@ -200,7 +200,7 @@ def test_the_single_pass_is_the_reference(dtype: torch.dtype, form: str) -> None
     ids=["zero", "equal", "two values", "ties", "sorted", "inf", "NaN", "denormal"],
 )
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
-def test_the_single_pass_with_scores_of_all_kinds(
+def test_the_single_pass_accepts_every_form_of_score(
     values: Callable[[int, int], torch.Tensor], place: str
 ) -> None:
     n = SELECTED + TILE + 5
@@ -208,7 +208,7 @@ def test_the_single_pass_with_scores_of_all_kinds(
     check_single_pass([n], lambda seed: Scores([values(n, seed).nan_to_num(0.0, torch.inf)]), k=k)
 
 
-def test_a_score_that_is_no_number_counts_as_zero_in_the_single_pass() -> None:
+def test_a_nan_score_counts_as_zero_in_the_single_pass() -> None:
     n = SELECTED + 100
     zeros = Scores([torch.where(torch.arange(n) % 2 == 0, 0.0, torch.arange(n).float())])
     nans = Scores([torch.where(torch.arange(n) % 2 == 0, torch.nan, torch.arange(n).float())])
@@ -227,7 +227,7 @@ def test_a_score_that_is_no_number_counts_as_zero_in_the_single_pass() -> None:
 
 
 @pytest.mark.parametrize("bracket", [(0.0, 0.0), (1e30, float("inf"))], ids=["below", "above"])
-def test_a_bracket_that_misses_costs_a_pass_only(
+def test_a_missed_bracket_costs_only_a_pass(
     bracket: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native_fuse, "bracket", lambda *_: bracket)
@@ -235,13 +235,13 @@ def test_a_bracket_that_misses_costs_a_pass_only(
     check_single_pass(sizes, lambda seed: Scores(positive(sizes, torch.float32, seed)))
 
 
-def test_more_undecided_elements_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_undecided_elements_cost_only_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_fuse, "MOST_UNDECIDED", 10)
     sizes = [SELECTED + 1]
     check_single_pass(sizes, lambda seed: Scores(positive(sizes, torch.float32, seed)))
 
 
-def test_norms_are_the_same_bits_on_any_number_of_threads_and_any_instructions() -> None:
+def test_norms_have_the_same_bits_for_any_threads_and_instructions() -> None:
     sizes = [SELECTED * 3 + 7, 300]
     found = []
     for threads in (1, 2, 5):
@@ -256,7 +256,7 @@ def _threshold(scores: torch.Tensor) -> float:
     return native.score_thresholds(Scores([scores]), ks=[1000], per_tensor=False).item()
 
 
-def test_a_forked_process_has_threads_of_its_own() -> None:
+def test_a_forked_process_starts_its_own_threads() -> None:
     torch.set_num_threads(2)
     scores = positive([SELECTED * 2], torch.float32, 0)[0]
     expected = _threshold(scores)
@@ -265,7 +265,7 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     assert _threshold(scores) == expected
 
 
-def test_too_little_memory_is_an_ordinary_error() -> None:
+def test_too_little_memory_raises_memory_error() -> None:
     """The list of undecided elements cannot grow; threads of the pool run into it, and go on to live."""
     code = """
 import resource, torch, rkif_kernels
@@ -295,7 +295,7 @@ assert run().counts.tolist() == counts
     assert done.stdout == "rkif_begin needs more memory than there is\n"
 
 
-def test_a_library_of_another_version_is_not_used_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_of_another_version_causes_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rkif_kernels.backends.native.library.ABI", 0)
     with pytest.warns(RuntimeWarning, match="was built from another version of rkif.*install rkif again"):
         assert library.__wrapped__() is None

@@ -58,7 +58,7 @@ def fuse_arguments(n: int = 5) -> dict[str, Any]:
 
 @backends
 @pytest.mark.parametrize("n", [0, 1, 1023, 1024, 1025, 8191, 8192, 8193])
-def test_default_launch_at_its_boundaries(backend: str, n: int) -> None:
+def test_the_default_launch_is_correct_at_block_and_chunk_boundaries(backend: str, n: int) -> None:
     """The launch that users get, where its blocks and chunks begin and end."""
     arguments = update_arguments(n)
     w, g, s, u = (arguments[key][0].clone() for key in ("params", "grads", "sensitivity", "uncertainty"))
@@ -113,7 +113,7 @@ def awkward(kind: str, values: Tensor) -> Tensor:
 
 @backends
 @pytest.mark.parametrize("kind", ["transposed", "strided", "misaligned"])
-def test_awkward_memory_gives_the_same_values(backend: str, kind: str) -> None:
+def test_any_memory_layout_gives_the_same_values(backend: str, kind: str) -> None:
     plain = fuse_arguments(24)
     shaped: dict[str, Any] = {}
     for key, value in plain.items():
@@ -140,7 +140,7 @@ def test_awkward_memory_gives_the_same_values(backend: str, kind: str) -> None:
 
 
 @backends
-def test_the_same_bits_twice(backend: str) -> None:
+def test_a_repeated_call_gives_the_same_bits(backend: str) -> None:
     first, second = fuse_arguments(3000), fuse_arguments(3000)
     one = rkif_kernels.fuse_(**first, backend=backend)
     other = rkif_kernels.fuse_(**second, backend=backend)
@@ -168,7 +168,9 @@ def test_the_same_bits_twice(backend: str) -> None:
     ],
 )
 @pytest.mark.skipif(DEVICE == "cuda", reason="the arguments above are on the CPU")
-def test_update_importance_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_update_importance_refuses_invalid_arguments(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
     arguments = update_arguments()
     before = [arguments[key][0].clone() for key in ("sensitivity", "uncertainty")]
     kept = [arguments[key][0] for key in ("sensitivity", "uncertainty")]
@@ -192,7 +194,7 @@ def test_update_importance_refuses(change: dict[str, Any], error: type[Exception
     ],
 )
 @pytest.mark.skipif(DEVICE == "cuda", reason="the arguments above are on the CPU")
-def test_fuse_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_fuse_refuses_invalid_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments = fuse_arguments()
     before = arguments["out"][0].clone()
     with pytest.raises(error, match=message):
@@ -210,7 +212,7 @@ def test_fuse_refuses(change: dict[str, Any], error: type[Exception], message: s
         (torch.tensor(0.2), TypeError, "density must be a number"),
     ],
 )
-def test_thresholds_refuse_a_density(density: Any, error: type[Exception], message: str) -> None:
+def test_thresholds_refuse_an_invalid_density(density: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         rkif_kernels.score_thresholds(Scores([torch.ones(3)]), density=density)
 
@@ -240,7 +242,7 @@ def test_outputs_that_share_memory_are_refused() -> None:
 
 
 @backends
-def test_writes_are_known_to_autograd(backend: str) -> None:
+def test_autograd_detects_writes(backend: str) -> None:
     """A backward pass over a weight that has been fused since must not use the new weight silently."""
     arguments = fuse_arguments()
     weight = torch.nn.Parameter(arguments["base"][0].clone())
@@ -251,7 +253,7 @@ def test_writes_are_known_to_autograd(backend: str) -> None:
 
 
 @backends
-def test_everything_is_selected_at_density_one_even_what_is_no_number(backend: str) -> None:
+def test_density_one_selects_nan_scores(backend: str) -> None:
     s, u = torch.tensor([torch.inf, 1.0], device=DEVICE), torch.tensor([0.0, 1.0], device=DEVICE)
     arguments = fuse_arguments(2) | {"inner_scores": Scores([s], [u]), "outer_scores": Scores([s], [u])}
     for density, counts in ((1, [0, 0, 2, 0]), (0, [0, 0, 0, 2])):
@@ -261,7 +263,7 @@ def test_everything_is_selected_at_density_one_even_what_is_no_number(backend: s
 
 
 @backends
-def test_a_negative_zero_weight_is_zero(backend: str) -> None:
+def test_a_weight_of_negative_zero_counts_as_zero(backend: str) -> None:
     zeros = [torch.tensor([-0.0], device=DEVICE)]
     weights = {"weights": ((-0.0, -0.0),) * 4}
     arguments = fuse_arguments(1) | {"base": zeros, "inner": zeros, "outer": zeros} | weights
@@ -286,13 +288,13 @@ def test_the_default_dtype_does_not_matter(backend: str, dtype: torch.dtype) -> 
     assert all_of_them.dtype == torch.float32
 
 
-def test_tensors_that_wrap_others_are_refused() -> None:
+def test_tensor_subclasses_are_refused() -> None:
     wrapped = TwoTensor(torch.ones(5), torch.ones(5))
     with pytest.raises(TypeError, match=r"inner\[0\] is a TwoTensor; tensors that wrap others"):
         rkif_kernels.fuse_(**fuse_arguments() | {"inner": [wrapped]})
 
 
-def test_backend_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_chooses_the_backend_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda, mps = (torch.device(name) for name in ("cpu", "cuda", "mps"))
     assert resolve_backend(cuda, "auto") == ("torch" if interpreting() else "triton")
     assert resolve_backend(cuda, "torch") == "torch"
@@ -335,7 +337,7 @@ def test_import_needs_neither_triton_nor_transformers_nor_peft(package: str) -> 
 
 @backends
 @pytest.mark.parametrize("n", [0, 1, 1023, 1024, 1025, 8191, 8193])
-def test_scores_that_are_negative_or_no_number_are_found(backend: str, n: int) -> None:
+def test_negative_and_nan_scores_are_found(backend: str, n: int) -> None:
     fine = [torch.rand(n, device=DEVICE), torch.tensor([0.0, -0.0, torch.inf], device=DEVICE).bfloat16()]
     assert rkif_kernels.all_valid_scores(fine, backend=backend)
     for bad in (-1e-45, torch.nan, -torch.inf):
@@ -381,14 +383,14 @@ def test_memory_under_two_dtypes_is_refused() -> None:
     ],
     ids=["S is U", "S is the gradient", "S twice"],
 )
-def test_states_share_no_memory(change: Any, message: str) -> None:
+def test_states_that_share_memory_are_refused(change: Any, message: str) -> None:
     arguments = change(update_arguments())
     with pytest.raises(ValueError, match=message):
         rkif_kernels.update_importance_(**arguments)
 
 
 @backends
-def test_what_cannot_be_written_is_refused_before_anything_is(backend: str) -> None:
+def test_unwritable_tensors_are_refused_before_any_write(backend: str) -> None:
     arguments = update_arguments()
     before = arguments["sensitivity"][0].clone()
     with torch.inference_mode():
@@ -411,7 +413,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is(backend: str) -> N
     ],
     ids=["dtype", "shape", "size", "type"],
 )
-def test_lists_that_passed_the_checks_once_are_not_taken_for_others(change: Any, message: str) -> None:
+def test_cached_checks_do_not_accept_other_lists(change: Any, message: str) -> None:
     """The checks of known lists are skipped; what differs at the same addresses must not be."""
     arguments = update_arguments(8)
     rkif_kernels.update_importance_(**arguments)
@@ -426,7 +428,7 @@ def test_lists_that_passed_the_checks_once_are_not_taken_for_others(change: Any,
 
 
 @backends
-def test_a_negated_view_has_its_sign(backend: str) -> None:
+def test_a_negated_view_is_read_with_its_sign(backend: str) -> None:
     negated = torch.tensor([1 + 2j, 3 - 4j], device=DEVICE).conj().imag
     assert negated.is_neg()
     arguments = fuse_arguments(2) | {"base": [negated], "weights": ((0.0, 0.0),) * 4}

@@ -60,7 +60,7 @@ def gradients(seed: int, dtype: torch.dtype = torch.float32) -> list[Any]:
 
 
 @backends
-def test_gradients_stay_move_go_and_come_back(backend: str) -> None:
+def test_gradients_may_move_disappear_and_return(backend: str) -> None:
     pair = Pair(backend)
     first, second = gradients(1), gradients(2)
     for grads in (first, first, second, first):
@@ -73,7 +73,7 @@ def test_gradients_stay_move_go_and_come_back(backend: str) -> None:
 
 
 @backends
-def test_what_is_not_finite_is_counted_and_frozen_states_stay(backend: str) -> None:
+def test_nonfinite_elements_are_counted_and_keep_their_state(backend: str) -> None:
     pair = Pair(backend)
     grads = gradients(1)
     pair.step(grads)
@@ -85,7 +85,7 @@ def test_what_is_not_finite_is_counted_and_frozen_states_stay(backend: str) -> N
 
 
 @backends
-def test_parameters_move(backend: str) -> None:
+def test_parameters_may_move(backend: str) -> None:
     pair = Pair(backend)
     grads = gradients(1)
     pair.step(grads)
@@ -94,7 +94,7 @@ def test_parameters_move(backend: str) -> None:
 
 
 @backends
-def test_another_dtype_at_the_same_address(backend: str) -> None:
+def test_another_dtype_at_the_same_address_is_validated(backend: str) -> None:
     pair = Pair(backend)
     grads = gradients(1, torch.bfloat16)
     pair.step(grads)
@@ -102,7 +102,7 @@ def test_another_dtype_at_the_same_address(backend: str) -> None:
 
 
 @backends
-def test_a_gradient_that_a_kernel_cannot_address(backend: str) -> None:
+def test_a_gradient_that_a_kernel_cannot_address_is_copied(backend: str) -> None:
     """Not contiguous at the address of one that is; and one element behind a boundary."""
     pair = Pair(backend)
     wide = torch.randn(2 * max(SIZES) + 1, device=DEVICE)
@@ -129,7 +129,7 @@ def test_copies_keep_their_place() -> None:
     ],
     ids=["too few", "other shape", "other size"],
 )
-def test_what_does_not_fit_is_refused(
+def test_invalid_inputs_are_refused(
     backend: str, change: Callable[[list[Any]], list[Any]], message: str
 ) -> None:
     pair = Pair(backend)
@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused(
     pair.step(grads)
 
 
-def test_states_off_a_boundary_are_refused() -> None:
+def test_unaligned_states_are_refused() -> None:
     state = torch.zeros(9, device=DEVICE)[1:]
     counter = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     plan = ImportancePlan([state], smoothing=Smoothing(0.5), nonfinite=counter, backend="triton")
@@ -152,7 +152,7 @@ def test_states_off_a_boundary_are_refused() -> None:
     assert (state == 0).all()
 
 
-def test_autograd_sees_the_write() -> None:
+def test_autograd_detects_the_write() -> None:
     flat = torch.zeros(16, device=DEVICE)
     pair = [flat[:8], flat[8:]]
     counter = torch.zeros(1, dtype=torch.int64, device=DEVICE)
@@ -163,7 +163,7 @@ def test_autograd_sees_the_write() -> None:
     assert pair[1]._version > before
 
 
-def test_threads_take_turns() -> None:
+def test_a_plan_is_safe_for_several_threads() -> None:
     pair = Pair("triton")
     sets = [gradients(seed) for seed in range(4)]
     for grads in sets:
@@ -214,7 +214,7 @@ class _Memory:
 
 
 @pytest.mark.parametrize("capturing", [False, True])
-def test_two_streams_take_turns(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_wait_for_each_others_copies(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = _Stream(), _Stream()
     current = one
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: current)
@@ -234,7 +234,7 @@ def test_two_streams_take_turns(capturing: bool, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.gpu
-def test_two_streams_on_a_device() -> None:
+def test_two_streams_on_a_device_give_the_same_bits() -> None:
     pair = Pair("triton")
     sets = [gradients(seed) for seed in range(2)]
     streams: list[Any] = [torch.cuda.Stream() for _ in range(2)]  # type: ignore[no-untyped-call]

@@ -33,7 +33,7 @@ def update(w: float, g: float, s: float, u: float, order: str, beta1: float = 0.
     # w = 3, g = -2: w*g = -6, (w*g)^2 = 36, -6 - 18 = -24
     [("first", 6.0), ("second", 36.0), ("mixed", 24.0)],
 )
-def test_importance_by_hand(order: str, importance: float) -> None:
+def test_importance_is_that_computed_by_hand(order: str, importance: float) -> None:
     s, u, nonfinite = update(3.0, -2.0, 2.0, 1.0, order)
     # S = 0.75*2 + 0.25*I, and U = 0.5*1 + 0.5*|I - S| with the new S
     assert s == 1.5 + 0.25 * importance
@@ -103,7 +103,7 @@ def test_k_is_exact_on_the_decimal_density(density: float, numel: int, k: int) -
 
 
 @given(st.lists(st.lists(score, min_size=1, max_size=9), min_size=1, max_size=4), st.integers(0, 20))
-def test_threshold_by_sorting_python_floats(groups: list[list[float]], twentieths: int) -> None:
+def test_the_threshold_is_that_of_sorted_python_floats(groups: list[list[float]], twentieths: int) -> None:
     density = Fraction(twentieths, 20)
     scores = Scores([torch.tensor(group) for group in groups])
     flat = sorted(value for group in groups for value in group)
@@ -129,7 +129,9 @@ WEIGHTS = ((1.0, 0.0), (0.0, 1.0), (0.25, 0.5), (2.0, -1.0))
         (1.0, 1.0, 10.0),  # at the threshold is not above it
     ],
 )
-def test_fusion_of_one_element_by_hand(inner_score: float, outer_score: float, expected: float) -> None:
+def test_the_fusion_of_one_element_is_that_computed_by_hand(
+    inner_score: float, outer_score: float, expected: float
+) -> None:
     out = torch.tensor([float("nan")])
     stats = reference.fuse_(
         FusionInputs(

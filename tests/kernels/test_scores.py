@@ -89,7 +89,7 @@ def test_update_importance_of_mixed_dtypes_and_missing_gradients(implementation:
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.55, 1.0])
-def test_update_importance_keeps_what_is_not_finite(implementation: Any, beta1: float) -> None:
+def test_update_importance_keeps_the_state_of_nonfinite_elements(implementation: Any, beta1: float) -> None:
     sizes = [CHUNK + 5, 2]
     params, grads = normal(sizes, torch.float32, 0), normal(sizes, torch.float32, 1)
     grads[0][0], grads[0][CHUNK] = float("nan"), float("inf")
@@ -116,7 +116,7 @@ def test_update_importance_keeps_denormals(implementation: Any) -> None:
     order=st.sampled_from(["first", "second", "mixed"]),
     seed=st.integers(0, 10**6),
 )
-def test_update_importance_anywhere(
+def test_update_importance_on_random_inputs(
     implementation: Any,
     sizes: list[int],
     beta1: float,
@@ -190,7 +190,7 @@ def test_threshold_of_other_dtypes(implementation: Any, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("name", hostile(4).keys())
-def test_threshold_without_any_luck_in_the_sample(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_useless_sample_ends_in_bisection(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """What is left of the blocked search when its samples are worthless: bisection, which must end."""
     for setting, value in {"SHORT": 4, "SMALL": 4, "SAMPLED_PASSES": 0}.items():
         monkeypatch.setattr(f"rkif_kernels.selection.sampled.{setting}", value)
@@ -206,7 +206,7 @@ def test_threshold_without_any_luck_in_the_sample(monkeypatch: pytest.MonkeyPatc
         assert len(passes) <= 32
 
 
-def test_a_product_that_is_not_a_number_counts_as_zero(implementation: Any) -> None:
+def test_a_nan_product_counts_as_zero(implementation: Any) -> None:
     s = torch.ones(CHUNK)
     u = torch.ones(CHUNK)
     s[: CHUNK // 2], u[: CHUNK // 2] = torch.inf, 0.0
@@ -228,7 +228,7 @@ def test_a_product_that_is_not_a_number_counts_as_zero(implementation: Any) -> N
     ),
     st.floats(0, 1),
 )
-def test_threshold_anywhere(implementation: Any, groups: list[list[float]], fraction: float) -> None:
+def test_threshold_on_random_inputs(implementation: Any, groups: list[list[float]], fraction: float) -> None:
     scores = Scores([torch.tensor(group) for group in groups])
     numel = sum(map(len, groups))
     check_thresholds(implementation, scores, [int(fraction * (numel - 1))], per_tensor=False)

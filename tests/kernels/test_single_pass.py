@@ -144,7 +144,7 @@ def test_single_pass_over_mixed_dtypes(dtype: torch.dtype, fell_back: list[Tenso
     ],
 )
 @pytest.mark.parametrize("fraction", [0.0, 0.31, 0.8, 1.0])
-def test_brackets_that_fail_cost_time_only(name: str, bracketing: Bracketing, fraction: float) -> None:
+def test_missed_brackets_cost_only_time(name: str, bracketing: Bracketing, fraction: float) -> None:
     sizes = [CHUNK + 9, 200]
     inner = Scores(positive(sizes, torch.float32, 3), positive(sizes, torch.float32, 4))
     outer = Scores(positive(sizes, torch.float32, 5))
@@ -160,7 +160,7 @@ def test_brackets_that_fail_cost_time_only(name: str, bracketing: Bracketing, fr
     ],
     ids=["no room", "everything listed", "room for half"],
 )
-def test_a_list_that_is_too_short_is_noticed(
+def test_a_list_that_is_too_short_causes_the_fallback(
     bracketing: Bracketing, failed: int, fell_back: list[Tensor]
 ) -> None:
     sizes = [CHUNK + 9, 200]
@@ -193,7 +193,7 @@ def test_a_listed_element_is_written_in_its_own_tensor(bracketing: Bracketing) -
 
 
 @pytest.mark.parametrize("bracketing", [SMALL, replace(SMALL, list_slack=0.0)], ids=["listed", "failed"])
-def test_a_report_is_the_same_bits_twice(bracketing: Bracketing) -> None:
+def test_a_repeated_report_has_the_same_bits(bracketing: Bracketing) -> None:
     sizes = [5 * CHUNK + 3, 77]
     scores = Scores(on(DEVICE, positive(sizes, torch.float32, 3)))
     parts = [on(DEVICE, part) for part in models(sizes).values()]
@@ -262,7 +262,7 @@ def test_ties_at_the_lower_end_need_no_list(fell_back: list[Tensor]) -> None:
     st.floats(0, 2),
     st.integers(0, 10**6),
 )
-def test_single_pass_anywhere(
+def test_single_pass_on_random_inputs(
     sizes: list[int], fraction: float, sigmas: float, room: float, seed: int
 ) -> None:
     bracketing = replace(SMALL, sigmas=sigmas, list_slack=room)
@@ -271,7 +271,7 @@ def test_single_pass_anywhere(
     check(models(sizes), inner, outer, int(fraction * (sum(sizes) - 1)), bracketing)
 
 
-def test_few_scores_are_read_several_times_instead(fell_back: list[Tensor]) -> None:
+def test_few_scores_use_radix_selection(fell_back: list[Tensor]) -> None:
     sizes = [CHUNK + 9, 5]
     scores = Scores(positive(sizes, torch.float32, 3))
     check(models(sizes), scores, scores, 99, BRACKETING)
@@ -282,7 +282,7 @@ def test_few_scores_are_read_several_times_instead(fell_back: list[Tensor]) -> N
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 @pytest.mark.parametrize("density", [0, 0.2, 1])
 @pytest.mark.parametrize("target", ["memory of its own", "outer"])
-def test_select_and_fuse_is_selection_and_fusion(
+def test_select_and_fuse_equals_selection_and_fusion(
     backend: str, scope: str, density: float, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -308,7 +308,7 @@ def test_select_and_fuse_is_selection_and_fusion(
     assert [t.tolist() for t in stats.thresholds] == [t.tolist() for t in limits]
 
 
-def test_over_one_of_its_inputs_nothing_is_guessed(fell_back: list[Tensor]) -> None:
+def test_an_output_over_an_input_uses_two_steps(fell_back: list[Tensor]) -> None:
     """A single pass that has to be done over would find its input overwritten."""
     sizes = [CHUNK]
     tensors = {name: on(DEVICE, part) for name, part in models(sizes).items()}
@@ -320,7 +320,7 @@ def test_over_one_of_its_inputs_nothing_is_guessed(fell_back: list[Tensor]) -> N
     assert fell_back == []
 
 
-def test_a_bracket_is_where_the_sample_says() -> None:
+def test_a_bracket_has_the_hand_computed_width() -> None:
     """By hand: 25 of 98 scores are counted, margin 1 * sqrt(.8 * .2 * 25) + 1 = 3 of them.
 
     Of a first sample of 100 that is 12; its own margin is 4, so the window has 4 + 2 * 12 + 1 on either side.
