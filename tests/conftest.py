@@ -1,4 +1,4 @@
-"""Kernels run compiled where there is a GPU, and in Triton's interpreter elsewhere."""
+"""Fixtures. Kernels run compiled on a GPU, and in Triton's interpreter elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-# Read when Triton is first imported, hence before anything else is.
+# Triton reads this variable at its first import, so it is set before all other imports.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,7 +23,7 @@ from kernel_cases import BLOCK, implementations
 
 Rkif = Callable[..., tuple[int, str, str]]
 
-# Time limits on an example would fail on a busy machine and prove nothing; CI repeats the same examples.
+# A time limit per example would fail on a busy machine. CI repeats the same examples.
 settings.register_profile(
     "rkif",
     deadline=None,
@@ -33,7 +33,7 @@ settings.register_profile(
 settings.load_profile("rkif")
 
 
-# With `pytest -n`, tests of one of these modules go to one worker, so that what they share is made once.
+# With `pytest -n`, each of these modules runs on one worker, so that its fixtures are made once.
 SHARING = {
     *("test_log", "test_gating", "test_rollback", "test_reproduce", "test_aot", "test_hf_resume"),
     *("test_run_command", "test_ranks", "test_hf_ranks", "test_checkpoint_output", "test_checkpoint_crash"),
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Results do not depend on the machine's cores, and busy cores do not make tests hang."""
+    """Results do not depend on the number of cores, and busy cores do not make tests hang."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -62,7 +62,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=implementations())
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """One implementation, cut into small blocks, samples and lists."""
+    """One implementation, with small blocks, samples and lists."""
     monkeypatch.setattr("rkif_kernels.backends.torch.blocks.BLOCK", BLOCK)
     for name, value in {"SHORT": 32, "SMALL": 32, "SAMPLE_LEAST": 16, "SAMPLE_MOST": 16}.items():
         monkeypatch.setattr(f"rkif_kernels.selection.sampled.{name}", value)
@@ -71,7 +71,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Uninitialised memory is NaN, so that an element nobody wrote cannot pass for a right one."""
+    """Uninitialised memory is NaN, so that an unwritten element is detected."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
     yield
@@ -90,7 +90,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(inputs: Path) -> Callable[..., Any]:
-    """Makes configs for these inputs; keywords change single settings."""
+    """A function that makes configs for these inputs; keywords change single settings."""
     from run_inputs import make_config
 
     return partial(make_config, inputs)
@@ -98,7 +98,7 @@ def config(inputs: Path) -> Callable[..., Any]:
 
 @pytest.fixture
 def rkif(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Rkif:
-    """Runs a command line; returns status, output and errors. An exception would be a traceback."""
+    """A function that runs a command line; returns status, output and errors. An exception fails the test."""
     from rkif.cli import main
 
     def call(*arguments: object) -> tuple[int, str, str]:

@@ -1,4 +1,4 @@
-"""Who imports whom, as ``docs/architecture.md`` draws it, and how large a file and a folder may be."""
+"""The import rules of ``docs/architecture.md``, and the maximum size of files and classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAYERS = (
     {"rkif.demo"},
     {"rkif.continual"},
     {"rkif.hf", "rkif.checkpoint", "rkif.plan"},
-    {"rkif"},  # the face, `from rkif import Fuser`
+    {"rkif"},  # the package itself, `from rkif import Fuser`
     {"rkif.optim", "rkif.lora"},
     {"rkif.fuser"},
     {"rkif.fusion"},
@@ -39,7 +39,7 @@ def module_of(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The modules that a file imports, wherever in the file; for ``from a import b`` that is a.b."""
+    """The modules that a file imports, anywhere in the file; for ``from a import b`` this is a.b."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -49,7 +49,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def layer(module: str) -> tuple[int, str] | None:
-    """The layer that a module belongs to, and its name there; the longest name decides."""
+    """The layer of a module, and its name there; the longest matching name decides."""
     known = [
         (level, name)
         for level, names in enumerate(LAYERS)
@@ -103,7 +103,7 @@ def test_the_wings_of_bench_do_not_import_each_other() -> None:
 
 
 def test_the_parser_sees_every_package() -> None:
-    """What would make the tests above pass whatever is imported."""
+    """Guards against a parser that finds no imports, with which the tests above would pass."""
     assert {source.partition(".")[0] for source, _ in ARROWS} == {"rkif", "rkif_kernels", "bench"}
     assert any(target.startswith("triton") for _, target in ARROWS)
 

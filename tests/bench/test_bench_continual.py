@@ -1,4 +1,4 @@
-"""The suite that compares methods: what it runs, keeps and shows."""
+"""The suite that compares methods: its runs, rows and tables."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_suite_writes_rows_and_repeats_no_run(job: Job, tmp_path: Path) -> Non
     assert "2 of 2 runs have been done" in shown.file.getvalue()
     after = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*")) if path.is_file()]
     assert len(before) == len(after)
-    # The same run with other settings takes the row's place.
+    # The same run with other settings replaces the row.
     job.config.write_text(job.config.read_text().replace("steps: 7", "steps: 5"))
     compare([Job(job.config, job.suite, job.order, "sequential", 2, tmp_path / "again")], 1, shown)
     assert [(row["method"], row["steps"]) for row in continual.rows()] == [

@@ -39,7 +39,7 @@ def test_the_sweep_passes_on_correct_backends(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_sweep_of_graphs_passes_and_finds_a_missing_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU the second call stands for the replay."""
+    """Without a GPU, a second call replaces the replay."""
     monkeypatch.setitem(sweep.LARGEST, "cpu", 3000)
 
     def called_before(run: Callable[[], None]) -> Callable[[], None]:
@@ -62,7 +62,7 @@ BUGGY = ["update_importance_", "score_thresholds", "fuse_", "select_and_fuse_"]
     ("name", "graphs"), [*product(BUGGY, [False]), ("update_importance_", True), ("select_and_fuse_", True)]
 )
 def test_the_sweep_finds_a_bug(name: str, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last bit of one element of the largest tensor, in each operation."""
+    """A changed last bit of one element of the largest tensor is found, in each operation."""
     monkeypatch.setattr(sweep, "captured", lambda run: run)
     operation = getattr(rkif_kernels, name)
 
@@ -91,7 +91,7 @@ echo "$*" >> "$CALLS"
 
 
 def run_gpu_script(folder: Path, *parts: str, fails: str) -> tuple[int, list[str], str]:
-    """bench/gpu.sh with programs that only write down what they were asked: exit status, calls, output."""
+    """Run bench/gpu.sh with stub programs that record their arguments; returns exit status, calls, output."""
     for name in ("bench/results", "models/smollm2", "data/cl15", "bin"):
         (folder / name).mkdir(parents=True)
     (folder / "bench" / "results" / "gpu.jsonl").touch()
@@ -119,7 +119,7 @@ def test_every_command_of_the_gpu_script_exists(tmp_path: Path) -> None:
         if is_bench:
             name, *arguments = shlex.split(rest)
             seen.add(name)
-            group.commands[name].make_context(name, arguments)  # what click cannot parse, it refuses
+            group.commands[name].make_context(name, arguments)  # click refuses arguments that it cannot parse
         elif "-m pytest" in call:
             files = [word for word in call.split() if word.startswith("tests/")]
             files += [word.removeprefix("--ignore=") for word in call.split() if word.startswith("--ignore=")]
@@ -157,7 +157,7 @@ def test_the_gpu_script_fails_if_a_check_fails(tmp_path: Path, part: str, fails:
 
 
 def test_the_gpu_script_names_missing_packages_first(tmp_path: Path) -> None:
-    """A Python without packages: one line with their names, and no stage has begun."""
+    """A Python without packages gives one line with their names, and no stage starts."""
     script = Path(rows.__file__).parents[1] / "gpu.sh"
     python = tmp_path / "bare"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')

@@ -111,7 +111,7 @@ def test_implementations_agree_with_the_reference(op: type[Operation], dtypes: A
 
 
 def test_compiled_baselines_agree_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the C++ compiler's time: what is handed to it, run as it is."""
+    """The functions given to torch.compile run uncompiled, to save the compiler's time."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     for op in ("observe", "fuse"):
         operation = OPERATIONS[op](SMALL, DTYPES["bfloat16"], CPU)
@@ -161,7 +161,7 @@ class Never:
 
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_a_wrong_result_is_not_timed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An implementation that is 1e-3 off, in one element, fails its benchmark."""
+    """An implementation with an error of 1e-3 in one element fails its benchmark."""
     right = implementations(op, CPU)[0]
 
     def wrong(*lists: Any, **settings: Any) -> Any:
@@ -184,7 +184,7 @@ def test_a_wrong_result_is_not_timed(op: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("op", ["observe", "threshold"])
 def test_a_row_is_the_time_of_one_operation(op: str, benchmark: Any) -> None:
-    """Not of a round's iterations, nor of the two updates in a call."""
+    """The row has the time of one operation, not of the iterations of a round or of two updates in a call."""
     if benchmark.disabled:
         pytest.skip("pytest-xdist disables benchmarks")
 
@@ -285,9 +285,10 @@ def test_the_overhead_of_a_small_model_is_measured(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(overhead, "RESULTS", tmp_path / "overhead.jsonl")
     fusions, fuse = [], rkif.Fuser.fuse
     monkeypatch.setattr(rkif.Fuser, "fuse", lambda self: fusions.append(self) or fuse(self))
-    for _ in range(2):  # the second time in place of the first
+    for _ in range(2):  # the second rows replace the first
         overhead.measure(CPU, overhead.Batches(2, 4), 1, Console(quiet=True))
-    assert len(fusions) == 2 * 2 * 2 * 2  # once to warm up and once timed, adapter and all, two methods fuse
+    # A warm-up and a timed run, for the adapter and all parameters; two methods fuse; measured twice.
+    assert len(fusions) == 2 * 2 * 2 * 2
     found = overhead.rows()
     methods = ("adamw", "fused", "observe", "rkif_adamw")
     kinds = [(trained, method) for trained in ("adapter", "all") for method in methods]
@@ -299,7 +300,7 @@ def test_the_overhead_of_a_small_model_is_measured(tmp_path: Path, monkeypatch: 
     assert "| torch.optim.AdamW | 0.7 | - | -20.0% | - |" in table
     assert "| torch.optim.AdamW, fused | 0.8 | +25.0% | - | - |" in table
     assert "| Fuser.observe, torch.optim.AdamW | 1.0 | +50.0% | +20.0% | - |" in table
-    rows.write_all(overhead.RESULTS, [found[0], found[2]])  # of before there were other methods
+    rows.write_all(overhead.RESULTS, [found[0], found[2]])  # rows of an earlier version, with fewer methods
     assert "| Fuser.observe, torch.optim.AdamW | 1.0 | +50.0% | - | - |" in overhead.markdown()
 
 
@@ -329,7 +330,7 @@ def test_the_profile_of_a_small_model_is_measured(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_suite_runs_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process of its own, as it is used: options arrive, a result is checked, timed and recorded."""
+    """The options are applied, and the result is checked, timed and recorded."""
     out = tmp_path / "rows.jsonl"
     chosen = ["--device", "cpu", "--only", "threshold", "--shape", "smoke", "--dtype", "float32", "--quick"]
     chosen += ["--implementation", "rkif.torch", "--threads", "1", "--out", str(out)]
@@ -355,14 +356,14 @@ def test_the_suite_runs_from_the_command_line(tmp_path: Path, monkeypatch: pytes
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_errors_name_their_cause(arguments: list[str], message: str) -> None:
-    """exit_in_one_line prints these; here they are what is raised."""
+    """The test reads the exceptions; exit_in_one_line prints them."""
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, ValueError | RuntimeError)
     assert message in str(result.exception)
 
 
 def test_scores_between_a_quantile_and_its_order_statistic_may_go_either_way() -> None:
-    """And no other ones: an eager fusion with a density of its own is wrong."""
+    """Only these scores may: an eager fusion with another density is wrong."""
     operation = Fuse(SMALL, DTYPES["float32"], CPU)
     operation.check(baselines.fuse, exact=False)
 

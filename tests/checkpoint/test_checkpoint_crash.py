@@ -1,4 +1,4 @@
-"""Killed at any moment, a fusion leaves nothing or all, and goes on to the same bytes."""
+"""A fusion killed at any moment leaves no output or a complete one, and resumes to the same bytes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from rkif.checkpoint import preflight as planning
 from rkif.checkpoint.manifest import verify
 from rkif.checkpoint.workdir import Workdir
 
-CHUNK = 16_384  # bytes: some dozen chunks
+CHUNK = 16_384  # bytes: gives a few dozen chunks
 
-# The command line with small chunks: what a machine with little memory does with a large model. It forks for
-# every command, so that Python and PyTorch are there and only the work itself is interrupted.
+# The command line with small chunks, as for a large model with little memory. Each command runs in a fork, in
+# which Python and PyTorch are already imported, so that a kill interrupts the fusion itself.
 SERVER = f"""
 import json, os, sys
 from huggingface_hub import ModelCard, ModelCardData
@@ -49,7 +49,7 @@ for line in sys.stdin:
 
 
 class Killed(BaseException):
-    """What stands for the death of the process: nobody catches it, and nobody cleans up after it."""
+    """Stands for the death of the process: nothing catches it, and nothing is cleaned up."""
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def whole(triple: Triple, out: Path, method: str) -> dict[str, bytes]:
 def test_a_kill_at_any_record_resumes_to_the_same_bytes(
     triple: Triple, tmp_path: Path, method: str, after: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dies right before or after anything is written down; resumed, it ends with the same bytes."""
+    """The process is killed just before or just after each record; the resumed fusion has the same bytes."""
     expected = whole(triple, tmp_path / "whole", method)
     events: list[str] = []
     computed: list[int] = []
@@ -118,13 +118,13 @@ def test_a_kill_at_any_record_resumes_to_the_same_bytes(
         with monkeypatch.context() as patch:
             patch.setattr(
                 Workdir, "__exit__", lambda self, *_: self._lock.release()
-            )  # the dead remove nothing
+            )  # a killed process removes nothing
             with pytest.raises(Killed):
                 triple.fuse(out=out, method=method)
         dies_at = 0
         assert out.exists() == (after and events[-1] == "publish")
         triple.fuse(out=out, method=method, resume=True)
-        # One that was computed but not recorded, and one that was being computed.
+        # One chunk that was computed but not recorded, and one chunk in computation.
         assert len(computed) <= chunks + 2
         assert files_of(out) == expected
         assert not out.with_name(out.name + ".partial").exists()
@@ -132,7 +132,7 @@ def test_a_kill_at_any_record_resumes_to_the_same_bytes(
 
 @pytest.mark.usefixtures("small_chunks")
 def test_a_kill_at_a_random_moment_resumes_to_the_same_bytes(triple: Triple, tmp_path: Path) -> None:
-    """SIGKILL, dozens of times, at any moment of one fusion after another."""
+    """SIGKILL at random moments of many fusions."""
     expected = whole(triple, tmp_path / "whole", "recurrent_kif")
     inputs = [str(triple.path(name)) for name in ("base", "inner", "outer")]
     generator = random.Random(0)
@@ -153,11 +153,11 @@ def test_a_kill_at_a_random_moment_resumes_to_the_same_bytes(triple: Triple, tmp
             child = int(server.stdout.readline())
             if seconds is not None:
                 time.sleep(seconds)
-                with contextlib.suppress(ProcessLookupError):  # it was faster
+                with contextlib.suppress(ProcessLookupError):  # the fusion finished before the kill
                     os.kill(child, signal.SIGKILL)
             return int(server.stdout.readline())
 
-        assert run(tmp_path / "first", None) == 0  # the server has started when it is done
+        assert run(tmp_path / "first", None) == 0  # the server has started when this returns
         begun = time.perf_counter()
         assert run(tmp_path / "timed", None) == 0
         longest = time.perf_counter() - begun
@@ -262,7 +262,7 @@ def test_two_processes_do_not_write_one_output(triple: Triple, tmp_path: Path) -
 
 
 def test_a_full_disk_is_reported_before_the_fusion(triple: Triple, tmp_path: Path) -> None:
-    """A limit on the size of files is as good as a full disk: the system refuses to make room."""
+    """A limit on the size of files stands for a full disk: the system refuses to allocate space."""
     inputs = [str(triple.path(name)) for name in ("base", "inner", "outer")]
     limited = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
@@ -316,7 +316,7 @@ def test_an_input_that_shrinks_during_the_fusion_is_named(
 
 
 def test_a_journal_has_one_line_per_chunk(triple: Triple, tmp_path: Path, monkeypatch: Any) -> None:
-    """What is appended is a line a chunk: no rewriting of what was said before."""
+    """Each chunk appends one line; earlier lines are not rewritten."""
     monkeypatch.setattr(planning, "MAX_SLOT", CHUNK)
     lines = []
     publish = Workdir.publish
@@ -352,7 +352,7 @@ def test_inputs_that_change_during_the_fusion_are_reported(tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("small_chunks")
 def test_resume_keeps_the_chunks_of_the_interrupted_fusion(tmp_path: Path, monkeypatch: Any) -> None:
-    """How much memory Python takes, and with it the size of a chunk, is not the same every time."""
+    """Python's own memory varies between processes, and the size of a chunk with it."""
     triple = Triple(tmp_path, scale=3)
     expected = whole(triple, tmp_path / "whole", "recurrent_kif")
     with monkeypatch.context() as patch:

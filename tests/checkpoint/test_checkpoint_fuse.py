@@ -1,4 +1,4 @@
-"""Fusing checkpoints on disk gives what fusing them in memory gives, bit for bit, however they are cut."""
+"""A fusion on disk has the bits of a fusion in memory, for any files and chunks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def triple(tmp_path: Path) -> Triple:
 
 @pytest.fixture(params=[None, 256, 8192], ids=["one chunk", "chunks of 256 B", "chunks of 8 KiB"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """How finely the work is cut: 256 bytes of the widest input leave tensors of 64 elements whole."""
+    """Sets the size of chunks: with 256 bytes of the widest input, tensors of 64 elements stay whole."""
     if request.param is not None:
         monkeypatch.setattr(planning, "MAX_SLOT", request.param)
         monkeypatch.setattr(planning, "MIN_SLOT", 64)
@@ -118,7 +118,7 @@ def test_digests_do_not_depend_on_chunks_and_files(triple: Triple, monkeypatch: 
 
 
 def test_the_content_digest_of_an_output_is_that_of_an_input(triple: Triple) -> None:
-    """So that a card's digests can be followed back: fuse the output again, and it is there as input."""
+    """A model card can be traced: if an output is fused again, its digest appears as that of an input."""
     triple.fuse()
     made = read_manifest(triple.folder / "out")["content_sha256"]
     request = triple.request(out=triple.folder / "next")
@@ -176,7 +176,7 @@ def test_copied_tensors_must_be_equal(triple: Triple) -> None:
 
 @pytest.mark.parametrize("name", ["all equal", "all zero", "95 % zeros"])
 def test_elements_tied_at_the_threshold_are_not_selected(triple: Triple, chunks: Any, name: str) -> None:
-    """Millions of equal magnitudes at the threshold are what bfloat16 gives; here all, or nearly all, are."""
+    """With bfloat16, millions of magnitudes may equal the threshold; here all or nearly all do."""
     for end in (triple.inner, triple.outer):
         for key, value in triple.base.items():
             if value.is_floating_point():

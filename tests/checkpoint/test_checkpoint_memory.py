@@ -1,4 +1,4 @@
-"""The bound on memory holds on checkpoints several times its size, with a tensor larger than it."""
+"""The memory bound holds for checkpoints several times its size, with a tensor larger than the bound."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 MIB = 1 << 20
-BESIDE = 150 * MIB  # what Python and PyTorch take themselves, with CUDA's libraries twice as much
+BESIDE = 150 * MIB  # taken by Python and PyTorch; twice as much with CUDA's libraries
 SHAPES = {"embed": (260_000, 1024), "a": (64, 1024, 1024), "b": (1024,)}  # bf16: 508 MiB and 128 MiB
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured by Linux's /proc")
 
 
 def write(path: Path, seed: int) -> None:
-    """A bf16 checkpoint, made of a repeated block of random values between 1 and 2, without much memory."""
+    """Write a bf16 checkpoint of a repeated block of random values between 1 and 2, in little memory."""
     generator = np.random.default_rng(seed)
     block = (0x3F80 + generator.integers(0, 128, 1 << 20, dtype=np.uint16)).tobytes()
     header, at = {}, 0
@@ -37,7 +37,7 @@ def write(path: Path, seed: int) -> None:
 
 
 def imported() -> int:
-    """Bytes of a process that has imported everything and done nothing."""
+    """Bytes of a process after its imports."""
     code = (
         "import rkif.cli, rkif.checkpoint.fuse; from rkif.checkpoint.process_memory import anonymous_memory; "
         "print(anonymous_memory())"
@@ -84,4 +84,4 @@ def test_anonymous_memory_stays_below_the_bound(
     assert alone < peak <= bound
     assert json.loads(output)["report"]["numel"] == sum(int(np.prod(shape)) for shape in SHAPES.values())
     for path in folder.rglob("*.safetensors"):
-        path.unlink()  # gigabytes that pytest would keep
+        path.unlink()  # pytest would keep these gigabytes

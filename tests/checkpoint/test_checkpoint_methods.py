@@ -1,4 +1,4 @@
-"""The merges that rkif is compared with: their formulas, and mergekit's own results where it is installed."""
+"""The other merge methods: their formulas, and mergekit's results if it is installed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rkif.checkpoint import preflight as planning
 from rkif.checkpoint.methods import SETTINGS, TaskArithmetic, make_method, settings_of
 from rkif.checkpoint.tiles import Tile
 
-# Python of an environment that has mergekit; this one, if it does.
+# Python of an environment with mergekit; this environment if it has mergekit.
 MERGEKIT = os.environ.get("RKIF_MERGEKIT") or (
     sys.executable if importlib.util.find_spec("mergekit") else None
 )
@@ -56,7 +56,7 @@ def kept(vector: Tensor, density: float) -> Tensor:
 def test_each_method_follows_its_formula(
     triple: Triple, normalize: bool, cut: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32, where no two magnitudes are equal: ties at the threshold have a test of their own."""
+    """In float32 no two magnitudes are equal here; ties at the threshold have a separate test."""
     if cut:
         monkeypatch.setattr(planning, "MAX_SLOT", cut)
         monkeypatch.setattr(planning, "MIN_SLOT", 64)
@@ -204,7 +204,7 @@ for method, parameters in cases.items():
     MERGEKIT is None, reason="mergekit is not installed (RKIF_MERGEKIT names a Python that has it)"
 )
 def test_results_are_those_of_mergekit(triple: Triple) -> None:
-    """Without what is random, in float32: equal to it within the rounding of a few operations."""
+    """Deterministic methods in float32: equal within the rounding of a few operations."""
     assert MERGEKIT is not None
     triple.base = {
         name: value.float() if value.is_floating_point() else value for name, value in triple.base.items()
@@ -218,7 +218,7 @@ def test_results_are_those_of_mergekit(triple: Triple) -> None:
         "linear": by_model,
         "task_arithmetic": by_model | {"lambda": 0.9},
         "ties": sparse | {"lambda": 0.9},
-        # Nothing is dropped: what is random cannot be compared, the rest can.
+        # Nothing is dropped, because random drops cannot be compared.
         "dare_linear": by_model | {"density": {"inner": 1.0, "outer": 1.0}},
         "dare_ties": by_model | {"density": {"inner": 1.0, "outer": 1.0}},
     }

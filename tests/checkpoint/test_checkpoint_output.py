@@ -1,4 +1,4 @@
-"""What an output is to others: loaders, people, and whoever checks it later."""
+"""An output can be loaded, read and verified."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rkif.checkpoint.request import Request
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three small language models with tied embeddings, and what lies beside the weights of one."""
+    """Three small language models with tied embeddings; the base has companion files."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
@@ -248,7 +248,7 @@ def test_verify_finds_an_added_file(output: Path, name: str) -> None:
 
 
 def remade(manifest: dict[str, Any]) -> str:
-    """A manifest with the digest of its content, as somebody who knows how it is made would write it."""
+    """A changed manifest with a valid digest, as a forger would write it."""
     manifest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return json.dumps({**manifest, "manifest_sha256": digest}, indent=1) + "\n"
@@ -303,7 +303,7 @@ def test_verify_finds_a_changed_header_length_and_a_reformatted_manifest(output:
 
 
 def test_unreadable_files_next_to_the_base_do_not_stop_a_fusion(models: Path, tmp_path: Path) -> None:
-    """A card that is no YAML, and a name that is no UTF-8."""
+    """A card with invalid YAML, and a file name that is not UTF-8."""
     for name in ("base", "inner", "outer"):
         shutil.copytree(models / name, tmp_path / name)
     (tmp_path / "base" / "README.md").write_text("---\nlicense: [mit\n---\n")

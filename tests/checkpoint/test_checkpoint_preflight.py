@@ -1,4 +1,4 @@
-"""All that is wrong is said at once, before a weight is read."""
+"""The pre-flight reports all problems at once, before any weight is read."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def problems(folder: Path, **more: Any) -> list[str]:
 
 
 def change(folder: Path, name: str, **values: Any) -> None:
-    """Save a checkpoint anew, with other tensors; None takes one away."""
+    """Save a checkpoint again with changed tensors; None removes a tensor."""
     merged = {key: value for key, value in {**tensors(), **values}.items() if value is not None}
     for file in (folder / name).glob("model*"):
         file.unlink()
@@ -176,7 +176,7 @@ def test_inputs_without_floating_point_elements_are_refused(tmp_path: Path) -> N
 
 
 def test_the_fused_file_is_the_one_that_transformers_loads(folders: Path) -> None:
-    """A whole file goes before an index that is left over from before."""
+    """A single file has precedence over an old index."""
     save_file(tensors(), folders / "base" / "model.safetensors")
     opened = open_checkpoint(folders / "base", "BASE", found := [])
     assert opened is not None

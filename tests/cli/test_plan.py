@@ -1,4 +1,4 @@
-"""`rkif plan`: what fits into a device, from a config.json."""
+"""`rkif plan`: the memory of a training, from config.json."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_bytes_are_those_computed_by_hand(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_small_copies_are_counted_in_every_phase() -> None:
-    """As above, inner result 4 and fusion 4 in each phase."""
+    """As above, with inner result 4 and fusion 4 in each phase."""
     small, memory = Training(1000, 0, 1000), 10**9
     phases = budget(Option(), small, memory=memory, reserve=0).phases
     assert phases == {"inner": 52_000, "outer": 52_000, "fusion": 48_000}
@@ -95,7 +95,7 @@ def test_the_first_option_that_fits_is_chosen() -> None:
     for number, size in enumerate(sizes):
         before = min(sizes[:number], default=None)
         if before is not None and before <= size:
-            continue  # never the first
+            continue  # never the first option
         for memory, fits in ((size, True), (size - 1, False)):
             budgets, chosen = choose(training, memory=memory, reserve=0)
             assert budgets[number].fits == fits

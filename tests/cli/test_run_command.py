@@ -86,7 +86,7 @@ def test_a_second_run_needs_resume_and_the_same_settings(
     assert (status, errors.count("\n")) == (1, 1)
     assert "holds a run already; go on with --resume" in errors
     assert rkif("run", config, "--out", out, "--resume")[0] == 0
-    assert rkif("run", out / "config.yaml", "--out", out, "--resume")[0] == 0  # the recorded config is one
+    assert rkif("run", out / "config.yaml", "--out", out, "--resume")[0] == 0  # the recorded config is valid
     write(config, settings | {"seed": 7})
     status, _, errors = rkif("run", config, "--out", out, "--resume")
     assert status == 1
@@ -136,7 +136,7 @@ def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 def test_bad_settings_are_one_clear_line(
     rkif: Rkif, settings: dict[str, Any], tmp_path: Path, path: str, value: Any, message: str
 ) -> None:
-    if path == "text.max_length":  # room for nothing but the answer
+    if path == "text.max_length":  # the length holds only the answer
         settings["text"] = {"max_length": 32, "target": " {output}" * 20}
     config = write(tmp_path / "config.yaml", changed(settings, path, value))
     status, _, errors = rkif("run", config, "--out", tmp_path / "out")

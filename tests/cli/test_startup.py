@@ -20,7 +20,7 @@ from rkif.cli.options import parse_size
 Rkif = Callable[..., tuple[int, str, str]]
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 
-# Runs a command line, and fails if it took one of the slow imports.
+# Runs a command line, and fails if it made one of the slow imports.
 PROGRAM = """
 import sys
 from rkif.cli import main
@@ -71,7 +71,7 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_is_announced_before_slow_imports(command: str, tmp_path: Path) -> None:
-    """PyTorch cannot be imported here: what is on the terminal was written before."""
+    """PyTorch cannot be imported here, so the announcement was written before the import."""
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     arguments = [argument.format(tmp_path) for argument in ARGUMENTS.get(command, ["{}"])]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
@@ -93,7 +93,7 @@ def test_a_command_is_announced_before_slow_imports(command: str, tmp_path: Path
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_interrupt_that_an_import_swallows_ends_the_command(command: str, tmp_path: Path) -> None:
-    """Modules may catch everything while they are imported; a command ends all the same."""
+    """A module may catch every exception during its import; the command still ends."""
     (tmp_path / "torch.py").write_text(
         "import os, signal, time\n"
         "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.1)\nexcept BaseException: pass\n"

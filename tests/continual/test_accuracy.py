@@ -1,4 +1,4 @@
-"""When an answer counts as right, and how often it does."""
+"""Exact match and accuracy."""
 
 from __future__ import annotations
 

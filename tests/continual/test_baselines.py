@@ -1,4 +1,4 @@
-"""The methods that Recurrent-KIF is compared with: each against its definition."""
+"""The baselines: each method is compared with its definition."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Config = Callable[..., RunConfig]
 
 
 class Killed(BaseException):
-    """Not an Exception: nothing may catch it, as nothing catches a kill."""
+    """Not an Exception, so that no handler catches it."""
 
 
 def parameters_of(method: Sequential) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bytes(
     training = config().training.model_dump() | {"optimizer": optimizer}
     settings = config(method=method, training=training)
     go(settings, tmp_path / "straight")
-    for last in (10, 14, 19):  # in the second task, at its end, in the third
+    for last in (10, 14, 19):  # within the second task, at its end, within the third
         with pytest.MonkeyPatch.context() as patch:
             steps = [0]
 
@@ -68,7 +68,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bytes(
         assert_same_files(files(tmp_path / str(last)), files(tmp_path / "straight"), f"{method}, step {last}")
 
 
-@pytest.mark.parametrize("steps", [6, 7])  # whole rounds of Q = 3, and a tail
+@pytest.mark.parametrize("steps", [6, 7])  # full rounds of Q = 3, and a tail
 def test_replay_with_equal_steps_takes_the_steps_and_samples_of_recurrent_kif(
     config: Config, inputs: Path, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,7 +93,7 @@ def test_replay_with_equal_steps_takes_the_steps_and_samples_of_recurrent_kif(
         assert method.samples == sum(map(len, batches))
     theirs, ours = seen["RecurrentKIF"], seen["ReplayEqualSteps"]
     assert len(ours) == len(theirs)
-    assert Counter(chain(*ours)) == Counter(chain(*theirs))  # the same records, as often
+    assert Counter(chain(*ours)) == Counter(chain(*theirs))  # the same records, equally often
     assert max(map(len, ours)) - min(map(len, ours)) <= 2
     fractions = rates["ReplayEqualSteps"]
     assert fractions == sorted(fractions, reverse=True)
@@ -140,7 +140,7 @@ def test_ewc_sums_fisher_information_over_tasks(config: Config, inputs: Path) ->
     fisher = torch.cat([t.flatten() for name, t in first.items() if name.startswith("fisher.")])
     assert fisher.min() >= 0
     assert fisher.mean().item() == pytest.approx(1, rel=1e-5)
-    # The mean square of single records' gradients, by its mean; the anchor is where the task ended.
+    # The mean of squared gradients of single records, divided by its mean; the anchor is the task's end.
     other = one_task(config(method="ewc"), inputs, Ewc)
     squares: dict[str, Tensor] = {}
     for number in range(64):
@@ -175,7 +175,7 @@ def test_o_lora_trains_only_the_slice_of_the_task(config: Config, inputs: Path) 
 
 
 def test_a_slice_of_o_lora_equals_a_separate_adapter(config: Config, inputs: Path) -> None:
-    """The scale alpha / r is that of one task's adapter, however many slices there are."""
+    """The scale alpha / r is that of one task's adapter, for any number of slices."""
     sliced = one_task(config(method="o_lora"), inputs, OLora)
     plain = one_task(config(method="sequential"), inputs, Sequential)
     torch.manual_seed(0)
@@ -221,7 +221,7 @@ def test_methods_refuse_invalid_settings(
 
 
 def test_tasl_merges_unit_by_unit(config: Config, inputs: Path) -> None:
-    history = torch.linspace(0, 1, 8)  # units 6 and 7 (of 8, top fifth) matter to earlier tasks
+    history = torch.linspace(0, 1, 8)  # units 6 and 7 (the top fifth of 8) are important to earlier tasks
     method = one_task(config(method="tasl"), inputs, Tasl, previous_task_state={"history": history})
     before = parameters_of(method)
     for step in range(3):
@@ -257,7 +257,7 @@ def test_ties_gives_the_hand_computed_merge() -> None:
 
 def test_ties_keeps_the_largest_of_each_tensor(config: Config, inputs: Path) -> None:
     method = one_task(config(fusion={"density": 0.25}), inputs, Ties)
-    vector = torch.tensor([0.1, -0.8, 0.3, 0.5, -0.2])  # rank floor(0.75 * 4) = 3 is the threshold
+    vector = torch.tensor([0.1, -0.8, 0.3, 0.5, -0.2])  # k = floor(0.75 * 4) = 3 is the threshold
     assert method._trimmed(vector).tolist() == pytest.approx([0, -0.8, 0, 0, 0])
 
 
@@ -267,7 +267,7 @@ def test_dare_keeps_a_share_and_rescales_it(config: Config, inputs: Path) -> Non
     merged = method.merge("w", ones, ones)
     assert set(merged.tolist()) == {0.0, 2.0, 4.0}  # none, one or both: 1 / (2 * 0.25) each
     assert merged.mean().item() == pytest.approx(1, abs=0.03)
-    assert torch.equal(merged, method.merge("w", ones, ones))  # a function of seed, round and name
+    assert torch.equal(merged, method.merge("w", ones, ones))  # depends on seed, round and name
     assert not torch.equal(merged, method.merge("v", ones, ones))
     method.round += 1
     assert not torch.equal(merged, method.merge("w", ones, ones))
@@ -296,8 +296,8 @@ def test_soft_weights_lie_between_the_masks_and_the_average(config: Config, inpu
     cold = after_one_round(config(adaptive={"temperature": 1e-6}), inputs, Adaptive)
     for name, expected in averaged.items():
         torch.testing.assert_close(hot[name], expected)
-    # Cold weights are 0 or 1: every element moves by the task vector of the side that scores higher, after
-    # both sides' scores have been brought to [0, 1].
+    # At a low temperature weights are 0 or 1: every element takes the task vector of the side with the higher
+    # score, after the scores of each side are scaled to [0, 1].
     method = one_task(config(adaptive={"temperature": 1e-6}), inputs, Adaptive)
     base, seen = parameters_of(method), {}
     merge = Adaptive.end_round
@@ -318,7 +318,7 @@ def test_soft_weights_lie_between_the_masks_and_the_average(config: Config, inpu
     picked = 0
     for name, value in cold.items():
         share = {s: (seen[s][name] - lows[s]) / (highs[s] - lows[s]) for s in ("inner", "outer")}
-        clear = (share["inner"] - share["outer"]).abs() > 1e-4  # at 1e-6, all or nothing
+        clear = (share["inner"] - share["outer"]).abs() > 1e-4  # at 1e-6, weights are 0 or 1
         inner = seen["stopped"][name] - base[name]
         outer = seen["ended"][name] - seen["stopped"][name]
         expected = base[name] + torch.where(share["inner"] > share["outer"], inner, outer)
@@ -361,13 +361,13 @@ def test_multi_task_samples_all_tasks_equally(config: Config, inputs: Path) -> N
     method = one_task(config(training={"steps": 30, "batch_size": 4}), inputs, MultiTask)
     records = [record for step in range(30) for _, record in method.batch(step)]
     counts = [sum(record.task == task for record in records) for task in TASKS]
-    assert sum(counts) == 30 * 4 + 10 * 2 * 4  # and what the memory gives to others in ten rounds
+    assert sum(counts) == 30 * 4 + 10 * 2 * 4  # and the memory samples of the other methods in ten rounds
     assert max(counts) - min(counts) <= 1
     first_epoch = {(record.task, record.id) for record in records[:120]}
-    assert len(first_epoch) == 120  # an epoch over all 120, begun in the middle of a walk over each
+    assert len(first_epoch) == 120  # one epoch over all 120, from the middle of each task's walk
     first = MultiTask(replace(method.context, index=0))
     earlier = [record for step in range(30) for _, record in first.batch(step)]
-    assert [r.id for r in earlier] != [r.id for r in records]  # the walk goes on from task to task
+    assert [r.id for r in earlier] != [r.id for r in records]  # the walk continues from task to task
 
 
 def test_multi_task_uses_as_many_records_as_replay_without_repeats(config: Config, tmp_path: Path) -> None:
@@ -400,9 +400,9 @@ def test_ablations_change_the_named_step(config: Config, inputs: Path, setting: 
         for a, b in zip(usual.inner.parameters.values(), changed.inner.parameters.values(), strict=True)
     ]
     if setting == "observe":
-        assert not all(same)  # other scores, other masks
+        assert not all(same)  # different scores, so different masks
     else:
-        assert all(same)  # the first round is the same, its end forgets the moments
+        assert all(same)  # the first round is the same; the moments are reset at its end
         assert [len(learner.tensors()) > 0 for learner in (usual.inner, usual.outer)] == [True, True]
         assert [len(learner.tensors()) > 0 for learner in (changed.inner, changed.outer)] == [False, False]
 

@@ -1,4 +1,4 @@
-"""A run with damaged or hostile files: every command refuses it in one line, and changes nothing."""
+"""Every command refuses a run with damaged or hostile files in one line, and changes nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Edit = Callable[[dict[str, Any]], Any]
 
 @pytest.fixture(scope="module")
 def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tasks with three rounds each, every second one undone."""
+    """Two tasks with three rounds each; every second round is undone."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     loss = {"metric": "memory_loss", "floor": -1, "tolerance": None}
     go(make_config(inputs, gate={"criteria": [loss], "every": 2, "ladder": []}), folder)
@@ -38,7 +38,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def refused(rkif: Rkif, run: Path, *arguments: object) -> str:
-    """The one line with which a command fails; it has changed nothing."""
+    """The one-line error of a failed command, which changed nothing."""
     before = contents(run.parent)
     status, _, errors = rkif(*arguments)
     assert (status, errors.count("\n")) == (1, 1), errors
@@ -151,12 +151,12 @@ def test_metrics_that_are_not_an_object_are_refused(rkif: Rkif, run: Path, text:
 def test_invalid_records_with_a_valid_chain_are_refused(
     rkif: Rkif, run: Path, event: str, edit: Edit, key: str
 ) -> None:
-    if "record 7" in key:  # the modules of the second round differ from the first's
+    if "record 7" in key:  # the modules of the second round differ from those of the first
         second = [r["seq"] for r in read_ledger(run / "ledger.jsonl") if r["event"] == "round"][1]
         key = f"record {second} is damaged: modules: "
     rewrite_ledger(run / "ledger.jsonl", edit, seq_of(run, event))
     for command in commands(run):
-        if command[0] == "report":  # the page says so itself
+        if command[0] == "report":  # the page reports it
             assert rkif(*command)[0] == 0
             assert "The ledger is broken" in (run / "report.html").read_text()
             (run / "report.html").unlink()

@@ -1,4 +1,4 @@
-"""``rkif demo``: the first thing a user runs."""
+"""``rkif demo``: its comparison, its claim and its inputs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_demo_compares_the_methods_and_can_be_resumed(tmp_path: Path) -> None:
 
 
 def test_fine_tuning_forgets_and_recurrent_kif_does_not(tmp_path: Path) -> None:
-    """The demo's claim on its first two tasks, for three seeds: how much a run forgets depends on the seed.
+    """The demo's claim on its first two tasks, for three seeds, because forgetting depends on the seed.
 
     Measured: BWT of -50 for each seed of fine-tuning, and of -16, -16 and -10 for Recurrent-KIF.
     """

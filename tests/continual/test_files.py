@@ -1,4 +1,4 @@
-"""Files that cannot be written or read are named, and nothing of them is left."""
+"""Files that cannot be written or read are named, and no partial file is left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rkif.files import parse_json, write_text
 
 @pytest.fixture
 def small_disk() -> Iterator[None]:
-    """No file may have more than 100 bytes: writing fails as on a full disk."""
+    """Limits files to 100 bytes, so that writing fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     yield

@@ -1,4 +1,4 @@
-"""The gate of a run: wrong labels and broken gradients do not get into the model."""
+"""The gate of a run keeps wrong labels and broken gradients out of the model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GATE = {
 
 @pytest.fixture(scope="module")
 def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Reviews that are good or bad; the same as a second task; the same with each label the wrong one."""
+    """Reviews with two labels, the same as a second task, and the same with all labels wrong."""
     folder = tmp_path_factory.mktemp("reviews")
     write_inputs(folder, train=400, dev=50, seed=0)
     table = json.loads((folder / "tasks/tasks.json").read_text())
@@ -103,7 +103,7 @@ def test_broken_gradients_do_not_reduce_accuracy(
     def gradient(self: BatchLearner, items: Sequence[Item], *, seed: int) -> float:
         loss = sound(self, items, seed=seed)
         calls[0] += 1
-        # From the eighth round on: 120 steps of the first task, then 8 inner and 4 outer ones a round.
+        # From the eighth round on: 120 steps of the first task, then 8 inner and 4 outer steps per round.
         if calls[0] > 120 + 7 * 12:
             for parameter in self.parameters.values():
                 assert parameter.grad is not None
@@ -123,7 +123,7 @@ def test_broken_gradients_do_not_reduce_accuracy(
 
 
 def test_an_undone_round_restores_the_whole_state(inputs: Path, tmp_path: Path) -> None:
-    """Parameters, importance and both optimizers are as if the round had not been, whatever it saw."""
+    """Parameters, importance and both optimizers return to the start of the round, for any data."""
     impossible = {"criteria": [{"metric": "memory_loss", "floor": -1, "tolerance": None}], "ladder": []}
     settings = {"training": {"steps": 6, "batch_size": 4, "learning_rate": 1e-2}, "checkpoint_every": 3}
     go(make_config(inputs, gate=impossible, **settings), tmp_path / "run")
@@ -146,7 +146,7 @@ def test_a_gate_may_stop_the_run(inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(GateStopped, match=r"in round 1 of task 'tense': memory_loss .* is above -1"):
         go(config, tmp_path / "run")
     assert [record["gate"]["verdict"] for record in rounds(tmp_path / "run")] == ["stop"]
-    # Going on comes to the same end, and finds what it recorded.
+    # The resumed run stops at the same state, with the same records.
     with pytest.raises(GateStopped, match="in round 1"):
         go(config, tmp_path / "run", resume=True)
     assert len(rounds(tmp_path / "run")) == 1
@@ -156,7 +156,7 @@ def test_a_gate_may_stop_the_run(inputs: Path, tmp_path: Path) -> None:
 def test_a_gated_run_resumes_to_the_same_bits(
     inputs: Path, tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Refuses what makes the loss smaller, so that there is something to refuse.
+    # The criterion refuses rounds that reduce the loss, so that some rounds are undone.
     loss = {"metric": "memory_loss", "higher_is_better": True}
     gate = {"criteria": [loss, {"metric": "accuracy", "tolerance": 50}], "records": 4, "every": 2}
     config = make_config(inputs, gate=gate, checkpoint_every=1)
@@ -261,7 +261,7 @@ def test_only_recurrent_kif_accepts_a_gate(inputs: Path) -> None:
 
 
 def test_a_gate_that_always_keeps_changes_no_bit(inputs: Path, tmp_path: Path) -> None:
-    """A gate that everything passes, and that sets nothing aside, changes no bit."""
+    """A gate that accepts every round and sets no records aside changes no bit."""
     content = {"criteria": [{"metric": "memory_loss", "floor": 1e9, "tolerance": None}]}
     go(make_config(inputs), tmp_path / "free")
     go(make_config(inputs, gate=content), tmp_path / "gated")

@@ -1,4 +1,4 @@
-"""Answers written by tiny random models, against a greedy loop over single sequences."""
+"""Generated answers of tiny random models, compared with a greedy loop over single sequences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rkif.continual.models.scoring import predict_by_generation
 def test_generation_is_greedy(kind: str, max_length: int) -> None:
     model, collator = setup(kind, max_length=max_length)
     tokens = [plain_generation(model, collator, item, 6) for item in items()]
-    assert len({len(answer) for answer in tokens}) > 2  # so that some rows end before their neighbours
+    assert len({len(answer) for answer in tokens}) > 2  # so that some rows end before others
     expected = [collator.decode(answer) for answer in tokens]
     for batch_size in (1, 5, 13):
         assert (

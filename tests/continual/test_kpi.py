@@ -1,4 +1,4 @@
-"""Metrics of one's own."""
+"""User metrics."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_metric_next_to_the_config_is_computed_stored_and_shown(
     assert len(own["initial"]) == len(TASKS)
     assert [len(row) for row in own["matrix"]] == [3, 3, 3]
     assert all(0 <= value <= 1 for row in own["matrix"] for value in row)
-    # The run's own config names the file, so that it can be resumed from anywhere.
+    # The run's config has the absolute path, so the run can be resumed from any folder.
     assert load_config(tmp_path / "run" / "config.yaml").metrics == [f"{tmp_path / 'own.py'}:share_of_first"]
     assert go(load_config(tmp_path / "run" / "config.yaml"), tmp_path / "run", resume=True) == metrics
 

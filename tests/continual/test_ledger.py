@@ -1,4 +1,4 @@
-"""The ledger's chain: what was written is what is read, and nothing else passes."""
+"""The ledger's chain: records are read as written, and every change is found."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_records_are_read_as_written(
     ledger = Ledger(path)
     for place, content in enumerate(contents):
         if place == again:
-            ledger = Ledger(path)  # closed and opened
+            ledger = Ledger(path)  # closed and opened again
         ledger.append(content)
     records = list(read_ledger(path))
     assert records == ledger.records == Ledger(path).records
@@ -46,7 +46,7 @@ def test_records_are_read_as_written(
         assert (record["seq"], record["previous"]) == (seq, previous)
         previous = record["hash"]
     assert ledger.head == previous
-    assert len(path.read_bytes().splitlines()) == len(contents)  # a line each, whatever the text
+    assert len(path.read_bytes().splitlines()) == len(contents)  # one line per record, for any text
 
 
 def written(folder: Path, count: int = 3) -> Path:
@@ -89,7 +89,7 @@ def test_removed_moved_and_rewritten_lines_are_found(tmp_path: Path, change: Any
     with pytest.raises(LedgerError, match=message):
         list(read_ledger(path))
     with pytest.raises(LedgerError, match=message):
-        Ledger(path)  # nobody writes on
+        Ledger(path)  # no further record is appended
 
 
 def test_a_rewritten_record_breaks_the_chain(tmp_path: Path) -> None:

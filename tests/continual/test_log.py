@@ -1,4 +1,4 @@
-"""A run's ledger as people see it, and what verification finds."""
+"""``rkif log``: the tables it shows, and the changes that ``--verify`` finds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rkif.continual.rundir.state import read_checkpoint, write_state
 
 @pytest.fixture(scope="module")
 def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tasks with three rounds each, every second one undone."""
+    """Two tasks with three rounds each; every second round is undone."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     loss = {"metric": "memory_loss", "floor": -1, "tolerance": None}
     go(make_config(inputs, gate={"criteria": [loss], "every": 2, "ladder": []}), folder)
@@ -173,7 +173,7 @@ PARTS = ("task", "step", "samples", "ledger_records", "inner.", "fuser.outer_imp
 
 
 def other_state(run: Path, part: str) -> None:
-    """Move the position in the state after round 4 by one, or change a tensor of the method's."""
+    """Change the position in the state after round 4 by one, or a tensor of the method."""
     state = RoundStates(run).read(4)
     if hasattr(state, part):
         state = replace(state, **{part: getattr(state, part) + 1})
@@ -193,7 +193,7 @@ def contents(run: Path) -> dict[str, bytes]:
 
 
 def without_last_task(run: Path) -> None:
-    """Remove the last task, its records, and a checkpoint that would tell."""
+    """Remove the last task, its records, and the checkpoint that would reveal the removal."""
     shutil.rmtree(run / "tasks/03-place")
     drop_lines(run / "ledger.jsonl", slice(0, 22))
     state = read_checkpoint(run)
@@ -284,7 +284,7 @@ def test_the_first_bad_record_is_named(
     assert message in refused(tmp_path / "run", "--verify")
     kept = contents(tmp_path / "run")
     if "is torn" not in message and "ledger.jsonl" not in message and "holds no" not in message:
-        with pytest.raises(ValueError, match="run"):  # nobody trains on from files that were changed
+        with pytest.raises(ValueError, match="run"):  # changed files cannot be resumed from
             go(load_config(whole / "config.yaml"), tmp_path / "run", resume=True)
         assert contents(tmp_path / "run") == kept
 

@@ -1,4 +1,4 @@
-"""Sentence encoders: loss and answers against the definition, written out."""
+"""Sentence encoders: loss and answers, compared with their definition."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def cosine_scores(inputs: Path, text: str, labels: tuple[str, ...]) -> torch.Ten
 def test_loss_and_answers_are_those_of_the_definition(settings: RunConfig, inputs: Path) -> None:
     tasks = load_tasks(inputs / "tasks", TASKS)
     model, objective = load_model(settings, tasks)
-    model.eval()  # the adapter adds nothing yet
+    model.eval()  # the adapter's update is still zero
     items = [(task.instruction, record) for task in tasks for record in task.train[:2]]
     losses = []
     for task in tasks:

@@ -1,4 +1,4 @@
-"""The replay memory: what it keeps, and its file."""
+"""The replay memory: its sample and its file."""
 
 from __future__ import annotations
 

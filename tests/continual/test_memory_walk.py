@@ -1,4 +1,4 @@
-"""The order in which a replay memory gives its items back."""
+"""The order of the items that a replay memory returns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One task: the learners, their batches, rates and rounds."""
+"""Training on one task: learners, batches, learning rates and rounds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rkif.continual.methods import METHODS
 def test_the_outer_learner_moves_by_its_own_learning_rate(
     config: Callable[..., RunConfig], inputs: Path, precision: str
 ) -> None:
-    """In the released code the outer optimizer is never stepped, or at rate zero: nothing depends on it."""
+    """In the released code the outer optimizer is never stepped, or has learning rate zero."""
     norms = {}
     for rate in (1e-3, 1e-2):
         method = one_task(config(precision=precision, outer={"learning_rate": rate}), inputs)
@@ -34,7 +34,7 @@ def test_the_outer_learner_moves_by_its_own_learning_rate(
         assert report is not None
         norms[rate] = report.norms
     assert norms[1e-3]["inner"] == norms[1e-2]["inner"]
-    # Adam's first steps are as long as the rate says.
+    # Adam's first steps have the length of the learning rate.
     assert norms[1e-2]["outer"] / norms[1e-3]["outer"] == pytest.approx(10, rel=0.2)
 
 
@@ -52,7 +52,7 @@ def test_the_last_round_of_a_task_is_fused_too(config: Callable[..., RunConfig],
 def test_micro_batches_give_the_gradient_of_the_batch(
     config: Callable[..., RunConfig], inputs: Path, architecture: str
 ) -> None:
-    """Answers differ in length, so the mean over the batch's tokens is not the mean of micro-batch means."""
+    """Answers differ in length, so the mean over all tokens is not the mean of the micro-batch means."""
     gradients = []
     for size in (None, 3, 1):
         settings = config(
@@ -114,7 +114,7 @@ def test_every_record_is_used_once_per_epoch(config: Callable[..., RunConfig], i
 
 
 def test_training_reduces_the_loss(config: Callable[..., RunConfig], inputs: Path, tmp_path: Path) -> None:
-    """Not how well: that the loss of what is trained on falls to nearly nothing."""
+    """The training loss falls to nearly zero."""
     settings = config(adapter=None, training={"steps": 60, "batch_size": 8, "learning_rate": 3e-3})
     method = one_task(settings, inputs)
     losses = [method.inner.step(method.batch(0), lr_fraction=1.0, seed=step) for step in range(60)]
@@ -132,7 +132,7 @@ def test_tokenizer_of_the_inputs_knows_the_answers(inputs: Path) -> None:
 def test_recurrent_kif_equals_a_plain_loop_with_a_fuser(
     config: Callable[..., RunConfig], inputs: Path
 ) -> None:
-    """Seven steps against the same written out: batches, rates, clipping, optimizers, rounds."""
+    """Seven steps, compared with explicit batches, learning rates, clipping, optimizers and rounds."""
     settings = config(
         training={"steps": 7, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.1,
                   "max_grad_norm": 0.5},
@@ -168,7 +168,7 @@ def test_recurrent_kif_equals_a_plain_loop_with_a_fuser(
                     step(outer, items, 3e-2 * fraction, method.seed("outer", walk))
                     walk += 1
         method.train_step(index)
-    assert max(norms) > 0.5 > 0  # the clipping did something
+    assert max(norms) > 0.5 > 0  # gradients were clipped
     trained = [p for p in method.context.model.parameters() if p.requires_grad]
     assert all(map(torch.equal, trained, parameters))
     assert method.samples == 7 * 4 + 6 * 3
@@ -193,7 +193,7 @@ def test_dropout_differs_from_step_to_step(config: Callable[..., RunConfig], inp
     items = method.batch(0)
     seeds = [method.seed("inner", 0), method.seed("inner", 1), method.seed("outer", 0)]
     assert len(set(seeds)) == 3
-    for _ in range(2):  # B starts at zero: dropout has no effect before it has moved
+    for _ in range(2):  # B starts at zero, so dropout has no effect before the first step
         method.inner.step(items, lr_fraction=1.0, seed=0)
     losses = [method.inner.step(items, lr_fraction=0.0, seed=seed) for seed in (*seeds, seeds[0])]
     assert losses[0] == losses[3]

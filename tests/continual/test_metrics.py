@@ -1,4 +1,4 @@
-"""The three figures of a run, against hand computation and exact fractions."""
+"""OP, BWT and FWT, compared with values computed by hand and with exact fractions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of a run: whole, self-contained, and with the run's own figures."""
+"""The report of a run: complete, self-contained, and with the figures of the run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VOID = {"meta", "br", "path", "use", "image"}
 
 
 class Page(HTMLParser):
-    """Collects text and attributes, and sees that every element is closed."""
+    """Collects text and attributes, and checks that every element is closed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,8 +65,8 @@ def test_the_page_is_complete_and_self_contained(config: Callable[..., RunConfig
     assert f"{metrics['op']:.1f}" in text
     for task in TASKS:
         assert task in text
-    assert text.count("49.5") == len(TASKS) * (len(TASKS) + 1)  # the user's metric, everywhere
-    assert path.read_text().count("<svg") == 5  # curves, importance, masks, movement, and where
+    assert text.count("49.5") == len(TASKS) * (len(TASKS) + 1)  # the user metric is in every table
+    assert path.read_text().count("<svg") == 5  # curves, importance, masks, size and place of the changes
     first = path.read_bytes()
     write_report(tmp_path / "run")
     assert path.read_bytes() == first
@@ -86,7 +86,7 @@ def test_methods_without_rounds_and_unfinished_runs_have_a_page(
 
 
 def test_names_are_escaped(config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """Neither HTML nor a formula of matplotlib's."""
+    """A name is neither HTML nor a formula for matplotlib."""
     name = '<script>alert(1)<,script>&$x$ "q'
     go(config(), tmp_path / "run")
     path = tmp_path / "run" / "metrics.json"
@@ -135,7 +135,7 @@ GATE = {"criteria": [{"metric": "memory_loss", "floor": -1, "tolerance": None}],
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")
 def test_a_browser_renders_the_page(config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """Nothing is fetched, nothing fails, nothing is wider than the window, and every picture is drawn."""
+    """No request, no error, no element wider than the window, and every picture is drawn."""
     sync_api = pytest.importorskip("playwright.sync_api")
     go(config(gate=GATE), tmp_path / "run")
     requests: list[str] = []
@@ -216,7 +216,7 @@ def test_history_sums_to_the_reports(config: Callable[..., RunConfig], tmp_path:
         counts = torch.stack([tensor for name, tensor in parts.items() if name.startswith("counts.")]).sum(0)
         assert counts.shape == (3, 4)  # 7 steps of Q = 3: three rounds
         assert counts.sum(1).tolist() == [metrics["trainable"]] * 3
-        for side in (0, 1):  # density 0.2: of n scores n - 1 - floor(0.8 (n - 1)) are above, ties apart
+        for side in (0, 1):  # density 0.2: n - 1 - floor(0.8 (n - 1)) of n distinct scores are selected
             selected = counts[:, side] + counts[:, 2]
             n = metrics["trainable"]
             assert (selected <= n - 1 - (n - 1) * 4 // 5).all()

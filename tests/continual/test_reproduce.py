@@ -1,4 +1,4 @@
-"""A round gone through again comes to what the ledger says, or it is said what differs."""
+"""A repeated round agrees with the ledger, or its differences are named."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rkif.continual.rundir.rollback import rollback
 @pytest.fixture(scope="module")
 def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    loss = {"metric": "memory_loss", "higher_is_better": True}  # refuses some, so that there is more to do
+    loss = {"metric": "memory_loss", "higher_is_better": True}  # refuses some rounds
     go(make_config(inputs, gate={"criteria": [loss], "every": 2}), folder)
     return folder
 
@@ -69,7 +69,7 @@ def test_a_round_repeated_after_a_rollback_is_reproduced(whole: Path, tmp_path: 
 
 
 def test_differences_are_named(whole: Path, tmp_path: Path) -> None:
-    """A ledger that was rewritten whole holds together, but is not what happened."""
+    """A ledger that was rewritten as a whole has a valid chain, but other values than the training."""
     shutil.copytree(whole, tmp_path / "run")
     path = tmp_path / "run/ledger.jsonl"
 

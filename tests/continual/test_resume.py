@@ -25,11 +25,11 @@ from rkif.continual.rundir.writer import RunWriter
 
 
 class Killed(BaseException):
-    """Not an Exception: nothing may catch it, as nothing catches a kill."""
+    """Not an Exception, so that no handler catches it."""
 
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, events: int) -> list[int]:
-    """Die at the given event: every rename, before and after it, and every training step is one."""
+    """Raise Killed at an event: before and after every rename, and at every training step."""
     count = [0]
     rename = os.replace
 
@@ -70,7 +70,7 @@ def test_a_run_killed_at_any_event_resumes_to_the_same_bytes(
             with pytest.raises(Killed):
                 go(settings, out)
         if (out / "ledger.jsonl").exists():
-            verify(out)  # what a kill leaves is no damage
+            verify(out)  # the files left by a kill are valid
         go(settings, out, resume=True)
         assert_same_files(files(out), expected, f"killed at event {event}")
         shutil.rmtree(out)
@@ -79,7 +79,7 @@ def test_a_run_killed_at_any_event_resumes_to_the_same_bytes(
 def test_a_run_killed_while_republishing_a_task_resumes(
     config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """The task is in the ledger, but no checkpoint after it; its folder must be whole at any event."""
+    """The ledger has the task, but no later checkpoint exists; the task's folder is complete at any event."""
     settings = config(tasks=config().tasks.model_dump() | {"order": TASKS[:2]}, checkpoint_every=100)
     go(settings, tmp_path / "straight")
 
@@ -143,7 +143,7 @@ def test_resume_refuses_other_tasks(config: Callable[..., RunConfig], inputs: Pa
 def test_a_run_killed_many_times_resumes_to_the_same_bytes(
     config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """Every resumption dies a little later; none may lose or repeat a step."""
+    """Every resumed run is killed a little later; no step is lost or repeated."""
     settings = config(tasks=config().tasks.model_dump() | {"order": TASKS[:2]})
     go(settings, tmp_path / "straight")
     out = tmp_path / "killed"
@@ -164,7 +164,7 @@ def test_a_run_killed_many_times_resumes_to_the_same_bytes(
 def test_a_run_killed_by_sigkill_resumes_to_the_same_bytes(
     config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """The real thing: SIGKILL to the command, wherever it happens to be."""
+    """The command gets SIGKILL at arbitrary moments."""
     settings = config(training={"steps": 12, "batch_size": 4, "learning_rate": 1e-2})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     go(settings, tmp_path / "straight")
@@ -223,7 +223,7 @@ def test_a_finished_run_is_only_read(config: Callable[..., RunConfig], tmp_path:
 
 
 def test_resume_refuses_a_run_without_its_metrics(config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """What the model knew before training cannot be found out afterwards."""
+    """The accuracy before training cannot be measured after training."""
     go(config(), tmp_path)
     (tmp_path / "metrics.json").unlink()
     with pytest.raises(ValueError, match=r"its metrics\.json is missing"):

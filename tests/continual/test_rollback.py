@@ -1,4 +1,4 @@
-"""Going back: a run resumed from an earlier round ends with the bits it ended with the first time."""
+"""A run that is rolled back and resumed ends with the same bits as the original run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rkif.continual.rundir.verify import verify
 from rkif.files import claimed
 
 Config = Callable[..., RunConfig]
-ROUNDS = 6  # of the tests' runs: two tasks with three rounds each
+ROUNDS = 6  # of these runs: two tasks with three rounds each
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunCo
 
 
 def without_ledger(found: dict[str, bytes]) -> dict[str, bytes]:
-    """A ledger remembers the rollback, and checkpoints how many records there are."""
+    """Files without the ledger, which records the rollback, and without the record count of checkpoints."""
     dropped = ("ledger.jsonl", "checkpoint.safetensors")
     return {
         name: content
@@ -116,11 +116,11 @@ def test_an_unfinished_run_can_be_rolled_back_twice(
 
 
 class Killed(BaseException):
-    """Not an Exception: nothing may catch it, as nothing catches a kill."""
+    """Not an Exception, so that no handler catches it."""
 
 
 def kill_at(patch: pytest.MonkeyPatch, event: int) -> None:
-    """Every rename, removal, truncation and write to the ledger is an event."""
+    """Raise Killed at an event: every rename, removal, truncation and write to the ledger is one."""
     count = [0]
     for module, name in ((os, "replace"), (shutil, "rmtree"), (os, "unlink"), (os, "write")):
         call = getattr(module, name)
@@ -135,7 +135,7 @@ def kill_at(patch: pytest.MonkeyPatch, event: int) -> None:
 
 
 def test_a_rollback_killed_at_any_event_is_completed(whole: tuple[RunConfig, Path], tmp_path: Path) -> None:
-    """The next resumption completes what was begun."""
+    """The next resume completes the rollback."""
     config, original = whole
     for event in range(100):
         run = tmp_path / str(event)

@@ -1,4 +1,4 @@
-"""A task sequence end to end: real small models, every method."""
+"""Task sequences end to end, with small models and every method."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_replay_and_recurrent_kif_see_the_same_number_of_samples(
 def test_adapters_reload_to_the_same_logits_and_start_the_next_task(
     config: Callable[..., RunConfig], inputs: Path, tmp_path: Path
 ) -> None:
-    """The released code saves empty adapters, silently: each task then starts from none."""
+    """The released code silently saves empty adapters, so each task starts without an adapter."""
     settings = config()
     go(settings, tmp_path)
     tokens = torch.arange(3, 23)[None]
@@ -85,7 +85,7 @@ def test_adapters_reload_to_the_same_logits_and_start_the_next_task(
             assert all(torch.equal(names[name], last[name]) for name in last)
     assert not torch.equal(logits[0], logits[1])
 
-    # Task by task by hand: after task 1 the run's parameters are the file's, byte for byte.
+    # Each task by hand: after task 1 the parameters of the run are those of the file, byte for byte.
     tasks = load_tasks(inputs / "tasks", TASKS)
     model, objective = load_model(settings, tasks)
     first = PeftModel.from_pretrained(

@@ -1,4 +1,4 @@
-"""Answers of tiny random models, against one record and one label at a time without any cache."""
+"""Scores of tiny random models, compared with single records and labels without a cache."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_scores_do_not_depend_on_the_batch(kind: str) -> None:
     for batch_size in (2, 13, 100):
         batched = label_scores(model, collator, items(), LABELS, batch_size=batch_size)
         torch.testing.assert_close(batched, single, atol=2e-5, rtol=0)
-    assert single.std(0).min() > 0.01  # records differ by far more than the tolerance
+    assert single.std(0).min() > 0.01  # scores of records differ by much more than the tolerance
 
 
 @both
@@ -64,7 +64,7 @@ def test_the_first_of_equal_labels_wins(kind: str) -> None:
 
 def test_positions_count_from_the_prompts_start() -> None:
     _, collator = setup("llama")
-    # Unlike a Llama's, a GPT-2's positions are absolute: padding must not shift them.
+    # GPT-2 has absolute positions, which padding must not shift.
     config = GPT2Config(
         vocab_size=len(collator.tokenizer), n_embd=32, n_layer=2, n_head=4, initializer_range=0.3
     )
@@ -89,7 +89,7 @@ def test_a_prompt_is_computed_once() -> None:
     lengths = [3, 20, 3, 20]
     mixed = [("Ask: ", Record("t", str(i), " ".join(WORDS[:n]), "w1")) for i, n in enumerate(lengths)]
     label_scores(model, collator, mixed, LABELS, batch_size=2)
-    # Short records go together: BOS, "Ask:" and the words; then four labels of at most three tokens for each.
+    # Short records form a batch: BOS, "Ask:" and the words; then four labels of at most three tokens each.
     assert shapes == [(2, 5), (8, 3), (2, 22), (8, 3)]
     assert logits == [(2, 1), (8, 3), (2, 1), (8, 3)]
     logits.clear()
@@ -112,7 +112,7 @@ def test_half_precision_models_are_summed_in_fp32(kind: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         scores = label_scores(model, collator, items(), LABELS, batch_size=4)
     torch.testing.assert_close(scores, exact, atol=1.0, rtol=0)
-    assert not torch.equal(scores, exact)  # the caller's autocast is in force
+    assert not torch.equal(scores, exact)  # the caller's autocast is active
     assert not torch.equal(scores, scores.bfloat16().float())
 
 

@@ -1,4 +1,4 @@
-"""Choosing a few records evenly over their labels."""
+"""Subsets of records that are balanced over the labels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_subset_is_even_ordered_and_nested(outputs: str, n: int, seed: int) -> N
     assert set(chosen) <= set(stratified_subset(pool, n + 1, seed))
     have, there = Counter(r.output for r in chosen), Counter(outputs)
     for label in there:
-        if have[label] < there[label]:  # it could have given more, so nobody is two ahead of it
+        if have[label] < there[label]:  # this label had more records, so no other label has two more
             assert max(have.values()) <= have[label] + 1
 
 

@@ -1,4 +1,4 @@
-"""Reading task folders: layout, limits, and one clear message for each thing that can be wrong."""
+"""Task folders: layout, limits, and a clear message for each error."""
 
 from __future__ import annotations
 

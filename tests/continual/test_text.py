@@ -1,4 +1,4 @@
-"""Records as token tensors, against sequences written out by hand."""
+"""Records as token tensors, compared with sequences written by hand."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_max_length_that_is_too_small_is_refused() -> None:
 def test_decode_stops_at_the_first_eos() -> None:
     made = collator()
     assert made.decode([6, 7, EOS, 8]) == "yes no"
-    assert made.decode([6, 0, 7]) == "yes no"  # special tokens are no text
+    assert made.decode([6, 0, 7]) == "yes no"  # special tokens are not text
     assert made.decode([EOS, 6]) == ""
 
 

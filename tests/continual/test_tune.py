@@ -1,4 +1,4 @@
-"""The search for settings: it takes as many runs as it says, and can be interrupted."""
+"""``rkif tune``: the number of trials is exact, and the search can be interrupted."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_trials_are_runs_of_the_config_with_the_searched_settings(
     def run(chosen: RunConfig, folder: Path, *, resume: bool, progress: RunProgress) -> dict[str, Any]:
         seen.append(chosen)
         folder.mkdir()
-        # More than half of the parameters, and a slow outer learner, are what this task wants.
+        # This task scores best with more than half of the parameters and a slow outer learner.
         fusion = fusion_config(chosen.fusion)
         return {"op": 60 + 30 * fusion.density - 1000 * chosen.outer.learning_rate, "bwt": 0.0, "samples": 1}
 
@@ -65,9 +65,9 @@ def test_trials_are_runs_of_the_config_with_the_searched_settings(
     with (tmp_path / "shown").open("w") as shown:
         study = tune(settings, tmp_path / "study", trials=30, resume=False, console=Console(file=shown))
     tried = {tuple(sorted(trial.params.items())) for trial in study.trials}
-    assert len(seen) == len(tried) > 20  # none twice
+    assert len(seen) == len(tried) > 20  # no trial is repeated
     assert len(study.trials) == 30
-    assert seen[0].outer.learning_rate == settings.training.learning_rate  # the start is the config's
+    assert seen[0].outer.learning_rate == settings.training.learning_rate  # the search starts from the config
     assert study.best_trial.params["density"] == 0.8
     assert study.best_trial.params["outer_rate"] == 0.25
     for chosen in seen:
@@ -121,7 +121,7 @@ def test_a_failed_trial_counts_and_settings_are_not_run_twice(
 
     monkeypatch.setattr(rkif.continual.tune, "run", run)
     with (tmp_path / "shown").open("w") as shown:
-        for trials in (4, 8, 60):  # each goes on with the study
+        for trials in (4, 8, 60):  # each call continues the study
             study = tune(
                 settings, tmp_path / "study", trials=trials, resume=trials > 4, console=Console(file=shown)
             )

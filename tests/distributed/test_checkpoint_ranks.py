@@ -1,4 +1,4 @@
-"""`torchrun -m rkif fuse`: several processes share a fusion, and its bytes are those of one."""
+"""`torchrun -m rkif fuse`: several processes share a fusion, with the bytes of a single process."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_full_disk_on_one_process_fails_all(triple: Triple) -> None:
 
 
 def test_a_nan_on_one_process_stops_all(triple: Triple) -> None:
-    """Whose share it is makes no difference: nothing is left behind, and the next try begins anew."""
+    """For a NaN on any process, no file is left, and the next attempt starts from the beginning."""
     triple.inner["layer.1.weight"][3, 4] = math.nan
     triple.save("inner")
     done = start(3, [*inputs(triple), "--out", triple.folder / "out"], fails=True)

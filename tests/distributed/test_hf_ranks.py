@@ -1,4 +1,4 @@
-"""The trainer on several processes: what one with their batches does, and one failure is everybody's."""
+"""The trainer on several processes equals one process with all batches; a failure on one fails all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchrun import start_program
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What adapters end with on one and two processes, all parameters on one and three, and as shards."""
+    """Final parameters: adapters on one and two processes, all parameters on one and three, and shards."""
     folder = tmp_path_factory.mktemp("ends")
     for ranks, kind in ((1, "ddp"), (2, "ddp"), (1, "full"), (3, "full"), (3, "fsdp")):
         done = start_program(hf_ranks_program.__file__, ranks, kind, folder, torchrun=kind == "fsdp")
@@ -23,7 +23,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("one", "other"), [("ddp-1", "ddp-2"), ("full-1", "full-3"), ("full-1", "fsdp-3")])
 def test_processes_share_the_batches_of_one(ends: Path, one: str, other: str) -> None:
-    """Of the training data and of the memory: gradients are summed in another order, no more."""
+    """For training data and replay memory; only the order of the gradient sums differs."""
     expected, found = (load_file(ends / f"{name}.safetensors") for name in (one, other))
     assert expected["rounds"] == 3
     for name, tensor in expected.items():

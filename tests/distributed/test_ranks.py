@@ -1,4 +1,4 @@
-"""Several processes: the same masks and bits as one, and one failure is everybody's."""
+"""Several processes give the masks and bits of one process; a failure on one fails all."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(ranks: int, scenario: str, folder: Path, **how: bool) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Folders with what one, two, three and four processes ended with."""
+    """Folders with the results of one, two, three and four processes."""
     folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (1, 2, 3, 4)}
     for ranks, folder in folders.items():
         run(ranks, "same_bits", folder, torchrun=ranks == 3)
@@ -70,20 +70,20 @@ def test_masks_and_bits_are_those_of_one_process(
 
 
 def test_the_compared_runs_contain_every_case(results: dict[int, Path]) -> None:
-    """What the comparisons above compare: every case occurs, and shards of nothing do."""
+    """The runs compared above contain every case, and empty shards."""
     for name in ("paper", "release", "tensor", "packed"):
         reports = json.loads((results[1] / f"alone-{name}-8.json").read_text())
         assert len(reports) == 3
         assert all(sum(report["counts"][case] for report in reports) for case in reports[0]["counts"])
         assert all(report["norms"]["update"] > 0 for report in reports)
     rows = [parameter.shape[0] for parameter in ranks_program.make_model().parameters()]
-    assert 1 in rows  # a tensor that one rank has alone
-    assert any(count % 2 and count % 3 for count in rows)  # a tensor that neither two nor three share evenly
+    assert 1 in rows  # a tensor that is on one rank only
+    assert any(count % 2 and count % 3 for count in rows)  # two or three ranks have unequal shards
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_with_their_own_batches_end_with_the_same_model(tmp_path: Path, ranks: int) -> None:
-    """Outer steps synchronise gradients as inner ones do."""
+    """Outer steps synchronise gradients as inner steps do."""
     run(ranks, "training", tmp_path)
     for kind in ("ddp", "fsdp"):
         every = list(load_file(tmp_path / f"training-{kind}.safetensors").values())
@@ -93,7 +93,7 @@ def test_ranks_with_their_own_batches_end_with_the_same_model(tmp_path: Path, ra
     replicas, shards = (load_file(tmp_path / f"training-{kind}.safetensors")["a"] for kind in ("ddp", "fsdp"))
     torch.testing.assert_close(
         replicas, shards, rtol=1e-4, atol=1e-5
-    )  # sums of gradients differ in last bits
+    )  # sums of gradients differ in their last bits
 
 
 def test_a_state_is_resumed_on_any_number_of_ranks(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_all_ranks_abandon_a_fusion_that_one_cannot_compute_and_continue(tmp_pat
 
 
 def test_evaluations_use_the_current_parameters(tmp_path: Path) -> None:
-    """The gate's evaluations and others under FSDP2, after a rollback and fusions kept, damped and undone."""
+    """Evaluations under FSDP2, by a gate and others, after a rollback and kept, damped and undone fusions."""
     run(1, "evaluates", tmp_path)
     run(2, "evaluates", tmp_path)
     for how in ("module", "pairs"):
@@ -189,7 +189,7 @@ def test_a_state_can_be_loaded_on_another_mesh(tmp_path: Path) -> None:
 
 def test_deepspeed_and_fsdp1_are_refused_with_the_reason() -> None:
     model = nn.Linear(2, 2)
-    model.weight.ds_id = 0  # as ZeRO's third stage marks parameters
+    model.weight.ds_id = 0  # the mark of parameters under ZeRO stage 3
     with pytest.raises(TypeError, match=r"'weight' is DeepSpeed's.*\.grad is not the gradient.*FSDP2"):
         rkif.Fuser(model)
 

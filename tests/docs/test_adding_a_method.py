@@ -74,7 +74,7 @@ def test_the_merge_of_the_page_takes_the_larger_change() -> None:
 
 
 def test_the_page_lists_every_hook_and_attribute() -> None:
-    """Every hook and class attribute of the page is one of the base class, and the other way round."""
+    """The page has exactly the hooks and class attributes of the base class."""
     from rkif.continual.methods.sequential import Sequential
 
     text = PAGE.read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(scope="module")
 def backends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModuleType]:
-    """Backend -> the module that the page shows for it."""
+    """Backend -> the module on the page."""
     folder = tmp_path_factory.mktemp("average")
     modules = {}
     code = re.findall(

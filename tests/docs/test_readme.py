@@ -1,4 +1,4 @@
-"""What the README and the docs say is run, parsed or counted here."""
+"""Snippets, settings, links and figures of the README and the docs are valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.compile: rkif between compiled steps, around them, and as an operation inside."""
+"""torch.compile: rkif between compiled steps, inside compiled functions, and as a registered operation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fresh_compiler() -> Any:
 
 
 def rounds(how: str, counter: Any) -> list[Tensor]:
-    """Three rounds; the forward pass compiled, or the whole step with what rkif does in it, or nothing."""
+    """Three rounds with nothing compiled, the forward pass compiled, or the whole step with rkif's calls."""
     model = make_model()
     forward = torch.compile(model, backend=counter) if how == "forward" else model
     fuser = rkif.Fuser(forward, CONFIG)
@@ -35,7 +35,7 @@ def rounds(how: str, counter: Any) -> list[Tensor]:
         with torch.no_grad():
             for parameter in model.parameters():
                 assert parameter.grad is not None
-                # PyTorch's optimizers, compiled, round otherwise in some of its versions.
+                # Compiled optimizers round differently in some versions of PyTorch.
                 parameter.sub_(parameter.grad * rate)
         model.zero_grad()
 
@@ -86,7 +86,7 @@ def importance_step(
 @pytest.mark.parametrize("uncertainty", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_an_update_of_importance_is_one_operation_of_a_graph(backend: str, uncertainty: bool) -> None:
-    """With fullgraph=True: a break would be an error. What is written is seen by what comes after."""
+    """With fullgraph=True a graph break would be an error. Later operations see the writes."""
     weight, x = torch.randn(2, 4, 4)
     x[0, 0] = torch.inf
     results = []

@@ -1,4 +1,4 @@
-"""``FusionConfig``: what it refuses, and its presets."""
+"""``FusionConfig``: invalid settings and presets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters fused in delta-weight space, against the dense formulation."""
+"""Adapters fused in delta-weight space, compared with a dense fusion."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def adapter(
 
 
 def updates(tensors: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
-    """Dense updates by module; tensors without factors by their names."""
+    """Dense updates by module, and tensors without factors by name."""
     found = {
         name.removesuffix(".lora_A.weight"): (
             tensors[name.replace("lora_A", "lora_B")].float() @ t.float() * scaling
@@ -42,7 +42,7 @@ def updates(tensors: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
 
 
 def best(matrix: Tensor, rank: int) -> Tensor:
-    """The nearest matrix of a rank, by a full decomposition."""
+    """The nearest matrix of this rank, by a full singular value decomposition."""
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     return ((u[:, :rank] * s[:rank]) @ vh[:rank]).float()
 
@@ -50,7 +50,7 @@ def best(matrix: Tensor, rank: int) -> Tensor:
 def dense(
     sets: list[dict[str, Tensor]], scaling: float, **settings: Any
 ) -> tuple[dict[str, Tensor], rkif.FusionReport]:
-    """All updates in memory at once, through rkif.fuse."""
+    """The fusion of all updates in memory by rkif.fuse."""
     base, inner, outer = (updates(tensors, scaling) for tensors in sets)
     origin = base if settings.get("outer_from") == "base" else inner
     moved_in = {name: (inner[name].float() - base[name].float()).abs() for name in base}
@@ -97,7 +97,7 @@ def test_the_result_is_that_of_a_dense_fusion(settings: dict[str, Any], dtype: t
 
 @pytest.mark.parametrize("rule", ["paper", rkif.MergeWeights((1, 0), (1, 0), (1, 0), (1, 0))])
 def test_an_update_within_the_rank_is_not_truncated(rule: Any) -> None:
-    """Density 1 is the outer learner's end by the paper's rule; the second rule takes the inner one's."""
+    """With density 1, the paper's rule gives the outer result, and the second rule the inner result."""
     sets = [adapter(seed) for seed in range(3)]
     found = rkif.fuse_delta(*sets, scaling=2.0, density=1, rule=rule)
     wanted = updates(sets[2] if rule == "paper" else sets[1], 2.0)
@@ -153,7 +153,7 @@ def test_scaling_is_that_of_peft(rslora: bool) -> None:
 
 
 def test_a_model_with_fused_factors_has_the_fused_update() -> None:
-    """The fused factors, put back into the model, add the fused update to its weights."""
+    """The fused factors in the model add the fused update to its weights."""
     config = LoraConfig(r=2, lora_alpha=6, use_rslora=True, target_modules=["q_proj"])
     model = get_peft_model(tiny_llama(40, 0), config)
     factors = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -33,7 +33,7 @@ def arguments(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, di
 def brute_force(
     a: dict[str, Any], density: float, rule: str, scope: str
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """The method in plain Python, element by element, on float32 values."""
+    """The method in plain Python, for each element, on float32 values."""
     weights = {
         "paper": {(1, 0): (1, 0), (0, 1): (0, 1), (1, 1): (1, 1), (0, 0): (0, 0)},
         "release": {(1, 0): (1, 0), (0, 1): (0, 1), (1, 1): (0.4, 0.6), (0, 0): (0.5, 0.5)},
@@ -129,7 +129,7 @@ def test_parameters_of_a_model_can_be_fused_in_place() -> None:
     )
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad
-        # everything selected by both: base + (inner - base) + (outer - inner), outer being the old weights
+        # both select everything: base + (inner - base) + (outer - inner); outer is the old weights
         assert torch.equal(parameter, (base[name] + (inner[name] - base[name])) + (base[name] - inner[name]))
 
 

@@ -1,4 +1,4 @@
-"""``rkif.Fuser``: the rounds inside a training loop."""
+"""``rkif.Fuser``: rounds in a training loop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ presets = pytest.mark.parametrize("config", PRESETS, ids=["paper", "release"])
 def naive_round(
     model: nn.Module, config: FusionConfig, carried: dict[str, list[Tensor]] | None
 ) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-    """One round as the paper writes it, tensor by tensor, with nothing of rkif in it."""
+    """One round by the paper's formulas, for each tensor, without rkif."""
     parameters = list(model.parameters())
     inner_optimizer = torch.optim.SGD(parameters, lr=0.1)
     outer_optimizer = torch.optim.SGD(parameters, lr=0.3)
@@ -94,7 +94,7 @@ def test_two_rounds_equal_a_transcription_of_the_method(config: FusionConfig) ->
         report = fuser.last_report
         assert report is not None
         assert sum(report.counts.values()) == report.numel == 65
-        # 65 scores, density 0.2: rank 51, so 13 lie above it
+        # 65 scores, density 0.2: k = 51, so 13 scores are above the threshold
         assert report.counts["inner_only"] + report.counts["both"] == 13
         assert report.norms["outer"] > 0
     assert fuser.round == 2
@@ -304,7 +304,7 @@ def test_invalid_parameters_are_refused(source: Any, error: type[Exception], mes
 
 
 def test_importance_sees_no_loss_scale_when_gradients_are_unscaled_first() -> None:
-    """A scale of a power of two leaves the scores' bits alone if the loop unscales before it observes."""
+    """A loss scale of a power of two does not change the bits of the scores if the loop unscales first."""
     scores = []
     for scaler in (
         torch.amp.GradScaler("cpu", enabled=False),
@@ -345,7 +345,7 @@ def test_every_setting_changes_the_result(changes: dict[str, Any]) -> None:
     fuser = Fuser(model, config)
 
     def learn(steps: range, sign: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Parameters afterwards, and their scores by the reference."""
+        """The trained parameters, and their scores by the reference."""
         s = [torch.zeros_like(p, dtype=config.state_dtype) for p in parameters.values()]
         u = [torch.zeros_like(t) for t in s] if config.uses_uncertainty else None
         for step in steps:

@@ -1,4 +1,4 @@
-"""The state of a ``Fuser``: taken and given back, rolled back, cleared."""
+"""The state of a ``Fuser``: saved, loaded, rolled back and cleared."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_resumed_at_any_point_of_a_round_gives_the_same_bits(killed_at: int) -> 
 
     first = Loop(config)
     first.run(range(killed_at))
-    file = save(first.fuser.state_dict())  # what does not go through safetensors is not saved
+    file = save(first.fuser.state_dict())  # safetensors saves only tensors
     second = Loop(config)
     second.model.load_state_dict(copy.deepcopy(first.model.state_dict()))
     second.inner.load_state_dict(copy.deepcopy(first.inner.state_dict()))
@@ -55,7 +55,7 @@ def test_a_state_has_only_tensors(name: str) -> None:
 
 @pytest.mark.parametrize("ended_by", ["fusion", "rollback", "refusal", "gate"])
 def test_static_importance_is_that_of_the_first_fusion(ended_by: str) -> None:
-    """However the first round ends, and over a resume: found until a fusion has gone by it, then kept."""
+    """Outer importance is estimated until the first fusion, also over a resume, and fixed afterwards."""
     figures = iter([0.0, 1.0, 1.0, 1.0] + 20 * [0.0])
     gate = Gate([Criterion("loss", lambda: next(figures), higher_is_better=False)])
     config = FusionConfig(refresh_outer=False, nonfinite="skip")
@@ -86,7 +86,7 @@ def test_static_importance_is_that_of_the_first_fusion(ended_by: str) -> None:
     loop.run(range(21, 26))
     loop.model[0].weight.grad = torch.full((9, 4), torch.nan)
     loop.fuser.observe()
-    assert loop.fuser.fuse().nonfinite == 36  # still counted
+    assert loop.fuser.fuse().nonfinite == 36  # still estimated
 
 
 def test_a_state_on_disk_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_save_does_not_overwrite_other_files(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_raises_an_error(tmp_path: Path) -> None:
-    """A full disk, as a limit of the size of files."""
+    """A limit on the size of files stands for a full disk."""
     fuser = Fuser(nn.Linear(300, 300))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -210,7 +210,7 @@ def test_rollback_returns_to_base_bit_for_bit_in_either_phase() -> None:
         assert all(map(torch.equal, loop.weights(), start))
         assert loop.fuser.phase == "inner"
         assert all((score == 0).all() for score in loop.fuser.scores("inner").values())
-        loop.run(range(7))  # and a round can follow
+        loop.run(range(7))  # another round works
 
 
 @pytest.mark.parametrize("clear_inner", [True, False])

@@ -1,4 +1,4 @@
-"""The gate: what is let through, damped, undone; and that nothing is left half done."""
+"""The gate keeps, damps or undoes a fusion as a whole."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import nn
 import rkif
 from rkif.gate import Criterion, Gate, Gatekeeper
 
-CONFIG = rkif.FusionConfig.paper(density=1.0)  # the whole of both task vectors
+CONFIG = rkif.FusionConfig.paper(density=1.0)  # both whole task vectors
 
 
 class Scripted:
-    """Figures by the share of the step that has been taken."""
+    """Values for each fraction of the step."""
 
     def __init__(self, figures: dict[float, float]) -> None:
         self.figures, self.taken, self.measured = figures, [], 0
@@ -54,7 +54,7 @@ def judged(figures: dict[float, float], **settings: Any) -> tuple[Any, Scripted]
         ({0: 5, 1: 5.1, 0.5: 4.9}, {"higher_is_better": False}, "damp", 0.5),
         ({0: 5, 1: 4}, {"higher_is_better": False}, "keep", 1.0),
         ({0: 5, 1: 3, 0.5: 4}, {"tolerance": None, "floor": 3.5}, "damp", 0.5),
-        ({0: 2, 1: 3, 0.5: 3, 0.25: 3}, {"floor": 3.5}, "undo", 0.0),  # better than before, not good enough
+        ({0: 2, 1: 3, 0.5: 3, 0.25: 3}, {"floor": 3.5}, "undo", 0.0),  # better, but below the floor
         ({0: 5, 1: 3.4, 0.5: 3.6}, {"tolerance": None, "floor": 3.5, "higher_is_better": False}, "keep", 1.0),
         ({0: 5, 1: math.nan, 0.5: math.nan, 0.25: 5}, {}, "damp", 0.25),
         ({0: 5, 1: math.nan}, {"tolerance": None, "floor": -9, "ladder": ()}, "undo", 0.0),
@@ -119,7 +119,7 @@ def test_every_and_budget_limit_the_measurements() -> None:
     ]
     keeper = Gatekeeper(Gate([Criterion("kpi", script, samples=10)], budget=45, ladder=(0.5,)))
     verdicts = [keeper.judge(script.take).verdict for _ in range(4)]
-    # At most 30 of 45, 20 spent; at most 20 more, 30 spent; then 20 more would be too many.
+    # Of a budget of 45: a check may take 30 and takes 20; may take 20 and takes 10; then 20 would exceed it.
     assert verdicts == ["keep", "keep", "unchecked", "unchecked"]
     assert keeper.samples == 30
 
@@ -148,7 +148,7 @@ def test_invalid_settings_are_refused(make: Callable[[], Any], message: str) -> 
 
 
 def one_round(fuser: rkif.Fuser, model: nn.Module, change: float) -> Any:
-    """Inner and outer each move every parameter by ``change``."""
+    """The inner and the outer learner each add ``change`` to every parameter."""
     for phase in ("inner", "outer"):
         if phase == "outer":
             fuser.begin_outer()
@@ -188,7 +188,7 @@ def test_a_fuser_takes_the_fraction_that_the_gate_accepts(dtype: torch.dtype) ->
     assert report.norms["update"] == pytest.approx(expected.norms["update"], rel=1e-6)
 
     base = [parameter.detach().clone() for parameter in model.parameters()]
-    limit[0] = 1.6  # of 2 that it would be: half of the step is let through
+    limit[0] = 1.6  # the whole step is 2; the gate accepts half
     report = one_round(fuser, model, 0.5)
     assert (report.gate.verdict, report.gate.factor, report.applied) == ("damp", 0.5, True)
     for parameter, value in zip(model.parameters(), base, strict=True):
@@ -202,7 +202,7 @@ def test_a_fuser_takes_the_fraction_that_the_gate_accepts(dtype: torch.dtype) ->
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), base, strict=True))
     assert fuser.round == 3
     limit[0] = math.inf
-    assert one_round(fuser, model, 0.5).gate.verdict == "keep"  # training goes on
+    assert one_round(fuser, model, 0.5).gate.verdict == "keep"  # training continues
 
 
 def test_a_criterion_that_fails_leaves_the_round_as_it_was() -> None:
@@ -223,7 +223,7 @@ def test_a_criterion_that_fails_leaves_the_round_as_it_was() -> None:
     report = fuser.fuse()
     assert report.gate.verdict == "keep"
     assert report.gate.samples == 10
-    # Density 1 and the paper's rule: the fusion is where the outer learner stopped.
+    # With density 1 and the paper's rule, the fusion is the outer learner's result.
     for parameter, value in zip(model.parameters(), ended, strict=True):
         torch.testing.assert_close(parameter.detach(), value)
 
@@ -269,7 +269,7 @@ def test_a_gate_of_another_type_is_refused() -> None:
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_nonfinite_step_is_undone_bit_for_bit(value: float) -> None:
-    """No share of it is finite, not even none: 0 * inf is no number."""
+    """No fraction of the step is finite, not even zero: 0 * inf is NaN."""
     parameter = nn.Parameter(torch.ones(4))
 
     def figure() -> float:

@@ -1,4 +1,4 @@
-"""Options that take less memory: the same bits, and the memory is really not held."""
+"""Options that reduce memory: the bits stay the same, and the memory is not allocated."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_packing_needs_an_inner_importance_that_is_cleared() -> None:
 
 
 def storages() -> dict[int, int]:
-    """Address -> bytes of whatever dense tensors of floats and bytes there are; views have one together."""
+    """Address -> bytes of all dense float and byte tensors; views of one storage count once."""
     gc.collect()
     return {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
@@ -116,7 +116,7 @@ def storages() -> dict[int, int]:
 
 
 def held(known: dict[int, int]) -> int:
-    """Bytes of tensors that have appeared since ``known``."""
+    """Bytes of tensors that were allocated after ``known``."""
     return sum(size for at, size in storages().items() if at not in known)
 
 
@@ -156,7 +156,7 @@ def test_bytes_per_parameter_are_those_of_the_plan(
         assert held(known) == pytest.approx(expected * 256 * 256, abs=512)
         go_on()
     fuser.fuse()
-    # Where memory is kept, that of the inner learner's copy and of the base before this one.
+    # Memory that stays allocated: the inner learner's copy and the previous base.
     assert held(known) == pytest.approx((inner_phase + 8 * kept) * 256 * 256, abs=512)
 
 
@@ -166,7 +166,7 @@ def test_bytes_per_parameter_are_those_of_the_plan(
 def test_the_gate_gives_the_same_verdicts(
     options: dict[str, bool], dtype: torch.dtype, tolerance: float, factor: float
 ) -> None:
-    """It keeps, damps or undoes by how far the parameters have come."""
+    """The gate's verdict depends on the distance of the parameters from their start."""
     plain, lean = (gated_round(dtype, tolerance, chosen) for chosen in ({}, options))
     assert plain.last_report is not None
     assert plain.last_report.gate is not None
@@ -180,7 +180,7 @@ def test_the_gate_gives_the_same_verdicts(
 
 
 def gated_round(dtype: torch.dtype, tolerance: float, options: dict[str, bool]) -> rkif.Fuser:
-    """One round whose two learners both take a long step; ends with the parameters at the fuser's base."""
+    """One round with a long step of both learners; it ends with the parameters at the fuser's base."""
     model = make_model(dtype=dtype)
     start = [p.detach().clone() for p in model.parameters()]
 
@@ -220,7 +220,7 @@ def test_packing_keeps_the_mask(values: list[float], threshold: float, product: 
 
 
 def test_density_one_selects_nan_scores() -> None:
-    """As the kernels have it: a threshold of -inf selects all, where no comparison with NaN would."""
+    """As in the kernels, a threshold of -inf selects every element, although no comparison with NaN holds."""
     scores = Scores([torch.tensor([torch.inf, 1.0])], [torch.tensor([0.0, 1.0])])
     (packed,) = packed_masks(scores, torch.tensor([-torch.inf]))
     assert packed.tolist() == [3]
@@ -258,7 +258,7 @@ def test_rounds_in_reused_memory_give_the_same_bits(
     expected.run(range(35))
     monkeypatch.setattr(snapshots, "KEPT_BYTES", 0)
     monkeypatch.setattr(snapshots, "GROUP_NUMEL", turn)
-    others = []  # of the same sizes: they take memory that has been given back
+    others = []  # of the same sizes, so they reuse freed memory
     for event in range(35):
         loop.run(range(event, event + 1))
         others.append(torch.full((16 * (1 + event % 5),), torch.nan))
@@ -285,7 +285,7 @@ def test_groups_cover_every_tensor_once() -> None:
 def test_asynchronous_copies_give_the_same_bits(
     options: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU copies go on while the learners step: large tensors, small turns, no synchronisation by us."""
+    """On a GPU, copies run during the learners' steps: large tensors, small groups, no synchronisation."""
     monkeypatch.setattr(snapshots, "GROUP_NUMEL", 1 << 20)
     ends = []
     for chosen in ({}, options):

@@ -30,7 +30,7 @@ def backward(model: nn.Module, step: int = 0) -> None:
 
 
 class JoinedLoop(Loop):
-    """The loop with optimizers that take the importance along, or with the same ones and observe()."""
+    """The loop with optimizers that also update the importance, or with separate calls of observe()."""
 
     def __init__(self, config: FusionConfig, *, joined: bool = True) -> None:
         super().__init__(config)
@@ -80,7 +80,7 @@ def test_a_step_equals_observe_and_a_step(config: FusionConfig) -> None:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.5)], ids=str)
 def test_weights_are_those_of_torch(weight_decay: float, betas: tuple[float, float]) -> None:
-    """The bound that the docs state: 4 units in the last place of the weight and the step, a step."""
+    """The documented bound: per step, 4 units in the last place of the weight and the step."""
     n, steps, lr, epsilon = 10_000, 50, 1e-3, torch.finfo(torch.float32).eps
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(n, generator=generator)
@@ -173,7 +173,7 @@ def test_an_optimizer_can_be_copied_and_pickled() -> None:
 
 
 def test_a_step_observes_all_parameters_and_steps_its_own() -> None:
-    """What the fuser follows is observed, whether it is stepped or not; what it does not is stepped alone."""
+    """Every parameter of the fuser is observed, also without a step; other parameters are only stepped."""
     model, other, extra = make_model(), make_model(), nn.Parameter(torch.ones(3))
     fuser, twin = Fuser(model, RELEASE), Fuser(other, RELEASE)
     optimizer = rkif.optim.AdamW([*model[0].parameters(), extra], lr=1e-2, fuser=fuser)

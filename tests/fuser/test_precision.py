@@ -1,4 +1,4 @@
-"""A thousand fusions of 16-bit parameters, beside the same ones in float32."""
+"""A thousand fusions of 16-bit parameters, compared with float32 parameters."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SIZE = 512
 
 
 class Run:
-    """Rounds in which the learners make the same changes to parameters of any dtype, and select the same.
+    """Rounds with the same changes and selections for parameters of any dtype.
 
-    The parameters stay in [1, 2), where a 16-bit dtype has one spacing, and the learners change one in twenty
-    by that spacing: they lose nothing, so that what is lost is the fusions'.
+    The parameters stay in [1, 2), where a 16-bit dtype has one spacing. The learners change one element in
+    twenty by that spacing, which is exact, so all rounding errors are those of the fusions.
     """
 
     def __init__(self, dtype: torch.dtype, spacing: float, config: rkif.FusionConfig) -> None:
@@ -28,10 +28,10 @@ class Run:
 
     @torch.no_grad()
     def learn(self) -> None:
-        """One step of a learner. It is observed as if all weights were 1: they must not decide the masks."""
+        """One step of a learner, observed with all weights 1, so that weights do not affect the masks."""
         weights = self.parameter.clone()
         self.parameter.fill_(1)
-        scores = torch.rand(SIZE, generator=self.generator).bfloat16()  # exact in float16, too
+        scores = torch.rand(SIZE, generator=self.generator).bfloat16()  # also exact in float16
         self.parameter.grad = scores.to(weights.dtype)
         self.fuser.observe()
         sign = torch.randint(0, 2, (SIZE,), generator=self.generator) * 2 - 1
@@ -39,7 +39,7 @@ class Run:
         self.parameter.copy_(weights + (self.spacing * sign * chosen).to(weights.dtype))
 
     def rounds(self, count: int) -> Tensor:
-        """The parameters after so many, in float32."""
+        """The parameters after ``count`` rounds, in float32."""
         for _ in range(count):
             self.learn()
             with self.fuser.outer():
@@ -56,17 +56,17 @@ class Run:
 def test_after_a_thousand_rounds_the_error_is_within_the_bound(
     dtype: torch.dtype, spacing: float, rule: str
 ) -> None:
-    """The bound of docs/reference/semantics.md: the last rounding, and float32's own, four to a round."""
+    """The bound of docs/reference/semantics.md: the last rounding, and four float32 roundings per round."""
     config = rkif.FusionConfig(rule=rule, density=0.4)
     exact = Run(torch.float32, spacing, config).rounds(ROUNDS)
     found = Run(dtype, spacing, config).rounds(ROUNDS)
-    assert (exact - 1.5).abs().max() > 8 * spacing  # the learners have moved what they were given
+    assert (exact - 1.5).abs().max() > 8 * spacing  # the learners have changed the parameters
     bound = spacing / 2 + 4 * ROUNDS * 2.0**-24 * 2
     assert (found - exact).abs().max() <= bound
 
 
 def test_without_float32_masters_the_error_exceeds_the_bound() -> None:
-    """So the bound above is one that can fail."""
+    """This shows that the test of the bound can fail."""
     spacing = 2.0**-7
     exact = Run(torch.float32, spacing, rkif.FusionConfig(density=0.4)).rounds(ROUNDS)
     config = rkif.FusionConfig(density=0.4, fp32_master=False)
@@ -74,7 +74,7 @@ def test_without_float32_masters_the_error_exceeds_the_bound() -> None:
 
 
 def test_unchanged_parameters_keep_their_bits() -> None:
-    """Repeated merging in bfloat16 has cost others 28 % of the weights' norm; here it costs nothing."""
+    """Repeated fusions do not change parameters that neither learner changes."""
     weights = torch.randn(4096, generator=torch.Generator().manual_seed(0)).bfloat16()
     parameter = nn.Parameter(weights.clone())
     fuser = rkif.Fuser([("w", parameter)])
@@ -88,7 +88,7 @@ def test_unchanged_parameters_keep_their_bits() -> None:
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_next_round_starts_from_the_master(offload: bool) -> None:
-    """By hand: 1 + 2^-7 * 0.5 rounds to 1 in bfloat16, and twice that does not."""
+    """By hand: 1 + 0.5 * 2^-7 rounds to 1 in bfloat16, and 1 + 2^-7 is exact."""
     parameter = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
     half = ((0.5, 0.5),) * 4
     rule = rkif.MergeWeights(*half)

@@ -1,4 +1,4 @@
-"""Models that are not plain: quantised bases, special adapters, tied weights; or refused with the reason."""
+"""Quantised bases, special adapters and tied weights are fused, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def adapted(model: Any = None, **settings: Any) -> Any:
 
 
 def one_round(model: Any) -> tuple[rkif.Fuser, dict[str, Any]]:
-    """One step of either learner; what rkif.fuse makes of the same by the parameters' names."""
+    """One step of each learner, and the result of rkif.fuse for the same parameters by name."""
     fuser = rkif.Fuser(model, rkif.FusionConfig.paper())
 
     def step() -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ def test_adapters_on_a_quantised_base_are_fused(bits: int, tmp_path: Path) -> No
     base = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=how, device_map={"": "cpu"}, dtype=torch.float32
     )
-    # In evaluation mode 4-bit weights would be packed again, for shapes larger than these.
+    # Evaluation mode would pack the 4-bit weights again, which needs larger shapes.
     model = adapted(prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)).train()
     narrow = {name: p.clone() for name, p in model.named_parameters() if not p.is_floating_point()}
     assert narrow
@@ -137,7 +137,7 @@ def fused_on_disk(folder: Path) -> Path:
 
 
 def save_adapters(folder: Path, change: dict[str, Any], **settings: Any) -> None:
-    """Three adapters of a kind; ``change`` is made to the settings of the last one's file."""
+    """Three adapters of one kind; ``change`` edits the settings file of the last one."""
     for number, name in enumerate(("base", "inner", "outer")):
         model = adapted(**settings)
         generator = torch.Generator().manual_seed(number)
@@ -184,7 +184,7 @@ def test_adapters_on_disk_are_fused_and_load(kind: str, tmp_path: Path) -> None:
 def test_adapters_with_different_settings_are_refused(
     kind: str, change: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Their factors have the same shapes, and stand for other updates."""
+    """The factors have equal shapes, but represent different updates."""
     save_adapters(tmp_path, change, **ADAPTERS[kind])
     (setting,) = change
     with pytest.raises(PreflightError, match=f"OUTER: {setting} is .* in its config; in BASE it is"):

@@ -1,4 +1,4 @@
-"""Kernels that the ahead-of-time check must refuse; run as a script, it prints what it found for each."""
+"""Kernels that the ahead-of-time check must refuse; as a script, prints the problems of each."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _contract(numels_ptr, values_ptr, numel, BLOCK: tl.constexpr):
 
 @triton.jit
 def _meet(numels_ptr, values_ptr, numel, BLOCK: tl.constexpr):
-    """A loop whose threads meet, add up in memory, and load after they stored."""
+    """A loop with a barrier, an atomic addition, and a load after a store."""
     for tile in range(numel):
         offsets = (tl.program_id(0) * numel + tile) * BLOCK + tl.arange(0, BLOCK)
         values = tl.load(values_ptr + offsets)

@@ -1,4 +1,4 @@
-"""Checkpoints for the tests: three of a kind, on disk, and what their fusion must be."""
+"""Three checkpoints on disk for the tests, and their expected fusion."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Tensors = dict[str, Tensor]
 
 
 def tensors(seed: int = 0, *, scale: int = 1) -> Tensors:
-    """Tensors of all dtypes that are fused, empty and single ones, and one that is copied."""
+    """Tensors of all fused dtypes, an empty tensor, a single element, and a copied tensor."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -40,7 +40,7 @@ def tensors(seed: int = 0, *, scale: int = 1) -> Tensors:
 
 
 def noisy(base: Mapping[str, Tensor], seed: int) -> Tensors:
-    """What a learner might have made of it."""
+    """The tensors with noise, as after training."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (value.float() + 0.1 * torch.randn(value.shape, generator=generator)).to(value.dtype)
@@ -64,7 +64,7 @@ def floats(values: Mapping[str, Tensor]) -> Tensors:
 
 
 class Triple:
-    """Three checkpoints in a folder, single files, and the tensors that are in them."""
+    """Three checkpoints in a folder as single files, and their tensors."""
 
     def __init__(self, folder: Path, *, scale: int = 1) -> None:
         self.folder = folder
@@ -98,7 +98,7 @@ class Triple:
 
 
 def split_folder(folder: Path, values: Tensors, files: int, stem: str = "model") -> None:
-    """Save tensors in Hugging Face layout, in so many files."""
+    """Save tensors in Hugging Face layout, in a number of files."""
     folder.mkdir(parents=True)
     names = list(values)
     weight_map = {}
@@ -112,7 +112,7 @@ def split_folder(folder: Path, values: Tensors, files: int, stem: str = "model")
 
 
 def load_folder(folder: Path) -> Tensors:
-    """All tensors of an output, whatever its files."""
+    """All tensors of an output, from all its files."""
     found: Tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         found |= load_file(file)

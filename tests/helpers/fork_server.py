@@ -1,7 +1,7 @@
-"""Runs a program of the tests on several processes, over and over: `fork_server.py PROGRAM`.
+"""Runs a test program on several processes, repeatedly: `fork_server.py PROGRAM`.
 
-It does what torchrun does, but every process is a fork of this one, which has imported what the program
-imports: that takes longer than most of what the tests run. A line of standard input is a run, in JSON: the
+It replaces torchrun. Every process is a fork of this one, in which the program's imports are already made,
+because imports take longer than most test programs. A line of standard input is a run, in JSON: the
 number of "ranks", "arguments", "out" and "err", files for the output, and "patience", the seconds that the
 others have to end by themselves when a rank has failed. The answer is a line with the exit status.
 """
@@ -26,7 +26,7 @@ ADDRESS = "127.0.0.1"
 
 def launch(run: dict[str, Any]) -> int:
     """Run the ranks to their end; returns the first status that is not zero."""
-    # Listening before there is a rank, and served after the last fork, because the store has threads.
+    # The socket listens before the first rank starts. The store has threads, so it starts after all forks.
     listener = socket.create_server((ADDRESS, 0))
     running = set()
     for rank in range(run["ranks"]):
@@ -40,7 +40,7 @@ def launch(run: dict[str, Any]) -> int:
     store = TCPStore(
         ADDRESS, port, None, True, timedelta(60), wait_for_workers=False, master_listen_fd=descriptor
     )
-    assert store.port == port  # and it stays until the ranks have ended
+    assert store.port == port  # the store lives until the ranks have ended
     failed, deadline = 0, math.inf
     while running:
         child, status = os.waitpid(-1, os.WNOHANG)
@@ -58,7 +58,7 @@ def launch(run: dict[str, Any]) -> int:
 
 
 def become(run: dict[str, Any], rank: int, port: int) -> None:
-    """Make this process a rank, and run the program in it; what it raises ends the process as anywhere."""
+    """Make this process a rank, and run the program in it; an exception ends the process as usual."""
     for descriptor, path in ((0, os.devnull), (1, run["out"]), (2, run["err"])):
         os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), descriptor)
     if run["ranks"] > 1:

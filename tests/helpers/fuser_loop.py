@@ -1,4 +1,4 @@
-"""A training loop with a fuser, small enough to be killed, resumed and poisoned."""
+"""A small training loop with a fuser, for tests of resume and of NaN gradients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train(
 
 
 class Loop:
-    """A training loop whose state can be taken and given back, as by a program that is killed and resumed."""
+    """A training loop whose state can be saved and loaded, as in a killed and resumed program."""
 
     def __init__(self, config: FusionConfig) -> None:
         self.model = make_model()

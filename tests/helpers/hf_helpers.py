@@ -1,4 +1,4 @@
-"""What the tests of `rkif.hf` share: tiny data, a trainer in one call, the same training as a plain loop."""
+"""Shared by the tests of `rkif.hf`: tiny data, a trainer in one call, and an equivalent plain loop."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def arguments(folder: Any, **changes: Any) -> TrainingArguments:
         "lr_scheduler_type": "linear",
         "warmup_steps": 2,
         "per_device_train_batch_size": 2,
-        "max_steps": 7,  # by rounds of 3 two full ones and a tail
+        "max_steps": 7,  # with rounds of 3: two full rounds and a tail
         "seed": 7,
     }
     return TrainingArguments(output_dir=str(folder), **{**defaults, **changes})
 
 
 class InOrderTrainer(RKIFTrainer):
-    """Takes its training data in order."""
+    """Reads its training data in order."""
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -118,7 +118,7 @@ class Stop(TrainerCallback):
 
 
 def scale_losses(trainer: Any, *, autocast: bool) -> Any:
-    """Has accelerate use a gradient scaler (and fp16 autocast) on the CPU, where it refuses to by itself."""
+    """Make accelerate use a gradient scaler (and fp16 autocast) on the CPU, which it refuses by default."""
     accelerator = trainer.accelerator
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     accelerator.native_amp = True
@@ -142,7 +142,7 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 
 def assert_at_base(run: Any) -> None:
-    """The model is where the last fusion put it: going back to the fuser's base moves nothing."""
+    """Assert that the model is the result of the last fusion: restoring the fuser's base changes nothing."""
     found = weights(run.model)
     run.fuser.rollback()
     assert_same_bits(found, weights(run.model))

@@ -1,7 +1,7 @@
-"""What the tests of the trainer on several processes run under torchrun: `hf_ranks_program.py KIND FOLDER`.
+"""The program of the tests of the trainer on several processes: `hf_ranks_program.py KIND FOLDER`.
 
-On a CPU accelerate makes DDP of every model. For "fsdp" it is kept from that, and given a model that has been
-sharded before, as transformers' own loading does it.
+On a CPU, accelerate wraps every model in DDP. For "fsdp" this is prevented, and the model is sharded
+beforehand, as transformers' own loading does it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FailingTrainer(InOrderTrainer):
 
 
 def make(how: str, folder: Path, **changes: Any) -> Any:
-    """Steps of two micro-batches of six records, whatever the number of processes."""
+    """Steps of two micro-batches of six records, for any number of processes."""
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 6 // WORLD,
         "gradient_accumulation_steps": 2,
@@ -63,7 +63,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def end(run: Any) -> dict[str, Tensor]:
-    """The parameters, which must be those of every process."""
+    """The parameters, which must be equal on every process."""
     found = {name: whole(p) for name, p in run.fuser.parameters.items()}
     every: list[Any] = [None] * WORLD
     if WORLD > 1:
@@ -85,7 +85,7 @@ def trains(kind: str, folder: Path) -> None:
 
 
 def resumes(folder: Path) -> None:
-    """From the middle of a round, under DDP."""
+    """Resume from the middle of a round, under DDP."""
     run = make("ddp", folder / "run", save_strategy="steps", save_steps=5)
     run.train()
     expected = end(run)
@@ -97,7 +97,7 @@ def resumes(folder: Path) -> None:
 
 
 def keeps_shards(folder: Path) -> None:
-    """What a checkpoint of shards holds is what the trainer had, with a gate, which keeps moments itself."""
+    """A sharded checkpoint has the trainer's state, with a gate, which also keeps moments."""
     gate = Gate([Criterion("always", lambda: 1.0)])
     run = make("fsdp", folder / "run", gate=gate)
     run.train()

@@ -1,4 +1,4 @@
-"""What the kernel tests share: the implementations, in small blocks, and tensors worth trying."""
+"""Shared by the kernel tests: the implementations, with small blocks, and difficult tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rkif_kernels.backends.choose import interpreting
 from rkif_kernels.backends.native.library import library
 from rkif_kernels.backends.triton.launch import LaunchConfig
 
-# Small enough that a few hundred elements pass every branch: full tiles, tails, several programs a tensor.
+# So small that a few hundred elements cover every branch: full tiles, tails, several programs per tensor.
 BLOCK, TILES = 64, 2
 CONFIG = LaunchConfig(block=BLOCK, tiles=TILES, num_warps=4)
 CHUNK = CONFIG.chunk
@@ -36,7 +36,7 @@ SIZES = {
     "empty ones between": [0, 5, 0, CHUNK + 3, 0],
     "many small and a large": [1, 2, 3, 4, 5, 6, 7, 8, 9, 3 * CHUNK + 17],
 }
-# Where there is a compiler it must have been built; elsewhere there is nothing to test.
+# With a compiler the library must have been built; without one there is nothing to test.
 NATIVE = pytest.mark.skipif(
     library() is None and shutil.which("c++") is None, reason="no C++ compiler when rkif was installed"
 )
@@ -45,7 +45,7 @@ STATE_DTYPES = [torch.float32, torch.bfloat16]
 
 
 def implementations() -> list[Any]:
-    """The implementations that are checked against the reference, with the device their tensors go to."""
+    """The implementations that are compared with the reference, with the device of their tensors."""
     operations = ("adamw_", "update_importance_", "count_scores_", "score_thresholds", "fuse_")
     triton = {name: partial(getattr(kernels, name), config=CONFIG) for name in operations}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,7 +96,7 @@ def hostile(n: int) -> dict[str, Tensor]:
 
 
 def on(device: str, tensors: Sequence[Tensor | None] | None) -> list[Any] | None:
-    """Copies on a device; the tests give every implementation tensors of its own."""
+    """Copies on a device; every implementation gets its own tensors."""
     if tensors is None:
         return None
     return [None if tensor is None else tensor.clone().to(device) for tensor in tensors]
@@ -108,9 +108,9 @@ def scores_on(device: str, scores: Scores) -> Scores:
 
 
 class Guarded:
-    """Tensors inside larger buffers whose edges hold a sentinel, so that a stray write is seen."""
+    """Tensors inside larger buffers with sentinels at the edges, which detect out-of-bounds writes."""
 
-    EDGE = 128  # elements: more than a block, so that a tail without its mask would land here
+    EDGE = 128  # elements: more than a block, so that an unmasked tail would write here
 
     def __init__(self, tensors: Sequence[Tensor], device: str) -> None:
         self.buffers = [

@@ -1,4 +1,4 @@
-"""Tiny models, questions for them, and their answers one sequence at a time, without batches or caches."""
+"""Tiny models, prompts, and scores of single sequences without batches or caches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def setup(kind: str, *, max_length: int = 48) -> tuple[Any, TextCollator]:
     seq2seq = kind == "t5"
     tokenizer = word_tokenizer(["Ask: Answer:", *WORDS], pad=seq2seq, bos=not seq2seq, eos_after=seq2seq)
     model = tiny_t5(len(tokenizer), seed=7) if seq2seq else tiny_llama(len(tokenizer), seed=0)
-    # Left alone, random models hardly ever end an answer.
+    # Random models rarely end an answer by themselves.
     model.lm_head.weight.data[EOS] *= 5
     return model, TextCollator(tokenizer, seq2seq=seq2seq, max_length=max_length, text=TextFormat())
 
@@ -56,7 +56,7 @@ def plain_score(model: Any, collator: TextCollator, item: Item, label: str, rese
 
 
 def plain_generation(model: Any, collator: TextCollator, item: Item, max_new_tokens: int) -> list[int]:
-    """The likeliest tokens up to EOS, each from a pass over all before it."""
+    """The most likely tokens up to EOS, each from a pass over all earlier tokens."""
     prompt = collator.prompt(item[0], item[1].input, reserve=max_new_tokens)
     answer: list[int] = []
     while len(answer) < max_new_tokens and EOS not in answer:

@@ -1,7 +1,7 @@
-"""What the tests of several processes run under torchrun: `ranks_program.py SCENARIO FOLDER`.
+"""The program of the tests on several processes: `ranks_program.py SCENARIO FOLDER`.
 
-Gradients are made from a seed, whole, and every process takes its part: so one process, replicas and shards
-are given the same ones, and must end with the same bits.
+Whole gradients are made from a seed, and every process takes its part. So one process, replicas and shards
+have the same gradients, and must end with the same bits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch._dynamo  # the first use of FSDP2 would import it, in every process that is forked
+import torch._dynamo  # otherwise the first use of FSDP2 would import it in every fork
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
@@ -43,12 +43,12 @@ CONFIGS = {
 
 
 def names(kind: str) -> list[str]:
-    """The configs that are tried: all of them, where parts differ by replica or by column a few."""
+    """The tested configs: all, or a few if the shards differ by replica or by column."""
     return ["release", "tensor", "packed", "adamw"] if kind in ("columns", "hsdp") else list(CONFIGS)
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Rows that two and three ranks share unevenly, and tensors of which some ranks have none."""
+    """A model with rows that two and three ranks share unevenly, and with tensors that some ranks lack."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 1), nn.LayerNorm(1), nn.Linear(1, 5, bias=False)
@@ -63,10 +63,10 @@ def spread(model: nn.Module, kind: str) -> nn.Module:
             if any(True for _ in module.parameters()):
                 fully_shard(module)
         fully_shard(model)
-    if kind == "hsdp":  # replicas of shards: every element lies in two processes, and counts once
+    if kind == "hsdp":  # replicas of shards: every element is on two processes, and counts once
         mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replica", "shard"))
         fully_shard(model, mesh=mesh)
-    if kind == "columns":  # tensor parallelism shards weights by columns too, and leaves biases replicated
+    if kind == "columns":  # tensor parallelism also shards weights by columns, and replicates biases
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -80,7 +80,7 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def set_gradients(model: nn.Module, step: int) -> None:
-    """The same whole gradients in every process; some are coarse, so that scores tie."""
+    """Set the same whole gradients in every process; some are coarse, so that scores tie."""
     generator = torch.Generator().manual_seed(step)
     for parameter in bare(model).parameters():
         whole = torch.randn(parameter.shape, generator=generator).mul(4).round().div(4).to(parameter.dtype)
@@ -95,7 +95,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 class Momentum(torch.optim.Optimizer):
-    """Gradient descent with momentum in separate float32 products and sums.
+    """Gradient descent with momentum, in separate float32 products and sums.
 
     PyTorch's own rounds 16-bit elements differently in the last few of a tensor than in the others.
     """
@@ -155,7 +155,7 @@ def keep(folder: Path, name: str, tensors: dict[str, Tensor], reports: object) -
 
 
 def same_bits(folder: Path) -> None:
-    """Three rounds with every config, spread in every way; also where samples are too few to be all."""
+    """Three rounds with every config and every sharding; also with samples that do not hold all scores."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     for kind in {1: ["alone"], 2: ["ddp", "fsdp"], 3: ["ddp", "fsdp", "columns"], 4: ["hsdp"]}[world]:
         for name in names(kind):
@@ -168,7 +168,7 @@ def same_bits(folder: Path) -> None:
 
 
 def training(folder: Path) -> None:
-    """Real steps: every rank has batches of its own, inner and outer; all end with the same parameters."""
+    """Training steps with separate inner and outer batches per rank; all end with the same parameters."""
     rank, world = dist.get_rank(), dist.get_world_size()
     for kind in ("ddp", "fsdp"):
         model = spread(make_model(), kind)
@@ -190,7 +190,7 @@ def training(folder: Path) -> None:
 
 
 def save(folder: Path) -> None:
-    """Up to the middle of an outer phase, for another number of ranks to go on from."""
+    """Save in the middle of an outer phase, for a resume on another number of ranks."""
     for kind in ["alone"] if not dist.is_initialized() else ["ddp", "fsdp"]:
         for name in ("release", "packed", "bf16"):
             dtype = torch.bfloat16 if name == "bf16" else torch.float32
@@ -202,7 +202,7 @@ def save(folder: Path) -> None:
 
 
 def resume(folder: Path) -> None:
-    """Goes on from every middle that there is, each way of spreading from each."""
+    """Resume every saved state with every sharding."""
     for where in sorted(folder.glob("*-middle")):
         name = where.name.split("-")[1]
         dtype = torch.bfloat16 if name == "bf16" else torch.float32
@@ -235,10 +235,10 @@ def processes() -> Iterator[None]:
 
 
 def end_well() -> None:
-    """End this process, when all have come so far.
+    """End this process when all processes have reached this point.
 
-    One in hundreds that have saved with torch.distributed.checkpoint aborts in PyTorch's own threads while
-    the interpreter is taken apart, when its work is long done; so that is left out.
+    After torch.distributed.checkpoint, one process in hundreds aborts in PyTorch's own threads during the
+    shutdown of the interpreter, so the shutdown is skipped.
     """
     dist.barrier()
     sys.stdout.flush()
@@ -247,7 +247,7 @@ def end_well() -> None:
 
 
 def drops_out(folder: Path) -> None:
-    """Rank 1 fails in the outer phase, between gradients of its own; the others are already fusing."""
+    """Rank 1 fails in the outer phase; the other ranks are already in the fusion."""
     loop = Loop(spread(make_model(), "fsdp"), CONFIGS["paper"])
     loop.run(range(3))
     with loop.fuser.outer():
@@ -257,7 +257,7 @@ def drops_out(folder: Path) -> None:
 
 
 def gets_nan(folder: Path) -> None:
-    """One element of one shard has no number as gradient."""
+    """One element of one shard has a NaN gradient."""
     loop = Loop(spread(make_model(), "fsdp"), CONFIGS["paper"])
     loop.run(range(3))
     loop.fuser.begin_outer()
@@ -275,7 +275,7 @@ def gets_nan(folder: Path) -> None:
 
 
 def fails_in_fuse(folder: Path) -> None:
-    """Rank 1 has observed nothing; all give the round up together and go on."""
+    """Rank 1 has observed nothing; all ranks abandon the round and continue."""
     loop = Loop(spread(make_model(), "fsdp"), CONFIGS["paper"])
     loop.run(range(3))
     loop.fuser.begin_outer()
@@ -303,7 +303,7 @@ def other_gate(folder: Path) -> None:
 
 
 def replica_gets_nan(folder: Path) -> None:
-    """One replica alone sees an element without a number: all refuse, and all go on."""
+    """One replica has a NaN element: all ranks refuse the fusion and continue."""
     for nonfinite in ("raise", "skip"):
         loop = Loop(spread(make_model(), "ddp"), rkif.FusionConfig.paper(nonfinite=nonfinite))
         loop.run(range(3))
@@ -324,7 +324,7 @@ def replica_gets_nan(folder: Path) -> None:
 
 
 def no_memory_to_fuse(folder: Path) -> None:
-    """Rank 1 has not the memory to compute the fusion, when the thresholds are found; all can go on."""
+    """Rank 1 runs out of memory after the thresholds are found; all ranks can continue."""
     fuse = rkif.fuser.round_fusion.grouped_fusion
 
     def none_left(*arguments: object, **settings: object) -> object:
@@ -344,9 +344,9 @@ def no_memory_to_fuse(folder: Path) -> None:
 
 
 def evaluates(folder: Path) -> None:
-    """What a model computes, by forwards without a backward, whenever its parameters have been changed.
+    """Evaluate the model without a backward pass after every change of its parameters.
 
-    FSDP2 keeps what its root has gathered for such a forward.
+    FSDP2's root module keeps the gathered parameters after such a forward pass.
     """
     kind = "fsdp" if dist.is_initialized() else "alone"
     for how in ("module", "pairs"):
@@ -381,7 +381,7 @@ def evaluates(folder: Path) -> None:
 
 
 def other_mesh(folder: Path) -> None:
-    """A state whose tensors are spread over another mesh is taken up as a whole one is."""
+    """A state that is sharded over another mesh loads like an unsharded state."""
     loops = [Loop(spread(make_model(), kind), CONFIGS["release"]) for kind in ("fsdp", "hsdp")]
     loops[0].run(range(2))
     state = loops[0].fuser.state_dict()

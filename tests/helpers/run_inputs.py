@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: small tasks and models, and a config for them."""
+"""Shared by the tests of whole runs: small tasks and models, and their config."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def go(config: RunConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What a run left, byte for byte, but for peft's files, which list modules in another order each time,
-    and the ledger's times, with the hashes that follow from them.
+    """The bytes of a run's files, except peft's files, which list modules in varying order, and except the
+    times in the ledger and the hashes that depend on them.
     """
     found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     for name in [name for name in found if name.endswith("adapter_config.json")]:
@@ -128,7 +128,7 @@ def one_task(settings: RunConfig, inputs: Path, method: type[M] = RecurrentKIF, 
 
 
 def rewrite_ledger(path: Path, edit: Callable[[dict[str, Any]], Any], seq: int | None = None) -> None:
-    """Change a record, or each, and chain all anew, as somebody who knows how it works would."""
+    """Change one record or all, and compute the chain again, as a forger would."""
     records = list(read_ledger(path))
     path.unlink()
     ledger = Ledger(path)

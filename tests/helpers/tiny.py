@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers, built on the spot: no file, no download."""
+"""Tiny models and tokenizers, built without files or downloads."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def tiny_t5(vocab_size: int, seed: int) -> Any:
         decoder_start_token_id=0,
     )
     model = _seeded(T5ForConditionalGeneration, config, seed)
-    # As initialised, a T5 of this size answers every question alike.
+    # With its initial weights, a T5 of this size gives the same answer to every prompt.
     for block in model.decoder.block:
         block.layer[1].EncDecAttention.o.weight.data *= 10
     return model

@@ -15,17 +15,17 @@ from pathlib import Path
 import fork_server
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-SECONDS = 240  # what takes longer hangs
+SECONDS = 240  # a longer run counts as hanging
 
 
 def start_program(
     program: str, ranks: int, *arguments: object, fails: bool = False, torchrun: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a program; what hangs is a failure, too.
+    """Run a program; a program that hangs fails.
 
-    Where ranks are to fail, those that outlive another have three seconds to say why before they are killed.
-    The processes are forks of one that has imported what the program needs. With `torchrun` they are started
-    by it: interpreters of their own, which order sets differently.
+    If a rank is meant to fail, the other ranks have three seconds to report the cause before they are killed.
+    The processes are forks of one process with the program's imports. With `torchrun` they are separate
+    interpreters, which order sets differently.
     """
     words = [str(argument) for argument in arguments]
     if torchrun:
@@ -50,13 +50,13 @@ def start_program(
 
 
 def _environment() -> dict[str, str]:
-    """One thread a process: there are more of them than cores."""
+    """One thread per process, because there are more processes than cores."""
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @functools.cache
 def _server(program: str) -> subprocess.Popen[str]:
-    """It ends with this process, which closes its standard input."""
+    """The server ends with this process, which closes its standard input."""
     return subprocess.Popen(
         [sys.executable, fork_server.__file__, str(Path(program))],
         stdin=subprocess.PIPE,

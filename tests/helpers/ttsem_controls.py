@@ -46,7 +46,7 @@ def _copy(out_ptr, values_ptr, BLOCK: tl.constexpr):
 
 
 def double(extra: int) -> list[Tensor]:
-    # Views of one storage: what follows a tensor is valid memory, of another tensor or of none.
+    # Views of one storage: the memory after a tensor is valid, and belongs to another tensor or to none.
     storage = torch.ones(2 * BLOCK)
     tensors = list(storage[: sum(SIZES)].split(SIZES))
     (table,) = tables(aligned([tensors]), BLOCK)

@@ -38,7 +38,7 @@ KernelFault: type[Exception] = getattr(_session, "KernelFault", sanitize.KernelF
 
 launches: collections.Counter[str] = collections.Counter()
 _tables: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-_extents: list[tuple[int, int]] = []  # first byte and end of all that the launch that runs may touch
+_extents: list[tuple[int, int]] = []  # first byte and end of each extent that the current launch may access
 
 
 class FillEmpty(TorchFunctionMode):
@@ -62,7 +62,7 @@ class TableMemory(Memory):
     def __init__(self) -> None:
         super().__init__()
         merged: list[list[int]] = []
-        for first, end in sorted(_extents):  # overlapping extents are one; those that only touch stay apart
+        for first, end in sorted(_extents):  # overlapping extents are merged; adjacent extents are not
             if merged and first < merged[-1][1]:
                 merged[-1][1] = max(merged[-1][1], end)
             else:
@@ -99,7 +99,7 @@ class TableMemory(Memory):
 
 
 def _own_extent(tensor: torch.Tensor) -> tuple[int, Any]:
-    """The tensor's own bytes, not those of its storage: an access beside a view is a fault."""
+    """The bytes of the tensor, not of its storage: an access outside a view is a fault."""
     assert tensor.is_contiguous()
     return int(tensor.data_ptr()), harness._to_numpy(tensor.detach().reshape(-1))
 
@@ -108,7 +108,7 @@ _execute = harness.execute
 
 
 def _execute_with_table(record: Any, ir_text: str, **kwargs: Any) -> Any:
-    """``harness.execute`` with the tensors of the launch's table among those that it may touch."""
+    """``harness.execute`` with access to the tensors of the launch's table."""
     if "pointers_ptr" in record.ptrs:
         table = _tables[record.ptrs["pointers_ptr"]]
         numels = table.layout.numels.tolist()
@@ -125,7 +125,7 @@ def _execute_with_table(record: Any, ir_text: str, **kwargs: Any) -> Any:
 
 
 def _stub_cuda() -> None:
-    """ttsem says that tensors are on a CUDA device; what a build of torch without CUDA lacks does nothing."""
+    """ttsem reports tensors as CUDA tensors; calls that a CPU build of torch lacks become no-ops."""
     stream = object()
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.current_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
@@ -137,7 +137,7 @@ def pytest_configure(config: pytest.Config) -> None:
     _stub_cuda()
     harness.Memory, harness.storage_copy, harness.execute = TableMemory, _own_extent, _execute_with_table
     for module in (sanitize, _session):
-        module._write_back = lambda record, execution: None  # the kernel has worked in the tensors themselves
+        module._write_back = lambda record, execution: None  # the kernel wrote to the tensors
 
     from rkif_kernels.backends.triton.table import Table
 
@@ -152,7 +152,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the cases of backends without Triton: ttsem has nothing to check in them."""
+    """Deselect the cases of other backends: ttsem checks only Triton kernels."""
 
     def without_triton(item: pytest.Item) -> bool:
         _, _, parameters = item.name.rstrip("]").partition("[")

@@ -1,4 +1,4 @@
-"""A gate in a Trainer: what it undoes leaves nothing behind, and training goes on or stops."""
+"""A gate in a Trainer: an undone round restores the whole state, and training continues or stops."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_undone_round_restores_the_whole_state(tmp_path: Path) -> None:
 
 
 def test_an_undone_round_equals_the_state_before_it(tmp_path: Path) -> None:
-    """The second of three rounds: its end is that of the first, moments and importance included."""
+    """The second of three rounds ends with the state of the first, including moments and importance."""
     ends: list[dict[str, torch.Tensor]] = []
     refused = [False]
 
@@ -94,7 +94,7 @@ def test_a_gate_that_always_keeps_changes_no_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("step", [3, 5, 8, 9])
 def test_resumes_to_the_same_bits(tmp_path: Path, step: int) -> None:
     steps = {"max_steps": 10, "save_strategy": "steps", "save_steps": 1, "dropout": 0.1}
-    # The weights grow, which is only let through in every second round.
+    # The weights grow, which the gate accepts only in every second round.
     gate: dict[str, Any] = {"higher_is_better": False, "every": 2, "ladder": ()}
     whole = gated(tmp_path / "whole", gate=dict(gate), **steps)
     whole.train()

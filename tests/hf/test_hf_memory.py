@@ -1,4 +1,4 @@
-"""The memory of `rkif.hf`: its order, its preparation by the trainer, and what is refused."""
+"""The memory of `rkif.hf`: its order, its preparation by the trainer, and refused configurations."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_walk_resumes_from_any_position(start: int) -> None:
 
 
 def drawn_memory(folder: Any, memory: Any, **changes: Any) -> list[Any]:
-    """What a run collates of its memory, batch by batch."""
+    """The batches of memory records that a run collates."""
     drawn = []
 
     def collate(samples: Any) -> Any:

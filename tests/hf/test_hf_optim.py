@@ -1,4 +1,4 @@
-"""`RKIFTrainer` with `rkif.optim.AdamW`: the same bits as with observing apart, resumed ones too."""
+"""`RKIFTrainer` with `rkif.optim.AdamW`: the bits of a separate observe(), also when resumed."""
 
 from __future__ import annotations
 

@@ -49,13 +49,13 @@ def test_outer_learning_rate_sets_the_outer_task_vector(tmp_path: Any, precision
 
 
 class EarlierTrainer(OverflowingTrainer):
-    """Leaves gradients scaled where it does not clip them, as the Trainer of transformers 5.0 did."""
+    """Leaves unclipped gradients scaled, as the Trainer of transformers 5.0 did."""
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         return grad_norm
 
 
-# Of rounds of 3 inner and 2 outer steps: an inner step, and the first outer step of the second round.
+# With 3 inner and 2 outer steps per round: an inner step, and the first outer step of the second round.
 OVERFLOWS = frozenset({1, 9})
 
 
@@ -66,7 +66,7 @@ OVERFLOWS = frozenset({1, 9})
 def test_the_loss_scale_changes_no_bit(
     tmp_path: Any, kind: Any, clip: float, optimizer: str, overflows: frozenset[int]
 ) -> None:
-    """A scale by a power of two changes no bit of weights and importance; a step that overflows never was."""
+    """A loss scale of a power of two changes no bit of weights and importance; overflows are skipped."""
     run = trainer(tmp_path, kind=kind, max_grad_norm=clip, optim=optimizer)
     scale_losses(run, autocast=False)
     run.overflows = overflows
@@ -77,7 +77,7 @@ def test_the_loss_scale_changes_no_bit(
     for learner in ("inner", "outer"):
         assert_same_bits(run.fuser.scores(learner), fuser.scores(learner))
     assert run.fuser.last_report == fuser.last_report
-    assert run.calls == 7 + 2 * fuser.round + len(overflows & {9})  # an outer step is tried again
+    assert run.calls == 7 + 2 * fuser.round + len(overflows & {9})  # an overflowed outer step is repeated
     assert run.accelerator.scaler.get_scale() == 2.0 ** (16 - len(overflows))
 
 
@@ -89,7 +89,7 @@ def test_endless_overflows_are_an_error(tmp_path: Any) -> None:
 
 
 def test_a_huge_finite_gradient_is_no_overflow(tmp_path: Any) -> None:
-    """Only one whose square overflows, where nothing needs the square."""
+    """Only the square of the gradient overflows, and nothing needs the square."""
     run = scale_losses(trainer(tmp_path, kind=EarlierTrainer, max_grad_norm=0.0), autocast=False)
     run.overflows, run.gradient = OVERFLOWS, 1e30
     run.train()

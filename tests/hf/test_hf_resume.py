@@ -1,4 +1,4 @@
-"""`rkif.hf` and checkpoints: a resumed run has the same bits as one that was not interrupted."""
+"""Checkpoints of `rkif.hf`: a resumed run has the same bits as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from transformers import Trainer, TrainerCallback
 
 from rkif.hf import RKIFTrainer
 
-# 24 samples by 2 are 12 batches an epoch. Rounds of 3 close at steps 3, 6, 9, 12 and, with the tail, 14.
+# 24 samples in batches of 2: 12 steps per epoch. Rounds of 3 end at steps 3, 6, 9, 12 and, with the tail, 14.
 STEPS = {"max_steps": 14, "save_strategy": "steps", "save_steps": 1}
 
 
 def state(run: Any) -> dict[str, torch.Tensor]:
-    """Everything that decides how a run goes on, as one flat dict."""
+    """Everything that determines the rest of a run, as one flat dict."""
     tensors = dict(run.fuser.state_dict())
     for learner, optimizer in (("inner", run.optimizer), ("outer", run._rkif.optimizer)):
         for number, slots in optimizer.state_dict()["state"].items():
@@ -35,7 +35,7 @@ def dropout_run(folder: Path, **changes: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """An uninterrupted run with dropout: its checkpoints and its end."""
+    """The checkpoints and the final state of an uninterrupted run with dropout."""
     folder = tmp_path_factory.mktemp("whole")
     run = dropout_run(folder)
     run.train()
@@ -62,7 +62,7 @@ def test_every_checkpoint_holds_the_round(whole: Any) -> None:
 
 @pytest.mark.parametrize("step", [2, 5])
 def test_resumes_a_full_model_with_accumulation(tmp_path: Path, step: int) -> None:
-    """T5 with its own dropout, two micro-batches a step, evaluated on the way."""
+    """T5 with dropout, two micro-batches per step, and evaluations during training."""
     ends = []
     for checkpoint in (None, str(tmp_path / f"checkpoint-{step}")):
         run = trainer(
@@ -81,7 +81,7 @@ def test_resumes_a_full_model_with_accumulation(tmp_path: Path, step: int) -> No
 
 
 def test_resumes_under_a_gradient_scaler(tmp_path: Path) -> None:
-    """The one step left overflows: the outer learner goes by the rate of the step before the checkpoint."""
+    """The last step overflows, so the outer learner uses the learning rate from before the checkpoint."""
     ends = []
     for checkpoint, overflow in ((None, 6), (tmp_path / "checkpoint-4", 0)):
         run = trainer(tmp_path, kind=OverflowingTrainer, **{**STEPS, "max_steps": 5})
@@ -100,13 +100,13 @@ def test_evaluation_changes_nothing(tmp_path: Path) -> None:
         run = trainer(tmp_path, kind=RKIFTrainer, **evaluation)
         run.train()
         end = state(run)
-        del end["state.random"]  # the Trainer's evaluation draws from the global random numbers by itself
+        del end["state.random"]  # the Trainer's evaluation itself draws global random numbers
         ends.append(end)
     assert_same_bits(ends[1], ends[0])
 
 
 class SaveAndStop(TrainerCallback):
-    """Saves at once, in the midst of a step's callbacks, and stops: as enable_jit_checkpoint on a signal."""
+    """Saves during a step's callbacks and stops, as enable_jit_checkpoint does on a signal."""
 
     trainer: Any
 
@@ -151,7 +151,7 @@ def test_refuses_a_checkpoint_without_the_round(tmp_path: Path, saved_by: str) -
 
 
 def test_without_memory_resumes_as_the_plain_trainer(tmp_path: Path, whole: Any) -> None:
-    """Without a memory the checkpoint's round is not looked at."""
+    """Without a memory the round in the checkpoint is not read."""
     folder, _ = whole
     run = dropout_run(tmp_path, memory_dataset=None)
     run.train(resume_from_checkpoint=str(folder / "checkpoint-13"))
@@ -160,7 +160,7 @@ def test_without_memory_resumes_as_the_plain_trainer(tmp_path: Path, whole: Any)
 
 
 def test_a_new_run_does_not_resume(tmp_path: Path, whole: Any) -> None:
-    """A second `train` of the same trainer starts its rounds anew, whatever the first one loaded."""
+    """A second `train` of the same trainer starts new rounds, whatever checkpoint the first one loaded."""
     folder, _ = whole
     run = dropout_run(tmp_path)
     run.train(resume_from_checkpoint=str(folder / "checkpoint-13"))

@@ -1,4 +1,4 @@
-"""How `rkif.hf` ends: the round under way when training stops."""
+"""The tail of `rkif.hf`: the unfinished round when training stops."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def test_the_last_steps_are_fused_and_in_the_last_checkpoint(tmp_path: Any, step
 
 
 def test_the_tail_is_fused_when_a_callback_stops(tmp_path: Any) -> None:
-    """Wherever it comes from, the tail is fused as at the last step, also when half a gradient is there."""
+    """For any callback the tail is fused as at the last step, also with a partly accumulated gradient."""
     ends = []
     for event in ("on_step_end", "on_substep_end", "on_epoch_end"):  # four steps of three are an epoch
         folder = tmp_path / event
         steps = {"max_steps": 14, "gradient_accumulation_steps": 3, "save_strategy": "epoch"}
         run = trainer(folder, **steps, lr_scheduler_type="constant")
-        run.add_callback(Stop(event, 4))  # comes after the trainer's own callbacks
+        run.add_callback(Stop(event, 4))  # runs after the trainer's own callbacks
         run.train()
         assert run.state.global_step == 4
         assert run.fuser.round == 2
@@ -55,7 +55,7 @@ def test_the_tail_is_fused_when_the_last_callback_stops(tmp_path: Any, event: st
 
 @pytest.mark.parametrize("best", [False, True], ids=["last model", "best model"])
 def test_the_tail_is_in_the_checkpoint_when_an_evaluation_stops(tmp_path: Any, best: bool) -> None:
-    """The tail is in the checkpoint, unless what was measured may make the checkpoint the best."""
+    """The tail is in the checkpoint, unless the measured checkpoint may be the best."""
     measured: dict[int, dict[str, Tensor]] = {}
 
     class Measure(TrainerCallback):
@@ -90,7 +90,7 @@ def test_nothing_is_fused_into_the_best_model(tmp_path: Any) -> None:
 
 
 def test_nothing_is_fused_into_the_best_model_with_a_round_open(tmp_path: Any) -> None:
-    """An epoch of four steps ends with the stop of training, after all that would close the round."""
+    """An epoch of four steps stops training after the last event that would close the round."""
     kinds = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     run = trainer(tmp_path, **EVALUATED | kinds, train_dataset=NEW[:8], callbacks=[Stop("on_save", 4)])
     run.train()

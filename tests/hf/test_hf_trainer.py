@@ -1,4 +1,4 @@
-"""The steps that `rkif.hf` takes inside a Trainer, and what it leaves of the Trainer's own."""
+"""The steps that `rkif.hf` takes in a Trainer, and the state of the Trainer that it keeps."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_training_equals_a_plain_loop(tmp_path: Any, steps: dict[str, Any], adap
 def test_outer_micro_batches_equal_one_large_batch(
     tmp_path: Any, recording_sgd: Any, ragged: bool, tokenwise: bool
 ) -> None:
-    """Also after the shortened last step of an epoch: 7 micro-batches are steps of 3, 3 and 1."""
+    """Also after the short last step of an epoch: 7 micro-batches give steps of 3, 3 and 1."""
     memory = rows(6, seed=3, ragged=ragged)
     model = lora_llama()
     drawn = []
@@ -89,7 +89,7 @@ def test_outer_micro_batches_equal_one_large_batch(
         max_grad_norm=0.0,
         max_steps=FUSION.inner_steps,
     )
-    run.model_accepts_loss_kwargs = tokenwise  # if not, the Trainer averages the micro-batches' own means
+    run.model_accepts_loss_kwargs = tokenwise  # otherwise the Trainer averages the means of the micro-batches
     run.train()
 
     outer = recording_sgd.steps[FUSION.inner_steps :]
@@ -136,7 +136,7 @@ def test_outer_optimizer_is_built_like_the_inner_one(tmp_path: Any) -> None:
     assert [group["weight_decay"] for group in outer.param_groups] == [0.1, 0.0]
     p = next(model.parameters())
     assert inner.state[p]["step"] == 7
-    assert outer.state[p]["step"] == 3 * FUSION.outer_steps  # one state over all rounds
+    assert outer.state[p]["step"] == 3 * FUSION.outer_steps  # one optimizer state over all rounds
     assert not torch.equal(inner.state[p]["exp_avg"], outer.state[p]["exp_avg"])
 
 
@@ -169,7 +169,7 @@ def test_the_outer_optimizer_can_be_chosen(tmp_path: Any) -> None:
 
 
 class Watch(TrainerCallback):
-    """Notes the state that every step begins with."""
+    """Records the state at the start of every step."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
@@ -181,7 +181,7 @@ class Watch(TrainerCallback):
 
 
 def test_outer_steps_do_not_change_the_state_of_the_trainer(tmp_path: Any) -> None:
-    """Batches, steps, schedule and counters are the plain trainer's, under dropout and over an epoch."""
+    """Batches, steps, schedule and counters are the plain trainer's, with dropout and over an epoch."""
     found = []
     for kind in (RKIFTrainer, Trainer):
         batches: list[Any] = []

@@ -1,4 +1,4 @@
-"""AdamW with the importance in the same pass: every implementation against the reference, bit for bit."""
+"""AdamW with importance: every implementation has the bits of the reference."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def tensors(
     dtype: torch.dtype = torch.float32,
     state_dtype: torch.dtype = torch.float32,
 ) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
-    """Weights, gradients and states; of S and U so many as are ``followed``."""
+    """Weights, gradients and states; ``followed`` is the number of tensors with S and U."""
     states = [normal(sizes, state_dtype, 2)]
     states += [positive(sizes, state_dtype, seed) for seed in range(3, 4 + followed)]
     return normal(sizes, dtype, 0), normal(sizes, dtype, 1), states

@@ -1,4 +1,4 @@
-"""The ahead-of-time check refuses what it is there to refuse."""
+"""The ahead-of-time check refuses bad kernels and accepts good ones."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def test_a_branch_may_have_its_predicate_among_the_operands() -> None:
         ("sm_90", 56, 0, 4, 9),
         ("sm_90", 66, 0, 4, 7),
         ("sm_90", 123, 0, 4, 4),
-        ("sm_90", 16, 0, 1, 32),  # as many programs as there can be
-        ("sm_90", 16, 0, 4, 16),  # as many warps
+        ("sm_90", 16, 0, 1, 32),  # the limit of programs
+        ("sm_90", 16, 0, 4, 16),  # the limit of warps
         ("sm_90", 32, 50 * 1024, 4, 4),  # 51 KiB each of 228
         ("sm_80", 32, 50 * 1024, 4, 3),  # of 164
     ],
@@ -104,7 +104,7 @@ def test_occupancy_is_limited_by_registers_warps_and_shared_memory(
 
 
 def test_a_launch_takes_the_longer_of_its_bytes_and_its_instructions() -> None:
-    """By hand: 0.9 of 3.35 TB/s, 132 multiprocessors, four warps' instructions a cycle of 1.98 GHz, 4 us."""
+    """By hand: 0.9 of 3.35 TB/s, 132 multiprocessors, 4 warps per cycle at 1.98 GHz, 4 us."""
     assert Launch("", 3.015e9, 0).seconds() == pytest.approx(1.004e-3)
     assert Launch("", 3.015e9, 6.69e10).seconds() == pytest.approx(2.004e-3, rel=1e-3)
     # 2^26 elements: 712.3 us of bytes and 153.5 of instructions; then 802.4 of instructions.
@@ -113,7 +113,7 @@ def test_a_launch_takes_the_longer_of_its_bytes_and_its_instructions() -> None:
 
 
 def test_a_fusion_of_the_adapter_is_counted_launch_by_launch() -> None:
-    """By hand, for 6,553,600 elements: one run of eight from each 128, and 1.58 % undecided."""
+    """By hand, for 6,553,600 elements: one run of eight per 128 scores, and 1.58 % undecided."""
     launches = {launch.kernel: launch for launch in prediction.fuse(LORA_R8, {"bracketed fuse": 80})}
     assert launches["count sample"].moved == 51_200 * 4 * 32
     assert launches["bracketed fuse"].moved == 6_553_600 * (32 + 1 / 8)
@@ -141,7 +141,7 @@ def test_the_predictions_say_that_nothing_was_measured() -> None:
 def test_another_triton_version_replaces_the_installed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is installed once, in the user's cache; the installed version needs nothing."""
+    """Another version is installed once, in the user's cache; the installed version is used directly."""
     installations = []
 
     def pip(command: list[str], check: bool) -> None:
@@ -162,7 +162,7 @@ def test_another_triton_version_replaces_the_installed_one(
 
 @pytest.fixture(scope="module")
 def problems() -> dict[tuple[str, str], str]:
-    """(kernel, target) -> what was found wrong. In a process of its own: here Triton interprets."""
+    """(kernel, target) -> problems, from another process, because Triton interprets in this one."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
     done = subprocess.run(

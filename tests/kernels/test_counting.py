@@ -1,4 +1,4 @@
-"""Order statistics from counts: the search, and the operation that counts, on every implementation."""
+"""Order statistics from counts: the search, and the counting operation on every implementation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rkif_kernels.selection.counting import BINS, KEYS, CountingSearch
 
 
 def search(scores: list[torch.Tensor], k: int, guess: tuple[float, float] | None) -> tuple[float, int]:
-    """The order statistic, and how many passes over the tensors it took."""
+    """The order statistic, and the number of passes over the tensors."""
     found, passes = CountingSearch(k, guess), 0
     while not found.done:
         low, shift, bins = found.window
@@ -151,7 +151,7 @@ def test_a_sample_takes_every_nth_score_over_all_tensors(step: int, product: boo
 @pytest.mark.parametrize("uncertain", [False, True])
 @pytest.mark.parametrize("distance", [False, True])
 def test_a_subset_of_scores_keeps_their_form(uncertain: bool, distance: bool) -> None:
-    """Every form of a score, and that a subset keeps it."""
+    """A subset keeps every form of a score."""
     if distance and not uncertain:
         pytest.skip("a distance is one between two lists")
     s, u = positive([4, 1, 6], torch.bfloat16, 0), positive([4, 1, 6], torch.float32, 1)

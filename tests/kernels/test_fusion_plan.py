@@ -1,4 +1,4 @@
-"""A planned fusion does what the operation does, whatever moves between two rounds."""
+"""A planned fusion equals the operation, also if tensors move between rounds."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 
 @pytest.fixture(autouse=True)
 def prepared(monkeypatch: pytest.MonkeyPatch) -> list[FusionInputs]:
-    """The inputs that Triton has prepared a launch for; small ones are, too."""
+    """The inputs of Triton's prepared launches; small inputs are prepared as well."""
     calls: list[FusionInputs] = []
     prepare = single_pass.prepared_fusion
 
@@ -61,7 +61,7 @@ def sides(seed: int = 3) -> tuple[Scores, Scores]:
 
 
 def check(plan: FusionPlan, backend: Any, inputs: list[Any], out: list[Tensor] | None = None) -> list[Tensor]:
-    """One fusion by the plan and one by the operation: the same bits. Returns the plan's output."""
+    """Compare the bits of a fusion by the plan and by the operation; returns the plan's output."""
     got = [torch.full_like(tensor, torch.nan) for tensor in inputs[0]] if out is None else out
     expected = [torch.full_like(tensor, torch.nan) for tensor in inputs[0]]
     wanted = select_and_fuse_(expected, *inputs, **SETTINGS, backend=backend)

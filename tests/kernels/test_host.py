@@ -1,4 +1,4 @@
-"""What a call costs the host is counted on a driver that launches nothing."""
+"""Launches and compilations of a call are counted with a stub driver."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_warm_observe_is_one_launch_and_nothing_is_compiled_again(tmp_path: Pa
         assert row["compilations"] == 0, row
         if row["call"].startswith("observe"):
             assert row["launches"] == 1, row
-        if row["call"] == "fuse":  # as the prediction has it, which counts the fill of the workspace too
+        if row["call"] == "fuse":  # as in the prediction, which also counts the fill of the workspace
             assert row["launches"] == len(fuse(LORA_R8, {"bracketed fuse": 1.0})) - 1
 
 

@@ -1,4 +1,4 @@
-"""What a list of tensors costs to launch, and kernels whose offsets do not fit into 32 bits."""
+"""Launches and tables for a list of tensors, and kernels with offsets beyond 32 bits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RULE = MergeRule(((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5)), "inner")
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each kernel has been launched."""
+    """Kernel -> number of launches."""
     counter: Counter[str] = Counter()
 
     class Counted:
@@ -62,7 +62,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.fixture
 def uploads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of elements of all tables that have been uploaded."""
+    """The number of elements of each uploaded table."""
     sizes: list[int] = []
     upload = table.upload
 
@@ -139,7 +139,7 @@ def test_nothing_is_uploaded_for_tensors_that_stay_where_they_are(uploads: list[
 
 
 def test_a_step_reads_gradients_at_their_current_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """zero_grad(set_to_none=True) frees gradients; the next ones may lie anywhere, at old addresses too."""
+    """zero_grad(set_to_none=True) frees gradients; the next ones may be anywhere, also at old addresses."""
     monkeypatch.setattr("rkif_kernels.backends.choose.available", lambda device: ["triton"])
     parameter = torch.nn.Parameter(torch.ones(CHUNK, device=DEVICE))
     other = torch.nn.Parameter(torch.ones(3, device=DEVICE))
@@ -148,7 +148,7 @@ def test_a_step_reads_gradients_at_their_current_addresses(monkeypatch: pytest.M
     for step in range(1, 6):
         parameter.grad = torch.full_like(parameter, step)
         other.grad = torch.full_like(other, -step)
-        kept.append(parameter.grad if step % 2 else None)  # every second address is used again
+        kept.append(parameter.grad if step % 2 else None)  # every second address is reused
         fuser.observe()
         scores = fuser.scores("inner")
         assert (scores["a"] == step).all()
@@ -160,7 +160,7 @@ FAR = 1 << 33  # elements: 32 GiB of float32, as an index beyond 32 bits
 
 
 def shifted(tables: tuple[table.Table, ...]) -> tuple[table.Table, ...]:
-    """The same memory, addressed from FAR elements before it: every offset that a kernel forms is huge."""
+    """The same memory, addressed from FAR elements before it, so that every offset in a kernel is huge."""
     moved = []
     for one in tables:
         widths = [0 if dtype is None else tl.dtype(dtype).primitive_bitwidth // 8 for dtype in one.dtypes]
@@ -173,7 +173,7 @@ def shifted(tables: tuple[table.Table, ...]) -> tuple[table.Table, ...]:
 
 
 def test_offsets_beyond_32_bits_are_correct(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Addresses shifted back, offsets shifted forth: only 64-bit arithmetic arrives at the memory again."""
+    """Addresses are shifted back and offsets forward; only 64-bit arithmetic reaches the memory."""
     sizes = [CHUNK + 5, 40]
     base, inner, outer = (normal(sizes, torch.float32, seed) for seed in range(3))
     scores = Scores(positive(sizes, torch.float32, 3), positive(sizes, torch.float32, 4))
@@ -208,7 +208,7 @@ def test_offsets_beyond_32_bits_are_correct(monkeypatch: pytest.MonkeyPatch) -> 
 def test_single_pass_positions_beyond_32_bits_are_correct(
     before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if so many elements of other tensors came before: positions in the list, and where tensors begin."""
+    """Positions in the list and starts of tensors, as if FAR elements of other tensors preceded them."""
     sizes = [CHUNK + 5, 40, 2 * CHUNK]
     base, inner, outer = (on(DEVICE, normal(sizes, torch.float32, seed)) for seed in range(3))
     scores = Scores(on(DEVICE, positive(sizes, torch.float32, 3)))

@@ -1,4 +1,4 @@
-"""The operations in PyTorch's registry: what PyTorch asks of them, and compiled functions that call them."""
+"""The operations registered with PyTorch pass its checks, and compiled functions can call them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def fusion(sizes: Sequence[int], dtype: torch.dtype, uncertainty: bool) -> tuple
 
 
 def check(operation: str, arguments: tuple[Any, ...]) -> None:
-    """Schema, fake results, and the traces of PyTorch's compiler, against what the operation does."""
+    """Compare schema, fake results and compiler traces with the operation (opcheck)."""
     torch.library.opcheck(getattr(torch.ops.rkif, operation).default, arguments)
 
 
@@ -105,7 +105,7 @@ def fusion_step(lists: list[list[Tensor]], inner: Scores, outer: Scores, scope: 
 @pytest.mark.parametrize("uncertainty", [False, True])
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_thresholds_are_one_operation_of_a_graph(scope: str, uncertainty: bool, backend: str) -> None:
-    """With fullgraph=True a break would be an error."""
+    """With fullgraph=True a graph break would be an error."""
     scores = scores_of([64, 0, 3], uncertainty, 0)
     compiled = torch.compile(thresholds_step, fullgraph=True, backend=backend)
     expected = thresholds_step(scores.sensitivity, scores.uncertainty, scope)  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ def test_thresholds_are_one_operation_of_a_graph(scope: str, uncertainty: bool, 
 @pytest.mark.parametrize("over", ["new memory", "base", "parameters that require gradients"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fusion_is_one_operation_of_a_graph(dtype: torch.dtype, over: str, backend: str) -> None:
-    """What it writes is seen by what comes after, and by the caller."""
+    """Later operations and the caller see the writes."""
     results = []
     for function in (fusion_step, torch.compile(fusion_step, fullgraph=True, backend=backend)):
         out, base, *rest, inner, outer = fusion([64, 3], dtype, True)

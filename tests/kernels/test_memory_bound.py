@@ -1,4 +1,4 @@
-"""Beside its inputs an operation needs memory that does not grow with them."""
+"""The memory of an operation, besides its inputs, does not grow with them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kernel_cases import NATIVE
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 
-# Prints for each operation the MiB by which the process grew at most while it ran.
+# Prints the peak growth of the process during each operation, in MiB.
 SCRIPT = """
 import sys, torch, rkif_kernels
 from rkif_kernels import Scores
@@ -47,7 +47,7 @@ for name, operation in operations.items():
     ("backend", "numel"), [("torch", 1 << 23), pytest.param("native", 1 << 24, marks=NATIVE)]
 )
 def test_memory_does_not_grow_with_the_number_of_elements(backend: str, numel: int) -> None:
-    """32 or 64 MiB a tensor: a temporary of a quarter of that, or a copy in 16 bits, would be seen."""
+    """With 32 or 64 MiB per tensor, a temporary of a quarter of that or a 16-bit copy would be noticed."""
     command = [sys.executable, "-c", SCRIPT, str(numel), backend]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

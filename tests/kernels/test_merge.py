@@ -33,7 +33,7 @@ RELEASE = ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5))
 
 
 def test_tensors_of_mixed_dtypes_keep_their_own_threshold(implementation: Any) -> None:
-    """Tensors are grouped by dtype for a launch; each must still find its own k and its own threshold."""
+    """A launch has the tensors of one dtype; each tensor still uses its own k and its own threshold."""
     sizes = [CHUNK + 5, 30, CHUNK, 7, 60]
     dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float16, torch.bfloat16]
     scores = Scores([positive([n], d, i)[0] for i, (n, d) in enumerate(zip(sizes, dtypes, strict=True))])
@@ -117,7 +117,7 @@ def test_fuse_by_magnitudes(implementation: Any, dtype: torch.dtype, both: bool)
 
 @sizes
 def test_fuse_where_everything_is_selected(implementation: Any, sizes: list[int]) -> None:
-    """Beyond a tensor's end scores are loaded as zero, which is above -inf: the tail must not count them."""
+    """Scores beyond a tensor's end are loaded as zero, which is above -inf; they must not be counted."""
     arguments = fuse_arguments(sizes)
     arguments["thresholds"] = (torch.tensor([-torch.inf]), torch.tensor([-torch.inf]))
     assert check_fuse(implementation, **arguments) == [0, 0, sum(sizes), 0]
@@ -215,7 +215,7 @@ def test_splitting_tensors_changes_nothing(
     seed: int,
     data: st.DataObject,
 ) -> None:
-    """Thresholds, counts and results do not depend on how the parameters are cut into tensors."""
+    """Thresholds, counts and results do not depend on the splitting into tensors."""
     numel = sum(sizes) + 1
     whole = {name: torch.cat(normal([numel], torch.float32, seed + i)) for i, name in enumerate("bio")}
     s = torch.rand(numel, generator=torch.Generator().manual_seed(seed))

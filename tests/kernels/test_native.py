@@ -1,4 +1,4 @@
-"""The compiled CPU kernels where their own tiles and threads begin and end, and their 16-bit conversions."""
+"""The compiled CPU kernels: boundaries of tiles and threads, and 16-bit conversions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WEIGHTS = ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5))
 
 @pytest.fixture(params=INSTRUCTIONS, ids=lambda which: f"instructions {which}")
 def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every instruction set of this processor, from the best one to portable C++."""
+    """Every instruction set of this processor, from the widest to portable C++."""
     use_instructions(request.param)
     yield
     use_instructions(0)
@@ -83,7 +83,7 @@ def test_tiles_are_distributed_over_threads(threads: int, sizes: list[int]) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("flush", [False, True], ids=["", "denormals flushed"])
 def test_every_16_bit_number_is_read_exactly(dtype: torch.dtype, flush: bool) -> None:
-    """A half's subnormals are no denormals in float32, and no business of a mode that flushes those."""
+    """Subnormals of float16 are normal in float32, so a flush-to-zero mode must not change them."""
     every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
     zero = torch.zeros(every.numel())
     out = [torch.empty(every.numel())]
@@ -95,7 +95,7 @@ def test_every_16_bit_number_is_read_exactly(dtype: torch.dtype, flush: bool) ->
         (torch.zeros(1), torch.zeros(1)), MergeRule(keep, "inner"),
     )  # fmt: skip
     torch.set_flush_denormal(False)
-    # 0 * (0 - w) is added: no change to a finite number, NaN for an infinite one.
+    # 0 * (0 - w) is added: it does not change finite values, and gives NaN for infinite ones.
     expected = every.float() + 0.0
     expected[every.isinf()] = torch.nan
     assert_same_bits(out, [expected])
@@ -103,18 +103,18 @@ def test_every_16_bit_number_is_read_exactly(dtype: torch.dtype, flush: bool) ->
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_results_are_rounded_to_nearest_even(dtype: torch.dtype) -> None:
-    """Random patterns, and all halfway cases with the patterns beside them."""
+    """Random patterns, and all halfway cases with their neighbours."""
     generator = torch.Generator().manual_seed(0)
     random = torch.randint(-(1 << 31), (1 << 31) - 1, (200_000,), generator=generator)
     every = torch.arange(0, 1 << 15).to(torch.int16).view(dtype).float().view(torch.int32)
     half = {torch.bfloat16: 1 << 15, torch.float16: 1 << 12}[dtype]
     beside = [every + half + step for step in (-1, 0, 1)]
-    subnormal = torch.arange(0, 1 << 12).float().mul(2**-26)  # quarters of the least half
+    subnormal = torch.arange(0, 1 << 12).float().mul(2**-26)  # quarters of the smallest float16
     patterns = torch.cat([random.to(torch.int32), *beside, subnormal.view(torch.int32)])
     values = torch.cat([patterns.view(torch.float32), -patterns.view(torch.float32)])
     zero = torch.zeros(values.numel())
     out = [torch.empty(values.numel(), dtype=dtype)]
-    # S <- 0*S + 1*|w*1| would lose the sign; a fusion that takes all of tau_in from base 0 keeps it.
+    # S <- 0*S + 1*|w*1| would lose the sign; a fusion of the whole tau_in with base 0 keeps it.
     take = ((1.0, 0.0),) * 4
     native.fuse_(
         FusionInputs(out, [zero], [values], [values], Scores([zero]), Scores([zero])),
@@ -137,7 +137,7 @@ def test_more_threads_than_tiles_give_the_same_bits(monkeypatch: pytest.MonkeyPa
     assert (s == 0.5).all()
 
 
-SELECTED = 1 << 17  # elements beyond which brackets are used
+SELECTED = 1 << 17  # number of elements from which brackets are used
 
 
 def check_single_pass(
@@ -266,7 +266,7 @@ def test_a_forked_process_starts_its_own_threads() -> None:
 
 
 def test_too_little_memory_raises_memory_error() -> None:
-    """The list of undecided elements cannot grow; threads of the pool run into it, and go on to live."""
+    """The list of undecided elements cannot grow; the threads of the pool meet the error and survive."""
     code = """
 import resource, torch, rkif_kernels
 from rkif_kernels.backends.native import fuse

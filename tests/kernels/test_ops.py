@@ -1,4 +1,4 @@
-"""The public operations: what they refuse, and what they do with awkward but valid tensors."""
+"""The public operations: invalid arguments, and unusual but valid tensors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def fuse_arguments(n: int = 5) -> dict[str, Any]:
 @backends
 @pytest.mark.parametrize("n", [0, 1, 1023, 1024, 1025, 8191, 8192, 8193])
 def test_the_default_launch_is_correct_at_block_and_chunk_boundaries(backend: str, n: int) -> None:
-    """The launch that users get, where its blocks and chunks begin and end."""
+    """The default launch configuration at the boundaries of its blocks and chunks."""
     arguments = update_arguments(n)
     w, g, s, u = (arguments[key][0].clone() for key in ("params", "grads", "sensitivity", "uncertainty"))
     rkif_kernels.update_importance_(**arguments, backend=backend)
@@ -102,7 +102,7 @@ def test_an_empty_tensor_has_a_threshold_that_selects_nothing(backend: str) -> N
 
 
 def awkward(kind: str, values: Tensor) -> Tensor:
-    """The same 2-D values in memory that cannot be taken as one aligned run of elements."""
+    """The same 2-D values in memory that is not contiguous or not aligned."""
     if kind == "transposed":
         return values.t().contiguous().t()
     if kind == "strided":
@@ -243,7 +243,7 @@ def test_outputs_that_share_memory_are_refused() -> None:
 
 @backends
 def test_autograd_detects_writes(backend: str) -> None:
-    """A backward pass over a weight that has been fused since must not use the new weight silently."""
+    """A backward pass must not silently use a weight that was fused after the forward pass."""
     arguments = fuse_arguments()
     weight = torch.nn.Parameter(arguments["base"][0].clone())
     loss = (weight * weight).sum()
@@ -414,7 +414,7 @@ def test_unwritable_tensors_are_refused_before_any_write(backend: str) -> None:
     ids=["dtype", "shape", "size", "type"],
 )
 def test_cached_checks_do_not_accept_other_lists(change: Any, message: str) -> None:
-    """The checks of known lists are skipped; what differs at the same addresses must not be."""
+    """Checks are skipped for known lists, but not for other tensors at the same addresses."""
     arguments = update_arguments(8)
     rkif_kernels.update_importance_(**arguments)
     with pytest.raises((TypeError, ValueError), match=message):

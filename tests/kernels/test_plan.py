@@ -1,4 +1,4 @@
-"""A prepared update does what the operation does, whatever moves, comes or goes between two steps."""
+"""A prepared update equals the operation, also if tensors move, appear or disappear between steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {"beta1": 0.85, "beta2": 0.6, "order": "mixed"}
 
 
 class Pair:
-    """A plan, and the operation with states of its own, which are compared after every step."""
+    """A plan and the operation, each with its own states, which are compared after every step."""
 
     def __init__(self, backend: Any, dtype: torch.dtype = torch.float32) -> None:
         self.backend = backend
@@ -66,7 +66,7 @@ def test_gradients_may_move_disappear_and_return(backend: str) -> None:
     for grads in (first, first, second, first):
         pair.step(grads)
     pair.step([first[0], None, *first[2:]])
-    pair.step([None, first[1], *first[2:]])  # as many gradients, but others
+    pair.step([None, first[1], *first[2:]])  # the same number of gradients, of other parameters
     pair.step([None] * 4)
     pair.step(first)
     assert (pair.states[0][0] > 0).all()
@@ -103,13 +103,13 @@ def test_another_dtype_at_the_same_address_is_validated(backend: str) -> None:
 
 @backends
 def test_a_gradient_that_a_kernel_cannot_address_is_copied(backend: str) -> None:
-    """Not contiguous at the address of one that is; and one element behind a boundary."""
+    """A non-contiguous gradient at the address of a contiguous one, and one with an unaligned address."""
     pair = Pair(backend)
     wide = torch.randn(2 * max(SIZES) + 1, device=DEVICE)
     strided = [wide[: 2 * size : 2] for size in SIZES]
     for grads in ([wide[:size] for size in SIZES], strided, strided, [wide[1 : 1 + size] for size in SIZES]):
         pair.step(grads)
-        wide.add_(1)  # a copy that was not made again would be out of date
+        wide.add_(1)  # a copy that is not repeated would be stale
 
 
 def test_copies_keep_their_place() -> None:
@@ -225,7 +225,7 @@ def test_streams_wait_for_each_others_copies(capturing: bool, monkeypatch: pytes
     assert (one.waited_for, memory.streams) == ([], [])
     current = other
     order.enter()
-    # A capture waits for nothing outside of it, but its memory must not be reused under it either.
+    # A capture does not wait for other streams, but its memory must not be reused during the capture.
     assert other.waited_for == ([] if capturing else [one])
     assert memory.streams == [other]
     current = one
@@ -252,7 +252,7 @@ def test_two_streams_on_a_device_give_the_same_bits() -> None:
 
 @pytest.mark.gpu
 def test_a_training_step_is_captured_and_replayed() -> None:
-    """Gradients are allocated in the capture; steps outside of it, with others, change nothing for it."""
+    """Gradients are allocated in the capture; steps outside it with other gradients do not affect it."""
     weight = torch.nn.Parameter(torch.randn(64, 32, device=DEVICE))
     data = torch.randn(16, 32, device=DEVICE)
     states = [[torch.zeros_like(weight)] for _ in range(2)]

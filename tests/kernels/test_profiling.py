@@ -1,4 +1,4 @@
-"""Names in profiles, and no trace of them where no profile is taken."""
+"""Operations have names in profiles; without a profile no range is recorded."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_profile_names_the_operation(call: str) -> None:
         operation()
     found = {event.name for event in profile.events() if event.name.startswith("rkif.")}
     if call == "select and fuse":
-        found -= {"rkif.threshold"}  # some backends find thresholds in the same pass, others before it
+        found -= {"rkif.threshold"}  # some backends find thresholds in an earlier pass
     assert found == names
 
 

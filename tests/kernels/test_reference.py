@@ -1,4 +1,4 @@
-"""The reference against truth that does not come from it: hand-computed values and brute force."""
+"""The reference, compared with values computed by hand and with brute force."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ WEIGHTS = ((1.0, 0.0), (0.0, 1.0), (0.25, 0.5), (2.0, -1.0))
         (0.0, 2.0, 18.0),  # outer only: 10 + 8
         (2.0, 2.0, 15.0),  # both: 10 + 0.25*4 + 0.5*8
         (0.0, 0.0, 10.0),  # neither: 10 + 2*4 - 8
-        (1.0, 1.0, 10.0),  # at the threshold is not above it
+        (1.0, 1.0, 10.0),  # a score equal to the threshold is not above it
     ],
 )
 def test_the_fusion_of_one_element_is_that_computed_by_hand(

@@ -132,7 +132,7 @@ def test_update_importance_on_random_inputs(
 
 
 def leaves_bfloat16_denormals(params, grads, s, u, order, beta1, beta2) -> bool:
-    """Whether the new bfloat16 U has denormal numbers, which the interpreter does not convert rightly."""
+    """Whether the new bfloat16 U has denormals, which the interpreter does not convert correctly."""
     u = on("cpu", u)
     reference.update_importance_(
         ImportanceInputs(params, grads, on("cpu", s), u),
@@ -191,7 +191,7 @@ def test_threshold_of_other_dtypes(implementation: Any, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("name", hostile(4).keys())
 def test_a_useless_sample_ends_in_bisection(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """What is left of the blocked search when its samples are worthless: bisection, which must end."""
+    """With useless samples the blocked search becomes a bisection, which must end."""
     for setting, value in {"SHORT": 4, "SMALL": 4, "SAMPLED_PASSES": 0}.items():
         monkeypatch.setattr(f"rkif_kernels.selection.sampled.{setting}", value)
     passes = []

@@ -1,4 +1,4 @@
-"""Thresholds and fusion in one pass, against the reference: where its brackets hold and where they do not."""
+"""The single pass has the bits of the reference, with brackets that hold and with brackets that miss."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from rkif_kernels.backends.triton.windows import FAILED
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Half of a few hundred elements is sampled, and brackets are narrow enough to leave most of them decided.
+# Half of a few hundred elements is sampled, and brackets are narrow, so that most elements are decided.
 SMALL = Bracketing(min_numel=1, sample_stride=2, max_samples=1 << 20, sigmas=2.5, list_slack=1.5)
 RELEASE = ((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5))
 
 
 @pytest.fixture
 def fell_back(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """For each single pass, the flag that says whether its brackets failed."""
+    """For each single pass, the flag for failed brackets."""
     flags: list[Tensor] = []
     make = single_pass.workspace
 
@@ -62,7 +62,7 @@ def check(
     outer_from: str = "inner",
     out_dtype: torch.dtype | None = None,
 ) -> list[int]:
-    """One pass against the reference's thresholds and fusion; returns the four counts."""
+    """Compare one pass with the thresholds and the fusion of the reference; returns the four counts."""
     fresh = [torch.full_like(b, torch.nan, dtype=out_dtype or b.dtype) for b in tensors["base"]]
     filled = [
         Scores(
@@ -121,7 +121,7 @@ def test_good_brackets_need_no_second_fusion(fell_back: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_single_pass_over_mixed_dtypes(dtype: torch.dtype, fell_back: list[Tensor]) -> None:
-    """Three tables: the list holds positions in all of them, and each does over its own."""
+    """Three tables: the list has positions in all of them, and each table fuses its own again."""
     sizes = [2 * CHUNK + 1, CHUNK, 3 * CHUNK, 40]
     tensors = models(sizes)
     tensors["base"][1] = tensors["base"][1].to(dtype)
@@ -181,7 +181,7 @@ def test_single_pass_of_hostile_scores(inner_name: str) -> None:
 
 @pytest.mark.parametrize("bracketing", [replace(SMALL, sigmas=1e9), replace(SMALL, sample_stride=3)])
 def test_a_listed_element_is_written_in_its_own_tensor(bracketing: Bracketing) -> None:
-    """Everything is listed, the first and last elements of every table among them; tables alternate."""
+    """All elements are listed, including the first and the last of every table; tables alternate."""
     sizes = [2 * CHUNK + 1, CHUNK, 1, 3 * CHUNK, 3, 17]
     tensors = models(sizes)
     for index in (1, 2):
@@ -222,7 +222,7 @@ def test_thresholds_alone_in_one_pass(
     scores.sensitivity[1] = scores.sensitivity[1].bfloat16()
     bracketing = replace(SMALL, run=run, sample_stride=2 * run, list_slack=slack)
     radix = thresholds.radix_thresholds
-    monkeypatch.setattr(thresholds, "radix_thresholds", None)  # is not asked
+    monkeypatch.setattr(thresholds, "radix_thresholds", None)  # is not called
     for k in (0, 1, 300, sum(sizes) - 1):
         (expected,) = reference.score_thresholds(scores, ks=[k], per_tensor=False)
         moved = scores_on(DEVICE, scores)
@@ -247,7 +247,7 @@ def test_thresholds_alone_of_hostile_scores(name: str) -> None:
 
 
 def test_ties_at_the_lower_end_need_no_list(fell_back: list[Tensor]) -> None:
-    """95 % zeros: the threshold is zero itself, which is not above it, so nothing is undecided."""
+    """With 95 % zeros, the threshold is zero. A zero is not above it, so no element is undecided."""
     n = 4 * CHUNK
     zeros = torch.where(torch.arange(n) % 20 == 0, torch.rand(n), 0.0)
     check(models([n]), Scores([zeros]), Scores([torch.full((n,), 0.3)]), int(0.8 * (n - 1)))
@@ -309,7 +309,7 @@ def test_select_and_fuse_equals_selection_and_fusion(
 
 
 def test_an_output_over_an_input_uses_two_steps(fell_back: list[Tensor]) -> None:
-    """A single pass that has to be done over would find its input overwritten."""
+    """A repeated single pass would read an overwritten input."""
     sizes = [CHUNK]
     tensors = {name: on(DEVICE, part) for name, part in models(sizes).items()}
     scores = Scores(on(DEVICE, positive(sizes, torch.float32, 3)))
