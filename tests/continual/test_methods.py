@@ -176,7 +176,7 @@ def test_recurrent_kif_equals_a_plain_loop_with_a_fuser(
     assert all(torch.equal(method.importance()[name], scores[name]) for name in scores)
 
 
-def test_replay_mixes_the_memory_into_every_batch(config: Callable[..., RunConfig], inputs: Path) -> None:
+def test_replay_adds_memory_records_to_every_batch(config: Callable[..., RunConfig], inputs: Path) -> None:
     settings = config(training={"steps": 6, "batch_size": 4}, outer={"batch_size": 4})
     context = one_task(settings, inputs).context
     replay = METHODS["replay"](context)

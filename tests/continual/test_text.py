@@ -85,7 +85,7 @@ def test_a_bos_that_is_also_eos_is_kept_in_front() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_prompt_batch_has_the_prompts_alone(side: Any) -> None:
+def test_a_prompt_batch_has_only_the_prompts(side: Any) -> None:
     filled = {"left": [[4, 8, 9, 5], [0, 4, 10, 5]], "right": [[4, 8, 9, 5], [4, 10, 5, 0]]}
     mask = {"left": [[1, 1, 1, 1], [0, 1, 1, 1]], "right": [[1, 1, 1, 1], [1, 1, 1, 0]]}
     batch = as_lists(collator().prompt_batch(ITEMS, side=side))
@@ -112,7 +112,7 @@ def test_max_length_counts_the_target_of_a_causal_model() -> None:
     assert asked["input_ids"].tolist() == [[4, 11, 12, 13, *TAIL]]
 
 
-def test_max_length_counts_the_prompt_alone_of_a_seq2seq_model() -> None:
+def test_max_length_counts_only_the_prompt_of_a_seq2seq_model() -> None:
     made = collator(max_length=20, seq2seq=True, eos_after=True)
     expected = [[4, 11, 12, 13, *TAIL[1:], EOS]]
     assert made.training_batch([LONG])["input_ids"].tolist() == expected

@@ -257,7 +257,7 @@ def test_errors_name_the_argument_and_change_nothing(
     assert all((tensor == 7).all() for tensor in out.values())
 
 
-def test_parameters_without_elements_are_refused_together_but_not_alone() -> None:
+def test_empty_parameters_are_refused_only_if_all_are_empty() -> None:
     empty = {"a": torch.ones(0)}
     with pytest.raises(ValueError, match="base is empty"):
         rkif.fuse(empty, empty, empty, empty, empty)

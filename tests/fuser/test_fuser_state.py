@@ -167,7 +167,7 @@ def test_state_is_a_copy_and_loading_touches_neither_parameters_nor_the_state() 
     assert all(torch.equal(state[name], kept[name]) for name in kept)
 
 
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
+def test_an_incompatible_state_is_refused_and_changes_nothing() -> None:
     loop = Loop(FusionConfig())
     loop.run(range(2))
     state = loop.fuser.state_dict()

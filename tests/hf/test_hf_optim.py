@@ -34,10 +34,10 @@ def test_the_bits_are_those_of_a_separate_observe_also_when_resumed(
     assert_same_bits(end(resumed), fused)
 
     monkeypatch.setattr("rkif.hf.rounds._observing", lambda _: None)
-    apart = trainer(tmp_path / "apart", **FUSED)
-    apart.train()
-    assert apart.optimizer.optimizer.fuser is None
-    assert_same_bits(end(apart), fused)
+    separate = trainer(tmp_path / "separate", **FUSED)
+    separate.train()
+    assert separate.optimizer.optimizer.fuser is None
+    assert_same_bits(end(separate), fused)
 
 
 def test_settings_are_those_of_the_arguments(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_settings_are_those_of_the_arguments(tmp_path: Path) -> None:
     assert run.create_optimizer().param_groups[0]["lr"] == 1e-3
 
 
-def test_two_choices_or_an_unknown_one_are_refused(tmp_path: Path) -> None:
+def test_conflicting_and_unknown_optimizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="optimizer must be 'rkif_adamw' or None"):
         trainer(tmp_path, optimizer="adamw")
     with pytest.raises(ValueError, match="and optimizer_cls_and_kwargs both choose an optimizer"):

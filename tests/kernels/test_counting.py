@@ -35,7 +35,7 @@ def search(scores: list[torch.Tensor], k: int, guess: tuple[float, float] | None
 @pytest.mark.parametrize(
     "guess", [None, (0.2, 0.3), (0.0, 0.0), (1e30, torch.inf), (0.0, torch.inf)], ids=str
 )
-def test_search_is_exact_whatever_the_guess(name: str, guess: tuple[float, float] | None) -> None:
+def test_search_is_exact_for_any_guess(name: str, guess: tuple[float, float] | None) -> None:
     scores = hostile(700)[name]
     ordered = scores.sort().values
     for k in (0, 1, 350, 559, 698, 699):

@@ -139,7 +139,7 @@ def test_fuse_of_mixed_dtypes(implementation: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", PARAMETER_DTYPES, ids=str)
-def test_fuse_by_sensitivities_alone(implementation: Any, dtype: torch.dtype) -> None:
+def test_fuse_by_sensitivity_only(implementation: Any, dtype: torch.dtype) -> None:
     arguments = fuse_arguments([CHUNK + 1, 7])
     arguments["inner_scores"] = Scores(positive([CHUNK + 1, 7], dtype, 7))
     arguments["outer_scores"] = Scores(positive([CHUNK + 1, 7], dtype, 8))

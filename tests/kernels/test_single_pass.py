@@ -214,7 +214,7 @@ def test_a_repeated_report_has_the_same_bits(bracketing: Bracketing) -> None:
 @pytest.mark.parametrize("run", [1, 8])
 @pytest.mark.parametrize("distance", [False, True], ids=["S*U", "distance"])
 @pytest.mark.parametrize("slack", [1.5, 0.0], ids=["listed", "failed"])
-def test_thresholds_alone_in_one_pass(
+def test_thresholds_without_fusion_in_one_pass(
     run: int, distance: bool, slack: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = [3 * CHUNK + 5, 40, CHUNK]
@@ -235,7 +235,7 @@ def test_thresholds_alone_in_one_pass(
 
 
 @pytest.mark.parametrize("name", hostile(4).keys())
-def test_thresholds_alone_of_hostile_scores(name: str) -> None:
+def test_thresholds_without_fusion_of_hostile_scores(name: str) -> None:
     n = 2 * CHUNK + 9
     scores = Scores([hostile(n)[name]])
     for k in (0, n // 3, int(0.8 * (n - 1)), n - 1):
