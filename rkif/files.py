@@ -9,10 +9,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
+    from pydantic import BaseModel, ValidationError
+
+M = TypeVar("M", bound="BaseModel")
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -70,22 +72,31 @@ def require_inside(name: str) -> str:
     return name
 
 
-def require_valid(model: type[BaseModel], content: Any, where: object) -> None:
-    """Raise ValueError, naming ``where`` and the key, unless ``content`` is as ``model`` has it."""
+def validated(model: type[M], content: Any, where: object) -> M:
+    """``content``, an object of a file that rkif wrote, as ``model``.
+
+    Raises:
+        ValueError: the content is not as the model has it; it names ``where`` and the key.
+    """
     from pydantic import ValidationError
 
     if not isinstance(content, dict):
         raise ValueError(f"{where} is damaged: it holds no object")
     try:
-        model.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        key = ".".join(map(str, problem["loc"]))
-        if problem["type"] == "missing":
-            message = f"{where} is damaged, or of another version of rkif: it lacks {key!r}"
-        else:
-            message = f"{where} is damaged: {f'{key}: ' if key else ''}{problem['msg']}"
-        raise ValueError(message.replace("Value error, ", "")) from None
+        missing = error.errors()[0]["type"] == "missing"
+        state = "is damaged, or of another version of rkif" if missing else "is damaged"
+        raise ValueError(f"{where} {state}: {first_problem(error)}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem that pydantic found, in one line that names the key."""
+    problem = error.errors(include_url=False, include_context=False)[0]
+    key = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "missing":
+        return f"it lacks {key!r}"
+    return f"{f'{key}: ' if key else ''}{problem['msg'].removeprefix('Value error, ')}"
 
 
 def file_sha256(path: Path) -> str:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from rkif.checkpoint.progress import NullProgress, Progress
 from rkif.checkpoint.source import Entry, TensorReader, open_checkpoint
-from rkif.files import parse_json, read_text, require_inside, require_valid, write_text
+from rkif.files import parse_json, read_text, require_inside, validated, write_text
 
 MANIFEST = "rkif-manifest.json"
 _BLOCK = 1 << 22  # bytes that are read at a time
@@ -107,7 +107,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no {MANIFEST}: it is not a finished output of rkif fuse")
     text = read_text(path)
     manifest: dict[str, Any] = parse_json(text, path)
-    require_valid(_Manifest, manifest, path)
+    validated(_Manifest, manifest, path)
     written = manifest.pop("manifest_sha256")
     # The text is compared, too: other texts have the same content.
     if written != _content_sha256(manifest) or text != _text(manifest, written):

@@ -83,12 +83,15 @@ ROW = {"task": "news", "id": "n9", "input": "z", "output": "world"}
     [
         ({"train": ['{"task": "news"', *TRAIN]}, r"train\.jsonl:1: not valid JSON"),
         ({"dev": [*DEV, "[1]"]}, r"dev\.jsonl:3: expected a JSON object, got list"),
-        ({"train": [*TRAIN, {"id": "x"}]}, r"train\.jsonl:4: key 'task' is missing"),
-        ({"train": [*TRAIN, {**ROW, "id": 9}]}, r"train\.jsonl:4: 'id' must be a string, got 9"),
-        ({"train": [*TRAIN, {**ROW, "input": None}]}, r"train\.jsonl:4: 'input' must be a string, got None"),
+        ({"train": [*TRAIN, {"id": "x"}]}, r"train\.jsonl:4: it lacks 'task'"),
+        ({"train": [*TRAIN, {**ROW, "id": 9}]}, r"train\.jsonl:4: id: Input should be a valid string, got 9"),
+        (
+            {"train": [*TRAIN, {**ROW, "input": None}]},
+            r"train\.jsonl:4: input: Input should be a valid string, got None",
+        ),
         (
             {"train": [*TRAIN, {k: v for k, v in ROW.items() if k != "output"}]},
-            r"train\.jsonl:4: key 'output' is missing",
+            r"train\.jsonl:4: it lacks 'output'",
         ),
         (
             {"dev": [*DEV, {**ROW, "output": "World"}]},
@@ -102,18 +105,27 @@ ROW = {"task": "news", "id": "n9", "input": "z", "output": "world"}
         ({"train": TRAIN[:1]}, r"task 'free' has no train records in .*train\.jsonl"),
         ({"dev": DEV[:1]}, r"task 'news' has no dev records in .*dev\.jsonl"),
         ({"table": []}, r"tasks\.json: expected a JSON object, got list"),
-        ({"table": {"tasks": [1]}}, r"tasks\.json: 'tasks' must be an object, got \[1\]"),
-        ({"table": {**TABLE, "orders": [1]}}, r"tasks\.json: 'orders' must be an object, got \[1\]"),
+        ({"table": {"tasks": [1]}}, r"tasks\.json: tasks: Input should be a valid dictionary, got \[1\]"),
+        (
+            {"table": {**TABLE, "orders": [1]}},
+            r"tasks\.json: orders: Input should be a valid dictionary, got \[1\]",
+        ),
         (
             {"table": {**TABLE, "orders": {"both": "news"}}},
-            r"order 'both' must be a list of task names, got 'news'",
+            r"tasks\.json: orders\.both: Input should be a valid list, got 'news'",
         ),
-        ({"table": {**TABLE, "orders": {"both": [["news"]]}}}, r"task \['news'\] is not in .*tasks\.json"),
         (
-            {"table": {"tasks": {"a/b": {}}, "orders": {"both": ["a/b"]}}},
+            {"table": {**TABLE, "orders": {"both": [["news"]]}}},
+            r"tasks\.json: orders\.both\.0: Input should be a valid string, got \['news'\]",
+        ),
+        (
+            {"table": {"tasks": {"a/b": {"instruction": ""}}, "orders": {"both": ["a/b"]}}},
             "task 'a/b' cannot be the name of a folder",
         ),
-        ({"table": {"tasks": {"..": {}}, "orders": {"both": [".."]}}}, r"task '\.\.' cannot be the name"),
+        (
+            {"table": {"tasks": {"..": {"instruction": ""}}, "orders": {"both": [".."]}}},
+            r"task '\.\.' cannot be the name",
+        ),
         ({"table": {**TABLE, "orders": {"both": ["news", "free", "news"]}}}, r"order has task 'news' twice"),
         ({"table": {**TABLE, "orders": {"long": ["news"], "x": []}}}, r"order 'both' is not in .*: long, x$"),
         ({"table": {"tasks": TABLE["tasks"]}}, r"order 'both' is not in .*; known orders: none"),
@@ -121,18 +133,21 @@ ROW = {"task": "news", "id": "n9", "input": "z", "output": "world"}
             {"table": {**TABLE, "tasks": {"free": {"instruction": ""}}}},
             r"task 'news' is not in .* tasks: free$",
         ),
-        ({"table": {**TABLE, "tasks": {"news": 1, "free": 2}}}, r"task 'free' must be an object, got 2"),
+        (
+            {"table": {**TABLE, "tasks": {"news": 1, "free": 2}}},
+            r"tasks\.json: tasks\.news: Input should be a valid dictionary or instance of _Task, got 1",
+        ),
         (
             {"table": {**TABLE, "tasks": {"news": {}, "free": {}}}},
-            r"task 'free': key 'instruction' is missing",
+            r"tasks\.json: it lacks 'tasks\.news\.instruction'",
         ),
         (
-            {"table": {**TABLE, "tasks": {"news": {}, "free": {"instruction": "", "labels": "ab"}}}},
-            r"task 'free': 'labels' must be a list of strings, got 'ab'",
+            {"table": {**TABLE, "tasks": {"free": {"instruction": "", "labels": "ab"}}}},
+            r"tasks\.json: tasks\.free\.labels: Input should be a valid list, got 'ab'",
         ),
         (
-            {"table": {**TABLE, "tasks": {"news": {}, "free": {"instruction": "", "labels": ["a", "a"]}}}},
-            r"task 'free': 'labels' has a label twice",
+            {"table": {**TABLE, "tasks": {"free": {"instruction": "", "labels": ["a", "a"]}}}},
+            r"tasks\.json: tasks\.free\.labels: a label is there twice, got \['a', 'a'\]",
         ),
     ],
 )

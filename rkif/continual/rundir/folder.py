@@ -35,7 +35,7 @@ from rkif.continual.rundir.ledger import LEDGER, LedgerError, LedgerRecord, read
 from rkif.continual.rundir.schema import Metrics, TaskSummary, require_records
 from rkif.continual.rundir.state import load_tensors, save_tensors, storable
 from rkif.continual.tasks.replay_memory import ReplayMemory
-from rkif.files import file_sha256, fsync_file, parse_json, read_text, require_valid, write_text
+from rkif.files import file_sha256, fsync_file, parse_json, read_text, validated, write_text
 
 METRICS = "metrics.json"  # in the run's folder
 
@@ -239,7 +239,7 @@ def _require_same(path: Path, text: str) -> None:
 
 def _read_json(path: Path, model: type[FileContent]) -> dict[str, Any]:
     content: dict[str, Any] = parse_json(read_text(path), path)
-    require_valid(model, content, path)
+    validated(model, content, path)
     return content
 
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from rkif.checkpoint.manifest import FileContent, FileName, Sha256
 from rkif.continual.rundir.ledger import LedgerError
 from rkif.continual.tasks.records import require_task_name
-from rkif.files import require_valid
+from rkif.files import validated
 from rkif.gate import Verdict
 from rkif_kernels import CASES
 
@@ -235,7 +235,7 @@ def require_records(records: Sequence[dict[str, Any]], path: Path) -> None:
         try:
             if not isinstance(event, str) or event not in RECORDS:
                 raise ValueError(f"event: {event!r} is none of {', '.join(RECORDS)}")
-            require_valid(RECORDS[event], record, where)
+            validated(RECORDS[event], record, where)
             if (event == "begin") != (seq == 0):
                 raise ValueError("event: a ledger has one 'begin', its first record")
             if event == "begin":

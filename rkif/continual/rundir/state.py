@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rkif.checkpoint.buffers import as_bytes
 from rkif.continual.rundir.schema import StateHeader
-from rkif.files import file_sha256, parse_json, replace_file, require_valid
+from rkif.files import file_sha256, parse_json, replace_file, validated
 from rkif.fuser.state_names import flatten, section
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -145,7 +145,7 @@ def read_state(path: Path) -> RunState:
         if position.shape != (len(POSITION),) or position.dtype != torch.int64:
             raise ValueError(f"'position' is {position.dtype} {tuple(position.shape)}")
         header = dict(zip(POSITION, position.tolist(), strict=True))
-        require_valid(StateHeader, header | {"same": same}, "its header")
+        validated(StateHeader, header | {"same": same}, "its header")
         tensors |= {name: tensors[original].clone() for name, original in same.items()}
         parameters, method = section(tensors, "parameters"), section(tensors, "method")
         if len(parameters) + len(method) < len(tensors):

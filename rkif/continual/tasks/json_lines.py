@@ -5,9 +5,35 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rkif.files import first_problem
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class DataContent(BaseModel):
+    """An object of a file that users write: nothing is converted, unknown keys are ignored."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class TaskLine(DataContent):
+    """What every line has: the records of tasks that are not learned are not checked further."""
+
+    task: str
+
+
+class RecordLine(TaskLine):
+    """One record of a task."""
+
+    id: str
+    input: str
+    output: str
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -25,14 +51,18 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise ValueError(f"{path}: not a whole gzip file: {error}") from error
 
 
-def string_field(row: Mapping[str, Any], key: str, where: str) -> str:
-    """Return `row[key]`; raise ValueError, naming `where`, if it is missing or not a string."""
-    if key not in row:
-        raise ValueError(f"{where}: key {key!r} is missing")
-    value = row[key]
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {key!r} must be a string, got {value!r}")
-    return value
+def typed(model: type[M], content: dict[str, Any], where: str) -> M:
+    """``content`` as ``model``.
+
+    Raises:
+        ValueError: the content is not as the model has it; it names ``where``, the key and the value.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        got = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
+        raise ValueError(f"{where}: {first_problem(error)}{got}") from None
 
 
 def json_object(text: bytes, where: str) -> dict[str, Any]:

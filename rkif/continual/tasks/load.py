@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rkif.continual.tasks.json_lines import json_lines, json_object, string_field
+from pydantic import Field, field_validator
+
+from rkif.continual.tasks.json_lines import DataContent, RecordLine, TaskLine, json_lines, json_object, typed
 from rkif.continual.tasks.records import Record, Task, require_task_name, stratified_subset
 from rkif.seeding import derive_seed
 
@@ -51,9 +53,10 @@ def load_tasks(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
-    known, orders = _read_table(folder / "tasks.json")
-    names = _resolve_order(order, orders, known, folder / "tasks.json")
-    tasks = {name: _describe_task(name, known[name], folder / "tasks.json") for name in names}
+    table = _read_table(folder / "tasks.json")
+    known = table.tasks
+    names = _resolve_order(order, table, folder / "tasks.json")
+    tasks = {name: (known[name].instruction, tuple(known[name].labels)) for name in names}
     to_learn = {name: tasks[name] for name in names[finished:]}
     train = _read_records(_find(folder, "train"), known, to_learn, {}) if to_learn else {}
     dev = _read_records(_find(folder, "dev"), known, tasks, train)
@@ -74,25 +77,37 @@ def load_tasks(
     ]
 
 
-def _read_table(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+class _Task(DataContent):
+    instruction: str
+    labels: list[str] = Field(default_factory=list)
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: list[str]) -> list[str]:
+        if len(set(labels)) < len(labels):
+            raise ValueError("a label is there twice")
+        return labels
+
+
+class _Table(DataContent):
+    """``tasks.json``."""
+
+    tasks: dict[str, _Task] = Field(default_factory=dict)
+    orders: dict[str, list[str]] = Field(default_factory=dict)
+
+
+def _read_table(path: Path) -> _Table:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    table = json_object(path.read_bytes(), str(path))
-    for key in ("tasks", "orders"):
-        if not isinstance(table.setdefault(key, {}), dict):
-            raise ValueError(f"{path}: {key!r} must be an object, got {table[key]!r}")
-    return table["tasks"], table["orders"]
+    return typed(_Table, json_object(path.read_bytes(), str(path)), str(path))
 
 
-def _resolve_order(
-    order: str | Sequence[str], orders: Mapping[str, Any], known: Mapping[str, Any], path: Path
-) -> list[str]:
+def _resolve_order(order: str | Sequence[str], table: _Table, path: Path) -> list[str]:
+    orders, known = table.orders, table.tasks
     if isinstance(order, str):
         if order not in orders:
             raise ValueError(f"order {order!r} is not in {path}; known orders: {', '.join(orders) or 'none'}")
         names = orders[order]
-        if not isinstance(names, list):
-            raise ValueError(f"{path}: order {order!r} must be a list of task names, got {names!r}")
     else:
         names = list(order)
     if not names:
@@ -104,18 +119,6 @@ def _resolve_order(
         if name in names[:place]:
             raise ValueError(f"order has task {name!r} twice")
     return names
-
-
-def _describe_task(name: str, entry: Any, path: Path) -> tuple[str, tuple[str, ...]]:
-    where = f"{path}: task {name!r}"
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} must be an object, got {entry!r}")
-    labels = entry.get("labels", [])
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{where}: 'labels' must be a list of strings, got {labels!r}")
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"{where}: 'labels' has a label twice: {labels!r}")
-    return string_field(entry, "instruction", where), tuple(labels)
 
 
 def _find(folder: Path, split: str) -> Path:
@@ -137,12 +140,12 @@ def _read_records(
     trained = {(record.task, record.input): record.id for records in train.values() for record in records}
     records_by_id: dict[str, dict[str, Record]] = {name: {} for name in tasks}
     for where, row in json_lines(path):
-        task = string_field(row, "task", where)
+        task = typed(TaskLine, row, where).task
         if task not in known:
             raise ValueError(f"{where}: task {task!r} is not in tasks.json; known tasks: {', '.join(known)}")
         if task not in tasks:
             continue
-        record = Record(task, *(string_field(row, key, where) for key in ("id", "input", "output")))
+        record = Record(**typed(RecordLine, row, where).model_dump())
         _, labels = tasks[task]
         if labels and record.output not in labels:
             raise ValueError(

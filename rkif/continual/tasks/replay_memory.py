@@ -11,10 +11,14 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-from rkif.continual.tasks.json_lines import json_lines, string_field
+from rkif.continual.tasks.json_lines import RecordLine, json_lines, typed
 from rkif.continual.tasks.records import Item, Record, stratified_subset
 from rkif.files import write_text
 from rkif.seeding import derive_seed
+
+
+class _MemoryLine(RecordLine):
+    instruction: str
 
 
 class ReplayMemory:
@@ -150,9 +154,9 @@ class ReplayMemory:
             raise ValueError(f"{where}: not a replay memory: the first line must hold 'rkif_memory': 1")
         items_of_task: dict[str, list[Item]] = {}
         for where, row in lines:
-            instruction = string_field(row, "instruction", where)
-            record = Record(*(string_field(row, key, where) for key in ("task", "id", "input", "output")))
-            items_of_task.setdefault(record.task, []).append((instruction, record))
+            line = typed(_MemoryLine, row, where)
+            record = Record(**line.model_dump(exclude={"instruction"}))
+            items_of_task.setdefault(record.task, []).append((line.instruction, record))
         memory = cls()
         memory._tasks = {task: tuple(items) for task, items in items_of_task.items()}
         if len(memory) != head.get("records"):
