@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -33,18 +33,29 @@ settings.register_profile(
 settings.load_profile("rkif")
 
 
-# With `pytest -n`, each of these modules runs on one worker, so that its fixtures are made once.
-SHARING = {
-    *("test_log", "test_gating", "test_rollback", "test_reproduce", "test_aot", "test_hf_resume"),
-    *("test_run_command", "test_ranks", "test_hf_ranks", "test_checkpoint_output", "test_checkpoint_crash"),
-}
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `pytest -n`, a module with fixtures of its own runs on one worker, so that they are made once.
+
+    ``--dist loadgroup`` would do it, but does not with pytest 9.2 (seen with pytest-xdist 3.8.0).
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return module if _has_fixtures(config.rootpath / module) else nodeid
+
+    return Scheduler(config, log)
+
+
+@cache
+def _has_fixtures(module: Path) -> bool:
+    return 'scope="module"' in module.read_text(encoding="utf-8")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.stem in SHARING:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -65,7 +65,7 @@ def test_the_documented_gate_is_valid() -> None:
 def test_both_commands_are_single_lines_that_install_first() -> None:
     demo, tests, *_ = snippets("sh")
     assert demo == "pip install '.[hf,report,tune]' && rkif demo\n"
-    assert tests == "pip install -e '.[dev]' && pytest -n logical --dist loadgroup\n"
+    assert tests == "pip install -e '.[dev]' && pytest -n logical\n"
 
 
 def test_the_fuse_commands_run(
