@@ -18,10 +18,17 @@ from rkif.fuser.gated_step import restore, take_gated_step
 from rkif.fuser.grouped_fusion import squared_distance
 from rkif.fuser.importance import Importance
 from rkif.fuser.no_compile import uncompiled
-from rkif.fuser.parameters import trainable_parameters
-from rkif.fuser.round_fusion import fuse_round, fusion_plan, learner_thresholds, skip_round
+from rkif.fuser.parameters import trainable_parameters, unwrapped
+from rkif.fuser.round_fusion import (
+    fuse_round,
+    fusion_plan,
+    learner_thresholds,
+    require_complete,
+    skip_round,
+)
 from rkif.fuser.snapshot import Snapshot, SnapshotPool
 from rkif.fuser.state import load_state, read, state_of, write
+from rkif.fuser.watch import ParameterWatch
 from rkif.fusion import FusionReport
 from rkif.gate import Gate, Gatekeeper
 
@@ -83,6 +90,8 @@ class Fuser:
             raise TypeError(f"gate must be a Gate; got {type(gate).__name__}")
         self.parameters = trainable_parameters(parameters)
         self._shards = ShardedParameters(parameters, self.parameters)
+        module = unwrapped(parameters) if isinstance(parameters, nn.Module) else None
+        self._watch = ParameterWatch(module, self.parameters, self._shards.invalidate_gathered)
         self._shards.require_agreement(self.config, None if gate is None else gate.settings)
         self._gatekeeper = None
         if gate is not None:
@@ -133,7 +142,8 @@ class Fuser:
         gradient. Elements with a non-finite importance are left as they were, and counted.
 
         Raises:
-            RuntimeError: in this phase the steps of an optimizer that was given this fuser do it.
+            RuntimeError: in this phase the steps of an optimizer that was given this fuser do it; no
+                parameter has a gradient; or the model holds another parameter than when the fuser was made.
         """
         self.observe_with(self, Importance.update)
 
@@ -145,14 +155,17 @@ class Fuser:
             update: called as :meth:`Importance.update` is, in its place; it may write to the parameters.
 
         Raises:
-            RuntimeError: another observer has observed in this phase.
+            RuntimeError: another observer has observed in this phase, or as :meth:`observe`.
         """
         if self._observer not in (None, id(observer)):
             raise RuntimeError(
                 f"another than this {type(observer).__name__} has observed in this {self.phase} phase: steps "
                 "would count twice; call either observe(), or the step() of one optimizer that has this fuser"
             )
+        self._watch.require_held()
         gradients = self._shards.gradients()
+        if all(gradient is None for gradient in gradients):
+            raise RuntimeError("no parameter has a gradient: observe after backward() and before zero_grad()")
         parts, learner = self._shards.parts(), self._importance[self.phase]
         frozen = self.phase == "outer" and self._outer_settled
         for snapshot in (self._base, self._inner):
@@ -175,12 +188,14 @@ class Fuser:
         """End the inner phase: what the parameters are now is what the inner learner made of them.
 
         Raises:
-            RuntimeError: the outer phase has begun already.
+            RuntimeError: the outer phase has begun already, or a parameter or the layer that holds it was
+                replaced, or has another dtype or shape.
         """
         if self.phase == "outer":
             raise RuntimeError(
                 "begin_outer() was called twice in a round; end the round with fuse() or rollback()"
             )
+        self._watch.require_unchanged()
         if self.config.pack_inner:
             thresholds = learner_thresholds(self, "inner")
         inner = self._snapshot(self._dtypes, self._shards.parts())
@@ -195,29 +210,13 @@ class Fuser:
         """End the round: replace the parameters by the fusion, which is the next round's ``base``.
 
         Raises:
-            RuntimeError: not in the outer phase, a learner was never observed, or a non-finite importance
-                was seen and the config says "raise".
+            RuntimeError: not in the outer phase, a learner was never observed, a non-finite importance was
+                seen and the config says "raise", or as :meth:`begin_outer` for a replaced parameter.
             ValueError: a parameter had no gradient in any step of the round.
                 Parameters, importance and the round are as before then: call :meth:`rollback` to give
                 the round up.
         """
-        with self._shards.processes.raise_on_any_failure():
-            if self.phase != "outer":
-                raise RuntimeError(
-                    "fuse() was called in the inner phase; call begin_outer() first, or use `with outer()`"
-                )
-            for learner, observed in self._observed.items():
-                if observed == 0:
-                    raise RuntimeError(f"observe() was never called for the {learner} learner in this round")
-        for name, count in self._shards.seen_anywhere(self._with_gradient):
-            if not count:
-                raise ValueError(f"parameter {name!r} had no gradient in any observe() of this round")
-        nonfinite = int(self._shards.max_over_replicas(self._nonfinite)[0])
-        if nonfinite and self.config.nonfinite == "raise":
-            raise RuntimeError(
-                f"{nonfinite} elements had a non-finite importance |w*g| in this round (NaN or infinite "
-                "gradients or weights); nothing was fused. rollback() returns to the round's start"
-            )
+        nonfinite = require_complete(self)
         with self._shards.processes.propagate_failure():
             report = skip_round(self, nonfinite) if nonfinite else self._finish_round()
         self._outer_settled |= report.applied and not self.config.refresh_outer

@@ -30,7 +30,7 @@ def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]])
     reshard(fsdp_units(source))
     if isinstance(source, nn.Module):
         _refuse_flat(source)
-        named = _unwrapped(source).named_parameters()
+        named = unwrapped(source).named_parameters()
         pairs = ((_INSIDE.sub("", name), parameter) for name, parameter in named)
     parameters: dict[str, Any] = {}
     for pair in pairs if isinstance(pairs, Iterable) else [pairs]:
@@ -61,7 +61,7 @@ def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]])
     return parameters
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """The model inside ``torch.compile``, DDP and nn.DataParallel, in whatever order they are wrapped."""
     while True:
         if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):

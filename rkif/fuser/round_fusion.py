@@ -28,6 +28,34 @@ def fusion_plan(config: FusionConfig, names: list[str]) -> FusionPlan:
     )
 
 
+def require_complete(fuser: Fuser) -> int:
+    """Check that the round under way can be fused; the number of elements whose importance was not finite.
+
+    Raises:
+        RuntimeError, ValueError: see :meth:`rkif.Fuser.fuse`.
+    """
+    shards = fuser._shards
+    with shards.processes.raise_on_any_failure():
+        if fuser.phase != "outer":
+            raise RuntimeError(
+                "fuse() was called in the inner phase; call begin_outer() first, or use `with outer()`"
+            )
+        fuser._watch.require_unchanged()
+        for learner, observed in fuser._observed.items():
+            if observed == 0:
+                raise RuntimeError(f"observe() was never called for the {learner} learner in this round")
+    for name, count in shards.seen_anywhere(fuser._with_gradient):
+        if not count:
+            raise ValueError(f"parameter {name!r} had no gradient in any observe() of this round")
+    nonfinite = int(shards.max_over_replicas(fuser._nonfinite)[0])
+    if nonfinite and fuser.config.nonfinite == "raise":
+        raise RuntimeError(
+            f"{nonfinite} elements had a non-finite importance |w*g| in this round (NaN or infinite "
+            "gradients or weights); nothing was fused. rollback() returns to the round's start"
+        )
+    return nonfinite
+
+
 def fuse_round(fuser: Fuser, fused: Snapshot) -> FusionReport:
     """Write the fusion of the round under way into ``fused``; parameters and importance stay as they are.
 

@@ -184,9 +184,9 @@ def test_low_precision_models_are_fused(dtype: torch.dtype) -> None:
 
 
 def test_a_gradient_missing_in_one_step_counts_as_zero() -> None:
-    p = nn.Parameter(torch.tensor([2.0]))
-    fuser = Fuser([("p", p)], FusionConfig.paper(beta1=0.5))
-    p.grad = torch.tensor([3.0])
+    p, other = nn.Parameter(torch.tensor([2.0])), nn.Parameter(torch.ones(1))
+    fuser = Fuser([("p", p), ("other", other)], FusionConfig.paper(beta1=0.5))
+    p.grad = other.grad = torch.tensor([3.0])
     fuser.observe()
     p.grad = None
     fuser.observe()

@@ -1,0 +1,133 @@
+"""A fuser notices that its model no longer holds what it follows, and a step without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fuser_loop import Loop, batch, make_model
+from tiny import tiny_llama
+from torch import nn
+
+import rkif
+from rkif import Fuser, FusionConfig
+
+
+def assign(model: nn.Module) -> None:
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+
+
+def load(model: nn.Module) -> None:
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+
+
+def delete(model: nn.Module) -> None:
+    del model[0].weight
+
+
+def parametrize(model: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(model[0])
+
+
+@pytest.mark.parametrize(
+    ("events", "call"), [(1, "observe"), (3, "begin_outer"), (5, "observe"), (6, "fuse")]
+)
+@pytest.mark.parametrize("replace", [assign, load, delete, parametrize])
+def test_a_replaced_parameter_is_named(replace: Callable[..., None], events: int, call: str) -> None:
+    loop = Loop(FusionConfig())
+    loop.run(range(events))
+    start = loop.fuser.state_dict()
+    parameters = [p.detach().clone() for p in loop.fuser.parameters.values()]
+    replace(loop.model)
+    if replace is not delete:
+        loop.model(batch(0)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"parameter '0\.weight' of the model was replaced after"):
+        getattr(loop.fuser, call)()
+    end = loop.fuser.state_dict()
+    assert all(torch.equal(end[name], tensor) for name, tensor in start.items())
+    assert all(map(torch.equal, parameters, loop.fuser.parameters.values()))
+
+
+def test_a_tied_parameter_is_watched_in_every_place() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    fuser = Fuser(model, FusionConfig())
+    model[1].weight = nn.Parameter(torch.ones(4, 4))
+    model(batch(0)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"parameter '0\.weight' of the model was replaced"):
+        fuser.observe()
+
+
+def test_a_replaced_layer_is_noticed_at_the_end_of_its_phase() -> None:
+    loop = Loop(FusionConfig())
+    loop.run(range(2))
+    loop.model[2] = nn.Linear(9, 2)
+    for call in (loop.fuser.begin_outer, loop.fuser.begin_outer):  # also when it is tried again
+        with pytest.raises(RuntimeError, match=r"the layer of parameter '2\.weight' was replaced"):
+            call()
+    assert loop.fuser.phase == "inner"
+
+
+def test_resized_embeddings() -> None:
+    model = tiny_llama(40, 0)
+    fuser = Fuser(model, FusionConfig())
+    inputs = torch.randint(0, 40, (2, 5))
+    model(input_ids=inputs, labels=inputs).loss.backward()
+    fuser.observe()
+    model.zero_grad()
+    model.resize_token_embeddings(48, mean_resizing=False)
+    model(input_ids=inputs, labels=inputs).loss.backward()
+    with pytest.raises((RuntimeError, ValueError), match=r"embed_tokens\.weight'"):
+        fuser.observe()
+    with pytest.raises(RuntimeError, match=r"(embed_tokens|lm_head)\.weight'"):
+        fuser.begin_outer()
+
+
+def test_another_dtype_is_noticed() -> None:
+    loop = Loop(FusionConfig())
+    loop.run(range(2))
+    loop.model.bfloat16()
+    with pytest.raises(RuntimeError, match=r"'0\.weight' had dtype torch\.float32 .* now it has torch\.bf"):
+        loop.fuser.begin_outer()
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile, lambda model: model.named_parameters()])
+def test_what_replaces_nothing_is_no_error(wrap: Callable[[Any], Any]) -> None:
+    model = make_model()
+    fuser = Fuser(wrap(model), FusionConfig())
+    for _ in range(2):
+        model.load_state_dict(make_model(1).state_dict())
+        model.double().float()  # the same parameters, other memory
+        model.zero_grad()
+        model(batch(0)).sum().backward()
+        fuser.observe()
+        with fuser.outer():
+            fuser.observe()
+    assert fuser.round == 2
+
+
+def test_a_model_that_is_gone_is_not_missed() -> None:
+    fuser = Fuser(nn.Sequential(nn.Linear(2, 2)), FusionConfig())
+    for parameter in fuser.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    fuser.observe()
+    with fuser.outer():
+        fuser.observe()
+    assert fuser.round == 1
+
+
+@pytest.mark.parametrize("optimizer", [None, rkif.optim.AdamW])
+def test_a_step_without_any_gradient_is_refused(optimizer: Any) -> None:
+    model = make_model()
+    fuser = Fuser(model, FusionConfig())
+    observe = fuser.observe if optimizer is None else optimizer(model.parameters(), fuser=fuser).step
+    model(batch(0)).sum().backward()
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match=r"no parameter has a gradient: observe after backward\(\)"):
+        observe()
+    assert fuser.inner_observed == 0
+    model(batch(0)).sum().backward()
+    observe()
+    assert fuser.inner_observed == 1
