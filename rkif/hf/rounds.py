@@ -111,7 +111,7 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
             group["lr"] = group["initial_lr"] * self.lr_fraction
         self.trainer.model_wrapped.zero_grad()  # training may have stopped between two micro-batches
         skipped = 0
-        with self.fuser.outer():
+        with _callbacks_paused(self.trainer), self.fuser.outer():
             while self.fuser.outer_observed < fusion.outer_steps:
                 skipped += not self._outer_step()
                 if skipped > MAX_SKIPPED:
@@ -192,6 +192,24 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
             self.memory_position += ranks * size
             indices = list(islice(walk, ranks * size))[first : first + size]
             yield collate([self.memory[index] for index in indices])
+
+
+@contextlib.contextmanager
+def _callbacks_paused(trainer: RKIFMixin) -> Iterator[None]:
+    """A gate may call `trainer.evaluate`: callbacks, control flags and log history do not see it.
+
+    Otherwise its evaluations would count for early stopping, and its end would clear the flags by which the
+    trainer logs, evaluates and saves the step.
+    """
+    handler, history = trainer.callback_handler, trainer.state.log_history
+    callbacks, flags, logged = handler.callbacks, dict(trainer.control.__dict__), len(history)
+    handler.callbacks = []
+    try:
+        yield
+    finally:
+        handler.callbacks = callbacks
+        trainer.control.__dict__.update(flags)
+        del history[logged:]
 
 
 def memory_walk(size: int, start: int, seed: int) -> Iterator[int]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from hf_helpers import assert_same_bits, lora_llama, trainable, trainer, weights
+from hf_helpers import MEMORY, assert_same_bits, lora_llama, trainable, trainer, weights
+from transformers import EarlyStoppingCallback
 
 from rkif import Criterion, Gate
 from rkif.hf import RKIFTrainer
@@ -113,3 +114,48 @@ def test_verdicts_and_values_are_logged(tmp_path: Path) -> None:
 def test_a_gate_of_another_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="gate must be a Gate, got function"):
         trainer(tmp_path, kind=RKIFTrainer, model=lora_llama(), gate=lambda: True)
+
+
+def test_a_gate_that_evaluates_costs_the_trainer_nothing(tmp_path: Path) -> None:
+    """Logs, evaluations, early stopping and the best model are those of a gate that measures by itself."""
+    measured: list[float] = []
+
+    def train(folder: Path, *, by_trainer: bool) -> Any:
+        def loss() -> float:
+            if by_trainer:
+                measured.append(run.evaluate()["eval_loss"])
+            return 0.0
+
+        run = trainer(
+            folder,
+            kind=RKIFTrainer,
+            gate=Gate([Criterion("loss", loss, higher_is_better=False, tolerance=0.0)]),
+            eval_dataset=MEMORY,
+            callbacks=[EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=10.0)],
+            max_steps=20,
+            eval_strategy="steps",
+            eval_steps=3,  # when a round ends
+            logging_strategy="steps",
+            logging_steps=1,
+            save_strategy="steps",
+            save_steps=3,
+            load_best_model_at_end=True,
+            metric_for_best_model="loss",
+            greater_is_better=False,
+        )
+        run.train()
+        return run
+
+    expected, run = (train(tmp_path / name, by_trainer=name == "trainer") for name in ("alone", "trainer"))
+    assert len(measured) == 4  # the start, and the fusions of three rounds
+    assert run.state.global_step == expected.state.global_step == 9  # the first evaluation was the best
+    timed = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    timed |= {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    logs = [
+        [{key: value for key, value in entry.items() if key not in timed} for entry in one.state.log_history]
+        for one in (run, expected)
+    ]
+    assert logs[0] == logs[1]
+    assert sum("eval_loss" in entry for entry in logs[0]) == 3
+    assert Path(run.state.best_model_checkpoint).name == Path(expected.state.best_model_checkpoint).name
+    assert_same_bits(weights(run.model), weights(expected.model))
