@@ -22,6 +22,7 @@ LAYERS = (
     {"rkif.fuser"},
     {"rkif.fusion"},
     {"rkif.gate", "rkif.distributed", "rkif.config"},
+    {"rkif.attest"},
     {"rkif.files", "rkif.seeding"},
     {"rkif_kernels"},
     {"rkif_kernels.ops"},

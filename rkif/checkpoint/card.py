@@ -18,7 +18,7 @@ from rkif.files import fsync_file, write_text
 # Files that a loader needs beside the weights, and the terms of use.
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".py"}
 _TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-_EXCLUDED = ("trainer_state.json", "rkif-manifest.json")  # they tell how the base was made
+_EXCLUDED = ("trainer_state.json", "rkif-manifest.json", "provenance.json")  # they tell how the base was made
 
 
 def copy_companions(base: Checkpoint, folder: Path) -> None:

@@ -20,6 +20,7 @@ from rkif.checkpoint.methods import ScanResult
 from rkif.checkpoint.output import OutputWriter
 from rkif.checkpoint.preflight import Plan
 from rkif.checkpoint.progress import NullProgress, Progress, ProgressMeter
+from rkif.checkpoint.provenance import InputDigests, input_files, timestamp, write_provenance
 from rkif.checkpoint.request import ARGUMENTS
 from rkif.checkpoint.scan import Scan, are_valid_scores, make_scan
 from rkif.checkpoint.scores import invalid_input, scores_of
@@ -48,7 +49,7 @@ def fuse_checkpoints(
             the processes that share the work has failed.
         OSError: reading or writing failed; what was done is kept, to be resumed.
     """
-    start, cpu_start = time.perf_counter(), time.process_time()
+    started, start, cpu_start = timestamp(), time.perf_counter(), time.process_time()
     request = plan.request
     if request.resume and (complete := _complete_output(plan)) is not None:
         return Summary.of(plan, complete, resumed=True)
@@ -60,7 +61,8 @@ def fuse_checkpoints(
     workdir = Workdir(
         request.out, plan.journal_identity, plan.slot, resume=request.resume, processes=processes
     )
-    with _torch_threads(threads), workdir as work, processes.propagate_failure():
+    inputs = InputDigests(input_files(plan) if processes.rank == 0 else [])
+    with closing(inputs), _torch_threads(threads), workdir as work, processes.propagate_failure():
         resumed = bool(work.records)
         with closing(OutputWriter(plan, work, processes)) as output, closing(Loader(plan)) as loader:
             fusion = _Fusion(plan, work, loader, output, meter, processes)
@@ -72,6 +74,7 @@ def fuse_checkpoints(
             if processes.rank == 0:
                 work.read_all()
                 write_metadata(plan, work.data, work.records, scan_result.thresholds)
+                write_provenance(plan, work.data, MANIFEST, inputs.result(), started)
                 _require_unchanged(plan)
         manifest = read_manifest(work.data)
         with processes.raise_on_any_failure():  # all have read it

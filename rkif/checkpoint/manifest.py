@@ -10,7 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from rkif.attest.model_signature import SIGNATURE
 from rkif.checkpoint.progress import NullProgress, Progress
+from rkif.checkpoint.provenance import PROVENANCE, provenance_problems
 from rkif.checkpoint.source import Entry, TensorReader, open_checkpoint
 from rkif.files import parse_json, read_text, require_inside, validated, write_text
 
@@ -125,6 +127,7 @@ def verify(folder: Path, progress: Progress | None = None) -> list[str]:
     """Read every byte of an output of ``rkif fuse``; returns a line for each difference from its manifest.
 
     A file that was added is a difference: a loader may take it. Hidden files and folders are not looked at.
+    The provenance may be missing, but it must be that of this manifest. A signature is not checked.
 
     Raises:
         ValueError: there is no manifest, or it is damaged.
@@ -159,7 +162,8 @@ def verify(folder: Path, progress: Progress | None = None) -> list[str]:
         if checkpoint is not None:
             expected = {name: t["sha256"] for name, t in manifest["tensors"].items() if t["file"] == file}
             problems += _changed_tensors(file, checkpoint.tensors, expected, progress)
-    unknown = sorted(present - manifest["files"].keys() - {MANIFEST})
+    unknown = sorted(present - manifest["files"].keys() - {MANIFEST, PROVENANCE, SIGNATURE})
+    problems += provenance_problems(folder, MANIFEST)
     return problems + [f"{name} was not there" for name in unknown]
 
 

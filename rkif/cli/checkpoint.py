@@ -1,4 +1,4 @@
-"""``rkif fuse`` and ``rkif verify``: checkpoints on disk."""
+"""``rkif fuse``: checkpoints on disk."""
 
 from __future__ import annotations
 
@@ -162,33 +162,6 @@ def _fuse(request: Request, processes: ProcessGroup, *, dry_run: bool, as_json: 
         print(json.dumps(summary.to_dict()))
     elif not as_json:
         console.print(summary_table(summary))
-
-
-@commands.command("verify")
-def verify_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An output of `rkif fuse`.")],
-) -> None:
-    """Check every byte of an output of `rkif fuse` against its manifest."""
-    announce(f"Checking every byte of {folder}")
-    from rich.console import Console
-
-    from rkif.checkpoint.display import Bar
-    from rkif.checkpoint.manifest import read_manifest, verify
-
-    manifest = read_manifest(folder)
-    console = Console()
-    with Bar(console) as bar:
-        problems = verify(folder, bar)
-    for problem in problems[:-1]:
-        print(f"- {problem}", file=sys.stderr)
-    if problems:
-        raise ValueError(f"{folder}: {problems[-1]}")
-    console.print(
-        f"{folder}: {len(manifest['files'])} files and {len(manifest['tensors'])} tensors are as they were "
-        f"written; SHA-256 of the tensors {manifest['content_sha256']}",
-        markup=False,
-        soft_wrap=True,
-    )
 
 
 def _device(name: str) -> torch.device:

@@ -44,6 +44,10 @@ def run_command(
 @commands.command("log")
 def log_command(
     run: Run,
+    noted: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="With --verify --head: a head that was printed earlier."),
+    ] = None,
     task: Annotated[str | None, typer.Option("--task", help="Only this task's records.")] = None,
     module: Annotated[
         str | None, typer.Option("--module", help="Only parameters whose names contain this, summed up.")
@@ -63,14 +67,44 @@ def log_command(
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the chain of records, and every file against its digest.")
     ] = False,
+    head: Annotated[
+        bool,
+        typer.Option(
+            "--head",
+            help="Print the number of records and the last hash, to be noted elsewhere; "
+            "with --verify compare the ledger with FILE.",
+        ),
+    ] = False,
+    test_result: Annotated[
+        int | None,
+        typer.Option(
+            metavar="ROUND", help="Print the gate's verdict on a round as an in-toto test result, in JSON."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON lines.")] = False,
 ) -> None:
     """Show what every round of a run did, or verify the run against its ledger."""
+    if (noted is not None) != (verify and head):
+        raise ValueError("--verify --head compares the ledger with a FILE: rkif log RUN --verify --head FILE")
     announce(f"{'Verifying' if verify else 'Reading'} the ledger of {run}")
     from rkif.continual.display import log
     from rkif.continual.rundir.folder import RunReader
+    from rkif.continual.rundir.head import head_of, require_head
+    from rkif.continual.rundir.ledger import LEDGER
 
     records = RunReader(run).ledger()
+    if noted is not None:
+        from rkif.attest.head import read_checkpoint_note
+
+        require_head(records, read_checkpoint_note(noted), run / LEDGER, noted)
+    elif head:
+        print(head_of(records).to_checkpoint(), end="")
+        return
+    if test_result is not None:
+        from rkif.continual.display.gate_statement import gate_statement
+
+        print(json.dumps(gate_statement(run, records, test_result), indent=1))
+        return
     selected = log.select(records, task=task, verdict=verdict, module=explain or module)
     if verify:
         from rkif.continual.rundir.verify import verify as check
@@ -79,6 +113,7 @@ def log_command(
         print(
             f"{run}: {checked['records']} records in a whole chain; {checked['tasks']} tasks' files and "
             f"{checked['states']} kept states are as recorded; last hash {records[-1]['hash']}"
+            + (f"; the chain has the head in {noted}" if noted is not None else "")
         )
         return
     if as_json:

@@ -66,6 +66,7 @@ ARGUMENTS = {
     "plan": ["--model", "{}"],
     "reproduce": ["{}", "--round", "1"],
     "rollback": ["{}", "--to", "1"],
+    "sign": ["{}", "--key", "{}/key.pem"],
 }
 
 

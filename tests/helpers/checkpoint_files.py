@@ -14,6 +14,7 @@ from torch import Tensor
 from rkif.checkpoint.fuse import fuse_checkpoints
 from rkif.checkpoint.methods import make_method
 from rkif.checkpoint.preflight import preflight
+from rkif.checkpoint.provenance import PROVENANCE
 from rkif.checkpoint.request import Request
 from rkif.checkpoint.summary import Summary
 
@@ -128,8 +129,9 @@ def same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
+    """The bytes of an output's files, except the provenance, which has times."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != PROVENANCE
     }

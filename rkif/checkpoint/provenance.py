@@ -1,0 +1,145 @@
+"""``provenance.json``: how an output was made, as SLSA provenance v1.
+
+It has times, so it differs each time and is not in the manifest. It names the manifest by its digest, and so
+all bytes of the output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rkif.attest.statement import make_statement, read_statement, resource
+from rkif.checkpoint.card import companions
+from rkif.checkpoint.methods import settings_of
+from rkif.files import file_sha256, write_text
+
+if TYPE_CHECKING:
+    from rkif.checkpoint.preflight import Plan
+
+PROVENANCE = "provenance.json"
+PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
+BUILDER = "pkg:pypi/rkif"
+BUILD_TYPE = f"{BUILDER}#fuse/v1"  # described in docs/guide/signatures.md
+_BLOCK = 1 << 20  # bytes that are read at a time
+
+
+class _Input(NamedTuple):
+    argument: str
+    name: str
+    path: Path
+
+
+def input_files(plan: Plan) -> list[_Input]:
+    """The files that an output depends on: all weights, and what is copied from the base."""
+    files = []
+    for argument, checkpoint in plan.checkpoints.items():
+        copied = companions(checkpoint) if argument == "BASE" else ()
+        root = checkpoint.folder or checkpoint.path.parent
+        for path in (*checkpoint.files, *copied):
+            name = path.relative_to(root).as_posix()
+            files.append(_Input(argument, f"{checkpoint.name}/{name}" if checkpoint.folder else name, path))
+    return files
+
+
+class InputDigests:
+    """SHA-256 of files, computed in a thread of its own while the fusion reads the same files.
+
+    Args:
+        files: from :func:`input_files`.
+    """
+
+    def __init__(self, files: Sequence[_Input]) -> None:
+        self._files = files
+        self._stop = threading.Event()
+        self._thread = ThreadPoolExecutor(1, "rkif-digest")
+        self._digests = self._thread.submit(lambda: [self._digest(file.path) for file in files])
+
+    def close(self) -> None:
+        """Stop; digests that are not finished are given up."""
+        self._stop.set()
+        self._thread.shutdown()
+
+    def result(self) -> list[dict[str, Any]]:
+        """Wait for all digests; returns a ResourceDescriptor for each file.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        return [
+            resource(file.name, digest, argument=file.argument)
+            for file, digest in zip(self._files, self._digests.result(), strict=True)
+        ]
+
+    def _digest(self, path: Path) -> str:
+        digest, block = hashlib.sha256(), bytearray(_BLOCK)
+        with path.open("rb", buffering=0) as file:
+            while (size := file.readinto(block)) and not self._stop.is_set():
+                digest.update(memoryview(block)[:size])
+        return digest.hexdigest()
+
+
+def timestamp() -> str:
+    """The time in UTC, as SLSA writes it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def write_provenance(
+    plan: Plan, folder: Path, manifest: str, inputs: Sequence[dict[str, Any]], started: str
+) -> None:
+    """Write ``provenance.json`` into the folder of an output that is complete otherwise.
+
+    Args:
+        manifest: name of the manifest in ``folder``.
+        inputs: from :meth:`InputDigests.result`.
+        started: when the process began, from :func:`timestamp`.
+    """
+    method = plan.request.method
+    predicate = {
+        "buildDefinition": {
+            "buildType": BUILD_TYPE,
+            "externalParameters": {
+                "method": method.name,
+                "settings": settings_of(method),
+                "inputs": {argument: checkpoint.name for argument, checkpoint in plan.checkpoints.items()},
+                "maxShardSize": plan.request.max_shard_size,
+            },
+            "resolvedDependencies": list(inputs),
+        },
+        "runDetails": {
+            "builder": {
+                "id": BUILDER,
+                "version": {
+                    "python": platform.python_version(),
+                    **{name: importlib.metadata.version(name) for name in ("rkif", "torch")},
+                },
+            },
+            "metadata": {"startedOn": started, "finishedOn": timestamp()},
+        },
+    }
+    subject = [resource(manifest, file_sha256(folder / manifest))]
+    text = json.dumps(make_statement(subject, PREDICATE_TYPE, predicate), indent=1) + "\n"
+    write_text(folder / PROVENANCE, text)
+
+
+def provenance_problems(folder: Path, manifest: str) -> list[str]:
+    """Why the provenance of an output is not that of its manifest; empty if it is, or if there is none."""
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return []
+    try:
+        statement = read_statement(path, PREDICATE_TYPE)
+    except ValueError as error:
+        return [str(error)]
+    named = {subject.name: subject.digest.get("sha256") for subject in statement.subject}
+    if named != {manifest: file_sha256(folder / manifest)}:
+        return [f"{PROVENANCE} is of another output: it does not have the digest of {manifest}"]
+    return []

@@ -1,0 +1,126 @@
+"""``rkif sign`` and ``rkif verify``: runs and outputs of ``rkif fuse``, by key or by manifest."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rkif.cli.options import announce
+
+if TYPE_CHECKING:
+    from rkif.attest.head import LedgerHead
+
+commands = typer.Typer()
+
+
+@commands.command("sign")
+def sign_command(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN|DIR", help="A run, an output of `rkif fuse`, or any other folder.")
+    ],
+    key: Annotated[Path, typer.Option("--key", help="PEM file of a private key on P-256, P-384 or P-521.")],
+) -> None:
+    """Sign every file of a folder, and the head of a run's ledger, in the format of OpenSSF Model Signing.
+
+    A run is checked against its ledger first, and an output of `rkif fuse` against its manifest.
+    The signature is DIR/model.sig.
+    """
+    announce(f"Signing every file of {folder}")
+    from rkif.attest.model_signature import SIGNATURE, sign_folder
+    from rkif.checkpoint.manifest import MANIFEST, verify  # imports PyTorch, so it is not at the top
+
+    if (folder / MANIFEST).exists():
+        _refuse(folder, verify(folder))
+    files = sign_folder(folder, key, _checked_head(folder))
+    print(f"{folder / SIGNATURE}: {files} files are signed")
+
+
+@commands.command("verify")
+def verify_command(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="An output of `rkif fuse`; with --key any signed folder.")
+    ],
+    key: Annotated[
+        Path | None,
+        typer.Option("--key", metavar="PUB", help="PEM file of a public key: check DIR/model.sig with it."),
+    ] = None,
+) -> None:
+    """Check every byte of an output of `rkif fuse`, by its manifest; or of any folder, by its signature."""
+    announce(f"Checking every byte of {folder}")
+    from rich.console import Console
+
+    from rkif.checkpoint.display import Bar
+    from rkif.checkpoint.manifest import read_manifest, verify
+
+    if key is not None:
+        _verify_signature(folder, key)
+        return
+    manifest = read_manifest(folder)
+    console = Console()
+    with Bar(console) as bar:
+        problems = verify(folder, bar)
+    _refuse(folder, problems)
+    console.print(
+        f"{folder}: {len(manifest['files'])} files and {len(manifest['tensors'])} tensors are as they were "
+        f"written; SHA-256 of the tensors {manifest['content_sha256']}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _verify_signature(folder: Path, key: Path) -> None:
+    from rkif.attest.model_signature import compare_files, read_signature
+
+    signed = read_signature(folder, key)
+    problems = compare_files(folder, signed)
+    ledger = ""
+    if signed.ledger is not None:
+        problems += _ledger_problems(folder, signed.ledger)
+        ledger = f"; the ledger has {signed.ledger.records} records and the hash {signed.ledger.hash}"
+    _refuse(folder, problems)
+    print(f"{folder}: {len(signed.resources)} files are as they were signed{ledger}")
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    """Raise ValueError if there are problems; a line on stderr for each."""
+    for problem in problems[:-1]:
+        print(f"- {problem}", file=sys.stderr)
+    if problems:
+        raise ValueError(f"{folder}: {problems[-1]}")
+
+
+def _checked_head(folder: Path) -> LedgerHead | None:
+    """The head of a run's ledger, after the run was checked against it; None if there is no ledger."""
+    from rkif.continual.rundir.folder import RunReader
+    from rkif.continual.rundir.head import head_of
+    from rkif.continual.rundir.ledger import LEDGER
+    from rkif.continual.rundir.verify import require_whole
+
+    if not (folder / LEDGER).exists():
+        return None
+    reader = RunReader(folder)
+    records = reader.ledger()
+    require_whole(reader, records)
+    return head_of(records)
+
+
+def _ledger_problems(folder: Path, signed: LedgerHead) -> list[str]:
+    """How a run's ledger differs from the head that was signed."""
+    from rkif.continual.rundir.head import require_head
+    from rkif.continual.rundir.ledger import LEDGER, LedgerError, read_ledger
+
+    path = folder / LEDGER
+    if not path.is_file():
+        return []  # which is reported as a missing file
+    try:
+        records = list(read_ledger(path))
+        if not records:
+            raise LedgerError(f"{path} holds no record")
+        require_head(records, signed, path, "the signature")
+    except LedgerError as error:
+        return [str(error)]
+    added = len(records) - signed.records
+    return [f"{path}: {added} records were added after the run was signed"] if added else []

@@ -1,0 +1,43 @@
+"""The head of a run's ledger, and the comparison with one that was noted earlier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rkif.attest.head import LedgerHead
+from rkif.continual.rundir.ledger import LedgerError, LedgerRecord
+
+
+def head_of(records: Sequence[LedgerRecord]) -> LedgerHead:
+    """The head of a ledger with these records; at least one. Its origin has 16 digits of the first hash."""
+    return LedgerHead(
+        origin=f"rkif.ledger/{records[0]['hash'][:16]}", records=len(records), hash=records[-1]["hash"]
+    )
+
+
+def require_head(records: Sequence[LedgerRecord], head: LedgerHead, ledger: Path, noted: object) -> None:
+    """Compare records with a head that was noted when the ledger had as many or fewer of them.
+
+    Args:
+        records: in a whole chain; at least one.
+        ledger: their file, for messages.
+        noted: where the head was noted, for messages.
+
+    Raises:
+        LedgerError: the ledger is another, was rewritten, or lacks records.
+    """
+    origin = head_of(records).origin
+    if origin != head.origin:
+        raise LedgerError(
+            f"{ledger}: record 0 is not that of {noted}: the ledger was rewritten, or is that of another run"
+        )
+    if len(records) < head.records:
+        raise LedgerError(
+            f"{ledger}: record {len(records)} is missing: {noted} has a head of {head.records} records"
+        )
+    found = records[head.records - 1]["hash"]
+    if found != head.hash:
+        raise LedgerError(
+            f"{ledger}: record {head.records - 1} was rewritten: its hash is {found}; {noted} has {head.hash}"
+        )
