@@ -20,6 +20,7 @@ LAYERS = (
     {"rkif"},  # the package itself, `from rkif import Fuser`
     {"rkif.optim", "rkif.lora"},
     {"rkif.fuser"},
+    {"rkif.ledger"},
     {"rkif.fusion"},
     {"rkif.gate", "rkif.distributed", "rkif.config"},
     {"rkif.attest"},

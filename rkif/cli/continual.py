@@ -90,7 +90,7 @@ def log_command(
     from rkif.continual.display import log
     from rkif.continual.rundir.folder import RunReader
     from rkif.continual.rundir.head import head_of, require_head
-    from rkif.continual.rundir.ledger import LEDGER
+    from rkif.ledger.chain import LEDGER
 
     records = RunReader(run).ledger()
     if noted is not None:

@@ -96,8 +96,8 @@ def _checked_head(folder: Path) -> LedgerHead | None:
     """The head of a run's ledger, after the run was checked against it; None if there is no ledger."""
     from rkif.continual.rundir.folder import RunReader
     from rkif.continual.rundir.head import head_of
-    from rkif.continual.rundir.ledger import LEDGER
     from rkif.continual.rundir.verify import require_whole
+    from rkif.ledger.chain import LEDGER
 
     if not (folder / LEDGER).exists():
         return None
@@ -110,7 +110,7 @@ def _checked_head(folder: Path) -> LedgerHead | None:
 def _ledger_problems(folder: Path, signed: LedgerHead) -> list[str]:
     """How a run's ledger differs from the head that was signed."""
     from rkif.continual.rundir.head import require_head
-    from rkif.continual.rundir.ledger import LEDGER, LedgerError, read_ledger
+    from rkif.ledger.chain import LEDGER, LedgerError, read_ledger
 
     path = folder / LEDGER
     if not path.is_file():

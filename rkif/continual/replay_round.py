@@ -11,12 +11,13 @@ from rkif.continual.config import load_config
 from rkif.continual.display.progress import RunProgress
 from rkif.continual.run import open_run
 from rkif.continual.rundir.folder import RunReader
-from rkif.continual.rundir.ledger import LedgerRecord
 from rkif.continual.rundir.recorded import read_recorded_state
-from rkif.continual.rundir.recorder import NOT_REPRODUCED, not_rolled_back
+from rkif.continual.rundir.recorder import NOT_REPRODUCED
 from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import RunState
 from rkif.continual.rundir.writer import run_identity
+from rkif.ledger.chain import LedgerRecord
+from rkif.ledger.records import not_rolled_back
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def test_a_ledger_that_differs_from_the_signed_head_is_found(
     assert "ledger.jsonl is missing, but it was signed" in refused(rkif, "verify", run, "--key", keys[1])
 
     ledger.write_bytes(content)
-    from rkif.continual.rundir.ledger import Ledger
+    from rkif.ledger.chain import Ledger
 
     Ledger(ledger).append({"event": "measured", "files": {}})
     assert "1 records were added after the run was signed" in refused(rkif, "verify", run, "--key", keys[1])

@@ -12,8 +12,8 @@ import pytest
 from run_inputs import go, make_config, rewrite_ledger
 
 from rkif.continual.config import RunConfig
-from rkif.continual.rundir.ledger import read_ledger
 from rkif.continual.rundir.rollback import rollback
+from rkif.ledger.chain import read_ledger
 
 Rkif = Callable[..., tuple[int, str, str]]
 Edit = Callable[[dict[str, Any]], Any]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rkif.continual.rundir.ledger import Ledger
 from rkif.continual.rundir.state import RunState, write_state
 from rkif.files import parse_json, write_text
+from rkif.ledger.chain import Ledger
 
 
 @pytest.fixture

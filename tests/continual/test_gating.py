@@ -18,10 +18,10 @@ from rkif.continual.config import RunConfig, load_config
 from rkif.continual.evaluation.criteria import GateStopped, hold_out, mean_loss
 from rkif.continual.models.learner import BatchLearner
 from rkif.continual.models.load import load_model
-from rkif.continual.rundir.ledger import read_ledger
 from rkif.continual.tasks.load import load_tasks
 from rkif.continual.tasks.records import Item, Record
 from rkif.demo import write_inputs
+from rkif.ledger.chain import read_ledger
 
 GATE = {
     "criteria": [

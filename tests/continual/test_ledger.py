@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkif.continual.rundir.ledger import START, Ledger, LedgerError, canonical, digest, read_ledger
+from rkif.ledger.chain import START, Ledger, LedgerError, canonical, digest, read_ledger
 
 VALUES = st.recursive(
     st.none()

@@ -21,8 +21,8 @@ from rkif.continual.config import RunConfig
 from rkif.continual.display.report import write_report
 from rkif.continual.evaluation.history import RoundHistory
 from rkif.continual.rundir.folder import RunReader
-from rkif.continual.rundir.ledger import read_ledger
 from rkif.fusion import FusionReport
+from rkif.ledger.chain import read_ledger
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "br", "path", "use", "image"}

@@ -18,8 +18,8 @@ from rkif.cli import app
 from rkif.continual.config import RunConfig
 from rkif.continual.display.progress import RunProgress
 from rkif.continual.replay_round import reproduce
-from rkif.continual.rundir.ledger import read_ledger
 from rkif.continual.rundir.rollback import rollback
+from rkif.ledger.chain import read_ledger
 
 
 @pytest.fixture(scope="module")

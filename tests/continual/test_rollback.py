@@ -19,13 +19,13 @@ from typer.testing import CliRunner
 
 from rkif.cli import app
 from rkif.continual.config import RunConfig
-from rkif.continual.rundir.ledger import read_ledger
-from rkif.continual.rundir.recorder import not_rolled_back
 from rkif.continual.rundir.rollback import rollback
 from rkif.continual.rundir.round_states import RoundStates, next_to_drop
 from rkif.continual.rundir.state import RunState, read_checkpoint
 from rkif.continual.rundir.verify import verify
 from rkif.files import claimed
+from rkif.ledger.chain import read_ledger
+from rkif.ledger.records import not_rolled_back
 
 Config = Callable[..., RunConfig]
 ROUNDS = 6  # of these runs: two tasks with three rounds each

@@ -23,12 +23,12 @@ from rkif.continual.display.progress import RunProgress
 from rkif.continual.methods import Context, RecurrentKIF, Sequential
 from rkif.continual.models.load import load_model
 from rkif.continual.run import run
-from rkif.continual.rundir.ledger import Ledger, read_ledger
 from rkif.continual.rundir.recorder import NOT_REPRODUCED
 from rkif.continual.rundir.state import read_checkpoint
 from rkif.continual.tasks.load import load_tasks
 from rkif.continual.tasks.replay_memory import ReplayMemory
 from rkif.demo import write_inputs
+from rkif.ledger.chain import Ledger, read_ledger
 
 M = TypeVar("M", bound=Sequential)
 

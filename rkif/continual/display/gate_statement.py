@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rkif.attest.statement import make_statement, resource
-from rkif.continual.rundir.ledger import LedgerRecord
-from rkif.continual.rundir.recorder import not_rolled_back
+from rkif.ledger.chain import LedgerRecord
+from rkif.ledger.records import not_rolled_back
 
 TEST_RESULT_TYPE = "https://in-toto.io/attestation/test-result/v0.1"
 RESULTS = {"keep": "PASSED", "damp": "WARNED", "undo": "FAILED", "stop": "FAILED"}

@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from rkif.continual.rundir.ledger import LedgerRecord
-from rkif.continual.rundir.recorder import not_rolled_back
 from rkif.fuser.parameters import short_name
 from rkif.gate import Verdict
+from rkif.ledger.chain import LedgerRecord
+from rkif.ledger.records import not_rolled_back
 from rkif_kernels import CASES, require_choice
 
 COLOURS = {"keep": "green", "damp": "yellow", "undo": "red", "stop": "red", "refused": "red"}

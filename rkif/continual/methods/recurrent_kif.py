@@ -11,10 +11,10 @@ from rkif.continual.evaluation.criteria import GateStopped, make_gate
 from rkif.continual.evaluation.history import RoundHistory
 from rkif.continual.methods.rounds import Rounds
 from rkif.continual.methods.sequential import Context
-from rkif.continual.rundir.recorder import movement, parameter_digest, report_values
 from rkif.fuser import Fuser
 from rkif.fuser.state_names import flatten, section
 from rkif.fusion import FusionReport
+from rkif.ledger.records import movement, parameter_digest, report_values
 
 
 class RecurrentKIF(Rounds):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rkif.attest.head import LedgerHead
-from rkif.continual.rundir.ledger import LedgerError, LedgerRecord
+from rkif.ledger.chain import LedgerError, LedgerRecord
 
 
 def head_of(records: Sequence[LedgerRecord]) -> LedgerHead:

@@ -10,10 +10,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rkif.continual.rundir.folder import task_folder
-from rkif.continual.rundir.ledger import LEDGER, LedgerError, LedgerRecord
 from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import RunState
 from rkif.files import file_sha256
+from rkif.ledger.chain import LEDGER, LedgerError, LedgerRecord
 
 FORMAT = 2  # of the files of a run; the first had no digests of states and metrics
 

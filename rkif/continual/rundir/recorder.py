@@ -17,18 +17,12 @@ Each record of a run has "config" (the SHA-256 of the settings), "seed" and "tim
 
 from __future__ import annotations
 
-import datetime
-import hashlib
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from rkif.checkpoint.buffers import as_bytes
-from rkif.continual.rundir.ledger import CHAIN_KEYS, Ledger, LedgerError, LedgerRecord
-from rkif.fusion import FusionReport
+from rkif.ledger.chain import CHAIN_KEYS, Ledger, LedgerError
+from rkif.ledger.records import now
 
 NOT_REPRODUCED = ("time", *CHAIN_KEYS)  # keys that differ when a round is trained again
 
@@ -93,55 +87,3 @@ class Recorder:
         """Update ``rounds``."""
         if record["event"] in ("round", "rollback"):
             self.rounds = int(record["round" if record["event"] == "round" else "to"])
-
-
-def now() -> str:
-    """The time of a record."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def not_rolled_back(records: Iterable[LedgerRecord]) -> list[LedgerRecord]:
-    """The records without the rounds, their states and the tasks that a later rollback undid, in order."""
-    kept: list[LedgerRecord] = []
-    for record in records:
-        if record["event"] == "rollback":
-            tasks = 0
-            remaining = []
-            for earlier in kept:
-                tasks += earlier["event"] == "task"
-                late = earlier["event"] in ("round", "state") and earlier.get("round", 0) > record["to"]
-                if not late and not (earlier["event"] == "task" and tasks > record["finished"]):
-                    remaining.append(earlier)
-            kept = remaining
-        kept.append(record)
-    return kept
-
-
-def parameter_digest(parameters: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(parameters):
-        tensor = parameters[name].detach()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(as_bytes(tensor.contiguous().cpu().view(-1)))
-    return digest.hexdigest()
-
-
-def movement(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
-    """Name -> L2 norm of a parameter's change."""
-    return {name: float((after[name].float() - before[name].float()).norm()) for name in before}
-
-
-def report_values(report: FusionReport) -> dict[str, Any]:
-    """A report as JSON values; inf, -inf and NaN become strings."""
-    return {key: _finite(value) for key, value in report.to_dict().items()}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite(item) for item in value]
-    return value

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rkif.continual.rundir.folder import METRICS, RunReader, metrics_sha256, task_folder, write_metrics
-from rkif.continual.rundir.ledger import LEDGER, Ledger, LedgerRecord
 from rkif.continual.rundir.recorded import read_recorded_state, require_recorded
-from rkif.continual.rundir.recorder import not_rolled_back, now, parameter_digest
 from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import CHECKPOINT, RunState, read_checkpoint, state_sha256, write_state
 from rkif.files import claimed
+from rkif.ledger.chain import LEDGER, Ledger, LedgerRecord
+from rkif.ledger.records import not_rolled_back, now, parameter_digest
 
 
 def rollback(run: Path, to: int) -> LedgerRecord:

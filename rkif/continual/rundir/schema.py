@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from rkif.checkpoint.manifest import FileContent, FileName, Sha256
-from rkif.continual.rundir.ledger import LedgerError
 from rkif.continual.tasks.records import require_task_name
 from rkif.files import validated
 from rkif.gate import Verdict
+from rkif.ledger.chain import LedgerError
 from rkif_kernels import CASES
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]

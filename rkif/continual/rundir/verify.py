@@ -8,11 +8,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rkif.continual.rundir.folder import METRICS, RunReader, task_folder
-from rkif.continual.rundir.ledger import LEDGER, LedgerError, LedgerRecord
 from rkif.continual.rundir.recorded import require_recorded
-from rkif.continual.rundir.recorder import not_rolled_back
 from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import CHECKPOINT, read_checkpoint
+from rkif.ledger.chain import LEDGER, LedgerError, LedgerRecord
+from rkif.ledger.records import not_rolled_back
 
 
 def verify(run: Path) -> Counter[str]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from rkif.continual.display.report import plots
 from rkif.continual.rundir.folder import RunReader
-from rkif.continual.rundir.ledger import LEDGER, LedgerError, LedgerRecord
-from rkif.continual.rundir.recorder import not_rolled_back
+from rkif.ledger.chain import LEDGER, LedgerError, LedgerRecord
+from rkif.ledger.records import not_rolled_back
 
 MEANING = {
     "keep": "kept whole",

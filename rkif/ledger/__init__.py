@@ -1,0 +1,1 @@
+"""The ledger: a hash chain of records of what was done to a model."""

@@ -1,0 +1,97 @@
+"""The values that records of rounds hold: digests of parameters, effects by tensor, and reports as JSON."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rkif.fusion import FusionReport, Thresholds
+from rkif.ledger.chain import LedgerRecord
+
+
+def now() -> str:
+    """The time of a record."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def not_rolled_back(records: Iterable[LedgerRecord]) -> list[LedgerRecord]:
+    """The records without the rounds, their states and the tasks that a later rollback undid, in order."""
+    kept: list[LedgerRecord] = []
+    for record in records:
+        if record["event"] == "rollback":
+            tasks = 0
+            remaining = []
+            for earlier in kept:
+                tasks += earlier["event"] == "task"
+                late = earlier["event"] in ("round", "state") and earlier.get("round", 0) > record["to"]
+                if not late and not (earlier["event"] == "task" and tasks > record["finished"]):
+                    remaining.append(earlier)
+            kept = remaining
+        kept.append(record)
+    return kept
+
+
+def parameter_digest(parameters: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(parameters):
+        tensor = parameters[name].detach()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def movement(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
+    """Name -> L2 norm of a parameter's change."""
+    return {name: float((after[name].float() - before[name].float()).norm()) for name in before}
+
+
+def report_values(report: FusionReport) -> dict[str, Any]:
+    """A report as JSON values; inf, -inf and NaN become strings."""
+    return {key: _finite(value) for key, value in report.to_dict().items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(item) for item in value]
+    return value
+
+
+def case_counts(
+    inner: Mapping[str, Tensor], outer: Mapping[str, Tensor], thresholds: tuple[Thresholds, Thresholds]
+) -> Tensor:
+    """For each tensor the number of elements in each of the four cases.
+
+    A fusion reports these counts only as sums over all tensors, so they are counted again here. Its kernels
+    work on one flat list of blocks, and a thread or program adds up all blocks that it gets. Counts by tensor
+    would need a counter for each tensor in every backend, which only this report would read. The scores are
+    here for their means anyway. On one CPU thread, counting takes 0.1 % of a round's time for the 73,728
+    parameters of LoRA on MiniLM, and half as long as the fusion for 8 million parameters in 256 tensors.
+
+    Args:
+        inner, outer: name -> the learners' scores.
+        thresholds: of both learners, as a report has them.
+
+    Returns:
+        int64 [tensors, 4] on the CPU, in the order of ``inner``.
+    """
+    selected = []
+    for name, scores in inner.items():
+        first, second = (
+            values > (threshold[name] if isinstance(threshold, dict) else threshold)
+            for values, threshold in zip((scores, outer[name]), thresholds, strict=True)
+        )
+        selected.append(torch.stack([mask.count_nonzero() for mask in (first, second, first & second)]))
+    n_inner, n_outer, both = torch.stack(selected).cpu().T  # copied from a GPU once, not once a tensor
+    numel = torch.tensor([scores.numel() for scores in inner.values()])
+    return torch.stack([n_inner - both, n_outer - both, both, numel - n_inner - n_outer + both], dim=1)
