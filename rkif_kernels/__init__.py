@@ -22,12 +22,14 @@ from rkif_kernels.checks import (
 from rkif_kernels.ops import (
     FusionPlan,
     ImportancePlan,
+    absolute_sums,
     adamw_,
     adamw_constants,
     all_valid_scores,
     count_scores_,
     fuse_,
     kth_scores,
+    merge_task_vectors_,
     order_statistic_k,
     sample_scores,
     score_thresholds,
@@ -37,6 +39,8 @@ from rkif_kernels.ops import (
 from rkif_kernels.ops.searches import CountingSearches
 from rkif_kernels.selection.bracket import bracket
 from rkif_kernels.selection.counting import CountingSearch
+from rkif_kernels.selection.draws import Draws
+from rkif_kernels.selection.signs import elect_signs
 from rkif_kernels.types import (
     CASES,
     ROLES,
@@ -53,6 +57,7 @@ from rkif_kernels.types import (
     Scope,
     Scores,
     Smoothing,
+    TaskVectorRule,
     Views,
     magnitudes,
 )
@@ -69,6 +74,7 @@ __all__ = [
     "CaseWeights",
     "CountingSearch",
     "CountingSearches",
+    "Draws",
     "FuseStats",
     "FusionInputs",
     "FusionPlan",
@@ -80,15 +86,19 @@ __all__ = [
     "Scope",
     "Scores",
     "Smoothing",
+    "TaskVectorRule",
     "Views",
+    "absolute_sums",
     "adamw_",
     "adamw_constants",
     "all_valid_scores",
     "bracket",
     "count_scores_",
+    "elect_signs",
     "fuse_",
     "kth_scores",
     "magnitudes",
+    "merge_task_vectors_",
     "order_statistic_k",
     "require_choice",
     "require_disjoint",

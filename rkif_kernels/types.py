@@ -146,6 +146,47 @@ class FusionInputs:
 
 
 @dataclass(frozen=True)
+class TaskVectorInputs:
+    """The lists of tensors that a merge of task vectors reads and writes, one entry per parameter.
+
+    Attributes:
+        out: the result; the only list that is written.
+        base, inner, outer: parameters; both task vectors start from ``base``.
+    """
+
+    out: Sequence[Tensor]
+    base: Sequence[Tensor]
+    inner: Sequence[Tensor]
+    outer: Sequence[Tensor]
+
+    @property
+    def lists(self) -> TensorLists:
+        """All lists: out, base, inner, outer."""
+        return self.out, self.base, self.inner, self.outer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are; the CPU for empty lists."""
+        return _device(self.base)
+
+
+class TaskVectorRule(NamedTuple):
+    """How a merge weights two task vectors.
+
+    Attributes:
+        weight: of the inner and of the outer task vector.
+        factor: of the merged task vector.
+        consensus: keep only elements that have the sign of the weighted sum (TIES).
+        normalize: divide an element by the weights of the task vectors that have that sign.
+    """
+
+    weight: tuple[float, float]
+    factor: float = 1.0
+    consensus: bool = False
+    normalize: bool = False
+
+
+@dataclass(frozen=True)
 class ImportanceInputs:
     """The lists of tensors that an update of the importance reads and writes, one entry per parameter.
 

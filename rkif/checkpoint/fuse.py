@@ -31,6 +31,8 @@ from rkif.checkpoint.workdir import Workdir, clear
 from rkif.distributed.process_group import ALONE, ProcessGroup
 from rkif_kernels import CASES
 
+UNRECORDED = 256 << 20  # most bytes that a scan reads before it is recorded: a kill repeats them
+
 
 def fuse_checkpoints(
     plan: Plan, progress: Progress | None = None, processes: ProcessGroup = ALONE
@@ -144,6 +146,7 @@ class _Fusion:
     def scan(self) -> ScanResult:
         """Find what the method must know of all elements, from where an interrupted scan stopped."""
         scan, first = self._resumed_scan()
+        unrecorded = 0
         while (indices := scan.next_pass()) is not None:
             remaining = indices if first is None else range(first, indices.stop)
             self._meter.stage("scanning", self._loader.nbytes(remaining))
@@ -151,10 +154,14 @@ class _Fusion:
                 for tile in self._tiles(chunk, self._plan.scan_tile):
                     if not scan.observe(tile, scores_of(self._method, tile)):
                         raise invalid_input(self._tensors, tile)
-                self._work.record_scan(scan.state(), {"next": chunk.index + 1})
+                unrecorded += chunk.nbytes
+                if unrecorded >= UNRECORDED:
+                    self._work.record_scan(scan.state(), {"next": chunk.index + 1})
+                    unrecorded = 0
                 self._meter.advance(chunk.nbytes)
             scan.end_pass()
             first = None
+        if unrecorded:
             self._work.record_scan(scan.state(), {"next": None})
         return scan.result()
 

@@ -7,32 +7,32 @@ from BASE, so both task vectors start from BASE.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import rkif_kernels
-from rkif.checkpoint.sign_election import elect_signs
 from rkif.checkpoint.tiles import Tile
 from rkif.config import MergeWeights, merge_weights
 from rkif_kernels import (
+    Draws,
     FuseStats,
     OuterFrom,
     Scope,
     Scores,
+    TaskVectorRule,
     require_choice,
     require_fraction,
     require_weights,
 )
 
 EVERYTHING, NOTHING = -torch.inf, torch.inf  # thresholds that need no search
+MIN_DIVISOR = 1e-8  # smaller sums of weights do not divide, as in mergekit
 
 
 class Method(Protocol):
@@ -170,7 +170,7 @@ class TaskArithmetic:
     scope: Scope | None = None
 
     outer_from: ClassVar[OuterFrom] = "base"
-    streams: ClassVar[bool] = False
+    streams: ClassVar[bool] = True
     accepts_importance: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -196,77 +196,28 @@ class TaskArithmetic:
             return None
         return numel - max(1, int(Fraction(str(self.density)) * numel)) - 1
 
-    def keeps(self, tile: Tile, position: int, side: int) -> Tensor:
-        """Which elements of a part are kept at random: bool [numel].
-
-        The choice depends on the seed and on the element's tensor, side and place, not on chunks or files.
-        """
-        start, numel = tile.starts[position], tile.base[position].numel()
-        name = hashlib.sha256(tile.names[position].encode()).digest()
-        key = [self.seed, int.from_bytes(name[:7], "little") * 2 + side]
-        generator = np.random.Generator(np.random.Philox(key=key, counter=start // DRAWS))
-        skipped = start % DRAWS
-        drawn = generator.random(skipped + numel, dtype=np.float32)[skipped:]
-        return torch.from_numpy(drawn).to(tile.base[position].device) < self.density
+    def draws(self, tile: Tile) -> Draws:
+        """What is kept at random. It depends on the seed and the element, not on chunks or files."""
+        return Draws(self.density, self.seed, tile.names, tile.starts)
 
     def fuse(self, tile: Tile, scores: tuple[Scores, Scores], scan_result: ScanResult) -> FuseStats:
-        counts = torch.zeros(4, dtype=torch.int64)
-        norms = torch.zeros(3, dtype=torch.float64)
-        for position, base in enumerate(tile.base):
-            start = base.float()
-            task_vectors = [tile.inner[position].float() - start, tile.outer[position].float() - start]
-            norms[:2] += torch.stack([vector.double().square().sum() for vector in task_vectors]).cpu()
-            masks = [self._mask(tile, position, side, scores, scan_result) for side in range(2)]
-            n_in, n_out, both = (int(mask.sum()) for mask in (*masks, masks[0] & masks[1]))
-            counts += torch.tensor([n_in - both, n_out - both, both, base.numel() - n_in - n_out + both])
-            merged = self._merge(tile, position, task_vectors, masks, scan_result)
-            stored = (start + merged).to(tile.out[position].dtype)
-            tile.out[position].copy_(stored)
-            norms[2] += (stored.float() - start).double().square().sum().cpu()
-        return FuseStats(counts, norms, (torch.empty(0), torch.empty(0)))
-
-    def _mask(
-        self,
-        tile: Tile,
-        position: int,
-        side: int,
-        scores: tuple[Scores, Scores],
-        scan_result: ScanResult,
-    ) -> Tensor:
-        if self.sparsification == "random" and self.density < 1:
-            return self.keeps(tile, position, side)
-        if scan_result.thresholds is not None:
-            thresholds = scan_result.thresholds[side]
-            magnitude = (scores[side].sensitivity[position].float() - tile.base[position].float()).abs_()
-            return magnitude > thresholds[tile.tensors[position] if len(thresholds) > 1 else 0]
-        return torch.ones_like(tile.base[position], dtype=torch.bool)
-
-    def _merge(
-        self,
-        tile: Tile,
-        position: int,
-        task_vectors: Sequence[Tensor],
-        masks: Sequence[Tensor],
-        scan_result: ScanResult,
-    ) -> Tensor:
-        weighted = []
-        for side, (vector, mask) in enumerate(zip(task_vectors, masks, strict=True)):
-            kept = torch.where(mask, vector, 0.0)
-            if scan_result.scales is not None:
-                kept *= float(scan_result.scales[side, tile.tensors[position]])
-            weighted.append(kept.mul_(self.weight[side]))
-        if not self.consensus:
-            divisor = sum(self.weight) if self.normalize else 1.0
-            return (weighted[0] + weighted[1]).mul_(self.lambda_ / (divisor if abs(divisor) >= 1e-8 else 1.0))
-        first, second = elect_signs(*weighted)
-        merged = torch.where(first, weighted[0], 0.0) + torch.where(second, weighted[1], 0.0)
-        if self.normalize:
-            divisors = first * self.weight[0] + second * self.weight[1]
-            merged /= torch.where(divisors == 0, 1.0, divisors)
-        return merged.mul_(self.lambda_)
-
-
-DRAWS = 8  # float32 numbers that NumPy's Philox draws at each step of its counter
+        factor = self.lambda_
+        if self.normalize and not self.consensus and abs(sum(self.weight)) >= MIN_DIVISOR:
+            factor /= sum(self.weight)
+        thresholds, scales = (
+            values if values is None or values.shape[1] == 1 else values[:, list(tile.tensors)]
+            for values in scan_result
+        )
+        return rkif_kernels.merge_task_vectors_(
+            tile.out,
+            tile.base,
+            tile.inner,
+            tile.outer,
+            TaskVectorRule(self.weight, factor, self.consensus, self.normalize),
+            thresholds=thresholds,
+            draws=self.draws(tile) if self.sparsification == "random" and self.density < 1 else None,
+            scales=scales,
+        )
 
 
 @dataclass(frozen=True)

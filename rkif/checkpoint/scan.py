@@ -157,7 +157,10 @@ class TensorThresholds:
         self._run = run
         self._searches: CountingSearches | None = None
         if run < len(self._runs) and len(self._runs[run]) > 1:
-            self._searches = CountingSearches(CountingSearch(self._k(self._cut_tensor)) for _ in range(2))
+            k, tensor = self._k(self._cut_tensor), self._tensors[self._cut_tensor]
+            self._searches = CountingSearches(
+                CountingSearch(k, guess) for guess in guess_thresholds(self._method, [tensor])
+            )
 
     @property
     def _cut_tensor(self) -> int:
@@ -178,7 +181,8 @@ class TensorThresholds:
         indices = list(tile.tensors)
         ks = [self._k(index) for index in indices]
         for side, values in enumerate(scores):
-            if not are_valid_scores(values):
+            # A magnitude that is not finite shows in the norms of the fusion.
+            if tile.importance is not None and not are_valid_scores(values):
                 return False
             thresholds = rkif_kernels.kth_scores(values, ks=[max(k, 0) for k in ks], scope="tensor").cpu()
             # A negative k selects every element.
@@ -232,20 +236,16 @@ class Scales:
     def __init__(self, method: TaskArithmetic, tensors: int, share: range, processes: ProcessGroup) -> None:
         self._method, self._processes = method, processes
         self._chunks: range | None = share
-        self._norms = torch.zeros(2, 2, tensors, dtype=torch.float64)  # [whole or kept, side, tensor]
+        self._norms = torch.zeros(2, 2, tensors, dtype=torch.float64)  # [all or kept, side, tensor]
 
     def next_pass(self) -> range | None:
         return self._chunks
 
     def observe(self, tile: Tile, scores: Sides) -> bool:
-        for position, index in enumerate(tile.tensors):
-            base = tile.base[position].float()
-            for side, end in enumerate((tile.inner[position], tile.outer[position])):
-                distance = (end.float() - base).abs_()
-                self._norms[0, side, index] += float(distance.double().sum())
-                kept = distance.mul_(self._method.keeps(tile, position, side))
-                self._norms[1, side, index] += float(kept.double().sum())
-        return bool(self._norms.isfinite().all())
+        draws = self._method.draws(tile)
+        sums = rkif_kernels.absolute_sums(tile.base, tile.inner, tile.outer, draws)
+        self._norms[:, :, list(tile.tensors)] += sums
+        return bool(sums.isfinite().all())
 
     def end_pass(self) -> None:
         self._chunks = None

@@ -61,7 +61,10 @@ def _differences(tile: Tile) -> list[list[Tensor]]:
 def guess_thresholds(
     method: Method, tensors: Sequence[OutputTensor]
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """For each side two scores between which the global threshold very probably lies, from a small sample."""
+    """For each side two scores between which the threshold over ``tensors`` very probably lies.
+
+    A small sample is read. Tensors that are not fused are left out.
+    """
     fused = [index for index, tensor in enumerate(tensors) if tensor.fused and tensor.target.numel]
     ends = list(accumulate(tensors[index].target.numel for index in fused))
     numel = ends[-1]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rkif.cli.options import Resume, announce, parse_size
+from rkif.cli.options import Resume, announce, importing, parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -93,9 +93,10 @@ def fuse_command(
     has the same bytes; --max-memory is the bound for each process.
     """
     announce(f"Fusing {base}, {inner} and {outer} into {out}")
-    from rkif.checkpoint.methods import make_method
-    from rkif.checkpoint.request import Request
-    from rkif.distributed.process_group import launched_processes
+    with importing():
+        from rkif.checkpoint.methods import make_method
+        from rkif.checkpoint.request import Request
+        from rkif.distributed.process_group import launched_processes
 
     given = {
         "density": density,
@@ -127,12 +128,13 @@ def fuse_command(
 
 def _fuse(request: Request, processes: ProcessGroup, *, dry_run: bool, as_json: bool) -> None:
     """Plan and fuse, together with other processes if there are any; only rank 0 prints."""
-    from rich.console import Console
+    with importing():
+        from rich.console import Console
 
-    from rkif.checkpoint.display import Bar, plan_dict, plan_table, summary_table
-    from rkif.checkpoint.fuse import fuse_checkpoints
-    from rkif.checkpoint.preflight import preflight
-    from rkif.checkpoint.request import PreflightError
+        from rkif.checkpoint.display import Bar, plan_dict, plan_table, summary_table
+        from rkif.checkpoint.fuse import fuse_checkpoints
+        from rkif.checkpoint.preflight import preflight
+        from rkif.checkpoint.request import PreflightError
 
     first = processes.rank == 0
     console = Console(stderr=as_json, quiet=not first)

@@ -14,16 +14,19 @@ from rkif_kernels.ops.select import (
     sample_scores,
     score_thresholds,
 )
+from rkif_kernels.ops.task_vectors import absolute_sums, merge_task_vectors_
 
 __all__ = [
     "FusionPlan",
     "ImportancePlan",
+    "absolute_sums",
     "adamw_",
     "adamw_constants",
     "all_valid_scores",
     "count_scores_",
     "fuse_",
     "kth_scores",
+    "merge_task_vectors_",
     "order_statistic_k",
     "sample_scores",
     "score_thresholds",

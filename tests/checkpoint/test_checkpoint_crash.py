@@ -33,7 +33,7 @@ import json, os, sys
 from huggingface_hub import ModelCard, ModelCardData
 from rkif.checkpoint import display, fuse, manifest, preflight
 from rkif.cli import main
-preflight.MAX_SLOT, preflight.MIN_SLOT = {CHUNK}, 64
+preflight.MAX_SLOT, preflight.MIN_SLOT, fuse.UNRECORDED = {CHUNK}, 64, {CHUNK}
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
@@ -61,6 +61,7 @@ def triple(tmp_path_factory: pytest.TempPathFactory) -> Triple:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "MAX_SLOT", CHUNK)
     monkeypatch.setattr(planning, "MIN_SLOT", 64)
+    monkeypatch.setattr(fusing, "UNRECORDED", CHUNK)
 
 
 @pytest.fixture(scope="module", params=["recurrent_kif", "ties", "dare_ties"])

@@ -122,7 +122,8 @@ def test_random_drops_do_not_depend_on_chunks() -> None:
 
     def keeps(start: int, stop: int) -> Tensor:
         part = [torch.zeros(stop - start)]
-        return method.keeps(Tile([3], [start], part, part, part, part, None, ["x"]), 0, 0)
+        draws = method.draws(Tile([3], [start], part, part, part, part, None, ["x"]))
+        return draws.keeps(0, 0, 0, stop - start)
 
     whole = keeps(0, 1000)
     for start, stop in ((0, 1), (1, 17), (7, 8), (8, 16), (500, 1000), (333, 777)):
@@ -247,6 +248,7 @@ def test_a_method_behaves_as_it_declares(name: str, density: float) -> None:
     assert method.needs_threshold == (method.threshold_k(7) is not None)
     assert method.needs_threshold == (name in ("recurrent_kif", "ties", "magnitude_prune") and density == 0.3)
     assert method.rescales == name.startswith("dare")
-    assert method.streams == method.accepts_importance == (name == "recurrent_kif")
+    assert method.streams == (name != "linear")
+    assert method.accepts_importance == (name == "recurrent_kif")
     if method.rescales:
         assert not make_method(name, {**settings, "rescale": False}).rescales

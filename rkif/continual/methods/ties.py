@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 import rkif_kernels
-from rkif.checkpoint.sign_election import elect_signs
 from rkif.continual.methods.merging import Merging
-from rkif_kernels import Scores
+from rkif_kernels import Scores, elect_signs
 
 
 class Ties(Merging):

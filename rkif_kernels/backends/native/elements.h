@@ -96,6 +96,18 @@ struct Rule {
     bool from_inner;
 };
 
+// The merge of task vectors. `density` is the share that is kept at random; `normalize` applies to elected signs.
+struct TaskVectorRule {
+    float weights[2], factor, density;
+    bool consensus, normalize;
+};
+
+// A side of a tile. Without draws, magnitudes above the threshold are kept.
+struct TaskVectorSide {
+    float threshold, scale;
+    const float* draws;
+};
+
 // Scores of a side <= lo are not selected, scores > hi are selected, and scores between are undecided.
 struct Bracket {
     float lo, hi;

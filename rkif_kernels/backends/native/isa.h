@@ -18,6 +18,10 @@ struct Isa {
     void (*adamw_tile)(float* w, const float* g, float* m, float* v, int64_t size, AdamWConstants constants);
     int64_t (*bin_tile)(const float* scores, uint32_t low, int32_t shift, uint32_t bins, uint32_t* distances,
                         uint32_t* inside, int64_t size, int64_t& below, int64_t& unfit);
+    void (*merge_tile)(const Row& out, const Row* in, int64_t size, const TaskVectorSide* sides,
+                       const TaskVectorRule& rule, FuseCounts& counts, double* norms);
+    void (*absolute_sums_tile)(const Row& start, const Row& end, int64_t size, float density, const float* draws,
+                               double* sums);
 };
 
 #if defined(__GNUC__)

@@ -224,7 +224,7 @@ int32_t rkif_out_of_memory() {
 }
 
 // The version of the signatures below; increase it with every change of one.
-int32_t rkif_abi() { return 5; }
+int32_t rkif_abi() { return 6; }
 
 // Use the which-th best instruction set of the processor; returns how many there are. For tests.
 int32_t rkif_use_isa(int32_t which) {
@@ -422,3 +422,4 @@ void rkif_finish(void* fusion, const float* thresholds, int64_t* counts, double*
 }  // extern "C"
 
 #include "adamw.h"
+#include "task_vectors.h"

@@ -17,6 +17,7 @@ TARGET inline void stream(float* to, F x) { _mm512_stream_ps(to, x); }
 TARGET inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 TARGET inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 TARGET inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+TARGET inline F div(F a, F b) { return _mm512_div_ps(a, b); }
 TARGET inline F magnitude(F a) { return _mm512_abs_ps(a); }
 // The second operand where the first is NaN, or where both are zero.
 TARGET inline F not_negative(F a) { return _mm512_max_ps(a, _mm512_setzero_ps()); }

@@ -50,6 +50,9 @@ inline F sub(F a, F b) {
 inline F mul(F a, F b) {
     return each([&](int i) { return a.lane[i] * b.lane[i]; });
 }
+inline F div(F a, F b) {
+    return each([&](int i) { return a.lane[i] / b.lane[i]; });
+}
 inline F magnitude(F a) {
     return each([&](int i) { return as_float(as_bits(a.lane[i]) & 0x7fffffffu); });
 }

@@ -30,12 +30,14 @@ _SIGNATURES = {
     "rkif_begin": (_pointer, [*_LISTS, *[_pointer] * 3, _int, _int, _int, _long, _pointer, _int]),
     "rkif_gather_undecided": (_long, [_pointer, _int, _float, _float, _pointer]),
     "rkif_finish": (None, [_pointer] * 4),
+    "rkif_merge": (None, [*_LISTS, *[_pointer] * 4, *[_float] * 4, _int, _int, _pointer, _pointer, _int]),
+    "rkif_absolute_sums": (None, [*_LISTS, _pointer, _pointer, _float, _pointer, _int]),
     "rkif_use_isa": (_int, [_int]),
     "rkif_out_of_memory": (_int, []),
 }
 
 
-ABI = 5  # of the signatures above; rkif_abi() in kernels.cpp
+ABI = 6  # of the signatures above; rkif_abi() in kernels.cpp
 
 
 @functools.cache
@@ -106,7 +108,7 @@ class Lists:
         """Number of elements in all tensors of a role."""
         return int(self._arrays[0].sum())
 
-    def call(self, function: str, *arguments: float) -> Any:
+    def call(self, function: str, *arguments: float | None) -> Any:
         """Call a function of the library with these lists, ``arguments`` and the number of threads."""
         lists = (array.ctypes.data for array in self._arrays)
         return call(function, len(self._arrays[0]), *lists, *arguments, torch.get_num_threads())

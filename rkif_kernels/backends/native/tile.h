@@ -378,4 +378,7 @@ TARGET int64_t bin_tile(const float* __restrict scores, uint32_t low, int32_t sh
     return found;
 }
 
-const Isa ISA = {fuse_tile, decide_tile, gather, split_tile, read_scores, widen_row, narrow_row, update_tile, adamw_tile, bin_tile};
+#include "task_vectors_tile.h"
+
+const Isa ISA = {fuse_tile, decide_tile, gather, split_tile, read_scores, widen_row, narrow_row, update_tile, adamw_tile,
+                 bin_tile, merge_tile, absolute_sums_tile};

@@ -1,5 +1,6 @@
 """Triton kernels and their launchers, one launch for a list of tensors. Arguments have been validated."""
 
+from rkif_kernels.backends.torch.task_vectors import absolute_sums, merge_task_vectors_
 from rkif_kernels.backends.triton.adamw import adamw_
 from rkif_kernels.backends.triton.count import all_valid, count_scores_
 from rkif_kernels.backends.triton.fuse import fuse_
@@ -10,10 +11,12 @@ from rkif_kernels.backends.triton.thresholds import score_thresholds
 
 __all__ = [
     "PreparedUpdate",
+    "absolute_sums",
     "adamw_",
     "all_valid",
     "count_scores_",
     "fuse_",
+    "merge_task_vectors_",
     "prepared_fusion",
     "score_thresholds",
     "select_and_fuse_",

@@ -1,0 +1,54 @@
+"""Random drops that depend on the seed and on an element's tensor, side and place alone."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+PER_COUNTER = 8  # float32 numbers that NumPy's Philox draws at each step of its counter
+
+
+@dataclass(frozen=True)
+class Draws:
+    """An element is kept if its random number is below ``density``.
+
+    The numbers of a tensor and a side are a stream of NumPy's Philox generator, so a part of a tensor has the
+    same numbers wherever the tensor is cut.
+
+    Attributes:
+        density: probability to keep an element, in [0, 1).
+        seed: in [0, 2^64).
+        names: of the tensors.
+        starts: the element of each tensor at which its part starts.
+    """
+
+    density: float
+    seed: int
+    names: Sequence[str]
+    starts: Sequence[int]
+
+    @functools.cached_property
+    def keys(self) -> npt.NDArray[np.uint64]:
+        """The keys of Philox: [2 (inner, outer), tensors, 2 (seed, stream)]."""
+        digests = [hashlib.sha256(name.encode()).digest() for name in self.names]
+        streams = [int.from_bytes(digest[:7], "little") * 2 for digest in digests]
+        # From a seed of 2^63 on, NumPy makes float64 of the pair, so both sides have one key. It stays
+        # so, because the results of a seed must not change.
+        keys = [
+            [np.array([self.seed, stream + side]).astype(np.uint64) for stream in streams] for side in (0, 1)
+        ]
+        return np.array(keys)
+
+    def keeps(self, side: int, index: int, start: int, numel: int) -> Tensor:
+        """Which of ``numel`` elements from ``start`` on in a tensor's part are kept: bool on the CPU."""
+        counter, skipped = divmod(self.starts[index] + start, PER_COUNTER)
+        generator = np.random.Generator(np.random.Philox(key=self.keys[side, index], counter=counter))
+        drawn = generator.random(skipped + numel, dtype=np.float32)[skipped:]
+        return torch.from_numpy(drawn) < self.density
