@@ -9,7 +9,7 @@ from pathlib import Path
 from bench.checkpoints import peers as checkpoints
 from bench.forgetting import delta, ledger, state_precision, task_vector_angles
 from bench.forgetting import tables as continual_tables
-from bench.kernels import launches
+from bench.kernels import launches, roofline
 from bench.kernels import tables as kernels
 from bench.training import model_memory, overhead, scaling
 
@@ -47,6 +47,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ledger": ledger.markdown,
     "model_memory": model_memory.markdown,
     "overhead": overhead.markdown,
+    "roofline": roofline.markdown,
     "scaling": scaling.markdown,
     "state_precision": state_precision.markdown,
 }

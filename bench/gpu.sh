@@ -11,8 +11,9 @@
 #   DEVICE=cpu     a trial run of the same stages, small, on the CPU; its figures are not results
 #
 # Every stage has its own time limit, and a failed stage does not stop the others. Output goes to OUT/log.txt, rows
-# to bench/results, copies of the rows to OUT. The exit status is 0 if the tests, the sweeps and the sanitizer pass;
-# the goals are printed, not enforced.
+# to bench/results, copies of the rows to OUT. The fastest launch configurations go to
+# rkif_kernels/backends/triton/launches.json, a copy to OUT. The exit status is 0 if the tests, the sweeps and the
+# sanitizer pass; the goals are printed, not enforced.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results/gpu}
@@ -96,7 +97,7 @@ if [ "$DEVICE" = cuda ]; then
         echo "bench/gpu.sh: error: PyTorch finds no CUDA device" >&2
         exit 1
     fi
-    SIZES=() TESTS=() SWEEP=40 LAYERS=40
+    TRIED=(--write) TESTS=() SWEEP=40 LAYERS=40
     LARGE=(--dtype float32 --implementation rkif.triton) QUICK=(--quick)
     DISK=(--layers 12 --rounds 1) STEPS=(--batch-size 8 --length 256)
     LONG=(--suite long --config bench/configs/long-smollm2.yaml --jobs 6)
@@ -104,7 +105,7 @@ if [ "$DEVICE" = cuda ]; then
     FULL+=(--method sequential --method replay --method recurrent_kif)
     NEEDED=models/smollm2 INTERPRETED=
 else
-    SIZES=(--shape smoke) TESTS=(--collect-only) SWEEP=5 LAYERS=1
+    TRIED=(--shape smoke) TESTS=(--collect-only) SWEEP=5 LAYERS=1
     LARGE=(--quick --dtype float32 --shape smoke) QUICK=(--quick --shape smoke)
     DISK=(--layers 1 --rounds 1) STEPS=(--batch-size 1 --length 8 --rounds 1)
     LONG=(--suite standard --method sequential --order standard-1 --seed 7)
@@ -155,8 +156,10 @@ speed() {
     fi
     TAIL=40 stage overhead 75 bash -c "bench overhead --device $DEVICE ${STEPS[*]}"
     TAIL=12 stage checkpoints 90 bash -c "bench checkpoints --device $DEVICE --folder $(mktemp -d) ${DISK[*]}"
-    TAIL=40 stage launches 100 bash -c "$INTERPRETED bench launches --device $DEVICE ${SIZES[*]}"
     TAIL=3 stage suite-quick 120 bash -c "bench run --device $DEVICE ${QUICK[*]}"
+    # The last stage: it changes the launch configurations.
+    TAIL=40 stage launches 100 bash -c "$INTERPRETED bench launches --device $DEVICE ${TRIED[*]}"
+    cp rkif_kernels/backends/triton/launches.json "$OUT" 2>/dev/null
 }
 
 continual() {

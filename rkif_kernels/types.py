@@ -206,6 +206,11 @@ class ImportanceInputs:
         """All lists: weights, gradients, S, and U or None."""
         return self.params, self.grads, self.sensitivity, self.uncertainty
 
+    @functools.cached_property
+    def numel(self) -> int:
+        """Number of elements in all parameters together."""
+        return sum(map(Tensor.numel, self.params))
+
     @property
     def device(self) -> torch.device:
         """Where the tensors are; the CPU for empty lists."""
@@ -302,6 +307,11 @@ class AdamWInputs:
         if self.sensitivity is None:
             return None
         return ImportanceInputs(self.params, self.grads, self.sensitivity, self.uncertainty)
+
+    @functools.cached_property
+    def numel(self) -> int:
+        """Number of elements in all parameters together."""
+        return sum(map(Tensor.numel, self.params))
 
     @property
     def device(self) -> torch.device:

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from bench.kernels.cases import BYTES, Case, cases
 from bench.kernels.machine_code import Loop, bulk_loop, cuda_tool, disassemble, parse
-from bench.kernels.prediction import VARIANTS, blocks_per_sm, predicted_share
+from bench.kernels.prediction import PREDICTED, VARIANTS, blocks_per_sm, predicted_share
 from bench.kernels.prediction import table as predictions
 
 TARGETS = {
@@ -33,7 +33,6 @@ TARGETS = {
 }
 # First Triton version for a target: earlier ones contract multiply-adds although contraction is disabled.
 SINCE = {"sm_100": (3, 7)}
-PREDICTED = "sm_90"  # the target whose instructions the predictions use
 # Number of cases that one process compiles in sequence and disassembles together.
 GROUP = 18
 BARRIERS, ATOMICS = ("BAR",), ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDS", "REDUX")
@@ -88,23 +87,28 @@ class Compiled:
     problems: tuple[str, ...]
 
 
-def check(console: Console, targets: Sequence[str] = ()) -> tuple[list[Row], bool]:
-    """Compile all kernels for the targets (by default all) and print tables.
+def check(
+    console: Console, targets: Sequence[str] = (), kernels: Sequence[str] = ()
+) -> tuple[list[Row], bool]:
+    """Compile kernels for the targets (by default all kernels for all targets) and print tables.
 
     Returns:
         The rows, and whether there are no problems.
 
     Raises:
-        ValueError: a target is unknown.
+        ValueError: a target or a kernel is unknown.
     """
     if unknown := set(targets) - set(TARGETS):
         raise ValueError(f"--target must be one of {', '.join(TARGETS)}; got {', '.join(sorted(unknown))}")
+    known = {case.kernel: None for case in cases(PREDICTED)}
+    if unknown := set(kernels) - set(known):
+        raise ValueError(f"--kernel must be one of {', '.join(known)}; got {', '.join(sorted(unknown))}")
     compiled = []
     for target in targets or TARGETS:
         if _version() < SINCE.get(target, (0, 0)):
             console.print(f"{target} is skipped: triton {triton.__version__} contracts multiply-adds for it")
         else:
-            compiled += _compile_all(target)
+            compiled += _compile_all(target, kernels)
     console.print(_table(compiled))
     failures = [
         f"{made.row.kernel} {made.row.variant} on {made.row.target}: {problem}"
@@ -119,7 +123,7 @@ def check(console: Console, targets: Sequence[str] = ()) -> tuple[list[Row], boo
         for row in rows
         if row.target == PREDICTED and VARIANTS.get(row.kernel) == row.variant
     }
-    if rates:
+    if rates.keys() == VARIANTS.keys():
         console.print(predictions(rates))
     console.print(f"{len(rows)} kernels compiled by triton {triton.__version__}, {len(failures)} problems")
     return rows, not failures
@@ -148,15 +152,20 @@ def _table(compiled: Sequence[Compiled]) -> Table:
     return table
 
 
-def _compile_all(target: str) -> list[Compiled]:
-    firsts = range(0, len(list(cases(target))), GROUP)
+def _compile_all(target: str, kernels: Sequence[str]) -> list[Compiled]:
+    firsts = range(0, len(_selected(target, kernels)), GROUP)
     with ProcessPoolExecutor() as pool:
-        return list(itertools.chain.from_iterable(pool.map(compile_group, firsts, itertools.repeat(target))))
+        groups = pool.map(compile_group, firsts, itertools.repeat(target), itertools.repeat(kernels))
+        return list(itertools.chain.from_iterable(groups))
 
 
-def compile_group(first: int, target: str) -> list[Compiled]:
+def compile_group(first: int, target: str, kernels: Sequence[str]) -> list[Compiled]:
     """:func:`compile_cases` for another process: Triton's functions cannot be pickled, an index can."""
-    return compile_cases(list(itertools.islice(cases(target), first, first + GROUP)), target)
+    return compile_cases(_selected(target, kernels)[first : first + GROUP], target)
+
+
+def _selected(target: str, kernels: Sequence[str]) -> list[Case]:
+    return [case for case in cases(target) if not kernels or case.kernel in kernels]
 
 
 def _widths(accesses: Counter[int]) -> str:

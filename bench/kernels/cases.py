@@ -12,7 +12,14 @@ from rkif_kernels.backends.triton.bracket import _count_sample_kernel, _sample_k
 from rkif_kernels.backends.triton.count import _count_kernel, _invalid_kernel
 from rkif_kernels.backends.triton.fuse import INNER_SCORE, _fuse_kernel
 from rkif_kernels.backends.triton.importance import _update_importance_kernel
-from rkif_kernels.backends.triton.launch import BRACKETING, FUSE, FUSE_PASS_REGISTERS, STREAM, LaunchConfig
+from rkif_kernels.backends.triton.launch import LaunchConfig
+from rkif_kernels.backends.triton.launches import (
+    ANY,
+    default,
+    default_bracketing,
+    rows,
+    triton_version,
+)
 from rkif_kernels.backends.triton.radix import DIGITS, _histogram_kernel, _pick_kernel
 from rkif_kernels.backends.triton.single_pass import _bracketed_fuse_kernel, _finish_kernel
 from rkif_kernels.backends.triton.thresholds import _bracketed_scores_kernel
@@ -72,6 +79,7 @@ class Case:
         constants: its constexpr arguments.
         loads, stores: dtypes of the streams of its bulk path, each read or written once; empty for kernels
             that access few elements.
+        op: the operation in ``launches.json`` whose launch configurations it has.
         config: its launch configuration.
         divides: whether it has quotients or roots; their correct rounding uses fused multiply-adds.
         index: type of arguments that are numbers of elements: Triton passes values below 2^31 as i32.
@@ -83,7 +91,8 @@ class Case:
     constants: dict[str, Any]
     loads: tuple[str, ...] = ()
     stores: tuple[str, ...] = ()
-    config: LaunchConfig = STREAM
+    op: str = ANY
+    config: LaunchConfig = default(ANY).launch
     divides: bool = False
     index: str = "i64"
 
@@ -122,8 +131,8 @@ COMMON = {
     "DISTANCES": (False, False),
     "STEP": 0,
     "FIRST": True,
-    "RUN": BRACKETING.run,
-    "SAMPLES": BRACKETING.first_samples,
+    "RUN": default_bracketing().run,
+    "SAMPLES": default_bracketing().first_samples,
 }
 # Number of floats in the arguments that are tuples.
 TUPLES = {"weights": 8, "smoothing": 4, "constants": len(AdamWConstants._fields)}
@@ -146,6 +155,25 @@ def _argument_type(name: str, index: str) -> str | tuple[str, ...]:
 
 
 def cases(target: str) -> Iterator[Case]:
+    """Yield every kernel with each launch configuration that a call on the target may have.
+
+    These are the default and those measured on the target with the installed version of Triton.
+    """
+    for case in _cases(target):
+        usual = default(case.op).launch
+        others = {
+            row.launch: None
+            for row in rows()
+            if row.op == case.op and row.architecture == target and row.triton in (ANY, triton_version())
+        }
+        for config in {usual: None} | others:
+            label = "" if config == usual else f", {config.label}"
+            # The limit of registers is for kernels that pass over all elements.
+            held = config if case.loads else replace(config, max_registers=None)
+            yield replace(case, variant=case.variant + label, config=held)
+
+
+def _cases(target: str) -> Iterator[Case]:
     """Yield every kernel with all dtypes of parameters and state, and every other variant once.
 
     For sm_90, some kernels are repeated with the indices of models below 2^31 elements.
@@ -172,14 +200,12 @@ def cases(target: str) -> Iterator[Case]:
         yield _fuse_case(kernel, f32, f32, from_inner=False)
         for param, out in ((bf16, f32), (f32, bf16), (f16, f32)):
             yield _fuse_case(kernel, param, f32, out=out)
-    # The selection has two launch configurations: its own, and that of the single pass.
-    for config in (STREAM, FUSE):
-        yield from _selection_cases(config)
+    yield from _selection_cases()
     for dtype, (kind, streams, distance) in itertools.product(PARAMETERS, SCORES):
         yield from _bracket_cases(dtype, kind, streams, distance)
     for dtype, (kind, streams, distance) in itertools.product(PARAMETERS, SCORES):
         roles = {"DTYPES": (dtype, dtype if streams == 2 else None), "DISTANCE": distance}
-        yield Case("count", f"{kind} {dtype}", _count_kernel, roles, (dtype,) * streams)
+        yield Case("count", f"{kind} {dtype}", _count_kernel, roles, (dtype,) * streams, op="count")
     for dtype in PARAMETERS:
         distances = {"DISTANCES": (True, True)}
         case = _fuse_case(_fuse_kernel, dtype, dtype)
@@ -191,7 +217,7 @@ def cases(target: str) -> Iterator[Case]:
             loads=(dtype,) * 3,
         )
     for dtype in PARAMETERS:
-        yield Case("all valid", dtype, _invalid_kernel, {"DTYPES": (dtype,)}, (dtype,))
+        yield Case("all valid", dtype, _invalid_kernel, {"DTYPES": (dtype,)}, (dtype,), op="valid")
     if target == "sm_90":
         indexed = (
             *(_fuse_case(kernel, f32, f32) for kernel in (_bracketed_fuse_kernel, _finish_kernel)),
@@ -215,6 +241,7 @@ def _update_case(
         {"DTYPES": (param, gradient, state, state if uncertain else None), "ORDER": order},
         (param, *gradients, *states),
         states,
+        op="observe",
     )
 
 
@@ -233,6 +260,7 @@ def _adamw_case(
         {"DTYPES": (param, grad or param, state, state, sensitivity, uncertainty), "ORDER": order},
         (grad or param, *written),
         written,
+        op="adamw",
         divides=True,
     )
 
@@ -254,7 +282,7 @@ def _fuse_case(
         },
         (param, param, param, *scores, *scores),
         (out or param,),
-        FUSE if kernel is _fuse_kernel else replace(FUSE, max_registers=FUSE_PASS_REGISTERS),
+        op="merge" if kernel is _fuse_kernel else "fuse",
     )
 
 
@@ -263,7 +291,7 @@ def _bracket_cases(dtype: str, kind: str, streams: int, distance: bool) -> Itera
     parts = dtype, dtype if streams == 2 else None
     alone = {"DTYPES": parts, "ROLE": 0, "SIDES": 1, "DISTANCE": distance}
     name = f"{kind} {dtype}"
-    yield Case("bracketed scores", name, _bracketed_scores_kernel, alone, (dtype,) * streams, config=FUSE)
+    yield Case("bracketed scores", name, _bracketed_scores_kernel, alone, (dtype,) * streams, op="threshold")
     forms = {"": alone}
     if not distance:
         both = (dtype,) * INNER_SCORE + parts * 2
@@ -275,15 +303,15 @@ def _bracket_cases(dtype: str, kind: str, streams: int, distance: bool) -> Itera
             ("list", _list_kernel),
             ("narrow", _narrow_kernel),
         ):
-            yield Case(kernel, f"{name}{suffix}", function, constants, config=FUSE)
+            op = "fuse" if suffix else "threshold"
+            yield Case(kernel, f"{name}{suffix}", function, constants, op=op)
 
 
-def _selection_cases(config: LaunchConfig) -> Iterator[Case]:
-    blocks = f"by {config.block}"
+def _selection_cases() -> Iterator[Case]:
     for state, (kind, streams, distance), (shift, bits) in itertools.product(STATES, SCORES, DIGITS):
         yield Case(
             "histogram",
-            f"{kind} {state} bits {shift}+{bits}, {blocks}",
+            f"{kind} {state} bits {shift}+{bits}",
             _histogram_kernel,
             {
                 "DTYPES": (state, state if streams == 2 else None),
@@ -292,8 +320,8 @@ def _selection_cases(config: LaunchConfig) -> Iterator[Case]:
                 "BITS": bits,
             },
             (state,) * streams,
-            config=config,
+            op="radix",
         )
     for shift, bits in DIGITS:
         digit = {"SHIFT": shift, "BITS": bits, "LAST": shift == 0}
-        yield Case("pick", f"bits {shift}+{bits}, {blocks}", _pick_kernel, digit, config=config)
+        yield Case("pick", f"bits {shift}+{bits}", _pick_kernel, digit, op="radix")

@@ -27,6 +27,7 @@ DtypeNames = Annotated[
 ]
 Ways = Annotated[str, typer.Option("--implementation", help="Prefix of the implementations' names.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="File for the rows.")]
+Keep = Annotated[bool, typer.Option("--write", help="Write the rows for the docs to bench/results.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Measure two shapes in few rounds.")]
 Memory = Annotated[float | None, typer.Option("--memory", help="GiB for inputs; larger models are cut.")]
 Results = Annotated[Path | None, typer.Argument(metavar="ROWS", help="File of rows.", show_default="all")]
@@ -42,32 +43,40 @@ def aot_command(
         list[str] | None,
         typer.Option("--triton", help="A version to install; repeatable.", show_default="the installed one"),
     ] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option("--kernel", help="Name of a kernel; repeatable.", show_default="all")
+    ] = None,
+    write: Keep = False,
 ) -> None:
     """Compile every kernel for GPUs that need not be present; fails if a kernel exceeds its limits."""
     from bench.kernels.aot import check
+    from bench.kernels.roofline import write_counts
     from bench.kernels.toolchains import check_under
 
     if triton:
-        rows, passed = check_under(triton, target or [])
+        rows, passed = check_under(triton, target or [], kernel or [])
     else:
-        found, passed = check(Console(width=200), target or [])
+        found, passed = check(Console(width=200), target or [], kernel or [])
         rows = [row._asdict() for row in found]
     _write_json(json_file, rows)
     if not passed:
         raise typer.Exit(1)
+    if write:
+        write_counts(rows)
 
 
 @app.command("host")
-def host_command(
-    json_file: JsonFile = None,
-) -> None:
+def host_command(json_file: JsonFile = None, write: Keep = False) -> None:
     """Measure the host's time per call with a driver that launches nothing; fails on superfluous launches."""
     from bench.kernels.host import measure, missed_goals, problems
+    from bench.kernels.roofline import write_host
 
     rows = measure()
     for row in rows:
         print(f"{row.call:14} {row.tensors:4} tensors {row.microseconds:9.1f} us {row.launches:3} launches")
     _write_json(json_file, [row._asdict() for row in rows])
+    if write:
+        write_host(row._asdict() for row in rows)
     for line in missed_goals(rows):
         print(line)
     if lines := problems(rows):
@@ -109,14 +118,21 @@ def run_command(
 
 
 @app.command("launches")
-def launches_command(shape: Shapes = None, device: Device = "auto") -> None:
+def launches_command(
+    shape: Shapes = None,
+    device: Device = "auto",
+    write: Annotated[bool, typer.Option("--write", help="Write the fastest to launches.json.")] = False,
+) -> None:
     """Measure the Triton kernels with several launch configurations."""
 
     from bench.kernels.launches import measure
+    from rkif_kernels.backends.triton.launches import FILE
 
-    chosen = _selection(shape=shape, device=device)
-    chosen.arguments(Path())  # refuses unknown shapes
-    measure(resolved_device(device), chosen.shapes, Console(width=100))
+    selection, chosen = _selection(shape=shape, device=device), resolved_device(device)
+    selection.arguments(Path())  # refuses unknown shapes
+    if write and chosen.type != "cuda":
+        raise ValueError(f"--write needs --device cuda; got {chosen.type!r}")
+    measure(chosen, selection.shapes, Console(width=100), into=FILE if write else None)
 
 
 @app.command("compare")

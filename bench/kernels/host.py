@@ -20,13 +20,13 @@ import rkif
 import rkif_kernels
 from bench.kernels.stub_driver import Counter, stub_driver
 from rkif_kernels.backends.triton import single_pass
-from rkif_kernels.backends.triton.launch import BRACKETING
+from rkif_kernels.backends.triton.launches import default_bracketing
 
 TENSORS = (1, 160, 640)
 SHAPE = (8, 16)  # small, so that PyTorch's operations, which a GPU would run, take the CPU little time
 ROUNDS, WARM_UP = 41, 3
 # Maximum number of launches of a warm call.
-LAUNCHES = {"observe": 1, "observe_moved": 1, "threshold": 8, "fuse": 8}
+LAUNCHES = {"observe": 1, "observe_moved": 1, "threshold": 8, "fuse": 8, "adamw": 1}
 # Microseconds of a warm call, by (call, tensors).
 GOALS = {
     ("observe", 160): 40,
@@ -58,7 +58,7 @@ def measure(rounds: int = ROUNDS) -> list[Row]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        large = replace(BRACKETING, min_numel=1)
+        large = replace(default_bracketing(), min_numel=1)
         defaults = single_pass.prepared_fusion.__kwdefaults__
         with stub_driver() as counter, patch.dict(defaults, bracketing=large):
             seen: dict[str, int] = {}
@@ -79,6 +79,9 @@ class _Case:
         self._fuser = rkif.Fuser([(f"p{i}", p) for i, p in enumerate(self._parameters)], config)
         sensitivity, uncertainty = ([torch.zeros(shape) for shape in shapes] for _ in range(2))
         self._scores = rkif_kernels.Scores(sensitivity, uncertainty)
+        # Weights, gradients, moments, S and U.
+        self._steps = [[torch.zeros(shape) for shape in shapes] for _ in range(6)]
+        self._nonfinite = torch.zeros(1, dtype=torch.int64)
         self._set(0)
 
     def _set(self, which: int) -> None:
@@ -92,6 +95,7 @@ class _Case:
             "observe_moved": (lambda: self._set(next(turns) % 2), self._fuser.observe),
             "threshold": (lambda: None, lambda: rkif_kernels.score_thresholds(self._scores, density=0.2)),
             "fuse": (self._until_fuse, self._fuser.fuse),
+            "adamw": (lambda: None, self._step),
         }
         rows = []
         for call, (prepare, run) in calls.items():
@@ -112,6 +116,12 @@ class _Case:
             compilations = len(counter.compilations) - before
             rows.append(Row(call, self._tensors, microseconds, len(counter.launches), compilations))
         return rows
+
+    def _step(self) -> None:
+        rkif_kernels.adamw_(
+            *self._steps, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, step=1,
+            beta1=0.85, beta2=0.85, nonfinite=self._nonfinite,
+        )  # fmt: skip
 
     def _until_fuse(self) -> None:
         self._fuser.observe()

@@ -1,11 +1,15 @@
-"""The Triton kernels with several launch configurations: block, tiles and warps."""
+"""The kernels under other launch configurations than those they have: blocks, warps, brackets.
+
+The fastest is what ``launches.json`` gets for the GPU, the version of Triton and the size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -15,37 +19,53 @@ from torch import Tensor
 from bench.common import rows
 from bench.common.timing import captured, copy_gbps, plan, seconds
 from bench.kernels.measure import Budget
-from bench.kernels.operations import DTYPES, OPERATIONS, bytes_per_element
+from bench.kernels.operations import DTYPES, OPERATIONS, Operation, bytes_per_element
 from bench.kernels.shapes import fitted
 from rkif_kernels import FusionInputs, ImportanceInputs, MergeRule, Smoothing, order_statistic_k
 from rkif_kernels.backends.choose import available
-from rkif_kernels.backends.triton.launch import FUSE, STREAM, LaunchConfig
+from rkif_kernels.backends.triton import launches
+from rkif_kernels.backends.triton.launch import Bracketing, LaunchConfig
+from rkif_kernels.backends.triton.undecided import MOST_TILES
 from rkif_kernels.types import Scores
 
-DEFAULTS = {"observe": STREAM, "threshold": STREAM, "fuse": FUSE}
-CONFIGS = tuple(
-    LaunchConfig(block, tiles, num_warps)
-    for block, tiles, num_warps in (
-        (1024, 8, 4),
-        (512, 16, 4),
-        (512, 8, 4),
-        (512, 16, 2),
-        (1024, 4, 4),
-        (1024, 8, 8),
-        (2048, 4, 8),
-        (256, 32, 2),
-    )
+# Block, tiles and warps of a program.
+PROGRAMS = (
+    (1024, 8, 4),
+    (512, 16, 4),
+    (512, 8, 4),
+    (512, 16, 2),
+    (1024, 4, 4),
+    (1024, 8, 8),
+    (2048, 4, 8),
+    (256, 32, 2),
 )
-SHAPES = ("one-64Mi", "llama-2-13b-lora-r8")
+# With the fastest program: how many scores one run is sampled from, and how long the list may be.
+STRIDES, SLACKS = (64, 256), (1.5, 3.0)
+# Shape -> for how many elements at most its result stands.
+SIZES = {"llama-2-13b-lora-r8": 2**24, "one-64Mi": None}
+DTYPE = DTYPES["float32"]
 BUDGET = Budget(round_s=0.005, total_s=0.3, rounds=(5, 50))
+GAIN = 0.98  # what is slower than this share of the default's time is no gain, but chance
+
+
+class Timed(NamedTuple):
+    """A launch configuration that was tried, and what was measured."""
+
+    launch: launches.Row
+    row: rows.Row
 
 
 def file() -> Path:
     return rows.RESULTS / "launches.jsonl"
 
 
-def measure(device: torch.device, shapes: Sequence[str], console: Console) -> None:
-    """Check every operation against the reference with every configuration, time it, and write rows.
+def measure(
+    device: torch.device, shapes: Sequence[str], console: Console, *, into: Path | None = None
+) -> None:
+    """Time every operation in every way, once its result is the reference's, and write rows.
+
+    Args:
+        into: a file like ``launches.json``, which gets the fastest configuration of each operation and shape.
 
     Raises:
         RuntimeError: Triton kernels do not run on the device.
@@ -54,73 +74,128 @@ def measure(device: torch.device, shapes: Sequence[str], console: Console) -> No
     if "triton" not in available(device):
         raise RuntimeError(f"Triton kernels do not run on {device}")
     bandwidth = copy_gbps(device)
-    dtypes = DTYPES["float32"]
-    for shape in shapes or SHAPES:
+    for shape in shapes or SIZES:
         for name, kind in OPERATIONS.items():
-            operation = kind(fitted(shape, 2**27), dtypes, device)
-            found = []
-            for config in CONFIGS:
-                run = partial(_RUNS[name](device), config)
-                operation.check(run, exact=True)
-                call = partial(operation.call, run)
-                replay = (captured(call) if device.type == "cuda" else None) or call
-                count, iterations = plan(
-                    seconds(replay, device),
-                    round_s=BUDGET.round_s,
-                    total_s=BUDGET.total_s,
-                    rounds=BUDGET.rounds,
-                )
-                several = partial(_several, replay, iterations)
-                taken = [seconds(several, device) / iterations / operation.repeats for _ in range(count)]
-                found.append(
-                    rows.row(
-                        op=name,
-                        shape=shape,
-                        dtype=dtypes.name,
-                        implementation=_label(config),
-                        numel=operation.shapes.numel,
-                        tensors=len(operation.shapes.shapes),
-                        seconds=taken,
-                        bytes_min=operation.shapes.numel * bytes_per_element(name, dtypes),
-                        copy_gbps=bandwidth,
-                        device=device,
-                        default=config == DEFAULTS[name],
-                    )
-                )
-                rows.write(file(), found[-1])
+            operation = kind(fitted(shape, 2**27), DTYPE, device)
+            usual = replace(
+                launches.default(name),
+                op=name,
+                architecture=launches.architecture(device),
+                triton=launches.triton_version(),
+                dtypes=DTYPE.name,
+                numel_up_to=SIZES.get(shape),
+            )
+            time = partial(_timed, operation, bandwidth, usual)
+            found = [time(launch) for launch in _programs(usual)]
+            found += [time(launch) for launch in _brackets(fastest(found).launch)]
+            for timed in found:
+                rows.write(file(), timed.row)
             console.print(_table(found))
+            if into is not None:
+                launches.write(into, [_measured(fastest(found))])
+
+
+def fastest(found: Sequence[Timed]) -> Timed:
+    """The default, which comes first, unless another is faster by more than chance."""
+    best = min(found, key=_milliseconds)
+    return best if _milliseconds(best) < GAIN * _milliseconds(found[0]) else found[0]
 
 
 def markdown() -> str:
-    """The rows as a table, with the time of a copy of as many bytes as the prediction."""
-    if not file().exists():
-        return "Not measured yet: no GPU has run them.\n"
+    """What calls are launched with, and what was measured of it."""
     lines = [
-        "| operation | parameters | block x tiles, warps | predicted, ms | measured | of a copy | device |",
-        "| --- | --- | --- | ---: | ---: | ---: | --- |",
+        "| operation | GPU | triton | dtypes | parameters | block x tiles, warps | sample, list | measured |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in rows.read(file()):
-        predicted = row["bytes_min"] / row["copy_gbps"] / 1e6
-        chosen = " (default)" if row["default"] else ""
-        lines.append(
-            f"| {row['op']} | {row['shape']} | {row['implementation']}{chosen} | {predicted:.3f} | "
-            f"{row['ms_median']:.3f} | {row['share']:.0%} | {row['device']} |"
-        )
+    for row in launches.rows():
+        names = (row.op, row.architecture, row.triton, row.dtypes)
+        cells = ["any other" if name == launches.ANY else name for name in names]
+        cells.append("any number" if row.numel_up_to is None else f"up to {row.numel_up_to:,}")
+        cells += [row.launch.label, _bracket_label(row.bracketing), _measurement(row)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _table(found: Sequence[rows.Row]) -> Table:
-    out = Table(title=f"{found[0]['op']}, {found[0]['shape']}")
-    for heading in ("block x tiles, warps", "ms", "of a copy"):
+def _programs(usual: launches.Row) -> Iterator[launches.Row]:
+    """The default, then other programs."""
+    yield usual
+    for block, tiles, num_warps in PROGRAMS:
+        config = LaunchConfig(block, tiles, num_warps, usual.launch.max_registers)
+        if config != usual.launch and (usual.bracketing is None or tiles <= MOST_TILES):
+            yield replace(usual, launch=config)
+
+
+def _brackets(best: launches.Row) -> Iterator[launches.Row]:
+    """The fastest program with other brackets."""
+    if best.bracketing is not None:
+        for stride in STRIDES:
+            yield replace(best, bracketing=replace(best.bracketing, sample_stride=stride))
+        for slack in SLACKS:
+            yield replace(best, bracketing=replace(best.bracketing, list_slack=slack))
+
+
+def _timed(operation: Operation, bandwidth: float, usual: launches.Row, launch: launches.Row) -> Timed:
+    device, shapes = operation.device, operation.shapes
+    run = partial(_RUNS[operation.name](device), launch)
+    operation.check(run, exact=True)
+    call = partial(operation.call, run)
+    replay = (captured(call) if device.type == "cuda" else None) or call
+    count, iterations = plan(
+        seconds(replay, device), round_s=BUDGET.round_s, total_s=BUDGET.total_s, rounds=BUDGET.rounds
+    )
+    several = partial(_several, replay, iterations)
+    taken = [seconds(several, device) / iterations / operation.repeats for _ in range(count)]
+    row = rows.row(
+        op=operation.name,
+        shape=shapes.name,
+        dtype=DTYPE.name,
+        implementation=_label(launch),
+        numel=shapes.numel,
+        tensors=len(shapes.shapes),
+        seconds=taken,
+        bytes_min=shapes.numel * bytes_per_element(operation.name, DTYPE),
+        copy_gbps=bandwidth,
+        device=device,
+        default=launch == usual,
+    )
+    return Timed(launch, row)
+
+
+def _measured(timed: Timed) -> launches.Row:
+    row = timed.row
+    figures = {"ms": row["ms_median"], "share": row["share"], "commit": rows.commit_of(row)}
+    return replace(timed.launch, measured={"device": row["device"], "shape": row["shape"], **figures})
+
+
+def _measurement(row: launches.Row) -> str:
+    if row.measured is None:
+        return "not measured"
+    return "{shape}: {ms:.4f} ms, {share:.0%} of a copy; {device}, at {commit}".format(**row.measured)
+
+
+def _table(found: Sequence[Timed]) -> Table:
+    out = Table(title=f"{found[0].row['op']}, {found[0].row['shape']}")
+    for heading in ("block x tiles, warps; sample, list", "ms", "of a copy"):
         out.add_column(heading, justify="right")
-    for row in sorted(found, key=lambda row: row["ms_median"]):
+    for _, row in sorted(found, key=_milliseconds):
         name = row["implementation"] + (" (default)" if row["default"] else "")
         out.add_row(name, f"{row['ms_median']:.4f}", f"{row['share']:.1%}")
     return out
 
 
-def _label(config: LaunchConfig) -> str:
-    return f"{config.block} x {config.tiles}, {config.num_warps}"
+def _milliseconds(timed: Timed) -> float:
+    return float(timed.row["ms_median"])
+
+
+def _label(launch: launches.Row) -> str:
+    brackets = "" if launch.bracketing is None else f"; {_bracket_label(launch.bracketing)}"
+    return launch.launch.label + brackets
+
+
+def _bracket_label(bracketing: Bracketing | None) -> str:
+    if bracketing is None:
+        return "-"
+    return f"{bracketing.run} of {bracketing.sample_stride}, {bracketing.list_slack:g} times"
 
 
 def _several(run: Callable[[], Any], times: int) -> None:
@@ -133,8 +208,9 @@ def _observe(device: torch.device) -> Callable[..., Any]:
 
     nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def run(config: LaunchConfig, *lists: Any, beta1: float, beta2: float) -> None:
-        kernels.update_importance_(ImportanceInputs(*lists), Smoothing(beta1, beta2), nonfinite, config)
+    def run(launch: launches.Row, *lists: Any, beta1: float, beta2: float) -> None:
+        inputs = ImportanceInputs(*lists)
+        kernels.update_importance_(inputs, Smoothing(beta1, beta2), nonfinite, launch.launch)
 
     return run
 
@@ -142,9 +218,11 @@ def _observe(device: torch.device) -> Callable[..., Any]:
 def _threshold(device: torch.device) -> Callable[..., Any]:
     from rkif_kernels.backends import triton as kernels
 
-    def run(config: LaunchConfig, scores: Scores, density: float) -> Tensor:
-        k = order_statistic_k(sum(t.numel() for t in scores.sensitivity), density)
-        return kernels.score_thresholds(scores, ks=[k], per_tensor=False, config=config)
+    def run(launch: launches.Row, scores: Scores, density: float) -> Tensor:
+        k = order_statistic_k(scores.numel, density)
+        return kernels.score_thresholds(
+            scores, ks=[k], per_tensor=False, config=launch.launch, bracketing=launch.bracketing
+        )
 
     return run
 
@@ -152,11 +230,10 @@ def _threshold(device: torch.device) -> Callable[..., Any]:
 def _fuse(device: torch.device) -> Callable[..., Any]:
     from rkif_kernels.backends import triton as kernels
 
-    def run(config: LaunchConfig, out: list[Tensor], *inputs: Any, density: float, weights: Any) -> Any:
-        k = order_statistic_k(sum(t.numel() for t in out), density)
-        return kernels.select_and_fuse_(
-            FusionInputs(out, *inputs), k, MergeRule(weights, "inner"), config=config
-        )
+    def run(launch: launches.Row, out: list[Tensor], *lists: Any, density: float, weights: Any) -> Any:
+        inputs = FusionInputs(out, *lists)
+        k, rule = order_statistic_k(inputs.numel, density), MergeRule(weights, "inner")
+        return kernels.select_and_fuse_(inputs, k, rule, config=launch.launch, bracketing=launch.bracketing)
 
     return run
 

@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 from rich.table import Table
 
+from bench.kernels.goals import GOALS, Goal
+from bench.kernels.operations import DENSITY, DTYPES, bytes_per_element
 from bench.kernels.shapes import LORA_R8, ShapeSet, fitted
-from rkif_kernels.backends.triton.launch import BRACKETING, FUSE
+from rkif_kernels.backends.triton.launches import default, default_bracketing
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,12 @@ class Gpu:
 H100 = Gpu("H100 SXM", bandwidth=3.35e12, multiprocessors=132, clock=1.98e9)
 
 
+ASSUMPTIONS = (
+    f"A model, with a copy at {H100.copy / 1e12:.2f} TB/s and {H100.launch * 1e6:.0f} us a launch, "
+    "which are assumptions."
+)
+
+
 class Launch(NamedTuple):
     """The cost of one launch.
 
@@ -128,18 +136,19 @@ def predicted_share(bytes_per_element: float, instructions_per_element: float, n
     return round(launch.moved / H100.copy / launch.seconds(), 3)
 
 
+PREDICTED = "sm_90"  # the target whose instructions the predictions use
 # The variants whose numbers of instructions the predictions use: float32, with S and U.
 VARIANTS = {
     "observe": "first fp32, fp32, S, U fp32",
     "bracketed scores": "S*U fp32",
     "bracketed fuse": "fp32, S*U fp32",
+    "adamw": "first fp32, fp32, moments fp32, S, U",
 }
 # Instructions of a thread in code without a bulk loop, counted by hand for sm_90 and triton 3.9.
 # Second sample: per element and side, and per step of the bisection for its tensor. List kernel: before its
 # loop, and per iteration, which lists at most one element.
 SAMPLED, HALVING = 100, 17
 LIST_START, LIST_ENTRY = 240, 140
-DENSITY = 0.2  # of the release preset
 SECTOR = 32  # bytes: minimum of an access
 
 
@@ -148,6 +157,11 @@ def observe(shapes: ShapeSet, rates: Mapping[str, float]) -> list[Launch]:
     rates: instructions per element in the bulk loops of the kernels in :data:`VARIANTS`.
     """
     return [Launch("observe", 24 * shapes.numel, rates["observe"] * shapes.numel)]
+
+
+def adamw(shapes: ShapeSet, rates: Mapping[str, float]) -> list[Launch]:
+    """With the importance; see :func:`observe`."""
+    return [Launch("adamw", 44 * shapes.numel, rates["adamw"] * shapes.numel)]
 
 
 def threshold(shapes: ShapeSet, rates: Mapping[str, float]) -> list[Launch]:
@@ -171,21 +185,22 @@ def _bracketed(shapes: ShapeSet, bulk: Launch, sides: int) -> list[Launch]:
         bulk: the pass, without the bits that it stores.
     """
     numel, streams = shapes.numel, 2 * sides
-    cells = -(-numel // BRACKETING.stride(numel))
-    sampled = cells * BRACKETING.run * (SAMPLED * sides + HALVING * len(shapes.shapes).bit_length())
+    config, bracketing = default("fuse" if sides == 2 else "threshold").launch, default_bracketing()
+    cells = -(-numel // bracketing.stride(numel))
+    sampled = cells * bracketing.run * (SAMPLED * sides + HALVING * len(shapes.shapes).bit_length())
     bits, listed = numel / 8, _listed(shapes, sides)
     # Each listed element reads one sector of every score stream; in a fusion, of base, inner and outer too.
     gathered, stored = (7, 36) if sides == 2 else (streams, 4)
-    threads = numel / FUSE.chunk * FUSE.num_warps * LANES
+    threads = numel / config.chunk * config.num_warps * LANES
     return [
         Launch("fill", 0, 0),
-        Launch("sample", BRACKETING.first_samples * streams * SECTOR, 0),
+        Launch("sample", bracketing.first_samples * streams * SECTOR, 0),
         Launch("count sample", cells * streams * SECTOR, sampled),
         Launch(bulk.kernel, bulk.moved + bits, bulk.instructions),
         Launch(
             "list",
             bits + listed * (gathered * SECTOR + stored),
-            threads * (LIST_START + LIST_ENTRY * _iterations(64 * listed / numel, FUSE.block // 4)),
+            threads * (LIST_START + LIST_ENTRY * _iterations(64 * listed / numel, config.block // 4)),
         ),
         *[Launch("narrow", listed * sides * 4, 0)] * 2,
     ]
@@ -193,7 +208,8 @@ def _bracketed(shapes: ShapeSet, bulk: Launch, sides: int) -> list[Launch]:
 
 def _listed(shapes: ShapeSet, sides: int) -> float:
     """Expected number of elements that the brackets leave undecided."""
-    return BRACKETING.capacity(1 - DENSITY, shapes.numel, sides) / BRACKETING.list_slack
+    bracketing = default_bracketing()
+    return bracketing.capacity(1 - DENSITY, shapes.numel, sides) / bracketing.list_slack
 
 
 def _iterations(mean: float, lanes: int) -> float:
@@ -210,42 +226,43 @@ def _iterations(mean: float, lanes: int) -> float:
 
 @dataclass(frozen=True)
 class Call:
-    """A call whose time is predicted.
+    """A call whose time is predicted: an operation in float32, with S and U, on a set of shapes.
 
     Attributes:
-        launches: returns its launches.
-        least: minimum of bytes per element that it has to move.
-        share, microseconds: its goals: minimum share of a copy's speed, maximum time.
+        launches: counts it; its name is that of the operation.
     """
 
     launches: Callable[[ShapeSet, Mapping[str, float]], list[Launch]]
-    least: int
     shapes: ShapeSet
-    share: float | None = None
-    microseconds: float | None = None
 
-    def goal(self, seconds: float, share: float) -> str:
-        """The goal, and whether it is reached."""
-        if self.share is not None:
-            return f"at least {self.share:.0%}: {_verdict(share >= self.share)}"
-        if self.microseconds is not None:
-            return f"at most {self.microseconds:.0f} us: {_verdict(seconds * 1e6 <= self.microseconds)}"
-        return "-"
+    @property
+    def op(self) -> str:
+        return self.launches.__name__
 
+    @property
+    def least(self) -> int:
+        """Bytes an element that it has to move."""
+        return bytes_per_element(self.op, DTYPES["float32"])
 
-def _verdict(reached: bool) -> str:
-    return "reached" if reached else "NOT REACHED"
+    @property
+    def floor(self) -> float:
+        """Microseconds that a copy of the least bytes takes."""
+        return self.least * self.shapes.numel / H100.copy * 1e6
+
+    @property
+    def goal(self) -> Goal | None:
+        return next((goal for goal in GOALS if self._is_of(goal)), None)
+
+    def _is_of(self, goal: Goal) -> bool:
+        return goal.concerns(self.op, self.shapes.name, self.shapes.numel, "float32")
+
+    def microseconds(self, rates: Mapping[str, float]) -> float:
+        """The prediction; see :func:`observe`."""
+        return sum(launch.seconds() for launch in self.launches(self.shapes, rates)) * 1e6
 
 
 LARGE = fitted("one-64Mi", 2**26)
-CALLS = (
-    Call(observe, 24, LARGE),
-    Call(threshold, 8, LARGE),
-    Call(fuse, 32, LARGE, share=0.85),
-    Call(observe, 24, LORA_R8),
-    Call(threshold, 8, LORA_R8),
-    Call(fuse, 32, LORA_R8, microseconds=140),
-)
+CALLS = tuple(Call(op, shapes) for shapes in (LORA_R8, LARGE) for op in (observe, threshold, fuse, adamw))
 
 
 def table(rates: Mapping[str, float]) -> Table:
@@ -256,16 +273,15 @@ def table(rates: Mapping[str, float]) -> Table:
     """
     out = Table(
         title=f"predicted for one {H100.name}",
-        caption=f"float32, S and U, density {DENSITY}, from a CUDA graph. The model assumes a copy at "
-        f"{H100.copy / 1e12:.2f} TB/s and {H100.launch * 1e6:.0f} us per launch.",
+        caption=f"float32, S and U, density {DENSITY}, from a CUDA graph. {ASSUMPTIONS} "
+        "Floor: the time of a copy of the least bytes.",
     )
-    for heading in ("call", "shapes", "us", "of a copy", "goal", "measured", "us of each launch"):
+    for heading in ("call", "shapes", "us", "of the floor", "goal", "prediction", "us of each launch"):
         out.add_column(heading)
     for call in CALLS:
-        launches = call.launches(call.shapes, rates)
-        seconds = sum(launch.seconds() for launch in launches)
-        share = call.least * call.shapes.numel / H100.copy / seconds
+        launches, microseconds, goal = call.launches(call.shapes, rates), call.microseconds(rates), call.goal
         each = ", ".join(f"{launch.kernel} {launch.seconds() * 1e6:.0f}" for launch in launches)
-        figures = (f"{seconds * 1e6:.0f}", f"{share:.0%}", call.goal(seconds, share))
-        out.add_row(call.launches.__name__, call.shapes.name, *figures, "not measured", each)
+        times = f"{microseconds / call.floor:.2f}x"
+        stated = (goal.limit, goal.verdict(microseconds, call.floor)) if goal else ("-", "-")
+        out.add_row(call.op, call.shapes.name, f"{microseconds:.0f}", times, *stated, each)
     return out

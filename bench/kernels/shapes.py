@@ -108,7 +108,7 @@ SHAPES: dict[str, ShapeSet | Stack] = {
 QUICK = ("llama-2-13b-lora-r8", "one-16Mi")
 _DEVICE = {
     "cpu": (*QUICK, "llama-2-13b-lora-r64", "one-64Mi", "llama-3.2-1b", "llama-2-13b"),
-    "cuda": (*QUICK, "llama-2-13b-lora-r64", "llama-3.2-1b", "llama-2-13b", "one-2Gi"),
+    "cuda": (*QUICK, "llama-2-13b-lora-r64", "one-64Mi", "llama-3.2-1b", "llama-2-13b", "one-2Gi"),
 }
 
 

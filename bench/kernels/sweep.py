@@ -111,11 +111,11 @@ def _bracketing(seed: int) -> Iterator[None]:
     """Use the brackets of a seed, which may miss. All sizes use them, so each case has a bracketed pass."""
     from rkif_kernels.backends.triton import score_thresholds as threshold
     from rkif_kernels.backends.triton import select_and_fuse_ as fuse
-    from rkif_kernels.backends.triton.launch import BRACKETING
+    from rkif_kernels.backends.triton.launches import default_bracketing
 
     choose = random.Random(seed)
     bracketing = replace(
-        BRACKETING,
+        default_bracketing(),
         min_numel=1,
         sample_stride=choose.randint(2, 64),
         sigmas=choose.choice([0.5, 2.0, 4.0]),

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 
-def check_under(versions: Sequence[str], targets: Sequence[str]) -> tuple[list[dict[str, Any]], bool]:
+def check_under(
+    versions: Sequence[str], targets: Sequence[str], kernels: Sequence[str] = ()
+) -> tuple[list[dict[str, Any]], bool]:
     """Run ``bench aot`` under each version of Triton, in separate processes.
 
     Returns:
@@ -26,6 +28,7 @@ def check_under(versions: Sequence[str], targets: Sequence[str]) -> tuple[list[d
             rows = Path(folder) / "rows.json"
             command = [sys.executable, "-m", "bench", "aot", "--json", str(rows)]
             command += [part for target in targets for part in ("--target", target)]
+            command += [part for kernel in kernels for part in ("--kernel", kernel)]
             done = subprocess.run(command, env=environment(version), check=False)
             passed &= done.returncode == 0
             found += json.loads(rows.read_text(encoding="utf-8")) if rows.exists() else []

@@ -10,7 +10,7 @@ import triton.language as tl
 from bench.kernels.aot import compile_cases
 from bench.kernels.cases import Case
 from rkif_kernels.backends.triton.elements import kernel
-from rkif_kernels.backends.triton.launch import STREAM
+from rkif_kernels.backends.triton.launch import LaunchConfig
 
 
 @kernel
@@ -61,7 +61,7 @@ if __name__ == "__main__":
         good,
         replace(good, variant="narrow", function=_double_under_a_mask),
         replace(
-            good, variant="spills", function=_hoard, config=replace(STREAM, block=4096, num_warps=1, tiles=1)
+            good, variant="spills", function=_hoard, config=LaunchConfig(block=4096, tiles=1, num_warps=1)
         ),
         replace(good, variant="contracted", function=_contract),
         replace(good, variant="contracted, divides", function=_contract, divides=True),

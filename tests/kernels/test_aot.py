@@ -124,18 +124,15 @@ def test_a_fusion_of_the_adapter_is_counted_launch_by_launch() -> None:
     assert prediction._iterations(1.28, 1) == pytest.approx(1.28, rel=1e-4)  # of one lane: its mean
 
 
-def test_the_predictions_say_that_nothing_was_measured() -> None:
-    rates = {"observe": 20.0, "bracketed scores": 26.0, "bracketed fuse": 77.0}
+def test_the_predictions_are_held_against_the_goals() -> None:
+    rates = {"observe": 20.0, "bracketed scores": 26.0, "bracketed fuse": 77.0, "adamw": 60.0}
     columns = {str(column.header): list(column.cells) for column in prediction.table(rates).columns}
-    assert set(columns["measured"]) == {"not measured"}
-    assert columns["call"] == ["observe", "threshold", "fuse"] * 2
-    slow = {
-        column.header: list(column.cells) for column in prediction.table(dict.fromkeys(rates, 1e4)).columns
-    }
-    assert [cell for cell in slow["goal"] if cell != "-"] == [
-        "at least 85%: NOT REACHED",
-        "at most 140 us: NOT REACHED",
-    ]
+    assert columns["call"] == ["observe", "threshold", "fuse", "adamw"] * 2
+    limits = ["at most 1.25x the floor", "-", "at most 150 us", "-"]
+    assert columns["goal"] == [*limits, "at most 1.25x the floor", "-", "at most 1.15x the floor", "-"]
+    assert set(columns["prediction"]) == {"reached", "-"}
+    slow = prediction.table(dict.fromkeys(rates, 1e4)).columns[5]
+    assert list(slow.cells) == ["NOT REACHED", "-"] * 4
 
 
 def test_another_triton_version_replaces_the_installed_one(

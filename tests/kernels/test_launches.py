@@ -28,12 +28,12 @@ from rkif_kernels.backends.triton import (
     thresholds,
     undecided,
 )
-from rkif_kernels.backends.triton.launch import BRACKETING
+from rkif_kernels.backends.triton.launches import default_bracketing
 from rkif_kernels.backends.triton.table import aligned, tables
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = replace(BRACKETING, min_numel=1, sample_stride=2, run=1)
+SMALL = replace(default_bracketing(), min_numel=1, sample_stride=2, run=1)
 RULE = MergeRule(((1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (0.5, 0.5)), "inner")
 
 
@@ -107,7 +107,7 @@ def everything(a: dict[str, Any]) -> None:
     )
     limits = (torch.zeros(1, device=DEVICE),) * 2
     kernels.fuse_(FusionInputs(*a.values()), limits, RULE, config=CONFIG)
-    for bracketing in (SMALL, BRACKETING):
+    for bracketing in (SMALL, default_bracketing()):
         kernels.select_and_fuse_(
             FusionInputs(*a.values()), numel // 2, RULE, config=CONFIG, bracketing=bracketing
         )

@@ -28,7 +28,8 @@ import rkif_kernels
 from rkif_kernels import FusionInputs, MergeRule, Scores
 from rkif_kernels.backends import reference
 from rkif_kernels.backends.triton import select_and_fuse_, single_pass, thresholds
-from rkif_kernels.backends.triton.launch import BRACKETING, Bracketing
+from rkif_kernels.backends.triton.launch import Bracketing
+from rkif_kernels.backends.triton.launches import default_bracketing
 from rkif_kernels.backends.triton.windows import FAILED
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -274,7 +275,7 @@ def test_single_pass_on_random_inputs(
 def test_few_scores_use_radix_selection(fell_back: list[Tensor]) -> None:
     sizes = [CHUNK + 9, 5]
     scores = Scores(positive(sizes, torch.float32, 3))
-    check(models(sizes), scores, scores, 99, BRACKETING)
+    check(models(sizes), scores, scores, 99, default_bracketing())
     assert fell_back == []
 
 
@@ -329,8 +330,8 @@ def test_a_bracket_has_the_hand_computed_width() -> None:
     assert one.sample_ks(0.8, 100, 98) == (50, 100)
     assert one.sample_ks(0.0, 25, 98) == (-1, 3)
     assert one.sample_ks(1.0, 25, 98) == (21, 25)
-    assert BRACKETING.stride(64 << 20) == 128
-    assert BRACKETING.stride(64 << 22) == 256
+    assert default_bracketing().stride(64 << 20) == 128
+    assert default_bracketing().stride(64 << 22) == 256
     # Of 98 elements 25 are sampled; 4 * 3 / 25 of them lie in the brackets: 47.04, and half as many again.
     assert one.capacity(0.8, 98, sides=2) == 71
     # 4 runs of 8: a design effect of 4 doubles the standard deviation, 2 * sqrt(.16 * 32) + 1 = 5.53 scores.

@@ -17,7 +17,8 @@ from rkif_kernels.backends.triton.elements import (
     tile_mask,
 )
 from rkif_kernels.backends.triton.importance import store_importance, update_arguments
-from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig
+from rkif_kernels.backends.triton.launch import LaunchConfig
+from rkif_kernels.backends.triton.launches import chosen
 from rkif_kernels.backends.triton.table import ALIGNMENT, aligned, tables
 from rkif_kernels.contiguous import in_place
 from rkif_kernels.types import AdamWConstants, AdamWInputs, Smoothing
@@ -125,9 +126,10 @@ def adamw_(
     constants: AdamWConstants,
     smoothing: Smoothing,
     nonfinite: Tensor,
-    config: LaunchConfig = STREAM,
+    config: LaunchConfig | None = None,
 ) -> None:
     """See :func:`rkif_kernels.ops.adamw_`."""
+    config = config or chosen("adamw", inputs.lists, inputs.numel).launch
     written = (inputs.params, inputs.exp_avg, inputs.exp_avg_sq)
     states = (inputs.sensitivity or (), inputs.uncertainty or ())
     with ExitStack() as stack:

@@ -17,7 +17,8 @@ from rkif_kernels.backends.triton.elements import (
     load_row,
     tile_mask,
 )
-from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig
+from rkif_kernels.backends.triton.launch import LaunchConfig
+from rkif_kernels.backends.triton.launches import chosen
 from rkif_kernels.backends.triton.table import aligned, tables
 from rkif_kernels.types import Scores
 
@@ -78,10 +79,12 @@ def _count_kernel(
 
 
 def count_scores_(
-    counts: Tensor, scores: Scores, *, low: int, shift: int, config: LaunchConfig = STREAM
+    counts: Tensor, scores: Scores, *, low: int, shift: int, config: LaunchConfig | None = None
 ) -> None:
     """See :func:`rkif_kernels.ops.count_scores_`."""
-    rows = aligned((scores.sensitivity, scores.uncertainty))
+    lists = scores.sensitivity, scores.uncertainty
+    config = config or chosen("count", lists, scores.numel).launch
+    rows = aligned(lists)
     for table in tables(rows, config.chunk):
         _count_kernel[(table.programs,)](
             # Tensors
@@ -134,8 +137,9 @@ def _invalid_kernel(
         tl.atomic_add(invalid_ptr, total.to(tl.int64), sem="relaxed")
 
 
-def all_valid(tensors: Sequence[Tensor], config: LaunchConfig = STREAM) -> bool:
+def all_valid(tensors: Sequence[Tensor], config: LaunchConfig | None = None) -> bool:
     """See :func:`rkif_kernels.ops.all_valid_scores`."""
+    config = config or chosen("valid", (tensors,), sum(map(Tensor.numel, tensors))).launch
     invalid = torch.zeros(1, dtype=torch.int64, device=tensors[0].device)
     rows = aligned((tensors,))
     for table in tables(rows, config.chunk):

@@ -20,7 +20,8 @@ from rkif_kernels.backends.triton.elements import (
     squared_lanes,
     tile_mask,
 )
-from rkif_kernels.backends.triton.launch import FUSE, LaunchConfig
+from rkif_kernels.backends.triton.launch import LaunchConfig
+from rkif_kernels.backends.triton.launches import chosen
 from rkif_kernels.backends.triton.table import ALIGNMENT, Table, aligned, tables
 from rkif_kernels.contiguous import in_place
 from rkif_kernels.types import ROLES, FuseStats, FusionInputs, MergeRule
@@ -214,9 +215,13 @@ def merge_arguments(table: Table, rule: MergeRule, config: LaunchConfig) -> dict
 
 
 def fuse_(
-    inputs: FusionInputs, thresholds: tuple[Tensor, Tensor], rule: MergeRule, config: LaunchConfig = FUSE
+    inputs: FusionInputs,
+    thresholds: tuple[Tensor, Tensor],
+    rule: MergeRule,
+    config: LaunchConfig | None = None,
 ) -> FuseStats:
     """See :func:`rkif_kernels.ops.fuse_`."""
+    config = config or chosen("merge", inputs.lists, inputs.numel).launch
     device = thresholds[0].device
     counts = torch.zeros(4, dtype=torch.int64, device=device)
     with in_place(inputs.out, ALIGNMENT) as targets:

@@ -16,7 +16,8 @@ from rkif_kernels.backends.triton.elements import (
     round_to,
     tile_mask,
 )
-from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig, PreparedLaunch
+from rkif_kernels.backends.triton.launch import LaunchConfig, PreparedLaunch
+from rkif_kernels.backends.triton.launches import chosen
 from rkif_kernels.backends.triton.table import ALIGNMENT, Table, aligned, tables
 from rkif_kernels.contiguous import in_place
 from rkif_kernels.types import ImportanceInputs, Order, Smoothing
@@ -138,9 +139,10 @@ def _update_importance_kernel(
 
 
 def update_importance_(
-    inputs: ImportanceInputs, smoothing: Smoothing, nonfinite: Tensor, config: LaunchConfig = STREAM
+    inputs: ImportanceInputs, smoothing: Smoothing, nonfinite: Tensor, config: LaunchConfig | None = None
 ) -> None:
     """See :func:`rkif_kernels.ops.update_importance_`."""
+    config = config or chosen("observe", inputs.lists, inputs.numel).launch
     written = in_place(inputs.sensitivity, ALIGNMENT), in_place(inputs.uncertainty or (), ALIGNMENT)
     with written[0] as s, written[1] as u:
         rows = aligned((inputs.params, inputs.grads, s, u or None))
@@ -152,9 +154,7 @@ def update_importance_(
             )
 
 
-def prepare_update(
-    table: Table, order: Order, nonfinite: Tensor, config: LaunchConfig = STREAM
-) -> PreparedLaunch:
+def prepare_update(table: Table, order: Order, nonfinite: Tensor, config: LaunchConfig) -> PreparedLaunch:
     """The launch for one table; each call passes the factors as ``smoothing``."""
     arguments = update_arguments(table, order, nonfinite, config)
     return PreparedLaunch(_update_importance_kernel, table.programs, arguments, config.options)

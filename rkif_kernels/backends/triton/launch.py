@@ -1,4 +1,4 @@
-"""Launches of kernels: configurations as data, prepared launches, and the size of samples."""
+"""How kernels are launched, and how a sample brackets thresholds; what calls take is in launches.json."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ class LaunchConfig:
     @property
     def chunk(self) -> int:
         return self.block * self.tiles
+
+    @property
+    def label(self) -> str:
+        """In tables: block x tiles, warps."""
+        return f"{self.block} x {self.tiles}, {self.num_warps}"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -75,18 +80,6 @@ class PreparedLaunch:
         compiled = self._kernel[self._grid](**arguments, **self._options)
         if compiled is not None:  # Triton's interpreter compiles nothing
             self._launch = compiled[self._grid]
-
-
-# 1024 float32 elements over 4 warps are two 16-byte accesses per thread and stream. With eight tiles per
-# program, one set of atomics and one entry of the chunk table serve 8,192 elements: 13e9 parameters are 1.6
-# million chunks and 19 MB of table.
-STREAM = LaunchConfig(block=1024, tiles=8, num_warps=4)
-
-# A fusion holds seven streams in registers, and a single pass also masks and a list. Half as many elements
-# per thread need 125 registers instead of 200, so more programs fit on a multiprocessor.
-FUSE = LaunchConfig(block=512, tiles=16, num_warps=4)
-# For a fusion's bracketed pass and its finish; see LaunchConfig.max_registers.
-FUSE_PASS_REGISTERS = 128
 
 
 @dataclass(frozen=True)
@@ -137,17 +130,6 @@ class Bracketing:
     def _margin(self, fraction: float, sampled: int) -> float:
         """Half-width of a bracket, in sampled scores."""
         return self.sigmas * math.sqrt(fraction * (1 - fraction) * sampled * self.design_effect) + 1
-
-
-# A run costs a sector of 32 bytes in each of four streams, and a bracket's width falls with the square root
-# of the number of runs. One run of eight per 128 scores reads 3 % of all bytes and leaves 0.7 % of 64 Mi
-# elements undecided, which cost as much again. Neighbours are correlated, so eight count as about three.
-# Radix selection takes 17 launches for a fusion instead of 7, and reads scores four times; below 2^17
-# elements the sample would contain most of them. None of it is measured.
-BRACKETING = Bracketing(
-    min_numel=1 << 17, sample_stride=128, max_samples=1 << 20, sigmas=4.0, list_slack=2.0,
-    run=8, design_effect=2.5,
-)  # fmt: skip
 
 
 def capped_grid(programs: int, device: torch.device) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rkif_kernels.backends.triton.importance import prepare_update
-from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig, PreparedLaunch
+from rkif_kernels.backends.triton.launch import LaunchConfig, PreparedLaunch
+from rkif_kernels.backends.triton.launches import chosen
 from rkif_kernels.backends.triton.table import ALIGNMENT, StreamOrder, Table, build_tables
 from rkif_kernels.types import ImportanceInputs, Order, Smoothing
 
@@ -34,9 +35,10 @@ class PreparedUpdate:
         order: Order,
         nonfinite: Tensor,
         captured: list[object],
-        config: LaunchConfig = STREAM,
+        config: LaunchConfig | None = None,
     ) -> None:
-        self._device, self._nonfinite, self._order, self._config = inputs.device, nonfinite, order, config
+        self._device, self._nonfinite, self._order = inputs.device, nonfinite, order
+        self._config = config or chosen("observe", inputs.lists, inputs.numel).launch
         self._params, self._grads = _Places(), _Places()
         states = [_addresses(row, inputs.params) for row in (inputs.sensitivity, inputs.uncertainty)]
         self._rows = [self._params.find(inputs.params), self._grads.find(inputs.grads), *states]
@@ -48,7 +50,7 @@ class PreparedUpdate:
                 for row in inputs.lists
             ),
             tuple(tensor.numel() for tensor in inputs.params),
-            config.chunk,
+            self._config.chunk,
         )
         self._indices = [table.indices.tolist() for table in self._tables]
         self._streams = StreamOrder(self._device, [t for table in self._tables for t in table.memory])

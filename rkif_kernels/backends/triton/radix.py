@@ -20,7 +20,8 @@ from rkif_kernels.backends.triton.elements import (
     load_score,
     tile_mask,
 )
-from rkif_kernels.backends.triton.launch import STREAM, LaunchConfig
+from rkif_kernels.backends.triton.launch import LaunchConfig
+from rkif_kernels.backends.triton.launches import chosen
 from rkif_kernels.backends.triton.table import aligned, constant, tables
 from rkif_kernels.types import Scores
 
@@ -146,11 +147,13 @@ def _radix_select(remaining: Tensor, found: Tensor, config: LaunchConfig, count:
 
 
 def radix_thresholds(
-    scores: Scores, *, ks: Sequence[int], per_tensor: bool, config: LaunchConfig = STREAM
+    scores: Scores, *, ks: Sequence[int], per_tensor: bool, config: LaunchConfig | None = None
 ) -> Tensor:
     """See :func:`rkif_kernels.ops.score_thresholds`; one ``k`` for each group, from 0."""
+    lists = scores.sensitivity, scores.uncertainty
+    config = config or chosen("radix", lists, scores.numel).launch
     device = scores.sensitivity[0].device
-    rows = aligned((scores.sensitivity, scores.uncertainty))
+    rows = aligned(lists)
     grouped = tables(rows, config.chunk)
 
     def count(remaining: Tensor, prefixes: Tensor, histograms: Tensor, **digit: int) -> None:

@@ -43,14 +43,12 @@ from rkif_kernels.backends.triton.fuse import (
     store_norms,
 )
 from rkif_kernels.backends.triton.launch import (
-    BRACKETING,
-    FUSE,
-    FUSE_PASS_REGISTERS,
     Bracketing,
     LaunchConfig,
     PreparedLaunch,
     capped_grid,
 )
+from rkif_kernels.backends.triton.launches import chosen
 from rkif_kernels.backends.triton.radix import radix_thresholds
 from rkif_kernels.backends.triton.table import (
     ALIGNMENT,
@@ -285,19 +283,22 @@ def select_and_fuse_(
     k: int,
     rule: MergeRule,
     *,
-    config: LaunchConfig = FUSE,
-    bracketing: Bracketing = BRACKETING,
+    config: LaunchConfig | None = None,
+    bracketing: Bracketing | None = None,
 ) -> FuseStats:
     """See :func:`rkif_kernels.ops.select_and_fuse_`, for one threshold per side.
 
     ``k`` is that of both thresholds, from 0. ``out`` shares no memory with the inputs.
     """
+    row = chosen("fuse", inputs.lists, inputs.numel)
+    bracketing = bracketing or row.bracketing
     if inputs.numel < bracketing.min_numel:
         inner, outer = (
             radix_thresholds(scores, ks=[k], per_tensor=False, config=config)
             for scores in (inputs.inner_scores, inputs.outer_scores)
         )
         return fuse_(inputs, (inner, outer), rule, config)
+    config = config or row.launch
     with in_place(inputs.out, ALIGNMENT) as targets:
         rows = aligned((targets, *inputs.lists[1:]))  # copies among them live until the last launch
         return BracketedFusion(tables(rows, config.chunk), k, rule, config, bracketing).launch()
@@ -308,10 +309,12 @@ def prepared_fusion(
     k: int,
     rule: MergeRule,
     *,
-    config: LaunchConfig = FUSE,
-    bracketing: Bracketing = BRACKETING,
+    config: LaunchConfig | None = None,
+    bracketing: Bracketing | None = None,
 ) -> Callable[[FusionInputs], FuseStats] | None:
-    """:func:`select_and_fuse_` for fixed addresses; None if it would copy tensors."""
+    """:func:`select_and_fuse_` for tensors that stay where they are; None where it makes copies of some."""
+    row = chosen("fuse", inputs.lists, inputs.numel)
+    config, bracketing = config or row.launch, bracketing or row.bracketing
     rows = aligned(inputs.lists)
     pairs = zip(rows, inputs.lists, strict=True)
     stay = all(same_tensors(row, own) for row, own in pairs if own is not None)
@@ -342,8 +345,8 @@ class BracketedFusion:
         grouped: Sequence[Table],
         k: int,
         rule: MergeRule,
-        config: LaunchConfig = FUSE,
-        bracketing: Bracketing = BRACKETING,
+        config: LaunchConfig,
+        bracketing: Bracketing,
     ) -> None:
         self._device = grouped[0].pointers.device
         numel = sum(table.numel for table in grouped)
@@ -354,9 +357,9 @@ class BracketedFusion:
         wanted = (max(table.programs, triton.cdiv(undecided.capacity, config.block)) for table in grouped)
         programs = [capped_grid(count, self._device) for count in wanted]
         self._undecided, self._norm_rows = undecided, rows[-1] + sum(programs)
-        brackets, self._samples = find_brackets(grouped, kind, fraction, bracketing, config)
+        selection = replace(config, max_registers=None)
+        brackets, self._samples = find_brackets(grouped, kind, fraction, bracketing, selection)
         passes, finish = [], []
-        options = replace(config, max_registers=FUSE_PASS_REGISTERS).options
         for index, table in enumerate(grouped):
             arguments = table.arguments | merge_arguments(table, rule, config)
             arguments |= {"first_row": rows[index], "rows": rows[-1], "capacity": undecided.capacity}
@@ -365,7 +368,7 @@ class BracketedFusion:
                     _bracketed_fuse_kernel,
                     table.programs,
                     arguments | {"k": k, "STEP": PASS_STEP},
-                    options,
+                    config.options,
                 )
             )
             arguments |= {
@@ -374,8 +377,8 @@ class BracketedFusion:
                 "all_programs": sum(programs),
                 "STEP": FINISH_STEP,
             }
-            finish.append(PreparedLaunch(_finish_kernel, programs[index], arguments, options))
-        searches = list_and_search(grouped, undecided, kind, config)
+            finish.append(PreparedLaunch(_finish_kernel, programs[index], arguments, config.options))
+        searches = list_and_search(grouped, undecided, kind, selection)
         self._launches = [*brackets, *passes, *searches, *finish]
 
     def launch(self) -> FuseStats:

@@ -20,14 +20,8 @@ from rkif_kernels.backends.triton.elements import (
     pack_counts,
     tile_mask,
 )
-from rkif_kernels.backends.triton.launch import (
-    BRACKETING,
-    FUSE,
-    STREAM,
-    Bracketing,
-    LaunchConfig,
-    PreparedLaunch,
-)
+from rkif_kernels.backends.triton.launch import Bracketing, LaunchConfig, PreparedLaunch
+from rkif_kernels.backends.triton.launches import chosen
 from rkif_kernels.backends.triton.radix import radix_thresholds
 from rkif_kernels.backends.triton.table import aligned, tables
 from rkif_kernels.backends.triton.undecided import (
@@ -122,15 +116,17 @@ def score_thresholds(
     ks: Sequence[int],
     per_tensor: bool,
     config: LaunchConfig | None = None,
-    bracketing: Bracketing = BRACKETING,
+    bracketing: Bracketing | None = None,
 ) -> Tensor:
     """See :func:`rkif_kernels.ops.score_thresholds`; one ``k`` for each group, from 0."""
-    numel = scores.numel
+    lists, numel = (scores.sensitivity, scores.uncertainty), scores.numel
+    row = chosen("threshold", lists, numel)
+    bracketing = bracketing or row.bracketing
     if per_tensor or numel < bracketing.min_numel:
-        return radix_thresholds(scores, ks=ks, per_tensor=per_tensor, config=config or STREAM)
-    config = config or FUSE
+        return radix_thresholds(scores, ks=ks, per_tensor=per_tensor, config=config)
+    config = config or row.launch
     (k,), fraction = ks, ks[0] / max(numel - 1, 1)
-    rows = aligned((scores.sensitivity, scores.uncertainty))  # copies among them live until the last launch
+    rows = aligned(lists)  # copies among them live until the last launch
     grouped = tables(rows, config.chunk)
     device = grouped[0].pointers.device
     undecided = Undecided.of(grouped, bracketing.capacity(fraction, numel, sides=1), 1, config)
