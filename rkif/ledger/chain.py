@@ -157,6 +157,9 @@ def digest(record: Mapping[str, Any]) -> str:
 def canonical(record: Mapping[str, Any]) -> bytes:
     """One line of ASCII with sorted keys and no spaces; the same for equal records.
 
+    It is not RFC 8785: floats, characters beyond ASCII and the order of keys beyond the basic plane differ.
+    docs/guide/signatures.md has the list.
+
     Raises:
         ValueError: a number is NaN or infinite, which JSON has no name for.
     """

@@ -73,10 +73,13 @@ def test_it_has_settings_versions_times_and_digests_of_all_inputs(rkif: Rkif, mo
     assert started <= finished
     assert str(models) not in json.dumps(statement)
 
+
+def test_it_has_the_fields_of_slsa(rkif: Rkif, models: Path) -> None:
     pytest.importorskip("in_toto_attestation")
     from google.protobuf import json_format
     from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
 
+    statement = fuse(rkif, models, models / "out")
     json_format.ParseDict(statement["predicate"], provenance_pb2.Provenance())
 
 

@@ -94,17 +94,12 @@ def signed_statement(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("curve", ["SECP256R1", "SECP384R1", "SECP521R1"])
-def test_model_signing_accepts_our_signature_and_finds_changes(
-    rkif: Rkif, folder: Path, tmp_path: Path, curve: str
-) -> None:
+def test_model_signing_accepts_our_signature(rkif: Rkif, folder: Path, tmp_path: Path, curve: str) -> None:
     key, public = write_keys(tmp_path, curve=curve)
     assert rkif("sign", folder, "--key", key) == (0, f"{folder / 'model.sig'}: 5 files are signed\n", "")
     check = ("verify", "key", folder, "--public_key", public, "--signature", folder / "model.sig")
     assert model_signing(*check) == (0, "Verification succeeded\n")
-    (folder / "README.md").write_text("other")
-    status, output = model_signing(*check)
-    assert status == 1
-    assert re.search(r"Hash mismatch for \W+README.md", output)
+    assert rkif("verify", folder, "--key", public)[0] == 0
 
 
 def test_we_accept_the_signature_of_model_signing_and_find_changes(
@@ -139,8 +134,13 @@ def test_a_signed_run_has_its_ledgers_head(
     assert (status, errors) == (0, "")
     assert f"{len(files)} files are as they were signed; the ledger has {records} records" in output
     assert head in output
-    check = ("--public_key", keys[1], "--signature", tmp_path / "elsewhere" / "model.sig")
-    assert model_signing("verify", "key", tmp_path / "elsewhere", *check)[0] == 0
+    moved = tmp_path / "elsewhere"
+    check = ("verify", "key", moved, "--public_key", keys[1], "--signature", moved / "model.sig")
+    assert model_signing(*check) == (0, "Verification succeeded\n")
+    (moved / "metrics.json").write_text("{}")
+    status, output = model_signing(*check)
+    assert status == 1
+    assert re.search(r"Hash mismatch for \W+metrics.json", output)
 
 
 def test_a_ledger_that_differs_from_the_signed_head_is_found(
@@ -451,13 +451,54 @@ def test_a_verdict_maps_to_a_result_and_its_criteria_to_tests(
     predicate = json.loads(rkif("log", run, "--test-result", 1)[1])["predicate"]
     assert predicate["result"] == result
     assert {name: predicate[name] for name in tests} == tests
+
+
+def test_a_test_result_has_the_fields_of_in_toto(rkif: Rkif, original: Path) -> None:
     pytest.importorskip("in_toto_attestation")
     from google.protobuf import json_format
     from in_toto_attestation.predicates.test_result.v0 import test_result_pb2
 
+    predicate = json.loads(rkif("log", original, "--test-result", 2)[1])["predicate"]
     json_format.ParseDict(predicate, test_result_pb2.TestResult())
 
 
 def test_a_round_that_was_not_checked_has_no_test_result(rkif: Rkif, original: Path) -> None:
     assert f"no gate checked round 1 of {original}" in refused(rkif, "log", original, "--test-result", 1)
     assert f"{original} has no round 3; it has 2 rounds" in refused(rkif, "log", original, "--test-result", 3)
+
+
+def guide(name: str) -> str:
+    return (Path(__file__).parents[2] / "docs" / "guide" / name).read_text(encoding="utf-8")
+
+
+def test_the_commands_of_the_guide_run(
+    rkif: Rkif, run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("model_signing")
+    run.rename(tmp_path / "RUN")
+    folder.rename(tmp_path / "fused")
+    monkeypatch.chdir(tmp_path)
+    commands = "".join(re.findall(r"```sh\n(.*?)```", guide("signatures.md"), flags=re.DOTALL)).splitlines()
+    assert len(commands) == 10
+    for command in commands:
+        call, _, target = command.partition(" > ")
+        program, *arguments = call.split()
+        if program == "rkif":
+            status, output, errors = rkif(*arguments)
+            assert status == 0, errors
+            if target:
+                Path(target).write_text(output)
+        else:
+            program = {"python": sys.executable}.get(program, program)
+            subprocess.run([program, *arguments], check=True, capture_output=True)
+
+
+def test_the_audit_page_names_fields_that_a_ledger_has(rkif: Rkif, run: Path) -> None:
+    assert rkif("rollback", run, "--to", 1)[0] == 0
+    records = [json.loads(line) for line in (run / "ledger.jsonl").open()]
+    fields = {(record["event"], key) for record in records for key in record}
+    events = {event for event, _ in fields}
+    named = [name.split(".") for name in re.findall(r"`(\w+\.\w+)`", guide("audit.md"))]
+    named = [name for name in named if name[0] in events]
+    assert {event for event, _ in named} == {"begin", "round", "task", "state", "measured", "rollback"}
+    assert [name for name in named if tuple(name) not in fields] == []
