@@ -12,6 +12,7 @@ from rkif.cli.options import announce
 
 if TYPE_CHECKING:
     from rkif.attest.head import LedgerHead
+    from rkif.ledger.chain import LedgerRecord
 
 commands = typer.Typer()
 
@@ -23,7 +24,7 @@ def sign_command(
     ],
     key: Annotated[Path, typer.Option("--key", help="PEM file of a private key on P-256, P-384 or P-521.")],
 ) -> None:
-    """Sign every file of a folder, and the head of a run's ledger, in the format of OpenSSF Model Signing.
+    """Sign every file of a folder, and the head of a ledger, in the format of OpenSSF Model Signing.
 
     A run is checked against its ledger first, and an output of `rkif fuse` against its manifest.
     The signature is DIR/model.sig.
@@ -93,7 +94,7 @@ def _refuse(folder: Path, problems: list[str]) -> None:
 
 
 def _checked_head(folder: Path) -> LedgerHead | None:
-    """The head of a run's ledger, after the run was checked against it; None if there is no ledger."""
+    """The head of a ledger, after a run was checked against it; None for a folder without a ledger."""
     from rkif.continual.rundir.folder import RunReader
     from rkif.continual.rundir.head import head_of
     from rkif.continual.rundir.verify import require_whole
@@ -101,26 +102,36 @@ def _checked_head(folder: Path) -> LedgerHead | None:
 
     if not (folder / LEDGER).exists():
         return None
+    if not (folder / "config.yaml").exists():  # a ledger outside of a run
+        return head_of(_chain(folder / LEDGER))
     reader = RunReader(folder)
     records = reader.ledger()
     require_whole(reader, records)
     return head_of(records)
 
 
+def _chain(path: Path) -> list[LedgerRecord]:
+    """The records of a ledger in a whole chain; at least one."""
+    from rkif.ledger.chain import LedgerError, read_ledger
+
+    records = list(read_ledger(path))
+    if not records:
+        raise LedgerError(f"{path} holds no record")
+    return records
+
+
 def _ledger_problems(folder: Path, signed: LedgerHead) -> list[str]:
-    """How a run's ledger differs from the head that was signed."""
+    """How a ledger differs from the head that was signed."""
     from rkif.continual.rundir.head import require_head
-    from rkif.ledger.chain import LEDGER, LedgerError, read_ledger
+    from rkif.ledger.chain import LEDGER, LedgerError
 
     path = folder / LEDGER
     if not path.is_file():
         return []  # which is reported as a missing file
     try:
-        records = list(read_ledger(path))
-        if not records:
-            raise LedgerError(f"{path} holds no record")
+        records = _chain(path)
         require_head(records, signed, path, "the signature")
     except LedgerError as error:
         return [str(error)]
     added = len(records) - signed.records
-    return [f"{path}: {added} records were added after the run was signed"] if added else []
+    return [f"{path}: {added} records were added after it was signed"] if added else []

@@ -169,7 +169,21 @@ def test_a_ledger_that_differs_from_the_signed_head_is_found(
     from rkif.ledger.chain import Ledger
 
     Ledger(ledger).append({"event": "measured", "files": {}})
-    assert "1 records were added after the run was signed" in refused(rkif, "verify", run, "--key", keys[1])
+    assert "1 records were added after it was signed" in refused(rkif, "verify", run, "--key", keys[1])
+
+
+def test_a_ledger_outside_of_a_run_is_signed_with_its_head(
+    rkif: Rkif, original: Path, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    lines = (original / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "ledger.jsonl").write_bytes(b"".join(lines[:2]) + b"torn")
+    assert "record 2 is torn" in refused(rkif, "sign", folder, "--key", keys[0])
+    (folder / "ledger.jsonl").write_bytes(b"".join(lines[:2]))
+    assert rkif("sign", folder, "--key", keys[0])[0] == 0
+    assert signed_statement(folder)["predicate"]["ledger"]["hash"] == json.loads(lines[1])["hash"]
+    assert "the ledger has 2 records" in rkif("verify", folder, "--key", keys[1])[1]
 
 
 def garble(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:

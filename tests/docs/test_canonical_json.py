@@ -14,7 +14,7 @@ from checkpoint_files import Triple
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkif.continual.rundir.ledger import canonical
+from rkif.ledger.chain import canonical
 
 TEXT = (Path(__file__).parents[2] / "docs" / "guide" / "signatures.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| [^|`]+ \| `(.+?)` \| `(.+?)` \| (?:`(.+?)`|none) \|$", TEXT, flags=re.MULTILINE)
