@@ -47,6 +47,13 @@ SELECTS = {
     "peft ties": "20 % of each tensor by magnitude, by topk; majority sign; tensors in memory",
 }
 
+# What `rkif fuse` imports; `rkif --help` would not import PyTorch, as that of mergekit does.
+START = """
+from rkif.cli.options import importing
+with importing():
+    from rkif.checkpoint import display, fuse
+"""
+
 # PEFT merges adapters of a loaded model. Its tensor functions can merge a whole model.
 PEFT = """
 import json, sys, torch
@@ -189,7 +196,7 @@ def _commands(folder: Path, peers: Path | None, device: torch.device) -> dict[st
     commands = {
         "read": ["sh", "-c", f"cat {files} > /dev/null"],
         "cat": ["sh", "-c", f"mkdir '{out}' && cat {files} > '{out}/all'"],
-        "rkif start": [*rkif, "--version"],
+        "rkif start": [sys.executable, "-c", START],
         "rkif recurrent_kif": [*chosen, *ours],
         "rkif ties": [*chosen, "--method", "ties", *merge, *density],
         "rkif dare_ties": [*chosen, "--method", "dare_ties", *merge, *density],

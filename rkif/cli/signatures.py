@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rkif.cli.options import announce
+from rkif.cli.options import announce, importing
 
 if TYPE_CHECKING:
     from rkif.attest.head import LedgerHead
@@ -51,10 +51,11 @@ def verify_command(
 ) -> None:
     """Check every byte of an output of `rkif fuse`, by its manifest; or of any folder, by its signature."""
     announce(f"Checking every byte of {folder}")
-    from rich.console import Console
+    with importing():
+        from rich.console import Console
 
-    from rkif.checkpoint.display import Bar
-    from rkif.checkpoint.manifest import read_manifest, verify
+        from rkif.checkpoint.display import Bar
+        from rkif.checkpoint.manifest import read_manifest, verify
 
     if key is not None:
         _verify_signature(folder, key)
