@@ -56,6 +56,8 @@ def reproduce(run: Path, number: int, progress: RunProgress) -> Reproduction:
     if number not in rounds:
         raise ValueError(f"no round {number}: {run} has {len(rounds)} of them")
     recorded = rounds[number]
+    if recorded["task"] is None:
+        raise ValueError(f"{run} is the ledger of a training loop, which rkif cannot repeat")
     index = reader.metrics()["tasks"].index(recorded["task"])
     start, state = _nearest(run, ledger, number, index)
     config = load_config(run / "config.yaml")

@@ -70,6 +70,12 @@ def to_local_like(tensor: Tensor, parameter: Tensor) -> Tensor:
                 return tensor.redistribute(mesh, placements).to_local()
             tensor = tensor.full_tensor()  # DTensor has no other way from one mesh to another
         return distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()
+    return to_whole(tensor)
+
+
+@torch.no_grad()
+def to_whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, gathered by all processes if it is sharded; a plain tensor itself, detached."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor.detach()
 
 

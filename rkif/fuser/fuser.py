@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,8 +25,10 @@ from rkif.fuser.round_fusion import (
     fusion_plan,
     learner_thresholds,
     require_complete,
+    require_inner_phase,
     skip_round,
 )
+from rkif.fuser.round_ledger import RoundLedger, recorded
 from rkif.fuser.snapshot import Snapshot, SnapshotPool
 from rkif.fuser.state import load_state, read, state_of, write
 from rkif.fuser.watch import ParameterWatch
@@ -55,11 +58,14 @@ class Fuser:
     of them; a call that fails on one fails on all, with the cause. See docs/guide/distributed.md.
 
     Args:
-        parameters: a module, or an iterable of (name, parameter); the trainable ones take part.
+        parameters: a module, or an iterable of (name, parameter); the trainable ones take part. Only in a
+            module is a replaced parameter noticed.
         config: settings; the default is :class:`FusionConfig`'s.
         gate: what every fusion is checked by before it is kept; see :mod:`rkif.gate`. After a verdict of
             "undo" or "stop" parameters and importance are as at the start of the round (which takes a copy
             of the importance); the optimizers' state is the caller's.
+        ledger: a folder for a record of every round (docs/guide/ledger.md): a new one, or that of a fuser
+            whose state is loaded next. A record copies the parameters and both learners' scores for a moment.
 
     Attributes:
         config: the settings.
@@ -74,6 +80,7 @@ class Fuser:
         TypeError, ValueError: nothing is trainable, parameters on several devices, unsupported dtypes, or a
             model that is sharded in a way that hides its gradients (DeepSpeed, FSDP1).
         RuntimeError: other settings, parameters or another gate than on another rank.
+        ValueError, OSError: ``ledger`` has other files or settings, is damaged, or cannot be written.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class Fuser:
         config: FusionConfig | None = None,
         *,
         gate: Gate | None = None,
+        ledger: str | os.PathLike[str] | None = None,
     ) -> None:
         self.config = FusionConfig() if config is None else config
         if not isinstance(self.config, FusionConfig):
@@ -110,17 +118,18 @@ class Fuser:
         self._inner: Snapshot | None = None  # where the inner learner stopped; only in the outer phase
         # Importance at the start of the round, which a gate may return to where it is not zero.
         self._start = {name: t.clone() for name, t in self._kept_importance().items() if gate is not None}
-        # Elements whose importance was not finite: those that this process counts, and its replicas.
+        # Elements with non-finite importance: those that this process counts, and its replicas.
         self._nonfinite = torch.zeros(2, dtype=torch.int64, device=parts[0].device)
         self._counters = torch.split(self._nonfinite, 1)
         self._plan = fusion_plan(self.config, list(self.parameters))
         self._with_gradient: set[str] = set()
         self._observed: dict[Learner, int] = {"inner": 0, "outer": 0}
-        self._outer_settled = False  # refresh_outer=False: whether a fusion has gone by the outer importance
+        self._outer_settled = False  # refresh_outer=False: whether a fusion has used the outer importance
         self._observer: int | None = None  # the id of who has observed in this phase
         self.phase: Learner = "inner"
         self.round = 0
         self.last_report: FusionReport | None = None
+        self._ledger = None if ledger is None else RoundLedger(Path(ledger), self)
 
     @property
     def sharded(self) -> bool:
@@ -191,11 +200,7 @@ class Fuser:
             RuntimeError: the outer phase has begun already, or a parameter or the layer that holds it was
                 replaced, or has another dtype or shape.
         """
-        if self.phase == "outer":
-            raise RuntimeError(
-                "begin_outer() was called twice in a round; end the round with fuse() or rollback()"
-            )
-        self._watch.require_unchanged()
+        require_inner_phase(self)
         if self.config.pack_inner:
             thresholds = learner_thresholds(self, "inner")
         inner = self._snapshot(self._dtypes, self._shards.parts())
@@ -206,6 +211,7 @@ class Fuser:
         self.phase = "outer"
 
     @uncompiled
+    @recorded
     def fuse(self) -> FusionReport:
         """End the round: replace the parameters by the fusion, which is the next round's ``base``.
 
@@ -237,6 +243,7 @@ class Fuser:
         self.fuse()
 
     @uncompiled
+    @recorded
     def rollback(self) -> None:
         """Give the round up: the parameters return to ``base``, bit for bit, and a new round begins.
 

@@ -28,6 +28,22 @@ def fusion_plan(config: FusionConfig, names: list[str]) -> FusionPlan:
     )
 
 
+def require_inner_phase(fuser: Fuser) -> None:
+    """Check that the outer phase of the round may begin.
+
+    Raises:
+        RuntimeError, ValueError: see :meth:`rkif.Fuser.begin_outer`.
+    """
+    with fuser._shards.processes.raise_on_any_failure():
+        if fuser.phase == "outer":
+            raise RuntimeError(
+                "begin_outer() was called twice in a round; end the round with fuse() or rollback()"
+            )
+        fuser._watch.require_unchanged()
+    if fuser._ledger is not None:
+        fuser._ledger.require_position()
+
+
 def require_complete(fuser: Fuser) -> int:
     """Check that the round under way can be fused; the number of elements whose importance was not finite.
 

@@ -105,6 +105,8 @@ def load_state(fuser: Fuser, state: Mapping[str, Tensor]) -> None:
     )
     if not fuser._shards.sharded:
         fuser._nonfinite[0] = int(state["nonfinite"])
+    if fuser._ledger is not None:
+        fuser._ledger.resumed = True
     fuser._observer = None
     fuser.phase = "outer" if in_outer else "inner"
     fuser._outer_settled = bool(state.get("outer_settled", False))

@@ -70,7 +70,8 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Start from the current weights, or continue from the checkpoint that training resumes from."""
-        self.fuser = Fuser(self.trainer.model_wrapped, self.trainer.fusion, gate=self.trainer.gate)
+        trainer = self.trainer
+        self.fuser = Fuser(trainer.model_wrapped, trainer.fusion, gate=trainer.gate, ledger=trainer.ledger)
         # Not prepared by the accelerator: its clip_grad_norm_ unscales the gradients of every optimizer that
         # it knows, so it would unscale parameters that two optimizers share twice.
         self.optimizer = self.trainer.create_outer_optimizer()

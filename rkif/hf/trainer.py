@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +62,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         outer_learning_rate: float = 1e-3,
         gate: Gate | None = None,
         optimizer: Literal["rkif_adamw"] | None = None,
+        ledger: str | os.PathLike[str] | None = None,
         eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -77,6 +79,8 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
                 them), and training continues with the next batch; "stop" ends training after that step.
             optimizer: "rkif_adamw" trains both learners with `rkif.optim.AdamW` instead of ``args.optim``,
                 with the learning rate, betas, epsilon and weight decay of `args`.
+            ledger: a folder for the record of every round, as for `Fuser`. It is new or empty, or that of the
+                training that is resumed. Nothing is recorded without a memory.
 
         Raises:
             TypeError: `fusion` is no `FusionConfig`, `gate` is no `Gate`, or the memory lacks a length or
@@ -103,6 +107,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
             if optimizer is not None and kwargs.get(other) not in (None, (None, None)):
                 raise ValueError(f"optimizer={optimizer!r} and {other} both choose an optimizer: pass one")
         self._optimizer_name = optimizer
+        self.ledger = ledger
         self._rkif: TrainerRounds | None = None
 
         # The trainer refuses to evaluate without a dataset. The memory in its place would hide that mistake.

@@ -14,6 +14,8 @@ from torch import Tensor
 from rkif.fusion import FusionReport, Thresholds
 from rkif.ledger.chain import LedgerRecord
 
+FORMAT = 2  # of the files of a run; the first had no digests of states and metrics
+
 
 def now() -> str:
     """The time of a record."""

@@ -49,12 +49,14 @@ def test_the_config_is_valid() -> None:
     RunConfig.model_validate(yaml.safe_load(code))
 
 
-def test_the_documented_gate_is_valid() -> None:
+def test_the_documented_gate_and_ledger_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (README.parent / "docs" / "guide" / "ledger.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(compile(code, "ledger.md", "exec"), names)
-    assert names["fuser"].round == 0
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(code, "ledger.md", "exec"), names)
+        assert names["fuser"].round == 0
+    assert (tmp_path / "ledgers" / "task-3" / "ledger.jsonl").exists()
     (gate,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     (config,) = snippets("yaml")
     settings = RunConfig.model_validate(yaml.safe_load(config) | yaml.safe_load(gate)).gate

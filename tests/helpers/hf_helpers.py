@@ -98,7 +98,15 @@ class OverflowingTrainer(InOrderTrainer):
 def trainer(folder: Any, *, kind: Any = InOrderTrainer, **changes: Any) -> Any:
     """A trainer of `kind` on the tiny data; `changes` are arguments of it or of `TrainingArguments`."""
     own = {"model", "memory_dataset", "fusion", "outer_learning_rate", "train_dataset", "eval_dataset"}
-    own |= {"optimizer", "optimizers", "optimizer_cls_and_kwargs", "callbacks", "data_collator", "gate"}
+    own |= {
+        "ledger",
+        "optimizer",
+        "optimizers",
+        "optimizer_cls_and_kwargs",
+        "callbacks",
+        "data_collator",
+        "gate",
+    }
     given: dict[str, Any] = {"train_dataset": NEW}
     if issubclass(kind, RKIFMixin):
         given |= {"memory_dataset": MEMORY, "fusion": FUSION, "outer_learning_rate": OUTER_RATE}

@@ -116,9 +116,16 @@ class Momentum(torch.optim.Optimizer):
 class Loop:
     """Events 0..2 are inner steps, 3 begins the outer phase, 4 and 5 are outer steps, 6 fuses; and again."""
 
-    def __init__(self, model: nn.Module, config: rkif.FusionConfig, *, adamw: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: rkif.FusionConfig,
+        *,
+        adamw: bool = False,
+        ledger: Path | None = None,
+    ) -> None:
         self.model, self.adamw = model, adamw
-        self.fuser = rkif.Fuser(model, config)
+        self.fuser = rkif.Fuser(model, config, ledger=ledger)
         optimizer = partial(rkif.optim.AdamW, fuser=self.fuser) if adamw else Momentum
         self.inner, self.outer = (optimizer(model.parameters(), lr=lr) for lr in (0.05, 0.1))
         self.reports: list[dict[str, object]] = []
@@ -162,7 +169,9 @@ def same_bits(folder: Path) -> None:
             for sample in (1 << 18, 8):
                 rkif.distributed.thresholds.SAMPLE = sample
                 dtype = torch.bfloat16 if name == "bf16" else torch.float32
-                loop = Loop(spread(make_model(dtype), kind), CONFIGS[name], adamw=name == "adamw")
+                ledger = folder / f"{kind}-ledger" if (name, sample) == ("release", 8) else None
+                model = spread(make_model(dtype), kind)
+                loop = Loop(model, CONFIGS[name], adamw=name == "adamw", ledger=ledger)
                 loop.run(range(21))
                 keep(folder, f"{kind}-{name}-{sample}", loop.result(), loop.reports)
 

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from tiny import tiny_t5
 from transformers import Trainer, TrainerCallback
 
+from rkif.continual.rundir.verify import verify
 from rkif.hf import RKIFTrainer
+from rkif.ledger.chain import LedgerError, read_ledger
 
 # 24 samples in batches of 2: 12 steps per epoch. Rounds of 3 end at steps 3, 6, 9, 12 and, with the tail, 14.
 STEPS = {"max_steps": 14, "save_strategy": "steps", "save_steps": 1}
@@ -166,3 +168,20 @@ def test_a_new_run_does_not_resume(tmp_path: Path, whole: Any) -> None:
     run.train(resume_from_checkpoint=str(folder / "checkpoint-13"))
     run.train()
     assert run._rkif.memory_position == 5 * 2 * 2
+
+
+def test_a_ledger_is_continued(tmp_path: Path) -> None:
+    """Resumed before the last round that the ledger has: the round is recorded again, after a return."""
+    steps = {"save_strategy": "steps", "save_steps": 1}
+    run = trainer(tmp_path / "run", ledger=tmp_path / "ledger", **steps)
+    run.train()
+    resumed = trainer(tmp_path / "resumed", ledger=tmp_path / "ledger", **steps)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
+    found = list(read_ledger(tmp_path / "ledger" / "ledger.jsonl"))
+    assert [r["event"] for r in found] == ["begin", *["round"] * 3, "rollback", *["round"] * 2]
+    assert [r["steps"] for r in found if r["event"] == "round"] == [[0, 3], [3, 6], [6, 7], [3, 6], [6, 7]]
+    assert found[-1]["parameters"] == found[3]["parameters"]
+    verify(tmp_path / "ledger")
+    again = trainer(tmp_path / "again", ledger=tmp_path / "ledger")
+    with pytest.raises(LedgerError, match="has 3 rounds, and this fuser has ended 0"):
+        again.train()

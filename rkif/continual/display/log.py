@@ -90,14 +90,14 @@ def table(records: Sequence[LedgerRecord], module: str | None) -> Table:
             first, stop = record["steps"]
             shown.add_row(
                 str(record["round"]),
-                record["task"],
+                record["task"] or "",
                 f"{first + 1}-{stop}",
                 _coloured(_verdict(record)),
                 *part.shares,
                 f"{part.moved:.3g}",
             )
         elif module is None and record["event"] not in ("state", "measured"):
-            shown.add_row("", record.get("task", ""), "", Text(_event(record), style="dim"))
+            shown.add_row("", record.get("task") or "", "", Text(_event(record), style="dim"))
     return shown
 
 
@@ -127,7 +127,7 @@ def explain(records: Sequence[LedgerRecord], module: str) -> list[Table]:
             importance = [f"{value:.1e}" for value in part.importance]
             by_round.add_row(
                 str(record["round"]),
-                record["task"],
+                record["task"] or "",
                 _coloured(_verdict(record)),
                 f"{part.moved:.3g}",
                 *part.shares,
@@ -140,7 +140,7 @@ def explain(records: Sequence[LedgerRecord], module: str) -> list[Table]:
         moved = sum(part.moved for part in parts_of_task)
         total = Share(moved, counts, parts_of_task[-1].importance)
         by_task.add_row(
-            task,
+            task or "",
             str(len(parts_of_task)),
             str(sum(part.moved > 0 for part in parts_of_task)),
             f"{moved:.3g}",

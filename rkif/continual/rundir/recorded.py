@@ -14,8 +14,7 @@ from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import RunState
 from rkif.files import file_sha256
 from rkif.ledger.chain import LEDGER, LedgerError, LedgerRecord
-
-FORMAT = 2  # of the files of a run; the first had no digests of states and metrics
+from rkif.ledger.records import FORMAT
 
 
 def recorded_files(run: Path, records: Sequence[LedgerRecord]) -> dict[Path, tuple[int, str]]:

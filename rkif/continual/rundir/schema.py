@@ -122,11 +122,11 @@ class Change(End):
 
 
 class Begin(Record):
-    """``format``: of the run's files; earlier ledgers have none."""
+    """``format``: of the run's files; earlier ledgers have none. A training loop's ledger has no tasks."""
 
     format: int | None = None
     method: str
-    tasks: Annotated[list[TaskName], Field(min_length=1)]
+    tasks: list[TaskName]
     versions: dict[str, str]
     config: Sha256
     time: str
@@ -175,9 +175,9 @@ class GateVerdict(FileContent):
 
 class Round(Record):
     round: Annotated[int, Field(ge=1)]
-    task: TaskName
+    task: TaskName | None
     steps: Annotated[list[Count], Field(min_length=2, max_length=2)]
-    data: RoundData
+    data: RoundData | None
     numel: Count
     thresholds: Annotated[list[Number | dict[str, Number]], Field(min_length=2, max_length=2)]
     counts: dict[str, Count]
@@ -199,7 +199,7 @@ class Learned(Record):
 
 class Rollback(Record):
     to: Count
-    task: TaskName
+    task: TaskName | None
     finished: Count
     files: dict[FileName, Sha256] | None = None  # earlier ledgers have none
     parameters: Change
@@ -227,7 +227,7 @@ def require_records(records: Sequence[dict[str, Any]], path: Path) -> None:
     Raises:
         LedgerError: names the first bad record and its key.
     """
-    tasks: list[str] = []
+    following: list[str | None] = []
     modules: list[str] = []
     learned = rounds = 0
     for seq, record in enumerate(records):
@@ -239,8 +239,8 @@ def require_records(records: Sequence[dict[str, Any]], path: Path) -> None:
             if (event == "begin") != (seq == 0):
                 raise ValueError("event: a ledger has one 'begin', its first record")
             if event == "begin":
-                tasks = record["tasks"]
-            elif event in ("round", "task") and [record["task"]] != tasks[learned : learned + 1]:
+                following = record["tasks"] or [None]
+            elif event in ("round", "task") and [record["task"]] != following[learned : learned + 1]:
                 raise ValueError(f"task: {record['task']!r} is not the task that follows")
             if event == "round":
                 modules = modules or sorted(record["modules"])

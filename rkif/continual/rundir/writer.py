@@ -13,13 +13,12 @@ from torch import Tensor
 
 from rkif.continual.config import RunConfig, dump_config
 from rkif.continual.rundir.folder import METRICS, RunFolder, metrics_sha256
-from rkif.continual.rundir.recorded import FORMAT
 from rkif.continual.rundir.recorder import Recorder
 from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import CHECKPOINT, RunState, write_state
 from rkif.continual.tasks.replay_memory import ReplayMemory
 from rkif.ledger.chain import LEDGER
-from rkif.ledger.records import parameter_digest
+from rkif.ledger.records import FORMAT, parameter_digest
 
 
 class LearnedTask(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 
 from rkif.continual.display.progress import format_number
 from rkif.continual.display.report import plots
-from rkif.continual.display.report.ledger_section import ledger_sections
+from rkif.continual.display.report.ledger_section import ledger_sections, loop_summary
 from rkif.continual.display.report.page import PAGE
 from rkif.continual.rundir.folder import RunReader
 from rkif.files import write_text
@@ -24,6 +24,8 @@ EXPLANATIONS = {
 def write_report(run: Path) -> Path:
     """Write ``RUN/report.html`` from the files of a run. An unfinished run gives the tasks learned so far.
 
+    The ledger of a training loop gives a page about its rounds: accuracy is not in it.
+
     Returns:
         The page's path.
 
@@ -33,16 +35,19 @@ def write_report(run: Path) -> Path:
     """
     reader = RunReader(run)
     metrics = reader.metrics()
-    if not metrics.get("initial"):
+    if metrics.get("initial"):
+        title = f"{metrics['method']}: {len(metrics['tasks'])} tasks"
+        sections = [_summary(metrics), _curves(metrics)]
+        sections += [_matrix(name, *matrix) for name, matrix in _matrices(metrics).items()]
+        rounds = reader.rounds()
+        if rounds:
+            sections += [_rounds(rounds)]
+    elif (records := reader.records()) and not records[0]["tasks"]:
+        title, sections = f"{records[0]['method']} in a training loop", [loop_summary(records)]
+    else:
         raise ValueError(f"{run} has measured nothing yet")
-    sections = [_summary(metrics), _curves(metrics)]
-    sections += [_matrix(name, *matrix) for name, matrix in _matrices(metrics).items()]
-    rounds = reader.rounds()
-    if rounds:
-        sections += [_rounds(rounds)]
     sections += ledger_sections(run)
     settings = f"<section><h2>Settings</h2><pre>{html.escape(reader.config_text())}</pre></section>"
-    title = f"{metrics['method']}: {len(metrics['tasks'])} tasks"
     page = PAGE.replace("{{title}}", html.escape(title)).replace("{{body}}", "\n".join([*sections, settings]))
     out = run / "report.html"
     write_text(out, page)

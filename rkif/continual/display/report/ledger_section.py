@@ -47,6 +47,18 @@ def ledger_sections(run: Path) -> list[str]:
     return [*sections, _digests(records)]
 
 
+def loop_summary(records: Sequence[LedgerRecord]) -> str:
+    """The first section of the page about a training loop."""
+    rounds = [record for record in not_rolled_back(records) if record["event"] == "round"]
+    applied = sum(record["applied"] for record in rounds)
+    tiles = {"rounds": len(rounds), "fusions kept": applied, "not applied": len(rounds) - applied}
+    shown = "".join(f'<div class="tile"><b>{value}</b>{name}</div>' for name, value in tiles.items())
+    facts = "No round has ended yet."
+    if rounds:
+        facts = f"{rounds[-1]['numel']:,} parameters; {rounds[-1]['steps'][1]:,} inner steps."
+    return f'<section><div class="tiles">{shown}</div><p>{facts}</p></section>'
+
+
 def _gate(rounds: Sequence[LedgerRecord]) -> str:
     verdicts = Counter(record["gate"]["verdict"] for record in rounds if record["gate"])
     tiles = "".join(
@@ -55,7 +67,7 @@ def _gate(rounds: Sequence[LedgerRecord]) -> str:
         if verdicts[verdict]
     )
     rows = "".join(
-        f"<tr><th>{record['round']}</th><td>{_text(record['task'])}</td>"
+        f"<tr><th>{record['round']}</th><td>{_text(record['task'] or '')}</td>"
         f"<td>{_text(MEANING[record['gate']['verdict']])}{_share(record)}</td><td>{_reasons(record)}</td></tr>"
         for record in rounds
         if record["gate"] and record["gate"]["verdict"] in ("damp", "undo", "stop")

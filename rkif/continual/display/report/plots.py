@@ -125,7 +125,7 @@ def movement_map(rounds: Sequence[Mapping[str, Any]]) -> str:
     panel.set_yticks(
         range(0, len(names), step), [_plain(short_name(name)) for name in names[::step]], fontsize=6
     )
-    _mark_starts(panel, [record["task"] for record in rounds])
+    _mark_starts(panel, [record["task"] or "" for record in rounds])
     return _svg(figure)
 
 
@@ -150,7 +150,7 @@ def gate_values(rounds: Sequence[Mapping[str, Any]]) -> str:
             panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         panel.set_ylabel(_plain(name), fontsize=9)
         panel.grid(axis="y", color="#e3e8ee", linewidth=0.7)
-        _mark_starts(panel, [record["task"] for record in rounds])
+        _mark_starts(panel, [record["task"] or "" for record in rounds])
     return _svg(figure)
 
 

@@ -1,0 +1,216 @@
+"""The ledger of a training loop: a record of every round that a fuser ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from rkif.distributed.shards import to_whole
+from rkif.files import write_text
+from rkif.fusion import FusionReport, skipped_report
+from rkif.ledger.chain import LEDGER, Ledger, LedgerError
+from rkif.ledger.records import (
+    FORMAT,
+    case_counts,
+    not_rolled_back,
+    now,
+    parameter_digest,
+    report_values,
+)
+
+if TYPE_CHECKING:
+    from rkif.fuser.fuser import Fuser
+
+METHOD = "recurrent_kif"
+R = TypeVar("R")
+
+
+def recorded(end_round: Callable[[Fuser], R]) -> Callable[[Fuser], R]:
+    """Let a method of a fuser that ends the round record it, where the fuser has a ledger."""
+
+    @wraps(end_round)
+    def ending(fuser: Fuser) -> R:
+        if fuser._ledger is None:
+            return end_round(fuser)
+        start = fuser._ledger.begin_record()
+        report: Any = end_round(fuser)
+        numel = sum(fuser._shards.sizes)
+        given_up = skipped_report(list(fuser.parameters), numel, 0, fuser.config.scope)
+        fuser._ledger.end_record(start, report or given_up)
+        return cast(R, report)
+
+    return ending
+
+
+class RoundStart(NamedTuple):
+    """What a record needs of the time before its round ends: copies, sharded as the parameters are."""
+
+    base: dict[str, Tensor]
+    inner_scores: dict[str, Tensor]
+    outer_scores: dict[str, Tensor]
+    inner_steps: int
+
+
+class RoundLedger:
+    """Writes ``ledger.jsonl`` as ``rkif run`` does, and the fuser's settings to ``config.yaml`` beside it.
+
+    A fuser knows neither tasks nor the ids of samples, so records have none. Over several processes the first
+    one writes.
+
+    Args:
+        folder: a new or empty folder, or that of a fuser with the same settings, whose state is loaded next.
+        fuser: whose rounds are recorded. Its record of the start is written here.
+
+    Raises:
+        ValueError: the folder holds other files, or the ledger of other settings; or the settings give up
+            scores that records need (``pack_inner``).
+        LedgerError: the ledger's chain is broken.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, fuser: Fuser) -> None:
+        if fuser.config.pack_inner:
+            raise ValueError("ledger needs the inner scores of a round, which pack_inner=True gives up")
+        self.resumed = False  # whether the fuser's state was loaded
+        self._fuser = fuser
+        self._ledger: Ledger | None = None
+        self._rounds = self._steps = 0  # that are in the ledger and were not rolled back
+        writes = fuser._shards.processes.rank == 0
+        self._measures = writes or fuser._shards.sharded  # the parts of sharded tensors are gathered by all
+        digest = parameter_digest(_whole(fuser.parameters)) if self._measures else ""
+        with fuser._shards.processes.raise_on_any_failure():
+            if writes:
+                self._ledger = self._open(folder, digest)
+
+    def _open(self, folder: Path, digest: str) -> Ledger:
+        settings = json.dumps(_settings(self._fuser), indent=2, default=str) + "\n"  # JSON is YAML
+        path = folder / "config.yaml"
+        self._identity = {"config": hashlib.sha256(settings.encode()).hexdigest()}
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            write_text(path, settings)
+        elif not path.is_file():
+            raise ValueError(f"ledger={str(folder)!r} is not empty, and holds no ledger")
+        elif path.read_text(encoding="utf-8") != settings:
+            raise ValueError(f"ledger={str(folder)!r} is of other settings: see {path}")
+        ledger = Ledger(folder / LEDGER)
+        if not ledger.records:
+            begin = {
+                "event": "begin",
+                "format": FORMAT,
+                "method": METHOD,
+                "tasks": [],
+                "versions": {name: importlib.metadata.version(name) for name in ("rkif", "torch")},
+            }
+            ledger.append(self._complete(begin | {"parameters": {"after": digest}}))
+        self._count(ledger)
+        return ledger
+
+    def _count(self, ledger: Ledger) -> None:
+        """Count the rounds, and their inner steps, that were not rolled back."""
+        rounds = [record for record in not_rolled_back(ledger.records) if record["event"] == "round"]
+        self._rounds = rounds[-1]["round"] if rounds else 0
+        self._steps = rounds[-1]["steps"][1] if rounds else 0
+
+    def require_position(self) -> None:
+        """Check that the ledger ends where the fuser's rounds do, or later if the fuser's state was loaded.
+
+        Raises:
+            LedgerError: the ledger has rounds of another fuser, or lacks rounds of this one.
+        """
+        with self._fuser._shards.processes.raise_on_any_failure():
+            if self._ledger is None or self._rounds == self._fuser.round:
+                return
+            if not self.resumed or self._rounds < self._fuser.round:
+                raise LedgerError(
+                    f"{self._ledger.path} has {self._rounds} rounds, and this fuser has ended "
+                    f"{self._fuser.round}: load the state that was saved with it, or choose a new folder"
+                )
+
+    def begin_record(self) -> RoundStart | None:
+        """Copy what the record of the round under way needs; nothing on a process that only waits."""
+        self.require_position()
+        fuser = self._fuser
+        if not self._measures:
+            return None
+        return RoundStart(fuser.base(), fuser.scores("inner"), fuser.scores("outer"), fuser.inner_observed)
+
+    def end_record(self, start: RoundStart | None, report: FusionReport) -> None:
+        """Append the record of the round that has ended, and of a return to an earlier state before it."""
+        fuser = self._fuser
+        if start is not None:
+            effects = _effects(start, fuser.parameters, report)
+            before, after = parameter_digest(_whole(start.base)), parameter_digest(_whole(fuser.parameters))
+        with fuser._shards.processes.raise_on_any_failure():
+            if (ledger := self._ledger) is None or start is None:
+                return
+            if self._rounds >= fuser.round:  # rounds after the state that was loaded
+                self._drop_rounds(ledger, fuser.round - 1, before)
+            first, self._steps = self._steps, self._steps + start.inner_steps
+            content = {
+                "event": "round",
+                "round": fuser.round,
+                "task": None,
+                "steps": [first, self._steps],
+                "data": None,
+                **report_values(report),
+                "modules": effects,
+                "parameters": {"before": before, "after": after},
+            }
+            ledger.append(self._complete(content))
+            self._rounds = fuser.round
+
+    def _drop_rounds(self, ledger: Ledger, to: int, digest: str) -> None:
+        """Record the return to the state after round ``to``."""
+        last = next(r["parameters"]["after"] for r in reversed(ledger.records) if "parameters" in r)
+        content = {"event": "rollback", "to": to, "task": None, "finished": 0}
+        ledger.append(self._complete(content | {"parameters": {"before": last, "after": digest}}))
+        self._count(ledger)
+
+    def _complete(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        return {**content, **self._identity, "time": now()}
+
+
+def _settings(fuser: Fuser) -> dict[str, Any]:
+    """The settings of a fuser and its gate as JSON values."""
+    settings: dict[str, Any] = {"fusion": dataclasses.asdict(fuser.config)}
+    if fuser._gatekeeper is not None:
+        criteria, *others = fuser._gatekeeper.gate.settings
+        values = [dataclasses.asdict(criterion) for criterion in criteria]
+        settings["gate"] = dict(zip(("ladder", "otherwise", "every", "budget"), others, strict=True))
+        settings["gate"]["criteria"] = [
+            {key: value for key, value in criterion.items() if key != "evaluate"} for criterion in values
+        ]
+    return settings
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: to_whole(tensor) for name, tensor in tensors.items()}
+
+
+def _effects(start: RoundStart, after: Mapping[str, Tensor], report: FusionReport) -> dict[str, Any]:
+    """The effect of a round on each parameter; see :class:`rkif.continual.rundir.schema.Module`."""
+    effects = {}
+    for name, base in start.base.items():
+        rows = (base, after[name], start.inner_scores[name], start.outer_scores[name])
+        before, now_, inner, outer = (to_whole(row) for row in rows)
+        counts = [0] * 4
+        if report.applied or report.gate is not None:  # a gate decides after the selection
+            counts = case_counts({name: inner}, {name: outer}, report.thresholds)[0].tolist()
+        means = torch.stack([scores.mean() if scores.numel() else scores.sum() for scores in (inner, outer)])
+        effects[name] = {
+            "numel": base.numel(),
+            "counts": counts,
+            "importance": means.tolist(),
+            "moved": float((now_.float() - before.float()).norm()),
+        }
+    return effects
