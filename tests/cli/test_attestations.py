@@ -421,10 +421,7 @@ def test_an_undone_round_is_a_failed_test_result(rkif: Rkif, original: Path) -> 
     record = next(json.loads(line) for line in (original / "ledger.jsonl").open() if '"round":2,' in line)
     assert statement["_type"] == "https://in-toto.io/Statement/v1"
     assert statement["predicateType"] == "https://in-toto.io/attestation/test-result/v0.1"
-    assert [one["digest"]["sha256"] for one in statement["subject"]] == [
-        record["parameters"]["after"],
-        record["hash"],
-    ]
+    assert [one["digest"] for one in statement["subject"]] == [{"sha256": record["hash"]}]
     config = hashlib.sha256((original / "config.yaml").read_bytes()).hexdigest()
     assert statement["predicate"] == {
         "result": "FAILED",
@@ -462,7 +459,12 @@ def test_a_verdict_maps_to_a_result_and_its_criteria_to_tests(
             record["gate"] = gate
 
     rewrite_ledger(run / "ledger.jsonl", edit)
-    predicate = json.loads(rkif("log", run, "--test-result", 1)[1])["predicate"]
+    statement = json.loads(rkif("log", run, "--test-result", 1)[1])
+    records = [json.loads(line) for line in (run / "ledger.jsonl").open()]
+    record = next(record for record in records if record.get("round") == 1)
+    kept = [] if result == "FAILED" else [record["parameters"]["after"]]
+    assert [one["digest"]["sha256"] for one in statement["subject"]] == [record["hash"], *kept]
+    predicate = statement["predicate"]
     assert predicate["result"] == result
     assert {name: predicate[name] for name in tests} == tests
 

@@ -15,7 +15,7 @@ RESULTS = {"keep": "PASSED", "damp": "WARNED", "undo": "FAILED", "stop": "FAILED
 
 
 def gate_statement(run: Path, records: Sequence[LedgerRecord], number: int) -> dict[str, Any]:
-    """A Statement about a round's parameters and its record, with the gate's criteria as tests.
+    """A Statement about a round's record, and its parameters if they were kept, with the criteria as tests.
 
     A criterion that refused a step that was tried is in "failedTests" if the fusion was undone, and in
     "warnedTests" if a smaller step was taken.
@@ -34,10 +34,9 @@ def gate_statement(run: Path, records: Sequence[LedgerRecord], number: int) -> d
     objections = [objection for attempt in gate["attempts"] for objection in attempt["objections"]]
     refused = {_criterion(objection, criteria) for objection in objections}
     result = RESULTS[gate["verdict"]]
-    subject = [
-        resource(f"parameters after round {number}", record["parameters"]["after"]),
-        resource(f"record {record['seq']} of the ledger", record["hash"]),
-    ]
+    subject = [resource(f"record {record['seq']} of the ledger", record["hash"])]
+    if result != "FAILED":  # after an undone fusion, the parameters are those of the round before
+        subject.append(resource(f"parameters after round {number}", record["parameters"]["after"]))
     return make_statement(
         subject,
         TEST_RESULT_TYPE,
