@@ -19,7 +19,7 @@ from torch import nn
 import rkif
 import rkif_kernels
 from bench.kernels.stub_driver import Counter, stub_driver
-from rkif_kernels.backends.triton import single_pass
+from rkif_kernels.backends.triton import single_pass, thresholds
 from rkif_kernels.backends.triton.launches import default_bracketing
 
 TENSORS = (1, 160, 640)
@@ -59,8 +59,12 @@ def measure(rounds: int = ROUNDS) -> list[Row]:
     torch.set_num_threads(1)
     try:
         large = replace(default_bracketing(), min_numel=1)
-        defaults = single_pass.prepared_fusion.__kwdefaults__
-        with stub_driver() as counter, patch.dict(defaults, bracketing=large):
+        fusion, threshold = single_pass.prepared_fusion, thresholds.score_thresholds
+        with (
+            stub_driver() as counter,
+            patch.dict(fusion.__kwdefaults__, bracketing=large),
+            patch.dict(threshold.__kwdefaults__, bracketing=large),
+        ):
             seen: dict[str, int] = {}
             return [row for tensors in TENSORS for row in _Case(tensors).measure(counter, seen, rounds)]
     finally:
