@@ -147,7 +147,9 @@ def _row(
         "peak_mib": None if wall is None else round(peak / 2**20),
         # The share of observing, fusing and recording the round in the time of the steps on the new task
         # and on the memory.
-        "rkif_share": round(spent["fuser"] / spent["steps"], 5) if spent["fuser"] and wall else None,
+        "rkif_share": round(spent["fuser"] / (spent["fuser"] + spent["steps"]), 5)
+        if spent["fuser"] and wall
+        else None,
         "tasks": metrics["tasks"],
         "records": metrics["records"],
         "initial": metrics["initial"],

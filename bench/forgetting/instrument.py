@@ -103,7 +103,7 @@ def replaced(kind: type, **methods: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def seconds_by_part(timed: Sequence[tuple[type, str, str]]) -> Iterator[dict[str, float]]:
-    """Time methods while the block runs.
+    """Time methods while the block runs; a method's time is without that of timed methods that it calls.
 
     Args:
         timed: classes, names of their methods, and the part that a method's seconds are added to. A method of
@@ -113,21 +113,28 @@ def seconds_by_part(timed: Sequence[tuple[type, str, str]]) -> Iterator[dict[str
         Part -> seconds so far.
     """
     spent = {part: 0.0 for _, _, part in timed}
+    nested: list[float] = []  # for each call under way, the seconds of timed calls inside it
     with ExitStack() as stack:
         for kind, name, part in timed:
-            stack.enter_context(replaced(kind, **{name: _timing(getattr(kind, name), spent, part)}))
+            stack.enter_context(replaced(kind, **{name: _timing(getattr(kind, name), spent, part, nested)}))
         yield spent
 
 
-def _timing(call: Callable[..., Any], spent: dict[str, float], part: str) -> Callable[..., Any]:
+def _timing(
+    call: Callable[..., Any], spent: dict[str, float], part: str, nested: list[float]
+) -> Callable[..., Any]:
     def timing(owner: Any, *arguments: Any) -> Any:
         if not getattr(owner, "has_memory", True):
             return call(owner, *arguments)
         _synchronize()
         started = time.perf_counter()
+        nested.append(0.0)
         result = call(owner, *arguments)
         _synchronize()
-        spent[part] += time.perf_counter() - started
+        elapsed = time.perf_counter() - started
+        spent[part] += elapsed - nested.pop()
+        if nested:
+            nested[-1] += elapsed
         return result
 
     return timing

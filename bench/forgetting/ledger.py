@@ -94,12 +94,10 @@ def _settings(path: Path, gate: dict[str, Any] | None) -> RunConfig:
 def _measured(config: RunConfig) -> dict[str, Any]:
     with seconds_by_part(TIMED) as spent, silent_run(config) as (metrics, out):
         states = [path.stat().st_size for path in (out / "snapshots").iterdir()]
-    # train_step includes the ledger's and the gate's time.
-    steps = spent["steps"] - spent["ledger"] - spent["gate"]
     rounds = len(states) - 1  # one state is from before the first round
     return {
-        **{part: spent[part] / steps for part in ("ledger", "snapshots", "gate")},
-        "round_s": steps / rounds,
+        **{part: spent[part] / spent["steps"] for part in ("ledger", "snapshots", "gate")},
+        "round_s": spent["steps"] / rounds,
         "rounds": rounds,
         "state_mib": median(states) / 2**20,
         "trainable": metrics["trainable"],

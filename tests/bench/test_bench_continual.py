@@ -19,7 +19,7 @@ from bench.common import rows
 from bench.forgetting import continual
 from bench.forgetting import tables as continual_tables
 from bench.forgetting.continual import MAIN, SUITES, Job, compare
-from bench.forgetting.instrument import CONFIGS
+from bench.forgetting.instrument import CONFIGS, seconds_by_part
 from rkif.config import FusionConfig
 from rkif.continual.config import RunConfig, fusion_config, load_config
 from rkif.continual.methods import METHODS
@@ -205,3 +205,18 @@ def test_an_invalid_suite_is_refused_before_any_run(tmp_path: Path) -> None:
     failed = CliRunner().invoke(app, ["continual", "--method", "magic", "--out", str(tmp_path / "runs")])
     assert "no such method or variant: 'magic'" in str(failed.exception)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_timed_part_is_without_the_parts_that_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 3.0, 10.0])  # outer begins, inner begins, inner ends, outer ends
+    monkeypatch.setattr("bench.forgetting.instrument.time.perf_counter", lambda: next(clock))
+
+    class Method:
+        def outer(self) -> None:
+            self.inner()
+
+        def inner(self) -> None: ...
+
+    with seconds_by_part(((Method, "outer", "steps"), (Method, "inner", "ledger"))) as spent:
+        Method().outer()
+    assert spent == {"steps": 8.0, "ledger": 2.0}
