@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -96,8 +96,30 @@ def magnitudes(ends: Sequence[Tensor], starts: Sequence[Tensor]) -> Scores:
     return Scores(ends, starts, distance=True)
 
 
+class _Inputs:
+    """The lists of an operation, one entry per parameter; the first list is never None."""
+
+    @property
+    def lists(self) -> TensorLists:
+        raise NotImplementedError
+
+    @functools.cached_property
+    def numel(self) -> int:
+        """Number of elements in all parameters together."""
+        return sum(map(Tensor.numel, self._parameters))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are; the CPU for empty lists."""
+        return _device(self._parameters)
+
+    @property
+    def _parameters(self) -> Sequence[Tensor]:
+        return cast(Sequence[Tensor], self.lists[0])
+
+
 @dataclass(frozen=True)
-class FusionInputs:
+class FusionInputs(_Inputs):
     """The lists of tensors that a fusion reads and writes, one entry per parameter.
 
     Attributes:
@@ -134,19 +156,9 @@ class FusionInputs:
         }
         return {argument: tensors for argument, tensors in read.items() if tensors is not None}
 
-    @functools.cached_property
-    def numel(self) -> int:
-        """Number of elements in all tensors together."""
-        return sum(map(Tensor.numel, self.out))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are; the CPU for empty lists."""
-        return _device(self.out)
-
 
 @dataclass(frozen=True)
-class TaskVectorInputs:
+class TaskVectorInputs(_Inputs):
     """The lists of tensors that a merge of task vectors reads and writes, one entry per parameter.
 
     Attributes:
@@ -163,11 +175,6 @@ class TaskVectorInputs:
     def lists(self) -> TensorLists:
         """All lists: out, base, inner, outer."""
         return self.out, self.base, self.inner, self.outer
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are; the CPU for empty lists."""
-        return _device(self.base)
 
 
 class TaskVectorRule(NamedTuple):
@@ -187,7 +194,7 @@ class TaskVectorRule(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ImportanceInputs:
+class ImportanceInputs(_Inputs):
     """The lists of tensors that an update of the importance reads and writes, one entry per parameter.
 
     Attributes:
@@ -205,16 +212,6 @@ class ImportanceInputs:
     def lists(self) -> TensorLists:
         """All lists: weights, gradients, S, and U or None."""
         return self.params, self.grads, self.sensitivity, self.uncertainty
-
-    @functools.cached_property
-    def numel(self) -> int:
-        """Number of elements in all parameters together."""
-        return sum(map(Tensor.numel, self.params))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are; the CPU for empty lists."""
-        return _device(self.params)
 
 
 @dataclass(frozen=True)
@@ -272,7 +269,7 @@ class AdamWConstants(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AdamWInputs:
+class AdamWInputs(_Inputs):
     """The lists of tensors that an AdamW step reads and writes, one entry per parameter.
 
     Attributes:
@@ -307,16 +304,6 @@ class AdamWInputs:
         if self.sensitivity is None:
             return None
         return ImportanceInputs(self.params, self.grads, self.sensitivity, self.uncertainty)
-
-    @functools.cached_property
-    def numel(self) -> int:
-        """Number of elements in all parameters together."""
-        return sum(map(Tensor.numel, self.params))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are; the CPU for empty lists."""
-        return _device(self.params)
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:

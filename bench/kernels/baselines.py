@@ -19,12 +19,13 @@ from rkif_kernels import FusionInputs, Scores, order_statistic_k
 from rkif_kernels.types import CaseWeights
 
 T = TypeVar("T")
+Row = Sequence[Tensor]
 QUANTILE_LIMIT = 2**24  # elements: torch.quantile refuses more
 
 
 def observe(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    params: Row,
+    grads: Row,
     sensitivity: list[Tensor],
     uncertainty: list[Tensor],
     *,
@@ -42,8 +43,8 @@ def observe(
 
 
 def observe_foreach(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    params: Row,
+    grads: Row,
     sensitivity: list[Tensor],
     uncertainty: list[Tensor],
     *,
