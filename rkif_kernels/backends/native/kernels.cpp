@@ -5,7 +5,7 @@
 // per tile and added in the order of the tiles, so they are equal for any number of threads and instruction set.
 //
 // elements.h: dtypes and rows.  pool.h: threads and tiles.  tile.h: the arithmetic.  isa.h: tile.h compiled for every
-// instruction set with its lanes_*.h.  This file: operations on whole lists of tensors.
+// instruction set with its lanes_*.h.  adamw.h, task_vectors.h, this file: operations on whole lists of tensors.
 
 #include <algorithm>
 #include <atomic>
