@@ -6,12 +6,13 @@ import typer
 
 from bench.checkpoints.commands import app as checkpoints
 from bench.forgetting.commands import app as forgetting
+from bench.fuzzing.commands import app as fuzzing
 from bench.kernels.commands import app as kernels
 from bench.training.commands import app as training
 from rkif.cli.errors import exit_in_one_line
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for wing in (kernels, training, forgetting, checkpoints):
+for wing in (kernels, training, forgetting, checkpoints, fuzzing):
     app.add_typer(wing)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from bench.checkpoints import peers as checkpoints
 from bench.forgetting import delta, ledger, state_precision, task_vector_angles
 from bench.forgetting import tables as continual_tables
+from bench.fuzzing import campaign as fuzzing
 from bench.kernels import launches, roofline
 from bench.kernels import tables as kernels
 from bench.training import model_memory, overhead, scaling
@@ -41,6 +42,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "continual": continual_tables.main,
     "continual_all": continual_tables.everything,
     "delta": delta.markdown,
+    "fuzz": fuzzing.markdown,
     "task_vector_angles": task_vector_angles.markdown,
     "kernels": kernels.markdown,
     "launches": launches.markdown,

@@ -33,7 +33,7 @@ LAYERS = (
     {"rkif_kernels.types"},
     {"rkif_kernels.numerics", "rkif_kernels.profiling"},
 )
-WINGS = {f"bench.{wing}" for wing in ("kernels", "training", "forgetting", "checkpoints")}
+WINGS = {f"bench.{wing}" for wing in ("kernels", "training", "forgetting", "checkpoints", "fuzzing")}
 
 
 def module_of(path: Path) -> str:

@@ -42,7 +42,7 @@ class ProcessGroup:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self._broken: str | None = None
-        self._told: BaseException | None = None  # the last failure here that the others know of
+        self._told: BaseException | None = None  # the last failure here that was sent to the other ranks
         if group is not None:
             name = group.group_name
             self._failure = f"rkif/{name}/{_made[name]}/failure"
@@ -111,7 +111,7 @@ class ProcessGroup:
 
     @contextmanager
     def propagate_failure(self) -> Iterator[None]:
-        """A block that communicates, such as training steps; a failure in it is told to the other ranks.
+        """A block that communicates, such as training steps. A failure in it is sent to the other ranks.
 
         It is written to the store that waiting ranks read; the group cannot be used after that. No process
         waits here. A failure inside a nested :meth:`raise_on_any_failure` is not told again.
@@ -154,7 +154,7 @@ class ProcessGroup:
     def _complete(self, start: Any) -> None:
         """Run a collective; raises, instead of waiting for ever, if a rank reports a failure."""
         if self._broken is not None:
-            raise RankFailedError(f"{self._broken}; the ranks cannot go on together")
+            raise RankFailedError(f"{self._broken}; the ranks cannot continue together")
         try:
             work, pause, asked = start(), _FIRST_PAUSE, time.monotonic()
             while not work.is_completed():

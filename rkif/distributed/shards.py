@@ -68,7 +68,7 @@ def to_local_like(tensor: Tensor, parameter: Tensor) -> Tensor:
         if is_dtensor(tensor):
             if tensor.device_mesh == mesh:
                 return tensor.redistribute(mesh, placements).to_local()
-            tensor = tensor.full_tensor()  # DTensor has no other way from one mesh to another
+            tensor = tensor.full_tensor()  # DTensor has no direct way from one mesh to another
         return distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()
     return to_whole(tensor)
 
@@ -150,7 +150,7 @@ class ShardedParameters:
         ]
 
     def invalidate_gathered(self) -> None:
-        """Call after writing to parameters: what FSDP2 has gathered is out of date."""
+        """Call after writing to parameters: copies gathered by FSDP2 are stale."""
         reshard(self._units)
 
     def to_dtensors(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -194,7 +194,7 @@ class ShardedParameters:
         return sharded_thresholds(counted, self.sizes, density=density, scope=scope, processes=self.processes)
 
     def require_agreement(self, *settings: Any) -> None:
-        """Refuse ranks with other settings or parameters: they would compute other results, or wait for ever.
+        """Refuse ranks with different settings or parameters, which would compute different results or hang.
 
         Raises:
             RuntimeError: a rank has other settings or other parameters.
@@ -211,22 +211,22 @@ class ShardedParameters:
 
 def _processes_of(source: Any, parameters: Sequence[tuple[str, Tensor]]) -> tuple[ProcessGroup, bool]:
     """The processes that hold the parameters, and whether the parameters are sharded over them."""
-    spread = [(name, p) for name, p in parameters if is_dtensor(p)]
+    sharded = [(name, p) for name, p in parameters if is_dtensor(p)]
     device = parameters[0][1].device
-    if not spread:
+    if not sharded:
         inside = source.modules() if isinstance(source, nn.Module) else ()
         replicas = (m for m in inside if isinstance(m, nn.parallel.DistributedDataParallel))
         return ProcessGroup(next((m.process_group for m in replicas), None), device), False
-    first_name, first = spread[0]
+    first_name, first = sharded[0]
     members = sorted(first.device_mesh.mesh.flatten().tolist())
     for name, parameter in parameters:
         if not is_dtensor(parameter):
             raise ValueError(
-                f"{name!r} is a plain tensor, but {first_name!r} is spread over processes: "
+                f"{name!r} is a plain tensor, but {first_name!r} is sharded over processes: "
                 "wrap the root module, too (fully_shard(model))"
             )
         if sorted(parameter.device_mesh.mesh.flatten().tolist()) != members:
-            raise ValueError(f"{name!r} is spread over other processes than {first_name!r}")
+            raise ValueError(f"{name!r} and {first_name!r} are sharded over different processes")
         if any(placement.is_partial() for placement in parameter.placements):
             raise ValueError(
                 f"{name!r} is a sum of parts (Partial); a parameter must be sharded or replicated"

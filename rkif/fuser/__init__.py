@@ -1,4 +1,4 @@
-"""Fusion inside a training loop: the state machine of a round and what it is made of."""
+"""Fusion inside a training loop: the state machine of a round, and its parts."""
 
 from rkif.fuser.fuser import Fuser
 

@@ -1,4 +1,4 @@
-"""Masks of one bit an element."""
+"""Masks with one bit per element."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rkif_kernels import Scores
 
 
 def packed_masks(scores: Scores, thresholds: Tensor) -> list[Tensor]:
-    """What thresholds select, ``score > threshold``: uint8 [ceil(numel / 8)] for each tensor.
+    """The masks ``score > threshold``: uint8 [ceil(numel / 8)] for each tensor.
 
     Args:
         scores: importance of some tensors.
@@ -40,7 +40,7 @@ _BLOCK = 1 << 20  # elements unpacked at a time, a multiple of 8
 
 
 def unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
-    """The mask as scores: bfloat16 0 and 1, which a threshold of one half tells apart."""
+    """The mask as scores: bfloat16 0 and 1, for a threshold of one half."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed[:, None] >> shifts) & 1
     return bits.view(-1)[: shape.numel()].view(shape).to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The recurrent method inside a training loop of one's own."""
+"""The recurrent method inside a custom training loop."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Learner = Literal["inner", "outer"]
 
 
 class Fuser:
-    """Follows an inner and an outer learner over a model's trainable parameters and fuses what they did.
+    """Measures the importance of trainable parameters for two learners, and fuses their task vectors.
 
     A round starts from ``base``, the parameters when the fuser was made or last fused::
 
@@ -49,9 +49,9 @@ class Fuser:
             for batch in memory:
                 loss.backward(); fuser.observe(); outer_optimizer.step(); outer_optimizer.zero_grad()
 
-    Gradients must be those the step will use: accumulated, unscaled, clipped. Memory beside the model: a copy
-    of the parameters from the start, a second one in the outer phase, a third while they are fused; and S,
-    perhaps U, for either learner. The config can have less of each: see docs/guide/memory.md.
+    Gradients must be those of the optimizer's step: accumulated, unscaled, clipped. Memory beside the model:
+    a copy of the parameters from the start, a second one in the outer phase, a third while they are fused;
+    and S, perhaps U, for either learner. Settings that reduce it: docs/guide/memory.md.
 
     Wrapped models (DDP, FSDP2's ``fully_shard``, tensor parallelism, ``torch.compile``) are given as they
     are. Where parameters are sharded over processes, every method but :meth:`observe` must be called by all
@@ -61,9 +61,9 @@ class Fuser:
         parameters: a module, or an iterable of (name, parameter); the trainable ones take part. Only in a
             module is a replaced parameter noticed.
         config: settings; the default is :class:`FusionConfig`'s.
-        gate: what every fusion is checked by before it is kept; see :mod:`rkif.gate`. After a verdict of
-            "undo" or "stop" parameters and importance are as at the start of the round (which takes a copy
-            of the importance); the optimizers' state is the caller's.
+        gate: checks every fusion before it is kept; see :mod:`rkif.gate`. After the verdict "undo" or
+            "stop", parameters and importance return to the start of the round, which needs a copy of the
+            importance. The caller restores the optimizers.
         ledger: a folder for a record of every round (docs/guide/ledger.md): a new one, or that of a fuser
             whose state is loaded next. A record copies the parameters and both learners' scores for a moment.
 
@@ -71,7 +71,7 @@ class Fuser:
         config: the settings.
         parameters: name -> trainable parameter.
         sharded: whether they are sharded over processes.
-        phase: "inner" or "outer", whose turn it is.
+        phase: "inner" or "outer": the learner that trains now.
         round: rounds that have ended, by a fusion or a rollback.
         inner_observed, outer_observed: calls of :meth:`observe` in this round.
         last_report: report of the last fusion, or None.
@@ -115,8 +115,8 @@ class Fuser:
         self._base_dtypes = masters if self.config.fp32_master else self._dtypes
         self._snapshots = SnapshotPool(offload=self.config.offload)
         self._base = self._snapshot(self._base_dtypes, parts)
-        self._inner: Snapshot | None = None  # where the inner learner stopped; only in the outer phase
-        # Importance at the start of the round, which a gate may return to where it is not zero.
+        self._inner: Snapshot | None = None  # the inner learner's result; only in the outer phase
+        # With a gate: the importance at the start of the round, unless it is zero then.
         self._start = {name: t.clone() for name, t in self._kept_importance().items() if gate is not None}
         # Elements with non-finite importance: those that this process counts, and its replicas.
         self._nonfinite = torch.zeros(2, dtype=torch.int64, device=parts[0].device)
@@ -125,7 +125,7 @@ class Fuser:
         self._with_gradient: set[str] = set()
         self._observed: dict[Learner, int] = {"inner": 0, "outer": 0}
         self._outer_settled = False  # refresh_outer=False: whether a fusion has used the outer importance
-        self._observer: int | None = None  # the id of who has observed in this phase
+        self._observer: int | None = None  # id of the observer of this phase
         self.phase: Learner = "inner"
         self.round = 0
         self.last_report: FusionReport | None = None
@@ -145,22 +145,22 @@ class Fuser:
 
     @uncompiled
     def observe(self) -> None:
-        """Take the importance of every parameter from ``parameter.grad``, before the optimizer's step.
+        """Update the importance of every parameter from ``parameter.grad``, before the optimizer's step.
 
-        It goes to the learner whose phase it is. A parameter without a gradient counts as one with a zero
-        gradient. Elements with a non-finite importance are left as they were, and counted.
+        The importance is that of the phase's learner. A missing gradient counts as zero. Elements with
+        non-finite importance are not updated; they are counted.
 
         Raises:
-            RuntimeError: in this phase the steps of an optimizer that was given this fuser do it; no
-                parameter has a gradient; or the model holds another parameter than when the fuser was made.
+            RuntimeError: an optimizer with this fuser observes in this phase; no parameter has a gradient;
+                or the model has replaced a parameter since the fuser was made.
         """
         self.observe_with(self, Importance.update)
 
     def observe_with(self, observer: object, update: Callable[..., None]) -> None:
-        """As :meth:`observe`, for an optimizer whose step takes the importance along.
+        """As :meth:`observe`, for an optimizer whose step also updates the importance.
 
         Args:
-            observer: the optimizer. A phase has one observer: two would count every step twice.
+            observer: the optimizer. A phase has one observer, because two would count every step twice.
             update: called as :meth:`Importance.update` is, in its place; it may write to the parameters.
 
         Raises:
@@ -168,7 +168,7 @@ class Fuser:
         """
         if self._observer not in (None, id(observer)):
             raise RuntimeError(
-                f"another than this {type(observer).__name__} has observed in this {self.phase} phase: steps "
+                f"this {type(observer).__name__} is the second observer of this {self.phase} phase: steps "
                 "would count twice; call either observe(), or the step() of one optimizer that has this fuser"
             )
         self._watch.require_held()
@@ -179,7 +179,7 @@ class Fuser:
         frozen = self.phase == "outer" and self._outer_settled
         for snapshot in (self._base, self._inner):
             if snapshot is not None:
-                snapshot.wait_stream()  # a step changes what is still being copied
+                snapshot.wait_stream()  # the step may overwrite parameters that are still being copied
         for count, indices in zip(self._counters, self._shards.owned_and_others, strict=True):
             if indices:
                 update(learner, parts, gradients, count, indices, frozen=frozen)
@@ -194,7 +194,7 @@ class Fuser:
 
     @uncompiled
     def begin_outer(self) -> None:
-        """End the inner phase: what the parameters are now is what the inner learner made of them.
+        """End the inner phase: the parameters are now the inner learner's result.
 
         Raises:
             RuntimeError: the outer phase has begun already, or a parameter or the layer that holds it was
@@ -219,8 +219,8 @@ class Fuser:
             RuntimeError: not in the outer phase, a learner was never observed, a non-finite importance was
                 seen and the config says "raise", or as :meth:`begin_outer` for a replaced parameter.
             ValueError: a parameter had no gradient in any step of the round.
-                Parameters, importance and the round are as before then: call :meth:`rollback` to give
-                the round up.
+                After an error, parameters, importance and the round are unchanged; :meth:`rollback`
+                abandons the round.
         """
         nonfinite = require_complete(self)
         with self._shards.processes.propagate_failure():
@@ -245,10 +245,9 @@ class Fuser:
     @uncompiled
     @recorded
     def rollback(self) -> None:
-        """Give the round up: the parameters return to ``base``, bit for bit, and a new round begins.
+        """Abandon the round: the parameters return to ``base``, bit for bit, and a new round begins.
 
-        What the outer learner has observed stays in its importance, as after a fusion, unless the config
-        clears it.
+        The outer importance keeps this round's steps, as after a fusion, unless the config clears it.
         """
         restore(self._shards, self._base)
         self._end_round()
@@ -258,12 +257,12 @@ class Fuser:
 
         Raises:
             ValueError: ``learner`` is neither "inner" nor "outer".
-            RuntimeError: the inner learner's have been packed into a mask (``pack_inner``).
+            RuntimeError: the inner scores have been packed into a mask (``pack_inner``).
         """
         if learner not in self._importance:
             raise ValueError(f"learner must be 'inner' or 'outer'; got {learner!r}")
         if self._importance[learner].packed:
-            raise RuntimeError("pack_inner=True: of the inner scores only a mask is left in the outer phase")
+            raise RuntimeError("pack_inner=True keeps only a mask of the inner scores in the outer phase")
         return self._shards.to_dtensors(self._importance[learner].score_copies())
 
     def base(self) -> dict[str, Tensor]:
@@ -273,38 +272,38 @@ class Fuser:
         return self._shards.to_dtensors(dict(zip(self.parameters, copies, strict=True)))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything needed to go on from here, at any point of a round, beside the parameters themselves.
+        """The state to resume from, at any point of a round. The parameters are not part of it.
 
         Returns:
-            A flat dict of tensors that share no memory, as safetensors wants them; those of the parameters'
-            shapes are sharded as the parameters are, as ``torch.distributed.checkpoint`` wants them.
+            A flat dict of tensors that share no memory, as safetensors requires. Tensors of the parameters'
+            shapes are sharded like the parameters, as ``torch.distributed.checkpoint`` requires.
         """
         return state_of(self)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from where :meth:`state_dict` was taken. The parameters must be restored by the caller.
+        """Resume from a :meth:`state_dict`. The caller restores the parameters.
 
         Tensors may be whole or sharded in any way; every process takes its part.
 
         Raises:
-            ValueError: other names, shapes or dtypes than this fuser's; nothing has been changed then.
+            ValueError: names, shapes or dtypes differ from this fuser's. Nothing has been changed then.
         """
         load_state(self, state)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write :meth:`state_dict` into a folder, with ``torch.distributed.checkpoint``: safetensors files.
 
-        The folder is the state's alone: it takes the place of a state that was there.
+        The folder must hold nothing else. An earlier state in it is replaced.
 
         Raises:
             ValueError: the folder holds something else.
-            RuntimeError, OSError: it could not be written; a folder that was there before still is then.
+            RuntimeError, OSError: it could not be written. An earlier state is kept then.
         """
         write(self, folder, self.state_dict())
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        """Go on from what :meth:`save` wrote, on as many processes or on others.
+        """Resume from what :meth:`save` wrote, on any number of processes.
 
         Raises:
             FileNotFoundError, RuntimeError: it could not be read.
@@ -326,8 +325,8 @@ class Fuser:
         return self._snapshots.take(self._shards.parts(), dtypes, values)
 
     def _finish_round(self) -> FusionReport:
-        """Fuse, let the gate judge, and make of the result the next round's base."""
-        # Into memory of its own, which is the next base: so one pass over memory is enough.
+        """Fuse, let the gate judge, and make the result the next round's base."""
+        # Into separate memory, which becomes the next base, so one pass over memory is enough.
         with self._shards.processes.raise_on_any_failure():
             fused = self._snapshot(self._base_dtypes)
         with self._snapshots.put_back_on_failure(fused):
@@ -339,7 +338,7 @@ class Fuser:
         return report
 
     def _apply_gate(self, gatekeeper: Gatekeeper, fused: Snapshot, report: FusionReport) -> FusionReport:
-        """Let the gate decide how much of the step from base to ``fused`` is taken."""
+        """Let the gate decide which fraction of the step from base to ``fused`` is taken."""
         outer = self._snapshot(self._dtypes, [part.detach() for part in self._shards.parts()])
         with self._snapshots.put_back_on_failure(outer):
             verdict = take_gated_step(gatekeeper, self._shards, base=self._base, fused=fused, outer=outer)
@@ -354,7 +353,7 @@ class Fuser:
         return replace(report, norms=norms, gate=verdict)
 
     def _undo_importance(self) -> None:
-        """Back to the round's start: what was kept by its copy, and what was cleared then to zero."""
+        """Return to the round's start: importance that was kept from its copy, the other to zero."""
         kept = self._kept_importance()
         for name, tensor in self._start.items():
             kept[name].copy_(tensor)

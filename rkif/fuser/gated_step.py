@@ -1,4 +1,4 @@
-"""The gate's part of a fusion: shares of its step are tried on the parameters until one is accepted."""
+"""The gate's part of a fusion: fractions of its step are tried until one is accepted."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rkif.gate import Gatekeeper, GateReport
 def take_gated_step(
     gatekeeper: Gatekeeper, shards: ShardedParameters, *, base: Snapshot, fused: Snapshot, outer: Snapshot
 ) -> GateReport:
-    """Let the gate decide which share of the step from ``base`` to ``fused`` is taken.
+    """Let the gate decide which fraction of the step from ``base`` to ``fused`` is taken.
 
     Args:
-        gatekeeper: tries shares, and measures the criteria at each.
+        gatekeeper: tries fractions, and measures the criteria at each.
         shards: the parameters; mutated: they end as ``base + factor * (fused - base)``, formed in float32.
         base: the parameters at the round's start.
-        fused: the fusion's result; mutated where the factor is neither 0 nor 1: then it is the damped one.
-        outer: the parameters where the outer learner stopped. If a criterion raises, the parameters and the
+        fused: the fusion's result; mutated if the factor is neither 0 nor 1: it is the damped result then.
+        outer: the outer learner's result. If a criterion raises, the parameters and the
             gatekeeper are as before the call.
     """
     parts = [part.detach() for part in shards.parts()]
@@ -58,6 +58,6 @@ def take_gated_step(
 
 @torch.no_grad()
 def restore(shards: ShardedParameters, snapshot: Snapshot) -> None:
-    """Make the parameters what a snapshot has of them."""
+    """Copy a snapshot into the parameters."""
     snapshot.copy_to(shards.parts())
     shards.invalidate_gathered()

@@ -1,4 +1,4 @@
-"""A fusion group by group: its inputs may be in host memory, and its result keeps what rounding removes."""
+"""A fusion in groups of tensors: inputs may be in host memory, and the base may be a float32 master."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def grouped_fusion(
     owned: Collection[int],
     names: Sequence[str],
 ) -> FuseStats:
-    """Write the fusion of the parts that lie in this process into ``fused``.
+    """Write the fusion of this process's parts into ``fused``.
 
     Where ``base`` is wider than the parameters (a float32 master of 16-bit ones), the learners have started
     from its rounded value: with ``start = round(base)``, the result is
@@ -34,11 +34,11 @@ def grouped_fusion(
         ``base + (w_in*(inner - start) + w_out*(outer - inner))``
 
     formed as ``((start + w_in*(inner - start)) + w_out*(outer - inner)) + (base - start)`` in float32. So an
-    element that nobody changes keeps its master, and what a round's rounding removes returns in a later one.
+    element that neither learner changes keeps its master, and rounding errors do not add up over rounds.
 
     Args:
         fused: mutated, of base's shapes and dtypes.
-        base, inner, outer: the parameters at the round's start, and where either learner stopped.
+        base, inner, outer: the parameters at the round's start, and both learners' results.
         importance, thresholds: of the inner and the outer learner.
         weights: of the four cases, see :func:`rkif_kernels.fuse_`.
         owned: indices of the tensors that this process counts.

@@ -1,4 +1,4 @@
-"""What one learner has found out about the importance of every parameter."""
+"""The importance of every parameter for one learner."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _PLANS = 2  # that are kept
 class Importance:
     """Smoothed sensitivity S, and uncertainty U where the config uses it, of a list of tensors.
 
-    The inner and the outer learner each have one. Both start at zero. What a learner has selected can take
-    the place of the scores (:meth:`pack`), one bit an element, until they are cleared.
+    The inner and the outer learner each have one. Both start at zero. A mask of one bit per element can
+    replace the scores (:meth:`pack`) until they are cleared.
 
     Args:
         tensors: name -> the parameter, or the part of it that lies in this process.
@@ -49,7 +49,7 @@ class Importance:
         *,
         frozen: bool = False,
     ) -> None:
-        """Take in one step: importance of the weights as they are, under these gradients (None is zero).
+        """Update by one step, from the weights before it and its gradients (None is zero).
 
         Args:
             parameters, gradients: all of them.
@@ -79,14 +79,14 @@ class Importance:
         )
 
     def update_arguments(self, indices: Sequence[int], *, frozen: bool = False) -> dict[str, Any]:
-        """What every operation that updates the importance of some tensors is told of it, by keyword."""
+        """The keyword arguments of every operation that updates the importance of some tensors."""
         smoothing = self._smoothing.frozen if frozen else self._smoothing
         states = {part: [views[index] for index in indices] for part, views in self._views.items()}
         names = [self._names[index] for index in indices]
         return {**states, **asdict(smoothing), "names": names}
 
     def clear(self) -> None:
-        """Back to zero importance."""
+        """Set the importance to zero."""
         self._packed, self.thresholds = [], None
         if self._views:
             for views in self._views.values():
@@ -105,13 +105,13 @@ class Importance:
         return self.thresholds is not None
 
     def pack(self, thresholds: Tensor) -> None:
-        """Keep of the scores only which of them are above their thresholds, and free their memory."""
+        """Replace the scores by the masks ``score > threshold``, and free their memory."""
         self._packed = packed_masks(self.scores, thresholds)
         self.thresholds = thresholds
         self._views, self._plans = {}, {}
 
     def selection(self, thresholds: Tensor, indices: Sequence[int]) -> tuple[Scores, Tensor]:
-        """Scores and thresholds by which :func:`rkif_kernels.fuse_` tells what is selected of some tensors.
+        """Scores and thresholds that give :func:`rkif_kernels.fuse_` the masks of some tensors.
 
         Args:
             thresholds: those of the scores, [1] or one for each of all tensors.
@@ -146,7 +146,7 @@ class Importance:
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor], thresholds: Tensor | None = None) -> None:
-        """Take up the state that :meth:`tensors` gave; with thresholds, that of a packed mask."""
+        """Load what :meth:`tensors` returned; with thresholds, a packed mask."""
         if thresholds is not None:
             self._packed = [repacked(tensors[f"mask.{name}"]) for name in self._names]
             self.thresholds = thresholds

@@ -13,9 +13,9 @@ R = TypeVar("R")
 
 
 def uncompiled(method: Callable[P, R]) -> Callable[P, R]:
-    """The method; a compiler that meets a call breaks its graph there, and does not trace what is inside.
+    """The method, which torch.compile does not trace: a call breaks the graph.
 
-    As ``torch.compiler.disable``, which would import the compiler for those who never compile.
+    ``torch.compiler.disable`` would do the same, but imports the compiler.
     """
 
     @functools.wraps(method)

@@ -1,4 +1,4 @@
-"""Which parameters take part, and flat memory for what rkif keeps about them."""
+"""The trainable parameters, and flat memory for their importance."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from rkif.distributed.shards import fsdp_units, is_dtensor, reshard, to_local
 from rkif_kernels import Arguments, Views, require_disjoint
 
-# What wraps a module inside a model and shows in its parameters' names.
+# Wrappers of submodules that show in the names of parameters.
 _INSIDE = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
-    """Name -> trainable parameter, in the model's order. A wrapped module's names are those without wrapper.
+    """Name -> trainable parameter, in the model's order. Names have no prefix of a wrapper.
 
     Raises:
         TypeError: ``source`` is neither a module nor pairs of a name and a parameter, a dtype is not one that
             rkif computes with, or the parameters are DeepSpeed's or those of the first FSDP.
-        ValueError: a name comes twice, two parameters share memory, nothing is trainable, or parameters are
-            on several devices.
+        ValueError: a name is given twice, two parameters share memory, nothing is trainable, or parameters
+            are on several devices.
     """
     pairs: Any = source
     reshard(fsdp_units(source))
@@ -37,7 +37,7 @@ def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]])
         match pair:
             case (str() as name, Tensor() as parameter):
                 if name in parameters:
-                    raise ValueError(f"the parameter name {name!r} comes twice")
+                    raise ValueError(f"the parameter name {name!r} is given twice")
                 _refuse_zero(name, parameter)
                 _refuse_freed(name, parameter)
                 if parameter.requires_grad:
@@ -74,7 +74,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def _refuse_flat(module: nn.Module) -> None:
     for inside in module.modules():
-        # By name: importing the class would warn every user of a module that is on its way out.
+        # By name: importing the class would cause a deprecation warning.
         if type(inside).__name__ == "FullyShardedDataParallel":
             raise TypeError(
                 "FullyShardedDataParallel (FSDP1) makes one flat parameter of many; use FSDP2: "
@@ -93,8 +93,8 @@ def _refuse_zero(name: str, parameter: Tensor) -> None:
 def _refuse_freed(name: str, parameter: Tensor) -> None:
     if not is_dtensor(parameter) and parameter.untyped_storage().nbytes() < parameter.nbytes:
         raise ValueError(
-            f"the memory of parameter {name!r} has been given back: it is one that FSDP2 had gathered for a "
-            "forward; give the module, or list its parameters after reshard()"
+            f"the memory of parameter {name!r} is freed: FSDP2 had gathered it for a forward pass; "
+            "give the module, or list its parameters after reshard()"
         )
 
 
@@ -115,12 +115,12 @@ def arena(shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device
 
 
 def aligned_starts(sizes: Sequence[int], dtype: torch.dtype) -> tuple[list[int], int]:
-    """Where tensors of so many elements start in a flat one, on 64-byte boundaries, and its size."""
+    """The start of each tensor in a flat one, on 64-byte boundaries, and the size of the flat one."""
     step = 64 // dtype.itemsize
     ends = [0, *accumulate(-(-size // step) * step for size in sizes)]
     return ends[:-1], ends[-1]
 
 
 def short_name(name: str) -> str:
-    """A parameter's name for people: without the wrappers that all of a model's have in common."""
+    """A short name for display: without prefixes and suffixes that most parameters share."""
     return re.sub(r"^(base_model\.model\.|model\.)+|(\.default)?\.weight$", "", name)

@@ -17,7 +17,7 @@ from rkif.fuser.state_names import flatten, section
 if TYPE_CHECKING:
     from rkif.fuser.fuser import Fuser
 
-# What stands before a parameter's name in a state, see _tensors.
+# Prefixes of parameters' names in a state, see _tensors.
 _KIND = re.compile(r"^(base|inner|(start\.)?(inner|outer)_importance\.(sensitivity|uncertainty|mask))\.")
 
 
@@ -99,7 +99,7 @@ def load_state(fuser: Fuser, state: Mapping[str, Tensor]) -> None:
     for name, tensor in _tensors(fuser).items():
         if not name.startswith(("inner_importance.", "outer_importance.")):
             tensor.copy_(parts[name])
-    # A count that all processes share is one of them to remember.
+    # The count is a sum over processes, so one of them loads it.
     fuser._nonfinite.copy_(
         torch.tensor([int(state["nonfinite"]) if fuser._shards.processes.rank == 0 else 0, 0])
     )
@@ -122,7 +122,7 @@ def write(fuser: Fuser, folder: str | os.PathLike[str], state: Mapping[str, Tens
 
 
 def read(fuser: Fuser, folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read what :func:`write` wrote; what is called like a parameter at its end is sharded as it is."""
+    """Read what :func:`write` wrote. A tensor whose name ends with a parameter's is sharded like it."""
 
     def empty_for(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         for parameter_name, parameter in fuser.parameters.items():

@@ -1,4 +1,4 @@
-"""Names in a flat state: its sections are told apart by a prefix and a dot."""
+"""Names in a flat state: the prefix before the first dot is the section."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ _CAUSES = "an assignment, load_state_dict(assign=True), resize_token_embeddings(
 
 
 class ParameterWatch:
-    """Where a model holds its parameters, and of what kind they were when the watch began.
+    """The places of a model's parameters, with their dtypes and shapes when the watch began.
 
     Args:
         module: the model without wrappers; None if only its parameters are known. Then a replaced parameter

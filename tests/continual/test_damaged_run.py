@@ -216,3 +216,24 @@ def test_an_unknown_file_in_snapshots_is_not_deleted(rkif: Rkif, run: Path, stra
 def test_bad_task_names_are_refused_by_the_config(config: Callable[..., RunConfig], name: str) -> None:
     with pytest.raises(ValueError, match=r"cannot be the name of a folder|unicode"):
         config(tasks=config().tasks.model_dump() | {"order": ["review", name]})
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_state_that_is_no_file_is_found(rkif: Rkif, run: Path, kind: str) -> None:
+    state = run / "snapshots" / "000001.safetensors"
+    state.unlink()
+    if kind == "folder":
+        state.mkdir()
+    else:
+        state.symlink_to("/dev/null")
+    assert "000001.safetensors is no state that the run kept" in refused(rkif, run, "log", run, "--verify")
+
+
+def test_a_temporary_file_of_safetensors_does_not_stop_a_run(rkif: Rkif, run: Path) -> None:
+    """safetensors writes under a name of its own first, which a kill leaves."""
+    left = run / "snapshots" / ".tmpAbCdEf"
+    left.write_bytes(b"half a state")
+    assert rkif("log", run, "--verify")[0] == 0
+    rollback(run, 1)
+    assert rkif("run", run / "config.yaml", "--out", run, "--resume")[0] == 0
+    assert not left.exists()

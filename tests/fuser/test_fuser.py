@@ -289,7 +289,7 @@ def test_calls_out_of_order_are_refused() -> None:
         ([nn.Parameter(torch.ones(1))], TypeError, "expected an nn.Module or an iterable"),
         ([], ValueError, "no parameter is trainable"),
         ([("p", nn.Parameter(torch.ones(1), requires_grad=False))], ValueError, "no parameter is trainable"),
-        ([("p", nn.Parameter(torch.ones(1)))] * 2, ValueError, "the parameter name 'p' comes twice"),
+        ([("p", nn.Parameter(torch.ones(1)))] * 2, ValueError, "the parameter name 'p' is given twice"),
         ([("p", nn.Parameter(torch.ones(1).double()))], TypeError, r"parameters\['p'\] has dtype float64"),
         (
             [("p", nn.Parameter(torch.ones(1))), ("q", nn.Parameter(torch.ones(1, device="meta")))],

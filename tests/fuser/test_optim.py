@@ -237,7 +237,7 @@ def test_a_phase_has_one_observer(first: str) -> None:
     calls[0]()
     before, state = weights(model), fuser.state_dict()
     for call in (calls[1], second.step):
-        with pytest.raises(RuntimeError, match="has observed in this inner phase"):
+        with pytest.raises(RuntimeError, match="second observer of this inner phase"):
             call()
     assert same(weights(model), before)
     assert same(fuser.state_dict().values(), state.values())

@@ -90,6 +90,8 @@ def write_state(path: Path, state: RunState, record: Callable[[str], object] | N
         record: takes the file's SHA-256 before the file gets its name.
     """
     stored, metadata = _stored(state)
+    for stale in path.parent.glob(".tmp*"):  # safetensors' own temporary file, left by a kill
+        stale.unlink()
 
     def write(temporary: Path) -> None:
         save_tensors(temporary, stored, metadata)

@@ -78,14 +78,20 @@ def require_whole(reader: RunReader, records: Sequence[LedgerRecord]) -> Counter
     return Counter({"records": len(records), "tasks": len(learned), "states": states})
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a kill may have left this: names of rkif end in .tmp, names of safetensors begin with it."""
+    return path.suffix == ".tmp" or path.name.startswith(".tmp")
+
+
 def _require_no_other(run: Path, recorded: Collection[Path], following: Path | None) -> None:
     """Raise LedgerError for metrics, a checkpoint, or a file of a task or of the states that no record names.
 
     The folder of the following task, and whatever is under a temporary name, a kill may have left.
     """
+    states = RoundStates(run).folder
     folders = {
         run / "tasks": "was not there when the task was learned",
-        RoundStates(run).folder: "is no state that the run kept",
+        states: "is no state that the run kept",
     }
     for path in (run / METRICS, run / CHECKPOINT):
         if path.exists() and path not in recorded:
@@ -93,6 +99,9 @@ def _require_no_other(run: Path, recorded: Collection[Path], following: Path | N
     for folder, problem in folders.items():
         for path in sorted(folder.rglob("*")):
             entry = folder / path.relative_to(folder).parts[0]
-            if path in recorded or path.is_dir() or entry == following or entry.suffix == ".tmp":
+            folder_of_a_task = path.is_dir() and folder != states
+            if folder_of_a_task or entry == following or is_temporary(entry):
+                continue
+            if path in recorded and path.is_file():
                 continue
             raise LedgerError(f"{run / LEDGER}: {path} {problem}")

@@ -1,0 +1,1 @@
+"""Random damage, random calls and random kills: what rkif does with them."""

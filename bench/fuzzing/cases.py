@@ -1,0 +1,250 @@
+"""The three kinds of cases. Each returns what was wrong, or None."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rkif
+from bench.fuzzing.commandline import command
+from bench.fuzzing.mutations import mutate
+from bench.fuzzing.subjects import VICTIM, Subjects, contents, results
+from rkif_kernels import FusionInputs, MergeRule, Scores, order_statistic_k
+from rkif_kernels.backends import reference
+from rkif_kernels.types import Scope
+
+# Commands on a run. True: the command may change the run if it succeeds.
+COMMANDS = (
+    (("log",), (), False),
+    (("log",), ("--verify",), False),
+    (("report",), (), True),
+    (("rollback",), ("--to", "1"), True),
+    (("reproduce",), ("--round", "2"), False),
+    (("run",), ("--resume",), True),
+)
+
+
+def _unseen(done: str) -> bool:
+    """Whether this is damage that verification does not report, as the docs say.
+
+    docs/guide/ledger.md: `report.html` is not recorded, a state may be missing, and files added to the folder
+    of a run itself are not reported. docs/guide/signatures.md: `provenance.json` is not in the manifest.
+    """
+    place, _, damage = done.partition(": ")
+    at_top = "/" not in place
+    return (
+        place in ("report.html", "provenance.json")
+        or (place.startswith("snapshots/") and damage == "deleted")
+        or (at_top and damage.endswith("added beside it"))
+    )
+
+
+def mutation(seed: int, subjects: Subjects) -> tuple[str, str | None]:
+    """Damage a run or a fused output; then every command must do without it, or refuse in one line."""
+    choose = random.Random(seed)
+    original = choose.choice([subjects.run, subjects.run, subjects.fused])
+    done = None
+    while done is None:
+        copy = subjects.copy_of(original)
+        done = mutate(copy, choose)
+    where = f"{original.name}/{done}"
+    if original is subjects.fused:
+        ended = command("verify", copy)
+        unseen = done.startswith("provenance.json: ")
+        wrong = ended.complaint or (None if ended.status == 1 or unseen else "verify accepts it")
+        return where, _problem("verify", wrong, copy)
+    ended = command("log", copy, "--verify")
+    if ended.complaint or (ended.status == 0 and not _unseen(done)):
+        return where, _problem("log --verify", ended.complaint or "it is accepted", copy)
+    (name,), options, changes = choose.choice(COMMANDS)
+    before = contents(copy)
+    arguments = subjects.run_command(copy, *options) if name == "run" else [name, copy, *options]
+    ended = command(*arguments)
+    wrong = ended.complaint
+    if wrong is None and (ended.status != 0 or not changes) and contents(copy) != before:
+        wrong = "it failed and changed the run" if ended.status else "it changed the run"
+    return where, _problem(" ".join((name, *options)), wrong, copy)
+
+
+def _problem(name: str, wrong: str | None, copy: Path) -> str | None:
+    victim = copy.parent / "victim"
+    if not victim.is_file() or victim.read_text() != VICTIM:
+        return f"{name}: a file outside of the run was changed"
+    return None if wrong is None else f"{name}: {wrong}"
+
+
+def kill(seed: int, subjects: Subjects) -> tuple[str, str | None]:
+    """Kill a command, perhaps several times; the documented way on must lead to the same results."""
+    choose = random.Random(seed)
+    kind = choose.choice(["run", "run", "fuse", "rollback"])
+    kills = [choose.random() for _ in range(choose.randint(1, 3))]
+    where = f"{kind} killed {len(kills)} times"
+    if kind == "fuse":
+        out, expected = subjects.place_for("fused"), subjects.fused
+        for share in kills:
+            command(*subjects.fuse_command(out, "--resume"), kill_after=share * subjects.fuse_seconds)
+        ended = command(*subjects.fuse_command(out, "--resume"))
+        checked = command("verify", out)
+    else:
+        expected = subjects.run
+        out = subjects.copy_of(expected) if kind == "rollback" else subjects.place_for("run")
+        for share in kills:
+            seconds = share * subjects.run_seconds
+            if kind == "rollback":
+                command("rollback", out, "--to", "1", kill_after=share * 0.3)
+            else:
+                command(*subjects.run_command(out, "--resume"), kill_after=seconds)
+        ended = command(*subjects.run_command(out, "--resume"))
+        checked = command("log", out, "--verify")
+    for step, one in (("to go on", ended), ("to verify", checked)):
+        if one.complaint or one.status != 0:
+            return where, f"{step}: {one.complaint or one.errors[-200:]}"
+    found, wanted = results(out), results(expected)
+    if kind == "rollback":  # the ledger and the states have the rounds that were rolled back, too
+        found, wanted = ({k: v for k, v in r.items() if k.startswith("tasks/")} for r in (found, wanted))
+    names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    return where, f"other results: {names[0]}" if names else None
+
+
+def call(seed: int, _: Subjects) -> tuple[str, str | None]:
+    """A call of ``rkif.fuse``, or rounds of a ``Fuser``: the reference's result, or a refusal by name."""
+    choose = random.Random(seed)
+    return (_fuser_call if choose.random() < 0.3 else _fuse_call)(choose, seed)
+
+
+def _fuse_call(choose: random.Random, seed: int) -> tuple[str, str | None]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [_shape(choose) for _ in range(choose.randint(1, 4))]
+    if sum(map(math.prod, shapes)) == 0:
+        shapes[0] = (3,)
+    names = [f"w{index}" for index in range(len(shapes))]
+    dtypes = [choose.choice([torch.float32, torch.bfloat16, torch.float16]) for _ in shapes]
+
+    def params() -> dict[str, Tensor]:
+        rows = zip(names, shapes, dtypes, strict=True)
+        return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape, dtype in rows}
+
+    def scores() -> dict[str, Tensor]:
+        kind = choose.choice(["random", "ties", "zero", "infinite"])
+        made = {
+            name: torch.rand(shape, generator=generator) for name, shape in zip(names, shapes, strict=True)
+        }
+        changes: dict[str, Callable[[Tensor], Tensor]] = {
+            "random": torch.clone,
+            "ties": lambda t: (4 * t).round(),
+            "zero": torch.zeros_like,
+            "infinite": lambda t: torch.where(t > 0.7, torch.inf, t),
+        }
+        return {name: changes[kind](tensor) for name, tensor in made.items()}
+
+    base, inner, outer, inner_scores, outer_scores = params(), params(), params(), scores(), scores()
+    density = choose.choice([0.0, 1.0, 0.2, choose.random(), 1e-9])
+    scope: Scope = choose.choice(["global", "tensor"])
+    rule = choose.choice(["paper", "release"])
+    where = f"fuse of {shapes}, {dtypes}, density {density}, {scope}, {rule}"
+    if choose.random() < 0.3:
+        return where, _refused(choose, base, inner, outer, inner_scores, outer_scores)
+    got = rkif.fuse(base, inner, outer, inner_scores, outer_scores, density=density, scope=scope, rule=rule)
+    out = [torch.empty_like(tensor) for tensor in base.values()]
+    sides = [Scores(list(side.values())) for side in (inner_scores, outer_scores)]
+    limits = [_thresholds(side.sensitivity, density, scope) for side in sides]
+    weights = rkif.config.merge_weights(rule).cases
+    lists = [list(row.values()) for row in (base, inner, outer)]
+    inputs = FusionInputs(out, lists[0], lists[1], lists[2], sides[0], sides[1])
+    reference.fuse_(inputs, (limits[0], limits[1]), MergeRule(weights, "inner"))
+    for name, expected in zip(names, out, strict=True):
+        found = got.params[name]
+        if not torch.equal(torch.nan_to_num(found.float()), torch.nan_to_num(expected.float())):
+            return where, f"{name} differs from the reference"
+    return where, None
+
+
+def _thresholds(scores: Sequence[Tensor], density: float, scope: Scope) -> Tensor:
+    """The thresholds by sorting; -inf selects everything."""
+    flat = [tensor.reshape(-1) for tensor in scores]
+    groups = flat if scope == "tensor" else [torch.cat(flat)]
+    limits = []
+    for group in groups:
+        k = order_statistic_k(group.numel(), density) if group.numel() and density < 1 else -1
+        limits.append(float(group.sort().values[k]) if k >= 0 else -math.inf)
+    return torch.tensor(limits)
+
+
+def _refused(choose: random.Random, *given: dict[str, Tensor]) -> str | None:
+    """Spoil one argument; it must be named, and nothing may be written."""
+    arguments = ("base", "inner", "outer", "inner_importance", "outer_importance")
+    place = choose.randrange(len(arguments))
+    name = choose.choice(list(given[place]))
+    tensor = given[place][name]
+    spoiled: list[Any] = [tensor.double(), tensor.reshape(-1)[:-1], tensor.to_sparse(), None, "tensor"]
+    if place > 2 and tensor.numel():
+        spoiled += [-1 - tensor, torch.full_like(tensor, torch.nan)]
+    out = {key: torch.zeros_like(value) for key, value in given[0].items()}
+    changed: list[dict[str, Any]] = [dict(row) for row in given]
+    # An empty tensor without its last element is itself.
+    changed[place][name] = choose.choice(spoiled if tensor.numel() else [None, "tensor"])
+    try:
+        rkif.fuse(*changed, out=out)
+    except (TypeError, ValueError) as error:
+        if any(tensor.any() for tensor in out.values()):
+            return f"{arguments[place]}[{name!r}] was refused after something was written"
+        return None if arguments[place] in str(error) or name in str(error) else f"not named: {error}"
+    except Exception as error:
+        return f"{arguments[place]}[{name!r}]: {type(error).__name__}: {error}"
+    return f"{arguments[place]}[{name!r}] = {str(changed[place][name])[:60]} was accepted"
+
+
+def _shape(choose: random.Random) -> tuple[int, ...]:
+    long, rows, columns = choose.randint(1, 300), choose.randint(1, 40), choose.randint(1, 70)
+    return choose.choice([(0,), (), (1,), (long,), (rows, columns)])
+
+
+def _fuser_call(choose: random.Random, seed: int) -> tuple[str, str | None]:
+    """Rounds of a fuser; its selection is that of the scores it shows, and ``rkif.fuse`` gives its result."""
+    torch.manual_seed(seed)
+    config = rkif.FusionConfig(
+        density=choose.choice([0.0, 0.2, 0.5, 1.0]),
+        rule=choose.choice(["paper", "release"]),
+        scope=choose.choice(["global", "tensor"]),
+        importance=choose.choice(["sensitivity", "sensitivity_uncertainty"]),
+        beta1=choose.choice([0.0, 0.5, 0.85, 1.0]),
+        fp32_master=choose.random() < 0.5,
+    )
+    units = choose.randint(1, 60)
+    model = nn.Sequential(nn.Linear(5, units), nn.Linear(units, 3))
+    where = f"fuser of {units} units, {config}"
+    fuser = rkif.Fuser(model, config)
+    for _ in range(2):
+        base = fuser.base()
+        _steps(model, fuser, choose.randint(1, 3), 1.0)
+        fuser.begin_outer()
+        inner = {name: p.detach().clone() for name, p in model.named_parameters()}
+        _steps(model, fuser, choose.randint(1, 2), -1.0)
+        outer = {name: p.detach().clone() for name, p in model.named_parameters()}
+        scores = fuser.scores("inner"), fuser.scores("outer")
+        report = fuser.fuse()
+        expected = rkif.fuse(
+            base, inner, outer, *scores, density=config.density, rule=config.rule, scope=config.scope
+        )
+        if any(not torch.equal(p, expected.params[name]) for name, p in model.named_parameters()):
+            return where, "its result is not that of rkif.fuse"
+        if report.counts != expected.report.counts:
+            return where, f"its counts are {report.counts}, those of rkif.fuse {expected.report.counts}"
+    return where, None
+
+
+def _steps(model: nn.Module, fuser: rkif.Fuser, count: int, sign: float) -> None:
+    for _ in range(count):
+        model.zero_grad()
+        (sign * model(torch.randn(4, 5))).square().mean().backward()
+        fuser.observe()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.sub_(parameter.grad, alpha=0.05 * sign)
