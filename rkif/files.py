@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes, and reads with errors that name the file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ M = TypeVar("M", bound="BaseModel")
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file under a temporary name, bring it to disk, and give it its own.
+    """Let ``write`` make a file under a temporary name, flush it to disk, and rename it.
 
     Raises:
         OSError: the file cannot be written; it names the path. After any error the temporary file is deleted.
@@ -117,7 +117,7 @@ def named_in_errors(path: Path) -> Iterator[None]:
 
 
 def fsync_file(path: Path) -> None:
-    """Bring a file to disk, with the mode of any other: safetensors makes its own for their owner alone."""
+    """Flush a file to disk, with the default mode: safetensors makes files that only their owner can read."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
@@ -126,7 +126,7 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Bring a folder's entries to disk: new names, and those that were given up."""
+    """Flush a folder's entries to disk: new names and removed ones."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -136,7 +136,7 @@ def fsync_folder(path: Path) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process alone, as far as others ask; a kill gives it up. Nothing is written.
+    """Lock a folder for this process. The lock ends with the process. Nothing is written.
 
     Raises:
         RuntimeError: another process holds it.

@@ -21,7 +21,7 @@ Thresholds = float | dict[str, float]
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What a fusion did.
+    """The report of a fusion.
 
     Attributes:
         numel: parameters that took part.
@@ -30,9 +30,9 @@ class FusionReport:
         counts: parameters selected by "inner_only", "outer_only", "both" and "neither".
         norms: L2 norms of the "inner" and "outer" task vectors and of the "update", result - base.
         nonfinite: elements whose importance was not finite in some step of the round.
-        applied: False for a fusion that was refused; thresholds and the task vectors' norms are NaN then,
-            the counts and the update zero. Also False for one that the gate undid.
-        gate: what the gate made of it; None without one. The update is what was left of the step.
+        applied: False if the fusion was skipped: thresholds and the task vectors' norms are NaN then, counts
+            and update zero. Also False if the gate undid it.
+        gate: the gate's report; None without a gate. The update is that of the accepted fraction.
     """
 
     numel: int
@@ -78,9 +78,9 @@ def fuse(
     out: Mapping[str, Tensor] | None = None,
     backend: Backend = "auto",
 ) -> FusionResult:
-    """Fuse what two learners did to the same parameters (Feng et al., ACL 2025, section 3).
+    """Fuse the task vectors of two learners (Feng et al., ACL 2025, section 3).
 
-    Each learner selects the parameters whose importance is above the threshold that ``density`` asks for
+    Each learner selects the parameters whose importance is above the threshold of ``density``
     (the k-th smallest score, k = ``floor((1-density)*(n-1))``: docs/reference/semantics.md). Then
 
         ``result = base + w_in*(inner - base) + w_out*(outer - inner)``
@@ -91,7 +91,7 @@ def fuse(
     Args:
         base: name -> parameter before the round; any shapes; float32, bfloat16 or float16.
         inner: the same after the inner learner.
-        outer: the same after the outer learner, who started where the inner one stopped.
+        outer: the same after the outer learner, which started from the inner learner's result.
         inner_importance, outer_importance: name -> non-negative scores of the parameter's shape.
         density: fraction each learner selects, in [0, 1].
         rule: "paper", "release" or a :class:`rkif.MergeWeights`.
@@ -103,11 +103,11 @@ def fuse(
         backend: "auto", "triton", "native" or "torch"; all give the same bits.
 
     Returns:
-        The fused parameters (the tensors of ``out`` where given) and the report. Reading the report's
-        values is what makes the host wait for a GPU.
+        The fused parameters (the tensors of ``out`` where given) and the report. The host waits for a GPU
+        when the report's values are read.
 
     Raises:
-        TypeError, ValueError: naming the argument, the parameter and the value: not mappings, other names,
+        TypeError, ValueError: names the argument, the parameter and the value: not mappings, different names,
             shapes or devices, unsupported dtypes, no parameters, density outside [0, 1], unknown rule or
             scope, negative or NaN importance, outputs that share memory. Nothing has been written then.
     """
@@ -187,7 +187,7 @@ def fuse_lists(
 
 
 def skipped_report(names: Sequence[str], numel: int, nonfinite: int, scope: Scope) -> FusionReport:
-    """The report of a round that was not fused because of non-finite importance: nothing is known of it."""
+    """The report of a round that was not fused: thresholds and norms are unknown."""
     unknown: Thresholds = dict.fromkeys(names, math.nan) if scope == "tensor" else math.nan
     return FusionReport(
         numel=numel,
@@ -200,7 +200,7 @@ def skipped_report(names: Sequence[str], numel: int, nonfinite: int, scope: Scop
 
 
 def report_of(names: Sequence[str], stats: FuseStats, *, numel: int, scope: Scope) -> FusionReport:
-    """What the kernels have counted, read from the device at once. Counts below 2^53 are exact in float64."""
+    """The kernels' statistics, read from the device in one copy. Counts below 2^53 are exact in float64."""
     parts = (stats.counts, stats.squared_norms, *stats.thresholds)
     values = iter(torch.cat([part.double() for part in parts]).tolist())
     counts, squared_norms, *thresholds = (list(islice(values, part.numel())) for part in parts)
@@ -218,7 +218,7 @@ def report_of(names: Sequence[str], stats: FuseStats, *, numel: int, scope: Scop
 
 
 def common_names(arguments: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
-    """The parameter names, in the order of ``base``, if all mappings have just these."""
+    """The parameter names in the order of ``base``; all mappings must have exactly these."""
     for argument, mapping in arguments.items():
         if not isinstance(mapping, Mapping):
             raise TypeError(f"{argument} must map names to tensors; got {type(mapping).__name__}")

@@ -44,7 +44,7 @@ class Criterion:
             raise TypeError(f"evaluate of criterion {self.name!r} must be callable; got {self.evaluate!r}")
         if self.floor is None and self.tolerance is None:
             raise ValueError(
-                f"criterion {self.name!r} has neither floor nor tolerance: nothing could fail it"
+                f"criterion {self.name!r} has neither floor nor tolerance: every value would pass"
             )
         if self.floor is not None and not math.isfinite(self.floor):
             raise ValueError(f"floor of criterion {self.name!r} must be finite; got {self.floor}")

@@ -1,9 +1,9 @@
-"""LoRA adapters fused as the weight updates they stand for, B·A, instead of factor by factor.
+"""LoRA adapters fused as weight updates B·A, instead of factor by factor.
 
-A fusion of factors is not one of updates: selecting elements of A and of B keeps whole rows and columns of
+A fusion of factors is no fusion of updates: selecting elements of A and of B keeps whole rows and columns of
 cross terms, and the average of two products is not the product of two averages. Here every module's update is
-formed, fused element by element, and factorised again. That is dearer, loses what does not fit into the rank,
-and knows no importance but how far an update moved: gradients belong to the factors.
+formed, fused element by element, and factorised again. This costs more, loses what exceeds the rank, and can
+score only by magnitude of change, because gradients belong to the factors.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _POWER_ITERATIONS = 2
 
 @dataclass(frozen=True)
 class DeltaResult:
-    """What :func:`fuse_delta` makes.
+    """The result of :func:`fuse_delta`.
 
     Attributes:
         params: name -> fused tensor, in the shapes and dtypes of ``base``.
         report: of the fusion, whose elements are those of the updates; thresholds by module.
-        truncation: module -> what of its fused update the rank cannot hold, as a share of its Frobenius norm.
+        truncation: module -> truncation error of its fused update, as a share of its Frobenius norm.
     """
 
     params: dict[str, Tensor]
@@ -54,7 +54,7 @@ class DeltaResult:
 
 @dataclass(frozen=True)
 class _Module:
-    """A weight whose update is ``scaling * B @ A``; or, without factors, a tensor of its own."""
+    """A weight with the update ``scaling * B @ A``; without factors, a plain tensor."""
 
     name: str
     a: str
@@ -84,16 +84,16 @@ def fuse_delta(
     Elements are selected by the magnitude of the updates' task vectors, above exact thresholds over all
     modules (or each). A fused update has full rank; it is brought to the adapter's own by a subspace
     iteration that starts from the span of the three B, with QR at each step (Halko, Martinsson and Tropp,
-    2011, algorithm 4.4), and the singular vectors in what it ends with. The factors are balanced: both have
+    2011, algorithm 4.4), followed by a singular value decomposition in the final subspace. Both factors get
     the square roots of the singular values. Tensors without factors (modules_to_save) are fused as they are.
 
-    Memory is that of one module's updates, of which there are four. The factors' last bits depend on the
+    Memory: the four updates of one module at a time. The factors' last bits depend on the
     linear algebra library.
 
     Args:
         base, inner, outer: name -> tensor, as peft names them: "....lora_A.weight" [r, in] and
             "....lora_B.weight" [out, r], also "....lora_A.default.weight"; float32, bfloat16 or float16.
-        scaling: what a product is multiplied with, for all modules or by their names; see
+        scaling: the factor of the product, for all modules or by their names; see
             :func:`lora_scaling`.
         density, rule, scope, outer_from: see :func:`rkif.fuse`.
 
@@ -149,7 +149,7 @@ def fuse_delta(
         basis = torch.cat([tensors[module.b].detach().float() for tensors in sets.values()], dim=1)
         rank = base[module.a].shape[0]
         if not bool(out.isfinite().all()):
-            raise ValueError(f"the fused update of {module.name!r} is beyond what float32 holds")
+            raise ValueError(f"the fused update of {module.name!r} overflows float32")
         b, a, truncation[module.name] = _factorised(out, basis, rank, module.scaling)
         params[module.a], params[module.b] = a.to(base[module.a].dtype), b.to(base[module.b].dtype)
     stats = FuseStats(counts, squared_norms, (thresholds[0], thresholds[1]))
@@ -159,7 +159,7 @@ def fuse_delta(
 
 
 def lora_scaling(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
-    """Module -> what peft multiplies its B·A with: alpha / r; rsLoRA (Kalajdzievski, 2023): alpha / sqrt(r).
+    """Module -> the factor of its B·A in peft: alpha / r; rsLoRA (Kalajdzievski, 2023): alpha / sqrt(r).
 
     Args:
         config: of an adapter_config.json, or ``LoraConfig(...).to_dict()``: lora_alpha, r, use_rslora,
@@ -175,7 +175,7 @@ def lora_scaling(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, f
     found = {}
     for match in filter(None, map(_A.match, names)):
         module = match["module"]
-        inside = module.removeprefix("base_model.model.")  # which is what peft matches patterns with
+        inside = module.removeprefix("base_model.model.")  # the name that peft matches patterns with
         alpha = _of_pattern(config.get("alpha_pattern"), inside, config["lora_alpha"])
         rank = _of_pattern(config.get("rank_pattern"), inside, config["r"])
         found[module] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
@@ -227,7 +227,7 @@ def _modules(
 
 
 class _Triples:
-    """The three updates of each module, formed when they are asked for."""
+    """The three updates of each module, formed on access."""
 
     def __init__(
         self,
@@ -276,7 +276,7 @@ def _thresholds(triples: _Triples, *, density: float, scope: Scope, device: torc
 
 
 def _factorised(update: Tensor, basis: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor, float]:
-    """B [out, rank] and A [rank, in]; ``scaling`` times their product is about ``update``; the error."""
+    """B [out, rank] and A [rank, in] with ``scaling * B @ A`` close to ``update``; and the error."""
     size = update.norm()
     if size == 0 or scaling == 0:
         return update.new_zeros(update.shape[0], rank), update.new_zeros(rank, update.shape[1]), 0.0

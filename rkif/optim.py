@@ -1,4 +1,4 @@
-"""An optimizer whose step takes the importance of the parameters along, in one pass over memory."""
+"""An optimizer whose step also updates the importance of the parameters, in one pass over memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rkif.fuser.importance import Importance
 from rkif.fuser.no_compile import uncompiled
 from rkif_kernels import PARAMETER_DTYPES, STATE_DTYPES, AdamWConstants, adamw_, adamw_constants
 
-# What torch.optim.AdamW's groups hold beyond the settings: kept, so that either loads the other's state.
+# Further keys of torch.optim.AdamW's groups, so that either optimizer loads the other's state.
 _OFF = {"amsgrad": False, "maximize": False, "capturable": False, "differentiable": False}
 _KEYS = {**_OFF, "foreach": None, "fused": None, "decoupled_weight_decay": True}
 _SETTINGS = ("lr", "betas", "eps", "weight_decay")
@@ -24,7 +24,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _Call(NamedTuple):
-    """What parameters must have in common to be stepped together."""
+    """What the parameters of one operation have in common."""
 
     constants: AdamWConstants
     device: torch.device
@@ -33,32 +33,32 @@ class _Call(NamedTuple):
 
 
 class AdamW(torch.optim.Optimizer):
-    """``torch.optim.AdamW`` (Loshchilov & Hutter, 2019) whose step does what ``fuser.observe()`` does, too.
+    """``torch.optim.AdamW`` (Loshchilov & Hutter, 2019) whose step also observes for a fuser.
 
-    With a fuser, ``optimizer.step()`` stands for ``fuser.observe(); optimizer.step()``. The importance is
+    With a fuser, ``optimizer.step()`` replaces ``fuser.observe(); optimizer.step()``. The importance is
     that of the weights before the step, bit for bit; the gradients must be final (accumulated, unscaled,
     clipped). The two share one pass over memory: 44 bytes a float32 element instead of 24 and 28. Give the
-    inner and the outer optimizer the same fuser; its phase says whose importance it is. ::
+    inner and the outer optimizer the same fuser. Its phase determines the learner. ::
 
         fuser = rkif.Fuser(model, config)
         optimizer = rkif.optim.AdamW(model.parameters(), lr=1e-4, fuser=fuser)
         loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-    A step observes every parameter of the fuser, also one that this optimizer does not hold. A parameter
-    without a gradient counts as one with a zero gradient for the importance, and is not stepped. Parameters
-    that the fuser does not follow are stepped alone.
+    A step observes every parameter of the fuser, including parameters of other optimizers. A missing
+    gradient counts as zero for the importance; the parameter is not stepped. Parameters outside the fuser
+    are only stepped.
 
-    Moments are float32 whatever the parameters are, or bfloat16. Arithmetic is float32 with one rounding at
-    each store (see :func:`rkif_kernels.adamw_`). Weights differ from those of ``torch.optim.AdamW`` by
-    rounding: docs/reference/kernels.md states the bound. Each of the two loads the other's state dict.
+    Moments are float32 for every dtype of the parameters, or bfloat16. Arithmetic is float32 with one rounding
+    at each store (see :func:`rkif_kernels.adamw_`). Weights differ from those of ``torch.optim.AdamW`` by
+    rounding: docs/reference/kernels.md states the bound. Each optimizer loads the other's state dict.
     Parameters that are sharded (DTensor) have sharded moments. A ``GradScaler`` works as usual: a step that
-    it skips is not observed. Refused are ``amsgrad``, ``maximize``, ``capturable``, ``differentiable``, a
-    tensor as learning rate, and sparse gradients.
+    it skips is not observed. ``amsgrad``, ``maximize``, ``capturable``, ``differentiable``, a tensor as
+    learning rate, and sparse gradients are refused.
 
     Args:
         params: parameters (float32, bfloat16 or float16) or groups of them, as for every optimizer.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; decay is decoupled.
-        fuser: whose importance a step takes along; can be set later as ``optimizer.fuser``.
+        fuser: a step updates its importance; can be set later as ``optimizer.fuser``.
         state_dtype: of the moments, float32 or bfloat16.
 
     Raises:
@@ -88,7 +88,7 @@ class AdamW(torch.optim.Optimizer):
 
     @property
     def fuser(self) -> Fuser | None:
-        """Whose importance a step takes along; None: no importance is followed."""
+        """The fuser whose importance a step updates, or None."""
         return self._fuser
 
     @fuser.setter
@@ -102,7 +102,7 @@ class AdamW(torch.optim.Optimizer):
         self._fuser = fuser
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As every optimizer does it; raises before anything is added."""
+        """Add a group, as every optimizer does; raises before anything is added."""
         merged = {**self.defaults, **param_group}
         _require_supported(merged)
         adamw_constants(**{name: merged[name] for name in _SETTINGS}, step=1)
@@ -118,10 +118,10 @@ class AdamW(torch.optim.Optimizer):
 
     @uncompiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step, and the importance along where there is a fuser.
+        """Take a step; with a fuser, update the importance as well.
 
         Args:
-            closure: computes the loss and the gradients anew; its result is returned.
+            closure: recomputes the loss and the gradients; its result is returned.
 
         Raises:
             RuntimeError: another observer has observed in this phase (see :meth:`rkif.Fuser.observe`), or a
@@ -148,7 +148,7 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def observe(self) -> None:
-        """Take the importance of gradients that are not stepped on, such as those that are not finite.
+        """Update the importance without a step, for example for gradients that are not finite.
 
         Raises:
             RuntimeError: there is no fuser, or as :meth:`step`.
@@ -168,7 +168,7 @@ class AdamW(torch.optim.Optimizer):
         *,
         frozen: bool,
     ) -> None:
-        """Stand in for :meth:`Importance.update`: step those of the parameters that are to be stepped."""
+        """Replace :meth:`Importance.update`: update the importance, and step the parameters of ``calls``."""
         assert self._fuser is not None
         parameters = list(self._fuser.parameters.values())
         call_of = {id(parameter): call for call, those in calls.items() for parameter in those}
@@ -196,7 +196,7 @@ class AdamW(torch.optim.Optimizer):
         gradients: Sequence[Tensor | None],
         **importance: Any,
     ) -> None:
-        """One operation for ``parameters``, of which ``parts`` lie in this process."""
+        """One operation for ``parameters``, whose local parts are ``parts``."""
         states = [self._state_of(parameter) for parameter in parameters]
         exp_avg, exp_avg_sq = ([to_local(state[moment]) for state in states] for moment in _MOMENTS)
         group = self.param_groups[call.group]
@@ -204,7 +204,7 @@ class AdamW(torch.optim.Optimizer):
         adamw_(parts, gradients, exp_avg, exp_avg_sq, **settings, step=call.step, **importance)  # type: ignore[arg-type]
 
     def _calls(self) -> dict[_Call, list[Tensor]]:
-        """The parameters with a gradient, by what must be the same to step them together."""
+        """The parameters with a gradient, grouped by operation."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "rkif.optim.AdamW.step() was called while a CUDA graph is captured: the step's number would "
@@ -242,16 +242,15 @@ class AdamW(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a state of this optimizer's or of ``torch.optim.AdamW``'s; moments get ``state_dtype``.
+        """Load a state of this optimizer or of ``torch.optim.AdamW``; moments get ``state_dtype``.
 
         Raises:
-            ValueError: the state is of other groups, or of features that are not supported; nothing has been
-                changed then.
+            ValueError: the state has other groups or unsupported features. Nothing has been changed then.
         """
         for group in state_dict["param_groups"]:
             _require_supported(group)
         super().load_state_dict(state_dict)
-        # PyTorch has rounded the moments to the parameters' dtype, or has kept those of the caller.
+        # PyTorch has cast the moments to the parameters' dtype, or shares them with the caller.
         indices = (index for group in state_dict["param_groups"] for index in group["params"])
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         for index, parameter in zip(indices, parameters, strict=True):
