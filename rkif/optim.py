@@ -48,8 +48,8 @@ class AdamW(torch.optim.Optimizer):
     gradient counts as zero for the importance; the parameter is not stepped. Parameters outside the fuser
     are only stepped.
 
-    Moments are float32 for every dtype of the parameters, or bfloat16. Arithmetic is float32 with one rounding
-    at each store (see :func:`rkif_kernels.adamw_`). Weights differ from those of ``torch.optim.AdamW`` by
+    Moments are float32 for every dtype of the parameters, or bfloat16. Arithmetic is float32 with one
+    rounding at each store (see :func:`rkif_kernels.adamw_`). Weights differ from those of ``torch.optim.AdamW`` by
     rounding: docs/reference/kernels.md states the bound. Each optimizer loads the other's state dict.
     Parameters that are sharded (DTensor) have sharded moments. A ``GradScaler`` works as usual: a step that
     it skips is not observed. ``amsgrad``, ``maximize``, ``capturable``, ``differentiable``, a tensor as

@@ -2,6 +2,6 @@
 
 ``preflight`` turns a ``request`` into a plan, without reading a weight: ``source`` opens the inputs,
 ``compatibility`` compares them, ``layout`` cuts the work into chunks. ``fuse`` carries the plan out:
-``loader`` reads chunks, ``scan`` finds what the method must know of all elements (mostly exact thresholds),
+``loader`` reads chunks, ``scan`` finds what the method needs from all elements (mostly exact thresholds),
 ``methods`` compute, ``output`` writes, ``metadata`` adds the card and the manifest, ``workdir`` publishes.
 """

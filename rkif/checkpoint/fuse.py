@@ -144,7 +144,7 @@ class _Fusion:
         self._share = share(plan.chunks, self._tensors, processes.rank, processes.size)
 
     def scan(self) -> ScanResult:
-        """Find what the method must know of all elements, from where an interrupted scan stopped."""
+        """Scan all elements for the method, from where an interrupted scan stopped."""
         scan, first = self._resumed_scan()
         unrecorded = 0
         while (indices := scan.next_pass()) is not None:
@@ -183,7 +183,7 @@ class _Fusion:
         return make_scan(self._method, self._tensors, chunks, scanned, self._processes)
 
     def fuse(self, scan_result: ScanResult) -> None:
-        """Compute the remaining chunks; the writer brings them to disk and records them."""
+        """Compute the remaining chunks; the writer writes and records them."""
         if scan_result.thresholds is not None:
             scan_result = scan_result._replace(
                 thresholds=scan_result.thresholds.to(self._plan.request.device)

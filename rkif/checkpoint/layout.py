@@ -1,4 +1,4 @@
-"""Where each tensor lies in the output, and the chunks in which the work is done."""
+"""The place of each tensor in the output, and the chunks of the work."""
 
 from __future__ import annotations
 

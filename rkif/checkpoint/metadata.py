@@ -70,7 +70,7 @@ def write_metadata(
 
 
 def _remove_leftovers(plan: Plan, folder: Path) -> None:
-    """Bring the weights to disk; remove what an earlier attempt wrote beside them, perhaps half a file."""
+    """Flush the weights to disk; remove other files of an earlier attempt, which may be incomplete."""
     for path in folder.iterdir():
         if path.name in plan.layout.sizes:
             fsync_file(path)

@@ -67,7 +67,7 @@ class Method(Protocol):
     def rescales(self) -> bool: ...
 
     def threshold_k(self, numel: int) -> int | None:
-        """Which order statistic of ``numel`` scores is the threshold, from 0; None for no search.
+        """The k of the threshold among ``numel`` scores, from 0; None for no search.
 
         It is negative where every element is selected.
         """

@@ -33,7 +33,7 @@ class OutputWriter:
         processes: that share the work.
 
     Raises:
-        OSError: there is no room for the files.
+        OSError: not enough disk space for the files.
     """
 
     def __init__(self, plan: Plan, work: Workdir, processes: ProcessGroup) -> None:

@@ -177,7 +177,7 @@ def _fit(request: Request, layout: OutputLayout, inputs: int, problems: list[str
     recorded = recorded_slot(request.out) if request.resume else None
     if recorded is not None and (recorded <= 0 or recorded % grain):
         recorded = None  # of other inputs
-    # Python and PyTorch do not take the same memory every time; the overhead has room for the difference.
+    # The memory of Python and PyTorch varies between processes; the overhead includes a margin for it.
     if recorded is not None and recorded <= affordable + OVERHEAD // 4 // buffers:
         slot = recorded
     elif recorded is not None:

@@ -1,4 +1,4 @@
-"""How far the work has come, and what it has taken."""
+"""Progress of the work, and what it has used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rkif.checkpoint.process_memory import anonymous_memory
 
 
 class Progress(Protocol):
-    """Who is told how far the work has come."""
+    """Receives progress."""
 
     def stage(self, name: str, total: int) -> None:
         """A stage begins that goes over ``total`` bytes."""
@@ -18,7 +18,7 @@ class Progress(Protocol):
 
 
 class NullProgress:
-    """Tells nobody."""
+    """Ignores progress."""
 
     def stage(self, name: str, total: int) -> None: ...
 
@@ -26,7 +26,7 @@ class NullProgress:
 
 
 class ProgressMeter:
-    """Passes progress on, and measures on the way.
+    """Forwards progress, and measures bytes and memory.
 
     Attributes:
         read: bytes that are done, over all stages.

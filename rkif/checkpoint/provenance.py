@@ -64,7 +64,7 @@ class InputDigests:
         self._digests = self._thread.submit(lambda: [self._digest(file.path) for file in files])
 
     def close(self) -> None:
-        """Stop; digests that are not finished are given up."""
+        """Stop; unfinished digests are discarded."""
         self._stop.set()
         self._thread.shutdown()
 

@@ -1,4 +1,4 @@
-"""Finds what a method must know of all elements before it can fuse one, in passes over the chunks.
+"""Finds what a method needs from all elements before the fusion, in passes over the chunks.
 
 The state of a scan can be saved after any chunk and restored. Its size does not depend on the number of
 elements.

@@ -1,4 +1,4 @@
-"""What elements are selected by: given importance, or the magnitudes of the task vectors."""
+"""The scores that select elements: given importance, or magnitudes of the task vectors."""
 
 from __future__ import annotations
 

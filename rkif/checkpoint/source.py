@@ -88,7 +88,7 @@ class Checkpoint:
 
 
 class InvalidInputError(ValueError):
-    """The content of an input cannot be fused, so the work that was done is of no use."""
+    """The content of an input cannot be fused, so the finished work is useless."""
 
 
 def changes(files: Sequence[Path]) -> tuple[tuple[int, ...], ...]:
