@@ -55,9 +55,9 @@ class Task:
 def stratified_subset(records: Sequence[Record], n: int, seed: int) -> tuple[Record, ...]:
     """Choose n records, as evenly over their outputs as possible.
 
-    Records are drawn round-robin over the outputs, in random order, until there are n. So an output with enough
-    records gives `n // classes` or one more; others replace the records that a rare output lacks. With more
-    outputs than n, n random outputs give one record each. A larger n gives a superset.
+    Records are drawn round-robin over the outputs, in random order, until there are n. So an output with
+    enough records gives `n // classes` or one more; others replace the records that a rare output lacks. With
+    more outputs than n, n random outputs give one record each. A larger n gives a superset.
 
     Args:
         records: the records to choose from.
