@@ -49,11 +49,11 @@ class AdamW(torch.optim.Optimizer):
     are only stepped.
 
     Moments are float32 for every dtype of the parameters, or bfloat16. Arithmetic is float32 with one
-    rounding at each store (see :func:`rkif_kernels.adamw_`). Weights differ from those of ``torch.optim.AdamW`` by
-    rounding: docs/reference/kernels.md states the bound. Each optimizer loads the other's state dict.
-    Parameters that are sharded (DTensor) have sharded moments. A ``GradScaler`` works as usual: a step that
-    it skips is not observed. ``amsgrad``, ``maximize``, ``capturable``, ``differentiable``, a tensor as
-    learning rate, and sparse gradients are refused.
+    rounding at each store (see :func:`rkif_kernels.adamw_`). Weights differ from those of
+    ``torch.optim.AdamW`` by rounding: docs/reference/kernels.md states the bound. Each optimizer loads the
+    other's state dict. Parameters that are sharded (DTensor) have sharded moments. A ``GradScaler`` works as
+    usual: a step that it skips is not observed. ``amsgrad``, ``maximize``, ``capturable``,
+    ``differentiable``, a tensor as learning rate, and sparse gradients are refused.
 
     Args:
         params: parameters (float32, bfloat16 or float16) or groups of them, as for every optimizer.
