@@ -19,20 +19,12 @@ from rkif_kernels import FusionInputs, Scores, order_statistic_k
 from rkif_kernels.types import CaseWeights
 
 T = TypeVar("T")
-Row = Sequence[Tensor]
 QUANTILE_LIMIT = 2**24  # elements: torch.quantile refuses more
 
 
-def observe(
-    params: Row,
-    grads: Row,
-    sensitivity: list[Tensor],
-    uncertainty: list[Tensor],
-    *,
-    beta1: float,
-    beta2: float,
-) -> None:
+def observe(*lists: list[Tensor], beta1: float, beta2: float) -> None:
     """The release's importance update: new state tensors replace the old ones in the lists."""
+    params, grads, sensitivity, uncertainty = lists
     for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
         importance = (param.float() * grad.float()).abs()
         if torch.isnan(importance).any():
@@ -42,16 +34,9 @@ def observe(
         sensitivity[index], uncertainty[index] = smoothed.to(s.dtype), spread.to(u.dtype)
 
 
-def observe_foreach(
-    params: Row,
-    grads: Row,
-    sensitivity: list[Tensor],
-    uncertainty: list[Tensor],
-    *,
-    beta1: float,
-    beta2: float,
-) -> None:
+def observe_foreach(*lists: list[Tensor], beta1: float, beta2: float) -> None:
     """One fused operation per step of the formula over all tensors, in place, without a test for NaN."""
+    params, grads, sensitivity, uncertainty = lists
     s, u = _floats(sensitivity), _floats(uncertainty)
     importance = torch._foreach_mul(_floats(params), _floats(grads))
     torch._foreach_abs_(importance)
