@@ -1,1 +1,1 @@
-"""Runs over task sequences: ``rkif run`` and what goes with it (log, rollback, reproduce, report, tune)."""
+"""Runs over task sequences: ``rkif run`` and its commands (log, rollback, reproduce, report, tune)."""

@@ -44,7 +44,7 @@ class AdapterSettings(Settings):
 
 
 class TaskSettings(Settings):
-    """The tasks' folder and their order. The limits are numbers of records per task."""
+    """The tasks' folder and their order. The limits are maximum record counts per task."""
 
     folder: str
     order: str | list[Annotated[str, AfterValidator(require_task_name)]]
@@ -53,7 +53,7 @@ class TaskSettings(Settings):
 
 
 class TextSettings(Settings):
-    """How records become tokens. Prompt and target over ``max_length`` tokens: the prompt's middle is cut."""
+    """How records become tokens. The middle of a prompt is cut to fit ``max_length`` tokens."""
 
     max_length: int = Field(512, ge=32)
     prompt: str = TextFormat.prompt
@@ -105,7 +105,7 @@ class MemorySettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    """How answers are found: the likeliest label, or generated text. Both are scored by exact match."""
+    """The source of answers: the most likely label, or generated text. Both are scored by exact match."""
 
     scoring: Literal["likelihood", "generation"] = "likelihood"
     batch_size: int = Field(16, ge=1)
@@ -211,10 +211,11 @@ class RunConfig(Settings):
 
     ``model``: a folder or a hub name. Relative paths start at the config file's folder. ``adapter: null``
     trains all parameters. ``precision: bfloat16`` computes under autocast and stores frozen weights in
-    bfloat16; trained parameters stay float32. ``threads``: PyTorch's threads on a CPU. Their number decides
-    the order of sums and so the last bits; set it to repeat a run exactly. ``metrics``: ``module:function``
-    each; the module is importable or a file beside the config, see :mod:`rkif.continual.user_metrics`.
-    ``method``: a name in :data:`rkif.continual.methods.METHODS`. ``gate``: for the method recurrent_kif only.
+    bfloat16; trained parameters stay float32. ``threads``: PyTorch's threads on a CPU. The thread count
+    affects the order of sums and so the last bits; set it to repeat a run exactly. ``metrics``:
+    ``module:function`` each; the module is importable or a file beside the config, see
+    :mod:`rkif.continual.user_metrics`. ``method``: a name in :data:`rkif.continual.methods.METHODS`.
+    ``gate``: for the method recurrent_kif only.
     """
 
     model: str
@@ -327,7 +328,7 @@ def fusion_config(settings: dict[str, Any]) -> FusionConfig:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice, of which YAML would silently take the last."""
+    """Rejects duplicate keys in a mapping; YAML would silently use the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [(key.tag, str(key.value)) for key, _ in node.value]

@@ -42,7 +42,7 @@ def reproduce(run: Path, number: int, progress: RunProgress) -> Reproduction:
 
     Args:
         run: the run's folder.
-        number: of the round in the ledger, from 1.
+        number: the round in the ledger, from 1.
         progress: where progress is shown.
 
     Raises:

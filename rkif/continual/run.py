@@ -30,7 +30,7 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
     """Learn the tasks of a config one after another, and measure all of them after each.
 
     A run that is killed and resumed ends with the same bits as an uninterrupted one: a step is a function of
-    the parameters, the method's state and the step's number, and these are in the checkpoint.
+    the parameters, the method's state and the step's index; the checkpoint holds all three.
 
     Args:
         config: the settings.

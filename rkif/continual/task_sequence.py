@@ -32,7 +32,7 @@ class TaskSequence:
         folder: the run's folder.
         tasks: in the order of learning.
         model: untrained; trained in place.
-        objective: what the model does with records.
+        objective: computes the model's loss and answers.
         metrics: the user's metrics by name.
         progress: where progress is shown.
 

@@ -156,7 +156,7 @@ def _described(parameters: dict[str, Any]) -> str:
 
 
 def best_table(study: Study) -> Table:
-    """The trials from best to worst; of equal ones the one with fewer samples first."""
+    """The trials from best to worst; ties are ordered by fewer samples."""
     table = Table(box=box.SIMPLE_HEAD, title="OP on the dev split, best first")
     names = ("density", "inner_steps", "outer_share", "outer_rate")
     for heading in ("trial", "OP", "BWT", "samples", "density", "Q", "M / Q", "outer rate / inner"):

@@ -1,1 +1,1 @@
-"""What a user sees of a run: progress, tables of the ledger, and the HTML report."""
+"""The display of a run: progress, tables of the ledger, and the HTML report."""

@@ -102,7 +102,7 @@ def table(records: Sequence[LedgerRecord], module: str | None) -> Table:
 
 
 def explain(records: Sequence[LedgerRecord], module: str) -> list[Table]:
-    """Two tables: the rounds that moved the parameters, with the learner that selected them; totals by task.
+    """Two tables: the rounds that changed the parameters, with the selecting learner; totals by task.
 
     Raises:
         ValueError: no parameter's name contains ``module``, or there are no rounds.

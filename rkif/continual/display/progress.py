@@ -28,7 +28,7 @@ class RunProgress:
     """Shows a run on a console: a bar for the tasks, and a bar for the current activity.
 
     Args:
-        console: one that is no terminal shows a line per measurement instead of bars.
+        console: shows bars on a terminal, otherwise a line per measurement.
     """
 
     def __init__(self, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""The content of ``metrics.json``: what each task scores before training and after every task."""
+"""The content of ``metrics.json``: each task's scores before training and after every task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics of a task's rounds for each tensor; the plots of a report are drawn from them."""
+"""Statistics of a task's rounds for each tensor; the source of a report's plots."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def overall_performance(a: Matrix) -> float:
 
 
 def backward_transfer(a: Matrix) -> float | None:
-    """BWT = 1/(K-1) * sum over i < K-1 of (a[i][K-1] - a[i][i]): what later tasks did to earlier ones.
+    """BWT = 1/(K-1) * sum over i < K-1 of (a[i][K-1] - a[i][i]): the effect of later tasks on earlier ones.
 
     Negative values are forgetting.
 
@@ -58,7 +58,7 @@ def backward_transfer(a: Matrix) -> float | None:
 
 
 def forward_transfer(a: Matrix, initial: Sequence[float | None]) -> float | None:
-    """FWT = 1/(K-1) * sum over i >= 1 of (a[i][i-1] - initial[i]): what earlier tasks did for unseen ones.
+    """FWT = 1/(K-1) * sum over i >= 1 of (a[i][i-1] - initial[i]): effect of earlier tasks on unseen ones.
 
     Args:
         a: the accuracy matrix, [K, K], percent; the entries just before each task's own training are needed.

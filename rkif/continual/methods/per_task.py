@@ -8,7 +8,7 @@ from rkif.continual.methods.sequential import Sequential
 
 
 class PerTask(Sequential):
-    """Isolation: each task starts from the untrained parameters and is answered by its own result."""
+    """Isolation: each task starts from the untrained parameters and is answered with its own parameters."""
 
     task_aware = True
     sequential = False

@@ -102,7 +102,7 @@ class Rounds(Sequential):
         return inner, outer
 
     def outer_steps(self, step: int) -> range:
-        """The numbers of the outer steps in the round of inner step ``step``."""
+        """The indices of the outer steps in the round of inner step ``step``."""
         first = step // self.fusion.inner_steps * self.fusion.outer_steps
         return range(first, first + self.fusion.outer_steps)
 

@@ -102,7 +102,7 @@ class Sequential:
         """Called when the task begins; not when it is resumed."""
 
     def train_step(self, step: int) -> float:
-        """Take inner step ``step``, from 0, and all that follows it; returns the inner loss."""
+        """Take inner step ``step`` (from 0) and the outer steps or merge after it; returns the inner loss."""
         items = self.batch(step)
         self.samples += len(items)
         return self.inner.step(
@@ -156,7 +156,7 @@ class Sequential:
         """Called after the last step of the task; may change the parameters."""
 
     def task_state(self) -> dict[str, Tensor]:
-        """What the method needs at the next task, besides the parameters and the memory."""
+        """The method's state for the next task, besides the parameters and the memory."""
         return {}
 
     def rounds(self) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ class Ties(Merging):
 
 
 def agreeing_mean(inner: Tensor, outer: Tensor) -> Tensor:
-    """For each element the mean of those of the two values that have the sign of their sum."""
+    """The mean, per element, of the values whose sign equals the sign of their sum."""
     first, second = elect_signs(inner, outer)
     total = torch.where(first, inner, 0.0) + torch.where(second, outer, 0.0)
     return total / (first.to(total.dtype) + second).clamp(min=1)

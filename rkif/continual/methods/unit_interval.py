@@ -1,4 +1,4 @@
-"""Scores brought to [0, 1]."""
+"""Scores scaled to [0, 1]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The objective of a model: how a record becomes a loss, and a question an answer."""
+"""The objective of a model: the loss of records, and the answers to questions."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ class RunFolder:
             if path.is_file():
                 fsync_file(path)
         if final.exists() and file_digests(final) == file_digests(temporary):
-            shutil.rmtree(temporary)  # it is in the ledger, which a kill must find right
+            shutil.rmtree(temporary)  # its digest is in the ledger, which must be correct after a kill
             return
         if final.exists():
             shutil.rmtree(final)

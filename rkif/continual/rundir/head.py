@@ -17,7 +17,7 @@ def head_of(records: Sequence[LedgerRecord]) -> LedgerHead:
 
 
 def require_head(records: Sequence[LedgerRecord], head: LedgerHead, ledger: Path, noted: object) -> None:
-    """Compare records with a head that was noted when the ledger had as many or fewer of them.
+    """Compare records with a head noted earlier, at the same or a smaller record count.
 
     Args:
         records: in a whole chain; at least one.

@@ -18,7 +18,7 @@ from rkif.ledger.records import FORMAT
 
 
 def recorded_files(run: Path, records: Sequence[LedgerRecord]) -> dict[Path, tuple[int, str]]:
-    """Path of a file -> number of the record that names it last, and SHA-256; without what was rolled back.
+    """File path -> index of the last record that names it, and SHA-256. Rolled-back files are left out.
 
     Raises:
         LedgerError: the ledger was written by an earlier version of rkif.

@@ -72,10 +72,10 @@ class RoundStates:
 
 
 def next_to_drop(numbers: Sequence[int]) -> int:
-    """Of ascending round numbers the one whose state to delete.
+    """The round whose state to delete, chosen from ascending rounds.
 
-    It is the one with the smallest gap between its neighbours relative to its age, the earlier of equal ones;
-    the newest only if it is the only one. So the gaps grow with age.
+    It is the one with the smallest gap between its neighbours relative to its age, and the earlier of two
+    equal ones. The newest is deleted only if it is the only one. So the gaps grow with age.
     """
     if len(numbers) == 1:
         return numbers[0]

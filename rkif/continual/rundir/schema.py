@@ -1,4 +1,4 @@
-"""The keys and types of a run's files: whatever is read of them is validated here before it is used."""
+"""The keys and types of a run's files: all content is validated here before use."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class TaskSummary(FileContent):
 
 
 class StateHeader(FileContent):
-    """What a state's file says besides its tensors; see :class:`rkif.continual.rundir.state.RunState`.
+    """The metadata of a state's file; see :class:`rkif.continual.rundir.state.RunState`.
 
     ``same``: name of a tensor -> name of the stored tensor that equals it.
     """
@@ -98,7 +98,7 @@ class StateHeader(FileContent):
 
 
 class Record(BaseModel):
-    """What every record of the ledger has. Further keys are allowed."""
+    """The keys of every ledger record. Further keys are allowed."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 

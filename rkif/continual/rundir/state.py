@@ -25,7 +25,7 @@ POSITION = ("task", "step", "samples", "ledger_records")
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run is, and all that the next step depends on.
+    """The position of a run, and the state that its next step depends on.
 
     Attributes:
         task: index of the current task.
@@ -60,7 +60,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file; see :func:`storable` for the tensors.
 
-    A kill can leave a part of it, so the path must be temporary, or lie in a temporary folder.
+    A kill can leave a partial file, so the path must be temporary or in a temporary folder.
 
     Raises:
         OSError: the file cannot be written.
@@ -134,7 +134,7 @@ def state_bytes(state: RunState) -> int:
 
 
 def read_state(path: Path) -> RunState:
-    """Read what :func:`write_state` wrote.
+    """Read a file of :func:`write_state`.
 
     Raises:
         ValueError: the file is damaged.

@@ -36,7 +36,7 @@ def verify(run: Path) -> Counter[str]:
 
 
 def require_whole(reader: RunReader, records: Sequence[LedgerRecord]) -> Counter[str]:
-    """:func:`verify` for records that were read; a run without any has no other file than its settings."""
+    """:func:`verify` for records already read. A run without records has only its settings file."""
     run, path = reader.path, reader.path / LEDGER
     if not records:
         _require_no_other(run, set(), None)
@@ -86,7 +86,7 @@ def is_temporary(path: Path) -> bool:
 def _require_no_other(run: Path, recorded: Collection[Path], following: Path | None) -> None:
     """Raise LedgerError for metrics, a checkpoint, or a file of a task or of the states that no record names.
 
-    The folder of the following task, and whatever is under a temporary name, a kill may have left.
+    A kill may have left the folder of the next task and files under temporary names.
     """
     states = RoundStates(run).folder
     folders = {

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: ledger, states and the folders of learned tasks."""
+"""The output of a run during training: ledger, states and the folders of learned tasks."""
 
 from __future__ import annotations
 
@@ -174,6 +174,6 @@ class RunWriter:
 
 
 def run_identity(config: RunConfig) -> dict[str, Any]:
-    """What every ledger record says of its run: the SHA-256 of its settings, and its seed."""
+    """The run's keys in every ledger record: the SHA-256 of its settings, and its seed."""
     settings = hashlib.sha256(dump_config(config).encode()).hexdigest()
     return {"config": settings, "seed": config.seed}

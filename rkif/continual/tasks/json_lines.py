@@ -55,7 +55,7 @@ def typed(model: type[M], content: dict[str, Any], where: str) -> M:
     """``content`` as ``model``.
 
     Raises:
-        ValueError: the content is not as the model has it; it names ``where``, the key and the value.
+        ValueError: the content does not fit the model; the message names ``where``, the key and the value.
     """
     try:
         return model.model_validate(content)

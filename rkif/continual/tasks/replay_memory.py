@@ -111,7 +111,7 @@ class ReplayMemory:
         alone. Of W processes, process r takes the batch of ``step * W + r``.
 
         Args:
-            step: the batch's number, from 0.
+            step: the batch's index, from 0.
             size: number of items; may exceed the memory's.
             seed: the run's seed.
 

@@ -21,7 +21,7 @@ _TAIL = 16
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How a record becomes text.
+    """Templates for the text of a record.
 
     `prompt` must contain the placeholder {input} and may contain {instruction}; `target` must contain
     {output}. The two are tokenized separately. The space between question and answer belongs to the target,
@@ -186,7 +186,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer adds before and after a text. No attribute has them, so they are tried out."""
+    """The ids a tokenizer adds before and after a text. No attribute has them: a sample is tokenized."""
     plain = _encode(tokenizer, "Answer:")
     full = list(tokenizer("Answer:")["input_ids"])
     for start in range(len(full) - len(plain) + 1):

@@ -24,7 +24,7 @@ EXPLANATIONS = {
 def write_report(run: Path) -> Path:
     """Write ``RUN/report.html`` from the files of a run. An unfinished run gives the tasks learned so far.
 
-    The ledger of a training loop gives a page about its rounds: accuracy is not in it.
+    The page of a training loop's ledger shows rounds only: the ledger has no accuracy.
 
     Returns:
         The page's path.
