@@ -20,7 +20,7 @@ class Buffers:
     Args:
         roles: number of buffers.
         size: bytes of each.
-        device: what computes; on CUDA the host's buffers are pinned, and each has a copy on the device.
+        device: the computing device; on CUDA the host's buffers are pinned, with a device copy of each.
 
     Attributes:
         host: uint8 [size] each, aligned to ALIGNMENT.
@@ -49,7 +49,7 @@ class Buffers:
                 self._copied.record(stream)
 
     def wait_for_copy(self) -> None:
-        """Let the device compute only after the copy that was started."""
+        """Make the device wait for the started copy."""
         if self._copied is not None:
             torch.cuda.current_stream(self.device).wait_event(self._copied)
 

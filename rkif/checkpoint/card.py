@@ -18,7 +18,7 @@ from rkif.files import fsync_file, write_text
 # Files that a loader needs beside the weights, and the terms of use.
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".py"}
 _TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-_EXCLUDED = ("trainer_state.json", "rkif-manifest.json", "provenance.json")  # they tell how the base was made
+_EXCLUDED = ("trainer_state.json", "rkif-manifest.json", "provenance.json")  # records of the base's training
 
 
 def copy_companions(base: Checkpoint, folder: Path) -> None:
@@ -117,5 +117,5 @@ def _license(base: Checkpoint) -> str | None:
     try:
         license_name = ModelCard.load(card).data.to_dict().get("license")
     except (ValueError, OSError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-        return None  # a card that cannot be read is no reason not to fuse
+        return None  # an unreadable card does not prevent a fusion
     return license_name if isinstance(license_name, str) else None

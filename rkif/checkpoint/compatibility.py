@@ -49,7 +49,7 @@ def _compare_tensors(base: Checkpoint, other: Checkpoint, argument: str, problem
 
 
 def _compare_importance(base: Checkpoint, importance: Checkpoint, argument: str, problems: list[str]) -> None:
-    """Every floating-point tensor of BASE must have scores of its shape, and no other tensor any."""
+    """Every floating-point tensor of BASE must have scores of its shape; other tensors must have none."""
     fused = {name: entry for name, entry in base.tensors.items() if entry.dtype in FUSED}
     missing = [name for name in fused if name not in importance.tensors]
     extra = [name for name in importance.tensors if name not in fused]
@@ -148,7 +148,7 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
         added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
         return {**vocabulary, **added} if isinstance(vocabulary, dict) else added
     except (OSError, ValueError, KeyError, TypeError):
-        return {}  # a tokenizer without such a table is no reason not to fuse
+        return {}  # a tokenizer without such a table does not prevent a fusion
 
 
 def _some(names: list[str]) -> str:

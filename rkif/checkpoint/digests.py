@@ -20,8 +20,8 @@ class Digests:
 
     Args:
         tensors: of the layout.
-        entries_of: a tensor's entries by role. From there its first elements are read again if an
-            interrupted fusion took them in.
+        entries_of: a tensor's entries by role. A resumed fusion reads from there the
+            elements that were digested before the interruption.
     """
 
     def __init__(

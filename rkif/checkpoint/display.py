@@ -55,7 +55,7 @@ class Bar:
 
 
 def plan_table(plan: Plan) -> Table:
-    """The inputs, and how they would be fused."""
+    """The inputs and the plan of the fusion."""
     request, layout = plan.request, plan.layout
     table = _table("Pre-flight: no problem found")
     for argument, checkpoint in plan.checkpoints.items():
@@ -92,7 +92,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 
 
 def summary_table(summary: Summary) -> Table:
-    """The result, and what it took."""
+    """The result, time, data volume and memory of the fusion."""
     report = summary.report
     total = max(sum(report["counts"].values()), 1)
     table = _table(f"Fused into {summary.out}{', resumed' if summary.resumed else ''}")

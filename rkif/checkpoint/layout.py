@@ -1,4 +1,4 @@
-"""The place of each tensor in the output, and the chunks of the work."""
+"""The position of each tensor in the output, and the chunks of the work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALIGNMENT = 64  # bytes: where a tensor's part begins in a buffer
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor of the output, and where it comes from.
+    """A tensor of the output, and its inputs.
 
     Attributes:
         target: its entry in the output.
@@ -53,7 +53,7 @@ class Piece:
         return self.stop - self.start
 
 
-# Whole tensors, or one part of a tensor that is too large for a chunk.
+# Whole tensors, or one part of a tensor larger than a chunk.
 Chunk = tuple[Piece, ...]
 
 

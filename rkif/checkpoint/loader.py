@@ -37,7 +37,7 @@ class LoadedChunk:
 
 
 class Loader:
-    """Reads chunks in a thread of its own, until :meth:`close`."""
+    """Reads chunks in a separate thread, until :meth:`close`."""
 
     def __init__(self, plan: Plan) -> None:
         self._tensors, self._chunks = plan.layout.tensors, plan.chunks

@@ -26,7 +26,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class FileContent(BaseModel):
-    """Numbers are numbers and texts are texts: nothing is converted. Unknown keys are errors."""
+    """Types are strict: no value is converted. Unknown keys are errors."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -126,7 +126,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def verify(folder: Path, progress: Progress | None = None) -> list[str]:
     """Read every byte of an output of ``rkif fuse``; returns a line for each difference from its manifest.
 
-    A file that was added is a difference: a loader may take it. Hidden files and folders are not looked at.
+    An added file is a difference: a loader may read it. Hidden files and folders are ignored.
     The provenance may be missing, but it must be that of this manifest. A signature is not checked.
 
     Raises:

@@ -36,7 +36,7 @@ class _Totals(NamedTuple):
 def write_metadata(
     plan: Plan, folder: Path, records: Iterable[Mapping[str, Any]], thresholds: Tensor | None
 ) -> None:
-    """Write what belongs beside the finished weights in ``folder``, and remove all else.
+    """Write the metadata files beside the finished weights in ``folder``; remove all other files.
 
     Args:
         records: of all processes, as :class:`rkif.checkpoint.output.OutputWriter` makes them.

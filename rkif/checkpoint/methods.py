@@ -36,7 +36,7 @@ MIN_DIVISOR = 1e-8  # smaller sums of weights do not divide, as in mergekit
 
 
 class Method(Protocol):
-    """What the loop over chunks needs of a method.
+    """The interface of a method for the loop over chunks.
 
     Attributes:
         name: as on the command line.
@@ -77,7 +77,7 @@ class Method(Protocol):
 
 
 class ScanResult(NamedTuple):
-    """What a scan found before the fusion.
+    """The results of a scan.
 
     Attributes:
         thresholds: float32 [2, 1] or [2, tensors], of inner and outer; None for a method without.
@@ -147,7 +147,7 @@ class TaskArithmetic:
 
     Attributes:
         name: as on the command line.
-        sparsification: by what elements are dropped; None keeps all.
+        sparsification: the criterion for dropping elements; None keeps all.
         consensus: keep only elements with the elected sign (TIES).
         weight: of the inner and of the outer task vector.
         density: fraction of the elements that is kept.
@@ -197,7 +197,7 @@ class TaskArithmetic:
         return numel - max(1, int(Fraction(str(self.density)) * numel)) - 1
 
     def draws(self, tile: Tile) -> Draws:
-        """What is kept at random. It depends on the seed and the element, not on chunks or files."""
+        """The randomly kept elements. They depend on the seed and the element, not on chunks or files."""
         return Draws(self.density, self.seed, tile.names, tile.starts)
 
     def fuse(self, tile: Tile, scores: tuple[Scores, Scores], scan_result: ScanResult) -> FuseStats:

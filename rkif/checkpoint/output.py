@@ -23,7 +23,7 @@ OUT = "OUT"  # the output's name among the arguments
 
 
 class OutputWriter:
-    """Writes chunks, digests them and records them in the journal, in a thread of its own.
+    """Writes chunks, digests them and records them in the journal, in a separate thread.
 
     For each chunk: fill :meth:`targets`, then :meth:`submit`; at the end :meth:`finish` and :meth:`close`.
 
@@ -59,7 +59,7 @@ class OutputWriter:
             os.close(descriptor)
 
     def targets(self, index: int) -> list[Tensor]:
-        """Where to compute a chunk's output: flat tensors on the device, one for each of its pieces."""
+        """The output buffers of a chunk: flat tensors on the device, one for each of its pieces."""
         chunk = self._chunks[index]
         return split(chunk, self._entries(chunk), self._next_buffers.on_device[0])
 

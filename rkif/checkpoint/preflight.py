@@ -33,7 +33,7 @@ TILE_BUFFERS = 12  # most float32 values that a method holds for each element of
 
 @dataclass(frozen=True)
 class Plan:
-    """How the fusion will be done.
+    """The plan of a fusion.
 
     Attributes:
         checkpoints: the inputs by argument, base first.
@@ -41,7 +41,7 @@ class Plan:
         slot: bytes of a chunk's buffer for one input.
         fused_chunks: of tensors that are fused.
         copied_chunks: of tensors that are copied.
-        notes: for the user; none is an obstacle.
+        notes: for the user; they do not prevent the fusion.
         memory: most bytes of anonymous memory.
         read, written: bytes; ``read`` counts all passes that are likely.
         seconds: a rough estimate.
@@ -69,7 +69,7 @@ class Plan:
 
     @cached_property
     def chunks(self) -> list[Chunk]:
-        """All chunks; an index of a chunk is a place in this list."""
+        """All chunks; a chunk's index is its position in this list."""
         return [*self.fused_chunks, *self.copied_chunks]
 
     @property
@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def journal_identity(self) -> str:
-        """Digest of everything that goes into the output: work is resumed only if it is unchanged."""
+        """Digest of all that determines the output: work is resumed only if the digest is unchanged."""
         changed = [checkpoint.changed for checkpoint in self.checkpoints.values()]
         copied = [[path.name, *changes([path])[0]] for path in companions(self.checkpoints["BASE"])]
         return _digest([self.identity, importlib.metadata.version("rkif"), changed, copied])

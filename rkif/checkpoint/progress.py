@@ -1,4 +1,4 @@
-"""Progress of the work, and what it has used."""
+"""Progress of the work, and its data volume and memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """``provenance.json``: how an output was made, as SLSA provenance v1.
 
-It has times, so it differs each time and is not in the manifest. It names the manifest by its digest, and so
-all bytes of the output.
+It holds times, so it differs between runs and is not in the manifest. It has the manifest's digest, which
+covers all bytes of the output.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Input(NamedTuple):
 
 
 def input_files(plan: Plan) -> list[_Input]:
-    """The files that an output depends on: all weights, and what is copied from the base."""
+    """The files that an output depends on: all weights, and the files copied from the base."""
     files = []
     for argument, checkpoint in plan.checkpoints.items():
         copied = companions(checkpoint) if argument == "BASE" else ()
@@ -51,7 +51,7 @@ def input_files(plan: Plan) -> list[_Input]:
 
 
 class InputDigests:
-    """SHA-256 of files, computed in a thread of its own while the fusion reads the same files.
+    """SHA-256 of files, computed in a separate thread while the fusion reads the same files.
 
     Args:
         files: from :func:`input_files`.

@@ -1,4 +1,4 @@
-"""What to fuse, and how; whether the output can be made there."""
+"""The request for a fusion, and the check of its output path."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PreflightError(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """What to fuse, and how.
+    """The inputs, output, method and limits of a fusion.
 
     Attributes:
         base, inner, outer: folders in Hugging Face layout, or safetensors files.
@@ -38,7 +38,7 @@ class Request:
         max_memory: bytes of anonymous memory that the process may use, including what it uses already. On a
             GPU, also a bound on the buffers in the GPU's memory.
         max_shard_size: most bytes of a file of the output.
-        device: what computes.
+        device: the computing device.
         resume: continue an interrupted fusion to the same folder.
     """
 

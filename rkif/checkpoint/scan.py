@@ -1,4 +1,4 @@
-"""Finds what a method needs from all elements before the fusion, in passes over the chunks.
+"""Computes thresholds and scales over all elements before the fusion, in passes over the chunks.
 
 The state of a scan can be saved after any chunk and restored. Its size does not depend on the number of
 elements.
@@ -33,7 +33,7 @@ class Scan(Protocol):
         """Take in a part of a chunk; returns whether its scores are finite and not negative."""
 
     def end_pass(self) -> None:
-        """All of the pass's chunks have been observed."""
+        """End the pass; all its chunks have been observed."""
 
     @property
     def passes(self) -> int:

@@ -17,7 +17,7 @@ from rkif.checkpoint.source import DTYPES, InvalidInputError, TensorReader
 from rkif.checkpoint.tiles import Tile
 from rkif_kernels import Scores, bracket, magnitudes
 
-BLOCKS, BLOCK = 1024, 1024  # a sample has so many blocks, each of so many consecutive elements
+BLOCKS, BLOCK = 1024, 1024  # blocks per sample, and consecutive elements per block
 
 
 def scores_of(method: Method, tile: Tile) -> tuple[Scores, Scores]:
@@ -61,7 +61,7 @@ def _differences(tile: Tile) -> list[list[Tensor]]:
 def guess_thresholds(
     method: Method, tensors: Sequence[OutputTensor]
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """For each side two scores between which the threshold over ``tensors`` very probably lies.
+    """Lower and upper score for each side; the threshold over ``tensors`` very probably lies between them.
 
     A small sample is read. Tensors that are not fused are left out.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which tensors they have, where these lie, and their bytes."""
+"""Checkpoints on disk: their tensors, and the files, offsets and bytes of these."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BLOCK = 1 << 20  # elements that are read at a time to be digested
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a file; ``offset`` is the place of its first byte in the file."""
+    """One tensor in a file; ``offset`` is the position of its first byte in the file."""
 
     file: Path
     dtype: str

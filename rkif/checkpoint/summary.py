@@ -10,11 +10,11 @@ from rkif.checkpoint.preflight import Plan
 
 @dataclass(frozen=True)
 class Summary:
-    """What was done, ready for JSON.
+    """The result and cost of a fusion, ready for JSON.
 
     Attributes:
         out: the output's folder.
-        tensors, files: how many the output has; ``files`` counts those of weights.
+        tensors, files: counts in the output; ``files`` counts weight files only.
         method, settings, report: as in the manifest. ``report`` has the fields of :class:`rkif.FusionReport`,
             with None for thresholds that are infinite or that the method does not have.
         content_sha256: digest of the output's tensors.

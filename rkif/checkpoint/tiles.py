@@ -1,4 +1,4 @@
-"""Parts of tensors that are computed on together."""
+"""Parts of tensors that are processed together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TILE = 1 << 17  # elements that a CPU computes on at a time, so that they stay i
 
 
 class Tile(NamedTuple):
-    """Parts of some tensors, on the device that computes.
+    """Parts of some tensors, on the computing device.
 
     Attributes:
         tensors: their indices in the layout.

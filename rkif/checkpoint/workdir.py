@@ -140,7 +140,7 @@ class Workdir:
         return self._path / f"scan{self._suffix}.safetensors"
 
     def allocate(self, sizes: dict[str, int]) -> None:
-        """Make the files in their full sizes, so that a lack of space shows before the work.
+        """Make the files in their full sizes, so that too little disk space raises before the work.
 
         Raises:
             OSError: there is too little space; the file is named.
@@ -177,7 +177,7 @@ class Workdir:
         self.records.append(record)
 
     def record_scan(self, state: dict[str, Tensor], position: dict[str, Any]) -> None:
-        """Save the state of the scan with its position, in one file, so that both are of the same moment."""
+        """Save the state of the scan with its position, in one file, so that they agree after a kill."""
         text = {"position": json.dumps(position | {"ranks": self._processes.size})}
         replace_file(self._state, lambda path: save_file(state, path, metadata=text))
         if not self._has_journal:
@@ -233,7 +233,7 @@ def recorded_slot(out: Path) -> int | None:
 
 
 def clear(out: Path) -> None:
-    """Remove the folder of the work that a kill right after publication has left beside a finished output."""
+    """Remove the work folder that a kill after publication left beside a finished output."""
     partial = partial_folder(out)
     if partial.exists():
         with contextlib.suppress(Timeout), FileLock(partial / "lock", blocking=False):
