@@ -172,7 +172,7 @@ def test_a_missing_config_is_named(rkif: Rkif, tmp_path: Path) -> None:
     ("line", "message"),
     [
         ({"output": "superb"}, "output 'superb' is no label of 'review'; labels: ['good', 'bad']"),
-        ({"output": None}, "'output' must be a string"),
+        ({"output": None}, "output: Input should be a valid string, got None"),
         ({"id": "review-0"}, "id 'review-0' appears twice in task 'review'"),
         (
             {"task": "reviewy"},
