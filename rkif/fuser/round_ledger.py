@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 from rkif.distributed.shards import to_whole
@@ -19,12 +17,12 @@ from rkif.files import write_text
 from rkif.fusion import FusionReport, skipped_report
 from rkif.ledger.chain import LEDGER, Ledger, LedgerError
 from rkif.ledger.records import (
-    FORMAT,
-    case_counts,
+    begin_record,
     not_rolled_back,
     now,
     parameter_digest,
     report_values,
+    selection,
 )
 
 if TYPE_CHECKING:
@@ -42,11 +40,13 @@ def recorded(end_round: Callable[[Fuser], R]) -> Callable[[Fuser], R]:
         if fuser._ledger is None:
             return end_round(fuser)
         start = fuser._ledger.begin_record()
-        report: Any = end_round(fuser)
-        numel = sum(fuser._shards.sizes)
-        given_up = skipped_report(list(fuser.parameters), numel, 0, fuser.config.scope)
-        fuser._ledger.end_record(start, report or given_up)
-        return cast(R, report)
+        result = end_round(fuser)
+        report: Any = result  # None: the round was abandoned
+        if report is None:
+            numel = sum(fuser._shards.sizes)
+            report = skipped_report(list(fuser.parameters), numel, 0, fuser.config.scope)
+        fuser._ledger.end_record(start, report)
+        return result
 
     return ending
 
@@ -104,14 +104,7 @@ class RoundLedger:
             raise ValueError(f"ledger={str(folder)!r} is of other settings: see {path}")
         ledger = Ledger(folder / LEDGER)
         if not ledger.records:
-            begin = {
-                "event": "begin",
-                "format": FORMAT,
-                "method": METHOD,
-                "tasks": [],
-                "versions": {name: importlib.metadata.version(name) for name in ("rkif", "torch")},
-            }
-            ledger.append(self._complete(begin | {"parameters": {"after": digest}}))
+            ledger.append(self._complete(begin_record(METHOD, [], digest)))
         self._count(ledger)
         return ledger
 
@@ -203,14 +196,11 @@ def _effects(start: RoundStart, after: Mapping[str, Tensor], report: FusionRepor
     for name, base in start.base.items():
         rows = (base, after[name], start.inner_scores[name], start.outer_scores[name])
         before, now_, inner, outer = (to_whole(row) for row in rows)
-        counts = [0] * 4
-        if report.applied or report.gate is not None:  # a gate decides after the selection
-            counts = case_counts({name: inner}, {name: outer}, report.thresholds)[0].tolist()
-        means = torch.stack([scores.mean() if scores.numel() else scores.sum() for scores in (inner, outer)])
+        means, counts = selection({name: inner}, {name: outer}, report)
         effects[name] = {
             "numel": base.numel(),
-            "counts": counts,
-            "importance": means.tolist(),
+            "counts": counts[0].tolist(),
+            "importance": means[0].tolist(),
             "moved": float((now_.float() - before.float()).norm()),
         }
     return effects

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib.metadata
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from rkif.fusion import FusionReport, Thresholds
 from rkif.ledger.chain import LedgerRecord
+from rkif_kernels import CASES
 
 FORMAT = 2  # of the files of a run; the first had no digests of states and metrics
 
@@ -20,6 +22,18 @@ FORMAT = 2  # of the files of a run; the first had no digests of states and metr
 def now() -> str:
     """The time of a record."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def begin_record(method: str, tasks: Sequence[str], parameters: str) -> dict[str, Any]:
+    """The content of a ledger's first record; ``parameters`` is the digest of the untrained ones."""
+    return {
+        "event": "begin",
+        "format": FORMAT,
+        "method": method,
+        "tasks": list(tasks),
+        "versions": {name: importlib.metadata.version(name) for name in ("rkif", "torch")},
+        "parameters": {"after": parameters},
+    }
 
 
 def not_rolled_back(records: Iterable[LedgerRecord]) -> list[LedgerRecord]:
@@ -67,6 +81,27 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_finite(item) for item in value]
     return value
+
+
+def selection(
+    inner: Mapping[str, Tensor], outer: Mapping[str, Tensor], report: FusionReport
+) -> tuple[Tensor, Tensor]:
+    """The mean importance of each tensor, and its elements in each of the four cases.
+
+    Args:
+        inner, outer: name -> the learners' scores from before the fusion.
+        report: of the fusion.
+
+    Returns:
+        float32 [tensors, 2], inner and outer, 0 for an empty tensor; and int64 [tensors, 4], zeros if nothing
+        was selected. Both on the CPU, in the order of ``inner``.
+    """
+    pairs = ((scores, outer[name]) for name, scores in inner.items())
+    means = [torch.stack([t.mean() if t.numel() else t.sum() for t in pair]) for pair in pairs]
+    counts = torch.zeros(len(inner), len(CASES), dtype=torch.int64)
+    if report.applied or report.gate is not None:  # a gate decides after the selection
+        counts = case_counts(inner, outer, report.thresholds)
+    return torch.stack(means).cpu(), counts
 
 
 def case_counts(

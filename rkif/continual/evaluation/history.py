@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from rkif.fusion import FusionReport
-from rkif.ledger.records import case_counts
-from rkif_kernels import CASES
+from rkif.ledger.records import selection
 
 
 class RoundHistory:
@@ -31,10 +30,7 @@ class RoundHistory:
             report: of the fusion.
         """
         self._append("norms", torch.tensor(list(report.norms.values()), dtype=torch.float64))
-        means = torch.stack([torch.stack([inner[name].mean(), outer[name].mean()]) for name in inner]).cpu()
-        counts = torch.zeros(len(inner), len(CASES), dtype=torch.int64)
-        if report.applied or report.gate is not None:  # a gate decides after the selection
-            counts = case_counts(inner, outer, report.thresholds)
+        means, counts = selection(inner, outer, report)
         for index, name in enumerate(inner):
             self._append(f"importance.{name}", means[index])
             self._append(f"counts.{name}", counts[index])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import CHECKPOINT, RunState, write_state
 from rkif.continual.tasks.replay_memory import ReplayMemory
 from rkif.ledger.chain import LEDGER
-from rkif.ledger.records import FORMAT, parameter_digest
+from rkif.ledger.records import begin_record, parameter_digest
 
 
 class LearnedTask(Protocol):
@@ -79,16 +78,7 @@ class RunWriter:
 
     def record_begin(self, tasks: Sequence[str]) -> None:
         """Record the run's start: method, tasks, versions and the untrained parameters."""
-        self.record(
-            {
-                "event": "begin",
-                "format": FORMAT,
-                "method": self._config.method,
-                "tasks": list(tasks),
-                "versions": {name: importlib.metadata.version(name) for name in ("rkif", "torch")},
-                "parameters": {"after": parameter_digest(self._parameters)},
-            }
-        )
+        self.record(begin_record(self._config.method, tasks, parameter_digest(self._parameters)))
 
     def write_checkpoint(self, task: int, step: int, samples: int, method: dict[str, Tensor]) -> None:
         """Write the state that a resumed run continues from."""
