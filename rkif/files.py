@@ -99,10 +99,15 @@ def first_problem(error: ValidationError) -> str:
     return f"{f'{key}: ' if key else ''}{problem['msg'].removeprefix('Value error, ')}"
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(path: Path, advance: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of a file's bytes; ``advance`` gets the size of each block. If it raises, reading stops."""
+    digest, block = hashlib.sha256(), bytearray(1 << 20)
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(memoryview(block)[:size])
+            if advance is not None:
+                advance(size)
+    return digest.hexdigest()
 
 
 @contextmanager

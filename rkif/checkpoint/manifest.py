@@ -14,10 +14,9 @@ from rkif.attest.model_signature import SIGNATURE
 from rkif.checkpoint.progress import NullProgress, Progress
 from rkif.checkpoint.provenance import PROVENANCE, provenance_problems
 from rkif.checkpoint.source import Entry, TensorReader, open_checkpoint
-from rkif.files import parse_json, read_text, require_inside, validated, write_text
+from rkif.files import file_sha256, parse_json, read_text, require_inside, validated, write_text
 
 MANIFEST = "rkif-manifest.json"
-_BLOCK = 1 << 22  # bytes that are read at a time
 
 
 Count = Annotated[int, Field(ge=0)]
@@ -84,7 +83,7 @@ def write_manifest(folder: Path, tensors: Mapping[str, tuple[Entry, str]], heade
         if not path.is_file():
             continue
         name = path.relative_to(folder).as_posix()
-        digest = _header_digest(path) if name in weights else _file_digest(path, NullProgress())
+        digest = _header_digest(path) if name in weights else file_sha256(path)
         files[name] = {"bytes": path.stat().st_size, "sha256": digest}
     content = {
         **header,
@@ -152,7 +151,7 @@ def verify(folder: Path, progress: Progress | None = None) -> list[str]:
             problems.append(f"{name} has {path.stat().st_size:,} bytes; it had {written['bytes']:,}")
         elif name in weights and _header_digest(path) != written["sha256"]:
             problems.append(f"{name}: its header was changed")
-        elif name not in weights and _file_digest(path, progress) != written["sha256"]:
+        elif name not in weights and file_sha256(path, progress.advance) != written["sha256"]:
             problems.append(f"{name} was changed")
         else:
             continue
@@ -192,15 +191,6 @@ def _header_digest(path: Path) -> str:
         size = file.read(8)
         length = min(int.from_bytes(size, "little"), path.stat().st_size)  # the size may have been changed
         return hashlib.sha256(size + file.read(length)).hexdigest()
-
-
-def _file_digest(path: Path, progress: Progress) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            progress.advance(len(block))
-    return digest.hexdigest()
 
 
 def _text(content: Mapping[str, Any], digest: str) -> str:

@@ -6,13 +6,11 @@ covers all bytes of the output.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +27,6 @@ PROVENANCE = "provenance.json"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILDER = "pkg:pypi/rkif"
 BUILD_TYPE = f"{BUILDER}#fuse/v1"  # described in docs/guide/signatures.md
-_BLOCK = 1 << 20  # bytes that are read at a time
 
 
 class _Input(NamedTuple):
@@ -59,13 +56,13 @@ class InputDigests:
 
     def __init__(self, files: Sequence[_Input]) -> None:
         self._files = files
-        self._stop = threading.Event()
+        self._closed = False
         self._thread = ThreadPoolExecutor(1, "rkif-digest")
-        self._digests = self._thread.submit(lambda: [self._digest(file.path) for file in files])
+        self._digests = self._thread.submit(lambda: [file_sha256(file.path, self._advance) for file in files])
 
     def close(self) -> None:
         """Stop; unfinished digests are discarded."""
-        self._stop.set()
+        self._closed = True
         self._thread.shutdown()
 
     def result(self) -> list[dict[str, Any]]:
@@ -79,12 +76,9 @@ class InputDigests:
             for file, digest in zip(self._files, self._digests.result(), strict=True)
         ]
 
-    def _digest(self, path: Path) -> str:
-        digest, block = hashlib.sha256(), bytearray(_BLOCK)
-        with path.open("rb", buffering=0) as file:
-            while (size := file.readinto(block)) and not self._stop.is_set():
-                digest.update(memoryview(block)[:size])
-        return digest.hexdigest()
+    def _advance(self, _: int) -> None:
+        if self._closed:
+            raise CancelledError
 
 
 def timestamp() -> str:
