@@ -51,15 +51,15 @@ def verify_command(
 ) -> None:
     """Check every byte of an output of `rkif fuse`, by its manifest; or of any folder, by its signature."""
     announce(f"Checking every byte of {folder}")
+    if key is not None:
+        _verify_signature(folder, key)
+        return
     with importing():
         from rich.console import Console
 
         from rkif.checkpoint.display import Bar
         from rkif.checkpoint.manifest import read_manifest, verify
 
-    if key is not None:
-        _verify_signature(folder, key)
-        return
     manifest = read_manifest(folder)
     console = Console()
     with Bar(console) as bar:
