@@ -8,7 +8,7 @@ What the rows without a measurement have was chosen by counting bytes and regist
 - Fusing holds seven streams in registers, and in a single pass masks and a list: with half the elements a
   thread that is 125 of them, not 200, and more programs fit on a multiprocessor.
 - A run of the sample costs a sector of 32 bytes for each of four streams, and a bracket's width falls with
-  the square root of their number: one run of eight in 128 scores reads 3 % of all bytes and leaves 0.7 % of
+  the square root of their number: one run of eight in 128 scores reads 3 % of all bytes and leaves 0.5 % of
   64 Mi elements undecided, which cost as much again. Neighbours resemble each other, so eight are counted
   as three.
 - Radix selection takes 17 launches for a fusion instead of 7, and reads scores four times; below 2^17
