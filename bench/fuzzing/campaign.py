@@ -13,13 +13,13 @@ from rich.console import Console
 
 from bench.common import rows as store
 from bench.common.machine import commit, device_name
-from bench.fuzzing.cases import call, kill, mutation
+from bench.fuzzing.cases import Outcome, call, kill, mutation
 from bench.fuzzing.commandline import import_everything
 from bench.fuzzing.subjects import Subjects
 from rkif_kernels import require_choice
 
 RESULTS = store.RESULTS / "fuzz.jsonl"
-KINDS: dict[str, Callable[[int, Subjects], tuple[str, str | None]]] = {
+KINDS: dict[str, Callable[[int, Subjects], Outcome]] = {
     "mutation": mutation,
     "call": call,
     "kill": kill,
@@ -43,7 +43,7 @@ def campaign(
     if kind:
         require_choice("--kind", kind, list(KINDS))
     chosen = {name: run for name, run in KINDS.items() if kind in ("", name)}
-    spent, done = dict.fromkeys(chosen, 0.0), dict.fromkeys(chosen, 0)
+    spent, done, kills = dict.fromkeys(chosen, 0.0), dict.fromkeys(chosen, 0), dict.fromkeys(chosen, 0)
     findings: dict[str, list[str]] = {name: [] for name in chosen}
     threads = torch.get_num_threads()
     import_everything()
@@ -58,9 +58,10 @@ def campaign(
                 name = min(open_, key=spent.__getitem__)  # the kinds get equal time
                 case = seed + done[name]
                 started = time.monotonic()
-                where, wrong = chosen[name](case, subjects)
+                where, wrong, killed = chosen[name](case, subjects)
                 spent[name] += time.monotonic() - started
                 done[name] += 1
+                kills[name] += killed
                 if wrong is not None or cases == 1:
                     console.print(
                         f"{name} {case}: {where}: {wrong or 'as it should be'}", highlight=False, markup=False
@@ -70,7 +71,8 @@ def campaign(
     finally:
         torch.set_num_threads(threads)
     for name in chosen:
-        console.print(f"{name}: {done[name]} cases, {len(findings[name])} findings, {spent[name]:.0f} s")
+        counts = f"{done[name]} cases, {kills[name]} kills, {len(findings[name])} findings"
+        console.print(f"{name}: {counts}, {spent[name]:.0f} s")
     if write:
         store.write_all(
             RESULTS,
@@ -78,6 +80,7 @@ def campaign(
                 {
                     "kind": name,
                     "cases": done[name],
+                    "kills": kills[name],
                     "findings": len(findings[name]),
                     "first_seed": seed,
                     "seconds": round(spent[name]),
@@ -99,13 +102,15 @@ def markdown() -> str:
         f"`python -m bench fuzz`, seeds from {rows[0]['first_seed']}, on {rows[0]['device']}, "
         f"at {store.commit_of(rows[0])}.",
         "",
-        "| cases | number | findings |",
-        "| --- | ---: | ---: |",
+        "| cases | number | kills | findings |",
+        "| --- | ---: | ---: | ---: |",
     ]
     texts = {
         "mutation": "one file of a run or of a fused output damaged, then commands that read it",
         "call": "calls of `rkif.fuse` and rounds of a `Fuser`, compared with the reference or refused",
-        "kill": "`rkif run`, `rkif fuse` or `rkif rollback` killed one to three times, then continued",
+        "kill": "`rkif run`, `rkif fuse` or `rkif rollback` killed up to three times, then continued",
     }
-    lines += [f"| {texts[row['kind']]} | {row['cases']:,} | {row['findings']} |" for row in rows]
+    lines += [
+        f"| {texts[row['kind']]} | {row['cases']:,} | {row['kills']} | {row['findings']} |" for row in rows
+    ]
     return "\n".join(lines) + "\n"

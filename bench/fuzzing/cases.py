@@ -1,12 +1,13 @@
-"""The three kinds of cases. Each returns what was wrong, or None."""
+"""The three kinds of cases."""
 
 from __future__ import annotations
 
 import math
 import random
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +20,29 @@ from rkif_kernels import FusionInputs, MergeRule, Scores, order_statistic_k
 from rkif_kernels.backends import reference
 from rkif_kernels.types import Scope
 
-# Commands on a run. True: the command may change the run if it succeeds.
+# Commands on a run with their options. True: the command may change the run if it succeeds.
 COMMANDS = (
-    (("log",), (), False),
-    (("log",), ("--verify",), False),
-    (("report",), (), True),
-    (("rollback",), ("--to", "1"), True),
-    (("reproduce",), ("--round", "2"), False),
-    (("run",), ("--resume",), True),
+    ("log", (), False),
+    ("log", ("--verify",), False),
+    ("report", (), True),
+    ("rollback", ("--to", "1"), True),
+    ("reproduce", ("--round", "2"), False),
+    ("run", ("--resume",), True),
 )
+
+
+class Outcome(NamedTuple):
+    """What a case did.
+
+    Attributes:
+        where: the case, for people.
+        wrong: what should not be; None if all is well.
+        kills: processes that were killed.
+    """
+
+    where: str
+    wrong: str | None
+    kills: int = 0
 
 
 def _unseen(done: str) -> bool:
@@ -45,7 +60,7 @@ def _unseen(done: str) -> bool:
     )
 
 
-def mutation(seed: int, subjects: Subjects) -> tuple[str, str | None]:
+def mutation(seed: int, subjects: Subjects) -> Outcome:
     """Damage a run or a fused output; then every command must do without it, or refuse in one line."""
     choose = random.Random(seed)
     original = choose.choice([subjects.run, subjects.run, subjects.fused])
@@ -58,18 +73,18 @@ def mutation(seed: int, subjects: Subjects) -> tuple[str, str | None]:
         ended = command("verify", copy)
         unseen = done.startswith("provenance.json: ")
         wrong = ended.complaint or (None if ended.status == 1 or unseen else "verify accepts it")
-        return where, _problem("verify", wrong, copy)
+        return Outcome(where, _problem("verify", wrong, copy))
     ended = command("log", copy, "--verify")
     if ended.complaint or (ended.status == 0 and not _unseen(done)):
-        return where, _problem("log --verify", ended.complaint or "it is accepted", copy)
-    (name,), options, changes = choose.choice(COMMANDS)
+        return Outcome(where, _problem("log --verify", ended.complaint or "it is accepted", copy))
+    name, options, changes = choose.choice(COMMANDS)
     before = contents(copy)
     arguments = subjects.run_command(copy, *options) if name == "run" else [name, copy, *options]
     ended = command(*arguments)
     wrong = ended.complaint
     if wrong is None and (ended.status != 0 or not changes) and contents(copy) != before:
         wrong = "it failed and changed the run" if ended.status else "it changed the run"
-    return where, _problem(" ".join((name, *options)), wrong, copy)
+    return Outcome(where, _problem(" ".join((name, *options)), wrong, copy))
 
 
 def _problem(name: str, wrong: str | None, copy: Path) -> str | None:
@@ -79,46 +94,37 @@ def _problem(name: str, wrong: str | None, copy: Path) -> str | None:
     return None if wrong is None else f"{name}: {wrong}"
 
 
-def kill(seed: int, subjects: Subjects) -> tuple[str, str | None]:
+def kill(seed: int, subjects: Subjects) -> Outcome:
     """Kill a command, perhaps several times; the documented way on must lead to the same results."""
     choose = random.Random(seed)
     kind = choose.choice(["run", "run", "fuse", "rollback"])
-    kills = [choose.random() for _ in range(choose.randint(1, 3))]
-    where = f"{kind} killed {len(kills)} times"
-    if kind == "fuse":
-        out, expected = subjects.place_for("fused"), subjects.fused
-        for share in kills:
-            command(*subjects.fuse_command(out, "--resume"), kill_after=share * subjects.fuse_seconds)
-        ended = command(*subjects.fuse_command(out, "--resume"))
-        checked = command("verify", out)
-    else:
-        expected = subjects.run
-        out = subjects.copy_of(expected) if kind == "rollback" else subjects.place_for("run")
-        for share in kills:
-            seconds = share * subjects.run_seconds
-            if kind == "rollback":
-                command("rollback", out, "--to", "1", kill_after=share * 0.3)
-            else:
-                command(*subjects.run_command(out, "--resume"), kill_after=seconds)
-        ended = command(*subjects.run_command(out, "--resume"))
-        checked = command("log", out, "--verify")
+    out = subjects.copy_of(subjects.run) if kind == "rollback" else subjects.place_for(kind)
+    resume = subjects.fuse_command if kind == "fuse" else subjects.run_command
+    killed = ["rollback", out, "--to", "1"] if kind == "rollback" else resume(out, "--resume")
+    seconds = {"run": subjects.run_seconds, "fuse": subjects.fuse_seconds, "rollback": 0.3}[kind]
+    # A command that ends before its time has not been killed.
+    moments = [seconds * choose.random() for _ in range(choose.randint(1, 3))]
+    kills = sum(command(*killed, kill_after=moment).status == -signal.SIGKILL for moment in moments)
+    where = f"{kind} killed {kills} times"
+    ended = command(*resume(out, "--resume"))
+    checked = command("verify", out) if kind == "fuse" else command("log", out, "--verify")
     for step, one in (("to go on", ended), ("to verify", checked)):
         if one.complaint or one.status != 0:
-            return where, f"{step}: {one.complaint or one.errors[-200:]}"
-    found, wanted = results(out), results(expected)
+            return Outcome(where, f"{step}: {one.complaint or one.errors[-200:]}", kills)
+    found, wanted = results(out), results(subjects.fused if kind == "fuse" else subjects.run)
     if kind == "rollback":  # the ledger and the states have the rounds that were rolled back, too
         found, wanted = ({k: v for k, v in r.items() if k.startswith("tasks/")} for r in (found, wanted))
     names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-    return where, f"other results: {names[0]}" if names else None
+    return Outcome(where, f"other results: {names[0]}" if names else None, kills)
 
 
-def call(seed: int, _: Subjects) -> tuple[str, str | None]:
+def call(seed: int, _: Subjects) -> Outcome:
     """A call of ``rkif.fuse``, or rounds of a ``Fuser``: the reference's result, or a refusal by name."""
     choose = random.Random(seed)
     return (_fuser_call if choose.random() < 0.3 else _fuse_call)(choose, seed)
 
 
-def _fuse_call(choose: random.Random, seed: int) -> tuple[str, str | None]:
+def _fuse_call(choose: random.Random, seed: int) -> Outcome:
     generator = torch.Generator().manual_seed(seed)
     shapes = [_shape(choose) for _ in range(choose.randint(1, 4))]
     if sum(map(math.prod, shapes)) == 0:
@@ -149,7 +155,7 @@ def _fuse_call(choose: random.Random, seed: int) -> tuple[str, str | None]:
     rule = choose.choice(["paper", "release"])
     where = f"fuse of {shapes}, {dtypes}, density {density}, {scope}, {rule}"
     if choose.random() < 0.3:
-        return where, _refused(choose, base, inner, outer, inner_scores, outer_scores)
+        return Outcome(where, _refused(choose, base, inner, outer, inner_scores, outer_scores))
     got = rkif.fuse(base, inner, outer, inner_scores, outer_scores, density=density, scope=scope, rule=rule)
     out = [torch.empty_like(tensor) for tensor in base.values()]
     sides = [Scores(list(side.values())) for side in (inner_scores, outer_scores)]
@@ -161,8 +167,8 @@ def _fuse_call(choose: random.Random, seed: int) -> tuple[str, str | None]:
     for name, expected in zip(names, out, strict=True):
         found = got.params[name]
         if not torch.equal(torch.nan_to_num(found.float()), torch.nan_to_num(expected.float())):
-            return where, f"{name} differs from the reference"
-    return where, None
+            return Outcome(where, f"{name} differs from the reference")
+    return Outcome(where, None)
 
 
 def _thresholds(scores: Sequence[Tensor], density: float, scope: Scope) -> Tensor:
@@ -205,7 +211,7 @@ def _shape(choose: random.Random) -> tuple[int, ...]:
     return choose.choice([(0,), (), (1,), (long,), (rows, columns)])
 
 
-def _fuser_call(choose: random.Random, seed: int) -> tuple[str, str | None]:
+def _fuser_call(choose: random.Random, seed: int) -> Outcome:
     """Rounds of a fuser; its selection is that of the scores it shows, and ``rkif.fuse`` gives its result."""
     torch.manual_seed(seed)
     config = rkif.FusionConfig(
@@ -233,10 +239,12 @@ def _fuser_call(choose: random.Random, seed: int) -> tuple[str, str | None]:
             base, inner, outer, *scores, density=config.density, rule=config.rule, scope=config.scope
         )
         if any(not torch.equal(p, expected.params[name]) for name, p in model.named_parameters()):
-            return where, "its result is not that of rkif.fuse"
+            return Outcome(where, "its result is not that of rkif.fuse")
         if report.counts != expected.report.counts:
-            return where, f"its counts are {report.counts}, those of rkif.fuse {expected.report.counts}"
-    return where, None
+            return Outcome(
+                where, f"its counts are {report.counts}, those of rkif.fuse {expected.report.counts}"
+            )
+    return Outcome(where, None)
 
 
 def _steps(model: nn.Module, fuser: rkif.Fuser, count: int, sign: float) -> None:

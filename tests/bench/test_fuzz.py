@@ -14,6 +14,7 @@ from rich.console import Console
 import rkif
 from bench.fuzzing import campaign as campaigns
 from bench.fuzzing import cases
+from bench.fuzzing.cases import Outcome
 from bench.fuzzing.commandline import Ended, command, import_everything
 from bench.fuzzing.subjects import Subjects
 
@@ -30,6 +31,7 @@ def test_some_cases_of_each_kind(subjects: Subjects) -> None:
     for kind, count in ((cases.mutation, 4), (cases.call, 60), (cases.kill, 2)):
         for seed in range(count):
             assert kind(seed, subjects)[1] is None, (kind, seed)
+    assert sum(cases.kill(seed, subjects).kills for seed in range(3)) > 0
 
 
 def test_an_accepted_change_is_a_finding(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,14 +93,14 @@ def test_a_campaign_counts_and_repeats(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(campaigns, "RESULTS", tmp_path / "fuzz.jsonl")
     seen: list[int] = []
 
-    def kind(seed: int, _: object) -> tuple[str, str | None]:
+    def kind(seed: int, _: object) -> Outcome:
         seen.append(seed)
-        return "here", "bad" if seed == 6 else None
+        return Outcome("here", "bad" if seed == 6 else None, kills=2)
 
-    monkeypatch.setattr(campaigns, "KINDS", {"mutation": kind, "call": lambda *_: ("", None)})
+    monkeypatch.setattr(campaigns, "KINDS", {"mutation": kind, "call": lambda *_: Outcome("", None)})
     console = Console(file=io.StringIO(), width=200)
     findings = campaigns.campaign(60, 5, "", 3, write=True, console=console)
     assert (findings, seen) == (["mutation, seed 6: here: bad"], [5, 6, 7])
-    assert "| 3 | 1 |" in campaigns.markdown()
+    assert "| 3 | 6 | 1 |" in campaigns.markdown()
     with pytest.raises(ValueError, match="--kind"):
         campaigns.campaign(1, 0, "other", None, write=False, console=console)
