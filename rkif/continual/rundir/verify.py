@@ -78,7 +78,7 @@ def require_whole(reader: RunReader, records: Sequence[LedgerRecord]) -> Counter
     return Counter({"records": len(records), "tasks": len(learned), "states": states})
 
 
-def is_temporary(path: Path) -> bool:
+def _is_temporary(path: Path) -> bool:
     """Whether a kill may have left this: names of rkif end in .tmp, names of safetensors begin with it."""
     return path.suffix == ".tmp" or path.name.startswith(".tmp")
 
@@ -100,7 +100,7 @@ def _require_no_other(run: Path, recorded: Collection[Path], following: Path | N
         for path in sorted(folder.rglob("*")):
             entry = folder / path.relative_to(folder).parts[0]
             folder_of_a_task = path.is_dir() and folder != states
-            if folder_of_a_task or entry == following or is_temporary(entry):
+            if folder_of_a_task or entry == following or _is_temporary(entry):
                 continue
             if path in recorded and path.is_file():
                 continue
