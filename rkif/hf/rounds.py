@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from rkif import Fuser
 from rkif.hf import state as rounds_state
+from rkif.hf.requirements import require_gradients
 from rkif.optim import AdamW
 from rkif.seeding import derive_seed, shuffled
 
@@ -53,24 +54,10 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
         self.memory = memory
         self.checkpoint: str | None = None
 
-    def refuse_unseen_gradients(self) -> None:
-        """Raise RuntimeError where a step's gradients are not in ``grad`` of the parameters it changes."""
-        trainer = self.trainer
-        devices = sorted({str(parameter.device) for parameter in trainer.model.parameters()})
-        refused = {
-            "DeepSpeed": trainer.is_deepspeed_enabled,
-            "FSDP1 (set fsdp_config={'version': 2})": (
-                trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
-            ),
-            f"nn.DataParallel on {trainer.args.n_gpu} GPUs": trainer.args.n_gpu > 1,
-            f"a model on {', '.join(devices)}": len(devices) > 1,
-        }
-        if found := ", ".join(kind for kind, present in refused.items() if present):
-            raise RuntimeError(f"a memory needs DDP, FSDP2 or one process on one device, found: {found}")
-
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Start from the current weights, or continue from the checkpoint that training resumes from."""
         trainer = self.trainer
+        require_gradients(trainer)  # again: `model_init` may have made the model since `train` was called
         self.fuser = Fuser(trainer.model_wrapped, trainer.fusion, gate=trainer.gate, ledger=trainer.ledger)
         # Not prepared by the accelerator: its clip_grad_norm_ unscales the gradients of every optimizer that
         # it knows, so it would unscale parameters that two optimizers share twice.

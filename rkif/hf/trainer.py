@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from rkif import Fuser, FusionConfig, Gate
 from rkif.hf import state
+from rkif.hf.requirements import require_gradients
 from rkif.hf.rounds import TrainerRounds
 from rkif.optim import AdamW
 
@@ -143,8 +144,20 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
                 DeepSpeed, FSDP1, nn.DataParallel, or a model on several devices of one process.
         """
         if self._rkif is not None:
-            self._rkif.refuse_unseen_gradients()
+            require_gradients(self)
         return super().train(*args, **kwargs)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Search, as `Trainer.hyperparameter_search` does. `fusion` and the outer rate are not searched.
+
+        Raises:
+            ValueError: the trainer has a ledger, which holds the rounds of one training only.
+        """
+        if self._rkif is not None and self.ledger is not None:
+            raise ValueError(
+                f"ledger={os.fspath(self.ledger)!r} cannot hold several trials: search without a ledger"
+            )
+        return super().hyperparameter_search(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the inner learner's optimizer, as `Trainer.create_optimizer` does; see `optimizer`."""

@@ -106,12 +106,17 @@ def trainer(folder: Any, *, kind: Any = InOrderTrainer, **changes: Any) -> Any:
         "callbacks",
         "data_collator",
         "gate",
+        "model_init",
+        "compute_metrics",
+        "compute_loss_func",
+        "processing_class",
     }
     given: dict[str, Any] = {"train_dataset": NEW}
     if issubclass(kind, RKIFMixin):
         given |= {"memory_dataset": MEMORY, "fusion": FUSION, "outer_learning_rate": OUTER_RATE}
     given |= {name: changes.pop(name) for name in own & changes.keys()}
-    given.setdefault("model", lora_llama())
+    if "model_init" not in given:
+        given.setdefault("model", lora_llama())
     return kind(args=arguments(folder, **changes), **given)
 
 
