@@ -4,8 +4,34 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from transformers import Trainer
+
 if TYPE_CHECKING:
     from rkif.hf.trainer import RKIFMixin
+
+
+# Attributes of trl's trainers that make their own batches: they generate completions with the model, for
+# groups of one prompt, and keep them in a buffer over several steps.
+_GENERATING = {"_prepare_inputs", "get_train_dataloader", "_generate"}
+# Of those of them that other libraries copy under their own names.
+_COPIED = {"_generate_and_score_completions"}
+
+
+def require_given_batches(kind: type[Trainer]) -> None:
+    """Require that a trainer of this class learns from the samples that it is given.
+
+    Raises:
+        ValueError: it generates its batches, as GRPO and RLOO do.
+    """
+    for base in kind.__mro__:
+        ours = base is Trainer or not issubclass(base, Trainer)
+        of_trl = base.__module__.partition(".")[0] == "trl"
+        if not ours and vars(base).keys() & (_GENERATING if of_trl else _COPIED):
+            raise ValueError(
+                f"{base.__name__} cannot have a memory_dataset: it generates completions for groups of one "
+                "prompt and buffers them over steps. Groups of the outer learner would mix prompts, "
+                "and both learners would share the buffer. Train without a memory"
+            )
 
 
 def require_gradients(trainer: RKIFMixin) -> None:

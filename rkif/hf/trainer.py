@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from rkif import Fuser, FusionConfig, Gate
 from rkif.hf import state
-from rkif.hf.requirements import require_gradients
+from rkif.hf.requirements import require_given_batches, require_gradients
 from rkif.hf.rounds import TrainerRounds
 from rkif.optim import AdamW
 
@@ -87,7 +87,8 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
             TypeError: `fusion` is no `FusionConfig`, `gate` is no `Gate`, or the memory lacks a length or
                 indexing.
             ValueError: `outer_learning_rate` is not positive and finite, `optimizer` is unknown or given with
-                another choice of an optimizer, or a memory is given with a ready-made optimizer.
+                another choice of an optimizer, or a memory is given with a ready-made optimizer or to a
+                trainer that generates its batches.
         """
         self.fusion = FusionConfig() if fusion is None else fusion
         if not isinstance(self.fusion, FusionConfig):
@@ -116,6 +117,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         if refusable or not _has_samples(memory_dataset):
             super().__init__(model=model, args=args, eval_dataset=eval_dataset, **kwargs)
             return
+        require_given_batches(type(self))
         # Trainers that tokenize or pack also prepare their evaluation sets, so the memory is passed as one.
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         sets = {name: dataset for name, dataset in named.items() if dataset is not None}
