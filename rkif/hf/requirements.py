@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
 if TYPE_CHECKING:
     from rkif.hf.trainer import RKIFMixin
@@ -32,6 +33,24 @@ def require_given_batches(kind: type[Trainer]) -> None:
                 "prompt and buffers them over steps. Groups of the outer learner would mix prompts, "
                 "and both learners would share the buffer. Train without a memory"
             )
+
+
+def require_separate_steps(optim: str) -> None:
+    """Require an optimizer that steps after the gradients were observed, from the weights of the model.
+
+    Args:
+        optim: ``TrainingArguments.optim``.
+
+    Raises:
+        ValueError: it steps within the backward pass, or keeps another sequence of weights.
+    """
+    optim, reason = str(OptimizerNames(optim).value), None
+    if optim.endswith("_layerwise") or optim in ("lomo", "adalomo"):
+        reason = "steps within the backward pass, so there are no gradients to observe"
+    elif optim.startswith("schedule_free"):
+        reason = "keeps a second sequence of weights, which a fusion would not change"
+    if reason:
+        raise ValueError(f"optim={optim!r} cannot be used with a memory_dataset: it {reason}")
 
 
 def require_gradients(trainer: RKIFMixin) -> None:

@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from rkif import Fuser, FusionConfig, Gate
 from rkif.hf import state
-from rkif.hf.requirements import require_given_batches, require_gradients
+from rkif.hf.requirements import require_given_batches, require_gradients, require_separate_steps
 from rkif.hf.rounds import TrainerRounds
 from rkif.optim import AdamW
 
@@ -52,6 +52,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
 
     eval_dataset: Any
     optimizer: Any
+    optimizer_cls_and_kwargs: Any
 
     def __init__(
         self,
@@ -87,8 +88,9 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
             TypeError: `fusion` is no `FusionConfig`, `gate` is no `Gate`, or the memory lacks a length or
                 indexing.
             ValueError: `outer_learning_rate` is not positive and finite, `optimizer` is unknown or given with
-                another choice of an optimizer, or a memory is given with a ready-made optimizer or to a
-                trainer that generates its batches.
+                another choice of an optimizer, or a memory is given with a ready-made optimizer, with one
+                that steps within the backward pass or keeps weights of its own, or to a trainer that
+                generates its batches.
         """
         self.fusion = FusionConfig() if fusion is None else fusion
         if not isinstance(self.fusion, FusionConfig):
@@ -126,6 +128,8 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         self._rkif = TrainerRounds(self, prepared.pop(_MEMORY_KEY))
         self.add_callback(self._rkif)
         self.eval_dataset = prepared if named is eval_dataset else prepared.get("eval")
+        if optimizer is None and self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            require_separate_steps(self.args.optim)
         own_choice = type(self).create_outer_optimizer is not RKIFMixin.create_outer_optimizer
         if self.optimizer is not None and not own_choice:
             raise ValueError(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+import torch
 import trl
 from datasets import Dataset
 from hf_helpers import FUSION, MEMORY, lora_llama, trainer
 from tiny import tiny_llama, word_tokenizer
 from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
 from rkif.hf import RKIFMixin
 from rkif.hf.requirements import require_given_batches
@@ -87,3 +90,33 @@ def test_own_batches_of_a_trainer_are_accepted(tmp_path: Any) -> None:
     run = trainer(tmp_path, kind=kind, model=lora_llama(), memory_dataset=MEMORY, max_steps=3)
     run.train()
     assert run.fuser.round == 1
+
+
+BACKWARD, SECOND = "steps within the backward pass", "keeps a second sequence of weights"
+REFUSED = {
+    "lomo": BACKWARD,
+    "adalomo": BACKWARD,
+    "galore_adamw_layerwise": BACKWARD,
+    "galore_adamw_8bit_layerwise": BACKWARD,
+    "galore_adafactor_layerwise": BACKWARD,
+    "apollo_adamw_layerwise": BACKWARD,
+    "schedule_free_adamw": SECOND,
+    "schedule_free_sgd": SECOND,
+    "schedule_free_radam": SECOND,
+}
+
+
+@pytest.mark.parametrize(("optim", "reason"), REFUSED.items())
+def test_an_optimizer_that_hides_its_steps_is_refused(tmp_path: Any, optim: str, reason: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"optim='{optim}' cannot be used with a memory_dataset: it {reason}"
+    ):
+        trainer(tmp_path, optim=optim)
+    trainer(tmp_path, optim=optim, memory_dataset=None)
+    trainer(tmp_path, optim=optim, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}))
+
+
+def test_no_other_optimizer_of_the_trainer_says_so_in_its_name() -> None:
+    """Notices names that a later version of transformers adds."""
+    names = {str(name.value) for name in OptimizerNames}
+    assert {name for name in names if re.search("layerwise|lomo|schedule_free", name)} <= REFUSED.keys()
