@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ from transformers import Trainer
 
 from rkif import Fuser, FusionConfig, Gate
 from rkif.hf import state
+from rkif.hf.memory import accepted_memory, require_labels
 from rkif.hf.requirements import require_given_batches, require_gradients, require_separate_steps
 from rkif.hf.rounds import TrainerRounds
 from rkif.optim import AdamW
@@ -56,24 +59,21 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: Any = None,
-        args: Any = None,
-        *,
+        *args: Any,
         memory_dataset: Any = None,
         fusion: FusionConfig | None = None,
         outer_learning_rate: float = 1e-3,
         gate: Gate | None = None,
         optimizer: Literal["rkif_adamw"] | None = None,
         ledger: str | os.PathLike[str] | None = None,
-        eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
         """Make the trainer.
 
         Args:
-            model, args, eval_dataset, kwargs: the trainer's own arguments, unchanged.
+            args, kwargs: the trainer's own arguments, in its own order or by name.
             memory_dataset: samples of earlier tasks, in any form that the trainer accepts for evaluation,
-                with a length and indexing. None or empty: plain training.
+                with a length and indexing; one dataset. None or empty: plain training.
             fusion: settings of the method; `FusionConfig()` by default.
             outer_learning_rate: base learning rate of the outer learner.
             gate: checks every fusion before it is kept. If the gate undoes a fusion, parameters, importance
@@ -85,12 +85,12 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
                 training that is resumed. Nothing is recorded without a memory.
 
         Raises:
-            TypeError: `fusion` is no `FusionConfig`, `gate` is no `Gate`, or the memory lacks a length or
-                indexing.
-            ValueError: `outer_learning_rate` is not positive and finite, `optimizer` is unknown or given with
-                another choice of an optimizer, or a memory is given with a ready-made optimizer, with one
-                that steps within the backward pass or keeps weights of its own, or to a trainer that
-                generates its batches.
+            TypeError: `fusion` is no `FusionConfig`, `gate` is no `Gate`, the memory is several datasets, or
+                it lacks a length or indexing.
+            ValueError: `outer_learning_rate` is not positive and finite; `optimizer` is unknown or given with
+                another choice of an optimizer; the memory lacks the labels that the training data has; or a
+                memory is given with a ready-made optimizer, with one that steps within the backward pass or
+                keeps weights of its own, or to a trainer that generates its batches.
         """
         self.fusion = FusionConfig() if fusion is None else fusion
         if not isinstance(self.fusion, FusionConfig):
@@ -107,6 +107,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
             raise ValueError(
                 f"optimizer must be 'rkif_adamw' or None (args.optim decides), got {optimizer!r}"
             )
+        kwargs |= _by_name(type(self), args, kwargs)
         for other in ("optimizers", "optimizer_cls_and_kwargs"):
             if optimizer is not None and kwargs.get(other) not in (None, (None, None)):
                 raise ValueError(f"optimizer={optimizer!r} and {other} both choose an optimizer: pass one")
@@ -114,18 +115,31 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         self.ledger = ledger
         self._rkif: TrainerRounds | None = None
 
+        eval_dataset = kwargs.get("eval_dataset")
+        memory = accepted_memory(memory_dataset, kwargs.get("train_dataset"))
         # The trainer refuses to evaluate without a dataset. The memory in its place would hide that mistake.
-        refusable = eval_dataset is None and getattr(args, "eval_strategy", "no") != "no"
-        if refusable or not _has_samples(memory_dataset):
-            super().__init__(model=model, args=args, eval_dataset=eval_dataset, **kwargs)
+        refusable = eval_dataset is None and getattr(kwargs.get("args"), "eval_strategy", "no") != "no"
+        if refusable or memory is None:
+            super().__init__(**kwargs)
+            if memory is not None:
+                raise ValueError(
+                    f"eval_strategy={self.args.eval_strategy.value!r} with a memory_dataset needs an "
+                    f"eval_dataset: {type(self).__name__} made one itself, without preparing the memory"
+                )
             return
         require_given_batches(type(self))
         # Trainers that tokenize or pack also prepare their evaluation sets, so the memory is passed as one.
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         sets = {name: dataset for name, dataset in named.items() if dataset is not None}
-        super().__init__(model=model, args=args, eval_dataset={**sets, _MEMORY_KEY: memory_dataset}, **kwargs)
-        prepared = dict(self.eval_dataset)
-        self._rkif = TrainerRounds(self, prepared.pop(_MEMORY_KEY))
+        super().__init__(**kwargs | {"eval_dataset": {**sets, _MEMORY_KEY: memory}})
+        prepared = dict(self.eval_dataset) if isinstance(self.eval_dataset, Mapping) else {}
+        if _MEMORY_KEY not in prepared:
+            raise ValueError(
+                f"{type(self).__name__} has replaced its eval_dataset, which also held the memory_dataset"
+            )
+        memory = prepared.pop(_MEMORY_KEY)
+        require_labels(memory, self.train_dataset, self.label_names)
+        self._rkif = TrainerRounds(self, memory)
         self.add_callback(self._rkif)
         self.eval_dataset = prepared if named is eval_dataset else prepared.get("eval")
         if optimizer is None and self.optimizer is None and self.optimizer_cls_and_kwargs is None:
@@ -233,10 +247,24 @@ class RKIFTrainer(RKIFMixin, Trainer):  # type: ignore[misc]
     """The plain ``Trainer`` with recurrent knowledge identification and fusion: see `RKIFMixin`."""
 
 
-def _has_samples(memory: Any) -> bool:
-    if memory is None:
-        return False
-    endless = isinstance(memory, torch.utils.data.IterableDataset)
-    if endless or not (hasattr(memory, "__len__") and hasattr(memory, "__getitem__")):
-        raise TypeError(f"memory_dataset must have a length and indexing, got {type(memory).__name__}")
-    return len(memory) > 0
+def _by_name(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Positional arguments by the names that the trainer after the mixin gives them.
+
+    Raises:
+        TypeError: there are too many, or one is given by name as well.
+    """
+    after = kind.__mro__[kind.__mro__.index(RKIFMixin) + 1 :]
+    parameters = next(
+        found
+        for base in after
+        if "__init__" in vars(base)
+        and (found := list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:])
+        and found[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    )
+    names = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    if len(args) > len(names):
+        raise TypeError(f"{kind.__name__} takes {len(names)} positional arguments, got {len(args)}")
+    named = dict(zip(names, args, strict=False))
+    if twice := named.keys() & kwargs.keys():
+        raise TypeError(f"{kind.__name__} got {', '.join(sorted(twice))} by position and by name")
+    return named

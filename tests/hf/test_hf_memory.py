@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from hf_helpers import (
     FUSION,
     MEMORY,
@@ -26,10 +26,10 @@ from hf_helpers import (
     weights,
 )
 from tiny import tiny_llama, word_tokenizer
-from transformers import default_data_collator
+from transformers import Trainer, default_data_collator
 from trl import SFTConfig, SFTTrainer
 
-from rkif.hf import RKIFMixin
+from rkif.hf import RKIFMixin, RKIFTrainer
 from rkif.hf.rounds import memory_walk
 
 
@@ -109,6 +109,34 @@ def test_a_missing_eval_dataset_is_still_refused(tmp_path: Any) -> None:
         trainer(tmp_path, eval_strategy="steps", eval_steps=2)
 
 
+class OwnEvaluationSet(Trainer):
+    """Makes an evaluation set from the training data if none is given."""
+
+    def __init__(self, *args: Any, eval_dataset: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, eval_dataset=eval_dataset or NEW[:4], **kwargs)
+
+
+def test_a_memory_is_not_dropped_if_a_trainer_makes_its_evaluation_set(tmp_path: Any) -> None:
+    kind = type("Own", (RKIFMixin, OwnEvaluationSet), {})
+    changes = {"kind": kind, "eval_strategy": "steps", "eval_steps": 2}
+    with pytest.raises(ValueError, match=r"eval_strategy='steps' .* needs an eval_dataset: Own made one"):
+        trainer(tmp_path, **changes)
+    assert trainer(tmp_path, memory_dataset=None, **changes).eval_dataset == NEW[:4]
+    run = trainer(tmp_path, eval_dataset=NEW[:2], **changes)
+    run.train()
+    assert (run.fuser.round, run.eval_dataset) == (3, NEW[:2])
+
+
+def test_a_trainer_that_replaces_its_evaluation_sets_is_refused(tmp_path: Any) -> None:
+    class Replacing(Trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.eval_dataset = NEW[:4]
+
+    with pytest.raises(ValueError, match=r"Own has replaced its eval_dataset"):
+        trainer(tmp_path, kind=type("Own", (RKIFMixin, Replacing), {}))
+
+
 class RKIFSFTTrainer(RKIFMixin, SFTTrainer):
     pass
 
@@ -182,6 +210,95 @@ UNINDEXED = {
 def test_refuses_a_memory_without_length_and_indexing(tmp_path: Any, memory: Any) -> None:
     with pytest.raises(TypeError, match="memory_dataset must have a length and indexing"):
         trainer(tmp_path, memory_dataset=memory)
+
+
+SEVERAL = {
+    "dict": {"a": MEMORY, "b": MEMORY},
+    "DatasetDict": DatasetDict({"a": Dataset.from_list(MEMORY), "b": Dataset.from_list(MEMORY)}),
+    "columns": {"a": [1], "b": [2]},
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_refuses_a_memory_of_several_datasets(tmp_path: Any, kind: str) -> None:
+    name = type(SEVERAL[kind]).__name__
+    with pytest.raises(TypeError, match=f"must be one dataset, got a {name} of 'a', 'b': concatenate them"):
+        trainer(tmp_path, memory_dataset=SEVERAL[kind])
+
+
+def test_refuses_a_path_as_memory(tmp_path: Any) -> None:
+    with pytest.raises(TypeError, match="memory_dataset must have a length and indexing, got str"):
+        trainer(tmp_path, memory_dataset="memory.jsonl")
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_refuses_a_memory_without_labels(tmp_path: Any, as_dataset: bool) -> None:
+    unlabelled: Any = [{"input_ids": row["input_ids"]} for row in MEMORY]
+    memory = Dataset.from_list(unlabelled) if as_dataset else unlabelled
+    with pytest.raises(ValueError, match="memory_dataset has no 'labels', which train_dataset has"):
+        trainer(tmp_path, memory_dataset=memory)
+
+
+def test_labels_may_come_from_the_collator(tmp_path: Any) -> None:
+    def collate(samples: Any) -> Any:
+        return default_data_collator([{**sample, "labels": sample["input_ids"]} for sample in samples])
+
+    new, memory = ([{"input_ids": row["input_ids"]} for row in rows] for rows in (NEW, MEMORY))
+    run = trainer(tmp_path, train_dataset=new, memory_dataset=memory, data_collator=collate, max_steps=3)
+    run.train()
+    assert run.fuser.round == 1
+
+
+def test_sft_trainer_takes_a_list_as_memory(tmp_path: Any) -> None:
+    changes = {
+        "train_dataset": Dataset.from_dict({"text": texts("n")}),
+        "processing_class": word_tokenizer([" ".join(WORDS)]),
+        "fusion": FUSION,
+    }
+    ends = []
+    for memory in (Dataset.from_dict({"text": texts("m")}), [{"text": text} for text in texts("m")]):
+        args = SFTConfig(**{**arguments(tmp_path).to_dict(), "max_length": 16})
+        run = RKIFSFTTrainer(model=lora_llama(), args=args, memory_dataset=memory, **changes)
+        run.train()
+        ends.append(weights(run.model))
+    assert_same_bits(ends[1], ends[0])
+
+
+def test_arguments_may_be_positional(tmp_path: Any) -> None:
+    """In the order of the trainer after the mixin, as without it."""
+    ends = []
+    for positional in (True, False):
+        given = (lora_llama(), arguments(tmp_path), default_data_collator, NEW, NEW[:2])
+        names = ("model", "args", "data_collator", "train_dataset", "eval_dataset")
+        changes = {"memory_dataset": MEMORY, "fusion": FUSION}
+        if positional:
+            run = RKIFTrainer(*given, **changes)
+        else:
+            run = RKIFTrainer(**dict(zip(names, given, strict=True)), **changes)
+        run.train()
+        assert run.eval_dataset == NEW[:2]
+        ends.append(weights(run.model))
+    assert_same_bits(ends[1], ends[0])
+
+
+def test_positional_arguments_have_the_names_of_the_next_trainer(tmp_path: Any) -> None:
+    class Reordered(Trainer):
+        def __init__(self, args: Any, model: Any, *, extra: int, **kwargs: Any) -> None:
+            super().__init__(model, args, **kwargs)
+            self.extra = extra
+
+    class Forwarding(Reordered):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, extra=3, **kwargs)
+
+    kind = type("RKIFForwarding", (RKIFMixin, Forwarding), {})
+    model, args = lora_llama(), arguments(tmp_path)
+    run = kind(args, model, train_dataset=NEW, memory_dataset=MEMORY)
+    assert (run.model is model, run.args is args, run.extra) == (True, True, 3)
+    with pytest.raises(TypeError, match="RKIFForwarding takes 2 positional arguments, got 3"):
+        kind(args, model, NEW)
+    with pytest.raises(TypeError, match="RKIFForwarding got model by position and by name"):
+        kind(args, model, model=model)
 
 
 def test_refuses_a_frozen_model(tmp_path: Any) -> None:

@@ -1,0 +1,65 @@
+"""The memory of a Trainer: which datasets are accepted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+
+def accepted_memory(memory: Any, train_dataset: Any) -> Any:
+    """The memory as a dataset of the training data's kind, or None if there is none or it is empty.
+
+    A list of samples becomes a ``datasets.Dataset`` where the training data is one, because trainers that
+    prepare their data call its methods.
+
+    Args:
+        memory: samples with a length and indexing, or None.
+        train_dataset: the training data, or None.
+
+    Raises:
+        TypeError: the memory is a mapping of datasets or columns, text, or lacks a length or indexing.
+    """
+    if memory is None:
+        return None
+    kind = type(memory).__name__
+    if isinstance(memory, Mapping):
+        names = ", ".join(map(repr, memory))
+        raise TypeError(f"memory_dataset must be one dataset, got a {kind} of {names}: concatenate them")
+    endless = isinstance(memory, torch.utils.data.IterableDataset | str | bytes)
+    if endless or not (hasattr(memory, "__len__") and hasattr(memory, "__getitem__")):
+        raise TypeError(f"memory_dataset must have a length and indexing, got {kind}")
+    if len(memory) == 0:
+        return None
+    datasets = sys.modules.get("datasets")  # what is not imported has made no training data
+    if datasets is not None and isinstance(memory, list) and isinstance(train_dataset, datasets.Dataset):
+        return datasets.Dataset.from_list(memory)
+    return memory
+
+
+def require_labels(memory: Any, train_dataset: Any, label_names: Iterable[str]) -> None:
+    """Require the labels in the memory that the training data has.
+
+    Args:
+        memory, train_dataset: as the trainer has prepared them.
+        label_names: the trainer's. Collators also make labels of "label" and "label_ids".
+
+    Raises:
+        ValueError: naming the labels that the memory lacks.
+    """
+    needed = _columns(train_dataset) & {*label_names, "label", "label_ids"}
+    if missing := ", ".join(map(repr, sorted(needed - _columns(memory)))):
+        raise ValueError(f"memory_dataset has no {missing}, which train_dataset has: nothing gives its loss")
+
+
+def _columns(dataset: Any) -> set[str]:
+    """The names of a dataset's columns; empty where they are unknown."""
+    if (names := getattr(dataset, "column_names", None)) is not None:
+        return set(names)
+    endless = isinstance(dataset, torch.utils.data.IterableDataset)
+    if endless or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")) or not len(dataset):
+        return set()
+    first = dataset[0]
+    return set(first) if isinstance(first, Mapping) else set()
