@@ -20,10 +20,13 @@ M = TypeVar("M", bound="BaseModel")
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file under a temporary name, flush it to disk, and rename it.
 
+    What has the temporary name is removed first, because a link would lead to a file elsewhere.
+
     Raises:
         OSError: the file cannot be written; it names the path. After any error the temporary file is deleted.
     """
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
     try:
         with named_in_errors(path):
             write(temporary)
@@ -40,13 +43,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The content of a UTF-8 file.
+    """The content of a UTF-8 file, with its line ends as they are.
 
     Raises:
         ValueError: the file is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 

@@ -7,6 +7,8 @@ canonical form. Whoever changes a line must rewrite all lines after it, which a 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +22,7 @@ LEDGER = "ledger.jsonl"  # in the run's folder
 LedgerRecord = dict[str, Any]
 START = "0" * 64
 CHAIN_KEYS = ("seq", "previous", "hash")
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
 
 
 class LedgerError(ValueError):
@@ -29,13 +32,14 @@ class LedgerError(ValueError):
 class Ledger:
     """A ledger file, opened for one writer.
 
-    Opening moves an unfinished last line, which a kill can leave, to ``PATH.torn``.
+    Opening moves an unfinished last line, which a kill can leave, to ``PATH.torn``. Links are not followed,
+    because the files that they lead to are not the ledger's.
 
     Args:
         path: the file; the first record creates it.
 
     Raises:
-        LedgerError: a complete line differs from what was written.
+        LedgerError: a complete line differs from what was written, or the file is a link.
 
     Attributes:
         records: all records, oldest first.
@@ -43,11 +47,14 @@ class Ledger:
     """
 
     def __init__(self, path: Path) -> None:
+        if path.is_symlink():
+            raise LedgerError(f"{path} is a link; a ledger must be a file")
         self.path = path
         self.torn = 0
         if path.exists():
             self._repair()
         self.records = list(read_ledger(path)) if path.exists() else []
+        self._size = path.stat().st_size if path.exists() else 0
 
     @property
     def head(self) -> str:
@@ -65,6 +72,8 @@ class Ledger:
 
         Raises:
             ValueError: ``content`` has a key "seq", "previous" or "hash", or a number that is not finite.
+            LedgerError: another process has written to the file.
+            OSError: the record cannot be written. The file is as it was then.
         """
         for key in CHAIN_KEYS:
             if key in content:
@@ -72,34 +81,58 @@ class Ledger:
         record = {"seq": len(self.records), "previous": self.head, **content}
         record = {**record, "hash": digest(record)}
         line = canonical(record) + b"\n"
-        new = not self.path.exists()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        new = not self.records
+        descriptor = os.open(self.path, APPEND | (os.O_CREAT if new else 0), 0o666)
         try:
             with named_in_errors(self.path):
-                written = 0
-                while written < len(line):
-                    written += os.write(descriptor, line[written:])
-                os.fsync(descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                self.require_unchanged()
+                self._write(descriptor, line)
         finally:
             os.close(descriptor)
+        self._size += len(line)
+        self.records.append(json.loads(line))
         if new:
             fsync_folder(self.path.parent)
-        self.records.append(json.loads(line))
         return self.records[-1]
+
+    def require_unchanged(self) -> None:
+        """Check that the file has what was read and appended, and no more.
+
+        Raises:
+            LedgerError: it has another size.
+            OSError: it is missing.
+        """
+        if (self._size or self.path.exists()) and self.path.stat().st_size != self._size:
+            raise LedgerError(f"{self.path} was changed by another process since it was read")
+
+    def _write(self, descriptor: int, line: bytes) -> None:
+        """Write a line whole, or leave the file as it was."""
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(descriptor, line[written:])
+            os.fsync(descriptor)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, self._size)
+            raise
 
     def _repair(self) -> None:
         """Move an unfinished last line away. A complete line ends with a line feed."""
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        rest = content[whole:]
-        if not rest:
-            return
-        self.torn = len(rest)
-        with self.path.with_name(self.path.name + ".torn").open("ab") as torn:
-            torn.write(rest + b"\n")
-            torn.flush()
-            os.fsync(torn.fileno())
         with self.path.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # a writer may be in the middle of a line
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            rest = content[whole:]
+            if not rest:
+                return
+            self.torn = len(rest)
+            path = self.path.with_name(self.path.name + ".torn")
+            with os.fdopen(os.open(path, APPEND | os.O_CREAT, 0o666), "ab") as torn:
+                torn.write(rest + b"\n")
+                torn.flush()
+                os.fsync(torn.fileno())
             file.truncate(whole)
             os.fsync(file.fileno())
 
@@ -125,7 +158,7 @@ def read_ledger(path: Path, *, torn: bool = False) -> Iterator[LedgerRecord]:
             raise LedgerError(f"{where} is not JSON") from error
         if not isinstance(record, dict) or any(key not in record for key in CHAIN_KEYS):
             raise LedgerError(f"{where} lacks its place in the chain")
-        if record["seq"] != seq:
+        if (type(record["seq"]), record["seq"]) != (int, seq):  # True and 1.0 equal 1
             raise LedgerError(f"{where} says that it is record {record['seq']!r}")
         if record["previous"] != previous:
             raise LedgerError(f"{where} does not follow the record before it")

@@ -297,9 +297,11 @@ def test_verify_finds_a_changed_header_length_and_a_reformatted_manifest(output:
         assert f"{file.name}: its header was changed" in verify(output)
     file.write_bytes(content)
     manifest = output / MANIFEST
-    manifest.write_text(manifest.read_text().replace('": ', '":  ', 1))
-    with pytest.raises(ValueError, match="is damaged"):
-        verify(output)
+    written = manifest.read_bytes()
+    for changed in (written.replace(b'": ', b'":  ', 1), written.replace(b"\n", b"\r\n")):
+        manifest.write_bytes(changed)
+        with pytest.raises(ValueError, match="is damaged"):
+            verify(output)
 
 
 def test_unreadable_files_next_to_the_base_do_not_stop_a_fusion(models: Path, tmp_path: Path) -> None:

@@ -218,15 +218,53 @@ def test_bad_task_names_are_refused_by_the_config(config: Callable[..., RunConfi
         config(tasks=config().tasks.model_dump() | {"order": ["review", name]})
 
 
-@pytest.mark.parametrize("kind", ["folder", "link"])
-def test_a_state_that_is_no_file_is_found(rkif: Rkif, run: Path, kind: str) -> None:
+def test_a_state_that_is_no_file_is_found(rkif: Rkif, run: Path) -> None:
     state = run / "snapshots" / "000001.safetensors"
     state.unlink()
-    if kind == "folder":
-        state.mkdir()
-    else:
-        state.symlink_to("/dev/null")
+    state.mkdir()
     assert "000001.safetensors is no state that the run kept" in refused(rkif, run, "log", run, "--verify")
+
+
+@pytest.mark.parametrize("name", ["metrics.json.tmp", "checkpoint.safetensors.tmp"])
+def test_a_folder_in_the_place_of_a_file_is_named(rkif: Rkif, run: Path, name: str) -> None:
+    (run / name).mkdir()
+    for command in commands(run):
+        assert f"{run / name} is a link or a folder" in refused(rkif, run, *command)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.yaml", "metrics.json", "ledger.jsonl", "checkpoint.safetensors", "ledger.jsonl.torn"),
+        *("metrics.json.tmp", "tasks", "tasks/01-review", "tasks/01-review/added", "tasks/09-added"),
+        *("snapshots", "snapshots/000001.safetensors", "snapshots/added"),
+    ],
+)
+def test_a_link_to_elsewhere_is_named(rkif: Rkif, run: Path, name: str) -> None:
+    """Commands must neither write nor delete there, and what was added there must be found."""
+    elsewhere = run.parent / "elsewhere"
+    if (run / name).exists():
+        (run / name).rename(elsewhere)
+    else:
+        elsewhere.mkdir()
+        (elsewhere / "file").write_text("not the run's")
+    (run / name).symlink_to(elsewhere)
+    for command in commands(run):
+        assert f"{run / name} is a link" in refused(rkif, run, *command)
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(rkif: Rkif, run: Path) -> None:
+    shutil.rmtree(run / "snapshots")
+    (run / "snapshots").write_text("x")
+    for command in commands(run):
+        assert f"{run / 'snapshots'} is a file" in refused(rkif, run, *command)
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\r"])
+def test_other_line_ends_in_the_settings_are_found(rkif: Rkif, run: Path, end: bytes) -> None:
+    config = run / "config.yaml"
+    config.write_bytes(config.read_bytes().replace(b"\n", end))
+    assert "is of other settings than" in refused(rkif, run, "log", run, "--verify")
 
 
 def test_a_temporary_file_of_safetensors_does_not_stop_a_run(rkif: Rkif, run: Path) -> None:

@@ -39,6 +39,15 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     assert not (tmp_path / "file.tmp").exists()
 
 
+def test_a_link_under_the_temporary_name_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("another's file")
+    (tmp_path / "file.tmp").symlink_to("victim")
+    write_text(tmp_path / "file", "mine")
+    assert (tmp_path / "victim").read_text() == "another's file"
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not (tmp_path / "file").is_symlink()
+
+
 def test_a_file_nested_too_deeply_is_named() -> None:
     with pytest.raises(ValueError, match="some file is damaged: it is nested too deeply"):
         parse_json("[" * 100_000, "some file")

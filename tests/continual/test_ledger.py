@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,70 @@ def test_an_incomplete_line_is_moved_and_the_ledger_continues(tmp_path: Path) ->
         ledger.append({"round": 2, "norm": 0.2, "verdict": "keep"})
         assert path.read_bytes() == whole
         assert Ledger(path).torn == 0
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    """Else a ledger from elsewhere could append its unfinished line to any file of the user."""
+    victim = tmp_path / "victim"
+    victim.write_text("another's file\n")
+    path = written(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"a command")
+    (tmp_path / "ledger.jsonl.torn").symlink_to(victim)
+    with pytest.raises(OSError, match=r"ledger\.jsonl\.torn"):
+        Ledger(path)
+    assert path.read_bytes() == whole + b"a command"
+    (tmp_path / "link.jsonl").symlink_to(victim)
+    with pytest.raises(LedgerError, match=r"link\.jsonl is a link"):
+        Ledger(tmp_path / "link.jsonl")
+    assert victim.read_text() == "another's file\n"
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    first, second = Ledger(path), Ledger(path)
+    first.append({"round": 3})
+    whole = path.read_bytes()
+    for _ in range(2):
+        with pytest.raises(LedgerError, match=r"ledger\.jsonl was changed by another process"):
+            second.append({"round": 3})
+    assert path.read_bytes() == whole
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        first.append({"round": 4})
+    assert not path.exists()
+
+
+def test_a_record_that_cannot_be_written_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path)
+    whole, ledger, write = path.read_bytes(), Ledger(path), os.write
+
+    def fill(descriptor: int, content: bytes) -> int:
+        if len(content) < 50:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, content[:50])
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", fill)
+        with pytest.raises(OSError, match="No space left on device"):
+            ledger.append({"round": 3})
+    assert path.read_bytes() == whole
+    ledger.append({"round": 3})
+    assert [record["seq"] for record in read_ledger(path)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("value", [True, 1.0])
+def test_a_place_in_the_chain_is_an_integer(tmp_path: Path, value: Any) -> None:
+    path = written(tmp_path, 2)
+    first, second = (json.loads(line) for line in path.read_bytes().splitlines())
+    del second["hash"]
+    second["seq"] = value
+    second["hash"] = digest(second)
+    path.write_bytes(canonical(first) + b"\n" + canonical(second) + b"\n")
+    with pytest.raises(LedgerError, match=f"record 1 says that it is record {value}"):
+        list(read_ledger(path))
 
 
 def test_invalid_records_are_refused(tmp_path: Path) -> None:

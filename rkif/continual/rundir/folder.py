@@ -32,7 +32,7 @@ from torch import Tensor
 from rkif.checkpoint.manifest import FileContent
 from rkif.continual.config import RunConfig, dump_config
 from rkif.continual.rundir.schema import Metrics, TaskSummary, require_records
-from rkif.continual.rundir.state import load_tensors, save_tensors, storable
+from rkif.continual.rundir.state import CHECKPOINT, load_tensors, save_tensors, storable
 from rkif.continual.tasks.replay_memory import ReplayMemory
 from rkif.files import file_sha256, fsync_file, parse_json, read_text, validated, write_text
 from rkif.ledger.chain import LEDGER, LedgerError, LedgerRecord, read_ledger
@@ -44,13 +44,15 @@ class RunReader:
     """Reads a run's folder without changing it.
 
     Raises:
-        ValueError: the folder holds no run.
+        ValueError: the folder holds no run, or a link in the place of its files: what is written or deleted
+            under that name could be elsewhere.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not (path / "config.yaml").is_file():
             raise ValueError(f"{path} is no run: it has no config.yaml")
+        _require_plain(path)
 
     def config_text(self) -> str:
         return read_text(self.path / "config.yaml")
@@ -226,6 +228,20 @@ def write_metrics(run: Path, metrics: Mapping[str, Any]) -> None:
 def metrics_sha256(metrics: Mapping[str, Any]) -> str:
     """SHA-256 of the file that :func:`write_metrics` writes."""
     return hashlib.sha256(_json_text(metrics).encode()).hexdigest()
+
+
+def _require_plain(run: Path) -> None:
+    """Raise ValueError where a run has a link, a folder in the place of a file, or the reverse."""
+    for name in ("config.yaml", METRICS, LEDGER, CHECKPOINT):
+        for path in (run / name, run / f"{name}.tmp", run / f"{name}.torn"):
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise ValueError(f"{path} is a link or a folder; a run must have a file there")
+    for folder in (run / "tasks", run / "snapshots"):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; a run must have a folder there")
+        for path in (folder, *folder.rglob("*")):
+            if path.is_symlink():
+                raise ValueError(f"{path} is a link; a run must have its files in its own folder")
 
 
 def _require_same(path: Path, text: str) -> None:
