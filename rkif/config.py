@@ -19,6 +19,7 @@ from rkif_kernels import (
 
 Importance = Literal["sensitivity", "sensitivity_uncertainty"]
 Nonfinite = Literal["raise", "skip"]
+Missing = Literal["raise", "zero"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,9 @@ class FusionConfig:
             ablation: static importance; not together with clear_outer).
         nonfinite: a round that saw a non-finite importance is an error at its fusion ("raise"), or its
             fusion is refused and the parameters return to the round's start ("skip").
+        missing: a parameter without a gradient in a whole round is an error at its fusion ("raise"), or it
+            has no importance and no part in the fusion, as if it was frozen in this round ("zero"; not
+            together with pack_inner). None: "zero" in a Trainer, "raise" elsewhere.
         state_dtype: storage of S and U, torch.float32 or torch.bfloat16 (or its name).
         pack_inner: when the inner phase ends, keep of the inner learner's importance one bit an element,
             whether it is selected, and free S and U until the next round: the same results in less memory.
@@ -117,6 +121,7 @@ class FusionConfig:
     clear_outer: bool = False
     refresh_outer: bool = True
     nonfinite: Nonfinite = "raise"
+    missing: Missing | None = None
     state_dtype: torch.dtype = torch.float32
     pack_inner: bool = False
     offload: bool = False
@@ -130,6 +135,8 @@ class FusionConfig:
         require_choice("importance", self.importance, get_args(Importance))
         require_choice("order", self.order, get_args(Order))
         require_choice("nonfinite", self.nonfinite, get_args(Nonfinite))
+        if self.missing is not None:
+            require_choice("missing", self.missing, get_args(Missing))
         for name in ("inner_steps", "outer_steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -139,6 +146,11 @@ class FusionConfig:
                 raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
         if self.pack_inner and not self.clear_inner:
             raise ValueError("pack_inner=True gives the inner importance up: it needs clear_inner=True")
+        if self.pack_inner and self.missing == "zero":
+            raise ValueError(
+                "pack_inner=True selects before the outer learner's gradients are known: "
+                "it needs missing='raise'"
+            )
         if self.clear_outer and not self.refresh_outer:
             raise ValueError("refresh_outer=False keeps the outer importance: it needs clear_outer=False")
         if isinstance(self.state_dtype, str):

@@ -30,6 +30,7 @@ class FusionReport:
         counts: parameters selected by "inner_only", "outer_only", "both" and "neither".
         norms: L2 norms of the "inner" and "outer" task vectors and of the "update", result - base.
         nonfinite: elements whose importance was not finite in some step of the round.
+        missing: names of parameters that took no part, because they had no gradient in the round.
         applied: False if the fusion was skipped: thresholds and the task vectors' norms are NaN then, counts
             and update zero. Also False if the gate undid it.
         gate: the gate's report; None without a gate. The update is that of the accepted fraction.
@@ -42,9 +43,11 @@ class FusionReport:
     nonfinite: int = 0
     applied: bool = True
     gate: GateReport | None = None
+    missing: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
+        missing = {"missing": list(self.missing)} if self.missing else {}
         return {
             "numel": self.numel,
             "thresholds": list(self.thresholds),
@@ -53,6 +56,7 @@ class FusionReport:
             "nonfinite": self.nonfinite,
             "applied": self.applied,
             "gate": None if self.gate is None else self.gate.to_dict(),
+            **missing,
         }
 
 

@@ -380,6 +380,8 @@ def dump_config(config: RunConfig) -> str:
     """The config as YAML with all defaults and the fusion's settings filled in: ``RUN/config.yaml``."""
     content = config.model_dump(mode="json")
     fusion = asdict(fusion_config(config.fusion))
+    if fusion["missing"] is None:  # as in runs that are older than this setting
+        del fusion["missing"]
     if isinstance(fusion["rule"], dict):
         fusion["rule"] = {case: list(pair) for case, pair in fusion["rule"].items()}
     content["fusion"] = fusion | {"state_dtype": str(fusion["state_dtype"]).removeprefix("torch.")}

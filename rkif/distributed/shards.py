@@ -179,19 +179,25 @@ class ShardedParameters:
         seen = torch.tensor([int(name in names) for name in self._parameters])
         return zip(self._parameters, self.max_over_replicas(seen).tolist(), strict=True)
 
-    def thresholds(self, scores: Scores, *, density: float, scope: Scope) -> Tensor:
-        """:func:`rkif_kernels.score_thresholds` over all processes."""
+    def thresholds(
+        self, scores: Scores, *, density: float, scope: Scope, indices: Sequence[int] | None = None
+    ) -> Tensor:
+        """:func:`rkif_kernels.score_thresholds` over all processes, of all parameters or of some."""
+        if indices is not None:
+            scores = scores.subset(indices)
         if not self.sharded:
             return score_thresholds(scores, density=density, scope=scope)
+        indices = range(len(self.sizes)) if indices is None else indices
         rows = [
             None
             if row is None
-            else [t if index in self.owned else t.reshape(-1)[:0] for index, t in enumerate(row)]
+            else [t if n in self.owned else t.reshape(-1)[:0] for n, t in zip(indices, row, strict=True)]
             for row in (scores.sensitivity, scores.uncertainty)
         ]
         assert rows[0] is not None
         counted = Scores(rows[0], rows[1], scores.distance)
-        return sharded_thresholds(counted, self.sizes, density=density, scope=scope, processes=self.processes)
+        sizes = [self.sizes[index] for index in indices]
+        return sharded_thresholds(counted, sizes, density=density, scope=scope, processes=self.processes)
 
     def require_agreement(self, *settings: Any) -> None:
         """Refuse ranks with different settings or parameters, which would compute different results or hang.

@@ -218,7 +218,7 @@ class Fuser:
         Raises:
             RuntimeError: not in the outer phase, a learner was never observed, a non-finite importance was
                 seen and the config says "raise", or as :meth:`begin_outer` for a replaced parameter.
-            ValueError: a parameter had no gradient in any step of the round.
+            ValueError: a parameter had no gradient in any step of the round, and the config says "raise".
                 After an error, parameters, importance and the round are unchanged; :meth:`rollback`
                 abandons the round.
         """

@@ -24,6 +24,7 @@ def grouped_fusion(
     thresholds: tuple[Tensor, Tensor],
     weights: CaseWeights,
     owned: Collection[int],
+    missing: Collection[int],
     names: Sequence[str],
 ) -> FuseStats:
     """Write the fusion of this process's parts into ``fused``.
@@ -42,6 +43,7 @@ def grouped_fusion(
         importance, thresholds: of the inner and the outer learner.
         weights: of the four cases, see :func:`rkif_kernels.fuse_`.
         owned: indices of the tensors that this process counts.
+        missing: indices of the tensors that take no part; they keep their values in ``outer``.
         names: for errors.
 
     Returns:
@@ -55,7 +57,11 @@ def grouped_fusion(
         starts = [master.to(end.dtype) for master, end in zip(masters, ends, strict=True)]
         out = fused.scratch(indices)
         for counted in (True, False):
-            places = [place for place, index in enumerate(indices) if (index in owned) == counted]
+            places = [
+                place
+                for place, index in enumerate(indices)
+                if (index in owned) == counted and index not in missing
+            ]
             if not places:
                 continue
             own = [indices[place] for place in places]
@@ -77,6 +83,9 @@ def grouped_fusion(
             if counted:
                 counts += stats.counts
                 squared_norms += stats.squared_norms
+        for place, index in enumerate(indices):
+            if index in missing:
+                out[place].copy_(ends[place])
         for result, master, start in zip(out, masters, starts, strict=True):
             if master.dtype != start.dtype:
                 result.add_(master - start)  # in float32: the narrower one is widened

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Collection
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -60,9 +63,15 @@ def require_complete(fuser: Fuser) -> int:
         for learner, observed in fuser._observed.items():
             if observed == 0:
                 raise RuntimeError(f"observe() was never called for the {learner} learner in this round")
-    for name, count in shards.seen_anywhere(fuser._with_gradient):
-        if not count:
-            raise ValueError(f"parameter {name!r} had no gradient in any observe() of this round")
+    fuser._with_gradient |= {name for name, count in shards.seen_anywhere(fuser._with_gradient) if count}
+    missing = [name for name in fuser.parameters if name not in fuser._with_gradient]
+    if missing and fuser.config.missing != "zero":
+        others = f" ({len(missing)} parameters had none)" if len(missing) > 1 else ""
+        raise ValueError(
+            f"parameter {missing[0]!r} had no gradient in any observe() of this round{others}: freeze what "
+            "the loss does not use (requires_grad_(False)), or leave it out of such rounds with "
+            "FusionConfig(missing='zero')"
+        )
     nonfinite = int(shards.max_over_replicas(fuser._nonfinite)[0])
     if nonfinite and fuser.config.nonfinite == "raise":
         raise RuntimeError(
@@ -75,22 +84,25 @@ def require_complete(fuser: Fuser) -> int:
 def fuse_round(fuser: Fuser, fused: Snapshot) -> FusionReport:
     """Write the fusion of the round under way into ``fused``; parameters and importance stay as they are.
 
-    One pass over memory where everything lies on one device in one dtype; else thresholds over all processes
-    first, and then the fusion, group by group.
+    One pass over memory where everything takes part and lies on one device in one dtype; else thresholds over
+    all processes first, and then the fusion, group by group.
     """
     assert fuser._inner is not None
     shards = fuser._shards
     inner, outer = fuser._importance["inner"], fuser._importance["outer"]
     names = list(fuser.parameters)
+    missing = {index for index, name in enumerate(names) if name not in fuser._with_gradient}
     plain = fuser._base_dtypes == fuser._dtypes and not (fuser.config.offload or fuser.config.pack_inner)
-    if plain and not shards.sharded:
+    if plain and not shards.sharded and not missing:
         with shards.processes.raise_on_any_failure():
             snapshots = fused.tensors, fuser._base.tensors, fuser._inner.tensors
             inputs = FusionInputs(*snapshots, shards.parts(), inner.scores, outer.scores)
             stats = fuser._plan.fuse(inputs)
         return report_of(names, stats, numel=sum(shards.sizes), scope=fuser.config.scope)
-    inner_thresholds = learner_thresholds(fuser, "inner") if inner.thresholds is None else inner.thresholds
-    outer_thresholds = learner_thresholds(fuser, "outer")
+    inner_thresholds = inner.thresholds
+    if inner_thresholds is None:
+        inner_thresholds = learner_thresholds(fuser, "inner", missing)
+    outer_thresholds = learner_thresholds(fuser, "outer", missing)
     with shards.processes.raise_on_any_failure():
         stats = grouped_fusion(
             fused,
@@ -101,13 +113,15 @@ def fuse_round(fuser: Fuser, fused: Snapshot) -> FusionReport:
             thresholds=(inner_thresholds, outer_thresholds),
             weights=merge_weights(fuser.config.rule).cases,
             owned=shards.owned,
+            missing=missing,
             names=names,
         )
     # Counts below 2^53 are exact in double.
     summed = shards.all_reduce_sum(torch.cat([stats.counts.double(), stats.squared_norms]))
     stats = stats._replace(counts=summed[:4].long(), squared_norms=summed[4:])
-    numel = sum(shards.sizes)
-    return report_of(names, stats, numel=numel, scope=fuser.config.scope)
+    numel = sum(size for index, size in enumerate(shards.sizes) if index not in missing)
+    report = report_of(names, stats, numel=numel, scope=fuser.config.scope)
+    return replace(report, missing=tuple(names[index] for index in sorted(missing)))
 
 
 def skip_round(fuser: Fuser, nonfinite: int) -> FusionReport:
@@ -117,7 +131,19 @@ def skip_round(fuser: Fuser, nonfinite: int) -> FusionReport:
     return skipped_report(list(fuser.parameters), numel, nonfinite, fuser.config.scope)
 
 
-def learner_thresholds(fuser: Fuser, learner: Learner) -> Tensor:
-    """The threshold of a learner's scores over all processes: one, or one for each parameter."""
+def learner_thresholds(fuser: Fuser, learner: Learner, missing: Collection[int] = ()) -> Tensor:
+    """The threshold of a learner's scores over all processes: one, or one for each parameter.
+
+    The scores of ``missing`` parameters do not count. A threshold of their own is infinite.
+    """
     scores = fuser._importance[learner].scores
-    return fuser._shards.thresholds(scores, density=fuser.config.density, scope=fuser.config.scope)
+    settings: dict[str, Any] = {"density": fuser.config.density, "scope": fuser.config.scope}
+    if not missing:
+        return fuser._shards.thresholds(scores, **settings)
+    present = [index for index in range(len(fuser.parameters)) if index not in missing]
+    found = fuser._shards.thresholds(scores, indices=present, **settings)
+    if fuser.config.scope == "global":
+        return found
+    every = torch.full((len(fuser.parameters),), math.inf, device=found.device)
+    every[present] = found
+    return every

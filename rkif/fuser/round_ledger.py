@@ -24,6 +24,7 @@ from rkif.ledger.records import (
     report_values,
     selection,
 )
+from rkif_kernels import CASES
 
 if TYPE_CHECKING:
     from rkif.fuser.fuser import Fuser
@@ -92,16 +93,19 @@ class RoundLedger:
                 self._ledger = self._open(folder, digest)
 
     def _open(self, folder: Path, digest: str) -> Ledger:
-        settings = json.dumps(_settings(self._fuser), indent=2, default=str) + "\n"  # JSON is YAML
-        path = folder / "config.yaml"
-        self._identity = {"config": hashlib.sha256(settings.encode()).hexdigest()}
+        values = _settings(self._fuser)
+        settings, path = _text(values), folder / "config.yaml"
         folder.mkdir(parents=True, exist_ok=True)
         if not any(folder.iterdir()):
             write_text(path, settings)
         elif not path.is_file():
             raise ValueError(f"ledger={str(folder)!r} is not empty, and holds no ledger")
-        elif path.read_text(encoding="utf-8") != settings:
-            raise ValueError(f"ledger={str(folder)!r} is of other settings: see {path}")
+        elif (stored := path.read_text(encoding="utf-8")) != settings:
+            values["fusion"].pop("missing", None)  # ledgers are older than this setting
+            if stored != _text(values):
+                raise ValueError(f"ledger={str(folder)!r} is of other settings: see {path}")
+            settings = stored
+        self._identity = {"config": hashlib.sha256(settings.encode()).hexdigest()}
         ledger = Ledger(folder / LEDGER)
         if not ledger.records:
             ledger.append(self._complete(begin_record(METHOD, [], digest)))
@@ -173,9 +177,16 @@ class RoundLedger:
         return {**content, **self._identity, "time": now()}
 
 
+def _text(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, indent=2, default=str) + "\n"  # JSON is YAML
+
+
 def _settings(fuser: Fuser) -> dict[str, Any]:
     """The settings of a fuser and its gate as JSON values."""
-    settings: dict[str, Any] = {"fusion": dataclasses.asdict(fuser.config)}
+    fusion = dataclasses.asdict(fuser.config)
+    if fusion["missing"] is None:
+        del fusion["missing"]
+    settings: dict[str, Any] = {"fusion": fusion}
     if fuser._gatekeeper is not None:
         criteria, *others = fuser._gatekeeper.gate.settings
         values = [dataclasses.asdict(criterion) for criterion in criteria]
@@ -199,7 +210,7 @@ def _effects(start: RoundStart, after: Mapping[str, Tensor], report: FusionRepor
         means, counts = selection({name: inner}, {name: outer}, report)
         effects[name] = {
             "numel": base.numel(),
-            "counts": counts[0].tolist(),
+            "counts": [0] * len(CASES) if name in report.missing else counts[0].tolist(),
             "importance": means[0].tolist(),
             "moved": float((now_.float() - before.float()).norm()),
         }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 # A gradient scaler halves its scale at each overflow. With so many in one round, the scale is not the cause.
 MAX_SKIPPED = 16
+NAMED = 5  # parameters in a warning
 
 
 class TrainerRounds(TrainerCallback):  # type: ignore[misc]
@@ -41,6 +44,7 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
         start: with a gate, copies of the state of both optimizers at the start of the round; else empty.
         lr_fraction: the learning rate of the last inner step as a fraction of the base learning rate.
         memory_position: samples of the memory that all processes together have drawn.
+        warned: whether parameters without a gradient were named in this training.
     """
 
     fuser: Fuser
@@ -48,6 +52,7 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
     start: list[Any]
     lr_fraction: float
     memory_position: int
+    warned: bool
 
     def __init__(self, trainer: RKIFMixin, memory: Any) -> None:
         self.trainer = trainer
@@ -58,7 +63,11 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
         """Start from the current weights, or continue from the checkpoint that training resumes from."""
         trainer = self.trainer
         require_gradients(trainer)  # again: `model_init` may have made the model since `train` was called
-        self.fuser = Fuser(trainer.model_wrapped, trainer.fusion, gate=trainer.gate, ledger=trainer.ledger)
+        # Trainers train models of many parts, of which a round may leave some out. pack_inner needs all.
+        lenient = trainer.fusion.missing is None and not trainer.fusion.pack_inner
+        fusion = replace(trainer.fusion, missing="zero") if lenient else trainer.fusion
+        self.warned = False
+        self.fuser = Fuser(trainer.model_wrapped, fusion, gate=trainer.gate, ledger=trainer.ledger)
         # Not prepared by the accelerator: its clip_grad_norm_ unscales the gradients of every optimizer that
         # it knows, so it would unscale parameters that two optimizers share twice.
         self.optimizer = self.trainer.create_outer_optimizer()
@@ -105,6 +114,22 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
                 if skipped > MAX_SKIPPED:
                     raise RuntimeError(f"{skipped} outer steps of a round had gradients that are not finite")
         self._apply_verdict()
+        self._warn_of_missing()
+
+    def _warn_of_missing(self) -> None:
+        """Name the parameters that took no part in a fusion, once in a training."""
+        report = self.fuser.last_report
+        assert report is not None
+        if not report.missing or self.warned or not self.trainer.is_world_process_zero():
+            return
+        self.warned = True
+        names = ", ".join(report.missing[:NAMED])
+        more = f" and {len(report.missing) - NAMED} more" if len(report.missing) > NAMED else ""
+        warnings.warn(
+            f"round {self.fuser.round} had no gradient of {names}{more}: they took no part in its fusion; "
+            "FusionConfig(missing='raise') makes this an error",
+            stacklevel=2,
+        )
 
     def _apply_verdict(self) -> None:
         """Apply the gate's verdict to the optimizers and to training; the fuser applied it to the model."""

@@ -74,7 +74,8 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
             args, kwargs: the trainer's own arguments, in its own order or by name.
             memory_dataset: samples of earlier tasks, in any form that the trainer accepts for evaluation,
                 with a length and indexing; one dataset. None or empty: plain training.
-            fusion: settings of the method; `FusionConfig()` by default.
+            fusion: settings of the method; `FusionConfig()` by default. Unless its `missing` is "raise", a
+                parameter without a gradient in a round takes no part in its fusion, and a warning names it.
             outer_learning_rate: base learning rate of the outer learner.
             gate: checks every fusion before it is kept. If the gate undoes a fusion, parameters, importance
                 and the state of both optimizers return to the start of the round (a gate takes a copy of

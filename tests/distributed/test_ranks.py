@@ -76,6 +76,9 @@ def test_the_compared_runs_contain_every_case(results: dict[int, Path]) -> None:
         assert len(reports) == 3
         assert all(sum(report["counts"][case] for report in reports) for case in reports[0]["counts"])
         assert all(report["norms"]["update"] > 0 for report in reports)
+    for name in ("missing", "missing_tensor"):
+        reports = json.loads((results[1] / f"alone-{name}-8.json").read_text())
+        assert [report.get("missing") for report in reports] == [None, ["0.bias", "2.weight"], None]
     rows = [parameter.shape[0] for parameter in ranks_program.make_model().parameters()]
     assert 1 in rows  # a tensor that is on one rank only
     assert any(count % 2 and count % 3 for count in rows)  # two or three ranks have unequal shards

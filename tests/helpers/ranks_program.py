@@ -38,13 +38,17 @@ CONFIGS = {
     "everything": rkif.FusionConfig.paper(density=1),
     "nothing": rkif.FusionConfig.release(density=0),
     "bf16": rkif.FusionConfig.release(state_dtype="bfloat16"),
+    "missing": rkif.FusionConfig.release(missing="zero"),  # the second round has no gradient of two tensors
+    "missing_tensor": rkif.FusionConfig.paper(missing="zero", scope="tensor"),
     "adamw": rkif.FusionConfig.release(),  # with rkif.optim.AdamW, whose steps observe
 }
 
 
 def names(kind: str) -> list[str]:
     """The tested configs: all, or a few if the shards differ by replica or by column."""
-    return ["release", "tensor", "packed", "adamw"] if kind in ("columns", "hsdp") else list(CONFIGS)
+    return (
+        ["release", "tensor", "packed", "missing", "adamw"] if kind in ("columns", "hsdp") else list(CONFIGS)
+    )
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -108,6 +112,8 @@ class Momentum(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is None:
+                continue
             buffer = self.state[parameter]["momentum_buffer"]
             buffer.mul_(0.9).add_(parameter.grad.float())
             parameter.copy_(parameter.float() - buffer * self.param_groups[0]["lr"])
@@ -140,6 +146,8 @@ class Loop:
             else:
                 optimizer = self.inner if phase < 3 else self.outer
                 set_gradients(self.model, event)
+                if self.fuser.config.missing == "zero" and 7 <= event < 14:
+                    bare(self.model)[0].bias.grad = bare(self.model)[2].weight.grad = None
                 if not self.adamw:
                     self.fuser.observe()
                 optimizer.step()

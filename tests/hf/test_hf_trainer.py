@@ -261,6 +261,49 @@ def test_a_refused_fusion_is_reported(tmp_path: Any) -> None:
         trainer(tmp_path, kind=Poisoned, model=model).train()
 
 
+class SeldomTrainer(InOrderTrainer):
+    """Has no gradient of the parameters in `unused` in some steps, as a router leaves an expert out."""
+
+    unused: dict[int, str]
+    calls = 0
+
+    def training_step(self, model: Any, *args: Any) -> Tensor:
+        loss: Tensor = super().training_step(model, *args)
+        self.calls += 1
+        for name, parameter in model.named_parameters():
+            if (part := self.unused.get(self.calls)) and part in name:
+                parameter.grad = None
+        return loss
+
+
+def test_parameters_without_a_gradient_are_left_out_with_one_warning(tmp_path: Any) -> None:
+    """Without a gradient in the second and the third round; a round has 3 and 2 steps."""
+    model = lora_llama()
+    run = trainer(tmp_path, kind=SeldomTrainer, model=model, max_steps=9)
+    run.unused = dict.fromkeys(range(6, 16), "layers.1.self_attn.v_proj.lora_A")
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.default.weight"
+    kept = []
+    close = run._rkif.close
+
+    def watched(*, tail: bool) -> None:
+        close(tail=tail)
+        kept.append(weights(model)[name])
+
+    run._rkif.close = watched
+    with pytest.warns(UserWarning, match=f"round 2 had no gradient of {name}: they took no part") as caught:
+        run.train()
+    assert len([w for w in caught if "took no part" in str(w.message)]) == 1
+    assert run.fuser.round == 3
+    assert run.fuser.last_report.missing == (name,)
+    assert not torch.equal(kept[0], kept[2])
+    assert torch.equal(kept[2], kept[-1])
+    strict = FusionConfig.paper(inner_steps=3, outer_steps=2, missing="raise")
+    run = trainer(tmp_path, kind=SeldomTrainer, fusion=strict)
+    run.unused = dict.fromkeys(range(1, 16), "layers.1.self_attn.v_proj.lora_A")
+    with pytest.raises(ValueError, match=r"had no gradient .* FusionConfig\(missing='zero'\)"):
+        run.train()
+
+
 # The name in all versions of transformers that rkif supports; later ones prefer `activation_checkpointing`.
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
 def test_gradient_checkpointing_changes_no_bit(tmp_path: Any) -> None:

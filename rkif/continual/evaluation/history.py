@@ -33,7 +33,8 @@ class RoundHistory:
         means, counts = selection(inner, outer, report)
         for index, name in enumerate(inner):
             self._append(f"importance.{name}", means[index])
-            self._append(f"counts.{name}", counts[index])
+            taken = name not in report.missing
+            self._append(f"counts.{name}", counts[index] if taken else torch.zeros_like(counts[index]))
 
     def _append(self, name: str, row: Tensor) -> None:
         rows = self._tensors.get(name, row.new_empty((0, *row.shape)))
