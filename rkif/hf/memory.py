@@ -1,12 +1,16 @@
-"""The memory of a Trainer: which datasets are accepted."""
+"""The memory of a Trainer: which datasets are accepted, and how another memory is noticed."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+
+_DIGESTED = 64  # samples in a digest, at most
 
 
 def accepted_memory(memory: Any, train_dataset: Any) -> Any:
@@ -52,6 +56,13 @@ def require_labels(memory: Any, train_dataset: Any, label_names: Iterable[str]) 
     needed = _columns(train_dataset) & {*label_names, "label", "label_ids"}
     if missing := ", ".join(map(repr, sorted(needed - _columns(memory)))):
         raise ValueError(f"memory_dataset has no {missing}, which train_dataset has: nothing gives its loss")
+
+
+def memory_digest(memory: Any) -> str:
+    """SHA-256 over a few samples of the memory, by their text without addresses of objects."""
+    step = -(-len(memory) // _DIGESTED)
+    texts = (re.sub(r" at 0x[0-9a-fA-F]+", "", repr(memory[n])) for n in range(0, len(memory), step))
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def _columns(dataset: Any) -> set[str]:

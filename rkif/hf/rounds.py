@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from rkif import Fuser
 from rkif.hf import state as rounds_state
+from rkif.hf.memory import memory_digest
 from rkif.hf.requirements import require_gradients
 from rkif.optim import AdamW
 from rkif.seeding import derive_seed, shuffled
@@ -38,6 +39,7 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
         memory: the samples that the outer learner trains on, with a length and indexing.
 
     Attributes:
+        memory, memory_digest: the samples, and a digest by which another memory is noticed.
         checkpoint: the folder to resume from at the next start of training, or None.
         fuser: of the current or last training.
         optimizer: the outer learner's.
@@ -57,6 +59,7 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: RKIFMixin, memory: Any) -> None:
         self.trainer = trainer
         self.memory = memory
+        self.memory_digest = memory_digest(memory)
         self.checkpoint: str | None = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:

@@ -1,7 +1,10 @@
-"""The rounds in a Trainer's checkpoint: two files of one process, or a folder of shards."""
+"""The rounds in a checkpoint of a Trainer, and their settings: files of a process, or a folder of shards."""
 
 from __future__ import annotations
 
+import json
+import warnings
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rkif.files import replace_file
+from rkif.files import read_text, replace_file, write_text
 from rkif.fuser import state as fuser_state
 from rkif.fuser.state_names import flatten, section
 
@@ -19,9 +22,12 @@ if TYPE_CHECKING:
 
 FUSER_FILE = "rkif_fuser.safetensors"
 OUTER_FILE = "rkif_outer.pt"
+SETTINGS_FILE = "rkif_settings.json"
 SHARDS = "rkif"  # a folder in place of both files where the parameters are sharded
 # Sections of the sharded state: the moments of the outer optimizer, and of both at the start of the round.
 SECTIONS = ("outer", "start_inner", "start_outer")
+# Settings of the fusion that change no result, or that only choose between an error and another round.
+FREE = {"pack_inner", "offload", "nonfinite", "missing"}
 
 
 def save(rounds: TrainerRounds, folder: Path) -> None:
@@ -31,6 +37,8 @@ def save(rounds: TrainerRounds, folder: Path) -> None:
         rounds: of the trainer that the checkpoint is of.
         folder: the checkpoint's.
     """
+    if rounds.trainer.args.should_save:
+        write_text(folder / SETTINGS_FILE, json.dumps(_settings(rounds), indent=2) + "\n")
     progress = {"lr_fraction": rounds.lr_fraction, "memory_position": rounds.memory_position}
     if rounds.fuser.sharded:
         fuser_state.write(rounds.fuser, folder / SHARDS, _sharded_state(rounds, progress))
@@ -46,6 +54,7 @@ def load(rounds: TrainerRounds, folder: Path) -> None:
     Raises:
         ValueError: the checkpoint has no such state, or it is of other parameters or settings.
     """
+    _require_same_settings(rounds, folder)
     if rounds.fuser.sharded and (folder / SHARDS).is_dir():
         _load_shards(rounds, folder / SHARDS)
         return
@@ -59,6 +68,34 @@ def load(rounds: TrainerRounds, folder: Path) -> None:
     rounds.optimizer.load_state_dict(outer["optimizer"])
     rounds.lr_fraction, rounds.memory_position = outer["lr_fraction"], outer["memory_position"]
     rounds.start = outer["start"]
+
+
+def _settings(rounds: TrainerRounds) -> dict[str, Any]:
+    """The settings that a resumed training must have as well, as JSON values."""
+    trainer = rounds.trainer
+    fusion = {name: value for name, value in asdict(trainer.fusion).items() if name not in FREE}
+    settings = fusion | {
+        "outer_learning_rate": trainer.outer_learning_rate,
+        "memory samples": len(rounds.memory),
+        "memory digest": rounds.memory_digest,
+    }
+    return dict(json.loads(json.dumps(settings, default=str)))
+
+
+def _require_same_settings(rounds: TrainerRounds, folder: Path) -> None:
+    """Raise ValueError where the checkpoint's settings differ; older checkpoints have none."""
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return
+    now, saved = _settings(rounds), json.loads(read_text(path))
+    digests = now.pop("memory digest"), saved.pop("memory digest", None)
+    if different := [name for name in now if name in saved and saved[name] != now[name]]:
+        then, here = (", ".join(f"{name}={row[name]!r}" for name in different) for row in (saved, now))
+        raise ValueError(f"cannot resume from {folder}: it was saved with {then}; this trainer has {here}")
+    if digests[0] != digests[1]:
+        warnings.warn(
+            f"memory_dataset has other samples than the memory that {folder} was saved with", stacklevel=2
+        )
 
 
 def _sharded_state(rounds: TrainerRounds, progress: dict[str, float]) -> dict[str, Tensor]:

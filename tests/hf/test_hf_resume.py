@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_helpers import OverflowingTrainer, assert_same_bits, lora_llama, rows, scale_losses, trainer, weights
+from hf_helpers import (
+    FUSION,
+    OverflowingTrainer,
+    assert_same_bits,
+    lora_llama,
+    rows,
+    scale_losses,
+    trainer,
+    weights,
+)
 from safetensors.torch import load_file
 from tiny import tiny_t5
 from transformers import Trainer, TrainerCallback
 
 from rkif.continual.rundir.verify import verify
 from rkif.hf import RKIFTrainer
+from rkif.hf.memory import memory_digest
 from rkif.ledger.chain import LedgerError, read_ledger
 
 # 24 samples in batches of 2: 12 steps per epoch. Rounds of 3 end at steps 3, 6, 9, 12 and, with the tail, 14.
@@ -150,6 +162,58 @@ def test_refuses_a_checkpoint_without_the_round(tmp_path: Path, saved_by: str) -
         ValueError, match=r"checkpoint-5 with a memory: it lacks rkif_fuser\.safetensors and rkif_outer\.pt"
     ):
         trainer(tmp_path, kind=RKIFTrainer, **STEPS).train(resume_from_checkpoint=str(checkpoint))
+
+
+OTHER: dict[str, tuple[dict[str, Any], str, str]] = {
+    "density": ({"fusion": replace(FUSION, density=0.5)}, "density=0.2", "density=0.5"),
+    "rule": ({"fusion": replace(FUSION, rule="release")}, "rule='paper'", "rule='release'"),
+    "Q and M": (
+        {"fusion": replace(FUSION, inner_steps=2, outer_steps=1)},
+        "inner_steps=3, outer_steps=2",
+        "inner_steps=2, outer_steps=1",
+    ),
+    "outer rate": ({"outer_learning_rate": 1e-2}, "outer_learning_rate=0.003", "outer_learning_rate=0.01"),
+    "memory": ({"memory_dataset": rows(4, seed=2)}, "memory samples=5", "memory samples=4"),
+}
+
+
+@pytest.mark.parametrize("changed", OTHER)
+def test_refuses_other_settings_by_name(tmp_path: Path, whole: Any, changed: str) -> None:
+    folder, _ = whole
+    changes, saved, now = OTHER[changed]
+    run = dropout_run(tmp_path, **changes)
+    message = rf"checkpoint-5: it was saved with {saved}; this trainer has {now}"
+    with pytest.raises(ValueError, match=message):
+        run.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
+
+
+def test_warns_of_another_memory(tmp_path: Path, whole: Any) -> None:
+    folder, _ = whole
+    run = dropout_run(tmp_path, memory_dataset=rows(5, seed=3))
+    with pytest.warns(UserWarning, match=r"memory_dataset has other samples than .*checkpoint-13 was saved"):
+        run.train(resume_from_checkpoint=str(folder / "checkpoint-13"))
+
+
+def test_settings_that_change_no_result_may_differ(tmp_path: Path, whole: Any) -> None:
+    folder, end = whole
+    run = dropout_run(tmp_path, fusion=replace(FUSION, nonfinite="skip", offload=True, missing="raise"))
+    run.train(resume_from_checkpoint=str(folder / "checkpoint-13"))
+    assert_same_bits(state(run), end)
+
+
+def test_resumes_a_checkpoint_without_settings(tmp_path: Path, whole: Any) -> None:
+    """As checkpoints of earlier versions are."""
+    folder, end = whole
+    shutil.copytree(folder / "checkpoint-13", tmp_path / "checkpoint-13")
+    (tmp_path / "checkpoint-13" / "rkif_settings.json").unlink()
+    run = dropout_run(tmp_path)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-13"))
+    assert_same_bits(state(run), end)
+
+
+def test_a_digest_ignores_addresses_of_objects() -> None:
+    assert memory_digest([object()]) == memory_digest([object(), object()][:1])
+    assert memory_digest([1, 2]) != memory_digest([1, 3])
 
 
 def test_without_memory_resumes_as_the_plain_trainer(tmp_path: Path, whole: Any) -> None:
