@@ -56,7 +56,7 @@ RULES = {
 
 
 def merge_weights(rule: str | MergeWeights) -> MergeWeights:
-    """The weights that a rule's name stands for; weights of one's own as they are.
+    """The weights that a rule's name stands for; weights given as numbers are returned unchanged.
 
     Raises:
         ValueError: unknown name.
@@ -145,7 +145,7 @@ class FusionConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
         if self.pack_inner and not self.clear_inner:
-            raise ValueError("pack_inner=True gives the inner importance up: it needs clear_inner=True")
+            raise ValueError("pack_inner=True discards the inner importance: it needs clear_inner=True")
         if self.pack_inner and self.missing == "zero":
             raise ValueError(
                 "pack_inner=True selects before the outer learner's gradients are known: "

@@ -58,7 +58,7 @@ def parse_json(text: str | bytes, where: object) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: the text is no JSON, or is nested too deeply; it names ``where``.
+        ValueError: the text is not JSON, or is nested too deeply; it names ``where``.
     """
     try:
         return json.loads(text)
@@ -71,7 +71,7 @@ def parse_json(text: str | bytes, where: object) -> Any:
 def require_inside(name: str) -> str:
     """Return ``name``; raise ValueError unless it is the path of a file inside of a folder."""
     if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
-        raise ValueError(f"{name!r} is no file in the folder")
+        raise ValueError(f"{name!r} is not the name of a file in the folder")
     return name
 
 
@@ -84,7 +84,7 @@ def validated(model: type[M], content: Any, where: object) -> M:
     from pydantic import ValidationError
 
     if not isinstance(content, dict):
-        raise ValueError(f"{where} is damaged: it holds no object")
+        raise ValueError(f"{where} is damaged: it does not hold an object")
     try:
         return model.model_validate(content)
     except ValidationError as error:

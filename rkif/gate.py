@@ -101,7 +101,7 @@ class Gate:
             raise ValueError("a gate needs at least one criterion")
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"two criteria are called {name!r}")
+                raise ValueError(f"two criteria are named {name!r}")
         steps = (1.0, *self.ladder)
         if any(not 0 < second < first for first, second in pairwise(steps)):
             raise ValueError(f"ladder must fall from below 1 to above 0; got {self.ladder}")

@@ -1,7 +1,7 @@
 """LoRA adapters fused as weight updates B·A, instead of factor by factor.
 
-A fusion of factors is no fusion of updates: selecting elements of A and of B keeps whole rows and columns of
-cross terms, and the average of two products is not the product of two averages. Here every module's update is
+Fusing factors is not fusing updates: selecting elements of A and of B keeps whole rows and columns of cross
+terms, and the average of two products is not the product of two averages. Here every module's update is
 formed, fused element by element, and factorised again. This costs more, loses what exceeds the rank, and can
 score only by magnitude of change, because gradients belong to the factors.
 """
@@ -183,8 +183,8 @@ def lora_scaling(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, f
 
 
 _NO_DORA = (
-    "DoRA's update depends on the weights that it is added to (their norms), so it is no sum of adapters: "
-    "fuse it in factor space (rkif.fuse), where magnitudes are parameters as any others"
+    "DoRA's update depends on the weights that it is added to (their norms), so it is not a sum of adapters: "
+    "fuse it in factor space (rkif.fuse), where magnitudes are parameters like any others"
 )
 
 

@@ -98,7 +98,7 @@ class AdamW(torch.optim.Optimizer):
                 raise TypeError(f"fuser must be a Fuser; got {type(fuser).__name__}")
             own = {id(parameter) for group in self.param_groups for parameter in group["params"]}
             if own.isdisjoint(map(id, fuser.parameters.values())):
-                raise ValueError("fuser follows none of this optimizer's parameters")
+                raise ValueError("fuser has none of this optimizer's parameters")
         self._fuser = fuser
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ class AdamW(torch.optim.Optimizer):
             parameter = entry[1] if isinstance(entry, tuple) else entry
             if isinstance(parameter, Tensor) and parameter.dtype not in PARAMETER_DTYPES:
                 raise TypeError(
-                    f"params has dtype {parameter.dtype}; supported are float32, bfloat16 and float16"
+                    f"params has dtype {parameter.dtype}; supported: float32, bfloat16 and float16"
                 )
         super().add_param_group({**param_group, "params": given})
 
@@ -220,7 +220,7 @@ class AdamW(torch.optim.Optimizer):
                     raise TypeError(
                         f"param_groups[{index}] has a parameter of shape {tuple(parameter.shape)}, dtype "
                         f"{parameter.dtype}, with a gradient of layout {parameter.grad.layout}; "
-                        "supported are float32, bfloat16 and float16 with dense gradients"
+                        "supported: float32, bfloat16 and float16 with dense gradients"
                     )
                 state = self.state.get(parameter)
                 step = 1 + int(state["step"]) if state else 1

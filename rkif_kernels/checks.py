@@ -73,7 +73,7 @@ class Arguments:
             if tensor.dtype not in dtypes:
                 allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
                 got = str(tensor.dtype).removeprefix("torch.")
-                raise TypeError(f"{label} has dtype {got}; supported are {allowed}")
+                raise TypeError(f"{label} has dtype {got}; supported: {allowed}")
             other = first[index]
             assert other is not None  # only later lists are optional
             if tensor.shape != other.shape:

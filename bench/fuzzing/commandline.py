@@ -26,7 +26,7 @@ class Ended:
 
     @property
     def complaint(self) -> str | None:
-        """Why this is no clean end: a traceback, an unknown status, more or less than one line; else None."""
+        """Why this end is not clean: a traceback, an unknown status, not exactly one line; else None."""
         if self.status is None:
             return f"it did not end within {PATIENCE:.0f} s"
         if "Traceback" in self.errors or "Traceback" in self.output:

@@ -45,7 +45,7 @@ STRIDES, SLACKS = (64, 256), (1.5, 3.0)
 SIZES = {"llama-2-13b-lora-r8": 2**24, "one-64Mi": None}
 DTYPE = DTYPES["float32"]
 BUDGET = Budget(round_s=0.005, total_s=0.3, rounds=(5, 50))
-GAIN = 0.98  # what is slower than this share of the default's time is no gain, but chance
+GAIN = 0.98  # what is slower than this share of the default's time is chance, not gain
 
 
 class Timed(NamedTuple):

@@ -107,7 +107,7 @@ def parse(text: str) -> list[Instruction]:
     """The instructions of one kernel, from lines of :func:`disassemble`.
 
     Raises:
-        RuntimeError: a branch's target is no instruction.
+        RuntimeError: a branch's target is not an instruction.
     """
     lines = re.findall(r"/\*([0-9a-f]+)\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*)", text)
     places = {int(address, 16): index for index, (address, *_) in enumerate(lines)}

@@ -1,7 +1,7 @@
 """The head of a ledger, in the form of a C2SP checkpoint (c2sp.org/tlog-checkpoint) without signatures.
 
 A checkpoint is a note of three lines: the log's name, the number of its entries, and its root hash in base64.
-For a ledger the hash is that of the last record. It depends on all records, but it is no Merkle root, so
+For a ledger the hash is that of the last record. It depends on all records, but it is not a Merkle root, so
 there are no proofs of inclusion.
 """
 

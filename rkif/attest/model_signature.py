@@ -181,7 +181,7 @@ def compare_files(folder: Path, signed: Signed) -> list[str]:
 def _file_digests(folder: Path, ignored: Sequence[str]) -> dict[str, str]:
     """Path in the folder -> SHA-256 of every file, in the order of the paths."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
+        raise ValueError(f"{folder} is not a folder")
     digests = {}
     for path in sorted(folder.rglob("*")):
         name = PurePosixPath(path.relative_to(folder))

@@ -115,7 +115,7 @@ def _compare_configs(
     if base.config and other.config:
         for setting in _MODEL if base.stem == "model" else _ADAPTER:
             expected, value = base.config.get(setting), other.config.get(setting)
-            # Each model class has a default of its own for this one.
+            # The default depends on the model class.
             absent = setting == "tie_word_embeddings" and None in (expected, value)
             if (expected or None) != (value or None) and not absent:
                 problems.append(

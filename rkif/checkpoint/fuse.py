@@ -110,7 +110,7 @@ def _require_unchanged(plan: Plan) -> None:
     for argument, checkpoint in plan.checkpoints.items():
         if changes(checkpoint.files) != checkpoint.changed:
             raise InvalidInputError(
-                f"{argument}: {checkpoint.path} was changed meanwhile; nothing was published"
+                f"{argument}: {checkpoint.path} was changed while it was read; nothing was published"
             )
 
 

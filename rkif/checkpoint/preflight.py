@@ -188,7 +188,7 @@ def _fit(request: Request, layout: OutputLayout, inputs: int, problems: list[str
     if recorded is None and affordable < min(MIN_SLOT, whole):
         needed = fixed + buffers * MIN_SLOT
         problems.append(
-            f"--max-memory: {request.max_memory / MIB:.0f} MiB are too few; Python, PyTorch and "
+            f"--max-memory: {request.max_memory / MIB:.0f} MiB is too little; Python, PyTorch and "
             f"buffers for {inputs} inputs need {needed / MIB:.0f} MiB"
         )
     return slot, fixed + buffers * slot

@@ -210,7 +210,7 @@ def _config(path: Path, stem: str, problems: list[str]) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise ValueError(f"it holds no JSON object, but a {type(config).__name__}")
+            raise ValueError(f"it must hold a JSON object; got {type(config).__name__}")
     except (OSError, ValueError) as error:
         problems.append(f"{file} cannot be read: {_reason(error)}")
         return {}

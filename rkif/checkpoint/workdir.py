@@ -164,7 +164,7 @@ class Workdir:
         for name, size in sizes.items():
             path = self.data / name
             if not path.exists() or path.stat().st_size != size:
-                raise RuntimeError(f"{path} is not what was written; remove {self._path}")
+                raise RuntimeError(f"{path} differs from what was written; remove {self._path}")
 
     def record(self, record: dict[str, Any]) -> None:
         """Append a line to the journal, and sync it. What it describes must be on disk already."""
@@ -188,7 +188,7 @@ class Workdir:
         if not self._has_journal or not self._state.exists():
             return None
         with safe_open(self._state, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a mapping)
             position = json.loads(file.metadata()["position"])
         return (state, position) if position["ranks"] == self._processes.size else None
 

@@ -1,6 +1,6 @@
 """The command line: one module for each group of commands.
 
-Everything else than typer is imported inside the commands' functions: the help, and the first line of every
+Everything except typer is imported inside the commands' functions: the help, and the first line of every
 command, must not wait for PyTorch.
 """
 

@@ -26,7 +26,7 @@ def fuse_command(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="The checkpoint that training started from.")],
     inner: Annotated[Path, typer.Argument(metavar="INNER", help="The inner learner's checkpoint.")],
     outer: Annotated[Path, typer.Argument(metavar="OUTER", help="The outer learner's checkpoint.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to make; it appears when it is complete.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; it appears when it is complete.")],
     method: Annotated[
         str,
         typer.Option(

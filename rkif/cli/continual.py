@@ -71,7 +71,7 @@ def log_command(
         bool,
         typer.Option(
             "--head",
-            help="Print the number of records and the last hash, to be noted elsewhere; "
+            help="Print the number of records and the last hash, to store elsewhere; "
             "with --verify compare the ledger with FILE.",
         ),
     ] = False,
@@ -111,8 +111,8 @@ def log_command(
 
         checked = check(run)
         print(
-            f"{run}: {checked['records']} records in a whole chain; {checked['tasks']} tasks' files and "
-            f"{checked['states']} kept states are as recorded; last hash {records[-1]['hash']}"
+            f"{run}: {checked['records']} records in an unbroken chain; {checked['tasks']} tasks' files and "
+            f"{checked['states']} kept states match the ledger; last hash {records[-1]['hash']}"
             + (f"; the chain has the head in {noted}" if noted is not None else "")
         )
         return

@@ -22,17 +22,17 @@ _POWERS = " kmgtpe"  # of 1000, or of 1024 with an i
 
 
 def parse_size(option: str, text: str) -> int:
-    """Bytes, from "500MB", "2GiB" or a plain number.
+    """The number of bytes in "500MB", "2GiB" or a plain number.
 
     Raises:
-        ValueError: the text is no size, or the size is less than a byte; names the option.
+        ValueError: the text is not a size, or the size is less than a byte; names the option.
     """
     match = _SIZE.fullmatch(text)
     if match is None or (match[3] and not match[2]):
         raise ValueError(f"{option} must be a size such as 2GiB or 500MB; got {text!r}")
     size = int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS.index(match[2].lower() or " "))
     if size <= 0:
-        raise ValueError(f"{option} must be more than nothing; got {text!r}")
+        raise ValueError(f"{option} must be at least one byte; got {text!r}")
     return size
 
 

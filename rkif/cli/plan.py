@@ -15,10 +15,11 @@ commands = typer.Typer()
 
 @commands.command("plan")
 def plan_command(
-    model: Annotated[Path, typer.Option("--model", help="A config.json, or a folder that has one.")],
+    model: Annotated[Path, typer.Option("--model", help="A config.json, or the folder of a model.")],
     device_memory: Annotated[str, typer.Option("--device-memory", help="Memory of each device.")] = "80GiB",
     reserve: Annotated[
-        str, typer.Option(help="The part of it for activations and all else that the plan does not count.")
+        str,
+        typer.Option(help="Memory for activations and everything else that the plan does not count."),
     ] = "8GiB",
     dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32 or bfloat16.")] = "bfloat16",
     lora_r: Annotated[
@@ -28,11 +29,13 @@ def plan_command(
         str | None,
         typer.Option(help="Modules that get adapters, such as q_proj,v_proj.", show_default="peft's choice"),
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="Of both learners: adamw, adamw8bit or sgd.")] = "adamw",
+    optimizer: Annotated[
+        str, typer.Option(help="Both learners' optimizer: adamw, adamw8bit, sgd.")
+    ] = "adamw",
     importance: Annotated[
         str, typer.Option(help="Importance: sensitivity_uncertainty or sensitivity.")
     ] = "sensitivity_uncertainty",
-    ranks: Annotated[int, typer.Option(min=1, help="Devices that FSDP2 shards everything over.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Number of devices for FSDP2.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Show how much device memory recurrent training needs, and the settings with which it fits.
@@ -86,6 +89,6 @@ def plan_command(
     if chosen is None:
         least = min(one.bytes for one in budgets)
         raise ValueError(
-            f"nothing fits: the least is {least / 2**30:.2f} GiB a device, of {memory / 2**30:.4g} GiB; "
+            f"nothing fits in {memory / 2**30:.4g} GiB a device; the least is {least / 2**30:.2f} GiB; "
             "take more --ranks, another --optimizer, or adapters (--lora-r)"
         )

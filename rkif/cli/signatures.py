@@ -66,8 +66,8 @@ def verify_command(
         problems = verify(folder, bar)
     _refuse(folder, problems)
     console.print(
-        f"{folder}: {len(manifest['files'])} files and {len(manifest['tensors'])} tensors are as they were "
-        f"written; SHA-256 of the tensors {manifest['content_sha256']}",
+        f"{folder}: {len(manifest['files'])} files and {len(manifest['tensors'])} tensors are unchanged; "
+        f"SHA-256 of the tensors {manifest['content_sha256']}",
         markup=False,
         soft_wrap=True,
     )
@@ -83,7 +83,7 @@ def _verify_signature(folder: Path, key: Path) -> None:
         problems += _ledger_problems(folder, signed.ledger)
         ledger = f"; the ledger has {signed.ledger.records} records and the hash {signed.ledger.hash}"
     _refuse(folder, problems)
-    print(f"{folder}: {len(signed.resources)} files are as they were signed{ledger}")
+    print(f"{folder}: {len(signed.resources)} files are as signed{ledger}")
 
 
 def _refuse(folder: Path, problems: list[str]) -> None:
@@ -112,7 +112,7 @@ def _checked_head(folder: Path) -> LedgerHead | None:
 
 
 def _chain(path: Path) -> list[LedgerRecord]:
-    """The records of a ledger in a whole chain; at least one."""
+    """The records of a ledger in an unbroken chain; at least one."""
     from rkif.ledger.chain import LedgerError, read_ledger
 
     records = list(read_ledger(path))

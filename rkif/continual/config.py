@@ -282,7 +282,7 @@ class RunConfig(Settings):
             for spec, name in zip(specs, names, strict=True):
                 require_function(str(spec))
                 if names.count(name) > 1 or name == "accuracy":
-                    raise ValueError(f"two metrics are called {name!r}")
+                    raise ValueError(f"two metrics are named {name!r}")
         return specs
 
     @field_validator("fusion")
@@ -335,7 +335,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for place, key in enumerate(keys):
             if key in keys[:place]:
                 mark = node.value[place][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"key {key[1]!r} is there twice", mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key[1]!r} is given twice", mark)
         return super().construct_mapping(node, deep)
 
 

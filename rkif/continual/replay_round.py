@@ -87,4 +87,4 @@ def _nearest(run: Path, ledger: Sequence[LedgerRecord], number: int, task: int) 
         if state.task == task:
             return start, state
     kept = ", ".join(map(str, round_states.rounds())) or "none"
-    raise ValueError(f"no state of the task was kept from before round {number}; there are: {kept}")
+    raise ValueError(f"no state of the task was kept from before round {number}; kept states: {kept}")

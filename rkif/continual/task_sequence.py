@@ -80,8 +80,8 @@ class TaskSequence:
         )
         if writer.torn_bytes:
             self._progress.warn(
-                f"the ledger's last line was torn ({writer.torn_bytes} bytes): it is now in "
-                "ledger.jsonl.torn, and its round is done again"
+                f"the ledger's last line was incomplete ({writer.torn_bytes} bytes): it was moved to "
+                "ledger.jsonl.torn, and its round is repeated"
             )
         if not start.ledger_records:
             writer.record_begin([task.name for task in self._tasks])

@@ -59,7 +59,7 @@ def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Co
         raise ValueError(f"tune searches settings of method recurrent_kif; the config has {config.method}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if (out / "study.db").exists() and not resume:
-        raise ValueError(f"{out} holds a study already; go on with --resume, or choose another --out")
+        raise ValueError(f"{out} holds a study; continue with --resume, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     text = dump_config(config)
     settings = out / "config.yaml"
@@ -119,7 +119,7 @@ def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Co
     left = trials - sum(trial.state == complete or "error" in trial.user_attrs for trial in study.trials)
     study.optimize(objective, n_trials=max(0, left), catch=(ValueError, RuntimeError))
     if not any(trial.state == complete for trial in study.trials):
-        raise ValueError(f"no trial came to its end; the last: {study.trials[-1].user_attrs.get('error')}")
+        raise ValueError(f"every trial failed; the last error: {study.trials[-1].user_attrs.get('error')}")
     return study
 
 

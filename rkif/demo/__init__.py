@@ -47,9 +47,9 @@ def demo(out: Path, *, resume: bool, console: Console) -> list[dict[str, Any]]:
     config_path = out / "config.yaml"
     if config_path.exists():
         if not resume:
-            raise ValueError(f"{out} holds a demo already; go on with --resume, or choose another --out")
+            raise ValueError(f"{out} holds a demo; continue with --resume, or choose another --out")
     elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty, and no demo; choose another --out")
+        raise ValueError(f"{out} is not empty and is not a demo; choose another --out")
     else:
         require_transformers()
         write_inputs(out, train=600, dev=100, seed=0)

@@ -113,8 +113,8 @@ def _require_state(folder: Path) -> None:
     others = [name for name in others if not _SHARD.fullmatch(name)]
     if others:
         raise ValueError(
-            f"{folder} holds {others[0]!r}, which is no state of rkif's and would be lost; "
-            "name a folder that is not there, is empty, or holds a state"
+            f"{folder} holds {others[0]!r}, which is not part of a state and would be lost; "
+            "name a folder that does not exist, is empty, or holds a state"
         )
 
 
@@ -130,7 +130,7 @@ def _aside(folder: Path) -> Path:
 
 @contextmanager
 def _in_words(what: str) -> Iterator[None]:
-    """Replace errors of torch.distributed.checkpoint: its own are no Exception, and many lines long.
+    """Replace errors of torch.distributed.checkpoint, which do not derive from Exception and have many lines.
 
     Raises:
         RuntimeError: instead, with the first cause; also for a damaged file.

@@ -77,7 +77,7 @@ def _refuse_flat(module: nn.Module) -> None:
         # By name: importing the class would cause a deprecation warning.
         if type(inside).__name__ == "FullyShardedDataParallel":
             raise TypeError(
-                "FullyShardedDataParallel (FSDP1) makes one flat parameter of many; use FSDP2: "
+                "FullyShardedDataParallel (FSDP1) flattens many parameters into one; use FSDP2: "
                 "torch.distributed.fsdp.fully_shard(model), or fsdp_version: 2 in accelerate"
             )
         if type(inside).__name__ == "DeepSpeedEngine":

@@ -80,7 +80,7 @@ class RoundLedger:
 
     def __init__(self, folder: Path, fuser: Fuser) -> None:
         if fuser.config.pack_inner:
-            raise ValueError("ledger needs the inner scores of a round, which pack_inner=True gives up")
+            raise ValueError("ledger needs the inner scores of a round, which pack_inner=True discards")
         self.resumed = False  # whether the fuser's state was loaded
         self._fuser = fuser
         self._ledger: Ledger | None = None
@@ -99,7 +99,7 @@ class RoundLedger:
         if not any(folder.iterdir()):
             write_text(path, settings)
         elif not path.is_file():
-            raise ValueError(f"ledger={str(folder)!r} is not empty, and holds no ledger")
+            raise ValueError(f"ledger={str(folder)!r} is not empty and does not hold a ledger")
         elif (stored := path.read_text(encoding="utf-8")) != settings:
             values["fusion"].pop("missing", None)  # ledgers are older than this setting
             if stored != _text(values):

@@ -86,8 +86,8 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
                 training that is resumed. Nothing is recorded without a memory.
 
         Raises:
-            TypeError: `fusion` is no `FusionConfig`, `gate` is no `Gate`, the memory is several datasets, or
-                it lacks a length or indexing.
+            TypeError: `fusion` or `gate` has another type, the memory is several datasets, or it lacks a
+                length or indexing.
             ValueError: `outer_learning_rate` is not positive and finite; `optimizer` is unknown or given with
                 another choice of an optimizer; the memory lacks the labels that the training data has; or a
                 memory is given with a ready-made optimizer, with one that steps within the backward pass or
@@ -148,7 +148,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         own_choice = type(self).create_outer_optimizer is not RKIFMixin.create_outer_optimizer
         if self.optimizer is not None and not own_choice:
             raise ValueError(
-                "optimizers=(optimizer, ...) is no recipe for the outer learner's optimizer: pass "
+                "optimizers=(optimizer, ...) does not say how to build the outer learner's optimizer: pass "
                 "optimizer_cls_and_kwargs instead, or override create_outer_optimizer"
             )
 

@@ -77,7 +77,7 @@ class Ledger:
         """
         for key in CHAIN_KEYS:
             if key in content:
-                raise ValueError(f"{key!r} is a key of the ledger's own")
+                raise ValueError(f"{key!r} is a key that the ledger itself writes")
         record = {"seq": len(self.records), "previous": self.head, **content}
         record = {**record, "hash": digest(record)}
         line = canonical(record) + b"\n"
@@ -169,13 +169,13 @@ def read_ledger(path: Path, *, torn: bool = False) -> Iterator[LedgerRecord]:
         except ValueError as error:
             raise LedgerError(f"{where} is damaged: {error}") from error
         if not unchanged:
-            raise LedgerError(f"{where} was changed: its hash is another")
+            raise LedgerError(f"{where} was changed: its hash does not match")
         if canonical(record) != line:
-            raise LedgerError(f"{where} was written anew: the same content in other characters")
+            raise LedgerError(f"{where} was rewritten: the same content in other characters")
         previous = stated
         yield record
     if lines[-1] and not torn:
-        raise LedgerError(f"{path}: record {len(lines) - 1} is torn: it has no end")
+        raise LedgerError(f"{path}: record {len(lines) - 1} is incomplete: it has no line feed at its end")
 
 
 def _refuse_constant(name: str) -> None:

@@ -37,7 +37,7 @@ def count_parameters(path: Path, *, rank: int | None = None, targets: list[str] 
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: it describes no model of transformers, or no module has one of the names.
+        ValueError: it does not describe a model that transformers has, or no module has one of the names.
     """
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
@@ -47,7 +47,7 @@ def count_parameters(path: Path, *, rank: int | None = None, targets: list[str] 
         with torch.device("meta"):
             model: Any = _class(config)(config)
     except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
-        raise ValueError(f"{file} describes no model that transformers has: {error}") from error
+        raise ValueError(f"{file} does not describe a model that transformers has: {error}") from error
     name = type(model).__name__
     if rank is not None:
         model = get_peft_model(model, LoraConfig(r=rank, target_modules=targets))

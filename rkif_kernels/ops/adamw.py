@@ -101,10 +101,10 @@ def adamw_constants(
     """
     for argument, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
         if not _is_number(value) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"{argument} must be a finite number, not negative, no tensor; got {value!r}")
+            raise ValueError(f"{argument} must be a finite non-negative number, not a tensor; got {value!r}")
     for index, beta in enumerate(betas):
         if not _is_number(beta) or not 0 <= beta < 1:
-            raise ValueError(f"betas[{index}] must be a number in [0, 1), no tensor; got {beta!r}")
+            raise ValueError(f"betas[{index}] must be a number in [0, 1), not a tensor; got {beta!r}")
     if step < 1:
         raise ValueError(f"step must be at least 1; got {step!r}")
     b1, b2 = betas

@@ -146,7 +146,7 @@ def score_thresholds(
     per_tensor = scope == "tensor"
     sizes = [tensor.numel() for tensor in scores.sensitivity]
     if sum(sizes) == 0:
-        raise ValueError("sensitivity holds no element: there is no threshold to find")
+        raise ValueError("sensitivity is empty: there is no threshold to find")
 
     groups = len(sizes) if per_tensor else 1
     thresholds = torch.full((groups,), torch.inf, dtype=torch.float32, device=device)

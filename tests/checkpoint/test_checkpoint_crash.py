@@ -222,7 +222,7 @@ def test_a_chunk_with_an_incomplete_record_is_repeated(
         assert files_of(tmp_path / f"cut{cut}") == expected
     journal.write_bytes(content)
     (tmp_path / "out.partial" / "data" / "model.safetensors").unlink()
-    with pytest.raises(RuntimeError, match=r"model.safetensors is not what was written; remove"):
+    with pytest.raises(RuntimeError, match=r"model.safetensors differs from what was written; remove"):
         triple.fuse(out=out, resume=True)
     journal.write_text('{"plan"\n{}\n')
     with pytest.raises(RuntimeError, match="is damaged"):
@@ -346,7 +346,7 @@ def test_inputs_that_change_during_the_fusion_are_reported(tmp_path: Path) -> No
     plan = planning.preflight(triple.request())
     triple.outer["layer.0.norm"] += 1.0
     triple.save("outer")
-    with pytest.raises(ValueError, match=r"OUTER: .* was changed meanwhile; nothing was published"):
+    with pytest.raises(ValueError, match=r"OUTER: .* was changed while it was read; nothing was published"):
         fusing.fuse_checkpoints(plan)
     assert not (tmp_path / "out").exists()
 

@@ -262,7 +262,7 @@ def remade(manifest: dict[str, Any]) -> str:
         (lambda m: m.update(tensors=[]), "tensors: "),
         (
             lambda m: m["files"].update({"../victim": next(iter(m["files"].values()))}),
-            "'../victim' is no file in the",
+            "'../victim' is not the name of a file in the",
         ),
         (lambda m: m.update(content_sha256="0" * 64), "content_sha256 is not the digest of its tensors"),
         (lambda m: next(iter(m["tensors"].values())).update(sha256="0" * 64), "content_sha256 is not"),

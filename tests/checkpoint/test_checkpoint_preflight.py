@@ -134,7 +134,7 @@ def test_tokenizers_with_other_token_ids_are_refused(folders: Path) -> None:
         ("nothing there", "INNER: there is no .*"),
         ("only pickles", "INNER: .* has neither model.safetensors.*it has pytorch_model.bin.*not read"),
         ("quantised", "INNER is quantised .*"),
-        ("no object", ".*config.json cannot be read: it holds no JSON object, but a list"),
+        ("no object", ".*config.json cannot be read: it must hold a JSON object; got list"),
         ("an adapter", "INNER is an adapter, BASE a model"),
     ],
 )
@@ -237,7 +237,7 @@ def test_an_unusable_output_folder_is_refused(folders: Path, monkeypatch: pytest
 
 def test_too_little_memory_is_refused_with_the_minimum(folders: Path) -> None:
     (problem,) = problems(folders, max_memory=50 << 20)
-    assert problem.startswith("--max-memory: 50 MiB are too few")
+    assert problem.startswith("--max-memory: 50 MiB is too little")
     needed = int(problem.split()[-2])
     assert 100 < needed < 1000
     request = Request(

@@ -109,7 +109,11 @@ def test_we_accept_the_signature_of_model_signing_and_find_changes(
         "sign", "key", folder, "--private_key", keys[0], "--signature", folder / "model.sig"
     )
     assert signed == (0, "Signing succeeded\n")
-    assert rkif("verify", folder, "--key", keys[1]) == (0, f"{folder}: 5 files are as they were signed\n", "")
+    assert rkif("verify", folder, "--key", keys[1]) == (
+        0,
+        f"{folder}: 5 files are as signed\n",
+        "",
+    )
     (folder / ".hidden").unlink()
     assert ".hidden is missing, but it was signed" in refused(rkif, "verify", folder, "--key", keys[1])
 
@@ -132,7 +136,7 @@ def test_a_signed_run_has_its_ledgers_head(
     shutil.move(run, tmp_path / "elsewhere")
     status, output, errors = rkif("verify", tmp_path / "elsewhere", "--key", keys[1])
     assert (status, errors) == (0, "")
-    assert f"{len(files)} files are as they were signed; the ledger has {records} records" in output
+    assert f"{len(files)} files are as signed; the ledger has {records} records" in output
     assert head in output
     moved = tmp_path / "elsewhere"
     check = ("verify", "key", moved, "--public_key", keys[1], "--signature", moved / "model.sig")
@@ -179,7 +183,7 @@ def test_a_ledger_outside_of_a_run_is_signed_with_its_head(
     folder.mkdir()
     lines = (original / "ledger.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "ledger.jsonl").write_bytes(b"".join(lines[:2]) + b"torn")
-    assert "record 2 is torn" in refused(rkif, "sign", folder, "--key", keys[0])
+    assert "record 2 is incomplete" in refused(rkif, "sign", folder, "--key", keys[0])
     (folder / "ledger.jsonl").write_bytes(b"".join(lines[:2]))
     assert rkif("sign", folder, "--key", keys[0])[0] == 0
     assert signed_statement(folder)["predicate"]["ledger"]["hash"] == json.loads(lines[1])["hash"]
@@ -202,7 +206,7 @@ SIGNATURE_CHANGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: path.write_text(""), "model.sig is damaged"),
     (lambda path: path.write_bytes(path.read_bytes()[:-9]), "model.sig is damaged"),
     (lambda path: path.write_bytes(b"\xff\x00"), "model.sig is damaged"),
-    (lambda path: path.write_text("[]"), "model.sig is damaged: it holds no object"),
+    (lambda path: path.write_text("[]"), "model.sig is damaged: it does not hold an object"),
     (lambda path: path.write_text("{}"), "it lacks 'mediaType'"),
     (lambda path: garble(path, lambda b: b["dsseEnvelope"].update(payloadType="x")), "payloadType"),
     (lambda path: garble(path, lambda b: b["dsseEnvelope"].update(payload="?")), "text that is not base64"),
@@ -326,7 +330,9 @@ def test_only_what_is_whole_is_signed(
     assert "metrics.json is not the file that was written" in refused(rkif, "sign", run, "--key", keys[0])
     (folder / "README.md").write_text("x")
     assert "README.md has 1 bytes" in refused(rkif, "sign", folder, "--key", keys[0])
-    assert f"{tmp_path / 'none'} is no folder" in refused(rkif, "sign", tmp_path / "none", "--key", keys[0])
+    assert f"{tmp_path / 'none'} is not a folder" in refused(
+        rkif, "sign", tmp_path / "none", "--key", keys[0]
+    )
     assert not list(tmp_path.rglob("model.sig"))
 
 

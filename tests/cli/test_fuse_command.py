@@ -31,7 +31,7 @@ def test_verify_accepts_an_output_and_finds_a_changed_byte(rkif: Rkif, triple: T
     assert "selected by" in output
     status, output, _ = rkif("verify", out)
     assert status == 0
-    assert "are as they were written" in output
+    assert "are unchanged" in output
     file = out / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     status, _, errors = rkif("verify", out)
@@ -76,7 +76,7 @@ def test_a_dry_run_writes_nothing(rkif: Rkif, triple: Triple, json_: bool) -> No
         (["--method", "merge"], "method must be one of recurrent_kif, linear"),
         (["--method", "linear", "--density", "0.5"], "density is not a setting of linear"),
         (["--max-memory", "much"], "--max-memory must be a size such as 2GiB or 500MB; got 'much'"),
-        (["--max-memory", "1MiB"], "--max-memory: 1 MiB are too few"),
+        (["--max-memory", "1MiB"], "--max-memory: 1 MiB is too little"),
         (["--device", "tpu"], "--device must be auto, cpu or cuda; got 'tpu'"),
         (["--inner-importance", "nowhere"], "--outer-importance belong together"),
     ],

@@ -58,10 +58,10 @@ def test_run_prints_a_table_and_the_folder(rkif: Rkif, settings: dict[str, Any],
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seed: 1\nmodel: x\nseed: 2\n", "key 'seed' is there twice in \"<unicode string>\", line 3"),
+        ("seed: 1\nmodel: x\nseed: 2\n", "key 'seed' is given twice in \"<unicode string>\", line 3"),
         (
             "training:\n  steps: 1\n  'steps': 2\n",
-            "key 'steps' is there twice in \"<unicode string>\", line 3",
+            "key 'steps' is given twice in \"<unicode string>\", line 3",
         ),
         ("a: " + "[" * 20_000, "not valid YAML: it is nested too deeply"),
         ("seed: 2024-13-45\n", "config.yaml: not valid YAML: month must be in 1..12"),
@@ -84,7 +84,7 @@ def test_a_second_run_needs_resume_and_the_same_settings(
     assert rkif("run", config, "--out", out)[0] == 0
     status, _, errors = rkif("run", config, "--out", out)
     assert (status, errors.count("\n")) == (1, 1)
-    assert "holds a run already; go on with --resume" in errors
+    assert "holds a run; continue with --resume" in errors
     assert rkif("run", config, "--out", out, "--resume")[0] == 0
     assert rkif("run", out / "config.yaml", "--out", out, "--resume")[0] == 0  # the recorded config is valid
     write(config, settings | {"seed": 7})
@@ -171,7 +171,7 @@ def test_a_missing_config_is_named(rkif: Rkif, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"output": "superb"}, "output 'superb' is no label of 'review'; labels: ['good', 'bad']"),
+        ({"output": "superb"}, "output 'superb' is not a label of 'review'; labels: ['good', 'bad']"),
         ({"output": None}, "output: Input should be a valid string, got None"),
         ({"id": "review-0"}, "id 'review-0' appears twice in task 'review'"),
         (

@@ -148,7 +148,7 @@ def test_invalid_sizes_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["0", "0.4", "0GiB"])
 def test_a_size_of_zero_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="--max-memory must be more than nothing; got"):
+    with pytest.raises(ValueError, match="--max-memory must be at least one byte; got"):
         parse_size("--max-memory", text)
 
 

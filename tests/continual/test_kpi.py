@@ -77,8 +77,8 @@ def test_a_metric_of_an_importable_module_is_computed(
         ("own:constant", "has no function 'constant'"),
         ("nowhere:f", "'nowhere:f' cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),
         ("own", "expected module:function, got 'own'"),
-        (["own:wrong", "other:wrong"], "two metrics are called 'wrong'"),
-        ("own:accuracy", "two metrics are called 'accuracy'"),
+        (["own:wrong", "other:wrong"], "two metrics are named 'wrong'"),
+        ("own:accuracy", "two metrics are named 'accuracy'"),
     ],
 )
 def test_an_invalid_metric_is_one_clear_line(

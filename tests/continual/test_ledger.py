@@ -81,7 +81,7 @@ def test_every_flipped_bit_is_found_and_named(tmp_path: Path) -> None:
         (lambda lines: [lines[0], b"[]", lines[2]], "record 1 lacks its place"),
         (lambda lines: [lines[0], b"{}", lines[2]], "record 1 lacks its place"),
         (lambda lines: [lines[0], b"", lines[2]], "record 1 is not JSON"),
-        (lambda lines: [lines[0], lines[1].replace(b":", b": ", 1), lines[2]], "record 1 was written anew"),
+        (lambda lines: [lines[0], lines[1].replace(b":", b": ", 1), lines[2]], "record 1 was rewritten"),
     ],
 )
 def test_removed_moved_and_rewritten_lines_are_found(tmp_path: Path, change: Any, message: str) -> None:
@@ -111,7 +111,7 @@ def test_an_incomplete_line_is_moved_and_the_ledger_continues(tmp_path: Path) ->
         path = tmp_path / f"{cut}" / "ledger.jsonl"
         path.parent.mkdir()
         path.write_bytes(whole[:cut])
-        with pytest.raises(LedgerError, match="record 2 is torn"):
+        with pytest.raises(LedgerError, match="record 2 is incomplete"):
             list(read_ledger(path))
         ledger = Ledger(path)
         start = whole.rindex(b"\n", 0, -1) + 1
@@ -189,7 +189,7 @@ def test_a_place_in_the_chain_is_an_integer(tmp_path: Path, value: Any) -> None:
 
 def test_invalid_records_are_refused(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    with pytest.raises(ValueError, match="'hash' is a key of the ledger's own"):
+    with pytest.raises(ValueError, match="'hash' is a key that the ledger itself writes"):
         ledger.append({"hash": "x"})
     with pytest.raises(ValueError, match="not JSON compliant"):
         ledger.append({"norm": float("nan")})

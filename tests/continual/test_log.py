@@ -119,7 +119,7 @@ def test_runs_without_rounds_and_rolled_back_runs_are_shown(
     go(config(method="sequential"), tmp_path / "plain")
     assert shown(tmp_path / "plain").count("learned") == 3
     assert "nothing has been fused" in refused(tmp_path / "plain", "--explain", "q_proj")
-    assert "20 records in a whole chain; 3 tasks' files and 0 kept" in shown(tmp_path / "plain", "--verify")
+    assert "20 records in an unbroken chain; 3 tasks' files and 0" in shown(tmp_path / "plain", "--verify")
     shutil.copytree(whole, tmp_path / "run")
     rollback(tmp_path / "run", 1)
     assert "back to round 1" in shown(tmp_path / "run")
@@ -257,7 +257,7 @@ def without_last_task(run: Path) -> None:
             lambda run: shutil.copy(
                 run / "snapshots/000001.safetensors", run / "snapshots/000007.safetensors"
             ),
-            "000007.safetensors is no state that the run kept",
+            "000007.safetensors is not a state that the run kept",
         ),
         *(
             (lambda run, part=part: other_state(run, part), "000004.safetensors is not the file")
@@ -269,7 +269,7 @@ def without_last_task(run: Path) -> None:
         (lambda run: (run / "ledger.jsonl").unlink(), "ledger.jsonl is missing"),
         (
             lambda run: (run / "ledger.jsonl").write_text((run / "ledger.jsonl").read_text() + '{"half'),
-            "record 34 is torn",
+            "record 34 is incomplete",
         ),
     ],
 )
@@ -277,13 +277,13 @@ def test_the_first_bad_record_is_named(
     whole: Path, tmp_path: Path, harm: Callable[[Path], Any], message: str
 ) -> None:
     shutil.copytree(whole, tmp_path / "run")
-    assert "34 records in a whole chain; 3 tasks' files and 7 kept states" in shown(
+    assert "34 records in an unbroken chain; 3 tasks' files and 7 kept states" in shown(
         tmp_path / "run", "--verify"
     )
     harm(tmp_path / "run")
     assert message in refused(tmp_path / "run", "--verify")
     kept = contents(tmp_path / "run")
-    if "is torn" not in message and "ledger.jsonl" not in message and "holds no" not in message:
+    if "is incomplete" not in message and "ledger.jsonl" not in message and "holds no" not in message:
         with pytest.raises(ValueError, match="run"):  # changed files cannot be resumed from
             go(load_config(whole / "config.yaml"), tmp_path / "run", resume=True)
         assert contents(tmp_path / "run") == kept
@@ -295,7 +295,7 @@ def test_the_state_before_a_rollback_to_the_start_is_checked(whole: Path, tmp_pa
     assert "1 tasks' files and 1 kept states" in shown(run, "--verify")
     other_snapshot(run, 0)
     assert "snapshots/000000.safetensors is not the file that was written" in refused(run, "--verify")
-    with pytest.raises(ValueError, match="the state kept of round 0 is not what the ledger says it was"):
+    with pytest.raises(ValueError, match="the kept state of round 0 is not what the ledger says it was"):
         rollback(run, 0)
 
 
@@ -326,4 +326,4 @@ def test_invalid_arguments_are_refused(whole: Path, tmp_path: Path) -> None:
     assert "no parameter's name contains 'layers.9'; there are layers.0" in refused(
         whole, "--module", "layers.9"
     )
-    assert "is no run" in refused(tmp_path)
+    assert "is not a run" in refused(tmp_path)

@@ -88,7 +88,7 @@ def test_the_memory_has_the_added_records() -> None:
     ("arguments", "message"),
     [
         ({"task": "old"}, "task 'old' is in the memory already"),
-        ({"records": []}, "task 't' has no records to remember"),
+        ({"records": []}, "task 't' has no records to store"),
         ({"records": records("u", "a")}, "record 'u0' belongs to task 'u', not to 't'"),
         ({"fraction": 0.0}, r"fraction must be in \(0, 1\], got 0.0"),
         ({"fraction": 1.01}, r"fraction must be in \(0, 1\], got 1.01"),

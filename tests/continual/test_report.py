@@ -80,7 +80,7 @@ def test_methods_without_rounds_and_unfinished_runs_have_a_page(
     assert write_report(tmp_path / "run").read_text().count("<svg") == 1
     (tmp_path / "begun").mkdir()
     shutil.copy(tmp_path / "run" / "config.yaml", tmp_path / "begun")
-    for folder, message in (("begun", "has measured nothing yet"), ("nowhere", "is no run")):
+    for folder, message in (("begun", "has measured nothing yet"), ("nowhere", "is not a run")):
         failed = CliRunner().invoke(app, ["report", str(tmp_path / folder)])
         assert message in str(failed.exception)
 
@@ -110,7 +110,7 @@ def test_the_folder_of_an_unfinished_task_is_ignored(
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("metrics.json", "[]", "metrics.json is damaged: it holds no object"),
+        ("metrics.json", "[]", "metrics.json is damaged: it does not hold an object"),
         (
             "metrics.json",
             '{"op": 1}',

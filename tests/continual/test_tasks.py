@@ -95,7 +95,7 @@ ROW = {"task": "news", "id": "n9", "input": "z", "output": "world"}
         ),
         (
             {"dev": [*DEV, {**ROW, "output": "World"}]},
-            r"dev\.jsonl:3: output 'World' is no label of 'news'; labels: \['world', 'sport'\]",
+            r"dev\.jsonl:3: output 'World' is not a label of 'news'; labels: \['world', 'sport'\]",
         ),
         ({"train": [*TRAIN, {**ROW, "id": "n0"}]}, r"train\.jsonl:4: id 'n0' appears twice in task 'news'"),
         (
@@ -147,7 +147,7 @@ ROW = {"task": "news", "id": "n9", "input": "z", "output": "world"}
         ),
         (
             {"table": {**TABLE, "tasks": {"free": {"instruction": "", "labels": ["a", "a"]}}}},
-            r"tasks\.json: tasks\.free\.labels: a label is there twice, got \['a', 'a'\]",
+            r"tasks\.json: tasks\.free\.labels: a label is listed twice, got \['a', 'a'\]",
         ),
     ],
 )
@@ -194,7 +194,7 @@ def test_a_damaged_compressed_file_is_named(tmp_path: Path, damage: Any) -> None
     raw = (write(tmp_path) / "dev.jsonl").read_bytes()
     (tmp_path / "dev.jsonl").unlink()
     (tmp_path / "dev.jsonl.gz").write_bytes(damage(gzip.compress(raw)))
-    with pytest.raises(ValueError, match=r"dev\.jsonl\.gz: not a whole gzip file"):
+    with pytest.raises(ValueError, match=r"dev\.jsonl\.gz: an incomplete gzip file"):
         load_tasks(tmp_path, "both")
 
 

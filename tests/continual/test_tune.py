@@ -133,7 +133,7 @@ def test_a_failed_trial_counts_and_settings_are_not_run_twice(
         raise RuntimeError("no memory left")
 
     monkeypatch.setattr(rkif.continual.tune, "run", fail)
-    with pytest.raises(ValueError, match="no trial came to its end; the last: no memory left"):
+    with pytest.raises(ValueError, match="every trial failed; the last error: no memory left"):
         tune(settings, tmp_path / "hopeless", trials=2, resume=False, console=Console(quiet=True))
 
 

@@ -129,7 +129,7 @@ def test_save_does_not_overwrite_other_files(tmp_path: Path) -> None:
     fuser = Fuser(nn.Linear(3, 3))
     (tmp_path / "thesis.txt").write_text("years of work")
     for folder, named in ((tmp_path, "thesis.txt"), (tmp_path / "thesis.txt", "thesis.txt")):
-        with pytest.raises(ValueError, match=f"holds '{named}', which is no state of rkif's"):
+        with pytest.raises(ValueError, match=f"holds '{named}', which is not part of a state"):
             fuser.save(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     (tmp_path / "empty").mkdir()

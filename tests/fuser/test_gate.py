@@ -134,7 +134,7 @@ def test_every_and_budget_limit_the_measurements() -> None:
         ),
         (lambda: Criterion("x", float, floor=math.nan), "floor of criterion 'x' must be finite"),
         (lambda: Gate([]), "at least one criterion"),
-        (lambda: Gate([Criterion("x", float)] * 2), "two criteria are called 'x'"),
+        (lambda: Gate([Criterion("x", float)] * 2), "two criteria are named 'x'"),
         (lambda: Gate([Criterion("x", float)], ladder=(0.5, 0.5)), "ladder must fall"),
         (lambda: Gate([Criterion("x", float)], ladder=(1.0,)), "ladder must fall"),
         (lambda: Gate([Criterion("x", float)], ladder=(0.5, 0.0)), "ladder must fall"),

@@ -75,7 +75,7 @@ def test_the_commands_read_it(tmp_path: Path, rkif: Rkif) -> None:
     assert rounds == [["1", "1-3"], ["2", "4-6"]]
     status, shown, _ = rkif("log", folder, "--verify")
     assert status == 0
-    assert "3 records in a whole chain" in shown
+    assert "3 records in an unbroken chain" in shown
     status, shown, _ = rkif("log", folder, "--explain", "2.weight")
     assert status == 0
     assert "1 parameter with '2.weight' in the name" in shown
@@ -162,7 +162,7 @@ def test_the_verdicts_of_a_gate(tmp_path: Path, rkif: Rkif) -> None:
 def test_a_folder_that_is_not_the_ledgers_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
-    with pytest.raises(ValueError, match=r"ledger='.*other' is not empty, and holds no ledger"):
+    with pytest.raises(ValueError, match=r"ledger='.*other' is not empty and does not hold a ledger"):
         loop(tmp_path / "other")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["file"]
     loop(tmp_path / "ledger").run(range(ROUND))

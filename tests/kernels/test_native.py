@@ -292,7 +292,7 @@ assert run().counts.tolist() == counts
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "rkif_begin needs more memory than there is\n"
+    assert done.stdout == "rkif_begin needs more memory than is available\n"
 
 
 def test_a_library_of_another_version_causes_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ class RunProgress:
             try:
                 yield
             except KeyboardInterrupt:
-                self.console.print("Interrupted; --resume goes on from the last checkpoint.")
+                self.console.print("Interrupted; --resume continues from the last checkpoint.")
                 raise
 
     def warn(self, what: str) -> None:

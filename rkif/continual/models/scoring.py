@@ -119,7 +119,7 @@ def accuracy(predictions: Sequence[str], records: Sequence[Record]) -> float:
         ValueError: there are no records, or their number differs from that of the predictions.
     """
     if not records:
-        raise ValueError("no records to judge the predictions by")
+        raise ValueError("records are empty: there is nothing to compare the predictions with")
     if len(predictions) != len(records):
         raise ValueError(f"{len(predictions)} predictions for {len(records)} records")
     right = sum(exact_match(p, record.output) for p, record in zip(predictions, records, strict=True))

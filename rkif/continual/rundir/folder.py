@@ -51,7 +51,7 @@ class RunReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not (path / "config.yaml").is_file():
-            raise ValueError(f"{path} is no run: it has no config.yaml")
+            raise ValueError(f"{path} is not a run: it has no config.yaml")
         _require_plain(path)
 
     def config_text(self) -> str:
@@ -73,7 +73,7 @@ class RunReader:
             torn: whether an unfinished last line is left out; by default it is an error.
 
         Raises:
-            LedgerError: the chain is broken, or a record is none of a run.
+            LedgerError: the chain is broken, or a record is not one that a run writes.
         """
         path = self.path / LEDGER
         records = list(read_ledger(path, torn=torn)) if path.exists() else []
@@ -84,7 +84,7 @@ class RunReader:
         """The ledger's records, oldest first; at least one.
 
         Raises:
-            LedgerError: there is no ledger, it is empty, its chain is broken, or a record is none of a run.
+            LedgerError: there is no ledger, it is empty, its chain is broken, or a record is not one that a run writes.
         """
         path = self.path / LEDGER
         if not path.exists():
@@ -137,9 +137,11 @@ class RunFolder:
         # A folder with only the settings holds no run yet: the settings may still change.
         if {entry.name for entry in path.iterdir()} - {"config.yaml", "config.yaml.tmp"}:
             if not settings.exists():
-                raise ValueError(f"{path} is not empty, and no run; choose another --out")
+                raise ValueError(f"{path} is not empty and is not a run; choose another --out")
             if not resume:
-                raise ValueError(f"{path} holds a run already; go on with --resume, or choose another --out")
+                raise ValueError(
+                    f"{path} holds a run already; continue with --resume, or choose another --out"
+                )
             _require_same(settings, text)
             return
         write_text(settings, text)

@@ -20,7 +20,7 @@ def require_head(records: Sequence[LedgerRecord], head: LedgerHead, ledger: Path
     """Compare records with a head noted earlier, at the same or a smaller record count.
 
     Args:
-        records: in a whole chain; at least one.
+        records: in an unbroken chain; at least one.
         ledger: their file, for messages.
         noted: where the head was noted, for messages.
 

@@ -83,7 +83,7 @@ def require_recorded(run: Path, records: Sequence[LedgerRecord], only: Collectio
         if path.is_file():
             raise LedgerError(f"{where}: {path} is not the file that was written")
         missing = path if path.parent.is_dir() else path.parent
-        raise LedgerError(f"{where}: {run} is not whole: its {missing.relative_to(run)} is missing")
+        raise LedgerError(f"{where}: {run} is incomplete: its {missing.relative_to(run)} is missing")
     return set(possible)
 
 
@@ -91,12 +91,12 @@ def read_recorded_state(run: Path, records: Sequence[LedgerRecord], number: int)
     """Read the state after a round.
 
     Raises:
-        ValueError: it was not kept, or its file is not what the ledger says.
+        ValueError: it was not kept, or its file differs from the ledger.
     """
     round_states = RoundStates(run)
     state, path = round_states.read(number), round_states.path(number)
     if _digest(path) not in _possible_digests(run, records).get(path, (0, set()))[1]:
-        raise ValueError(f"the state kept of round {number} is not what the ledger says it was")
+        raise ValueError(f"the kept state of round {number} differs from the ledger")
     return state
 
 

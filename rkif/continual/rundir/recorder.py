@@ -49,7 +49,7 @@ class Recorder:
         self.ledger = Ledger(path)
         known = len(self.ledger.records)
         if position is not None and position > known:
-            raise LedgerError(f"{path} has {known} records where the checkpoint knows of {position}")
+            raise LedgerError(f"{path} has {known} records, but the checkpoint was written after {position}")
         self.position = known if position is None else position
         self.rounds = 0
         for record in self.ledger.records[: self.position]:

@@ -82,14 +82,14 @@ def _target(reader: RunReader, records: Sequence[LedgerRecord], to: int) -> tupl
     """
     state, metrics = read_recorded_state(reader.path, records, to), reader.metrics()
     if not metrics:
-        raise ValueError(f"{reader.path} has rounds, but not what was measured: its metrics.json is missing")
+        raise ValueError(f"{reader.path} has rounds, but its metrics.json is missing")
     if metrics["tasks"] != records[0]["tasks"]:
         raise ValueError(
             f"{reader.path / 'metrics.json'} is damaged: tasks: they are not those of the ledger"
         )
     learned = sum(record["event"] == "task" for record in not_rolled_back(records))
     if state.task > min(learned, len(metrics["tasks"]) - 1):
-        raise ValueError(f"the state kept of round {to} is damaged: task: {state.task}, of {learned} learned")
+        raise ValueError(f"the kept state of round {to} is damaged: task: {state.task}, of {learned} learned")
     for matrix in (metrics["accuracy"], *(metric["matrix"] for metric in metrics["metrics"].values())):
         for row in matrix:
             del row[state.task :]

@@ -50,7 +50,7 @@ class RoundStates:
         """
         if number not in self.rounds():
             kept = ", ".join(map(str, self.rounds())) or "none"
-            raise ValueError(f"the state after round {number} was not kept; there are: {kept}")
+            raise ValueError(f"the state after round {number} was not kept; kept states: {kept}")
         return read_state(self.path(number))
 
     def rounds(self) -> list[int]:

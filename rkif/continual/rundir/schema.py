@@ -56,7 +56,7 @@ class Metrics(FileContent):
     def _shapes(self) -> Metrics:
         tasks = len(self.tasks)
         if len(set(self.tasks)) < tasks:
-            raise ValueError("tasks: a task is there twice")
+            raise ValueError("tasks: a task is listed twice")
         if set(self.data) != set(self.tasks):
             raise ValueError("data: its tasks are not those of 'tasks'")
         if len(self.records) != tasks:
@@ -72,7 +72,7 @@ class Metrics(FileContent):
             if len(initial) != len(self.initial):
                 raise ValueError(f"{key}: its initial values are not one for each task")
             if [len(row) for row in matrix] != [columns] * tasks:
-                raise ValueError(f"{key}: it is no matrix of {tasks} rows and {columns} columns")
+                raise ValueError(f"{key}: it must be a matrix of {tasks} rows and {columns} columns")
         return self
 
 
@@ -167,7 +167,7 @@ class GateVerdict(FileContent):
     @model_validator(mode="after")
     def _measured(self) -> GateVerdict:
         if self.verdict in ("damp", "undo", "stop") and not self.attempts:
-            raise ValueError("attempts: there is none")
+            raise ValueError("attempts: the list is empty")
         if any(set(self.before) - set(attempt.figures) for attempt in self.attempts):
             raise ValueError("attempts: one lacks a figure of 'before'")
         return self
@@ -234,7 +234,7 @@ def require_records(records: Sequence[dict[str, Any]], path: Path) -> None:
         where, event = f"{path}: record {seq}", record.get("event")
         try:
             if not isinstance(event, str) or event not in RECORDS:
-                raise ValueError(f"event: {event!r} is none of {', '.join(RECORDS)}")
+                raise ValueError(f"event: it must be one of {', '.join(RECORDS)}; got {event!r}")
             validated(RECORDS[event], record, where)
             if (event == "begin") != (seq == 0):
                 raise ValueError("event: a ledger has one 'begin', its first record")

@@ -49,7 +49,7 @@ def require_whole(reader: RunReader, records: Sequence[LedgerRecord]) -> Counter
     known = 0 if checkpoint is None else checkpoint.ledger_records
     if known > len(records):
         raise LedgerError(
-            f"{path}: record {len(records)} is missing: the checkpoint knows of {known} records"
+            f"{path}: record {len(records)} is missing: the checkpoint was written after {known} records"
         )
     if records[-1]["event"] == "rollback" and known != len(records):
         raise LedgerError(
@@ -91,7 +91,7 @@ def _require_no_other(run: Path, recorded: Collection[Path], following: Path | N
     states = RoundStates(run).folder
     folders = {
         run / "tasks": "was not there when the task was learned",
-        states: "is no state that the run kept",
+        states: "is not a state that the run kept",
     }
     for path in (run / METRICS, run / CHECKPOINT):
         if path.exists() and path not in recorded:

@@ -48,7 +48,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if line.strip():
                     yield f"{path}:{number}", json_object(line, f"{path}:{number}")
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise ValueError(f"{path}: not a whole gzip file: {error}") from error
+            raise ValueError(f"{path}: an incomplete gzip file: {error}") from error
 
 
 def typed(model: type[M], content: dict[str, Any], where: str) -> M:

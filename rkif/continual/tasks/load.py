@@ -85,7 +85,7 @@ class _Task(DataContent):
     @classmethod
     def _distinct(cls, labels: list[str]) -> list[str]:
         if len(set(labels)) < len(labels):
-            raise ValueError("a label is there twice")
+            raise ValueError("a label is listed twice")
         return labels
 
 
@@ -149,7 +149,7 @@ def _read_records(
         _, labels = tasks[task]
         if labels and record.output not in labels:
             raise ValueError(
-                f"{where}: output {record.output!r} is no label of {task!r}; labels: {list(labels)}"
+                f"{where}: output {record.output!r} is not a label of {task!r}; labels: {list(labels)}"
             )
         if record.id in records_by_id[task]:
             raise ValueError(f"{where}: id {record.id!r} appears twice in task {task!r}")

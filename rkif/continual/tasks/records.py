@@ -26,7 +26,7 @@ def require_task_name(name: str) -> str:
     if size > 200:
         problem = "it has more than 200 bytes"
     elif not size:
-        problem = "it is empty, or no Unicode text"
+        problem = "it is empty, or not valid Unicode"
     elif name.startswith(".") or "/" in name or "\\" in name:
         problem = "it has a slash or begins with a dot"
     elif any(ord(character) < 32 or ord(character) == 127 for character in name):
@@ -34,7 +34,7 @@ def require_task_name(name: str) -> str:
     else:
         return name
     short = name if len(name) <= 60 else f"{name[:60]}..."
-    raise ValueError(f"task {short!r} cannot be the name of a folder, which it becomes: {problem}")
+    raise ValueError(f"task {short!r} cannot be used as the name of a folder: {problem}")
 
 
 Item = tuple[str, Record]

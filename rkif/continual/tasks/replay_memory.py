@@ -61,7 +61,7 @@ class ReplayMemory:
         if task in self._tasks:
             raise ValueError(f"task {task!r} is in the memory already")
         if not records:
-            raise ValueError(f"task {task!r} has no records to remember")
+            raise ValueError(f"task {task!r} has no records to store")
         for record in records:
             if record.task != task:
                 raise ValueError(f"record {record.id!r} belongs to task {record.task!r}, not to {task!r}")
@@ -160,9 +160,7 @@ class ReplayMemory:
         memory = cls()
         memory._tasks = {task: tuple(items) for task, items in items_of_task.items()}
         if len(memory) != head.get("records"):
-            raise ValueError(
-                f"{where}: {len(memory)} records, where the first line announces {head.get('records')}"
-            )
+            raise ValueError(f"{where}: {len(memory)} records, but the first line says {head.get('records')}")
         return memory
 
 

@@ -58,7 +58,7 @@ class TextCollator:
 
     def __init__(self, tokenizer: Any, *, seq2seq: bool, max_length: int, text: TextFormat) -> None:
         if tokenizer.eos_token_id is None:
-            raise ValueError("tokenizer has no EOS token: targets could not end, and nothing could pad them")
+            raise ValueError("tokenizer has no EOS token: it is needed to end targets and to pad batches")
         self.tokenizer = tokenizer
         self.seq2seq = seq2seq
         self.max_length = max_length

@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL | None:
             return None
         if loaded.rkif_abi() != ABI:
             warnings.warn(
-                f"{path} was built from another version of rkif, so PyTorch computes in its place; "
+                f"{path} was built from another version of rkif, so the torch backend takes its place; "
                 "install rkif again",
                 RuntimeWarning,
                 stacklevel=2,
@@ -123,7 +123,7 @@ def call(function: str, *arguments: float | None) -> Any:
     loaded: Any = library()
     result = getattr(loaded, function)(*arguments)
     if loaded.rkif_out_of_memory():
-        raise MemoryError(f"{function} needs more memory than there is")
+        raise MemoryError(f"{function} needs more memory than is available")
     return result
 
 

@@ -42,7 +42,7 @@ class Call(NamedTuple):
     Attributes:
         op: "observe", "adamw", "threshold", "radix", "fuse" (with its thresholds), "merge" (thresholds
             given), "count" or "valid".
-        architecture: as in "sm_90" or "gfx942"; the type of a device that is no GPU.
+        architecture: as in "sm_90" or "gfx942"; the type of a device that is not a GPU.
         triton: major and minor version.
         dtypes: of the operation's lists in their order, each once, as in "bfloat16+float32".
         numel: elements of all tensors together.
