@@ -138,7 +138,7 @@ def _fuse_call(choose: random.Random, seed: int) -> Outcome:
 
     def scores() -> dict[str, Tensor]:
         kind = choose.choice(["random", "ties", "zero", "infinite"])
-        made = {
+        uniform = {
             name: torch.rand(shape, generator=generator) for name, shape in zip(names, shapes, strict=True)
         }
         changes: dict[str, Callable[[Tensor], Tensor]] = {
@@ -147,7 +147,7 @@ def _fuse_call(choose: random.Random, seed: int) -> Outcome:
             "zero": torch.zeros_like,
             "infinite": lambda t: torch.where(t > 0.7, torch.inf, t),
         }
-        return {name: changes[kind](tensor) for name, tensor in made.items()}
+        return {name: changes[kind](tensor) for name, tensor in uniform.items()}
 
     base, inner, outer, inner_scores, outer_scores = params(), params(), params(), scores(), scores()
     density = choose.choice([0.0, 1.0, 0.2, choose.random(), 1e-9])
@@ -165,8 +165,8 @@ def _fuse_call(choose: random.Random, seed: int) -> Outcome:
     inputs = FusionInputs(out, lists[0], lists[1], lists[2], sides[0], sides[1])
     reference.fuse_(inputs, (limits[0], limits[1]), MergeRule(weights, "inner"))
     for name, expected in zip(names, out, strict=True):
-        found = got.params[name]
-        if not torch.equal(torch.nan_to_num(found.float()), torch.nan_to_num(expected.float())):
+        fused = got.params[name]
+        if not torch.equal(torch.nan_to_num(fused.float()), torch.nan_to_num(expected.float())):
             return Outcome(where, f"{name} differs from the reference")
     return Outcome(where, None)
 

@@ -59,11 +59,11 @@ class Subjects:
             generator = torch.Generator().manual_seed(seed)
             tensors = {f"layer.{n}.weight": torch.randn(40, 33, generator=generator) for n in range(4)}
             save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, path)
-        made = [command(*self.run_command(self.run)), command(*self.fuse_command(self.fused))]
-        for ended in made:
+        ended_commands = [command(*self.run_command(self.run)), command(*self.fuse_command(self.fused))]
+        for ended in ended_commands:
             if ended.status != 0:
                 raise RuntimeError(f"a command of the fuzzer's own failed: {ended.errors}")
-        self.run_seconds, self.fuse_seconds = (ended.seconds for ended in made)
+        self.run_seconds, self.fuse_seconds = (ended.seconds for ended in ended_commands)
 
     def run_command(self, out: Path, *options: str) -> list[object]:
         return ["run", self.config, "--out", out, *options]
@@ -88,13 +88,13 @@ class Subjects:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Path -> bytes of every file, links not followed."""
-    found = {}
+    files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
-            found[str(path.relative_to(folder))] = str(path.readlink()).encode()
+            files[str(path.relative_to(folder))] = str(path.readlink()).encode()
         elif path.is_file():
-            found[str(path.relative_to(folder))] = path.read_bytes()
-    return found
+            files[str(path.relative_to(folder))] = path.read_bytes()
+    return files
 
 
 def results(folder: Path) -> dict[str, object]:
@@ -102,13 +102,13 @@ def results(folder: Path) -> dict[str, object]:
 
     peft lists modules in another order in each process; rkif sorts them.
     """
-    found: dict[str, object] = {}
+    values: dict[str, object] = {}
     for name, content in contents(folder).items():
         if name.endswith(("README.md", "provenance.json", ".torn")):
             continue
         if name == "ledger.jsonl":
             records = [json.loads(line) for line in content.splitlines()]
-            found[name] = [{k: v for k, v in r.items() if k not in ("time", *CHAIN_KEYS)} for r in records]
+            values[name] = [{k: v for k, v in r.items() if k not in ("time", *CHAIN_KEYS)} for r in records]
         else:
-            found[name] = content
-    return found
+            values[name] = content
+    return values

@@ -176,19 +176,19 @@ def compile_cases(cases: Sequence[Case], target: str) -> list[Compiled]:
     """Compile cases for one target and inspect each result."""
     compiled = [_compile(case, target) for case in cases]
     if target.startswith("gfx"):
-        found = [
+        inspected = [
             _inspect_amd(case, target, made.asm["amdgcn"], made.metadata.shared)
             for case, made in zip(cases, compiled, strict=True)
         ]
     else:
         texts = disassemble([made.asm["cubin"] for made in compiled], TARGETS[target].arch)
-        found = [
+        inspected = [
             _inspect_nvidia(case, target, made, sass)
             for case, made, sass in zip(cases, compiled, texts, strict=True)
         ]
     return [
         replace(result, problems=result.problems + _specialised(case))
-        for case, result in zip(cases, found, strict=True)
+        for case, result in zip(cases, inspected, strict=True)
     ]
 
 
@@ -280,8 +280,8 @@ def _over_limits(case: Case, row: Row) -> Iterator[str]:
 
 def _ptx_widths(ptx: str, kind: str) -> Counter[int]:
     """Width in bits (vector length times element size) -> number of global accesses of a kind."""
-    found = re.findall(rf"\b{kind}\.global(?:\.[a-z]\w*(?:::\w+)?)*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
-    return Counter(int(length or 1) * int(bits) for length, bits in found)
+    accesses = re.findall(rf"\b{kind}\.global(?:\.[a-z]\w*(?:::\w+)?)*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
+    return Counter(int(length or 1) * int(bits) for length, bits in accesses)
 
 
 def _inspect_amd(case: Case, target: str, assembly: str, shared: int) -> Compiled:
@@ -302,7 +302,7 @@ def _inspect_amd(case: Case, target: str, assembly: str, shared: int) -> Compile
 
 
 def _amd_widths(assembly: str, kind: str) -> Counter[int]:
-    found = re.findall(rf"\b(?:global|buffer|flat)_{kind}_(\w+?)(?:_d16\w*)?\b", assembly)
+    accesses = re.findall(rf"\b(?:global|buffer|flat)_{kind}_(\w+?)(?:_d16\w*)?\b", assembly)
     bits = {
         "dwordx4": 128,
         "dwordx3": 96,
@@ -312,16 +312,16 @@ def _amd_widths(assembly: str, kind: str) -> Counter[int]:
         "ushort": 16,
         "sshort": 16,
     }
-    return Counter(bits.get(width, 8) for width in found)
+    return Counter(bits.get(width, 8) for width in accesses)
 
 
 def _narrow(case: Case, loads: Counter[int], stores: Counter[int], *, threads: int) -> list[str]:
     problems = []
     kinds = (("loads", loads), ("stores", stores))
-    for (kind, found), expected in zip(kinds, _expected(case, threads=threads), strict=True):
+    for (kind, accesses), expected in zip(kinds, _expected(case, threads=threads), strict=True):
         for bits, needed in expected.items():
-            if found[bits] < needed:
-                problems.append(f"{found[bits]} {kind} of {bits} bits where a block needs {needed}")
+            if accesses[bits] < needed:
+                problems.append(f"{accesses[bits]} {kind} of {bits} bits where a block needs {needed}")
     return problems
 
 

@@ -56,8 +56,8 @@ def aot_command(
     if triton:
         rows, passed = check_under(triton, target or [], kernel or [])
     else:
-        found, passed = check(Console(width=200), target or [], kernel or [])
-        rows = [row._asdict() for row in found]
+        compiled, passed = check(Console(width=200), target or [], kernel or [])
+        rows = [row._asdict() for row in compiled]
     _write_json(json_file, rows)
     if not passed:
         raise typer.Exit(1)
@@ -205,10 +205,10 @@ def profile_command(
     chosen = resolved_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    found = profile_13b(chosen, layers, dtype)
-    for row in found:
+    measured = profile_13b(chosen, layers, dtype)
+    for row in measured:
         rows.write(out or rows.results_file(chosen.type), row)
-    for line in map(json.dumps, found) if as_json else report(found):
+    for line in map(json.dumps, measured) if as_json else report(measured):
         print(line)
 
 
@@ -273,7 +273,7 @@ def _rows(results: Path | None) -> list[Row]:
     if results is not None:
         return rows.read(results)
     files = [rows.results_file(device) for device in ("cuda", "cpu")]
-    found = [row for file in files if file.exists() for row in rows.read(file)]
-    if not found:
+    measured = [row for file in files if file.exists() for row in rows.read(file)]
+    if not measured:
         raise ValueError("nothing has been measured yet: python -m bench run")
-    return found
+    return measured

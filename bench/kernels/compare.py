@@ -32,14 +32,14 @@ def compare(ref: str, selection: Selection, rounds: int) -> Table:
         RuntimeError: the suite failed on one of them.
     """
     with worktree(ref) as (other, name), tempfile.TemporaryDirectory() as folder:
-        found: tuple[dict[Case, list[float]], dict[Case, list[float]]] = ({}, {})
+        times: tuple[dict[Case, list[float]], dict[Case, list[float]]] = ({}, {})
         for number in range(rounds):
             for side, root in enumerate((other, ROOT)):
                 file = run(selection, Path(folder) / f"{number}-{side}.jsonl", root)
                 for row in rows.read(file):
                     case = (row["op"], row["shape"], row["dtype"], row["implementation"])
-                    found[side].setdefault(case, []).append(row["ms_median"])
-    return _table(found, name, commit())
+                    times[side].setdefault(case, []).append(row["ms_median"])
+    return _table(times, name, commit())
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def _table(found: tuple[dict[Case, list[float]], dict[Case, list[float]]], old: str, new: str) -> Table:
+def _table(times: tuple[dict[Case, list[float]], dict[Case, list[float]]], old: str, new: str) -> Table:
     table = Table(
         title=f"{old} against {new}", caption="ms, medians of the rounds' medians; above 1: now faster"
     )
@@ -88,8 +88,8 @@ def _table(found: tuple[dict[Case, list[float]], dict[Case, list[float]]], old: 
         table.add_column(heading)
     for heading in (old, new, "ratio"):
         table.add_column(heading, justify="right")
-    for case in {**found[0], **found[1]}:
-        before, after = (statistics.median(side[case]) if case in side else None for side in found)
+    for case in {**times[0], **times[1]}:
+        before, after = (statistics.median(side[case]) if case in side else None for side in times)
         ratio = f"{before / after:.2f}" if before and after else "-"
         table.add_row(*case, *(milliseconds(ms) if ms else "-" for ms in (before, after)), ratio)
     return table

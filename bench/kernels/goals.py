@@ -59,14 +59,14 @@ GOALS = (
 )
 
 
-def table(found: Sequence[Row]) -> Table:
+def table(measured: Sequence[Row]) -> Table:
     """Each goal with the row that is furthest from it."""
     out = Table(title="goals", caption="floor: the time of a copy of the least bytes, in the same session")
     for heading in ("call", "goal", "floor, us", "measured, us", "verdict", "row furthest from it"):
         out.add_column(heading)
     for goal in GOALS:
         call = f"{goal.op}, {'13B adapter' if goal.adapter else '64 Mi and more'}"
-        rows = [row for row in found if row["implementation"] == OURS and _concerned(goal, row)]
+        rows = [row for row in measured if row["implementation"] == OURS and _concerned(goal, row)]
         if not rows:
             out.add_row(call, goal.limit, "-", "not measured", "-", "-")
             continue

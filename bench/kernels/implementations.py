@@ -55,7 +55,7 @@ def implementations(op: str, device: torch.device) -> list[Implementation]:
     """All implementations of an operation on a device, rkif's first."""
     ours = {"observe": _observe, "threshold": _threshold, "fuse": _fuse}[op]
     backends = [backend for backend in available(device) if device.type == "cuda" or backend != "triton"]
-    found = [
+    implementations = [
         Implementation(
             f"rkif.{backend}",
             lambda b=backend: ours(b, device),  # type: ignore[misc]
@@ -64,7 +64,7 @@ def implementations(op: str, device: torch.device) -> list[Implementation]:
         )
         for backend in backends
     ]
-    return found + {"observe": _observing, "threshold": _selecting, "fuse": _fusing}[op](device)
+    return implementations + {"observe": _observing, "threshold": _selecting, "fuse": _fusing}[op](device)
 
 
 def _observing(device: torch.device) -> list[Implementation]:

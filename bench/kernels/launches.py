@@ -25,7 +25,7 @@ from rkif_kernels import FusionInputs, ImportanceInputs, MergeRule, Smoothing, o
 from rkif_kernels.backends.choose import available
 from rkif_kernels.backends.triton import launches
 from rkif_kernels.backends.triton.launch import Bracketing, LaunchConfig
-from rkif_kernels.backends.triton.undecided import MOST_TILES
+from rkif_kernels.backends.triton.undecided import MAX_TILES
 from rkif_kernels.types import Scores
 
 # Block, tiles and warps of a program.
@@ -86,19 +86,19 @@ def measure(
                 numel_up_to=SIZES.get(shape),
             )
             time = partial(_timed, operation, bandwidth, usual)
-            found = [time(launch) for launch in _programs(usual)]
-            found += [time(launch) for launch in _brackets(fastest(found).launch)]
-            for timed in found:
+            timings = [time(launch) for launch in _programs(usual)]
+            timings += [time(launch) for launch in _brackets(fastest(timings).launch)]
+            for timed in timings:
                 rows.write(file(), timed.row)
-            console.print(_table(found))
+            console.print(_table(timings))
             if into is not None:
-                launches.write(into, [_measured(fastest(found))])
+                launches.write(into, [_measured(fastest(timings))])
 
 
-def fastest(found: Sequence[Timed]) -> Timed:
+def fastest(timings: Sequence[Timed]) -> Timed:
     """The default, which comes first, unless another is faster by more than chance."""
-    best = min(found, key=_milliseconds)
-    return best if _milliseconds(best) < GAIN * _milliseconds(found[0]) else found[0]
+    best = min(timings, key=_milliseconds)
+    return best if _milliseconds(best) < GAIN * _milliseconds(timings[0]) else timings[0]
 
 
 def markdown() -> str:
@@ -121,7 +121,7 @@ def _programs(usual: launches.Row) -> Iterator[launches.Row]:
     yield usual
     for block, tiles, num_warps in PROGRAMS:
         config = LaunchConfig(block, tiles, num_warps, usual.launch.max_registers)
-        if config != usual.launch and (usual.bracketing is None or tiles <= MOST_TILES):
+        if config != usual.launch and (usual.bracketing is None or tiles <= MAX_TILES):
             yield replace(usual, launch=config)
 
 
@@ -173,11 +173,11 @@ def _measurement(row: launches.Row) -> str:
     return "{shape}: {ms:.4f} ms, {share:.0%} of a copy; {device}, at {commit}".format(**row.measured)
 
 
-def _table(found: Sequence[Timed]) -> Table:
-    out = Table(title=f"{found[0].row['op']}, {found[0].row['shape']}")
+def _table(timings: Sequence[Timed]) -> Table:
+    out = Table(title=f"{timings[0].row['op']}, {timings[0].row['shape']}")
     for heading in ("block x tiles, warps; sample, list", "ms", "of a copy"):
         out.add_column(heading, justify="right")
-    for _, row in sorted(found, key=_milliseconds):
+    for _, row in sorted(timings, key=_milliseconds):
         name = row["implementation"] + (" (default)" if row["default"] else "")
         out.add_row(name, f"{row['ms_median']:.4f}", f"{row['share']:.1%}")
     return out

@@ -168,11 +168,11 @@ class Fuse(Operation):
         k = order_statistic_k(self.shapes.numel, DENSITY)
         sides = (self.inner_scores, self.outer_scores)
         if exact:
-            found = [t.reshape(1) for t in stats.thresholds]
+            thresholds = [t.reshape(1) for t in stats.thresholds]
         else:
-            found = [all_scores(scores).kthvalue(k + 1).values.reshape(1) for scores in sides]
-        limits = [exact_threshold(scores, k, t) for scores, t in zip(sides, found, strict=True)]
-        for side, got, expected in zip(("inner", "outer"), found, limits, strict=True):
+            thresholds = [all_scores(scores).kthvalue(k + 1).values.reshape(1) for scores in sides]
+        limits = [exact_threshold(scores, k, t) for scores, t in zip(sides, thresholds, strict=True)]
+        for side, got, expected in zip(("inner", "outer"), thresholds, limits, strict=True):
             require_same_bits(f"{side} threshold", got, expected)
         # Masks may differ for scores between the order statistic and a quantile that replaces it.
         loose = limits if exact else [self._quantile(scores, limits[i]) for i, scores in enumerate(sides)]
@@ -211,7 +211,7 @@ def _random(
     return [torch.randn(shape, dtype=dtype, device=device, generator=generator) for shape in shapes]
 
 
-def _between(scores: Scores, one: Tensor, other: Tensor) -> Tensor:
+def _between(scores: Scores, first: Tensor, second: Tensor) -> Tensor:
     """A mask of the scores between two thresholds, both included."""
     (values,) = score_values(scores)
-    return (values >= torch.minimum(one, other)) & (values <= torch.maximum(one, other))
+    return (values >= torch.minimum(first, second)) & (values <= torch.maximum(first, second))

@@ -85,29 +85,31 @@ def profile_13b(device: torch.device, layers: int, dtypes: str) -> list[Row]:
     release(device)
     chosen = DTYPES[dtypes]
     return [
-        found
+        timed
         for part in (_adapter(device, chosen), _layers(device, chosen, layers))
-        for found in part.rows(device, bandwidth)
+        for timed in part.rows(device, bandwidth)
     ]
 
 
-def report(found: list[Row]) -> Iterator[str]:
+def report(measured: list[Row]) -> Iterator[str]:
     """Yield lines of text for the rows."""
-    for one in found:
+    for part in measured:
         yield (
-            f"{one['shape']}, {one['dtype']}, {one['implementation']} on {one['device']}: "
-            f"{one['numel']:,} parameters in {one['ms_median']:,.3f} ms, "
-            f"{one['parameters_per_s'] / 1e9:.3f} G parameters/s, {one['gbps']:,.1f} GB/s, "
-            f"{one['share']:.0%} of a copy's {one['copy_gbps']:,.1f}; "
-            f"peak memory {one['peak_bytes'] / GIB:.3f} GiB "
-            f"({one['peak_is']})"
+            f"{part['shape']}, {part['dtype']}, {part['implementation']} on {part['device']}: "
+            f"{part['numel']:,} parameters in {part['ms_median']:,.3f} ms, "
+            f"{part['parameters_per_s'] / 1e9:.3f} G parameters/s, {part['gbps']:,.1f} GB/s, "
+            f"{part['share']:.0%} of a copy's {part['copy_gbps']:,.1f}; "
+            f"peak memory {part['peak_bytes'] / GIB:.3f} GiB "
+            f"({part['peak_is']})"
         )
-        if one["shape"].startswith(LLAMA_2_13B.name + ",") and one["numel"] < WHOLE:
+        if part["shape"].startswith(LLAMA_2_13B.name + ",") and part["numel"] < WHOLE:
             yield (
-                f"  extrapolated, not measured: {one['ms_median'] / 1e3 * WHOLE / one['numel']:,.2f} s "
+                f"  extrapolated, not measured: {part['ms_median'] / 1e3 * WHOLE / part['numel']:,.2f} s "
                 f"for all {WHOLE:,} parameters"
             )
-    for title, breakdown in {one["shape"].partition(":")[0]: one["breakdown_ms"] for one in found}.items():
+    for title, breakdown in {
+        part["shape"].partition(":")[0]: part["breakdown_ms"] for part in measured
+    }.items():
         yield f"{title}, time by part:"
         total = sum(breakdown.values())
         for name, value in sorted(breakdown.items(), key=lambda item: -item[1]):
@@ -199,11 +201,11 @@ def _profile(part: Part, group: _Group, several: bool) -> None:
     if group.device.type == "cuda":
         part.breakdown = part.breakdown or _kernels(steps)
         return
-    found = group.fuse().thresholds
+    thresholds = group.fuse().thresholds
     apart: dict[str, Callable[[], Any]] = {
         "observe": group.observe,
         "thresholds": group.thresholds,
-        "fuse, thresholds given": lambda: group.merge(found),
+        "fuse, thresholds given": lambda: group.merge(thresholds),
     }
     for name, run in apart.items():
         part.breakdown[name] += seconds(run, group.device)

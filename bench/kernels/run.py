@@ -42,22 +42,29 @@ class Selection:
             for name in names:
                 require_choice(option, name, list(known))
         device = resolved_device(self.device).type
-        found = [f"bench/kernels/suite/bench_{op}.py" for op in self.ops or OPERATIONS]
-        found += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-p", "no:cacheprovider"]
-        found += ["-v", "-rs", "--benchmark-disable-gc", "--benchmark-columns=median,rounds"]
-        found += [f"--device={device}", f"--rows={out.resolve()}"]
+        arguments = [f"bench/kernels/suite/bench_{op}.py" for op in self.ops or OPERATIONS]
+        arguments += [
+            "-o",
+            "python_files=bench_*.py",
+            "-o",
+            "python_functions=bench_*",
+            "-p",
+            "no:cacheprovider",
+        ]
+        arguments += ["-v", "-rs", "--benchmark-disable-gc", "--benchmark-columns=median,rounds"]
+        arguments += [f"--device={device}", f"--rows={out.resolve()}"]
         if device == "cuda":
-            found.append("--benchmark-timer=bench.common.timing.synchronised")
-        found += [f"--shape={name}" for name in self.shapes] + [f"--dtype={name}" for name in self.dtypes]
+            arguments.append("--benchmark-timer=bench.common.timing.synchronised")
+        arguments += [f"--shape={name}" for name in self.shapes] + [f"--dtype={name}" for name in self.dtypes]
         if self.implementation:
-            found.append(f"--implementation={self.implementation}")
+            arguments.append(f"--implementation={self.implementation}")
         if self.quick:
-            found.append("--quick")
+            arguments.append("--quick")
         if self.threads is not None:
-            found.append(f"--threads={self.threads}")
+            arguments.append(f"--threads={self.threads}")
         if self.memory is not None:
-            found.append(f"--memory={self.memory}")
-        return found
+            arguments.append(f"--memory={self.memory}")
+        return arguments
 
 
 def run(selection: Selection, out: Path | None, root: Path = ROOT) -> Path:

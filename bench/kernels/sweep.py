@@ -94,15 +94,15 @@ def sweep(
             break
         case = make_case(number, largest)
         # Triton's interpreter reads bfloat16 denormals as zero.
-        unfit = {"triton"} if interpreting() and _has_bfloat16_denormals(case) else set()
-        for backend in sorted(set(backends) - unfit):
+        excluded = {"triton"} if interpreting() and _has_bfloat16_denormals(case) else set()
+        for backend in sorted(set(backends) - excluded):
             try:
                 with _bracketing(number) if backend == "triton" else nullcontext():
                     for _ in range(2):  # an error that depends on timing may not occur at once
                         (check_replay if graphs else check)(case, device, cast(Backend, backend))
             except (AssertionError, RuntimeError) as error:
                 return done, f"seed {number}, {backend}, {case.text}: {error}"
-        done += not unfit
+        done += not excluded
     return done, ""
 
 
@@ -226,8 +226,8 @@ def check_replay(case: Case, device: torch.device, backend: Backend) -> None:
         FusionInputs(wanted, *case.params, *updated.sides), (limits[0], limits[1]), MergeRule(**fusing)
     )
     _require_all("replayed, S and U", _all([sides[0]]), _all([scores]))
-    for name, found, limit in zip(("inner", "outer"), stats[-1].thresholds, limits, strict=True):
-        require_same_bits(f"replayed, {name} threshold", found.cpu(), limit)
+    for name, threshold, limit in zip(("inner", "outer"), stats[-1].thresholds, limits, strict=True):
+        require_same_bits(f"replayed, {name} threshold", threshold.cpu(), limit)
     _require_all("replayed, fused", out, wanted)
     require_same_bits("replayed, counts", stats[-1].counts.cpu(), expected.counts)
 
@@ -303,8 +303,8 @@ def _check_fuse(
             equal_nan=True,
             msg=lambda text, name=name: f"{name}, squared norms: {text}",  # type: ignore[misc]
         )
-    for side, found, limit in zip(("inner", "outer"), got.thresholds, thresholds, strict=True):
-        require_same_bits(f"select_and_fuse_, {side} threshold", found.cpu(), limit)
+    for side, threshold, limit in zip(("inner", "outer"), got.thresholds, thresholds, strict=True):
+        require_same_bits(f"select_and_fuse_, {side} threshold", threshold.cpu(), limit)
 
 
 def _expected_thresholds(case: Case, scores: Scores) -> Tensor:
@@ -320,9 +320,9 @@ def _expected_thresholds(case: Case, scores: Scores) -> Tensor:
         [scores.uncertainty[index] for index in filled] if scores.uncertainty is not None else None,
     )
     ks = [order_statistic_k(size, case.density) for size in groups if size]
-    found = reference.score_thresholds(kept, ks=ks, per_tensor=per_tensor)
+    thresholds = reference.score_thresholds(kept, ks=ks, per_tensor=per_tensor)
     expected = torch.full((len(groups),), torch.inf)
-    expected[[index for index, size in enumerate(groups) if size]] = found
+    expected[[index for index, size in enumerate(groups) if size]] = thresholds
     return expected
 
 

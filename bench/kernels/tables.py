@@ -15,10 +15,10 @@ from bench.common.rows import Row
 OPERATIONS = ("observe", "threshold", "fuse")
 
 
-def grouped(found: Iterable[Row]) -> dict[tuple[str, str, str, str], dict[str, Row]]:
+def grouped(measured: Iterable[Row]) -> dict[tuple[str, str, str, str], dict[str, Row]]:
     """Rows of the operations by (device, op, shape, dtype), in the order of the operations, then by name."""
     groups: dict[tuple[str, str, str, str], dict[str, Row]] = {}
-    measured = [row for row in found if row["op"] in OPERATIONS]
+    measured = [row for row in measured if row["op"] in OPERATIONS]
     for row in sorted(measured, key=lambda row: (row["device"], OPERATIONS.index(row["op"]), row["numel"])):
         key = (row["device"], row["op"], row["shape"], row["dtype"])
         groups.setdefault(key, {})[row["implementation"]] = row
@@ -39,7 +39,7 @@ def best(group: dict[str, Row]) -> Row | None:
     return min(ours, key=lambda row: float(row["ms_median"]), default=None)
 
 
-def rich_table(found: Iterable[Row]) -> Table:
+def rich_table(measured: Iterable[Row]) -> Table:
     """Every measurement, grouped by operation and shape."""
     table = Table(title="kernels", caption="share: of the bandwidth of a large copy in the same session")
     for heading in (
@@ -52,7 +52,7 @@ def rich_table(found: Iterable[Row]) -> Table:
         "speed-up",
     ):
         table.add_column(heading, justify="left" if heading in _TEXT else "right", no_wrap=True)
-    for (device, op, shape, dtype), group in grouped(found).items():
+    for (device, op, shape, dtype), group in grouped(measured).items():
         against = baseline(group)
         table.add_section()
         title = f"{op}, {shape}, {dtype}\n{device}"
@@ -74,12 +74,12 @@ def rich_table(found: Iterable[Row]) -> Table:
 
 def markdown() -> str:
     """The README's tables, one per measured device: float32, one line for rkif's fastest backend."""
-    found: list[Row] = []
+    measured: list[Row] = []
     for device in ("cuda", "cpu"):
         path = rows.results_file(device)
-        found += rows.read(path)
+        measured += rows.read(path)
     parts: dict[str, list[str]] = {}
-    for (device, op, shape, dtype), group in grouped(found).items():
+    for (device, op, shape, dtype), group in grouped(measured).items():
         row = best(group)
         if dtype != "float32" or row is None:
             continue
@@ -95,11 +95,11 @@ def markdown() -> str:
     return "\n".join(f"{heading}\n\n" + "\n".join(lines) + "\n" for heading, lines in parts.items())
 
 
-def plot(found: Iterable[Row], out: Path, shapes: Sequence[str] = ()) -> None:
+def plot(measured: Iterable[Row], out: Path, shapes: Sequence[str] = ()) -> None:
     """Shares of the copy bandwidth in float32 as bars: a panel for each operation, a group for each shape.
 
     Args:
-        found: rows of one device.
+        measured: rows of one device.
         out: a PNG file.
         shapes: shapes to show; by default the smallest and the largest of an operation.
 
@@ -111,7 +111,7 @@ def plot(found: Iterable[Row], out: Path, shapes: Sequence[str] = ()) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = {key: group for key, group in grouped(found).items() if key[3] == "float32"}
+    groups = {key: group for key, group in grouped(measured).items() if key[3] == "float32"}
     shown = {op: shapes or _ends([key[2] for key in groups if key[1] == op]) for op in OPERATIONS}
     groups = {key: group for key, group in groups.items() if key[2] in shown[key[1]]}
     if not groups:

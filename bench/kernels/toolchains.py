@@ -21,7 +21,7 @@ def check_under(
     Returns:
         The rows of all, and whether every check passed.
     """
-    found: list[dict[str, Any]] = []
+    collected: list[dict[str, Any]] = []
     passed = True
     for version in versions:
         with tempfile.TemporaryDirectory() as folder:
@@ -31,8 +31,8 @@ def check_under(
             command += [part for kernel in kernels for part in ("--kernel", kernel)]
             done = subprocess.run(command, env=environment(version), check=False)
             passed &= done.returncode == 0
-            found += json.loads(rows.read_text(encoding="utf-8")) if rows.exists() else []
-    return found, passed
+            collected += json.loads(rows.read_text(encoding="utf-8")) if rows.exists() else []
+    return collected, passed
 
 
 def environment(version: str) -> dict[str, str]:

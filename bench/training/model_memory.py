@@ -57,12 +57,12 @@ def markdown() -> str:
             file.write_text(json.dumps(_LLAMA | config), encoding="utf-8")
             adapter = count_parameters(file, rank=8, targets=["q_proj", "v_proj"])
             full = count_parameters(file)
-        for trained, found, ranks in (("LoRA, r 8", adapter, 1), ("all", full, 1), ("all", full, 8)):
+        for trained, numbers, ranks in (("LoRA, r 8", adapter, 1), ("all", full, 1), ("all", full, 8)):
             training = Training(
-                found.trainable,
-                found.frozen,
-                found.largest,
-                trainable_bytes=4 if found.frozen else 2,
+                numbers.trainable,
+                numbers.frozen,
+                numbers.largest,
+                trainable_bytes=4 if numbers.frozen else 2,
                 frozen_bytes=2,
                 ranks=ranks,
             )

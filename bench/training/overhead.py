@@ -51,7 +51,7 @@ class Batches:
     size: int
     length: int
 
-    def one(self, device: torch.device) -> torch.Tensor:
+    def draw(self, device: torch.device) -> torch.Tensor:
         return torch.randint(SHAPES["vocab_size"], (self.size, self.length), device=device)
 
 
@@ -149,7 +149,7 @@ class _Training:
                 self._step(outer, method)
 
     def _step(self, optimizer: torch.optim.Optimizer, method: str) -> None:
-        tokens = self._batches.one(self._device)
+        tokens = self._batches.draw(self._device)
         with torch.autocast(self._device.type, torch.bfloat16):
             loss = self._model(input_ids=tokens, labels=tokens).loss
         loss.backward()

@@ -236,7 +236,7 @@ def test_a_missed_bracket_costs_only_a_pass(
 
 
 def test_too_many_undecided_elements_cost_only_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_fuse, "MOST_UNDECIDED", 10)
+    monkeypatch.setattr(native_fuse, "MAX_UNDECIDED", 10)
     sizes = [SELECTED + 1]
     check_single_pass(sizes, lambda seed: Scores(positive(sizes, torch.float32, seed)))
 

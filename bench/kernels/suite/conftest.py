@@ -57,9 +57,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(scope="session")
 def bandwidth(device: torch.device) -> float:
-    found = copy_gbps(device)
+    gbps = copy_gbps(device)
     memory.release(device)
-    return found
+    return gbps
 
 
 @pytest.fixture(scope="session")

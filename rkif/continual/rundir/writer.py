@@ -21,7 +21,7 @@ from rkif.ledger.records import begin_record, parameter_digest
 
 
 class LearnedTask(Protocol):
-    """What is published of a learned task: part of :class:`rkif.continual.methods.Sequential`."""
+    """The published results of a learned task: part of :class:`rkif.continual.methods.Sequential`."""
 
     samples: int
 

@@ -23,7 +23,7 @@ class DataContent(BaseModel):
 
 
 class TaskLine(DataContent):
-    """What every line has: the records of tasks that are not learned are not checked further."""
+    """The keys that every line must have; records of tasks outside the sequence are not checked further."""
 
     task: str
 

@@ -20,8 +20,8 @@ from rkif_kernels.types import ROLES, FuseStats, FusionInputs, MergeRule
 INNER_S, OUTER_S = ROLES.index("INNER_S"), ROLES.index("OUTER_S")  # each followed by its U
 # Maximum of undecided elements per thread, of 24 bytes each. More occur if many scores are equal; then a
 # separate pass for the thresholds costs less.
-MOST_UNDECIDED = 1 << 22
-ROOM = 15  # elements after the gathered ones that the library may overwrite
+MAX_UNDECIDED = 1 << 22
+LIST_PADDING = 15  # elements after the gathered ones that the library may overwrite
 
 
 def fuse_(inputs: FusionInputs, thresholds: tuple[Tensor, Tensor], rule: MergeRule) -> FuseStats:
@@ -89,16 +89,16 @@ def _fuse_bracketed(
 ) -> tuple[Tensor, Tensor] | None:
     """Fuse, and return the thresholds; None if that failed, and ``out`` then holds part of the result."""
     ends = np.array(brackets, np.float32)
-    found = np.empty(5, np.int64)
-    fusion = lists.call("rkif_begin", ends.ctypes.data, *setup.settings, MOST_UNDECIDED, found.ctypes.data)
+    numbers = np.empty(5, np.int64)
+    fusion = lists.call("rkif_begin", ends.ctypes.data, *setup.settings, MAX_UNDECIDED, numbers.ctypes.data)
     if fusion is None:
         return None
     thresholds = np.empty(2, np.float32)
     decided = False
     try:
-        listed = np.empty(int(found[4]) + ROOM, np.float32)
+        listed = np.empty(int(numbers[4]) + LIST_PADDING, np.float32)
         for side, (lo, hi) in enumerate(ends):
-            below, up_to = found[2 * side : 2 * side + 2].tolist()
+            below, up_to = numbers[2 * side : 2 * side + 2].tolist()
             if below <= k < up_to:
                 thresholds[side] = lo
                 continue

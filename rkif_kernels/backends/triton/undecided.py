@@ -44,7 +44,7 @@ from rkif_kernels.backends.triton.windows import (
     store_search,
 )
 
-MOST_TILES = 16  # four bits per tile in a word of 64
+MAX_TILES = 16  # four bits per tile in a word of 64
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Undecided:
 
     @staticmethod
     def of(grouped: Sequence[Table], capacity: int, values: int, config: LaunchConfig) -> Undecided:
-        assert config.tiles <= MOST_TILES
+        assert config.tiles <= MAX_TILES
         rows = [0, *accumulate(table.programs for table in grouped)]
         return Undecided(rows, config.block // 4, capacity, values)
 
