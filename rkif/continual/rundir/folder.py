@@ -84,7 +84,8 @@ class RunReader:
         """The ledger's records, oldest first; at least one.
 
         Raises:
-            LedgerError: there is no ledger, it is empty, its chain is broken, or a record is not one that a run writes.
+            LedgerError: there is no ledger, it is empty, its chain is broken, or it has a record that a run
+                does not write.
         """
         path = self.path / LEDGER
         if not path.exists():
