@@ -1,1 +1,1 @@
-"""Random damage, random calls and random kills: what rkif does with them."""
+"""Random tests: damaged files, random calls, killed commands."""

@@ -35,8 +35,8 @@ class Outcome(NamedTuple):
     """What a case did.
 
     Attributes:
-        where: the case, for people.
-        wrong: what should not be; None if all is well.
+        where: a description of the case.
+        wrong: the defect; None if there is none.
         kills: processes that were killed.
     """
 
@@ -61,7 +61,7 @@ def _unseen(done: str) -> bool:
 
 
 def mutation(seed: int, subjects: Subjects) -> Outcome:
-    """Damage a run or a fused output; then every command must do without it, or refuse in one line."""
+    """Damage a run or a fused output; every command must then work correctly, or refuse in one line."""
     choose = random.Random(seed)
     original = choose.choice([subjects.run, subjects.run, subjects.fused])
     done = None
@@ -95,7 +95,7 @@ def _problem(name: str, wrong: str | None, copy: Path) -> str | None:
 
 
 def kill(seed: int, subjects: Subjects) -> Outcome:
-    """Kill a command, perhaps several times; the documented way on must lead to the same results."""
+    """Kill a command, perhaps several times; the documented continuation must give the same results."""
     choose = random.Random(seed)
     kind = choose.choice(["run", "run", "fuse", "rollback"])
     out = subjects.copy_of(subjects.run) if kind == "rollback" else subjects.place_for(kind)
@@ -183,7 +183,7 @@ def _thresholds(scores: Sequence[Tensor], density: float, scope: Scope) -> Tenso
 
 
 def _refused(choose: random.Random, *given: dict[str, Tensor]) -> str | None:
-    """Spoil one argument; it must be named, and nothing may be written."""
+    """Make one argument invalid; the error must name it, and nothing may be written."""
     arguments = ("base", "inner", "outer", "inner_importance", "outer_importance")
     place = choose.randrange(len(arguments))
     name = choose.choice(list(given[place]))
@@ -212,7 +212,7 @@ def _shape(choose: random.Random) -> tuple[int, ...]:
 
 
 def _fuser_call(choose: random.Random, seed: int) -> Outcome:
-    """Rounds of a fuser; its selection is that of the scores it shows, and ``rkif.fuse`` gives its result."""
+    """Rounds of a fuser; its counts are those of the scores that it returns, and ``rkif.fuse`` gives the same result."""
     torch.manual_seed(seed)
     config = rkif.FusionConfig(
         density=choose.choice([0.0, 0.2, 0.5, 1.0]),

@@ -22,7 +22,7 @@ def fuzz_command(
     ] = None,
     write: Annotated[bool, typer.Option("--write", help="Write the summary to bench/results.")] = False,
 ) -> None:
-    """Damage files of runs and fused outputs, make random calls, kill commands; report what should not be.
+    """Damage files of runs and fused outputs, make random calls, kill commands; report every defect.
 
     A kind and a seed determine a case: `--kind KIND --seed SEED --cases 1` repeats it.
     """

@@ -1,4 +1,4 @@
-"""What is damaged and killed: a small finished run, and a small fused output with its inputs."""
+"""The inputs of the cases: a small finished run, and a small fused output with its own inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VICTIM = "another's file"
 
 
 class Subjects:
-    """Makes both once, and hands out copies of them.
+    """Makes both once, and gives each case a copy.
 
     Args:
         folder: for everything that is made.
