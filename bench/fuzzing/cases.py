@@ -212,7 +212,7 @@ def _shape(choose: random.Random) -> tuple[int, ...]:
 
 
 def _fuser_call(choose: random.Random, seed: int) -> Outcome:
-    """Rounds of a fuser; its counts are those of the scores that it returns, and ``rkif.fuse`` gives the same result."""
+    """Rounds of a fuser; its counts fit its scores, and ``rkif.fuse`` gives the same result."""
     torch.manual_seed(seed)
     config = rkif.FusionConfig(
         density=choose.choice([0.0, 0.2, 0.5, 1.0]),

@@ -122,12 +122,12 @@ def test_the_command_shows_the_plan(model: Path) -> None:
     [
         (["--model", "/nowhere"], "there is no /nowhere"),
         (["--model", "{model}", "--device-memory", "much"], "--device-memory must be a size"),
-        (["--model", "{model}", "--device-memory", "1KiB"], "nothing fits: the least is"),
+        (["--model", "{model}", "--device-memory", "1KiB"], "nothing fits in"),
         (["--model", "{model}", "--lora-r", "4", "--target-modules", "nope"], "nope"),
         (["--model", "{model}", "--target-modules", "q_proj"], "give their rank with --lora-r"),
         (["--model", "{model}", "--dtype", "int8"], "--dtype must be one of"),
         (["--model", "{model}", "--optimizer", "lion"], "--optimizer must be one of"),
-        (["--model", "{bad}"], "describes no model that transformers has"),
+        (["--model", "{bad}"], "does not describe a model that transformers has"),
     ],
 )
 def test_bad_input_is_one_clear_line(

@@ -241,7 +241,7 @@ def test_a_folder_that_cannot_be_written_is_named(
     write(tmp_path / "full" / "something", "else")
     status, _, errors = rkif("run", config, "--out", tmp_path / "full")
     assert status == 1
-    assert "is not empty, and no run" in errors
+    assert "is not empty and is not a run" in errors
 
 
 @pytest.mark.parametrize("damage", ["checkpoint.safetensors", "metrics.json"])

@@ -39,7 +39,7 @@ def test_demo_compares_the_methods_and_can_be_resumed(tmp_path: Path) -> None:
     assert demo(out, resume=True, console=console) == runs
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "file").touch()
-    with pytest.raises(ValueError, match="is not empty, and no demo"):
+    with pytest.raises(ValueError, match="is not empty and is not a demo"):
         demo(tmp_path / "foreign", resume=False, console=console)
 
 

@@ -295,7 +295,7 @@ def test_the_state_before_a_rollback_to_the_start_is_checked(whole: Path, tmp_pa
     assert "1 tasks' files and 1 kept states" in shown(run, "--verify")
     other_snapshot(run, 0)
     assert "snapshots/000000.safetensors is not the file that was written" in refused(run, "--verify")
-    with pytest.raises(ValueError, match="the kept state of round 0 is not what the ledger says it was"):
+    with pytest.raises(ValueError, match="the kept state of round 0 differs from the ledger"):
         rollback(run, 0)
 
 

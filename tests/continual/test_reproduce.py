@@ -51,7 +51,7 @@ def test_a_round_is_reproduced_from_an_earlier_state(whole: Path, tmp_path: Path
     assert (found.start, found.differences) == (3, {})
     (tmp_path / "run/snapshots/000003.safetensors").unlink()
     with pytest.raises(
-        ValueError, match="no state of the task was kept from before round 5; there are: 0, 1"
+        ValueError, match="no state of the task was kept from before round 5; kept states: 0, 1"
     ):
         reproduce(tmp_path / "run", 5, quiet())
     failed = CliRunner().invoke(app, ["reproduce", str(tmp_path / "run"), "--round", "99"])

@@ -120,11 +120,11 @@ ROW = {"task": "news", "id": "n9", "input": "z", "output": "world"}
         ),
         (
             {"table": {"tasks": {"a/b": {"instruction": ""}}, "orders": {"both": ["a/b"]}}},
-            "task 'a/b' cannot be the name of a folder",
+            "task 'a/b' cannot be used as the name of a folder",
         ),
         (
             {"table": {"tasks": {"..": {"instruction": ""}}, "orders": {"both": [".."]}}},
-            r"task '\.\.' cannot be the name",
+            r"task '\.\.' cannot be used as the name",
         ),
         ({"table": {**TABLE, "orders": {"both": ["news", "free", "news"]}}}, r"order has task 'news' twice"),
         ({"table": {**TABLE, "orders": {"long": ["news"], "x": []}}}, r"order 'both' is not in .*: long, x$"),

@@ -201,7 +201,7 @@ def test_deepspeed_and_fsdp1_are_refused_with_the_reason() -> None:
             super().__init__()
             self.inside = nn.Linear(2, 2)
 
-    with pytest.raises(TypeError, match=r"one flat parameter of many.*fully_shard"):
+    with pytest.raises(TypeError, match=r"flattens many parameters into one.*fully_shard"):
         rkif.Fuser(nn.Sequential(FullyShardedDataParallel()))
 
 

@@ -99,7 +99,7 @@ def test_packed_scores_cannot_be_read_in_the_outer_phase() -> None:
 
 
 def test_packing_needs_an_inner_importance_that_is_cleared() -> None:
-    with pytest.raises(ValueError, match=r"pack_inner=True gives the inner importance up.*clear_inner"):
+    with pytest.raises(ValueError, match=r"pack_inner=True discards the inner importance.*clear_inner"):
         rkif.FusionConfig(pack_inner=True, clear_inner=False)
 
 

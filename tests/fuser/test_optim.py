@@ -285,8 +285,8 @@ def test_a_step_skipped_by_a_gradient_scaler_is_not_observed(overflow: bool) -> 
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"lr": -1.0}, ValueError, "lr must be a finite number"),
-        ({"lr": torch.tensor(0.1)}, ValueError, "no tensor"),
+        ({"lr": -1.0}, ValueError, "lr must be a finite non-negative number"),
+        ({"lr": torch.tensor(0.1)}, ValueError, "not a tensor"),
         ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\]"),
         ({"state_dtype": torch.float16}, ValueError, "state_dtype must be"),
         ({"amsgrad": True}, TypeError, "amsgrad"),
@@ -305,7 +305,7 @@ def test_refuses_invalid_parameters_groups_and_fusers() -> None:
         rkif.optim.AdamW(make_model(dtype=torch.float64).parameters())
     with pytest.raises(ValueError, match="maximize=True is not supported"):
         rkif.optim.AdamW([{"params": model.parameters(), "maximize": True}])
-    with pytest.raises(ValueError, match="follows none of this optimizer's parameters"):
+    with pytest.raises(ValueError, match="has none of this optimizer's parameters"):
         rkif.optim.AdamW(model.parameters(), fuser=Fuser(make_model()))
 
 

@@ -172,7 +172,7 @@ def test_a_folder_that_is_not_the_ledgers_is_refused(tmp_path: Path) -> None:
     again.run(range(3))
     with pytest.raises(LedgerError, match="has 1 rounds, and this fuser has ended 0: load the state"):
         again.fuser.begin_outer()
-    with pytest.raises(ValueError, match="pack_inner=True gives up"):
+    with pytest.raises(ValueError, match="pack_inner=True discards"):
         loop(tmp_path / "packed", pack_inner=True)
     with pytest.raises(OSError, match="file"):
         Fuser(make_model(), ledger=tmp_path / "other" / "file")

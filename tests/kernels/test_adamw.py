@@ -207,9 +207,9 @@ def test_weights_of_any_layout_are_updated(layout: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": -1.0}, "lr must be a finite number"),
-        ({"lr": math.nan}, "lr must be a finite number"),
-        ({"lr": torch.tensor(1.0)}, "lr must be a finite number, not negative, no tensor"),
+        ({"lr": -1.0}, "lr must be a finite non-negative number"),
+        ({"lr": math.nan}, "lr must be a finite non-negative number"),
+        ({"lr": torch.tensor(1.0)}, "lr must be a finite non-negative number, not a tensor"),
         ({"eps": -1e-8}, "eps must be"),
         ({"weight_decay": math.inf}, "weight_decay must be"),
         ({"betas": (1.0, 0.9)}, r"betas\[0\] must be a number in \[0, 1\).*1.0"),

@@ -141,7 +141,7 @@ class RunFolder:
                 raise ValueError(f"{path} is not empty and is not a run; choose another --out")
             if not resume:
                 raise ValueError(
-                    f"{path} holds a run already; continue with --resume, or choose another --out"
+                    f"{path} holds a run; continue with --resume, or choose another --out"
                 )
             _require_same(settings, text)
             return
