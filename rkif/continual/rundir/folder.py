@@ -140,9 +140,7 @@ class RunFolder:
             if not settings.exists():
                 raise ValueError(f"{path} is not empty and is not a run; choose another --out")
             if not resume:
-                raise ValueError(
-                    f"{path} holds a run; continue with --resume, or choose another --out"
-                )
+                raise ValueError(f"{path} holds a run; continue with --resume, or choose another --out")
             _require_same(settings, text)
             return
         write_text(settings, text)
