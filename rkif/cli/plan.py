@@ -29,9 +29,7 @@ def plan_command(
         str | None,
         typer.Option(help="Modules that get adapters, such as q_proj,v_proj.", show_default="peft's choice"),
     ] = None,
-    optimizer: Annotated[
-        str, typer.Option(help="Both learners' optimizer: adamw, adamw8bit, sgd.")
-    ] = "adamw",
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit or sgd, for both learners.")] = "adamw",
     importance: Annotated[
         str, typer.Option(help="Importance: sensitivity_uncertainty or sensitivity.")
     ] = "sensitivity_uncertainty",
