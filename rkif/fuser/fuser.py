@@ -218,9 +218,11 @@ class Fuser:
         Raises:
             RuntimeError: not in the outer phase, a learner was never observed, a non-finite importance was
                 seen and the config says "raise", or as :meth:`begin_outer` for a replaced parameter.
-            ValueError: a parameter had no gradient in any step of the round, and the config says "raise".
-                After an error, parameters, importance and the round are unchanged; :meth:`rollback`
-                abandons the round.
+            ValueError: a parameter had no gradient in any step of the round, and the config says "raise"; or
+                the ledger is not that of this fuser's rounds. After an error so far, parameters, importance
+                and the round are unchanged; :meth:`rollback` abandons the round.
+            OSError: the round has ended, but its record cannot be written to the ledger. The end of the next
+                round writes it first.
         """
         nonfinite = require_complete(self)
         with self._shards.processes.propagate_failure():

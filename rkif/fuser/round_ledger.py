@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from rkif.distributed.shards import to_whole
-from rkif.files import write_text
+from rkif.files import read_text, write_text
 from rkif.fusion import FusionReport, skipped_report
-from rkif.ledger.chain import LEDGER, Ledger, LedgerError
+from rkif.ledger.chain import LEDGER, Ledger, LedgerError, LedgerRecord
 from rkif.ledger.records import (
     begin_record,
     not_rolled_back,
@@ -56,6 +56,7 @@ class RoundStart(NamedTuple):
     """What a record needs of the time before its round ends: copies, sharded as the parameters are."""
 
     base: dict[str, Tensor]
+    digest: str  # of the base
     inner_scores: dict[str, Tensor]
     outer_scores: dict[str, Tensor]
     inner_steps: int
@@ -84,7 +85,8 @@ class RoundLedger:
         self.resumed = False  # whether the fuser's state was loaded
         self._fuser = fuser
         self._ledger: Ledger | None = None
-        self._rounds = self._steps = 0  # that are in the ledger and were not rolled back
+        self._valid: list[LedgerRecord] = []  # the first record, and rounds that were not rolled back
+        self._unwritten: list[dict[str, Any]] = []  # of a round that has ended
         writes = fuser._shards.processes.rank == 0
         self._measures = writes or fuser._shards.sharded  # the parts of sharded tensors are gathered by all
         digest = parameter_digest(_whole(fuser.parameters)) if self._measures else ""
@@ -96,11 +98,11 @@ class RoundLedger:
         values = _settings(self._fuser)
         settings, path = _text(values), folder / "config.yaml"
         folder.mkdir(parents=True, exist_ok=True)
-        if not any(folder.iterdir()):
+        if {entry.name for entry in folder.iterdir()} <= {f"{path.name}.tmp"}:  # which a kill can leave
             write_text(path, settings)
         elif not path.is_file():
             raise ValueError(f"ledger={str(folder)!r} is not empty and does not hold a ledger")
-        elif (stored := path.read_text(encoding="utf-8")) != settings:
+        elif (stored := read_text(path)) != settings:
             values["fusion"].pop("missing", None)  # ledgers are older than this setting
             if stored != _text(values):
                 raise ValueError(f"ledger={str(folder)!r} is of other settings: see {path}")
@@ -109,14 +111,8 @@ class RoundLedger:
         ledger = Ledger(folder / LEDGER)
         if not ledger.records:
             ledger.append(self._complete(begin_record(METHOD, [], digest)))
-        self._count(ledger)
+        self._valid = [r for r in not_rolled_back(ledger.records) if r["event"] in ("begin", "round")]
         return ledger
-
-    def _count(self, ledger: Ledger) -> None:
-        """Count the rounds, and their inner steps, that were not rolled back."""
-        rounds = [record for record in not_rolled_back(ledger.records) if record["event"] == "round"]
-        self._rounds = rounds[-1]["round"] if rounds else 0
-        self._steps = rounds[-1]["steps"][1] if rounds else 0
 
     def require_position(self) -> None:
         """Check that the ledger ends where the fuser's rounds do, or later if the fuser's state was loaded.
@@ -125,53 +121,85 @@ class RoundLedger:
             LedgerError: the ledger has rounds of another fuser, or lacks rounds of this one.
         """
         with self._fuser._shards.processes.raise_on_any_failure():
-            if self._ledger is None or self._rounds == self._fuser.round:
+            rounds = len(self._valid) - 1 + sum(record["event"] == "round" for record in self._unwritten)
+            if self._ledger is None or rounds == self._fuser.round:
                 return
-            if not self.resumed or self._rounds < self._fuser.round:
+            if not self.resumed or rounds < self._fuser.round:
                 raise LedgerError(
-                    f"{self._ledger.path} has {self._rounds} rounds, and this fuser has ended "
+                    f"{self._ledger.path} has {rounds} rounds, and this fuser has ended "
                     f"{self._fuser.round}: load the state that was saved with it, or choose a new folder"
                 )
 
     def begin_record(self) -> RoundStart | None:
-        """Copy what the record of the round under way needs; nothing on a process that only waits."""
+        """Copy what the record of the round under way needs; nothing on a process that only waits.
+
+        Raises:
+            LedgerError: as :meth:`require_position`; another process has written to the ledger; or the round
+                began with other parameters than the ledger has for the round before.
+            OSError: the record of the round before could not be written, and still cannot be.
+        """
         self.require_position()
         fuser = self._fuser
+        base = fuser.base() if self._measures else {}
+        digest = parameter_digest(_whole(base)) if self._measures else ""
+        with fuser._shards.processes.raise_on_any_failure():
+            self._write()
+            if self._ledger is not None:
+                self._ledger.require_unchanged()
+                if digest != self._valid[fuser.round]["parameters"]["after"]:
+                    raise LedgerError(
+                        f"{self._ledger.path}: this round began with other parameters than the ledger has "
+                        f"after round {fuser.round}: load the model and the state saved with it, or "
+                        "choose a new folder"
+                    )
         if not self._measures:
             return None
-        return RoundStart(fuser.base(), fuser.scores("inner"), fuser.scores("outer"), fuser.inner_observed)
+        scores = fuser.scores("inner"), fuser.scores("outer")
+        return RoundStart(base, digest, *scores, fuser.inner_observed)
 
     def end_record(self, start: RoundStart | None, report: FusionReport) -> None:
-        """Append the record of the round that has ended, and of a return to an earlier state before it."""
+        """Append the record of the round that has ended, and of a return to an earlier state before it.
+
+        Raises:
+            OSError, LedgerError: it cannot be written. :meth:`begin_record` of the next round tries again.
+        """
         fuser = self._fuser
         if start is not None:
             effects = _effects(start, fuser.parameters, report)
-            before, after = parameter_digest(_whole(start.base)), parameter_digest(_whole(fuser.parameters))
+            after = parameter_digest(_whole(fuser.parameters))
         with fuser._shards.processes.raise_on_any_failure():
-            if (ledger := self._ledger) is None or start is None:
+            if self._ledger is None or start is None:
                 return
-            if self._rounds >= fuser.round:  # rounds after the state that was loaded
-                self._drop_rounds(ledger, fuser.round - 1, before)
-            first, self._steps = self._steps, self._steps + start.inner_steps
+            if len(self._valid) > fuser.round:  # rounds after the state that was loaded
+                self._drop_rounds(self._ledger, fuser.round - 1, start.digest)
+            first = self._valid[-1].get("steps", [0, 0])[1]
             content = {
                 "event": "round",
                 "round": fuser.round,
                 "task": None,
-                "steps": [first, self._steps],
+                "steps": [first, first + start.inner_steps],
                 "data": None,
                 **report_values(report),
                 "modules": effects,
-                "parameters": {"before": before, "after": after},
+                "parameters": {"before": start.digest, "after": after},
             }
-            ledger.append(self._complete(content))
-            self._rounds = fuser.round
+            self._unwritten.append(self._complete(content))
+            self._write()
+
+    def _write(self) -> None:
+        """Write what is unwritten. What cannot be written remains unwritten."""
+        while self._unwritten and self._ledger is not None:
+            record = self._ledger.append(self._unwritten[0])
+            del self._unwritten[0]
+            if record["event"] == "round":
+                self._valid.append(record)
 
     def _drop_rounds(self, ledger: Ledger, to: int, digest: str) -> None:
         """Record the return to the state after round ``to``."""
         last = next(r["parameters"]["after"] for r in reversed(ledger.records) if "parameters" in r)
         content = {"event": "rollback", "to": to, "task": None, "finished": 0}
-        ledger.append(self._complete(content | {"parameters": {"before": last, "after": digest}}))
-        self._count(ledger)
+        self._unwritten.append(self._complete(content | {"parameters": {"before": last, "after": digest}}))
+        del self._valid[to + 1 :]
 
     def _complete(self, content: Mapping[str, Any]) -> dict[str, Any]:
         return {**content, **self._identity, "time": now()}

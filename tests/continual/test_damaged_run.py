@@ -166,6 +166,26 @@ def test_invalid_records_with_a_valid_chain_are_refused(
             assert key in errors
 
 
+@pytest.mark.parametrize(
+    ("event", "edit", "message"),
+    [
+        ("measured", lambda r: r.pop("config"), "is of other settings than"),
+        (
+            "rollback",
+            lambda r: r["parameters"].update(after="0" * 64),
+            "does not return to the parameters after round 2",
+        ),
+    ],
+)
+def test_records_that_contradict_each_other_are_found(
+    rkif: Rkif, run: Path, event: str, edit: Edit, message: str
+) -> None:
+    rollback(run, 2)
+    assert rkif("log", run, "--verify")[0] == 0
+    rewrite_ledger(run / "ledger.jsonl", edit, seq_of(run, event))
+    assert message in refused(rkif, run, "log", run, "--verify")
+
+
 @pytest.mark.parametrize("line", [b'{"seq":0,"previous":NaN,"hash":1}', b"[" * 100_000, b'{"hash": 1e999}'])
 def test_lines_that_are_not_records_are_refused(rkif: Rkif, run: Path, line: bytes) -> None:
     (run / "ledger.jsonl").write_bytes(line + b"\n")

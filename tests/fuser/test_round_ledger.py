@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +178,88 @@ def test_a_folder_that_is_not_the_ledgers_is_refused(tmp_path: Path) -> None:
         loop(tmp_path / "packed", pack_inner=True)
     with pytest.raises(OSError, match="file"):
         Fuser(make_model(), ledger=tmp_path / "other" / "file")
+
+
+def other_start(folder: Path) -> Loop:
+    """A loop with another untrained model."""
+    made = Loop(FusionConfig.paper(density=0.3))
+    made.model.load_state_dict(make_model(1).state_dict())
+    made.fuser = Fuser(made.model, made.fuser.config, ledger=folder)
+    return made
+
+
+def test_a_round_that_does_not_follow_the_ledger_is_refused(tmp_path: Path) -> None:
+    """A training that was killed in its first round begins again from other parameters."""
+    loop(tmp_path).run(range(3))
+    again = other_start(tmp_path)
+    again.run(range(6))
+    before = again.weights()
+    for end in (again.fuser.fuse, again.fuser.rollback):
+        with pytest.raises(LedgerError, match="other parameters than the ledger has after round 0"):
+            end()
+    assert all(map(torch.equal, before, again.weights()))
+    assert (again.fuser.round, again.fuser.phase, len(records(tmp_path))) == (0, "outer", 1)
+
+
+def test_the_state_of_another_training_is_refused(tmp_path: Path) -> None:
+    loop(tmp_path / "ledger").run(range(2 * ROUND))
+    other = other_start(tmp_path / "other")
+    other.run(range(ROUND))
+    made = loop(tmp_path / "ledger")
+    made.model.load_state_dict(other.model.state_dict())
+    made.fuser.load_state_dict(other.fuser.state_dict())
+    made.run(range(ROUND, 2 * ROUND - 1))
+    with pytest.raises(LedgerError, match="began with other parameters than the ledger has after round 1"):
+        made.fuser.fuse()
+    assert len(records(tmp_path / "ledger")) == 3
+
+
+def test_a_second_fuser_on_a_ledger_is_refused(tmp_path: Path) -> None:
+    first, second = loop(tmp_path), loop(tmp_path)
+    first.run(range(ROUND))
+    second.run(range(ROUND - 1))
+    before = second.weights()
+    with pytest.raises(LedgerError, match="was changed by another process"):
+        second.fuser.fuse()
+    assert all(map(torch.equal, before, second.weights()))
+    verify(tmp_path)
+
+
+def test_a_record_that_cannot_be_written_is_written_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, plain = loop(tmp_path), Loop(FusionConfig.paper(density=0.3))
+    made.run(range(ROUND))
+    state, weights = copy.deepcopy(made.fuser.state_dict()), copy.deepcopy(made.model.state_dict())
+    made.run(range(ROUND, 2 * ROUND))
+    made.model.load_state_dict(weights)
+    made.fuser.load_state_dict(state)  # so that the second round is rolled back
+    made.run(range(ROUND, 2 * ROUND - 1))
+
+    def full(descriptor: int, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            made.fuser.fuse()
+    assert (made.fuser.round, len(records(tmp_path))) == (2, 3)
+    made.run(range(2 * ROUND, 3 * ROUND))
+    found = [(r["event"], r.get("round")) for r in records(tmp_path)]
+    ends = [("round", 1), ("round", 2), ("rollback", None), ("round", 2), ("round", 3)]
+    assert found == [("begin", None), *ends]
+    verify(tmp_path)
+    plain.run(range(ROUND))
+    assert records(tmp_path)[1]["parameters"]["after"] == parameter_digest(plain.fuser.parameters)
+
+
+def test_what_a_kill_at_the_start_leaves_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml.tmp").write_text("{")
+    loop(tmp_path).run(range(ROUND))
+    verify(tmp_path)
+    (tmp_path / "config.yaml").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged"):
+        loop(tmp_path)
 
 
 def test_a_ledger_changes_no_bit(tmp_path: Path) -> None:

@@ -66,9 +66,14 @@ def require_whole(reader: RunReader, records: Sequence[LedgerRecord]) -> Counter
                 raise LedgerError(
                     f"{where} begins with other parameters than the record before it ended with"
                 )
+            if record["event"] == "rollback" and record["parameters"]["after"] != _kept_parameters(
+                records[: record["seq"] + 1]
+            ):
+                raise LedgerError(f"{where} does not return to the parameters after round {record['to']}")
             parameters = record["parameters"]["after"]
-        # A rollback's record has no settings.
-        if record["seq"] in numbers and record.get("config", settings) != settings:
+        # The record of a run's rollback has no settings.
+        none = settings if record["event"] == "rollback" else None
+        if record["seq"] in numbers and record.get("config", none) != settings:
             raise LedgerError(f"{where} is of other settings than {run / 'config.yaml'} has now")
     recorded = require_recorded(run, records)
     learned = [record["task"] for record in valid if record["event"] == "task"]
@@ -76,6 +81,12 @@ def require_whole(reader: RunReader, records: Sequence[LedgerRecord]) -> Counter
     _require_no_other(run, recorded, following)
     states = sum(RoundStates(run).path(number) in recorded for number in RoundStates(run).rounds())
     return Counter({"records": len(records), "tasks": len(learned), "states": states})
+
+
+def _kept_parameters(records: Sequence[LedgerRecord]) -> str:
+    """Digest of the parameters that the rollback in the last of these records returns to."""
+    kept = [r for r in not_rolled_back(records) if r["event"] != "rollback" and "parameters" in r]
+    return str(kept[-1]["parameters"]["after"])
 
 
 def _is_temporary(path: Path) -> bool:
