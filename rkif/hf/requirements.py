@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
@@ -51,6 +51,22 @@ def require_separate_steps(optim: str) -> None:
         reason = "keeps a second sequence of weights, which a fusion would not change"
     if reason:
         raise ValueError(f"optim={optim!r} cannot be used with a memory_dataset: it {reason}")
+
+
+def require_constant_ranks(model: Any) -> None:
+    """Require that no adapter of the model prunes ranks during training.
+
+    Raises:
+        ValueError: an AdaLoRA adapter does. A fusion of weights from before and after the pruning restores
+            what was pruned, and the saved adapter, which has the reduced ranks only, would differ.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        ranks = getattr(config, "init_r", 0), getattr(config, "target_r", 0)
+        if config.peft_type == "ADALORA" and ranks[0] != ranks[1]:
+            raise ValueError(
+                f"AdaLoRA prunes ranks from init_r={ranks[0]} to target_r={ranks[1]}, and fusions undo "
+                "it: with a memory_dataset use the same rank for both, or LoRA"
+            )
 
 
 def require_gradients(trainer: RKIFMixin) -> None:

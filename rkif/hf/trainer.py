@@ -15,7 +15,12 @@ from transformers import Trainer
 from rkif import Fuser, FusionConfig, Gate
 from rkif.hf import state
 from rkif.hf.memory import accepted_memory, require_labels
-from rkif.hf.requirements import require_given_batches, require_gradients, require_separate_steps
+from rkif.hf.requirements import (
+    require_constant_ranks,
+    require_given_batches,
+    require_gradients,
+    require_separate_steps,
+)
 from rkif.hf.rounds import TrainerRounds
 from rkif.optim import AdamW
 
@@ -91,7 +96,8 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
             ValueError: `outer_learning_rate` is not positive and finite; `optimizer` is unknown or given with
                 another choice of an optimizer; the memory lacks the labels that the training data has; or a
                 memory is given with a ready-made optimizer, with one that steps within the backward pass or
-                keeps weights of its own, or to a trainer that generates its batches.
+                keeps weights of its own, to a trainer that generates its batches, or to a model with an
+                adapter that prunes ranks.
         """
         self.fusion = FusionConfig() if fusion is None else fusion
         if not isinstance(self.fusion, FusionConfig):
@@ -143,6 +149,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         self._rkif = TrainerRounds(self, memory)
         self.add_callback(self._rkif)
         self.eval_dataset = prepared if named is eval_dataset else prepared.get("eval")
+        require_constant_ranks(self.model)
         if optimizer is None and self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             require_separate_steps(self.args.optim)
         own_choice = type(self).create_outer_optimizer is not RKIFMixin.create_outer_optimizer
