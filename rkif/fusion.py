@@ -14,7 +14,7 @@ from torch import Tensor
 import rkif_kernels
 from rkif.config import MergeWeights, merge_weights
 from rkif.gate import GateReport
-from rkif_kernels import CASES, Arguments, Backend, FuseStats, OuterFrom, Scope, Scores
+from rkif_kernels import CASES, Arguments, Backend, FuseStats, OuterFrom, Scope, Scores, magnitudes
 
 Thresholds = float | dict[str, float]
 
@@ -72,8 +72,8 @@ def fuse(
     base: Mapping[str, Tensor],
     inner: Mapping[str, Tensor],
     outer: Mapping[str, Tensor],
-    inner_importance: Mapping[str, Tensor],
-    outer_importance: Mapping[str, Tensor],
+    inner_importance: Mapping[str, Tensor] | None = None,
+    outer_importance: Mapping[str, Tensor] | None = None,
     *,
     density: float = 0.2,
     rule: str | MergeWeights = "paper",
@@ -96,7 +96,9 @@ def fuse(
         base: name -> parameter before the round; any shapes; float32, bfloat16 or float16.
         inner: the same after the inner learner.
         outer: the same after the outer learner, which started from the inner learner's result.
-        inner_importance, outer_importance: name -> non-negative scores of the parameter's shape.
+        inner_importance, outer_importance: name -> non-negative scores of the parameter's shape; both or
+            neither. Without them the scores are the magnitudes of the task vectors, ``|inner - base|`` and
+            ``|outer - inner|`` (``|outer - base|`` with ``outer_from="base"``), as in ``rkif fuse``.
         density: fraction each learner selects, in [0, 1].
         rule: "paper", "release" or a :class:`rkif.MergeWeights`.
         scope: one threshold over all parameters ("global") or one for each ("tensor").
@@ -113,16 +115,16 @@ def fuse(
     Raises:
         TypeError, ValueError: names the argument, the parameter and the value: not mappings, different names,
             shapes or devices, unsupported dtypes, no parameters, density outside [0, 1], unknown rule or
-            scope, negative or NaN importance, outputs that share memory. Nothing has been written then.
+            scope, one importance alone, negative or NaN importance, parameters that are not finite where no
+            importance is given, outputs that share memory. Nothing has been written then.
     """
     weights = merge_weights(rule)
-    arguments: dict[str, Mapping[str, Tensor]] = {
-        "base": base,
-        "inner": inner,
-        "outer": outer,
-        "inner_importance": inner_importance,
-        "outer_importance": outer_importance,
-    }
+    arguments: dict[str, Mapping[str, Tensor]] = {"base": base, "inner": inner, "outer": outer}
+    if inner_importance is not None and outer_importance is not None:
+        arguments |= {"inner_importance": inner_importance, "outer_importance": outer_importance}
+    elif inner_importance is not None or outer_importance is not None:
+        raise ValueError("inner_importance and outer_importance belong together: give both or neither")
+    by_magnitude = inner_importance is None
     if out is not None:
         arguments["out"] = out
     names = common_names(arguments)
@@ -135,8 +137,16 @@ def fuse(
         check.add(argument, tensors)
     if sum(tensor.numel() for tensor in rows["base"]) == 0:
         raise ValueError("base is empty: its parameters have no elements")
-    for argument in ("inner_importance", "outer_importance"):
-        _require_scores(argument, names, rows[argument], backend)
+    if by_magnitude:
+        for argument in ("base", "inner", "outer"):
+            _require_finite(argument, names, rows[argument])
+        start = rows["base"] if outer_from == "base" else rows["inner"]
+        inner_scores = magnitudes(rows["inner"], rows["base"])
+        outer_scores = magnitudes(rows["outer"], start)
+    else:
+        for argument in ("inner_importance", "outer_importance"):
+            _require_scores(argument, names, rows[argument], backend)
+        inner_scores, outer_scores = Scores(rows["inner_importance"]), Scores(rows["outer_importance"])
 
     return FusionResult(
         dict(zip(names, rows["out"], strict=True)),
@@ -145,8 +155,8 @@ def fuse(
             rows["base"],
             rows["inner"],
             rows["outer"],
-            Scores(rows["inner_importance"]),
-            Scores(rows["outer_importance"]),
+            inner_scores,
+            outer_scores,
             out=rows["out"],
             density=density,
             weights=weights,
@@ -239,6 +249,15 @@ def common_names(arguments: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
             more = f" ({count} names differ in all)" if count > 1 else ""
             raise ValueError(f"{argument} {' and '.join(parts)}{more}")
     return names
+
+
+def _require_finite(argument: str, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    for name, tensor in zip(names, tensors, strict=True):
+        if not bool(tensor.detach().isfinite().all()):
+            raise ValueError(
+                f"{argument}[{name!r}] has NaN or infinite elements; without importance the parameters must "
+                "be finite"
+            )
 
 
 def _require_scores(argument: str, names: Sequence[str], tensors: Sequence[Tensor], backend: Backend) -> None:

@@ -191,8 +191,7 @@ def _commands(folder: Path, peers: Path | None, device: torch.device) -> dict[st
     fuse = [*rkif, "fuse", *inputs, "--out", out, "--max-shard-size", "200MB", "--json", "--device"]
     chosen = [*fuse, device.type]
     ours = ["--outer-from", "base", "--density", str(DENSITY)]
-    weights = [str(weight) for weight in WEIGHTS]
-    merge = ["--weight", *weights, "--no-normalize"]
+    merge = ["--weight", ",".join(map(str, WEIGHTS)), "--no-normalize"]
     density = ["--density", str(DENSITY)]
     commands = {
         "read": ["sh", "-c", f"cat {files} > /dev/null"],

@@ -92,7 +92,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 
 
 def summary_table(summary: Summary) -> Table:
-    """The result, time, data volume and memory of the fusion."""
+    """The result, time, data volume and memory of the fusion; its digest is too long for a row."""
     report = summary.report
     total = max(sum(report["counts"].values()), 1)
     table = _table(f"Fused into {summary.out}{', resumed' if summary.resumed else ''}")
@@ -109,7 +109,6 @@ def summary_table(summary: Summary) -> Table:
     duration = f"{_duration(summary.seconds)} ({summary.cpu_seconds:.1f} s of CPU): {_gb(summary.read)} read"
     table.add_row("time", f"{duration} at {speed:,.0f} MB/s, {_gb(summary.written)} written")
     table.add_row("memory", f"{summary.memory / MIB:,.0f} MiB")
-    table.add_row("SHA-256", summary.content_sha256)
     return table
 
 

@@ -14,6 +14,7 @@ from rkif.checkpoint.buffers import IN_FLIGHT
 from rkif.checkpoint.card import companions
 from rkif.checkpoint.compatibility import compare_inputs
 from rkif.checkpoint.estimate import estimate_seconds, scanned_bytes
+from rkif.checkpoint.identical import same_files
 from rkif.checkpoint.layout import ALIGNMENT, Chunk, OutputLayout, plan_chunks, plan_layout
 from rkif.checkpoint.methods import settings_of
 from rkif.checkpoint.process_memory import anonymous_memory
@@ -109,6 +110,7 @@ def preflight(request: Request) -> Plan:
     check_out(request, problems)
     if problems:
         raise PreflightError(problems)
+    notes += same_files(checkpoints, request.method.outer_from)
 
     base, *others = checkpoints.values()
     layout = plan_layout(

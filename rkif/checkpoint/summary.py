@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rkif.checkpoint.identical import same_contents
 from rkif.checkpoint.preflight import Plan
 
 
@@ -22,6 +23,7 @@ class Summary:
         read, written: bytes.
         memory: the most bytes of anonymous memory seen, including what Python and PyTorch take.
         resumed: whether an interrupted fusion was continued.
+        notes: for the user: those of the plan, and one for each pair of inputs that are identical.
     """
 
     out: str
@@ -37,6 +39,7 @@ class Summary:
     written: int
     memory: int
     resumed: bool
+    notes: list[str]
 
     @classmethod
     def of(
@@ -51,6 +54,7 @@ class Summary:
         memory: int = 0,
     ) -> Summary:
         """The summary of a plan whose output has this manifest."""
+        identical = same_contents(manifest["inputs"], plan.request.method.outer_from)
         return cls(
             out=str(plan.request.out),
             tensors=len(plan.layout.tensors),
@@ -65,6 +69,7 @@ class Summary:
             written=plan.written,
             memory=memory,
             resumed=resumed,
+            notes=list(dict.fromkeys([*plan.notes, *identical])),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -62,8 +62,8 @@ def fuse_command(
         typer.Option(help="Where OUTER started: inner or base (recurrent_kif).", show_default="inner"),
     ] = None,
     weight: Annotated[
-        tuple[float, float] | None,
-        typer.Option(help="Weights of INNER and OUTER (other methods).", show_default="1 1"),
+        str | None,
+        typer.Option(help="Weights of INNER and OUTER, such as 1,0.5 (other methods).", show_default="1,1"),
     ] = None,
     normalize: Annotated[
         bool | None,
@@ -103,7 +103,7 @@ def fuse_command(
         "rule": rule,
         "scope": scope,
         "outer_from": outer_from,
-        "weight": weight,
+        "weight": None if weight is None else _numbers("--weight", weight),
         "normalize": normalize,
         "lambda": lambda_,
         "rescale": rescale,
@@ -160,10 +160,24 @@ def _fuse(request: Request, processes: ProcessGroup, *, dry_run: bool, as_json: 
         console.print(f"note: {note}", markup=False)
     with Bar(console) as bar:
         summary = fuse_checkpoints(plan, bar, processes)
+    for note in summary.notes[len(plan.notes) :]:
+        console.print(f"note: {note}", markup=False)
     if as_json and first:
         print(json.dumps(summary.to_dict()))
     elif not as_json:
         console.print(summary_table(summary))
+        # Not in the table, which would break it at 80 columns.
+        console.print(f"SHA-256 {summary.content_sha256}", highlight=False, soft_wrap=True)
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    """The numbers in a text such as "1,0.5"."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"{option} must be numbers with commas between them, such as 1,0.5; got {text!r}"
+        ) from None
 
 
 def _device(name: str) -> torch.device:

@@ -17,19 +17,21 @@ import typer
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the work in that folder, if there is any.")]
 
-_SIZE = re.compile(r"\s*(\d*\.?\d+)\s*([kmgtpe]?)(i?)b?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d*\.?\d+)\s*([kmgtpe]?)(i?)(b?)\s*", re.IGNORECASE)
 _POWERS = " kmgtpe"  # of 1000, or of 1024 with an i
 
 
 def parse_size(option: str, text: str) -> int:
-    """The number of bytes in "500MB", "2GiB" or a plain number.
+    """The number of bytes in "500MB", "2GiB" or "4096B".
 
     Raises:
-        ValueError: the text is not a size, or the size is less than a byte; names the option.
+        ValueError: the text is not a size, it has no unit, or the size is less than a byte; names the option.
     """
     match = _SIZE.fullmatch(text)
     if match is None or (match[3] and not match[2]):
         raise ValueError(f"{option} must be a size such as 2GiB or 500MB; got {text!r}")
+    if not match[2] and not match[4]:
+        raise ValueError(f"{option} needs a unit, such as {match[1]}GiB or {match[1]}MB; got {text!r}")
     size = int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS.index(match[2].lower() or " "))
     if size <= 0:
         raise ValueError(f"{option} must be at least one byte; got {text!r}")

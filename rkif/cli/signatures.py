@@ -66,8 +66,8 @@ def verify_command(
         problems = verify(folder, bar)
     _refuse(folder, problems)
     console.print(
-        f"{folder}: {len(manifest['files'])} files and {len(manifest['tensors'])} tensors are unchanged; "
-        f"SHA-256 of the tensors {manifest['content_sha256']}",
+        f"{folder}: {len(manifest['files'])} files and {len(manifest['tensors'])} tensors are unchanged\n"
+        f"SHA-256 {manifest['content_sha256']}",
         markup=False,
         soft_wrap=True,
     )

@@ -35,14 +35,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
 
 def in_memory(triple: Triple, importance: bool, **settings: Any) -> rkif.fusion.FusionResult:
     base, inner, outer = floats(triple.base), floats(triple.inner), floats(triple.outer)
-    if importance:
-        sides = (triple.inner_scores, triple.outer_scores)
-    else:
-        start = base if settings.get("outer_from") == "base" else inner
-        sides = tuple(
-            {name: (end[name].float() - begin[name].float()).abs() for name in base}
-            for end, begin in ((inner, base), (outer, start))
-        )
+    sides = (triple.inner_scores, triple.outer_scores) if importance else ()
     return rkif.fuse(base, inner, outer, *sides, **settings)
 
 

@@ -42,7 +42,7 @@ def test_verify_accepts_an_output_and_finds_a_changed_byte(rkif: Rkif, triple: T
 def test_fuse_prints_json(rkif: Rkif, triple: Triple) -> None:
     out = triple.folder / "out"
     status, output, _ = rkif(
-        "fuse", *paths(triple), "--out", out, "--json", "--method", "ties", "--weight", 0.4, 0.6
+        "fuse", *paths(triple), "--out", out, "--json", "--method", "ties", "--weight", "0.4,0.6"
     )
     assert status == 0
     summary = json.loads(output)
@@ -50,6 +50,62 @@ def test_fuse_prints_json(rkif: Rkif, triple: Triple) -> None:
     assert summary["settings"]["weight"] == [0.4, 0.6]
     assert sum(summary["report"]["counts"].values()) == summary["report"]["numel"]
     assert summary["cpu_seconds"] > 0
+
+
+def test_hashes_are_not_broken_at_80_columns(
+    rkif: Rkif, triple: Triple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = triple.folder / "out"
+    printed = rkif("fuse", *paths(triple), "--out", out)[1]
+    verified = rkif("verify", out)[1]
+    sha256 = json.loads((out / "rkif-manifest.json").read_text())["content_sha256"]
+    for text in (printed, verified):
+        assert f"SHA-256 {sha256}" in text.splitlines()
+
+
+@pytest.mark.parametrize("json_", [True, False])
+@pytest.mark.parametrize("way", ["same file", "same bytes"])
+@pytest.mark.parametrize(
+    ("first", "second", "options", "meaning"),
+    [
+        ("inner", "outer", [], "the task vector OUTER - INNER is zero"),
+        ("inner", "outer", ["--outer-from", "base"], "their task vectors are equal"),
+        ("base", "inner", [], "the task vector INNER - BASE is zero"),
+        (
+            "base",
+            "outer",
+            [],
+            "the outer task vector, OUTER - INNER, is the inner one with the opposite sign",
+        ),
+        ("base", "outer", ["--method", "ties"], "the task vector OUTER - BASE is zero"),
+    ],
+)
+def test_identical_inputs_cause_a_note(
+    rkif: Rkif,
+    triple: Triple,
+    first: str,
+    second: str,
+    options: list[str],
+    meaning: str,
+    way: str,
+    json_: bool,
+) -> None:
+    content = triple.path(first).read_bytes()
+    triple.path(second).unlink()
+    if way == "same file":
+        triple.path(second).symlink_to(triple.path(first))
+    else:
+        triple.path(second).write_bytes(content)
+    note = f"{second.upper()} and {first.upper()} are identical: {meaning}"
+    status, output, _ = rkif(
+        "fuse", *paths(triple), "--out", triple.folder / "out", *options, *(["--json"] if json_ else [])
+    )
+    assert status == 0
+    if json_:
+        assert json.loads(output)["notes"] == [note]
+    else:
+        assert " ".join(output.split()).count(f"note: {note}") == 1
 
 
 @pytest.mark.parametrize("json_", [True, False])
@@ -77,6 +133,9 @@ def test_a_dry_run_writes_nothing(rkif: Rkif, triple: Triple, json_: bool) -> No
         (["--method", "linear", "--density", "0.5"], "density is not a setting of linear"),
         (["--max-memory", "much"], "--max-memory must be a size such as 2GiB or 500MB; got 'much'"),
         (["--max-memory", "1MiB"], "--max-memory: 1 MiB is too little"),
+        (["--max-memory", "2"], "--max-memory needs a unit, such as 2GiB or 2MB; got '2'"),
+        (["--method", "ties", "--weight", "1;2"], "--weight must be numbers with commas between them"),
+        (["--method", "ties", "--weight", "1,2,3"], "weight must be two finite numbers"),
         (["--device", "tpu"], "--device must be auto, cpu or cuda; got 'tpu'"),
         (["--inner-importance", "nowhere"], "--outer-importance belong together"),
     ],

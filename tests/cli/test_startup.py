@@ -127,7 +127,7 @@ def test_an_interrupt_ends_the_command_with_status_130(
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        ("1", 1),
+        ("1B", 1),
         ("500MB", 500 * 10**6),
         ("2GiB", 2 << 30),
         ("0.5 kib", 512),
@@ -146,7 +146,13 @@ def test_invalid_sizes_are_refused(text: str) -> None:
         parse_size("--max-memory", text)
 
 
-@pytest.mark.parametrize("text", ["0", "0.4", "0GiB"])
+@pytest.mark.parametrize("text", ["0", "2", "0.5", " 500 "])
+def test_a_size_without_a_unit_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--max-memory needs a unit, such as [\d.]+GiB or [\d.]+MB; got"):
+        parse_size("--max-memory", text)
+
+
+@pytest.mark.parametrize("text", ["0B", "0.4 B", "0GiB"])
 def test_a_size_of_zero_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--max-memory must be at least one byte; got"):
         parse_size("--max-memory", text)

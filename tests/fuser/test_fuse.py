@@ -90,6 +90,44 @@ def test_the_result_is_that_of_plain_python(rule: str, scope: str, density: floa
             assert any(found in a[key][name] for name in NAMES)
 
 
+@pytest.mark.parametrize("out", [None, "base", "inner", "outer"])
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize("outer_from", ["inner", "base"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_importance_the_scores_are_magnitudes_of_change(
+    dtype: torch.dtype, outer_from: Any, scope: Any, out: str | None
+) -> None:
+    a = arguments(dtype=dtype)
+    rows = {role: a[role] for role in ("base", "inner", "outer")}
+    start = rows["base" if outer_from == "base" else "inner"]
+    magnitudes = [
+        {name: (end[name].float() - begin[name].float()).abs() for name in NAMES}
+        for end, begin in ((rows["inner"], rows["base"]), (rows["outer"], start))
+    ]
+    settings: dict[str, Any] = {"density": 0.3, "rule": "release", "scope": scope, "outer_from": outer_from}
+    expected = rkif.fuse(**rows, inner_importance=magnitudes[0], outer_importance=magnitudes[1], **settings)
+    found = rkif.fuse(**rows, **settings, out=rows.get(out) if out else None)
+    assert all(torch.equal(found.params[name], expected.params[name]) for name in NAMES)
+    assert found.report == expected.report
+
+
+@pytest.mark.parametrize("role", ["base", "inner", "outer"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_without_importance_parameters_must_be_finite(role: str, value: float) -> None:
+    rows = {name: tensors for name, tensors in arguments().items() if "importance" not in name}
+    rows[role]["layer.bias"][2] = value
+    message = rf"{role}\['layer.bias'\] has NaN or infinite elements; without importance"
+    with pytest.raises(ValueError, match=message):
+        rkif.fuse(**rows)
+
+
+def test_one_importance_alone_is_refused() -> None:
+    a = arguments()
+    del a["outer_importance"]
+    with pytest.raises(ValueError, match="inner_importance and outer_importance belong together"):
+        rkif.fuse(**a)
+
+
 def test_the_report_has_norms_and_can_be_written_as_json() -> None:
     a = arguments()
     result = rkif.fuse(**a)

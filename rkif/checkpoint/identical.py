@@ -1,0 +1,43 @@
+"""Notes about inputs that are identical: a mistake mostly, which no check of names and shapes finds."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping
+
+from rkif.checkpoint.source import Checkpoint
+from rkif_kernels import OuterFrom
+
+
+def same_files(checkpoints: Mapping[str, Checkpoint], outer_from: OuterFrom) -> list[str]:
+    """A note for each pair of inputs that are the same files, by argument."""
+    return [
+        _note(first, second, outer_from)
+        for first, second in _pairs(checkpoints)
+        if len(checkpoints[first].files) == len(checkpoints[second].files)
+        and all(map(os.path.samefile, checkpoints[first].files, checkpoints[second].files))
+    ]
+
+
+def same_contents(inputs: Mapping[str, Mapping[str, str]], outer_from: OuterFrom) -> list[str]:
+    """A note for each pair of inputs with the same tensors; ``inputs`` are those of a manifest."""
+    return [
+        _note(first, second, outer_from)
+        for first, second in _pairs(inputs)
+        if inputs[first]["content_sha256"] == inputs[second]["content_sha256"]
+    ]
+
+
+def _pairs(inputs: Mapping[str, object]) -> itertools.combinations[tuple[str, str]]:
+    return itertools.combinations([argument for argument in inputs if not argument.startswith("--")], 2)
+
+
+def _note(first: str, second: str, outer_from: OuterFrom) -> str:
+    if (first, second) == ("INNER", "OUTER") and outer_from == "base":
+        meaning = "their task vectors are equal"
+    elif (first, second) == ("BASE", "OUTER") and outer_from == "inner":
+        meaning = "the outer task vector, OUTER - INNER, is the inner one with the opposite sign"
+    else:
+        meaning = f"the task vector {second} - {first} is zero"
+    return f"{second} and {first} are identical: {meaning}"
