@@ -197,8 +197,9 @@ class Fuser:
         """End the inner phase: the parameters are now the inner learner's result.
 
         Raises:
-            RuntimeError: the outer phase has begun already, or a parameter or the layer that holds it was
-                replaced, or has another dtype or shape.
+            RuntimeError: the outer phase has begun already; a parameter or the layer that holds it was
+                replaced, or has another dtype, shape or device; or another parameter is trainable now.
+            ValueError: the memory of a parameter is freed, or shared with another one.
         """
         require_inner_phase(self)
         if self.config.pack_inner:

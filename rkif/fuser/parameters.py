@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -39,7 +39,6 @@ def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]])
                 if name in parameters:
                     raise ValueError(f"the parameter name {name!r} is given twice")
                 _refuse_zero(name, parameter)
-                _refuse_freed(name, parameter)
                 if parameter.requires_grad:
                     parameters[name] = parameter
             case _:
@@ -54,11 +53,23 @@ def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]])
     devices = sorted({str(parameter.device) for parameter in parameters.values()})
     if len(devices) > 1:
         raise ValueError(f"trainable parameters must be on one device; found {', '.join(devices)}")
+    require_separate_memory(parameters)
+    return parameters
+
+
+def require_separate_memory(parameters: Mapping[str, Tensor]) -> None:
+    """Check that every parameter has memory of its own.
+
+    Raises:
+        TypeError: a dtype is not one that rkif computes with.
+        ValueError: memory is freed, or shared by two parameters or by elements of one.
+    """
+    for name, parameter in parameters.items():
+        _refuse_freed(name, parameter)
     arguments = Arguments(list(parameters))
     parts = [to_local(parameter) for parameter in parameters.values()]
     arguments.add("parameters", parts)
     require_disjoint(arguments, parts, {}, argument="parameters")
-    return parameters
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -91,7 +102,9 @@ def _refuse_zero(name: str, parameter: Tensor) -> None:
 
 
 def _refuse_freed(name: str, parameter: Tensor) -> None:
-    if not is_dtensor(parameter) and parameter.untyped_storage().nbytes() < parameter.nbytes:
+    steps = zip(parameter.shape, parameter.stride(), strict=True)
+    reach = parameter.itemsize * (1 + sum((size - 1) * step for size, step in steps))
+    if parameter.numel() and not is_dtensor(parameter) and parameter.untyped_storage().nbytes() < reach:
         raise ValueError(
             f"the memory of parameter {name!r} is freed: FSDP2 had gathered it for a forward pass; "
             "give the module, or list its parameters after reshard()"

@@ -1,4 +1,4 @@
-"""Notices that a model no longer holds the parameters that a fuser follows."""
+"""Notices that a model no longer holds the parameters that a fuser follows, or holds more of them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from typing import Any
 from weakref import ref
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from rkif.fuser.parameters import require_separate_memory
 
 _CAUSES = "an assignment, load_state_dict(assign=True), resize_token_embeddings() or the like"
 
 
 class ParameterWatch:
-    """The places of a model's parameters, with their dtypes and shapes when the watch began.
+    """The places of a model's parameters, with their dtypes, shapes and devices when the watch began.
 
     Args:
-        module: the model without wrappers; None if only its parameters are known. Then a replaced parameter
-            cannot be noticed, but another dtype or shape is.
+        module: the model without wrappers; None if only its parameters are known. Then a replaced or added
+            parameter cannot be noticed, but another dtype, shape or device is.
         parameters: name -> the parameters to watch. All places of a tied parameter are watched.
         reshard: called before a parameter counts as replaced: FSDP2 puts gathered parameters in the places of
             the sharded ones.
@@ -26,12 +29,14 @@ class ParameterWatch:
         self, module: nn.Module | None, parameters: Mapping[str, Tensor], reshard: Callable[[], None]
     ) -> None:
         self._reshard = reshard
-        self._kinds = [(name, p, p.dtype, p.shape) for name, p in parameters.items()]
+        self._parameters = parameters
+        self._kinds = {name: _kind(parameter) for name, parameter in parameters.items()}
         names = {id(parameter): name for name, parameter in parameters.items()}
         self._places: list[tuple[dict[str, Any], str, Any]] = []
         # A layer that is replaced still holds its old parameters. The watch does not keep a model alive.
         self._layers: list[tuple[ref[nn.Module], str, ref[nn.Module], str]] = []
         self._names = names
+        self._model = None if module is None else ref(module)
         for owner in () if module is None else module.modules():
             self._places += [
                 (owner._parameters, k, p) for k, p in owner._parameters.items() if id(p) in names
@@ -50,17 +55,15 @@ class ParameterWatch:
         if self._replaced():
             self._reshard()
             if replaced := self._replaced():
-                raise RuntimeError(
-                    f"parameter {self._names[id(replaced[0])]!r} of the model was replaced after the Fuser "
-                    f"was made ({_CAUSES}); the Fuser would fuse the old tensor: make a new Fuser"
-                )
+                raise RuntimeError(self._message(*replaced[0]))
 
     def require_unchanged(self) -> None:
-        """Check the layers, dtypes and shapes as well.
+        """Check everything else as well.
 
         Raises:
-            RuntimeError: a parameter, or a layer above it, was replaced, or has another dtype or shape; it
-                names the parameter.
+            RuntimeError: a parameter, or a layer above it, was replaced; a parameter has another dtype, shape
+                or device; or another parameter is trainable now. It names the parameter.
+            ValueError: the memory of a parameter is freed, or shared with another one.
         """
         self.require_held()
         for owner, key, child, name in self._layers:
@@ -71,12 +74,48 @@ class ParameterWatch:
                         f"the layer of parameter {name!r} was replaced after the Fuser was made ({_CAUSES}); "
                         "the Fuser would fuse the old tensor: make a new Fuser"
                     )
-        for name, parameter, dtype, shape in self._kinds:
-            if parameter.dtype != dtype or parameter.shape != shape:
+        for name, parameter in self._parameters.items():
+            if self._kinds[name] != (now := _kind(parameter)):
                 raise RuntimeError(
-                    f"parameter {name!r} had dtype {dtype} and shape {tuple(shape)} when the Fuser was made; "
-                    f"now it has {parameter.dtype} and {tuple(parameter.shape)}: make a new Fuser"
+                    f"parameter {name!r} was {self._kinds[name]} when the Fuser was made, and is {now} now: "
+                    "make a new Fuser"
                 )
+        model = None if self._model is None else self._model()
+        present: Any = () if model is None else model.named_parameters()
+        for name, parameter in present:
+            if parameter.requires_grad and id(parameter) not in self._names:
+                raise RuntimeError(
+                    f"parameter {name!r} is trainable and was not when the Fuser was made; it would be "
+                    "trained and never fused: make a new Fuser"
+                )
+        require_separate_memory(self._parameters)
 
-    def _replaced(self) -> list[Any]:
-        return [parameter for held, key, parameter in self._places if held.get(key) is not parameter]
+    def _replaced(self) -> list[tuple[dict[str, Any], str, Any]]:
+        return [place for place in self._places if place[0].get(place[1]) is not place[2]]
+
+    def _message(self, held: dict[str, Any], key: str, parameter: Any) -> str:
+        """What became of a parameter that its layer no longer holds."""
+        name, model = self._names[id(parameter)], None if self._model is None else self._model()
+        layers: Any = () if model is None else model.modules()
+        layer = next((layer for layer in layers if layer._parameters is held), None)
+        if layer is not None and is_parametrized(layer, key):
+            originals = ", ".join(
+                f"parametrizations.{key}.{n}" for n in layer.parametrizations[key]._parameters
+            )
+            return (
+                f"parameter {name!r} of the model was parametrized after the Fuser was made: its layer "
+                f"computes it from {originals} now; make a new Fuser"
+            )
+        if held.get(key) is None:
+            return (
+                f"parameter {name!r} of the model was removed from its layer after the Fuser was made (del, "
+                "pruning, spectral_norm() or the like); make a new Fuser"
+            )
+        return (
+            f"parameter {name!r} of the model was replaced after the Fuser was made ({_CAUSES}); the Fuser "
+            "would fuse the old tensor: make a new Fuser"
+        )
+
+
+def _kind(parameter: Tensor) -> str:
+    return f"{parameter.dtype} {tuple(parameter.shape)} on {parameter.device}"

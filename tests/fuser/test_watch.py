@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
+import torch.nn.utils.prune
 from fuser_loop import Loop, batch, make_model
 from tiny import tiny_llama
 from torch import nn
@@ -27,6 +29,10 @@ def delete(model: nn.Module) -> None:
     del model[0].weight
 
 
+def prune(model: nn.Module) -> None:
+    nn.utils.prune.random_unstructured(model[0], "weight", 0.5)
+
+
 def parametrize(model: nn.Module) -> None:
     nn.utils.parametrizations.weight_norm(model[0])
 
@@ -34,8 +40,19 @@ def parametrize(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("events", "call"), [(1, "observe"), (3, "begin_outer"), (5, "observe"), (6, "fuse")]
 )
-@pytest.mark.parametrize("replace", [assign, load, delete, parametrize])
-def test_a_replaced_parameter_is_named(replace: Callable[..., None], events: int, call: str) -> None:
+@pytest.mark.parametrize(
+    ("replace", "message"),
+    [
+        (assign, "replaced after"),
+        (load, "replaced after"),
+        (delete, "removed from its layer after"),
+        (prune, "removed from its layer after"),
+        (parametrize, r"parametrized after .* from parametrizations\.weight\.original0, "),
+    ],
+)
+def test_a_replaced_parameter_is_named(
+    replace: Callable[..., Any], message: str, events: int, call: str
+) -> None:
     loop = Loop(FusionConfig())
     loop.run(range(events))
     start = loop.fuser.state_dict()
@@ -43,7 +60,7 @@ def test_a_replaced_parameter_is_named(replace: Callable[..., None], events: int
     replace(loop.model)
     if replace is not delete:
         loop.model(batch(0)).sum().backward()
-    with pytest.raises(RuntimeError, match=r"parameter '0\.weight' of the model was replaced after"):
+    with pytest.raises(RuntimeError, match=rf"parameter '0\.weight' of the model was {message}"):
         getattr(loop.fuser, call)()
     end = loop.fuser.state_dict()
     assert all(torch.equal(end[name], tensor) for name, tensor in start.items())
@@ -89,8 +106,86 @@ def test_another_dtype_is_noticed() -> None:
     loop = Loop(FusionConfig())
     loop.run(range(2))
     loop.model.bfloat16()
-    with pytest.raises(RuntimeError, match=r"'0\.weight' had dtype torch\.float32 .* now it has torch\.bf"):
+    with pytest.raises(RuntimeError, match=r"'0\.weight' was torch\.float32 .* and is torch\.bfloat16"):
         loop.fuser.begin_outer()
+
+
+def test_another_device_is_noticed() -> None:
+    loop = Loop(FusionConfig())
+    loop.run(range(2))
+    torch.utils.swap_tensors(loop.model[0].weight, nn.Parameter(torch.ones(9, 4, device="meta")))
+    with pytest.raises(RuntimeError, match=r"'0\.weight' was torch\.float32 \(9, 4\) on cpu .* meta now"):
+        loop.fuser.begin_outer()
+
+
+def unfreeze(model: nn.Module) -> str:
+    model[0].bias.requires_grad_()
+    return "0.bias"
+
+
+def add_layer(model: nn.Module) -> str:
+    model.append(nn.Linear(2, 2))
+    return "3.weight"
+
+
+@pytest.mark.parametrize("add", [unfreeze, add_layer])
+def test_a_parameter_that_became_trainable_is_named(add: Callable[[nn.Module], str]) -> None:
+    model = make_model()
+    model[0].bias.requires_grad_(False)
+    fuser = Fuser(model, FusionConfig())
+    model(batch(0)).sum().backward()
+    fuser.observe()
+    name = add(model)
+    with pytest.raises(RuntimeError, match=f"'{name}' is trainable and was not when the Fuser was made"):
+        fuser.begin_outer()
+    assert fuser.phase == "inner"
+
+
+def test_a_second_adapter_is_named() -> None:
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(tiny_llama(40, 0), settings)
+    fuser = Fuser(model, FusionConfig())
+    inputs = torch.randint(0, 40, (2, 5))
+    model(input_ids=inputs, labels=inputs).loss.backward()
+    fuser.observe()
+    fuser.begin_outer()
+    fuser.observe()
+    model.add_adapter("second", settings)
+    model.set_adapter("second")
+    with pytest.raises(RuntimeError, match=r"lora_A\.second\.weight' is trainable and was not when"):
+        fuser.fuse()
+
+
+def free(model: nn.Module) -> None:
+    model[0].weight.untyped_storage().resize_(0)
+
+
+def share(model: nn.Module) -> None:
+    model[0].bias.data = model[0].weight.data.view(-1)[:9]
+
+
+def expand(model: nn.Module) -> None:
+    model[0].weight.data = torch.zeros(1, 4).expand(9, 4)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (free, r"the memory of parameter '0\.weight' is freed"),
+        (share, r"parameters\['0\.bias'\] and parameters\['0\.weight'\] share memory"),
+        (expand, r"parameters\['0\.weight'\] is an expanded view"),
+    ],
+)
+@pytest.mark.parametrize(("events", "call"), [(3, "begin_outer"), (6, "fuse")])
+def test_memory_that_is_freed_or_shared_is_named(
+    spoil: Callable[[nn.Module], None], message: str, events: int, call: str
+) -> None:
+    loop = Loop(FusionConfig())
+    loop.run(range(events))
+    spoil(loop.model)
+    with pytest.raises(ValueError, match=message):
+        getattr(loop.fuser, call)()
+    assert loop.fuser.round == 0
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.compile, lambda model: model.named_parameters()])
