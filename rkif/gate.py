@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -65,6 +66,13 @@ class Criterion:
         if self.tolerance is not None and worse > self.tolerance:
             return f"{self.name} went from {before:.6g} to {after:.6g}; tolerated: {self.tolerance:.6g}"
         return None
+
+
+def without_values(objection: str) -> str:
+    """An objection without the measured values, so that objections of one kind can be counted."""
+    text = re.sub(r" \S+ is below (\S+)$", r" below floor \1", objection)
+    text = re.sub(r" \S+ is above (\S+)$", r" above ceiling \1", text)
+    return re.sub(r" went from \S+ to \S+; tolerated: (\S+)$", r" worse by more than \1", text)
 
 
 @dataclass(frozen=True)

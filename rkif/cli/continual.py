@@ -32,12 +32,16 @@ def run_command(
 
     from rkif.continual.config import load_config
     from rkif.continual.display.progress import RunProgress, run_tables
+    from rkif.continual.display.verdicts import verdict_line
     from rkif.continual.run import run
+    from rkif.continual.rundir.folder import RunReader
 
     console = Console()
     metrics = run(load_config(config), folder, resume=resume, progress=RunProgress(console))
     for table in run_tables(metrics):
         console.print(table)
+    if verdicts := verdict_line(RunReader(folder).records()):
+        console.print(verdicts, markup=False, highlight=False)
     console.print(f"The run is in {folder}", markup=False)
 
 
@@ -122,9 +126,16 @@ def log_command(
         return
     from rich.console import Console
 
+    from rkif.continual.display.verdicts import verdict_line
+
     console = Console()
-    for table in log.explain(selected, explain) if explain is not None else [log.table(selected, module)]:
-        console.print(table)
+    if explain is not None:
+        for table in log.explain(selected, explain):
+            console.print(table)
+        return
+    console.print(log.table(selected, module))
+    if verdicts := verdict_line(selected):
+        console.print(verdicts, markup=False, highlight=False)
 
 
 @commands.command("rollback")

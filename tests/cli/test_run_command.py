@@ -55,6 +55,15 @@ def test_run_prints_a_table_and_the_folder(rkif: Rkif, settings: dict[str, Any],
     assert "recurrent_kif after tense:" in out
 
 
+def test_a_run_ends_with_the_verdicts_of_its_gate(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings["gate"] = {"criteria": [{"metric": "memory_loss", "floor": -1, "tolerance": None}]}
+    status, out, _ = rkif("run", write(tmp_path / "config.yaml", settings), "--out", tmp_path / "out")
+    assert status == 0
+    assert "gate: 1 undone; most often: memory_loss above ceiling -1\n" in out
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

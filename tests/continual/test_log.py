@@ -33,8 +33,8 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shown(*arguments: Any) -> str:
-    done = CliRunner().invoke(app, ["log", *map(str, arguments)])
+def shown(*arguments: Any, columns: int = 160) -> str:
+    done = CliRunner().invoke(app, ["log", *map(str, arguments)], env={"COLUMNS": str(columns)})
     assert done.exit_code == 0, done.exception
     return done.output
 
@@ -96,6 +96,19 @@ def test_options_filter_the_records(whole: Path) -> None:
     size = sum(value["numel"] for value in wanted)
     assert first[4:8] == [f"{100 * sum(v['counts'][case] for v in wanted) / size:.1f}" for case in range(4)]
     assert float(first[8]) == pytest.approx(math.hypot(*(v["moved"] for v in wanted)), rel=1e-2)
+
+
+def test_an_undone_round_has_its_reason_and_verdicts_are_counted(whole: Path) -> None:
+    text = shown(whole)
+    records = [record for record in RunReader(whole).ledger() if record["event"] == "round"]
+    first, second = records[0]["gate"], records[1]["gate"]
+    assert (first["verdict"], second["verdict"]) == ("unchecked", "undo")
+    (reason,) = second["attempts"][0]["objections"]
+    assert reason in text
+    assert text.count(" is above -1") == 2
+    line = text.splitlines()[-1]
+    assert line == "gate: 2 undone, 4 unchecked; most often: memory_loss above ceiling -1"
+    assert "undone" not in shown(whole, "--verdict", "unchecked").splitlines()[-1]
 
 
 def test_explain_names_the_rounds_and_learners_that_changed_a_module(whole: Path) -> None:

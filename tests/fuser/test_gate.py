@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import rkif
-from rkif.gate import Criterion, Gate, Gatekeeper
+from rkif.gate import Criterion, Gate, Gatekeeper, without_values
 
 CONFIG = rkif.FusionConfig.paper(density=1.0)  # both whole task vectors
 
@@ -93,6 +93,17 @@ def test_all_criteria_must_pass_and_objections_are_reported() -> None:
     assert report.attempts[0].objections == ["loss went from 1 to 2; tolerated: 0.5"]
     assert report.attempts[1].objections == ["accuracy 70 is below 75"]
     assert report.to_dict()["before"] == {"loss": 1.0, "accuracy": 80.0}
+
+
+def test_objections_of_one_kind_are_equal_without_their_values() -> None:
+    accuracy = Criterion("mean accuracy", float, floor=60, tolerance=5)
+    below = {without_values(str(accuracy.objection(70, value))) for value in (59.123, 1e-9)}
+    assert below == {"mean accuracy below floor 60"}
+    worse = {without_values(str(accuracy.objection(before, 65))) for before in (71, 90)}
+    assert worse == {"mean accuracy worse by more than 5"}
+    loss = Criterion("loss", float, higher_is_better=False, floor=2)
+    assert without_values(str(loss.objection(3, 3))) == "loss above ceiling 2"
+    assert without_values(str(loss.objection(0, math.nan))) == "loss is not a number"
 
 
 def test_the_value_after_a_round_is_reused() -> None:

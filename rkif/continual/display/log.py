@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from rkif.continual.display.verdicts import reasons
 from rkif.fuser.parameters import short_name
 from rkif.gate import Verdict
 from rkif.ledger.chain import LedgerRecord
@@ -83,7 +84,9 @@ def table(records: Sequence[LedgerRecord], module: str | None) -> Table:
     Raises:
         ValueError: no parameter's name contains ``module``.
     """
-    shown = _table(("round", "task", "steps", "gate", *CASE_HEADINGS, "moved"), caption=_caption(module))
+    headings = ["round", "task", "steps", "gate", *CASE_HEADINGS, "moved"]
+    reason = any(reasons(record) for record in records if record["event"] == "round")
+    shown = _table([*headings, *(["reason"] if reason else [])], caption=_caption(module))
     for record in records:
         if record["event"] == "round":
             part = _share(record, module)
@@ -95,6 +98,7 @@ def table(records: Sequence[LedgerRecord], module: str | None) -> Table:
                 _coloured(_verdict(record)),
                 *part.shares,
                 f"{part.moved:.3g}",
+                *(["; ".join(reasons(record))] if reason else []),
             )
         elif module is None and record["event"] not in ("state", "measured"):
             shown.add_row("", record.get("task") or "", "", Text(_event(record), style="dim"))
@@ -197,8 +201,8 @@ def _table(headings: Sequence[str], *, title: str | None = None, caption: str | 
         caption_justify="left",
     )
     for heading in headings:
-        justify: Literal["left", "right"] = "left" if heading in ("task", "gate") else "right"
-        shown.add_column(heading, justify=justify, no_wrap=True)
+        justify: Literal["left", "right"] = "left" if heading in ("task", "gate", "reason") else "right"
+        shown.add_column(heading, justify=justify, no_wrap=heading != "reason", overflow="fold")
     return shown
 
 
