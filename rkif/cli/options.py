@@ -31,7 +31,7 @@ def parse_size(option: str, text: str) -> int:
     if match is None or (match[3] and not match[2]):
         raise ValueError(f"{option} must be a size such as 2GiB or 500MB; got {text!r}")
     if not match[2] and not match[4]:
-        raise ValueError(f"{option} needs a unit, such as {match[1]}GiB or {match[1]}MB; got {text!r}")
+        raise ValueError(f"{option} needs a unit, such as 2GiB or 500MB; got {text!r}")
     size = int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS.index(match[2].lower() or " "))
     if size <= 0:
         raise ValueError(f"{option} must be at least one byte; got {text!r}")

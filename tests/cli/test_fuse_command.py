@@ -133,7 +133,7 @@ def test_a_dry_run_writes_nothing(rkif: Rkif, triple: Triple, json_: bool) -> No
         (["--method", "linear", "--density", "0.5"], "density is not a setting of linear"),
         (["--max-memory", "much"], "--max-memory must be a size such as 2GiB or 500MB; got 'much'"),
         (["--max-memory", "1MiB"], "--max-memory: 1 MiB is too little"),
-        (["--max-memory", "2"], "--max-memory needs a unit, such as 2GiB or 2MB; got '2'"),
+        (["--max-memory", "2"], "--max-memory needs a unit, such as 2GiB or 500MB; got '2'"),
         (["--method", "ties", "--weight", "1;2"], "--weight must be numbers with commas between them"),
         (["--method", "ties", "--weight", "1,2,3"], "weight must be two finite numbers"),
         (["--device", "tpu"], "--device must be auto, cpu or cuda; got 'tpu'"),

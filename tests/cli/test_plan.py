@@ -108,7 +108,7 @@ def test_the_command_shows_the_plan(model: Path) -> None:
     assert found["chosen"] == {}
     assert len(found["options"]) == len(OPTIONS)
     least = min(max(one["bytes"].values()) for one in found["options"])
-    tight = plan("--model", model, "--device-memory", least, "--reserve", "1KiB")
+    tight = plan("--model", model, "--device-memory", f"{least}B", "--reserve", "1KiB")
     assert tight["chosen"]
     shards = plan("--model", model, "--ranks", 4, "--dtype", "float32", "--optimizer", "sgd")
     assert shards["options"][0]["bytes_a_parameter"]["inner optimizer"]["inner"] == 0

@@ -148,7 +148,7 @@ def test_invalid_sizes_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["0", "2", "0.5", " 500 "])
 def test_a_size_without_a_unit_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"--max-memory needs a unit, such as [\d.]+GiB or [\d.]+MB; got"):
+    with pytest.raises(ValueError, match="--max-memory needs a unit, such as 2GiB or 500MB; got"):
         parse_size("--max-memory", text)
 
 
