@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import IntervalStrategy, TrainerCallback
 
 from rkif import Fuser
 from rkif.hf import state as rounds_state
+from rkif.hf.logs import figures_set_aside, round_values
 from rkif.hf.memory import memory_digest
 from rkif.hf.requirements import require_gradients
 from rkif.optim import AdamW
@@ -25,6 +27,8 @@ from rkif.seeding import derive_seed, shuffled
 
 if TYPE_CHECKING:
     from rkif.hf.trainer import RKIFMixin
+
+logger = logging.getLogger(__name__)
 
 # A gradient scaler halves its scale at each overflow. With so many in one round, the scale is not the cause.
 MAX_SKIPPED = 16
@@ -46,6 +50,7 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
         start: with a gate, copies of the state of both optimizers at the start of the round; else empty.
         lr_fraction: the learning rate of the last inner step as a fraction of the base learning rate.
         memory_position: samples of the memory that all processes together have drawn.
+        loss: sum of the losses of the outer steps of the last round, in this process.
         warned: whether parameters without a gradient were named in this training.
     """
 
@@ -54,6 +59,7 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
     start: list[Any]
     lr_fraction: float
     memory_position: int
+    loss: torch.Tensor
     warned: bool
 
     def __init__(self, trainer: RKIFMixin, memory: Any) -> None:
@@ -109,15 +115,44 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
             return
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.lr_fraction
-        self.trainer.model_wrapped.zero_grad()  # training may have stopped between two micro-batches
-        skipped = 0
-        with _callbacks_paused(self.trainer), self.fuser.outer():
+        trainer = self.trainer
+        training = trainer.model.training
+        trainer.model_wrapped.zero_grad()  # training may have stopped between two micro-batches
+        self.loss, skipped = torch.zeros((), device=trainer.args.device), 0
+        with figures_set_aside(trainer), _callbacks_paused(trainer), self.fuser.outer():
             while self.fuser.outer_observed < fusion.outer_steps:
                 skipped += not self._outer_step()
                 if skipped > MAX_SKIPPED:
                     raise RuntimeError(f"{skipped} outer steps of a round had gradients that are not finite")
+        trainer.model.train(training)  # a gate may have evaluated it
         self._apply_verdict()
         self._warn_of_missing()
+        self._log(steps=fusion.outer_steps + skipped)
+        self._call_listeners()
+
+    def _log(self, *, steps: int) -> None:
+        """Log the round, as docs/guide/trainer.md lists it. It does not replace the log of the step."""
+        trainer, report = self.trainer, self.fuser.last_report
+        assert report is not None
+        loss = trainer.accelerator.gather(self.loss).mean().item() / steps
+        if trainer.args.logging_strategy == IntervalStrategy.NO:
+            return
+        values = {"round": self.fuser.round, "outer_loss": loss}
+        values["outer_learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        values |= round_values(report, trainer.gate)
+        wanted = trainer.control.should_log  # a log clears it
+        with figures_set_aside(trainer):  # a log of trl's trainers adds them and clears them
+            trainer.log({f"rkif/{name}": value for name, value in values.items()})
+        trainer.control.should_log = wanted
+
+    def _call_listeners(self) -> None:
+        """Call ``on_fusion`` of the callbacks that have it, with the arguments of every event."""
+        trainer = self.trainer
+        listeners = copy.copy(trainer.callback_handler)
+        listeners.callbacks = [each for each in listeners.callbacks if hasattr(each, "on_fusion")]
+        trainer.control = listeners.call_event(
+            "on_fusion", trainer.args, trainer.state, trainer.control, report=self.fuser.last_report
+        )
 
     def _warn_of_missing(self) -> None:
         """Name the parameters that took no part in a fusion, once in a training."""
@@ -146,6 +181,11 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
                 optimizer.load_state_dict({"state": state, "param_groups": groups})
         if report.gate.verdict == "stop":
             self.trainer.control.should_training_stop = True
+            if self.trainer.is_world_process_zero():
+                reasons = "; ".join(report.gate.attempts[0].objections)
+                logger.warning(
+                    "round %d: the gate refused the fusion and stops training: %s", self.fuser.round, reasons
+                )
         self.start = self._moments()
 
     def _optimizers(self) -> tuple[Any, Any]:
@@ -167,7 +207,7 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
         for index, inputs in enumerate(samples, start=1):
             last = index == len(samples)
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                trainer.training_step(model, inputs, num_items)
+                self.loss += trainer.training_step(model, inputs, num_items)
         accelerator.unscale_gradients(self.optimizer)
         if args.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)

@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from rkif import Fuser, FusionConfig, Gate
 from rkif.hf import state
+from rkif.hf.card import TAGS, add_to_card
 from rkif.hf.memory import accepted_memory, require_labels
 from rkif.hf.requirements import (
     require_constant_ranks,
@@ -148,6 +149,8 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         require_labels(memory, self.train_dataset, self.label_names)
         self._rkif = TrainerRounds(self, memory)
         self.add_callback(self._rkif)
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(list(TAGS))
         self.eval_dataset = prepared if named is eval_dataset else prepared.get("eval")
         require_constant_ranks(self.model)
         if optimizer is None and self.optimizer is None and self.optimizer_cls_and_kwargs is None:
@@ -211,15 +214,11 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
             group["lr"] = self.outer_learning_rate * (group["lr"] / first if first else 1.0)
         return outer
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, as `Trainer.log` does. Training losses come with values of the last fusion."""
-        if "loss" in logs and self.fuser is not None and (report := self.fuser.last_report) is not None:
-            logs["rkif/round"] = self.fuser.round
-            logs |= {f"rkif/share_{case}": report.counts[case] / report.numel for case in ("both", "neither")}
-            logs |= {f"rkif/norm_{name}": norm for name, norm in report.norms.items()}
-            if report.gate is not None:
-                logs["rkif/gate_factor"] = report.gate.factor
-        super().log(logs, *args, **kwargs)
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card, as the trainer does, with the method, its settings and the memory."""
+        super().create_model_card(*args, **kwargs)
+        if self._rkif is not None and self.is_world_process_zero():
+            add_to_card(self._rkif, Path(self.args.output_dir, "README.md"))
 
     def _close_round(self, *, tail: bool) -> None:
         if self._rkif is not None:

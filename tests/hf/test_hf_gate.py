@@ -105,12 +105,6 @@ def test_resumes_to_the_same_bits(tmp_path: Path, step: int) -> None:
     assert_same_bits(state(run), state(whole))
 
 
-def test_verdicts_and_values_are_logged(tmp_path: Path) -> None:
-    run = gated(tmp_path, gate={"floor": 1e9, "tolerance": None}, logging_strategy="steps", logging_steps=3)
-    run.train()
-    assert [entry["rkif/gate_factor"] for entry in run.state.log_history if "loss" in entry] == [0.0, 0.0]
-
-
 def test_a_gate_of_another_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="gate must be a Gate, got function"):
         trainer(tmp_path, kind=RKIFTrainer, model=lora_llama(), gate=lambda: True)

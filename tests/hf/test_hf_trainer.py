@@ -232,17 +232,6 @@ def test_every_training_makes_a_new_fuser(tmp_path: Any) -> None:
     assert run._rkif.memory_position == 3 * 2 * FUSION.outer_steps
 
 
-def test_the_last_fusion_is_logged_with_the_loss(tmp_path: Any) -> None:
-    run = trainer(tmp_path, logging_strategy="steps", logging_steps=2)
-    run.train()
-    rounds = {log["step"]: log.get("rkif/round") for log in run.state.log_history if "loss" in log}
-    assert rounds == {2: None, 4: 1, 6: 2}
-    report, log = run.fuser.last_report, run.state.log_history[2]
-    assert log["rkif/share_neither"] > 0.5 > log["rkif/share_both"] > 0
-    assert {name for name in log if name.startswith("rkif/norm_")} == {f"rkif/norm_{n}" for n in report.norms}
-    assert not any(name.startswith("rkif") for name in run.state.log_history[-1])
-
-
 def test_a_refused_fusion_is_reported(tmp_path: Any) -> None:
     class Poisoned(InOrderTrainer):
         def training_step(self, model: Any, *args: Any) -> Tensor:
