@@ -188,6 +188,23 @@ class RoundStateSettings(Settings):
     budget: ByteSize = ByteSize(2**30)
 
 
+class DistillationSettings(Settings):
+    """Terms of the loss that keep the answers of the model as it was before the task.
+
+    ``memory``: weight of the divergence on memory records. ``inputs``: weight of the divergence on inputs of
+    the new task, posed as questions of earlier tasks. ``temperature``: of both distributions.
+    See :mod:`rkif.continual.models.distillation`.
+    """
+
+    memory: float = Field(0.0, ge=0)
+    inputs: float = Field(0.0, ge=0)
+    temperature: float = Field(1.0, gt=0)
+
+    @property
+    def used(self) -> bool:
+        return self.memory > 0 or self.inputs > 0
+
+
 class EwcSettings(Settings):
     """``strength``: factor of the quadratic penalty, whose Fisher information has mean 1 per task."""
 
@@ -230,6 +247,7 @@ class RunConfig(Settings):
     training: TrainingSettings
     outer: OuterSettings = OuterSettings()
     memory: MemorySettings = MemorySettings()
+    distillation: DistillationSettings = DistillationSettings()
     rounds: RoundsSettings = RoundsSettings()
     gate: GateSettings | None = None
     snapshots: RoundStateSettings = RoundStateSettings()

@@ -88,6 +88,8 @@ def open_run(
     _prepare_torch(config)
     method = METHODS[config.method]
     method.require(config)
+    if config.distillation.used and (method.task_aware or method.needs_all_tasks):
+        raise ValueError(f"distillation: method {config.method} does not learn one task after another")
     metrics = {metric_name(spec): load_metric(spec) for spec in config.metrics}
     tasks = load_tasks(
         config.tasks.folder,

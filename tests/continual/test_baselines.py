@@ -44,13 +44,19 @@ def parameters_of(method: Sequential) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("method", "optimizer"), [*((method, "adamw") for method in METHODS), ("recurrent_kif", "rkif_adamw")]
+    ("method", "optimizer", "distilled"),
+    [
+        *((method, "adamw", 0.0) for method in METHODS),
+        ("recurrent_kif", "rkif_adamw", 0.0),
+        ("recurrent_kif", "adamw", 1.0),
+    ],
 )
 def test_a_killed_and_resumed_run_ends_with_the_same_bytes(
-    config: Config, tmp_path: Path, method: str, optimizer: str
+    config: Config, tmp_path: Path, method: str, optimizer: str, distilled: float
 ) -> None:
     training = config().training.model_dump() | {"optimizer": optimizer}
-    settings = config(method=method, training=training)
+    distillation = {"memory": distilled, "inputs": distilled}
+    settings = config(method=method, training=training, distillation=distillation)
     go(settings, tmp_path / "straight")
     for last in (10, 14, 19):  # within the second task, at its end, within the third
         with pytest.MonkeyPatch.context() as patch:

@@ -11,12 +11,24 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from rkif.continual.config import RunConfig
+from rkif.continual.models.distillation import DistillingObjective
 from rkif.continual.models.learner import BatchLearner
 from rkif.continual.models.objective import Objective
 from rkif.continual.tasks.records import Item, Task
 from rkif.continual.tasks.replay_memory import ReplayMemory
+from rkif.fuser.parameters import trainable_parameters
 from rkif.fuser.state_names import flatten, section
 from rkif.seeding import derive_seed, shuffled
+
+
+def _distilling(context: Context) -> DistillingObjective | None:
+    """The objective of the task with distillation; None without it, and for the first task."""
+    settings = context.config.distillation
+    if not settings.used or context.index == 0:
+        return None
+    parameters = trainable_parameters(context.model)
+    earlier = context.tasks[: context.index]
+    return DistillingObjective(context.objective, settings, parameters, earlier)
 
 
 def _discard(content: Mapping[str, Any]) -> None:
@@ -87,6 +99,7 @@ class Sequential:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.samples = 0
+        self.distilling = _distilling(context)
         self.inner = self.learner(context.config.training.learning_rate)
 
     @staticmethod
@@ -96,7 +109,8 @@ class Sequential:
     def learner(self, learning_rate: float) -> BatchLearner:
         """Make a learner over the model's trainable parameters."""
         context = self.context
-        return BatchLearner(context.model, context.objective, context.config, learning_rate=learning_rate)
+        objective = self.distilling or context.objective
+        return BatchLearner(context.model, objective, context.config, learning_rate=learning_rate)
 
     def begin(self) -> None:
         """Called when the task begins; not when it is resumed."""
@@ -146,11 +160,15 @@ class Sequential:
 
     def tensors(self) -> dict[str, Tensor]:
         """The method's state between two steps, without the parameters."""
-        return flatten({"inner": self.inner.tensors()})
+        before = {} if self.distilling is None else self.distilling.before
+        return flatten({"inner": self.inner.tensors(), "before_task": before})
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore the state that :meth:`tensors` returned."""
         self.inner.load_tensors(section(tensors, "inner"))
+        if self.distilling is not None:
+            for name, tensor in section(tensors, "before_task").items():
+                self.distilling.before[name].copy_(tensor)
 
     def finish(self) -> None:
         """Called after the last step of the task; may change the parameters."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from rkif.continual.models.objective import Batch
+from rkif.continual.models.objective import Answers, Batch
 from rkif.continual.models.scoring import in_batches
 from rkif.continual.tasks.records import Item, Task
 from rkif.continual.tasks.text import TextFormat, cut
@@ -70,11 +70,18 @@ class LabelMatchingObjective:
     def loss_terms(self, batch: Batch) -> int:
         return len(batch["target"])
 
+    def term_items(self, batch: Batch) -> Tensor:
+        return torch.arange(len(batch["target"]), device=batch["target"].device)
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        answers = self.answers(model, batch)
+        return cross_entropy(answers.logits, answers.targets)
+
+    def answers(self, model: Callable[..., Any], batch: Batch) -> Answers:
         questions = _embed(model, batch["input_ids"], batch["attention_mask"])
-        answers = _embed(model, batch["label_ids"], batch["label_mask"])
-        scores = (questions @ answers.T / TEMPERATURE).masked_fill(~batch["allowed"], -torch.inf)
-        return cross_entropy(scores, batch["target"])
+        labels = _embed(model, batch["label_ids"], batch["label_mask"])
+        scores = (questions @ labels.T / TEMPERATURE).masked_fill(~batch["allowed"], -torch.inf)
+        return Answers(scores, batch["target"])
 
     def predict(self, model: nn.Module, task: Task) -> list[str]:
         items = [(task.instruction, record) for record in task.dev]
@@ -107,7 +114,7 @@ class LabelMatchingObjective:
         return dict(self.tokenizer.pad({"input_ids": rows}, return_tensors="pt"))
 
 
-def _embed(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+def _embed(model: Callable[..., Any], ids: Tensor, mask: Tensor) -> Tensor:
     """The mean token vector of each text, scaled to length 1: float32 [texts, width]."""
     hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
     weights = mask.unsqueeze(-1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -13,6 +13,18 @@ from rkif.continual.tasks.records import Item, Task
 from rkif.continual.tasks.text import IGNORED, TextCollator
 
 Batch = dict[str, Tensor]
+
+
+class Answers(NamedTuple):
+    """The logits of the terms of a loss.
+
+    Attributes:
+        logits: [terms, choices], with gradient; -inf for choices that a term does not have.
+        targets: int64 [terms]: the right choice.
+    """
+
+    logits: Tensor
+    targets: Tensor
 
 
 class Objective(Protocol):
@@ -30,8 +42,19 @@ class Objective(Protocol):
     def loss_terms(self, batch: Batch) -> int:
         """The number of terms in the mean that :meth:`loss` computes."""
 
+    def term_items(self, batch: Batch) -> Tensor:
+        """The item of each term, by its position in the batch: int64 [terms]."""
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean loss of a batch on the model's device: a scalar to call ``backward`` on."""
+
+    def answers(self, model: Callable[..., Any], batch: Batch) -> Answers:
+        """The logits whose mean cross-entropy is the loss of a batch.
+
+        Args:
+            model: the model, or a function of its keyword arguments.
+            batch: on the model's device.
+        """
 
     def predict(self, model: nn.Module, task: Task) -> list[str]:
         """The answers to a task's dev records.
@@ -53,11 +76,21 @@ class GenerativeObjective:
         return self._collator.training_batch(items)
 
     def loss_terms(self, batch: Batch) -> int:
-        return int((batch["labels"] != IGNORED).sum())
+        return len(self.term_items(batch))
+
+    def term_items(self, batch: Batch) -> Tensor:
+        return (batch["labels"] != IGNORED).nonzero()[:, 0]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         loss: Tensor = model(**batch).loss
         return loss
+
+    def answers(self, model: Callable[..., Any], batch: Batch) -> Answers:
+        logits, labels = model(**batch).logits, batch["labels"]
+        if not self._collator.seq2seq:  # a causal model's logits are those of the next token
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        answered = labels != IGNORED
+        return Answers(logits[answered], labels[answered])
 
     def predict(self, model: nn.Module, task: Task) -> list[str]:
         settings, collator = self._settings, self._collator

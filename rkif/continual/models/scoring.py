@@ -134,7 +134,7 @@ def in_batches(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     by_length = sorted(range(len(items)), key=lambda i: len(items[i][0]) + len(items[i][1].input))
     results: dict[int, T] = {}
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, len(items), batch_size):
             chosen = by_length[start : start + batch_size]
             results.update(zip(chosen, run([items[i] for i in chosen]), strict=True))
@@ -142,8 +142,9 @@ def in_batches(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    # Restore each module's mode: a caller may train with some modules in evaluation mode.
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, without gradients; then each module's mode is restored."""
+    # A caller may train with some modules in evaluation mode.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

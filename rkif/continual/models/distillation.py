@@ -1,0 +1,135 @@
+"""Distillation from the model as it was before a task: on the memory, and on the task's own inputs.
+
+On memory records this is the penalty of DER++ (Buzzega et al., NeurIPS 2020), with answers that are computed
+anew for each task. On inputs of the new task it is learning without forgetting (Li and Hoiem, ECCV 2016).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from rkif.continual.config import DistillationSettings
+from rkif.continual.models.objective import Answers, Batch, Objective
+from rkif.continual.models.scoring import evaluating
+from rkif.continual.tasks.records import Item, Task
+from rkif.seeding import derive_seed
+
+WEIGHTS = "distillation_weights"  # key of a batch
+
+
+class DistillingObjective:
+    """Cross-entropy plus Kullback-Leibler divergences from the answers of the model before the task.
+
+    The loss of a batch is the mean over its terms (answers, or tokens of answers) of::
+
+        cross-entropy + memory * KL_memory + inputs * KL_inputs
+
+    ``KL_memory`` is KL(before || now) on records of earlier tasks, over the answers of their task. For
+    ``KL_inputs`` every record of the new task is also posed as a question of one earlier task, which its id
+    decides, and the divergence is over the answers of that task. Language models compare the distributions of
+    tokens, after the right answer of a memory record, or after a label that is drawn for the question.
+
+    Args:
+        objective: computes the logits.
+        settings: the weights of both terms, and the temperature.
+        parameters: name -> trainable parameter. They are copied: the copy is the model before the task.
+        earlier: the tasks learned before; at least one.
+
+    Attributes:
+        tokenizer: that of ``objective``.
+        before: name -> trainable parameter before the task.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        settings: DistillationSettings,
+        parameters: Mapping[str, Tensor],
+        earlier: Sequence[Task],
+    ) -> None:
+        self.tokenizer = objective.tokenizer
+        self._objective = objective
+        self._settings = settings
+        self._names = {task.name for task in earlier}
+        self._labelled = [task for task in earlier if task.labels]
+        self.before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        """The batch of the items and of their questions, which follow them.
+
+        Returns:
+            The tensors of the objective's batch; and float32 [2, items + questions]: the weights of each
+            item's divergence and of its cross-entropy.
+        """
+        settings = self._settings
+        questions = self._questions(items) if settings.inputs else []
+        known = [record.task in self._names for _, record in items]
+        weights = torch.tensor(
+            [
+                [settings.memory * old for old in known] + [settings.inputs] * len(questions),
+                [1.0] * len(items) + [0.0] * len(questions),
+            ]
+        )
+        return {**self._objective.collate([*items, *questions]), WEIGHTS: weights}
+
+    def loss_terms(self, batch: Batch) -> int:
+        return int(batch[WEIGHTS][1, self.term_items(batch)].sum())
+
+    def term_items(self, batch: Batch) -> Tensor:
+        return self._objective.term_items(batch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        inputs = {name: tensor for name, tensor in batch.items() if name != WEIGHTS}
+        now = self._objective.answers(model, inputs)
+        with evaluating(model):
+            before = self._objective.answers(partial(_call, model, self.before), inputs).logits
+        distilled, trained = batch[WEIGHTS][:, self.term_items(inputs)]
+        losses = cross_entropy(now.logits, now.targets, reduction="none")
+        distances = divergence(before, now.logits, self._settings.temperature)
+        loss: Tensor = (trained * losses + distilled * distances).sum() / trained.sum()
+        return loss
+
+    def answers(self, model: Callable[..., Any], batch: Batch) -> Answers:
+        return self._objective.answers(model, batch)
+
+    def predict(self, model: nn.Module, task: Task) -> list[str]:
+        return self._objective.predict(model, task)
+
+    def _questions(self, items: Sequence[Item]) -> list[Item]:
+        """The new task's inputs as questions of earlier tasks, with answers drawn from their labels."""
+        questions = []
+        for _, record in items:
+            if self._labelled and record.task not in self._names:
+                drawn = derive_seed("question", record.task, record.id)
+                task = self._labelled[drawn % len(self._labelled)]
+                label = task.labels[drawn // len(self._labelled) % len(task.labels)]
+                questions.append((task.instruction, replace(record, task=task.name, output=label)))
+        return questions
+
+
+def divergence(before: Tensor, now: Tensor, temperature: float) -> Tensor:
+    """KL(softmax(before / T) || softmax(now / T)) * T^2 of each row (Hinton et al., 2015, section 2).
+
+    Args:
+        before, now: logits [rows, choices]; -inf in both for what cannot be chosen.
+        temperature: T, greater than 0.
+
+    Returns:
+        float32 [rows]; not negative, up to rounding.
+    """
+    old = torch.log_softmax(before.float() / temperature, -1)
+    new = torch.log_softmax(now.float() / temperature, -1)
+    return torch.where(old > -torch.inf, old.exp() * (old - new), 0.0).sum(-1) * temperature**2
+
+
+def _call(model: nn.Module, parameters: Mapping[str, Tensor], **inputs: Tensor) -> Any:
+    """The model's output with other parameters."""
+    return functional_call(model, dict(parameters), (), inputs)
