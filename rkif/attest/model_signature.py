@@ -11,17 +11,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rkif.attest.head import LedgerHead
 from rkif.attest.keys import SigningKey, VerifyingKey
 from rkif.attest.statement import (
     PAYLOAD_TYPE,
     Content,
+    Sha256Hex,
     make_statement,
     parse_statement,
     resource,
@@ -67,7 +69,8 @@ class _Serialization(Content):
 
 class _Resource(Content):
     name: str
-    digest: Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$")]
+    algorithm: Literal["sha256"]
+    digest: Sha256Hex
 
 
 class Signed(Content):
@@ -81,6 +84,17 @@ class Signed(Content):
     serialization: _Serialization
     resources: list[_Resource]
     ledger: LedgerHead | None = None
+
+    @model_validator(mode="after")
+    def _names(self) -> Signed:
+        if len({one.name for one in self.resources}) < len(self.resources):
+            raise ValueError("resources: a name is there twice")
+        return self
+
+    @property
+    def left_out(self) -> list[str]:
+        """Paths in the folder that the signer left out, beside those that rkif leaves out, too."""
+        return sorted(set(self.serialization.ignore_paths) - set(IGNORED))
 
 
 def sign_folder(folder: Path, key: Path, ledger: LedgerHead | None) -> int:
@@ -183,7 +197,7 @@ def _file_digests(folder: Path, ignored: Sequence[str]) -> dict[str, str]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     digests = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(_entries(folder)):
         name = PurePosixPath(path.relative_to(folder))
         if any(name.is_relative_to(one) for one in ignored):
             continue
@@ -192,6 +206,16 @@ def _file_digests(folder: Path, ignored: Sequence[str]) -> dict[str, str]:
         if path.is_file():
             digests[str(name)] = file_sha256(path)
     return digests
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """Everything in a folder, links not followed; unlike in rglob, an unreadable folder is an error."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=fail):
+        yield from (Path(parent, name) for name in (*folders, *files))
 
 
 def _root_digest(digests: Sequence[str]) -> str:

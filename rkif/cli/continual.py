@@ -96,7 +96,8 @@ def log_command(
     from rkif.continual.rundir.head import head_of, require_head
     from rkif.ledger.chain import LEDGER
 
-    records = RunReader(run).ledger()
+    reader = RunReader(run)
+    records = reader.ledger()
     if noted is not None:
         from rkif.attest.head import read_checkpoint_note
 
@@ -111,14 +112,10 @@ def log_command(
         return
     selected = log.select(records, task=task, verdict=verdict, module=explain or module)
     if verify:
-        from rkif.continual.rundir.verify import verify as check
+        from rkif.continual.rundir.verify import require_whole
 
-        checked = check(run)
-        print(
-            f"{run}: {checked['records']} records in an unbroken chain; {checked['tasks']} tasks' files and "
-            f"{checked['states']} kept states match the ledger; last hash {records[-1]['hash']}"
-            + (f"; the chain has the head in {noted}" if noted is not None else "")
-        )
+        line = log.verified_line(run, require_whole(reader, records), records)
+        print(line + (f"; the chain has the head in {noted}" if noted is not None else ""))
         return
     if as_json:
         for record in log.only_module(selected, explain or module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from rkif.cli.options import announce, importing
 
 if TYPE_CHECKING:
     from rkif.attest.head import LedgerHead
+    from rkif.attest.model_signature import Signed
     from rkif.ledger.chain import LedgerRecord
 
 commands = typer.Typer()
@@ -42,17 +44,25 @@ def sign_command(
 @commands.command("verify")
 def verify_command(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="An output of `rkif fuse`; with --key any signed folder.")
+        Path,
+        typer.Argument(
+            metavar="RUN|DIR", help="A run, or an output of `rkif fuse`; with --key any signed folder."
+        ),
     ],
     key: Annotated[
         Path | None,
         typer.Option("--key", metavar="PUB", help="PEM file of a public key: check DIR/model.sig with it."),
     ] = None,
 ) -> None:
-    """Check every byte of an output of `rkif fuse`, by its manifest; or of any folder, by its signature."""
+    """Check an output of `rkif fuse` by its manifest, a run by its ledger, or any folder by its signature."""
     announce(f"Checking every byte of {folder}")
     if key is not None:
         _verify_signature(folder, key)
+        return
+    from rkif.continual.display.log import verified_line
+
+    if (checked := _checked_run(folder)) is not None:
+        print(verified_line(folder, *checked))
         return
     with importing():
         from rich.console import Console
@@ -80,10 +90,11 @@ def _verify_signature(folder: Path, key: Path) -> None:
     problems = compare_files(folder, signed)
     ledger = ""
     if signed.ledger is not None:
-        problems += _ledger_problems(folder, signed.ledger)
+        problems += _ledger_problems(folder, signed, signed.ledger)
         ledger = f"; the ledger has {signed.ledger.records} records and the hash {signed.ledger.hash}"
     _refuse(folder, problems)
-    print(f"{folder}: {len(signed.resources)} files are as signed{ledger}")
+    left_out = f"; the signer left out {', '.join(signed.left_out)}" if signed.left_out else ""
+    print(f"{folder}: {len(signed.resources)} files are as signed{ledger}{left_out}")
 
 
 def _refuse(folder: Path, problems: list[str]) -> None:
@@ -96,19 +107,29 @@ def _refuse(folder: Path, problems: list[str]) -> None:
 
 def _checked_head(folder: Path) -> LedgerHead | None:
     """The head of a ledger, after a run was checked against it; None for a folder without a ledger."""
-    from rkif.continual.rundir.folder import RunReader
     from rkif.continual.rundir.head import head_of
+    from rkif.ledger.chain import LEDGER
+
+    if (checked := _checked_run(folder)) is not None:
+        return head_of(checked[1])
+    return head_of(_chain(folder / LEDGER)) if (folder / LEDGER).exists() else None
+
+
+def _checked_run(folder: Path) -> tuple[Counter[str], list[LedgerRecord]] | None:
+    """What was checked of a run, and its records; None for a folder that is not a run.
+
+    A folder with two of a run's files is a run: one that lacks the third must not pass as another folder.
+    """
+    from rkif.continual.rundir.folder import RunReader
+    from rkif.continual.rundir.state import CHECKPOINT
     from rkif.continual.rundir.verify import require_whole
     from rkif.ledger.chain import LEDGER
 
-    if not (folder / LEDGER).exists():
+    if sum((folder / name).exists() for name in ("config.yaml", LEDGER, CHECKPOINT)) < 2:
         return None
-    if not (folder / "config.yaml").exists():  # a ledger outside of a run
-        return head_of(_chain(folder / LEDGER))
     reader = RunReader(folder)
     records = reader.ledger()
-    require_whole(reader, records)
-    return head_of(records)
+    return require_whole(reader, records), records
 
 
 def _chain(path: Path) -> list[LedgerRecord]:
@@ -121,18 +142,19 @@ def _chain(path: Path) -> list[LedgerRecord]:
     return records
 
 
-def _ledger_problems(folder: Path, signed: LedgerHead) -> list[str]:
+def _ledger_problems(folder: Path, signed: Signed, head: LedgerHead) -> list[str]:
     """How a ledger differs from the head that was signed."""
     from rkif.continual.rundir.head import require_head
     from rkif.ledger.chain import LEDGER, LedgerError
 
     path = folder / LEDGER
     if not path.is_file():
-        return []  # which is reported as a missing file
+        named = any(one.name == LEDGER for one in signed.resources)  # then it is reported as missing
+        return [] if named else [f"{LEDGER} is missing, but its head was signed"]
     try:
         records = _chain(path)
-        require_head(records, signed, path, "the signature")
+        require_head(records, head, path, "the signature")
     except LedgerError as error:
         return [str(error)]
-    added = len(records) - signed.records
+    added = len(records) - head.records
     return [f"{path}: {added} records were added after it was signed"] if added else []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from rich import box
@@ -42,6 +43,14 @@ class Share:
         """The counts in percent."""
         total = sum(self.counts) or 1
         return [f"{100 * count / total:.1f}" for count in self.counts]
+
+
+def verified_line(run: Path, checked: Mapping[str, int], records: Sequence[LedgerRecord]) -> str:
+    """The result of :func:`rkif.continual.rundir.verify.require_whole`."""
+    return (
+        f"{run}: {checked['records']} records in an unbroken chain; {checked['tasks']} tasks' files and "
+        f"{checked['states']} kept states match the ledger; last hash {records[-1]['hash']}"
+    )
 
 
 def select(

@@ -1,10 +1,12 @@
-"""What others can check: signatures of runs and outputs, noted heads of ledgers, the gate's verdicts."""
+"""Signatures of runs, outputs and other folders, which OpenSSF Model Signing verifies, too."""
 
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,68 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_files import Triple
-from run_inputs import TASKS, go, make_config, rewrite_ledger
+from attestations import Rkif, refused, write_keys
+from run_inputs import rewrite_ledger
 
-Rkif = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def original(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose first round is unchecked, and whose second is undone by the gate."""
-    run = tmp_path_factory.mktemp("original") / "run"
-    loss = {"metric": "memory_loss", "floor": -1, "tolerance": None}
-    tasks = {"folder": str(inputs / "tasks"), "order": TASKS[:2]}
-    training = {"steps": 6, "batch_size": 2, "learning_rate": 1e-2}
-    go(make_config(inputs, tasks=tasks, training=training, gate={"criteria": [loss], "every": 2}), run)
-    return run
-
-
-@pytest.fixture
-def run(original: Path, tmp_path: Path) -> Path:
-    shutil.copytree(original, tmp_path / "run")
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """An output of rkif fuse, with a file in a folder and a hidden file."""
-    triple = Triple(tmp_path)
-    triple.fuse()
-    for name in (".hidden", ".git/HEAD"):
-        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "out" / name).write_text("content")
-    return tmp_path / "out"
-
-
-def write_keys(folder: Path, name: str = "key", curve: str = "SECP256R1") -> tuple[Path, Path]:
-    """A new private and public key in PEM."""
-    pytest.importorskip("cryptography")
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(getattr(ec, curve)())
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    public = key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    (folder / f"{name}.pem").write_bytes(private)
-    (folder / f"{name}.pub").write_bytes(public)
-    return folder / f"{name}.pem", folder / f"{name}.pub"
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> tuple[Path, Path]:
-    return write_keys(tmp_path)
-
-
-def refused(rkif: Rkif, *arguments: object) -> str:
-    status, output, errors = rkif(*arguments)
-    assert (status, output) == (1, "")
-    assert errors.splitlines()[-1].startswith("rkif: error: ")
-    return errors
+from rkif.attest.keys import SigningKey, VerifyingKey
 
 
 def model_signing(*arguments: object) -> tuple[int, str]:
@@ -256,6 +200,81 @@ def test_a_changed_removed_or_added_file_is_one_clear_line(
     assert message in errors
 
 
+def sign_again(folder: Path, key: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Replace the signature by one of an edited predicate, with the digest of its subject as it must be."""
+    statement = signed_statement(folder)
+    edit(statement["predicate"])
+    digests = [bytes.fromhex(one["digest"]) for one in statement["predicate"]["resources"]]
+    statement["subject"][0]["digest"]["sha256"] = hashlib.sha256(b"".join(digests)).hexdigest()
+    payload, kind = json.dumps(statement).encode(), b"application/vnd.in-toto+json"
+    message = b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+    envelope = {
+        "payload": base64.b64encode(payload).decode(),
+        "signatures": [{"sig": base64.b64encode(SigningKey(key).sign(message)).decode()}],
+    }
+    garble(folder / "model.sig", lambda bundle: bundle["dsseEnvelope"].update(envelope))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda p: p["resources"].append(p["resources"][0]), "a name is there twice"),
+        (
+            lambda p: p["resources"].insert(0, p["resources"][0] | {"digest": "0" * 64}),
+            "a name is there twice",
+        ),
+        (lambda p: p["resources"][0].update(algorithm="blake3"), "resources.0.algorithm: "),
+        (lambda p: p["resources"][0].update(digest="00"), "resources.0.digest: "),
+        (lambda p: p["resources"].append(p["resources"][0] | {"name": "../x"}), "../x is missing"),
+        (lambda p: p["serialization"].update(hash_type="blake3"), "has digests of files by blake3"),
+        (
+            lambda p: p.update(ledger={"origin": "x", "records": 1, "hash": "0" * 64}),
+            "ledger.jsonl is missing, but its head was signed",
+        ),
+    ],
+)
+def test_a_signature_of_other_content_is_refused(
+    rkif: Rkif,
+    folder: Path,
+    keys: tuple[Path, Path],
+    edit: Callable[[dict[str, Any]], object],
+    message: str,
+) -> None:
+    assert rkif("sign", folder, "--key", keys[0])[0] == 0
+    sign_again(folder, keys[0], lambda predicate: None)
+    assert rkif("verify", folder, "--key", keys[1])[0] == 0
+    sign_again(folder, keys[0], edit)
+    errors = refused(rkif, "verify", folder, "--key", keys[1])
+    assert errors.count("\n") == 1
+    assert message in errors
+
+
+def test_files_that_the_signer_left_out_are_listed(rkif: Rkif, folder: Path, keys: tuple[Path, Path]) -> None:
+    signed = ("--private_key", keys[0], "--signature", folder / "model.sig")
+    ignored = ("--ignore-paths", folder / "README.md")
+    assert model_signing("sign", "key", folder, *signed, *ignored)[0] == 0
+    (folder / "README.md").write_text("x")
+    expected = f"{folder}: 4 files are as signed; the signer left out README.md\n"
+    assert rkif("verify", folder, "--key", keys[1]) == (0, expected, "")
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(
+    rkif: Rkif, folder: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert rkif("sign", folder, "--key", keys[0])[0] == 0
+    (folder / "locked").mkdir()
+    scan = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path) == folder / "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    expected = f"rkif: error: Permission denied: {folder / 'locked'}\n"
+    assert refused(rkif, "verify", folder, "--key", keys[1]) == expected
+
+
 def test_all_differences_are_listed(rkif: Rkif, folder: Path, keys: tuple[Path, Path]) -> None:
     assert rkif("sign", folder, "--key", keys[0])[0] == 0
     (folder / "README.md").write_text("x")
@@ -282,8 +301,6 @@ def test_another_key_is_refused(rkif: Rkif, folder: Path, keys: tuple[Path, Path
     _, other = write_keys(tmp_path, "other")
     assert rkif("sign", folder, "--key", keys[0])[0] == 0
     assert "it names another key" in refused(rkif, "verify", folder, "--key", other)
-    from rkif.attest.keys import VerifyingKey
-
     hint = VerifyingKey(other).fingerprint
     garble(folder / "model.sig", lambda b: b["verificationMaterial"]["publicKey"].update(hint=hint))
     assert "or not of the key" in refused(rkif, "verify", folder, "--key", other)
@@ -336,6 +353,21 @@ def test_only_what_is_whole_is_signed(
     assert not list(tmp_path.rglob("model.sig"))
 
 
+@pytest.mark.parametrize("name", ["ledger.jsonl", "config.yaml"])
+def test_a_run_without_one_of_its_files_is_not_signed_as_another_folder(
+    rkif: Rkif, run: Path, keys: tuple[Path, Path], name: str
+) -> None:
+    (run / name).unlink()
+    assert name in refused(rkif, "sign", run, "--key", keys[0])
+    assert not (run / "model.sig").exists()
+
+
+def test_a_run_is_verified_by_its_ledger(rkif: Rkif, run: Path) -> None:
+    assert rkif("verify", run) == rkif("log", run, "--verify")
+    (run / "metrics.json").write_text((run / "metrics.json").read_text() + " ")
+    assert "metrics.json" in refused(rkif, "verify", run)
+
+
 def test_a_missing_package_is_named_with_its_extra(
     rkif: Rkif, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,183 +376,3 @@ def test_a_missing_package_is_named_with_its_extra(
         assert refused(rkif, command, folder, "--key", tmp_path / "key.pem") == (
             'rkif: error: signatures need cryptography: pip install "rkif[sign]"\n'
         )
-
-
-def test_a_head_is_a_checkpoint_of_three_lines(rkif: Rkif, run: Path) -> None:
-    status, output, _ = rkif("log", run, "--head")
-    lines = (run / "ledger.jsonl").read_bytes().splitlines()
-    record = json.loads(lines[-1])
-    del record["hash"]
-    content = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
-    root = base64.b64encode(hashlib.sha256(content).digest()).decode()
-    origin = f"rkif.ledger/{json.loads(lines[0])['hash'][:16]}"
-    assert (status, output) == (0, f"{origin}\n{len(lines)}\n{root}\n\n")
-
-
-def test_a_noted_head_is_found_in_the_ledger_and_in_a_longer_one(
-    rkif: Rkif, run: Path, tmp_path: Path
-) -> None:
-    noted, ledger = tmp_path / "head", run / "ledger.jsonl"
-    noted.write_text(rkif("log", run, "--head")[1] + "— someone AAAA\n")  # signed by its keeper
-    status, output, _ = rkif("log", run, "--verify", "--head", noted)
-    assert status == 0
-    assert f"the chain has the head in {noted}" in output
-    content = ledger.read_bytes()
-    ledger.write_bytes(b"".join(content.splitlines(keepends=True)[:4]))
-    noted.write_text(rkif("log", run, "--head")[1])
-    ledger.write_bytes(content)
-    assert rkif("log", run, "--verify", "--head", noted)[0] == 0
-
-
-def test_a_ledger_that_was_rewritten_whole_is_found_with_a_noted_head(
-    rkif: Rkif, run: Path, tmp_path: Path
-) -> None:
-    noted, ledger = tmp_path / "head", run / "ledger.jsonl"
-    noted.write_text(rkif("log", run, "--head")[1])
-    content = ledger.read_bytes()
-    last = len(content.splitlines()) - 1
-    for seq, message in {
-        None: f"record 0 is not that of {noted}: the ledger was rewritten, or is that of another run",
-        3: f"record {last} was rewritten: its hash is ",
-    }.items():
-        rewrite_ledger(ledger, lambda record: record.update(time="2020-01-01T00:00:00+00:00"), seq)
-        assert rkif("log", run, "--verify")[0] == 0  # the chain alone does not tell
-        errors = refused(rkif, "log", run, "--verify", "--head", noted)
-        assert errors.count("\n") == 1
-        assert message in errors
-        ledger.write_bytes(content)
-    ledger.write_bytes(b"".join(content.splitlines(keepends=True)[:last]))
-    assert f"record {last} is missing: {noted} has a head of {last + 1} records" in refused(
-        rkif, "log", run, "--verify", "--head", noted
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "its lines are not origin, number of records and hash"),
-        ("origin\n3\n", "its lines are not origin, number of records and hash"),
-        ("origin\n03\nAAAA\n", "its lines are not origin, number of records and hash"),
-        ("origin\n3\nAAAA\n", "its third line is not a SHA-256 in base64"),
-        ("origin\n3\n????\n", "its third line is not a SHA-256 in base64"),
-    ],
-)
-def test_a_file_without_a_head_is_one_clear_line(
-    rkif: Rkif, original: Path, tmp_path: Path, text: str, message: str
-) -> None:
-    (tmp_path / "head").write_text(text)
-    errors = refused(rkif, "log", original, "--verify", "--head", tmp_path / "head")
-    assert errors == f"rkif: error: {tmp_path / 'head'} holds no head: {message}\n"
-
-
-def test_the_noted_head_and_its_options_belong_together(rkif: Rkif, original: Path, tmp_path: Path) -> None:
-    for arguments in (["--verify", "--head"], [tmp_path / "head"], [tmp_path / "head", "--head"]):
-        assert "rkif log RUN --verify --head FILE" in refused(rkif, "log", original, *arguments)
-    missing = refused(rkif, "log", original, "--verify", "--head", tmp_path / "head")
-    assert missing == f"rkif: error: No such file or directory: {tmp_path / 'head'}\n"
-
-
-def test_an_undone_round_is_a_failed_test_result(rkif: Rkif, original: Path) -> None:
-    status, output, _ = rkif("log", original, "--test-result", 2)
-    assert status == 0
-    statement = json.loads(output)
-    record = next(json.loads(line) for line in (original / "ledger.jsonl").open() if '"round":2,' in line)
-    assert statement["_type"] == "https://in-toto.io/Statement/v1"
-    assert statement["predicateType"] == "https://in-toto.io/attestation/test-result/v0.1"
-    assert [one["digest"] for one in statement["subject"]] == [{"sha256": record["hash"]}]
-    config = hashlib.sha256((original / "config.yaml").read_bytes()).hexdigest()
-    assert statement["predicate"] == {
-        "result": "FAILED",
-        "configuration": [{"name": "config.yaml", "digest": {"sha256": config}}],
-        "passedTests": [],
-        "warnedTests": [],
-        "failedTests": ["memory_loss"],
-    }
-
-
-@pytest.mark.parametrize(
-    ("verdict", "result", "tests"),
-    [
-        ("keep", "PASSED", {"passedTests": ["loss", "loss of all"], "warnedTests": [], "failedTests": []}),
-        ("damp", "WARNED", {"passedTests": ["loss"], "warnedTests": ["loss of all"], "failedTests": []}),
-        ("stop", "FAILED", {"passedTests": ["loss"], "warnedTests": [], "failedTests": ["loss of all"]}),
-    ],
-)
-def test_a_verdict_maps_to_a_result_and_its_criteria_to_tests(
-    rkif: Rkif, run: Path, verdict: str, result: str, tests: dict[str, list[str]]
-) -> None:
-    figures = {"loss": 1.0, "loss of all": 2.0}
-    whole = [] if verdict == "keep" else ["loss of all 2 is above 1"]
-    attempts = [(1.0, whole)] if verdict != "damp" else [(1.0, whole), (0.5, [])]
-    gate = {
-        "verdict": verdict,
-        "factor": 1.0,
-        "before": figures,
-        "attempts": [{"factor": f, "figures": figures, "objections": o} for f, o in attempts],
-        "samples": 0,
-    }
-
-    def edit(record: dict[str, Any]) -> None:
-        if record["event"] == "round":
-            record["gate"] = gate
-
-    rewrite_ledger(run / "ledger.jsonl", edit)
-    statement = json.loads(rkif("log", run, "--test-result", 1)[1])
-    records = [json.loads(line) for line in (run / "ledger.jsonl").open()]
-    record = next(record for record in records if record.get("round") == 1)
-    kept = [] if result == "FAILED" else [record["parameters"]["after"]]
-    assert [one["digest"]["sha256"] for one in statement["subject"]] == [record["hash"], *kept]
-    predicate = statement["predicate"]
-    assert predicate["result"] == result
-    assert {name: predicate[name] for name in tests} == tests
-
-
-def test_a_test_result_has_the_fields_of_in_toto(rkif: Rkif, original: Path) -> None:
-    pytest.importorskip("in_toto_attestation")
-    from google.protobuf import json_format
-    from in_toto_attestation.predicates.test_result.v0 import test_result_pb2
-
-    predicate = json.loads(rkif("log", original, "--test-result", 2)[1])["predicate"]
-    json_format.ParseDict(predicate, test_result_pb2.TestResult())
-
-
-def test_a_round_that_was_not_checked_has_no_test_result(rkif: Rkif, original: Path) -> None:
-    assert f"no gate checked round 1 of {original}" in refused(rkif, "log", original, "--test-result", 1)
-    assert f"{original} has no round 3; it has 2 rounds" in refused(rkif, "log", original, "--test-result", 3)
-
-
-def guide(name: str) -> str:
-    return (Path(__file__).parents[2] / "docs" / "guide" / name).read_text(encoding="utf-8")
-
-
-def test_the_commands_of_the_guide_run(
-    rkif: Rkif, run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("model_signing")
-    run.rename(tmp_path / "RUN")
-    folder.rename(tmp_path / "fused")
-    monkeypatch.chdir(tmp_path)
-    commands = "".join(re.findall(r"```sh\n(.*?)```", guide("signatures.md"), flags=re.DOTALL)).splitlines()
-    assert len(commands) == 10
-    for command in commands:
-        call, _, target = command.partition(" > ")
-        program, *arguments = call.split()
-        if program == "rkif":
-            status, output, errors = rkif(*arguments)
-            assert status == 0, errors
-            if target:
-                Path(target).write_text(output)
-        else:
-            program = {"python": sys.executable}.get(program, program)
-            subprocess.run([program, *arguments], check=True, capture_output=True)
-
-
-def test_the_audit_page_names_fields_that_a_ledger_has(rkif: Rkif, run: Path) -> None:
-    assert rkif("rollback", run, "--to", 1)[0] == 0
-    records = [json.loads(line) for line in (run / "ledger.jsonl").open()]
-    fields = {(record["event"], key) for record in records for key in record}
-    events = {event for event, _ in fields}
-    named = [name.split(".") for name in re.findall(r"`(\w+\.\w+)`", guide("audit.md"))]
-    named = [name for name in named if name[0] in events]
-    assert {event for event, _ in named} == {"begin", "round", "task", "state", "measured", "rollback"}
-    assert [name for name in named if tuple(name) not in fields] == []
