@@ -33,10 +33,14 @@ class LedgerHead(BaseModel):
     records: Annotated[int, Field(ge=1)]
     hash: Sha256Hex
 
+    @property
+    def root(self) -> str:
+        """The hash in base64."""
+        return base64.b64encode(bytes.fromhex(self.hash)).decode()
+
     def to_checkpoint(self) -> str:
         """The note, with the empty line that signatures would follow."""
-        root = base64.b64encode(bytes.fromhex(self.hash)).decode()
-        return f"{self.origin}\n{self.records}\n{root}\n\n"
+        return f"{self.origin}\n{self.records}\n{self.root}\n\n"
 
 
 def read_checkpoint_note(path: Path) -> LedgerHead:

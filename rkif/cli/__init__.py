@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from rkif.cli import checkpoint, continual, plan, signatures
+from rkif.cli import checkpoint, continual, ledger, plan, signatures
 from rkif.cli.errors import exit_in_one_line
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for group in (continual, checkpoint, signatures, plan):
+for group in (continual, ledger, checkpoint, signatures, plan):
     app.add_typer(group.commands)
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the work in that folder, if there is any.")]
 

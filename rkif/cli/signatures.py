@@ -102,7 +102,8 @@ def _refuse(folder: Path, problems: list[str]) -> None:
     for problem in problems[:-1]:
         print(f"- {problem}", file=sys.stderr)
     if problems:
-        raise ValueError(f"{folder}: {problems[-1]}")
+        named = problems[-1].startswith(str(folder))
+        raise ValueError(problems[-1] if named else f"{folder}: {problems[-1]}")
 
 
 def _checked_head(folder: Path) -> LedgerHead | None:
@@ -157,4 +158,5 @@ def _ledger_problems(folder: Path, signed: Signed, head: LedgerHead) -> list[str
     except LedgerError as error:
         return [str(error)]
     added = len(records) - head.records
-    return [f"{path}: {added} records were added after it was signed"] if added else []
+    count = "1 record was" if added == 1 else f"{added} records were"
+    return [f"{path}: {count} added after it was signed"] if added else []

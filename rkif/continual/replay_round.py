@@ -17,7 +17,7 @@ from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import RunState
 from rkif.continual.rundir.writer import run_identity
 from rkif.ledger.chain import LedgerRecord
-from rkif.ledger.records import not_rolled_back
+from rkif.ledger.records import find_round
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,7 @@ def reproduce(run: Path, number: int, progress: RunProgress) -> Reproduction:
     """
     reader = RunReader(run)
     ledger = reader.ledger()
-    records = not_rolled_back(ledger)
-    rounds = {record["round"]: record for record in records if record["event"] == "round"}
-    if number not in rounds:
-        raise ValueError(f"no round {number}: {run} has {len(rounds)} of them")
-    recorded = rounds[number]
+    recorded = find_round(ledger, number, run)
     if recorded["task"] is None:
         raise ValueError(f"{run} is the ledger of a training loop, which rkif cannot repeat")
     index = reader.metrics()["tasks"].index(recorded["task"])

@@ -53,6 +53,23 @@ def not_rolled_back(records: Iterable[LedgerRecord]) -> list[LedgerRecord]:
     return kept
 
 
+def find_round(records: Iterable[LedgerRecord], number: int, run: object) -> LedgerRecord:
+    """The record of a round that was not rolled back.
+
+    Raises:
+        ValueError: there is none; it names ``run``.
+    """
+    records = list(records)
+    rounds = {record["round"]: record for record in not_rolled_back(records) if record["event"] == "round"}
+    if number not in rounds:
+        has = f"has the rounds 1 to {max(rounds)}" if rounds else "has no rounds"
+        since = (
+            " since it was rolled back" if any(record["event"] == "rollback" for record in records) else ""
+        )
+        raise ValueError(f"no round {number}: {run} {has}{since}")
+    return rounds[number]
+
+
 def parameter_digest(parameters: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of tensors, in the order of their names."""
     digest = hashlib.sha256()

@@ -78,4 +78,6 @@ def test_a_test_result_has_the_fields_of_in_toto(rkif: Rkif, original: Path) -> 
 
 def test_a_round_that_was_not_checked_has_no_test_result(rkif: Rkif, original: Path) -> None:
     assert f"no gate checked round 1 of {original}" in refused(rkif, "log", original, "--test-result", 1)
-    assert f"{original} has no round 3; it has 2 rounds" in refused(rkif, "log", original, "--test-result", 3)
+    assert f"no round 3: {original} has the rounds 1 to 2" in refused(
+        rkif, "log", original, "--test-result", 3
+    )

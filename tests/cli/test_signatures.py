@@ -117,7 +117,9 @@ def test_a_ledger_that_differs_from_the_signed_head_is_found(
     from rkif.ledger.chain import Ledger
 
     Ledger(ledger).append({"event": "measured", "files": {}})
-    assert "1 records were added after it was signed" in refused(rkif, "verify", run, "--key", keys[1])
+    assert f"error: {run}/ledger.jsonl: 1 record was added after it was signed" in refused(
+        rkif, "verify", run, "--key", keys[1]
+    )
 
 
 def test_a_ledger_outside_of_a_run_is_signed_with_its_head(

@@ -122,8 +122,74 @@ def test_explain_names_the_rounds_and_learners_that_changed_a_module(whole: Path
         assert float(row[3]) == pytest.approx(value["moved"], rel=1e-2)
         assert row[4:8] == [f"{100 * count / value['numel']:.1f}" for count in value["counts"]]
         assert [float(cell) for cell in row[8:]] == pytest.approx(value["importance"], rel=0.1)
+    assert (
+        "rounds that changed 'base_model.model.model.layers.0.self_attn.v_proj.lora_B.default.weight'" in text
+    )
     assert "by task" in text
     assert [line.split()[0] for line in text.split("by task")[1].splitlines() if "place" in line] == ["place"]
+
+
+def test_an_explanation_as_json_has_the_values_of_the_tables(whole: Path) -> None:
+    explained = json.loads(shown(whole, "--explain", "layers.0", "--task", "place", "--json"))
+    table = rows(shown(whole, "--explain", "layers.0", "--task", "place"))
+    assert [str(row["round"]) for row in explained["rounds"]] == [row[0] for row in table]
+    assert {row["task"] for row in explained["rounds"]} == {"place"}
+    assert all("layers.0." in name for name in explained["parameters"])
+    record = next(r for r in RunReader(whole).ledger() if r.get("round") == explained["rounds"][0]["round"])
+    values = [record["modules"][name] for name in explained["parameters"]]
+    assert list(explained["rounds"][0]["counts"].values()) == [
+        sum(value["counts"][case] for value in values) for case in range(4)
+    ]
+
+
+def test_modules_are_compared_by_whole_parts_of_names(whole: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+
+    def rename(record: dict[str, Any]) -> None:
+        if record["event"] == "round":
+            modules = {name.replace("layers.0", "layers.10"): v for name, v in record["modules"].items()}
+            record["modules"] = modules
+
+    rewrite_ledger(run / "ledger.jsonl", rename)
+    explained = json.loads(shown(run, "--explain", "layers.1", "--json"))
+    assert len(explained["parameters"]) == 4
+    assert not any("layers.10" in name for name in explained["parameters"])
+    assert len(json.loads(shown(run, "--explain", "layers", "--json"))["parameters"]) == 8
+    assert "did you mean 'layers'?" in refused(run, "--explain", "layer")
+    assert "did you mean 'q_proj'?" in refused(run, "--module", "q_prj")
+
+
+def test_a_narrow_terminal_cuts_nothing_off(whole: Path) -> None:
+    def words(text: str) -> list[str]:
+        return text.split()
+
+    arguments = (whole, "--explain", "layers.1")
+    assert words(shown(*arguments, columns=40)) == words(shown(*arguments, columns=200))
+    assert "unchecked" in shown(whole, columns=40)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--explain", "q_proj", "--verify"), "--verify and --explain cannot be combined"),
+        (("--explain", "q_proj", "--module", "v_proj"), "--explain and --module cannot be combined"),
+        (("--head", "--task", "place"), "--head and --task cannot be combined"),
+        (("--test-result", "1", "--verdict", "keep"), "--test-result and --verdict cannot be combined"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(
+    whole: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    assert message in refused(whole, *arguments)
+
+
+def test_the_head_and_the_verification_as_json_have_the_same_hash(whole: Path) -> None:
+    head = json.loads(shown(whole, "--head", "--json"))
+    verified = json.loads(shown(whole, "--verify", "--json"))
+    assert verified == {"records": 34, "tasks": 3, "states": 7, "hash": head["hash"]}
+    assert head["hash"] == RunReader(whole).ledger()[-1]["hash"]
+    _, _, root, *_ = shown(whole, "--head").splitlines()
+    assert f"last hash {head['hash']}, in base64 {root}" in shown(whole, "--verify")
 
 
 def test_runs_without_rounds_and_rolled_back_runs_are_shown(
@@ -135,7 +201,11 @@ def test_runs_without_rounds_and_rolled_back_runs_are_shown(
     assert "20 records in an unbroken chain; 3 tasks' files and 0" in shown(tmp_path / "plain", "--verify")
     shutil.copytree(whole, tmp_path / "run")
     rollback(tmp_path / "run", 1)
-    assert "back to round 1" in shown(tmp_path / "run")
+    text = shown(tmp_path / "run")
+    assert "back to round 1" in text
+    marked = [row[0] for row in rows(text) if row[-2:] == ["rolled", "back"]]
+    assert marked == ["2", "3", "4", "5", "6"]
+    assert text.splitlines()[-1] == "gate: 1 unchecked"
     assert {row[0] for row in rows(shown(tmp_path / "run", "--explain", "q_proj"))} <= {"1"}
     assert "1 tasks' files and 2 kept states" in shown(tmp_path / "run", "--verify")
 
@@ -330,13 +400,13 @@ def test_a_run_of_an_earlier_format_is_shown_but_not_verified(whole: Path, tmp_p
 
 def test_invalid_arguments_are_refused(whole: Path, tmp_path: Path) -> None:
     assert "--task must be one of review, tense, place; got 'plaice'" in refused(whole, "--task", "plaice")
-    assert "no parameter's name contains '[/x]'" in refused(whole, "--module", "[/x]")
+    assert "no parameter's name has '[/x]' as whole parts" in refused(whole, "--module", "[/x]")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.yaml").touch()
     (tmp_path / "empty" / "ledger.jsonl").touch()
     assert "ledger.jsonl holds no record" in refused(tmp_path / "empty")
     assert "--verdict must be one of keep, damp" in refused(whole, "--verdict", "kept")
-    assert "no parameter's name contains 'layers.9'; there are layers.0" in refused(
+    assert "no parameter's name has 'layers.9' as whole parts; names are 'layers.0.self" in refused(
         whole, "--module", "layers.9"
     )
     assert "is not a run" in refused(tmp_path)

@@ -204,6 +204,17 @@ def test_the_command_rolls_back_and_reports(whole: tuple[RunConfig, Path], tmp_p
     done = CliRunner().invoke(app, ["rollback", str(tmp_path / "run"), "--to", "4"])
     assert done.exit_code == 0, done.exception
     assert "is as it was after round 4, in task place" in done.output
+    assert (
+        "deleted: snapshots/000005.safetensors, snapshots/000006.safetensors, tasks/03-place\n" in done.output
+    )
+    again = CliRunner().invoke(app, ["rollback", str(tmp_path / "run"), "--to", "5"])
+    expected = f"no round 5: {tmp_path / 'run'} has the rounds 1 to 4 since it was rolled back"
+    assert str(again.exception) == expected
+    third = json.loads(
+        CliRunner().invoke(app, ["rollback", str(tmp_path / "run"), "--to", "3", "--json"]).output
+    )
+    assert third["record"]["to"] == 3
+    assert third["deleted"] == ["snapshots/000004.safetensors"]
 
 
 def state(size: int) -> RunState:

@@ -80,7 +80,16 @@ def test_the_commands_read_it(tmp_path: Path, rkif: Rkif) -> None:
     assert "3 records in an unbroken chain" in shown
     status, shown, _ = rkif("log", folder, "--explain", "2.weight")
     assert status == 0
-    assert "1 parameter with '2.weight' in the name" in shown
+    assert "rounds that changed '2.weight'" in shown
+    assert "gate -: no gate checked the round" in " ".join(shown.split())
+    for arguments, message in (
+        (("log", "--task", "x"), "--task: this is the ledger of a training loop, whose rounds have no task"),
+        (("log", "--explain", "nope"), "no parameter's name has 'nope' as whole parts; names are '0"),
+        (("rollback", "--to", "1"), f"{folder} is the ledger of a training loop, which has no states"),
+    ):
+        status, _, errors = rkif(arguments[0], folder, *arguments[1:])
+        assert (status, errors.count("\n")) == (1, 1)
+        assert message in errors
     status, shown, _ = rkif("log", folder, "--json")
     assert [json.loads(line)["event"] for line in shown.splitlines()] == ["begin", "round", "round"]
     assert rkif("report", folder)[0] == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from rkif.attest.statement import make_statement, resource
 from rkif.ledger.chain import LedgerRecord
-from rkif.ledger.records import not_rolled_back
+from rkif.ledger.records import find_round
 
 TEST_RESULT_TYPE = "https://in-toto.io/attestation/test-result/v0.1"
 RESULTS = {"keep": "PASSED", "damp": "WARNED", "undo": "FAILED", "stop": "FAILED"}
@@ -23,10 +23,7 @@ def gate_statement(run: Path, records: Sequence[LedgerRecord], number: int) -> d
     Raises:
         ValueError: the run has no such round, or the gate did not check it.
     """
-    rounds = [record for record in not_rolled_back(records) if record["event"] == "round"]
-    record = next((record for record in rounds if record["round"] == number), None)
-    if record is None:
-        raise ValueError(f"--test-result: {run} has no round {number}; it has {len(rounds)} rounds")
+    record = find_round(records, number, run)
     gate = record["gate"]
     if gate is None or gate["verdict"] not in RESULTS:
         raise ValueError(f"--test-result: no gate checked round {number} of {run}")

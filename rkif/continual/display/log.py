@@ -6,22 +6,24 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from rkif.continual.display.modules import is_in_module, require_module
 from rkif.continual.display.verdicts import reasons
-from rkif.fuser.parameters import short_name
+from rkif.continual.rundir.head import head_of
 from rkif.gate import Verdict
 from rkif.ledger.chain import LedgerRecord
-from rkif.ledger.records import not_rolled_back
 from rkif_kernels import CASES, require_choice
 
 COLOURS = {"keep": "green", "damp": "yellow", "undo": "red", "stop": "red", "refused": "red"}
 CASE_HEADINGS = ("in", "out", "both", "none")
+NO_GATE = "-"
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,10 @@ class Share:
 
 def verified_line(run: Path, checked: Mapping[str, int], records: Sequence[LedgerRecord]) -> str:
     """The result of :func:`rkif.continual.rundir.verify.require_whole`."""
+    head = head_of(records)
     return (
         f"{run}: {checked['records']} records in an unbroken chain; {checked['tasks']} tasks' files and "
-        f"{checked['states']} kept states match the ledger; last hash {records[-1]['hash']}"
+        f"{checked['states']} kept states match the ledger; last hash {head.hash}, in base64 {head.root}"
     )
 
 
@@ -63,13 +66,15 @@ def select(
     """The records of a task, and of rounds with a verdict.
 
     Raises:
-        ValueError: there is no such task or verdict, or no parameter's name contains ``module``.
+        ValueError: there is no such task or verdict, or no parameter is in ``module``.
     """
     rounds = [record for record in records if record["event"] == "round"]
-    if module is not None and not any(module in name for record in rounds[:1] for name in record["modules"]):
-        raise ValueError(_no_module(rounds, module))
+    if module is not None:
+        require_module(module, rounds[0]["modules"] if rounds else ())
     if task is not None:
         tasks = next(record["tasks"] for record in records if record["event"] == "begin")
+        if not tasks:
+            raise ValueError("--task: this is the ledger of a training loop, whose rounds have no task")
         require_choice("--task", task, tasks)
         records = [record for record in records if record.get("task") == task]
     if verdict is not None:
@@ -79,96 +84,177 @@ def select(
 
 
 def only_module(records: Sequence[LedgerRecord], module: str | None) -> Iterator[LedgerRecord]:
-    """The records; each round keeps only the parameters whose names contain ``module``."""
+    """The records; each round keeps only the parameters in ``module``."""
     for record in records:
         if module is not None and "modules" in record:
-            values = {name: value for name, value in record["modules"].items() if module in name}
+            values = {name: value for name, value in record["modules"].items() if is_in_module(name, module)}
             record = {**record, "modules": values}
         yield record
 
 
-def table(records: Sequence[LedgerRecord], module: str | None) -> Table:
-    """A row per record. With ``module`` only rounds, and only their effect on those parameters.
+def records_table(
+    records: Sequence[LedgerRecord], module: str | None, valid: Sequence[LedgerRecord]
+) -> Table:
+    """A row per record. With ``module`` only rounds, and only their effect on its parameters.
+
+    Args:
+        records: those to show.
+        module: parts of parameters' names.
+        valid: all records that were not rolled back later.
 
     Raises:
-        ValueError: no parameter's name contains ``module``.
+        ValueError: no parameter is in ``module``.
     """
-    headings = ["round", "task", "steps", "gate", *CASE_HEADINGS, "moved"]
-    reason = any(reasons(record) for record in records if record["event"] == "round")
-    shown = _table([*headings, *(["reason"] if reason else [])], caption=_caption(module))
+    numbers = {record["seq"] for record in valid}
+    rows = []
     for record in records:
+        note = "" if record["seq"] in numbers else "rolled back"
         if record["event"] == "round":
             part = _share(record, module)
             first, stop = record["steps"]
-            shown.add_row(
+            cells: list[str | Text] = [
                 str(record["round"]),
                 record["task"] or "",
                 f"{first + 1}-{stop}",
                 _coloured(_verdict(record)),
                 *part.shares,
                 f"{part.moved:.3g}",
-                *(["; ".join(reasons(record))] if reason else []),
-            )
+            ]
+            rows.append((cells, note or "; ".join(reasons(record))))
         elif module is None and record["event"] not in ("state", "measured"):
-            shown.add_row("", record.get("task") or "", "", Text(_event(record), style="dim"))
+            cells = ["", record.get("task") or "", "", Text(_event(record), style="dim"), *[""] * 5]
+            rows.append((cells, note))
+    headings = ["round", "task", "steps", "gate", *CASE_HEADINGS, "moved"]
+    noted = any(note for _, note in rows)
+    shown = _table([*headings, *(["reason"] if noted else [])], caption=_caption(module, records))
+    for cells, note in rows:
+        shown.add_row(*cells, *([note] if noted else []), style="dim" if note == "rolled back" else None)
     return shown
 
 
-def explain(records: Sequence[LedgerRecord], module: str) -> list[Table]:
-    """Two tables: the rounds that changed the parameters, with the selecting learner; totals by task.
+def explanation(records: Sequence[LedgerRecord], module: str) -> dict[str, Any]:
+    """The effect of rounds on the parameters of a module, by round and by task, as JSON values.
+
+    A round in which they did not change is left out. In the sums over a task's rounds an element is counted
+    once a round.
+
+    Args:
+        records: without those that were rolled back later.
+        module: parts of parameters' names.
 
     Raises:
-        ValueError: no parameter's name contains ``module``, or there are no rounds.
+        ValueError: no parameter is in ``module``, or there are no rounds.
     """
-    rounds = [record for record in not_rolled_back(records) if record["event"] == "round"]
+    rounds = [record for record in records if record["event"] == "round"]
     if not rounds:
         raise ValueError("there is no round to explain: nothing has been fused")
     parts = [(record, _share(record, module)) for record in rounds]
-    names = sorted({name for record in rounds for name in record["modules"] if module in name})
-    plural = "s" if len(names) > 1 else ""
-    by_round = _table(
-        ("round", "task", "gate", "moved", *CASE_HEADINGS, "imp in", "imp out"),
-        title=f"{len(names)} parameter{plural} with {module!r} in the name: the rounds that moved them",
-    )
-    by_task = _table(
-        ("task", "rounds", "moved in", "moved", *CASE_HEADINGS, "imp out then", "now"),
-        title="by task",
-        caption=f"{_caption(module)} imp: mean importance of an element, as each learner measured it.",
-    )
+    by_task: dict[str | None, list[Share]] = {}
     for record, part in parts:
-        if part.moved > 0:
-            importance = [f"{value:.1e}" for value in part.importance]
-            by_round.add_row(
-                str(record["round"]),
-                record["task"] or "",
-                _coloured(_verdict(record)),
-                f"{part.moved:.3g}",
-                *part.shares,
-                *importance,
-            )
-    for task in dict.fromkeys(record["task"] for record in rounds):
-        parts_of_task = [part for record, part in parts if record["task"] == task]
-        # An element is counted once per round.
-        counts = tuple(sum(column) for column in zip(*(part.counts for part in parts_of_task), strict=True))
-        moved = sum(part.moved for part in parts_of_task)
-        total = Share(moved, counts, parts_of_task[-1].importance)
+        by_task.setdefault(record["task"], []).append(part)
+    return {
+        "module": module,
+        "parameters": sorted({n for record in rounds for n in record["modules"] if is_in_module(n, module)}),
+        "rounds": [
+            {
+                "round": record["round"],
+                "task": record["task"],
+                "gate": _verdict(record),
+                **_values(part.moved, part.counts),
+                "importance": dict(zip(("inner", "outer"), part.importance, strict=True)),
+            }
+            for record, part in parts
+            if part.moved > 0
+        ],
+        "tasks": [
+            {
+                "task": task,
+                "rounds": len(shares),
+                "changing_rounds": sum(share.moved > 0 for share in shares),
+                **_values(
+                    sum(share.moved for share in shares),
+                    tuple(map(sum, zip(*(share.counts for share in shares), strict=True))),
+                ),
+                "outer_importance": {
+                    "in_last_round": shares[-1].importance[1],
+                    "now": parts[-1][1].importance[1],
+                },
+            }
+            for task, shares in by_task.items()
+        ],
+    }
+
+
+def explanation_tables(explained: dict[str, Any]) -> list[Table]:
+    """Tables of an :func:`explanation`: the rounds that changed the parameters, and sums by task."""
+    names = explained["parameters"]
+    group = f"{len(names)} parameters of {explained['module']!r}" if len(names) > 1 else repr(names[0])
+    by_round = _table(
+        ("round", "task", "gate", "moved", *CASE_HEADINGS, "importance,\ninner", "importance,\nouter"),
+        title=escape(f"rounds that changed {group}"),
+    )
+    for row in explained["rounds"]:
+        by_round.add_row(
+            str(row["round"]),
+            row["task"] or "",
+            _coloured(row["gate"]),
+            f"{row['moved']:.3g}",
+            *_share_of(row).shares,
+            *(f"{value:.1e}" for value in row["importance"].values()),
+        )
+    by_task = _table(
+        (
+            *("task", "rounds", "changed\nthem in", "moved", *CASE_HEADINGS),
+            *("outer importance,\nlast round of task", "outer importance,\nlast round"),
+        ),
+        title="all rounds" if [row["task"] for row in explained["tasks"]] == [None] else "by task",
+        caption=f"{_caption(explained['module'], explained['rounds'])} "
+        "importance: mean of an element, as a learner measured it.",
+    )
+    for row in explained["tasks"]:
         by_task.add_row(
-            task or "",
-            str(len(parts_of_task)),
-            str(sum(part.moved > 0 for part in parts_of_task)),
-            f"{moved:.3g}",
-            *total.shares,
-            f"{parts_of_task[-1].importance[1]:.1e}",
-            f"{parts[-1][1].importance[1]:.1e}",
+            row["task"] or "",
+            str(row["rounds"]),
+            str(row["changing_rounds"]),
+            f"{row['moved']:.3g}",
+            *_share_of(row).shares,
+            *(f"{value:.1e}" for value in row["outer_importance"].values()),
         )
     return [by_round, by_task]
 
 
+def print_tables(console: Console, *tables: Table) -> None:
+    """Print tables as wide as their cells: a narrow terminal breaks lines, and cuts no cell off.
+
+    A title is one line, so that the name in it can be copied.
+    """
+    anything = console.options.update(width=10_000)
+    for one in tables:
+        for column in one.columns:
+            if column.no_wrap:
+                cells = (column.header, *column.cells)
+                column.min_width = max(console.measure(cell, options=anything).maximum for cell in cells)
+    console.width = max(console.width, *(console.measure(one, options=anything).minimum for one in tables))
+    for one in tables:
+        if one.title:
+            console.print(one.title, soft_wrap=True, style="italic", highlight=False)
+            one.title = None
+        console.print(one)
+
+
+def _values(moved: float, counts: tuple[int, ...]) -> dict[str, Any]:
+    return {"moved": moved, "counts": dict(zip(CASES, counts, strict=True))}
+
+
+def _share_of(row: dict[str, Any]) -> Share:
+    return Share(row["moved"], tuple(row["counts"].values()), (0.0, 0.0))
+
+
 def _share(record: LedgerRecord, module: str | None) -> Share:
-    """The effect of a round on the parameters whose names contain ``module``; on all without it."""
-    values = [value for name, value in record["modules"].items() if module is None or module in name]
-    if not values:
-        raise ValueError(_no_module([record], str(module)))
+    """The effect of a round on the parameters of ``module``; on all without it."""
+    if module is not None:
+        require_module(module, record["modules"])
+    values = [value for name, value in record["modules"].items() if not module or is_in_module(name, module)]
     sizes = [value["numel"] for value in values]
     importance = [
         sum(value["importance"][side] * size for value, size in zip(values, sizes, strict=True))
@@ -182,18 +268,11 @@ def _share(record: LedgerRecord, module: str | None) -> Share:
     )
 
 
-def _no_module(rounds: Sequence[LedgerRecord], module: str) -> str:
-    if not rounds:
-        return f"no parameter's name contains {module!r}: nothing has been fused"
-    names = ", ".join(sorted({short_name(name) for name in rounds[0]["modules"]})[:3])
-    return f"no parameter's name contains {module!r}; there are {names}, ..."
-
-
 def _verdict(record: LedgerRecord) -> str:
     """The gate's verdict; without a gate "-", or "refused" for a fusion that was not applied."""
     if record["gate"] is not None:
         return str(record["gate"]["verdict"])
-    return "-" if record["applied"] else "refused"
+    return NO_GATE if record["applied"] else "refused"
 
 
 def _coloured(verdict: str) -> Text:
@@ -221,9 +300,14 @@ def _event(record: LedgerRecord) -> str:
     ]
 
 
-def _caption(module: str | None) -> str:
-    of = "all parameters" if module is None else f"the parameters with {escape(repr(module))} in the name"
-    return (
+def _caption(module: str | None, rounds: Sequence[dict[str, Any]]) -> str:
+    """The meaning of the columns. ``rounds`` are records, or rows of an explanation."""
+    of = "all parameters" if module is None else f"the parameters of {escape(repr(module))}"
+    caption = (
         f"in, out, both, none: per cent of {of} that the inner learner alone selected, the outer alone, "
         "both, neither. moved: L2 norm of their change."
     )
+    verdicts = [
+        one["gate"] if isinstance(one["gate"], str) else _verdict(one) for one in rounds if "gate" in one
+    ]
+    return caption + (f" gate {NO_GATE}: no gate checked the round." if NO_GATE in verdicts else "")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from rkif.gate import without_values
 from rkif.ledger.chain import LedgerRecord
-from rkif.ledger.records import not_rolled_back
 
 PARTICIPLES = {
     "keep": "kept",
@@ -30,11 +29,8 @@ def reasons(record: LedgerRecord) -> list[str]:
 
 
 def verdict_line(records: Sequence[LedgerRecord]) -> str | None:
-    """The number of rounds by verdict, and the most frequent objection; None without a gate.
-
-    Rounds that were rolled back are left out.
-    """
-    rounds = [r for r in not_rolled_back(records) if r["event"] == "round" and r["gate"] is not None]
+    """The number of rounds by verdict, and the most frequent objection; None if no gate checked a round."""
+    rounds = [record for record in records if record["event"] == "round" and record["gate"] is not None]
     if not rounds:
         return None
     verdicts = Counter(record["gate"]["verdict"] for record in rounds)

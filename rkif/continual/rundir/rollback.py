@@ -14,7 +14,13 @@ from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import CHECKPOINT, RunState, read_checkpoint, state_sha256, write_state
 from rkif.files import claimed
 from rkif.ledger.chain import LEDGER, Ledger, LedgerRecord
-from rkif.ledger.records import not_rolled_back, now, parameter_digest
+from rkif.ledger.records import find_round, not_rolled_back, now, parameter_digest
+
+
+def task_and_state_files(run: Path) -> set[str]:
+    """The folders of tasks and the states after rounds, which a rollback may delete; relative to the run."""
+    entries = (entry for name in ("tasks", "snapshots") for entry in (run / name).glob("*"))
+    return {entry.relative_to(run).as_posix() for entry in entries}
 
 
 def rollback(run: Path, to: int) -> LedgerRecord:
@@ -45,9 +51,13 @@ def _rollback(reader: RunReader, to: int) -> LedgerRecord:
     run = reader.path
     finish_rollback(run)
     records = reader.records(torn=True)
-    rounds = {record["round"]: record for record in not_rolled_back(records) if record["event"] == "round"}
-    if to != 0 and to not in rounds:
-        raise ValueError(f"no round {to}: {run} has {len(rounds)} of them")
+    if records and not records[0]["tasks"]:
+        raise ValueError(
+            f"{run} is the ledger of a training loop, which has no states to return to: load the model "
+            "and the fuser's state that were saved with the round"
+        )
+    if to != 0:
+        find_round(records, to, run)
     state, metrics = _target(reader, records, to)
     require_recorded(run, records, [run / METRICS])
     checkpoint = read_checkpoint(run)
