@@ -53,6 +53,19 @@ def require_separate_steps(optim: str) -> None:
         raise ValueError(f"optim={optim!r} cannot be used with a memory_dataset: it {reason}")
 
 
+def require_single_samples(trainer: RKIFMixin) -> None:
+    """Require that a sample's loss does not depend on its neighbours in a fixed order of the data.
+
+    Raises:
+        ValueError: it does, as the KL divergence of trl's KTO, which the memory's order would mix.
+    """
+    if getattr(trainer, "calculate_KL", False):
+        raise ValueError(
+            f"{type(trainer).__name__} with loss_type={trainer.args.loss_type!r} pairs neighbouring samples, "
+            "and a memory_dataset is drawn in random order: use loss_type='apo_zero_unpaired'"
+        )
+
+
 def require_constant_ranks(model: Any) -> None:
     """Require that no adapter of the model prunes ranks during training.
 

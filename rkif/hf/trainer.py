@@ -21,6 +21,7 @@ from rkif.hf.requirements import (
     require_given_batches,
     require_gradients,
     require_separate_steps,
+    require_single_samples,
 )
 from rkif.hf.rounds import TrainerRounds
 from rkif.optim import AdamW
@@ -152,6 +153,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(TAGS))
         self.eval_dataset = prepared if named is eval_dataset else prepared.get("eval")
+        require_single_samples(self)
         require_constant_ranks(self.model)
         if optimizer is None and self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             require_separate_steps(self.args.optim)
