@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
-from rkif.cli.options import Out, Resume, Run, announce
+from rkif.cli.options import Out, Resume, announce
 
 commands = typer.Typer()
+
+COMPARISON = "comparison.html"
 
 
 @commands.command("run")
@@ -43,12 +45,33 @@ def run_command(
 
 
 @commands.command("report")
-def report_command(run: Run) -> None:
-    """Write a run's report: one HTML page with its metrics and plots."""
-    announce(f"Writing the report of {run}")
-    from rkif.continual.display.report import write_report
+def report_command(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or one folder of runs.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The page that compares several runs.", show_default=COMPARISON),
+    ] = None,
+) -> None:
+    """Write a run's report, one HTML page in its folder; or a page that compares several runs.
 
-    print(write_report(run))
+    A folder of runs is listed.
+    """
+    announce(f"Writing the report of {', '.join(map(str, runs))}")
+    from rkif.continual.display.run_list import print_runs
+
+    if len(runs) > 1:
+        from rkif.continual.display.report.comparison import write_comparison
+
+        print(write_comparison(runs, out or Path(COMPARISON)))
+        return
+    if out is not None:
+        raise ValueError("--out names the page that compares several runs; the report of one is RUN/report.html")
+    if not print_runs(runs[0]):
+        from rkif.continual.display.report import write_report
+
+        print(write_report(runs[0]))
 
 
 @commands.command("tune")

@@ -92,9 +92,12 @@ def log_command(
         raise ValueError("--verify --head compares the ledger with a FILE: rkif log RUN --verify --head FILE")
     announce(f"{'Verifying' if verify else 'Reading'} the ledger of {run}")
     from rkif.continual.display import log
+    from rkif.continual.display.run_list import print_runs
     from rkif.continual.rundir.folder import RunReader
     from rkif.ledger.records import not_rolled_back
 
+    if print_runs(run):
+        return
     reader = RunReader(run)
     records = reader.ledger()
     valid = not_rolled_back(records)

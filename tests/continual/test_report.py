@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from rkif.cli import app
 from rkif.continual.config import RunConfig
-from rkif.continual.display.report import write_report
+from rkif.continual.display.report import plots, write_report
 from rkif.continual.evaluation.history import RoundHistory
 from rkif.continual.rundir.folder import RunReader
 from rkif.fusion import FusionReport
@@ -66,7 +66,9 @@ def test_the_page_is_complete_and_self_contained(config: Callable[..., RunConfig
     for task in TASKS:
         assert task in text
     assert text.count("49.5") == len(TASKS) * (len(TASKS) + 1)  # the user metric is in every table
-    assert path.read_text().count("<svg") == 5  # curves, importance, masks, size and place of the changes
+    assert (
+        path.read_text().count("<svg") == 6
+    )  # curves, importance of both, masks, size and place of the changes
     first = path.read_bytes()
     write_report(tmp_path / "run")
     assert path.read_bytes() == first
@@ -135,7 +137,7 @@ GATE = {"criteria": [{"metric": "memory_loss", "floor": -1, "tolerance": None}],
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")
 def test_a_browser_renders_the_page(config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """No request, no error, no element wider than the window, and every picture is drawn."""
+    """No request, no error, no page wider than the window, and every picture is drawn, in light and dark."""
     sync_api = pytest.importorskip("playwright.sync_api")
     go(config(gate=GATE), tmp_path / "run")
     requests: list[str] = []
@@ -148,7 +150,18 @@ def test_a_browser_renders_the_page(config: Callable[..., RunConfig], tmp_path: 
         page.on("pageerror", lambda error: complaints.append(str(error)))
         url = write_report(tmp_path / "run").as_uri()
         page.goto(url)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 1000
+        for width in (480, 1000):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        colours = []
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            colours.append(
+                page.evaluate(
+                    "[document.body, document.querySelector('svg text')]"
+                    ".map((part, i) => getComputedStyle(part)[i ? 'fill' : 'backgroundColor'])"
+                )
+            )
         headings = [heading.inner_text() for heading in page.query_selector_all("h2")]
         pictures = [picture.bounding_box() for picture in page.query_selector_all("svg")]
         refused = page.query_selector_all("section:has(h2:text-is('Gate')) table tr")
@@ -166,9 +179,94 @@ def test_a_browser_renders_the_page(config: Callable[..., RunConfig], tmp_path: 
         "Ledger",
     ]
     assert headings == [*wanted, "Settings"]
-    assert len(pictures) == 6
+    assert len(pictures) == 7
+    (page_light, text_light), (page_dark, text_dark) = colours
+    assert page_light == "rgb(255, 255, 255)" != page_dark
+    assert len({text_light, text_dark, page_light, page_dark}) == 4  # the plots' text follows the page
     assert all(box["width"] > 500 and box["height"] > 100 for box in pictures)
     assert len(refused) == 1 + 2  # a heading, and one of three rounds in each of two tasks
+
+
+def test_the_headline_has_the_hand_computed_share(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    go(config(), tmp_path)
+    path = tmp_path / "metrics.json"
+    metrics = json.loads(path.read_text())
+
+    def page(matrix: list[list[float]], bwt: float | None = -1.0) -> str:
+        path.write_text(json.dumps(metrics | {"accuracy": matrix, "bwt": bwt}))
+        return html.unescape(write_report(tmp_path).read_text())
+
+    # (60 + 45) / (80 + 60); the last task does not count.
+    text = page([[80, 70, 60], [10, 60, 45], [0, 0, 100]])
+    assert (
+        "Keeps 75 % of what it learned: the accuracy on the first 2 tasks was 70.0 % right after learning "
+        "and is 52.5 % at the end."
+    ) in text
+    assert '<div class="tile bad">' in text
+    assert "method recurrent_kif; model model; 20" in text
+    assert "the first task was 80.0 % right after learning and is 76.0 % at the end." in page(
+        [[80, 76], [10, 60], [0, 0]]
+    )
+    assert "some forgetting" in page([[80, 70, 72], [10, 60, 50], [0, 0, 100]])  # 122 / 140
+    assert "little forgetting" in page([[80, 70, 80], [10, 60, 54], [0, 0, 100]])  # 134 / 140
+    for undefined in ([[80], [10], [0]], [[0, 9, 9], [9, 0, 9], [9, 9, 9]]):
+        assert "Keeps" not in page(undefined)
+    assert "Mean accuracy over 3 tasks" in page([[80, 70, 60], [10, 60, 45], [0, 0, 100]], bwt=None)
+
+
+def test_runs_are_compared(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    expected = {}
+    for name in ("replay", "sequential"):
+        expected[name] = go(config(method=name), tmp_path / "runs" / name)
+    go(
+        config(method="replay", tasks={**config().tasks.model_dump(), "order": TASKS[::-1]}),
+        tmp_path / "other",
+    )
+    runs = [str(tmp_path / "runs" / name) for name in expected]
+    written = CliRunner().invoke(app, ["report", *runs, "--out", str(tmp_path / "page.html")])
+    assert (written.exit_code, written.output) == (0, f"{tmp_path / 'page.html'}\n")
+    page = Page()
+    page.feed((tmp_path / "page.html").read_text())
+    assert page.open == []
+    text = " ".join(page.text)
+    for name, metrics in expected.items():
+        assert f"{name} keeps " in text
+        assert f"{metrics['op']:.1f}" in text
+        assert f"{metrics['samples']:,}" in text
+    assert (tmp_path / "page.html").read_text().count("<svg") == 1
+    best = max(expected.values(), key=lambda metrics: metrics["op"])["op"]
+    assert f"<td class=best>{best:.1f}</td>" in (tmp_path / "page.html").read_text()
+    # The same folder's name, and other orders.
+    CliRunner().invoke(app, ["report", runs[0], runs[0], "--out", str(tmp_path / "page.html")])
+    assert "replay (2)" in (tmp_path / "page.html").read_text()
+    CliRunner().invoke(
+        app, ["report", runs[0], str(tmp_path / "other"), "--out", str(tmp_path / "page.html")]
+    )
+    assert "not compared by task" in (tmp_path / "page.html").read_text()
+    refused = CliRunner().invoke(app, ["report", runs[0], "--out", str(tmp_path / "one.html")])
+    assert "--out names the page that compares" in str(refused.exception)
+    refused = CliRunner().invoke(app, ["report", runs[0], str(tmp_path)])
+    assert "is not a run" in str(refused.exception)
+    assert not (tmp_path / "one.html").exists()
+
+
+@pytest.mark.parametrize("command", ["report", "log"])
+def test_a_folder_of_runs_is_listed(config: Callable[..., RunConfig], tmp_path: Path, command: str) -> None:
+    metrics = go(config(method="replay"), tmp_path / "runs" / "a")
+    shutil.copytree(tmp_path / "runs" / "a", tmp_path / "runs" / "deep" / "b")
+    (tmp_path / "runs" / "deep" / "b" / "metrics.json").write_text("{")
+    (tmp_path / "runs" / "begun").mkdir()
+    shutil.copy(tmp_path / "runs" / "a" / "config.yaml", tmp_path / "runs" / "begun")
+    before = sorted(tmp_path.rglob("*"))
+    shown = CliRunner().invoke(app, [command, str(tmp_path / "runs")], env={"COLUMNS": "300"})
+    assert shown.exit_code == 0
+    lines = {line.split()[0]: line for line in shown.output.splitlines() if str(tmp_path) in line}
+    assert list(lines) == [str(tmp_path / "runs" / name) for name in ("a", "begun", "deep/b")]
+    a, begun, b = lines.values()
+    assert f"replay 3 of 3 {metrics['op']:.1f} {metrics['bwt']:+.1f}" in " ".join(a.split())
+    assert "has measured nothing yet" in begun
+    assert "damaged" in b
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_page_shows_the_gate_and_the_ledger_check(
@@ -180,7 +278,7 @@ def test_the_page_shows_the_gate_and_the_ledger_check(
     assert records[-1]["hash"] in text
     assert next(r for r in reversed(records) if "parameters" in r)["parameters"]["after"] in text
     assert f"torch {importlib.metadata.version('torch')}" in text
-    assert '<div class="tile"><b>2</b>undone</div><div class="tile"><b>4</b>not checked</div>' in text
+    assert '<div class="tile bad"><b>2</b>undone</div><div class="tile"><b>4</b>not checked</div>' in text
     for record in records:
         if record["event"] == "round" and record["gate"]["verdict"] == "undo":
             assert record["gate"]["attempts"][0]["objections"][0] in text
@@ -221,3 +319,15 @@ def test_history_sums_to_the_reports(config: Callable[..., RunConfig], tmp_path:
             n = metrics["trainable"]
             assert (selected <= n - 1 - (n - 1) * 4 // 5).all()
             assert (selected > 0).all()
+
+
+def test_lines_break_where_a_task_begins() -> None:
+    drawn: list[tuple[tuple[int, ...], tuple[float, ...], str]] = []
+
+    class Panel:
+        def plot(self, x: tuple[int, ...], y: tuple[float, ...], *, label: str, **_: object) -> None:
+            drawn.append((x, y, label))
+
+    plots._line(Panel(), [0, 1, 3, 4], [5.0, 6.0, 7.0, 8.0], ["a", "a", "b", "c", "c"], "red", label="value")
+    # No round of task b was checked.
+    assert drawn == [((0, 1), (5.0, 6.0), "value"), ((3, 4), (7.0, 8.0), "_")]

@@ -7,18 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rkif.continual.display.progress import format_number
 from rkif.continual.display.report import plots
+from rkif.continual.display.report.headline import read_facts, summary
 from rkif.continual.display.report.ledger_section import ledger_sections, loop_summary
 from rkif.continual.display.report.page import PAGE
 from rkif.continual.rundir.folder import RunReader
 from rkif.files import write_text
-
-EXPLANATIONS = {
-    "op": "OP: mean accuracy over all tasks at the end.",
-    "bwt": "BWT: mean change of a task's accuracy since it was learned; below zero is forgetting.",
-    "fwt": "FWT: mean accuracy just before a task is learned, minus that before training.",
-}
 
 
 def write_report(run: Path) -> Path:
@@ -34,39 +28,22 @@ def write_report(run: Path) -> Path:
         ImportError: matplotlib is not installed.
     """
     reader = RunReader(run)
-    metrics = reader.metrics()
-    if metrics.get("initial"):
-        title = f"{metrics['method']}: {len(metrics['tasks'])} tasks"
-        sections = [_summary(metrics), _curves(metrics)]
-        sections += [_matrix(name, *matrix) for name, matrix in _matrices(metrics).items()]
+    if not reader.metrics() and (records := reader.records()) and not records[0]["tasks"]:
+        title, sections = f"{records[0]['method']} in a training loop", [loop_summary(records)]
+    else:
+        facts = read_facts(reader)
+        title, sections = f"{facts.name}: {len(facts.metrics['tasks'])} tasks", [summary(facts)]
+        sections += [_curves(facts.metrics)]
+        sections += [_matrix(name, *matrix) for name, matrix in _matrices(facts.metrics).items()]
         rounds = reader.rounds()
         if rounds:
             sections += [_rounds(rounds)]
-    elif (records := reader.records()) and not records[0]["tasks"]:
-        title, sections = f"{records[0]['method']} in a training loop", [loop_summary(records)]
-    else:
-        raise ValueError(f"{run} has measured nothing yet")
     sections += ledger_sections(run)
     settings = f"<section><h2>Settings</h2><pre>{html.escape(reader.config_text())}</pre></section>"
     page = PAGE.replace("{{title}}", html.escape(title)).replace("{{body}}", "\n".join([*sections, settings]))
     out = run / "report.html"
     write_text(out, page)
     return out
-
-
-def _summary(metrics: Mapping[str, Any]) -> str:
-    tiles = "".join(
-        f'<div class="tile"><b>{format_number(metrics[key], sign=key != "op")}</b>{key.upper()}</div>'
-        for key in EXPLANATIONS
-    )
-    learned = len(metrics["accuracy"][0])
-    facts = (
-        f"{learned} of {len(metrics['tasks'])} tasks learned; {metrics['trainable']:,} parameters trained; "
-        f"{metrics['samples']:,} training samples; measured on {sum(metrics['records']):,} records of the "
-        f"{html.escape(metrics['split'])} split."
-    )
-    notes = "<br>".join(EXPLANATIONS.values())
-    return f'<section><div class="tiles">{tiles}</div><p>{facts}</p><p class="note">{notes}</p></section>'
 
 
 def _matrices(metrics: Mapping[str, Any]) -> dict[str, tuple[Sequence[str], Any, Any]]:
@@ -78,10 +55,11 @@ def _matrices(metrics: Mapping[str, Any]) -> dict[str, tuple[Sequence[str], Any,
 
 
 def _curves(metrics: Mapping[str, Any]) -> str:
-    picture = plots.forgetting_curves(metrics["tasks"], metrics["accuracy"], metrics["initial"])
+    accuracy = plots.Accuracy(metrics["initial"], metrics["accuracy"])
     return (
         "<section><h2>Forgetting</h2><p>Accuracy in per cent of every task after each task of the sequence; "
-        f"the dot marks the moment it was learned.</p>{picture}</section>"
+        "the dot marks the moment it was learned."
+        f"</p>{plots.forgetting_curves(metrics['tasks'], {'': accuracy})}</section>"
     )
 
 
@@ -119,8 +97,8 @@ def _rounds(rounds: Mapping[str, Mapping[str, Any]]) -> str:
         "<section><h2>Importance</h2><p>Mean importance of each tensor in each round, as each learner "
         "measured it; brighter is more important. Each map has its own logarithmic scale.</p>"
         f"{plots.importance_maps(rounds)}</section>"
-        "<section><h2>Masks</h2><p>The share of parameters that each learner selected, and the overlap: the "
-        "share of those selected by at least one learner that both selected.</p>"
+        "<section><h2>Masks</h2><p>The share of parameters that each learner selected. The middle band is "
+        "the overlap of the two masks. The rest is selected by neither.</p>"
         f"{plots.mask_overlap(rounds)}</section>"
         "<section><h2>Movement</h2><p>L2 norms of the two task vectors of a round, and of the fusion's "
         f"update.</p>{plots.movement(rounds)}</section>"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rkif.continual.display.report import plots
+from rkif.continual.display.report.headline import tile
 from rkif.continual.rundir.folder import RunReader
 from rkif.ledger.chain import LEDGER, LedgerError, LedgerRecord
 from rkif.ledger.records import not_rolled_back
@@ -20,6 +21,7 @@ MEANING = {
     "stop": "undone, and training ended",
     "unchecked": "not checked",
 }
+LEVELS = {"keep": "good", "damp": "fair", "undo": "bad", "stop": "bad"}  # classes of tiles
 
 
 def ledger_sections(run: Path) -> list[str]:
@@ -52,7 +54,7 @@ def loop_summary(records: Sequence[LedgerRecord]) -> str:
     rounds = [record for record in not_rolled_back(records) if record["event"] == "round"]
     applied = sum(record["applied"] for record in rounds)
     tiles = {"rounds": len(rounds), "fusions kept": applied, "not applied": len(rounds) - applied}
-    shown = "".join(f'<div class="tile"><b>{value}</b>{name}</div>' for name, value in tiles.items())
+    shown = "".join(tile(value, name) for name, value in tiles.items())
     facts = "No round has ended yet."
     if rounds:
         facts = f"{rounds[-1]['numel']:,} parameters; {rounds[-1]['steps'][1]:,} inner steps."
@@ -62,7 +64,7 @@ def loop_summary(records: Sequence[LedgerRecord]) -> str:
 def _gate(rounds: Sequence[LedgerRecord]) -> str:
     verdicts = Counter(record["gate"]["verdict"] for record in rounds if record["gate"])
     tiles = "".join(
-        f'<div class="tile"><b>{verdicts[verdict]}</b>{_text(meaning)}</div>'
+        tile(verdicts[verdict], meaning, LEVELS.get(verdict, ""))
         for verdict, meaning in MEANING.items()
         if verdicts[verdict]
     )
@@ -78,7 +80,8 @@ def _gate(rounds: Sequence[LedgerRecord]) -> str:
     )
     return _section(
         "Gate",
-        "<p>Each fusion is checked by these metrics before it is kept. Line: the value after each round. "
+        "<p>Each fusion is checked by these metrics before it is kept. Line: the value after each round, "
+        "broken where a task begins. "
         "Cross: the value after a whole step that was refused.</p>"
         f'<div class="tiles">{tiles}</div>{plots.gate_values(rounds)}{refused if rows else ""}',
     )

@@ -1,0 +1,134 @@
+"""The top of the report: what was trained, and how much of it was kept, in a sentence and in tiles."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rkif.continual.display.progress import format_number
+from rkif.continual.rundir.folder import RunReader
+from rkif.ledger.chain import LedgerError
+
+EXPLANATIONS = {
+    "op": "OP: mean accuracy over all tasks at the end.",
+    "bwt": "BWT: mean change of a task's accuracy since it was learned; below zero is forgetting.",
+    "fwt": "FWT: mean accuracy just before a task is learned, minus that before training.",
+}
+# Retention of at least so much -> class and words of a tile.
+_LEVELS = (
+    (0.95, "good", "little forgetting"),
+    (0.8, "fair", "some forgetting"),
+    (0.0, "bad", "much forgetting"),
+)
+
+
+class RunFacts(NamedTuple):
+    """What tables and headlines say of a run.
+
+    Attributes:
+        name: of its folder.
+        model: the last part of the model's path or name.
+        date: of the last record of its ledger; "" if it is unknown.
+        metrics: the content of ``metrics.json``.
+    """
+
+    name: str
+    model: str
+    date: str
+    metrics: Mapping[str, Any]
+
+    @property
+    def method(self) -> str:
+        return str(self.metrics["method"])
+
+    @property
+    def learned(self) -> int:
+        """Number of learned tasks."""
+        return len(self.metrics["accuracy"][0])
+
+    @property
+    def retention(self) -> float | None:
+        """Accuracy at the end, summed over all learned tasks but the last, over that right after learning.
+
+        The last task is left out as in BWT: nothing was learned after it. None if there is no earlier task,
+        if their accuracy was zero, or if the tasks were not learned one after another.
+        """
+        matrix = self.metrics["accuracy"][: self.learned - 1]
+        right_after = sum(row[i] for i, row in enumerate(matrix))
+        if self.metrics["bwt"] is None or not right_after:
+            return None
+        return float(sum(row[-1] for row in matrix) / right_after)
+
+
+def read_facts(reader: RunReader) -> RunFacts:
+    """The facts of a run that has measured something.
+
+    Raises:
+        ValueError: nothing was measured yet, or a file is damaged.
+    """
+    metrics = reader.metrics()
+    if not metrics.get("initial") or not metrics["accuracy"][0]:
+        raise ValueError(f"{reader.path} has measured nothing yet")
+    # A page needs no valid config: only this line is read.
+    model = re.search(r"^model: (.+)$", reader.config_text(), re.MULTILINE)
+    name = Path(model[1].strip("'\"")).name if model else ""
+    return RunFacts(reader.path.resolve().name, name, _date(reader), metrics)
+
+
+def headline(facts: RunFacts) -> str:
+    """The sentence that a decision needs, as plain text."""
+    if facts.retention is None:
+        return f"Mean accuracy over {facts.learned} tasks: {format_number(facts.metrics['op'])} %."
+    matrix, before = facts.metrics["accuracy"], facts.learned - 1
+    right_after = sum(matrix[i][i] for i in range(before)) / before
+    at_the_end = sum(matrix[i][-1] for i in range(before)) / before
+    earlier = "the first task" if before == 1 else f"the first {before} tasks"
+    return (
+        f"Keeps {100 * facts.retention:.0f} % of what it learned: the accuracy on {earlier} was "
+        f"{right_after:.1f} % right after learning and is {at_the_end:.1f} % at the end."
+    )
+
+
+def summary(facts: RunFacts) -> str:
+    """The first section of a run's page."""
+    metrics = facts.metrics
+    words = _words(facts.retention)
+    tiles = tile(format_number(metrics["op"]), "OP")
+    tiles += tile(format_number(metrics["bwt"], sign=True), "BWT", *words)
+    tiles += tile(format_number(metrics["fwt"], sign=True), "FWT")
+    origin = [f"method {facts.method}", f"model {facts.model}", facts.date]
+    what = (
+        f"{facts.learned} of {len(metrics['tasks'])} tasks learned; {metrics['trainable']:,} parameters "
+        f"trained; {metrics['samples']:,} training samples; measured on {sum(metrics['records']):,} records "
+        f"of the {metrics['split']} split."
+    )
+    return (
+        f'<section><p class="facts">{html.escape("; ".join(filter(None, origin)))}</p>'
+        f'<p class="headline">{html.escape(headline(facts))}</p><div class="tiles">{tiles}</div>'
+        f'<p>{html.escape(what)}</p><p class="note">{"<br>".join(EXPLANATIONS.values())}</p></section>'
+    )
+
+
+def tile(value: object, name: str, level: str = "", words: str = "") -> str:
+    """A tile with a value, its name, and perhaps a colour and the words that it stands for."""
+    below = f"<br>{html.escape(words)}" if words else ""
+    return f'<div class="{f"tile {level}".strip()}"><b>{value}</b>{html.escape(name)}{below}</div>'
+
+
+def _words(retention: float | None) -> Sequence[str]:
+    return (
+        ()
+        if retention is None
+        else next((level, text) for least, level, text in _LEVELS if retention >= least)
+    )
+
+
+def _date(reader: RunReader) -> str:
+    try:
+        times = [record["time"] for record in reader.records(torn=True) if "time" in record]
+    except LedgerError:
+        return ""  # the page says below that the ledger is broken
+    return str(times[-1])[:10] if times else ""
