@@ -67,7 +67,9 @@ def report_command(
         print(write_comparison(runs, out or Path(COMPARISON)))
         return
     if out is not None:
-        raise ValueError("--out names the page that compares several runs; the report of one is RUN/report.html")
+        raise ValueError(
+            "--out names the page that compares several runs; the report of one is RUN/report.html"
+        )
     if not print_runs(runs[0]):
         from rkif.continual.display.report import write_report
 
