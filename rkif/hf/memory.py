@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
+_SYNONYMS = {"labels", "label", "label_ids"}  # collators make the first of the others
 _DIGESTED = 64  # samples in a digest, at most
 
 
 def accepted_memory(memory: Any, train_dataset: Any) -> Any:
     """The memory as a dataset of the training data's kind, or None if there is none or it is empty.
 
-    A list of samples becomes a ``datasets.Dataset`` where the training data is one, because trainers that
-    prepare their data call its methods.
+    A list of samples becomes a ``datasets.Dataset`` where the training data is of that library, because
+    trainers that prepare their data call its methods.
 
     Args:
         memory: samples with a length and indexing, or None.
@@ -38,9 +39,10 @@ def accepted_memory(memory: Any, train_dataset: Any) -> Any:
     if len(memory) == 0:
         return None
     datasets = sys.modules.get("datasets")  # what is not imported has made no training data
-    if datasets is not None and isinstance(memory, list) and isinstance(train_dataset, datasets.Dataset):
-        return datasets.Dataset.from_list(memory)
-    return memory
+    if datasets is None or not isinstance(memory, list):
+        return memory
+    prepared = isinstance(train_dataset, datasets.Dataset | datasets.IterableDataset)
+    return datasets.Dataset.from_list(memory) if prepared else memory
 
 
 def require_labels(memory: Any, train_dataset: Any, label_names: Iterable[str]) -> None:
@@ -48,13 +50,16 @@ def require_labels(memory: Any, train_dataset: Any, label_names: Iterable[str]) 
 
     Args:
         memory, train_dataset: as the trainer has prepared them.
-        label_names: the trainer's. Collators also make labels of "label" and "label_ids".
+        label_names: the trainer's.
 
     Raises:
         ValueError: naming the labels that the memory lacks.
     """
-    needed = _columns(train_dataset) & {*label_names, "label", "label_ids"}
-    if missing := ", ".join(map(repr, sorted(needed - _columns(memory)))):
+    present = _columns(memory)
+    needed = _columns(train_dataset) & {*label_names, *_SYNONYMS}
+    if present & _SYNONYMS:
+        needed -= _SYNONYMS
+    if missing := ", ".join(map(repr, sorted(needed - present))):
         raise ValueError(f"memory_dataset has no {missing}, which train_dataset has: nothing gives its loss")
 
 

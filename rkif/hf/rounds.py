@@ -68,6 +68,11 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
         self.memory_digest = memory_digest(memory)
         self.checkpoint: str | None = None
 
+    def release(self) -> None:
+        """Free the memory that the fuser and the outer optimizer of an earlier training take."""
+        for name in ("fuser", "optimizer", "start"):
+            self.__dict__.pop(name, None)
+
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Start from the current weights, or continue from the checkpoint that training resumes from."""
         trainer = self.trainer
@@ -133,10 +138,9 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
     def _log(self, *, steps: int) -> None:
         """Log the round, as docs/guide/trainer.md lists it. It does not replace the log of the step."""
         trainer, report = self.trainer, self.fuser.last_report
-        assert report is not None
-        loss = trainer.accelerator.gather(self.loss).mean().item() / steps
-        if trainer.args.logging_strategy == IntervalStrategy.NO:
+        if report is None or trainer.args.logging_strategy == IntervalStrategy.NO:
             return
+        loss = trainer.accelerator.gather(self.loss).mean().item() / steps
         values = {"round": self.fuser.round, "outer_loss": loss}
         values["outer_learning_rate"] = self.optimizer.param_groups[0]["lr"]
         values |= round_values(report, trainer.gate)

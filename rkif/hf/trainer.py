@@ -178,6 +178,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         """
         if self._rkif is not None:
             require_gradients(self)
+            self._rkif.release()
         return super().train(*args, **kwargs)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:

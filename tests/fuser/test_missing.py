@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from fuser_loop import batch
 from torch import Tensor, nn
 
 import rkif
 from rkif import Criterion, Fuser, FusionConfig, Gate
+from rkif.continual.config import dump_config
 from rkif.continual.evaluation.history import RoundHistory
 from rkif.ledger.chain import read_ledger
 
@@ -23,14 +26,21 @@ class Loop:
     """A loop in which `without` names the parameters that have no gradient."""
 
     def __init__(
-        self, config: FusionConfig, *, dtype: torch.dtype = torch.float32, **fuser_settings: Any
+        self,
+        config: FusionConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        observing: bool = False,
+        **fuser_settings: Any,
     ) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.model = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 2)).to(dtype)
         self.dtype = dtype
-        self.optimizers = [torch.optim.AdamW(self.model.parameters(), lr=rate) for rate in (1e-2, 3e-2)]
         self.fuser = Fuser(self.model, config, **fuser_settings)
+        self.observing = observing
+        kind: Any = partial(rkif.optim.AdamW, fuser=self.fuser) if observing else torch.optim.AdamW
+        self.optimizers = [kind(self.model.parameters(), lr=rate) for rate in (1e-2, 3e-2)]
         self.inner: dict[str, Tensor] = {}
         self.seed = 0
 
@@ -41,7 +51,8 @@ class Loop:
             for name, parameter in self.model.named_parameters():
                 if name in without:
                     parameter.grad = None
-            self.fuser.observe()
+            if not self.observing:
+                self.fuser.observe()
             self.optimizers[learner].step()
             self.optimizers[learner].zero_grad()
 
@@ -62,9 +73,10 @@ def zero(**changes: Any) -> FusionConfig:
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 @pytest.mark.parametrize("rule", ["paper", "release"])
-def test_a_missing_parameter_takes_no_part(scope: Any, rule: str) -> None:
+@pytest.mark.parametrize("observing", [False, True], ids=["observe()", "observing optimizer"])
+def test_a_missing_parameter_takes_no_part(scope: Any, rule: str, observing: bool) -> None:
     """Its round is the round of a model in which it is frozen, although it was important before."""
-    loop = Loop(zero(scope=scope, rule=rule))
+    loop = Loop(zero(scope=scope, rule=rule), observing=observing)
     loop.train()
     loop.fuser.fuse()
     loop.train(inner=EXPERT, outer=EXPERT)
@@ -205,3 +217,11 @@ def test_settings_are_validated() -> None:
         FusionConfig(missing="skip")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"pack_inner=True selects before .* needs missing='raise'"):
         zero(pack_inner=True)
+
+
+def test_a_config_of_a_run_has_it_only_if_it_is_set(config: Any) -> None:
+    """Runs that are older than the setting are resumed with the same text."""
+    configs = [config(fusion=fusion) for fusion in ({}, {"missing": "zero"})]
+    first, second = (yaml.safe_load(dump_config(one))["fusion"] for one in configs)
+    assert second == {**first, "missing": "zero"}
+    assert "missing" not in first

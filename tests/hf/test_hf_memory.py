@@ -239,6 +239,13 @@ def test_refuses_a_memory_without_labels(tmp_path: Any, as_dataset: bool) -> Non
         trainer(tmp_path, memory_dataset=memory)
 
 
+def test_labels_may_have_another_name_that_collators_know(tmp_path: Any) -> None:
+    memory = [{"input_ids": row["input_ids"], "label_ids": row["labels"]} for row in MEMORY]
+    run = trainer(tmp_path, memory_dataset=memory, max_steps=3, remove_unused_columns=False)
+    run.train()
+    assert run.fuser.round == 1
+
+
 def test_labels_may_come_from_the_collator(tmp_path: Any) -> None:
     def collate(samples: Any) -> Any:
         return default_data_collator([{**sample, "labels": sample["input_ids"]} for sample in samples])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
 import optuna
 import pytest
@@ -41,6 +42,22 @@ def test_trials_equal_trainings_of_their_own(tmp_path: Any) -> None:
         alone.train()
         assert rounds == alone.fuser.round == -(-4 // FUSION.inner_steps)
         assert_same_bits(found, weights(alone.model))
+
+
+def test_an_earlier_training_is_released(tmp_path: Any) -> None:
+    """Between trials the search frees the model, and a new one is made before a new fuser."""
+    alive = []
+
+    def counted() -> Any:
+        alive.append(None if first is None else first())
+        return lora_llama()
+
+    first: Any = None
+    run = trainer(tmp_path, model_init=counted, max_steps=3)
+    run.train()
+    first = ref(run.fuser)
+    run.train()
+    assert alive[-1] is None
 
 
 def test_a_ledger_is_refused(tmp_path: Any) -> None:
