@@ -18,11 +18,11 @@ for wing in (kernels, training, forgetting, checkpoints, fuzzing):
 
 @app.command("docs")
 def docs_command() -> None:
-    """Write the tables of the committed results into README.md and the docs."""
-    from bench.docs import FILES, with_tables
+    """Write what is generated in README.md and the docs: tables of the committed results, the notebook."""
+    from bench.docs import generated
 
-    for file in FILES:
-        file.write_text(with_tables(file.read_text(encoding="utf-8")), encoding="utf-8")
+    for file, text in generated():
+        file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

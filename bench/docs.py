@@ -1,9 +1,9 @@
-"""The tables of README.md and the docs, generated from the committed results."""
+"""What is generated in README.md and the docs: the tables of the committed results, and whole pages."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.checkpoints import peers as checkpoints
@@ -12,11 +12,20 @@ from bench.forgetting import tables as continual_tables
 from bench.fuzzing import campaign as fuzzing
 from bench.kernels import launches, roofline
 from bench.kernels import tables as kernels
+from bench.notebook import notebook
 from bench.training import model_memory, overhead, scaling
 
 README = Path(__file__).parent.parent / "README.md"
 DOCS = README.parent / "docs"
 FILES = (README, *sorted(DOCS.rglob("*.md")))  # every page that may have tables
+
+
+def generated() -> Iterator[tuple[Path, str]]:
+    """The files that have generated parts, and their text."""
+    for file in FILES:
+        yield file, with_tables(file.read_text(encoding="utf-8"))
+    script = DOCS / "examples" / "lora_loop.py"
+    yield script.with_suffix(".ipynb"), notebook(script.read_text(encoding="utf-8"))
 
 
 def with_tables(text: str) -> str:
