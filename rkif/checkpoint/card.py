@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +71,15 @@ def write_card(
         f"| {argument} | `{facts['name']}` | `{facts['content_sha256']}` |"
         for argument, facts in inputs.items()
     ]
-    counts, norms = report["counts"], report["norms"]
-    total = max(sum(counts.values()), 1)
-    selected = [f"| {case.replace('_', ' ')} | {n:,} | {n / total:.2%} |" for case, n in counts.items()]
+    total = max(sum(report["counts"].values()), 1)
+    selected = [f"| {name} | {n:,} | {n / total:.2%} |" for name, n in selections(report)]
+    norms = ", ".join(f"{_norm(name)} {norm:.6g}" for name, norm in report["norms"].items())
     version = importlib.metadata.version("rkif")
     text = f"""---
 {data.to_yaml()}
 ---
 
-# A fusion of {models[1]} and {models[2]} on {models[0]}
+# {_title(method, models)}
 
 Made by rkif {version} with the method `{method}`.
 
@@ -97,14 +97,34 @@ The tensors have the SHA-256 `{content}`; `rkif verify` checks all files against
 
 ## Result
 
-{report["numel"]:,} parameters. L2 norms of the inner task vector {norms["inner"]:.6g},
-of the outer {norms["outer"]:.6g}, of the update {norms["update"]:.6g}.
+{report["numel"]:,} parameters. L2 norms: {norms}.
 
 | selected by | parameters | share |
 | --- | ---: | ---: |
 {chr(10).join(selected)}
 """
     write_text(folder / "README.md", text)
+
+
+def selections(report: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Who selects an element, and how many elements; of any number of models but two, without empty rows."""
+    counts: dict[str, int] = report["counts"]
+    if "both" in counts:
+        return [(case.replace("_", " "), n) for case, n in counts.items()]
+    models = len(counts) - 1
+    return [(f"{number} of {models} models", n) for number, n in counts.items() if n]
+
+
+def _norm(name: str) -> str:
+    return "update" if name == "update" else f"{name} task vector" if name in ("inner", "outer") else name
+
+
+def _title(method: str, models: Sequence[str]) -> str:
+    base, *others = models
+    if method == "wsm":
+        return f"An average of {len(models)} checkpoints, from {base} to {others[-1]}"
+    listed = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
+    return f"A fusion of {listed} on {base}"
 
 
 def _license(base: Checkpoint) -> str | None:

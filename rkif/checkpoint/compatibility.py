@@ -14,21 +14,26 @@ SHOWN = 5  # names in a message
 
 
 def compare_inputs(checkpoints: Mapping[str, Checkpoint], problems: list[str], notes: list[str]) -> None:
-    """Compare all inputs with BASE; differences that prevent nothing are appended to ``notes``."""
-    base = checkpoints["BASE"]
+    """Compare all inputs with the first, which gives the layout.
+
+    Differences that prevent nothing are appended to ``notes``.
+    """
+    first, base = next(iter(checkpoints.items()))
     for argument, checkpoint in checkpoints.items():
         if argument.startswith("--"):
             _compare_importance(base, checkpoint, argument, problems)
-        elif argument != "BASE":
-            _compare_configs(base, checkpoint, argument, problems, notes)
-            _compare_tensors(base, checkpoint, argument, problems)
+        elif argument != first:
+            _compare_configs(base, checkpoint, argument, first, problems, notes)
+            _compare_tensors(base, checkpoint, argument, first, problems)
     _check_dtypes(checkpoints, problems)
     if base.tensors and not any(entry.dtype in FUSED and entry.numel for entry in base.tensors.values()):
-        problems.append("BASE has no floating-point element: there is nothing to fuse")
+        problems.append(f"{first} has no floating-point element: there is nothing to fuse")
 
 
-def _compare_tensors(base: Checkpoint, other: Checkpoint, argument: str, problems: list[str]) -> None:
-    """Names and shapes must be those of BASE."""
+def _compare_tensors(
+    base: Checkpoint, other: Checkpoint, argument: str, first: str, problems: list[str]
+) -> None:
+    """Names and shapes must be those of ``base``, which messages call ``first``."""
     missing = [name for name in base.tensors if name not in other.tensors]
     extra = [name for name in other.tensors if name not in base.tensors]
     if missing:
@@ -36,16 +41,18 @@ def _compare_tensors(base: Checkpoint, other: Checkpoint, argument: str, problem
     if extra:
         tied = base.config.get("tie_word_embeddings") and any("head" in name for name in extra)
         hint = (
-            "; BASE ties its head to the embedding (tie_word_embeddings): tie this one, too" if tied else ""
+            f"; {first} ties its head to the embedding (tie_word_embeddings): tie this one, too"
+            if tied
+            else ""
         )
-        problems.append(f"{argument} has {_some(extra)}, which BASE lacks{hint}")
+        problems.append(f"{argument} has {_some(extra)}, which {first} lacks{hint}")
     for name, entry in base.tensors.items():
         if name in other.tensors and other.tensors[name].shape != entry.shape:
             shape, base_shape = list(other.tensors[name].shape), list(entry.shape)
             same_width = len(shape) == len(base_shape) == 2 and shape[1] == base_shape[1]
             vocabulary = same_width and any(part in name for part in ("embed", "lm_head", "wte"))
             hint = " (another vocabulary?)" if vocabulary else ""
-            problems.append(f"{argument}: {name!r} has shape {shape}; in BASE it has {base_shape}{hint}")
+            problems.append(f"{argument}: {name!r} has shape {shape}; in {first} it has {base_shape}{hint}")
 
 
 def _compare_importance(base: Checkpoint, importance: Checkpoint, argument: str, problems: list[str]) -> None:
@@ -70,7 +77,7 @@ def _compare_importance(base: Checkpoint, importance: Checkpoint, argument: str,
 
 def _check_dtypes(checkpoints: Mapping[str, Checkpoint], problems: list[str]) -> None:
     """Dtypes must be known. A tensor is floating-point in all inputs, or has one dtype in all."""
-    base = checkpoints["BASE"]
+    first, base = next(iter(checkpoints.items()))
     for argument, checkpoint in checkpoints.items():
         if "quantization_config" in checkpoint.config:
             problems.append(f"{argument} is quantised (quantization_config); dequantise it first")
@@ -87,7 +94,7 @@ def _check_dtypes(checkpoints: Mapping[str, Checkpoint], problems: list[str]) ->
                 continue
             fused = entry.dtype in FUSED and base_entry.dtype in FUSED
             if not fused and entry.dtype != base_entry.dtype:
-                problems.append(f"{argument}: {name!r} is {entry.dtype}; in BASE it is {base_entry.dtype}")
+                problems.append(f"{argument}: {name!r} is {entry.dtype}; in {first} it is {base_entry.dtype}")
 
 
 # Settings of the configs that must be equal. An absent setting equals None, False and 0.
@@ -105,12 +112,17 @@ _ADAPTER = (
 
 
 def _compare_configs(
-    base: Checkpoint, other: Checkpoint, argument: str, problems: list[str], notes: list[str]
+    base: Checkpoint,
+    other: Checkpoint,
+    argument: str,
+    first: str,
+    problems: list[str],
+    notes: list[str],
 ) -> None:
-    """Kind, settings and vocabulary must be those of BASE."""
+    """Kind, settings and vocabulary must be those of ``base``, which messages call ``first``."""
     if base.stem != other.stem:
         kinds = {"model": "a model", "adapter_model": "an adapter"}
-        problems.append(f"{argument} is {kinds[other.stem]}, BASE {kinds[base.stem]}")
+        problems.append(f"{argument} is {kinds[other.stem]}, {first} {kinds[base.stem]}")
         return
     if base.config and other.config:
         for setting in _MODEL if base.stem == "model" else _ADAPTER:
@@ -119,11 +131,11 @@ def _compare_configs(
             absent = setting == "tie_word_embeddings" and None in (expected, value)
             if (expected or None) != (value or None) and not absent:
                 problems.append(
-                    f"{argument}: {setting} is {value!r} in its config; in BASE it is {expected!r}"
+                    f"{argument}: {setting} is {value!r} in its config; in {first} it is {expected!r}"
                 )
         expected, value = (checkpoint.config.get("base_model_name_or_path") for checkpoint in (base, other))
         if base.stem == "adapter_model" and expected != value:
-            notes.append(f"{argument} adapts {value!r} by its config; BASE adapts {expected!r}")
+            notes.append(f"{argument} adapts {value!r} by its config; {first} adapts {expected!r}")
     expected, ids = _vocabulary(base), _vocabulary(other)
     if expected and ids and expected != ids:
         moved = [token for token in expected.keys() & ids.keys() if expected[token] != ids[token]]
@@ -131,10 +143,12 @@ def _compare_configs(
             token = min(moved, key=lambda token: expected[token])
             problems.append(
                 f"{argument}: its tokenizer has other ids for {len(moved)} tokens: "
-                f"{token!r} is {ids[token]}, in BASE {expected[token]}"
+                f"{token!r} is {ids[token]}, in {first} {expected[token]}"
             )
         else:
-            notes.append(f"{argument}: its tokenizer has {len(ids):,} tokens, that of BASE {len(expected):,}")
+            notes.append(
+                f"{argument}: its tokenizer has {len(ids):,} tokens, that of {first} {len(expected):,}"
+            )
 
 
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:

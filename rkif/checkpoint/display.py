@@ -17,6 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from rkif.checkpoint.card import selections
 from rkif.checkpoint.methods import settings_of
 from rkif.checkpoint.preflight import MIB, Plan
 from rkif.checkpoint.summary import Summary
@@ -98,9 +99,9 @@ def summary_table(summary: Summary) -> Table:
     table = _table(f"Fused into {summary.out}{', resumed' if summary.resumed else ''}")
     table.add_row("method", _settings(summary.method, summary.settings))
     table.add_row("parameters", f"{report['numel']:,} in {summary.tensors} tensors, {_files(summary.files)}")
-    cases = ", ".join(f"{case.replace('_', ' ')} {n / total:.1%}" for case, n in report["counts"].items())
+    cases = ", ".join(f"{name} {n / total:.1%}" for name, n in selections(report))
     table.add_row("selected by", cases)
-    for side, threshold in zip(("inner", "outer"), report["thresholds"], strict=True):
+    for side, threshold in zip(report["norms"], report["thresholds"], strict=False):
         if isinstance(threshold, float):
             table.add_row(f"threshold, {side}", f"{threshold:.6g}")
     norms = ", ".join(f"{name} {norm:.6g}" for name, norm in report["norms"].items())

@@ -29,9 +29,10 @@ def scanned_bytes(method: Method, checkpoints: Mapping[str, Checkpoint], size: i
 
 def estimate_seconds(request: Request, numel: int, read: int, written: int) -> float:
     """Seconds, from the time to fuse a random tile and to write a few MiB where the output will lie."""
-    part = [torch.rand(TILE, device=request.device) for _ in range(4)]
-    tile = Tile([0], [0], part[:1], part[1:2], part[2:3], part[3:4], None, ["tile"])
-    scan_result = ScanResult(torch.full((2, 1), 0.5), torch.ones(2, 1, dtype=torch.float64))
+    models = request.method.models
+    out, base, *ends = ([torch.rand(TILE, device=request.device)] for _ in range(2 + models))
+    tile = Tile([0], [0], out, base, ends, None, ["tile"])
+    scan_result = ScanResult(torch.full((models, 1), 0.5), torch.ones(models, 1, dtype=torch.float64))
     durations = []
     for _ in range(3):
         start = time.perf_counter()

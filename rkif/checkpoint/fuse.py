@@ -21,7 +21,6 @@ from rkif.checkpoint.output import OutputWriter
 from rkif.checkpoint.preflight import Plan
 from rkif.checkpoint.progress import NullProgress, Progress, ProgressMeter
 from rkif.checkpoint.provenance import InputDigests, input_files, timestamp, write_provenance
-from rkif.checkpoint.request import ARGUMENTS
 from rkif.checkpoint.scan import Scan, are_valid_scores, make_scan
 from rkif.checkpoint.scores import invalid_input, scores_of
 from rkif.checkpoint.source import InvalidInputError, changes
@@ -29,7 +28,6 @@ from rkif.checkpoint.summary import Summary
 from rkif.checkpoint.tiles import Tile, tiles
 from rkif.checkpoint.workdir import Workdir, clear
 from rkif.distributed.process_group import ALONE, ProcessGroup
-from rkif_kernels import CASES
 
 UNRECORDED = 256 << 20  # most bytes that a scan reads before it is recorded: a kill repeats them
 
@@ -153,7 +151,7 @@ class _Fusion:
             for chunk in self._loader.load(remaining):
                 for tile in self._tiles(chunk, self._plan.scan_tile):
                     if not scan.observe(tile, scores_of(self._method, tile)):
-                        raise invalid_input(self._tensors, tile)
+                        raise self._invalid(tile)
                 unrecorded += chunk.nbytes
                 if unrecorded >= UNRECORDED:
                     self._work.record_scan(scan.state(), {"next": chunk.index + 1})
@@ -201,8 +199,9 @@ class _Fusion:
     def _compute(
         self, chunk: LoadedChunk, targets: Sequence[Tensor], scan_result: ScanResult
     ) -> tuple[list[int], list[float]]:
-        """Fill a chunk's targets; returns counts by case and squared norms of inner, outer and update."""
-        counts, squared_norms = [0] * len(CASES), [0.0] * 3
+        """Fill a chunk's targets; returns counts and squared norms, named as the request has them."""
+        request = self._plan.request
+        counts, squared_norms = [0] * len(request.cases), [0.0] * len(request.norms)
         if chunk.index >= len(self._plan.fused_chunks):
             self._copy(chunk, targets)
             return counts, squared_norms
@@ -211,11 +210,11 @@ class _Fusion:
             # Importance that no scan has seen is checked here; all else shows in the norms.
             unseen = tile.importance is not None and not self._method.needs_threshold
             if unseen and not all(map(are_valid_scores, scores)):
-                raise invalid_input(self._tensors, tile)
+                raise self._invalid(tile)
             stats = self._method.fuse(tile, scores, scan_result)
             tile_norms = stats.squared_norms.tolist()
             if not all(map(math.isfinite, tile_norms)):  # an input or a result is not finite
-                raise invalid_input(self._tensors, tile)
+                raise self._invalid(tile)
             counts = [a + b for a, b in zip(counts, stats.counts.tolist(), strict=True)]
             squared_norms = [a + b for a, b in zip(squared_norms, tile_norms, strict=True)]
         return counts, squared_norms
@@ -223,16 +222,21 @@ class _Fusion:
     def _copy(self, chunk: LoadedChunk, targets: Sequence[Tensor]) -> None:
         base, *others = chunk.tensors
         for position, piece in enumerate(self._plan.chunks[chunk.index]):
-            for argument, other in zip(ARGUMENTS[1:], others, strict=False):
+            first, *models = self._plan.request.checkpoints
+            for argument, other in zip(models, others, strict=True):
                 if not torch.equal(base[position], other[position]):
                     tensor = self._tensors[piece.tensor]
                     raise InvalidInputError(
                         f"{tensor.name!r} is {tensor.target.dtype}, which is copied, not fused, but "
-                        f"{argument} has other values in it than BASE; nothing was published"
+                        f"{argument} has other values in it than {first}; nothing was published"
                     )
             targets[position].copy_(base[position])
 
     def _tiles(
         self, chunk: LoadedChunk, largest: int, targets: Sequence[Tensor] | None = None
     ) -> Iterator[Tile]:
-        return tiles(self._plan.chunks[chunk.index], chunk.tensors, targets, largest, self._names)
+        pieces, models = self._plan.chunks[chunk.index], self._method.models
+        return tiles(pieces, chunk.tensors, targets, largest, self._names, models)
+
+    def _invalid(self, tile: Tile) -> InvalidInputError:
+        return invalid_input(self._tensors, tile, self._plan.checkpoints)

@@ -22,7 +22,7 @@ class OutputTensor:
 
     Attributes:
         target: its entry in the output.
-        inputs: the entries of base, inner and outer, then of the two importances where they are given.
+        inputs: the entries of base and models, then of the two importances where they are given.
     """
 
     name: str

@@ -23,7 +23,7 @@ class LoadedChunk:
 
     Attributes:
         index: of the chunk.
-        tensors: by role (base, inner, outer, then the importances), then by piece of the chunk; flat.
+        tensors: by role (base, models, then the importances), then by piece of the chunk; flat.
         digests: by role, the SHA-256 of each tensor that ends in this chunk; empty unless asked for.
     """
 

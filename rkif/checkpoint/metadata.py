@@ -19,11 +19,10 @@ from rkif.checkpoint.methods import settings_of
 from rkif.checkpoint.output import OUT
 from rkif.checkpoint.preflight import Plan
 from rkif.files import fsync_file, write_text
-from rkif_kernels import CASES
 
 
 class _Totals(NamedTuple):
-    """Counts by case, squared norms (inner, outer, update), and SHA-256 by argument and tensor."""
+    """Counts, squared norms, and SHA-256 by argument and tensor."""
 
     counts: list[int]
     squared_norms: list[float]
@@ -40,15 +39,15 @@ def write_metadata(
 
     Args:
         records: of all processes, as :class:`rkif.checkpoint.output.OutputWriter` makes them.
-        thresholds: float32 [2, 1] or [2, tensors], of inner and outer; None for a method that has none.
+        thresholds: float32 [models, 1] or [models, tensors]; None for a method that has none.
     """
-    base, method = plan.checkpoints["BASE"], plan.request.method
+    base, method = plan.base, plan.request.method
     _remove_leftovers(plan, folder)
     if plan.layout.index is not None:
         write_text(folder / f"{base.stem}.safetensors.index.json", json.dumps(plan.layout.index, indent=2))
     copy_companions(base, folder)
 
-    totals = _sum(records)
+    totals = _sum(plan, records)
     inputs = {}
     for argument, checkpoint in plan.checkpoints.items():
         content = {name: (entry, totals.digest(argument, name)) for name, entry in checkpoint.tensors.items()}
@@ -80,9 +79,9 @@ def _remove_leftovers(plan: Plan, folder: Path) -> None:
             path.unlink()
 
 
-def _sum(records: Iterable[Mapping[str, Any]]) -> _Totals:
+def _sum(plan: Plan, records: Iterable[Mapping[str, Any]]) -> _Totals:
     """The sum over the chunks, in their order, whichever process fused them."""
-    counts, squared_norms = [0] * len(CASES), [0.0] * 3
+    counts, squared_norms = [0] * len(plan.request.cases), [0.0] * len(plan.request.norms)
     digests: dict[str, dict[str, str]] = {}
     by_chunk = {record["chunk"]: record for record in records if "chunk" in record}
     for _, record in sorted(by_chunk.items()):
@@ -94,8 +93,12 @@ def _sum(records: Iterable[Mapping[str, Any]]) -> _Totals:
 
 
 def _report(plan: Plan, totals: _Totals, thresholds: Tensor | None) -> dict[str, Any]:
-    """A :class:`rkif.FusionReport` as JSON; norms to six digits, as the others depend on the chunks."""
-    sides: list[Any] = [None, None]
+    """A :class:`rkif.FusionReport` as JSON; norms to six digits, as the others depend on the chunks.
+
+    For any number of models but two, counts are by the number of models that select an element, thresholds by
+    model, and norms by the model's name.
+    """
+    sides: list[Any] = [None] * plan.request.method.models
     if thresholds is not None:
         for side, row in enumerate(thresholds.tolist()):
             values = [value if math.isfinite(value) else None for value in row]
@@ -105,6 +108,6 @@ def _report(plan: Plan, totals: _Totals, thresholds: Tensor | None) -> dict[str,
     return {
         "numel": plan.layout.numel,
         "thresholds": sides,
-        "counts": dict(zip(CASES, totals.counts, strict=True)),
-        "norms": dict(zip(("inner", "outer", "update"), norms, strict=True)),
+        "counts": dict(zip(plan.request.cases, totals.counts, strict=True)),
+        "norms": dict(zip(plan.request.norms, norms, strict=True)),
     }

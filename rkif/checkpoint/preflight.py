@@ -14,7 +14,7 @@ from rkif.checkpoint.buffers import IN_FLIGHT
 from rkif.checkpoint.card import companions
 from rkif.checkpoint.compatibility import compare_inputs
 from rkif.checkpoint.estimate import estimate_seconds, scanned_bytes
-from rkif.checkpoint.identical import same_files
+from rkif.checkpoint.input_notes import out_of_order, same_files
 from rkif.checkpoint.layout import ALIGNMENT, Chunk, OutputLayout, plan_chunks, plan_layout
 from rkif.checkpoint.methods import settings_of
 from rkif.checkpoint.process_memory import anonymous_memory
@@ -29,6 +29,10 @@ MIB = 1 << 20
 OVERHEAD = 56 * MIB
 MAX_SLOT = 8 * MIB  # of one input: larger chunks are no faster
 MIN_SLOT = MIB
+MOST_SLOTS = (
+    12  # of MAX_SLOT: more inputs have smaller buffers, so the memory does not grow with their number
+)
+SEARCH = 16 * MIB  # counts, their sums and a sample of each model beyond two, where thresholds are searched
 TILE_BUFFERS = 12  # most float32 values that a method holds for each element of a tile
 
 
@@ -37,7 +41,7 @@ class Plan:
     """The plan of a fusion.
 
     Attributes:
-        checkpoints: the inputs by argument, base first.
+        checkpoints: the inputs by argument, in the order of their roles.
         layout: of the output's files.
         slot: bytes of a chunk's buffer for one input.
         fused_chunks: of tensors that are fused.
@@ -61,6 +65,11 @@ class Plan:
     written: int
     seconds: float
     identity: str
+
+    @property
+    def base(self) -> Checkpoint:
+        """The checkpoint whose layout, dtypes and companions the output has."""
+        return next(iter(self.checkpoints.values()))
 
     def cut(self, slot: int) -> Plan:
         """The same work in chunks of another size."""
@@ -87,7 +96,7 @@ class Plan:
     def journal_identity(self) -> str:
         """Digest of all that determines the output: work is resumed only if the digest is unchanged."""
         changed = [checkpoint.changed for checkpoint in self.checkpoints.values()]
-        copied = [[path.name, *changes([path])[0]] for path in companions(self.checkpoints["BASE"])]
+        copied = [[path.name, *changes([path])[0]] for path in companions(self.base)]
         return _digest([self.identity, importlib.metadata.version("rkif"), changed, copied])
 
     @property
@@ -105,12 +114,14 @@ def preflight(request: Request) -> Plan:
     problems: list[str] = []
     notes: list[str] = []
     checkpoints = _open_inputs(request, problems)
-    if "BASE" in checkpoints:
+    if request.checkpoints[0] in checkpoints:
         compare_inputs(checkpoints, problems, notes)
     check_out(request, problems)
     if problems:
         raise PreflightError(problems)
     notes += same_files(checkpoints, request.method.outer_from)
+    if request.method.name == "wsm":
+        notes += out_of_order(checkpoints)
 
     base, *others = checkpoints.values()
     layout = plan_layout(
@@ -151,7 +162,7 @@ def preflight(request: Request) -> Plan:
 
 
 def _open_inputs(request: Request, problems: list[str]) -> dict[str, Checkpoint]:
-    """The inputs that can be opened, by argument, base first."""
+    """The inputs that can be opened, by argument."""
     importances = [argument for argument in request.inputs if argument.startswith("--")]
     if len(importances) == 1:
         problems.append("--inner-importance and --outer-importance belong together: give both or neither")
@@ -168,14 +179,17 @@ def _fit(request: Request, layout: OutputLayout, inputs: int, problems: list[str
     widest = max((tensor.widest for tensor in layout.tensors), default=4)
     narrowest = min((tensor.target.itemsize for tensor in layout.tensors if tensor.fused), default=4)
     buffers = (inputs + 1) * IN_FLIGHT
-    scratch = TILE * 4 * TILE_BUFFERS
+    most = MOST_SLOTS * MAX_SLOT // buffers
+    scratch = TILE * (4 * TILE_BUFFERS + request.method.models)  # a mask of each model
+    if request.method.needs_threshold:
+        scratch += SEARCH * max(request.method.models - 2, 0)
     if request.device.type != "cpu" and not request.method.streams:
         buffers += TILE_BUFFERS * 4 // narrowest  # a tile is a whole chunk there
     fixed = anonymous_memory() + OVERHEAD + scratch
     grain = ALIGNMENT * widest
     whole = sum(-(-tensor.target.numel * tensor.widest // grain) * grain for tensor in layout.tensors)
     affordable = (request.max_memory - fixed) // buffers
-    slot = max(min(affordable, MAX_SLOT, whole) // grain * grain, grain)
+    slot = max(min(affordable, MAX_SLOT, most, whole) // grain * grain, grain)
     recorded = recorded_slot(request.out) if request.resume else None
     if recorded is not None and (recorded <= 0 or recorded % grain):
         recorded = None  # of other inputs
@@ -187,8 +201,9 @@ def _fit(request: Request, layout: OutputLayout, inputs: int, problems: list[str
             f"--max-memory: the interrupted fusion needs {(fixed + buffers * recorded) / MIB:.0f} MiB; "
             "resume it with the memory that it was started with"
         )
-    if recorded is None and affordable < min(MIN_SLOT, whole):
-        needed = fixed + buffers * MIN_SLOT
+    least = min(MIN_SLOT, max(most, grain))
+    if recorded is None and affordable < min(least, whole):
+        needed = fixed + buffers * least
         problems.append(
             f"--max-memory: {request.max_memory / MIB:.0f} MiB is too little; Python, PyTorch and "
             f"buffers for {inputs} inputs need {needed / MIB:.0f} MiB"

@@ -39,7 +39,7 @@ def input_files(plan: Plan) -> list[_Input]:
     """The files that an output depends on: all weights, and the files copied from the base."""
     files = []
     for argument, checkpoint in plan.checkpoints.items():
-        copied = companions(checkpoint) if argument == "BASE" else ()
+        copied = companions(checkpoint) if checkpoint is plan.base else ()
         root = checkpoint.folder or checkpoint.path.parent
         for path in (*checkpoint.files, *copied):
             name = path.relative_to(root).as_posix()

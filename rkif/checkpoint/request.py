@@ -10,10 +10,10 @@ import torch
 
 from rkif.checkpoint.manifest import MANIFEST
 from rkif.checkpoint.methods import Method
+from rkif_kernels import CASES
 
 CPU = torch.device("cpu")
-# The inputs, as the command line and messages name them, in the order of their roles.
-ARGUMENTS = ("BASE", "INNER", "OUTER", "--inner-importance", "--outer-importance")
+IMPORTANCES = ("--inner-importance", "--outer-importance")
 
 
 class PreflightError(ValueError):
@@ -30,7 +30,8 @@ class Request:
     """The inputs, output, method and limits of a fusion.
 
     Attributes:
-        base, inner, outer: folders in Hugging Face layout, or safetensors files.
+        base: folder in Hugging Face layout, or safetensors file; gives the output its layout and dtypes.
+        models: the others, as many as ``method.models``: INNER and OUTER, or any number.
         out: the folder to be made; it must not exist.
         method: from :func:`rkif.checkpoint.methods.make_method`.
         inner_importance, outer_importance: folders or files with scores under the parameters' names; both or
@@ -43,8 +44,7 @@ class Request:
     """
 
     base: Path
-    inner: Path
-    outer: Path
+    models: tuple[Path, ...]
     out: Path
     method: Method
     inner_importance: Path | None = None
@@ -56,12 +56,35 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(os.path.abspath(self.out)))
+        if len(self.models) != self.method.models:
+            raise ValueError(f"the method merges {self.method.models} models; got {len(self.models)}")
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """What messages and metadata call the base and the models."""
+        if self.method.name == "wsm":
+            return tuple(f"CHECKPOINT {number + 1}" for number in range(len(self.models) + 1))
+        if len(self.models) == 2:
+            return ("BASE", "INNER", "OUTER")
+        return ("BASE", *(f"MODEL {number + 1}" for number in range(len(self.models))))
 
     @property
     def inputs(self) -> dict[str, Path]:
-        """The paths by argument, without importances that are not given."""
-        paths = (self.base, self.inner, self.outer, self.inner_importance, self.outer_importance)
-        return {argument: path for argument, path in zip(ARGUMENTS, paths, strict=True) if path is not None}
+        """The paths by argument, in the order of their roles, without importances that are not given."""
+        paths = (self.base, *self.models, self.inner_importance, self.outer_importance)
+        arguments = (*self.checkpoints, *IMPORTANCES)
+        return {argument: path for argument, path in zip(arguments, paths, strict=True) if path is not None}
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """Names of the counts of a report: which models select an element, or how many."""
+        return CASES if len(self.models) == 2 else tuple(map(str, range(len(self.models) + 1)))
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Names of the norms of a report: of the task vectors, and of the update."""
+        models = self.checkpoints[1:]
+        return (*(("inner", "outer") if models == ("INNER", "OUTER") else models), "update")
 
 
 def check_out(request: Request, problems: list[str]) -> None:

@@ -20,8 +20,6 @@ from rkif.checkpoint.tiles import Tile
 from rkif.distributed.process_group import ProcessGroup
 from rkif_kernels import CountingSearch, CountingSearches, Scores
 
-Sides = tuple[Scores, Scores]  # inner and outer
-
 
 class Scan(Protocol):
     """Passes over chunks: while ``next_pass()`` is not None, observe its chunks, then call ``end_pass()``."""
@@ -29,7 +27,7 @@ class Scan(Protocol):
     def next_pass(self) -> range | None:
         """Indices of the chunks of the next pass, perhaps none; None when the result is known."""
 
-    def observe(self, tile: Tile, scores: Sides) -> bool:
+    def observe(self, tile: Tile, scores: Sequence[Scores]) -> bool:
         """Take in a part of a chunk; returns whether its scores are finite and not negative."""
 
     def end_pass(self) -> None:
@@ -79,7 +77,7 @@ class NoScan:
     def next_pass(self) -> range | None:
         return None
 
-    def observe(self, tile: Tile, scores: Sides) -> bool:
+    def observe(self, tile: Tile, scores: Sequence[Scores]) -> bool:
         raise AssertionError("there is no pass to observe in")
 
     def end_pass(self) -> None: ...
@@ -94,7 +92,7 @@ class NoScan:
 
 
 class GlobalThresholds:
-    """One threshold a side, over all tensors."""
+    """One threshold for each model, over all tensors."""
 
     def __init__(
         self, method: Method, tensors: Sequence[OutputTensor], share: range, processes: ProcessGroup
@@ -110,7 +108,7 @@ class GlobalThresholds:
     def next_pass(self) -> range | None:
         return None if self._searches.done else self._share
 
-    def observe(self, tile: Tile, scores: Sides) -> bool:
+    def observe(self, tile: Tile, scores: Sequence[Scores]) -> bool:
         return _count(self._searches, scores)
 
     def end_pass(self) -> None:
@@ -129,7 +127,7 @@ class GlobalThresholds:
 
 
 class TensorThresholds:
-    """One threshold a side for each tensor.
+    """One threshold for each model and tensor.
 
     Whole tensors of a chunk are searched in memory; a tensor that is cut is searched by counting over its
     chunks. Where everything or nothing is selected, of either scope, nothing is searched.
@@ -149,7 +147,7 @@ class TensorThresholds:
         searched = method.needs_threshold
         trivial = EVERYTHING if method.density == 1 else NOTHING
         size = len(tensors) if method.scope == "tensor" else 1
-        self._thresholds = torch.full((2, size), NOTHING if searched else trivial)
+        self._thresholds = torch.full((method.models, size), NOTHING if searched else trivial)
         self._runs = [run for run in runs(chunks) if run.start in share] if searched else []
         self._start(0)
 
@@ -175,7 +173,7 @@ class TensorThresholds:
     def next_pass(self) -> range | None:
         return self._runs[self._run] if self._run < len(self._runs) else None
 
-    def observe(self, tile: Tile, scores: Sides) -> bool:
+    def observe(self, tile: Tile, scores: Sequence[Scores]) -> bool:
         if self._searches is not None:
             return _count(self._searches, scores)
         indices = list(tile.tensors)
@@ -220,8 +218,8 @@ def are_valid_scores(scores: Scores) -> bool:
     return int(counts[-1]) == 0
 
 
-def _count(searches: CountingSearches, scores: Sides) -> bool:
-    """Count the scores of both sides; returns whether all are finite and not negative."""
+def _count(searches: CountingSearches, scores: Sequence[Scores]) -> bool:
+    """Count the scores of all models; returns whether all are finite and not negative."""
     for side, values in enumerate(scores):
         searches.count(side, values)
     return searches.valid
@@ -236,14 +234,14 @@ class Scales:
     def __init__(self, method: TaskArithmetic, tensors: int, share: range, processes: ProcessGroup) -> None:
         self._method, self._processes = method, processes
         self._chunks: range | None = share
-        self._norms = torch.zeros(2, 2, tensors, dtype=torch.float64)  # [all or kept, side, tensor]
+        # [all or kept, model, tensor]
+        self._norms = torch.zeros(2, method.models, tensors, dtype=torch.float64)
 
     def next_pass(self) -> range | None:
         return self._chunks
 
-    def observe(self, tile: Tile, scores: Sides) -> bool:
-        draws = self._method.draws(tile)
-        sums = rkif_kernels.absolute_sums(tile.base, tile.inner, tile.outer, draws)
+    def observe(self, tile: Tile, scores: Sequence[Scores]) -> bool:
+        sums = self._method.absolute_sums(tile)
         self._norms[:, :, list(tile.tensors)] += sums
         return bool(sums.isfinite().all())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from rkif.checkpoint.buffers import as_bytes
 from rkif.checkpoint.layout import OutputTensor, Piece
 from rkif.checkpoint.methods import Method
-from rkif.checkpoint.request import ARGUMENTS
 from rkif.checkpoint.source import DTYPES, InvalidInputError, TensorReader
 from rkif.checkpoint.tiles import Tile
 from rkif_kernels import Scores, bracket, magnitudes
@@ -20,21 +19,27 @@ from rkif_kernels import Scores, bracket, magnitudes
 BLOCKS, BLOCK = 1024, 1024  # blocks per sample, and consecutive elements per block
 
 
-def scores_of(method: Method, tile: Tile) -> tuple[Scores, Scores]:
-    """The scores of a tile, inner and outer: the importance, or without it the task vectors' magnitudes."""
+def scores_of(method: Method, tile: Tile) -> list[Scores]:
+    """The scores of a tile by model: the importance, or without it the task vectors' magnitudes."""
     if tile.importance is not None:
-        return Scores(tile.importance[0]), Scores(tile.importance[1])
-    start = tile.base if method.outer_from == "base" else tile.inner
-    return magnitudes(tile.inner, tile.base), magnitudes(tile.outer, start)
+        return [Scores(row) for row in tile.importance]
+    starts = [tile.base] * len(tile.models)
+    if method.outer_from == "inner":
+        starts[1] = tile.inner
+    return [magnitudes(end, start) for end, start in zip(tile.models, starts, strict=True)]
 
 
-def invalid_input(tensors: Sequence[OutputTensor], tile: Tile) -> InvalidInputError:
-    """The error for a tile with a value that is not finite, or with negative importance: names the first."""
-    rows = [tile.base, tile.inner, tile.outer, *(tile.importance or ())]
-    for role, (argument, row) in enumerate(zip(ARGUMENTS, rows, strict=False)):
+def invalid_input(tensors: Sequence[OutputTensor], tile: Tile, arguments: Iterable[str]) -> InvalidInputError:
+    """The error for a tile with a value that is not finite, or with negative importance: names the first.
+
+    Args:
+        arguments: names of the inputs, in the order of their roles.
+    """
+    rows = [tile.base, *tile.models, *(tile.importance or ())]
+    for role, (argument, row) in enumerate(zip(arguments, rows, strict=False)):
         for position, part in enumerate(row):
             tensor = tensors[tile.tensors[position]]
-            wrong = ~part.isfinite() if role < 3 else ~(part.isfinite() & (part >= 0))
+            wrong = ~part.isfinite() if role <= len(tile.models) else ~(part.isfinite() & (part >= 0))
             if wrong.any():
                 index = int(wrong.nonzero()[0])
                 return InvalidInputError(
@@ -51,17 +56,17 @@ def invalid_input(tensors: Sequence[OutputTensor], tile: Tile) -> InvalidInputEr
 
 
 def _differences(tile: Tile) -> list[list[Tensor]]:
-    pairs = ((tile.inner, tile.base), (tile.outer, tile.base), (tile.outer, tile.inner))
+    pairs = [(end, tile.base) for end in tile.models]
+    if len(tile.models) == 2:
+        pairs.append((tile.outer, tile.inner))
     return [
         [end.float() - start.float() for end, start in zip(ends, starts, strict=True)]
         for ends, starts in pairs
     ]
 
 
-def guess_thresholds(
-    method: Method, tensors: Sequence[OutputTensor]
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Lower and upper score for each side; the threshold over ``tensors`` very probably lies between them.
+def guess_thresholds(method: Method, tensors: Sequence[OutputTensor]) -> list[tuple[float, float]]:
+    """Lower and upper score for each model; the threshold over ``tensors`` very probably lies between them.
 
     A small sample is read. Tensors that are not fused are left out.
     """
@@ -71,28 +76,27 @@ def guess_thresholds(
     k = method.threshold_k(numel)
     assert k is not None
     reader = TensorReader()
-    samples: tuple[list[Tensor], list[Tensor]] = ([], [])
+    samples: list[list[Tensor]] = [[] for _ in range(method.models)]
     try:
         for element in range(0, numel, max(numel // BLOCKS, BLOCK)):
             position = bisect_right(ends, element)
             index = fused[position]
             size = tensors[index].target.numel
             start = element - (ends[position] - size)
-            tile = _read(reader, tensors[index], Piece(index, start, min(start + BLOCK, size)))
+            piece = Piece(index, start, min(start + BLOCK, size))
+            tile = _read(reader, tensors[index], piece, method.models)
             for sample, scores in zip(samples, scores_of(method, tile), strict=True):
                 sample.append(scores.values(0))
     finally:
         reader.close()
-    inner, outer = (bracket(torch.cat(sample).numpy(), k / max(numel - 1, 1), BLOCK) for sample in samples)
-    return inner, outer
+    return [bracket(torch.cat(sample).numpy(), k / max(numel - 1, 1), BLOCK) for sample in samples]
 
 
-def _read(reader: TensorReader, tensor: OutputTensor, piece: Piece) -> Tile:
+def _read(reader: TensorReader, tensor: OutputTensor, piece: Piece, models: int) -> Tile:
     parts = []
     for entry in tensor.inputs:
         part = torch.empty(piece.numel, dtype=DTYPES[entry.dtype])
         reader.read(entry, piece.start, as_bytes(part))
         parts.append([part])
-    base, inner, outer, *importance = parts
-    scores = (importance[0], importance[1]) if importance else None
-    return Tile([piece.tensor], [piece.start], [], base, inner, outer, scores)
+    base, *others = parts
+    return Tile([piece.tensor], [piece.start], [], base, others[:models], others[models:] or None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rkif.checkpoint.identical import same_contents
+from rkif.checkpoint.input_notes import same_contents
 from rkif.checkpoint.preflight import Plan
 
 

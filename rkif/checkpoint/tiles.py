@@ -18,7 +18,8 @@ class Tile(NamedTuple):
     Attributes:
         tensors: their indices in the layout.
         starts: the element of each tensor at which its part starts.
-        out, base, inner, outer: the parts, flat; ``out`` is empty in a scan.
+        out, base: the parts, flat; ``out`` is empty in a scan.
+        models: by model, its parts: inner and outer, or any number.
         importance: of the inner and of the outer learner; None to select by magnitude.
         names: of the tensors.
     """
@@ -27,10 +28,17 @@ class Tile(NamedTuple):
     starts: Sequence[int]
     out: Sequence[Tensor]
     base: Sequence[Tensor]
-    inner: Sequence[Tensor]
-    outer: Sequence[Tensor]
-    importance: tuple[Sequence[Tensor], Sequence[Tensor]] | None
+    models: Sequence[Sequence[Tensor]]
+    importance: Sequence[Sequence[Tensor]] | None = None
     names: Sequence[str] = ()
+
+    @property
+    def inner(self) -> Sequence[Tensor]:
+        return self.models[0]
+
+    @property
+    def outer(self) -> Sequence[Tensor]:
+        return self.models[1]
 
 
 def tiles(
@@ -39,12 +47,14 @@ def tiles(
     targets: Sequence[Tensor] | None,
     largest: int,
     names: Sequence[str],
+    models: int,
 ) -> Iterator[Tile]:
     """Yield the parts of a chunk in groups of at most ``largest`` elements; larger parts are cut.
 
     Args:
         rows: inputs by role, then by piece of the chunk.
         targets: outputs by piece; None in a scan.
+        models: number of rows after the first that are models; the others are importances.
     """
     pending: list[tuple[int, Piece]] = []  # position in the chunk, and the part of its tensor
     taken = 0
@@ -52,11 +62,11 @@ def tiles(
         for start in range(piece.start, piece.stop, largest):
             part = Piece(piece.tensor, start, min(start + largest, piece.stop))
             if pending and taken + part.numel > largest:
-                yield _tile(chunk, rows, targets, pending, names)
+                yield _tile(chunk, rows, targets, pending, names, models)
                 pending, taken = [], 0
             pending.append((position, part))
             taken += part.numel
-    yield _tile(chunk, rows, targets, pending, names)
+    yield _tile(chunk, rows, targets, pending, names, models)
 
 
 def _tile(
@@ -65,6 +75,7 @@ def _tile(
     targets: Sequence[Tensor] | None,
     chosen: Sequence[tuple[int, Piece]],
     names: Sequence[str],
+    models: int,
 ) -> Tile:
     def cut(row: Sequence[Tensor]) -> list[Tensor]:
         return [
@@ -72,14 +83,13 @@ def _tile(
             for position, part in chosen
         ]
 
-    base, inner, outer, *importance = map(cut, rows)
+    base, *others = map(cut, rows)
     return Tile(
         [part.tensor for _, part in chosen],
         [part.start for _, part in chosen],
         [] if targets is None else cut(targets),
         base,
-        inner,
-        outer,
-        (importance[0], importance[1]) if importance else None,
+        others[:models],
+        others[models:] or None,
         [names[part.tensor] for _, part in chosen],
     )

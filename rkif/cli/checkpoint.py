@@ -23,16 +23,21 @@ commands = typer.Typer()
 
 @commands.command("fuse")
 def fuse_command(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="The checkpoint that training started from.")],
-    inner: Annotated[Path, typer.Argument(metavar="INNER", help="The inner learner's checkpoint.")],
-    outer: Annotated[Path, typer.Argument(metavar="OUTER", help="The outer learner's checkpoint.")],
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="BASE INNER OUTER",
+            help="The checkpoint that training started from, and those of the inner and the outer learner. "
+            "Other methods take BASE and any number of models; wsm takes checkpoints of a run, oldest first.",
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; it appears when it is complete.")],
     method: Annotated[
         str,
         typer.Option(
             "--method",
-            help="recurrent_kif, or as in mergekit: linear, task_arithmetic, ties, dare_linear, dare_ties; "
-            "or magnitude_prune.",
+            help="recurrent_kif; as in mergekit linear, task_arithmetic, ties, dare_linear, dare_ties; "
+            "magnitude_prune; or wsm, an average that emulates a decay of the learning rate.",
         ),
     ] = "recurrent_kif",
     inner_importance: Annotated[
@@ -63,7 +68,11 @@ def fuse_command(
     ] = None,
     weight: Annotated[
         str | None,
-        typer.Option(help="Weights of INNER and OUTER, such as 1,0.5 (other methods).", show_default="1,1"),
+        typer.Option(help="Weight of each model, such as 1,0.5 (other methods).", show_default="1,1"),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Learning rate to emulate: 1-sqrt, linear, cosine (wsm).", show_default="1-sqrt"),
     ] = None,
     normalize: Annotated[
         bool | None,
@@ -88,11 +97,11 @@ def fuse_command(
 ) -> None:
     """Fuse checkpoints on disk, exactly, in bounded memory.
 
-    BASE, INNER and OUTER are folders in Hugging Face layout (models or adapters), or .safetensors files.
+    The inputs are folders in Hugging Face layout (models or adapters), or .safetensors files.
     Under torchrun (torchrun --nproc-per-node N -m rkif fuse ...) the processes share the work, and the output
     has the same bytes; --max-memory is the bound for each process.
     """
-    announce(f"Fusing {base}, {inner} and {outer} into {out}")
+    announce(f"Fusing {', '.join(map(str, checkpoints))} into {out}")
     with importing():
         from rkif.checkpoint.methods import make_method
         from rkif.checkpoint.request import Request
@@ -103,18 +112,20 @@ def fuse_command(
         "rule": rule,
         "scope": scope,
         "outer_from": outer_from,
+        "shape": shape,
         "weight": None if weight is None else _numbers("--weight", weight),
         "normalize": normalize,
         "lambda": lambda_,
         "rescale": rescale,
         "seed": seed,
     }
+    settings = {name: value for name, value in given.items() if value is not None}
+    base, *models = checkpoints
     request = Request(
         base,
-        inner,
-        outer,
+        tuple(models),
         out,
-        make_method(method, {name: value for name, value in given.items() if value is not None}),
+        make_method(method, settings, len(models)),
         inner_importance=inner_importance,
         outer_importance=outer_importance,
         max_memory=parse_size("--max-memory", max_memory),

@@ -60,8 +60,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fuse(folder: Path, out: Path, **more: Any) -> Path:
     settings = more.pop("settings", {})
+    base, *models = (folder / n for n in ("base", "inner", "outer"))
     request = Request(
-        *(folder / n for n in ("base", "inner", "outer")),
+        base,
+        tuple(models),
         out,
         make_method("recurrent_kif", settings),
         **more,

@@ -38,7 +38,8 @@ def folders(tmp_path: Path) -> Path:
 
 def problems(folder: Path, **more: Any) -> list[str]:
     request = Request(
-        *(folder / name for name in ("base", "inner", "outer")),
+        folder / "base",
+        (folder / "inner", folder / "outer"),
         **{"out": folder / "out", "method": make_method("recurrent_kif", {}), **more},
     )
     with pytest.raises(PreflightError) as caught:
@@ -68,7 +69,8 @@ def set_config(folder: Path, **values: Any) -> None:
 def test_a_valid_request_gives_a_complete_plan(folders: Path) -> None:
     plan = preflight(
         Request(
-            *(folders / name for name in ("base", "inner", "outer")),
+            folders / "base",
+            (folders / "inner", folders / "outer"),
             folders / "out",
             make_method("recurrent_kif", {}),
         )
@@ -211,8 +213,7 @@ def test_importance_must_fit(tmp_path: Path) -> None:
         if method is None:
             request = Request(
                 request.base,
-                request.inner,
-                request.outer,
+                request.models,
                 request.out,
                 request.method,
                 request.inner_importance,
@@ -241,7 +242,8 @@ def test_too_little_memory_is_refused_with_the_minimum(folders: Path) -> None:
     needed = int(problem.split()[-2])
     assert 100 < needed < 1000
     request = Request(
-        *(folders / name for name in ("base", "inner", "outer")),
+        folders / "base",
+        (folders / "inner", folders / "outer"),
         folders / "out",
         make_method("recurrent_kif", {}),
         max_memory=(needed + 40) << 20,

@@ -135,7 +135,10 @@ def test_a_dry_run_writes_nothing(rkif: Rkif, triple: Triple, json_: bool) -> No
         (["--max-memory", "1MiB"], "--max-memory: 1 MiB is too little"),
         (["--max-memory", "2"], "--max-memory needs a unit, such as 2GiB or 500MB; got '2'"),
         (["--method", "ties", "--weight", "1;2"], "--weight must be numbers with commas between them"),
-        (["--method", "ties", "--weight", "1,2,3"], "weight must be two finite numbers"),
+        (
+            ["--method", "ties", "--weight", "1,2,3"],
+            "weight must have 2 numbers, one for each model after BASE; got (1.0, 2.0, 3.0)",
+        ),
         (["--device", "tpu"], "--device must be auto, cpu or cuda; got 'tpu'"),
         (["--inner-importance", "nowhere"], "--outer-importance belong together"),
     ],

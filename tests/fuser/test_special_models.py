@@ -130,9 +130,9 @@ def test_a_frozen_quantised_weight_needs_no_library() -> None:
 
 
 def fused_on_disk(folder: Path) -> Path:
-    paths = {name: folder / name for name in ("base", "inner", "outer")}
+    base, *models = (folder / name for name in ("base", "inner", "outer"))
     out = folder / "out"
-    fuse_checkpoints(preflight(Request(**paths, out=out, method=make_method("recurrent_kif", {}))))
+    fuse_checkpoints(preflight(Request(base, tuple(models), out, make_method("recurrent_kif", {}))))
     return out
 
 

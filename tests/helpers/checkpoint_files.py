@@ -81,7 +81,18 @@ class Triple:
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
-    def request(self, *, importance: bool = False, method: str = "recurrent_kif", **settings: Any) -> Request:
+    def add_models(self, count: int) -> None:
+        """Save further models, "model2" and so on; a request takes them after inner and outer."""
+        for number in range(2, count):
+            setattr(self, f"model{number}", noisy(self.base, 10 + number))
+            self.save(f"model{number}")
+
+    def models(self, count: int) -> list[str]:
+        return ["inner", "outer", *(f"model{number}" for number in range(2, count))][:count]
+
+    def request(
+        self, *, importance: bool = False, method: str = "recurrent_kif", models: int = 2, **settings: Any
+    ) -> Request:
         of_request = {
             key: settings.pop(key)
             for key in ("out", "resume", "max_memory", "max_shard_size")
@@ -89,10 +100,9 @@ class Triple:
         }
         if importance:
             of_request |= {f"{side}_importance": self.path(f"{side}_scores") for side in ("inner", "outer")}
-        paths = {name: self.path(name) for name in ("base", "inner", "outer")}
-        return Request(
-            **{"out": self.folder / "out", **paths, **of_request}, method=make_method(method, settings)
-        )
+        paths = tuple(self.path(name) for name in self.models(models))
+        chosen = make_method(method, settings, models)
+        return Request(self.path("base"), paths, **{"out": self.folder / "out", **of_request}, method=chosen)
 
     def fuse(self, **settings: Any) -> Summary:
         return fuse_checkpoints(preflight(self.request(**settings)))

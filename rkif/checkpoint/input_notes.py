@@ -1,13 +1,16 @@
-"""Notes about inputs that are identical: a mistake mostly, which no check of names and shapes finds."""
+"""Notes about inputs that are probably a mistake: identical ones, and checkpoints of a run out of order."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Mapping
 
 from rkif.checkpoint.source import Checkpoint
 from rkif_kernels import OuterFrom
+
+_NUMBER = re.compile(r"\d+$")
 
 
 def same_files(checkpoints: Mapping[str, Checkpoint], outer_from: OuterFrom) -> list[str]:
@@ -29,6 +32,16 @@ def same_contents(inputs: Mapping[str, Mapping[str, str]], outer_from: OuterFrom
     ]
 
 
+def out_of_order(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+    """A note if the numbers at the ends of the checkpoints' names ("checkpoint-500") do not increase."""
+    found = [(argument, _NUMBER.search(checkpoint.name)) for argument, checkpoint in checkpoints.items()]
+    for (first, one), (second, other) in itertools.pairwise(found):
+        if one and other and int(one[0]) > int(other[0]):
+            names = f"{checkpoints[first].name} and {checkpoints[second].name}"
+            return [f"{first} and {second} are {names}: wsm takes the oldest checkpoint first"]
+    return []
+
+
 def _pairs(inputs: Mapping[str, object]) -> itertools.combinations[tuple[str, str]]:
     return itertools.combinations([argument for argument in inputs if not argument.startswith("--")], 2)
 
@@ -38,6 +51,10 @@ def _note(first: str, second: str, outer_from: OuterFrom) -> str:
         meaning = "their task vectors are equal"
     elif (first, second) == ("BASE", "OUTER") and outer_from == "inner":
         meaning = "the outer task vector, OUTER - INNER, is the inner one with the opposite sign"
+    elif first.startswith("CHECKPOINT"):
+        meaning = "it counts twice"
+    elif first.startswith("MODEL"):
+        meaning = "their task vectors are equal"
     else:
         meaning = f"the task vector {second} - {first} is zero"
     return f"{second} and {first} are identical: {meaning}"
