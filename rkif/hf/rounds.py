@@ -33,6 +33,11 @@ logger = logging.getLogger(__name__)
 # A gradient scaler halves its scale at each overflow. With so many in one round, the scale is not the cause.
 MAX_SKIPPED = 16
 NAMED = 5  # parameters in a warning
+_SAID = {  # of the gate's verdicts that change a fusion
+    "damp": (logging.INFO, "took a part of the fusion"),
+    "undo": (logging.INFO, "undid the fusion"),
+    "stop": (logging.WARNING, "undid the fusion and stops training"),
+}
 
 
 class TrainerRounds(TrainerCallback):  # type: ignore[misc]
@@ -185,11 +190,10 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
                 optimizer.load_state_dict({"state": state, "param_groups": groups})
         if report.gate.verdict == "stop":
             self.trainer.control.should_training_stop = True
-            if self.trainer.is_world_process_zero():
-                reasons = "; ".join(report.gate.attempts[0].objections)
-                logger.warning(
-                    "round %d: the gate refused the fusion and stops training: %s", self.fuser.round, reasons
-                )
+        if report.gate.verdict in _SAID and self.trainer.is_world_process_zero():
+            level, said = _SAID[report.gate.verdict]
+            reasons = "; ".join(report.gate.attempts[0].objections)
+            logger.log(level, "round %d: the gate %s: %s", self.fuser.round, said, reasons)
         self.start = self._moments()
 
     def _optimizers(self) -> tuple[Any, Any]:

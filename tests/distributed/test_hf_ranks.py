@@ -25,7 +25,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_processes_share_the_batches_of_one(ends: Path, one: str, other: str) -> None:
     """For training data and replay memory; only the order of the gradient sums differs."""
     expected, found = (load_file(ends / f"{name}.safetensors") for name in (one, other))
-    assert expected["rounds"] == 3
+    assert expected["rounds"] == len(expected["outer losses"]) == 3
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
 

@@ -45,6 +45,8 @@ def make(how: str, folder: Path, **changes: Any) -> Any:
         "train_dataset": rows(60, seed=1),
         "memory_dataset": rows(9, seed=2),
         "max_steps": 8,
+        "logging_strategy": "steps",
+        "logging_steps": 4,
         "ddp_find_unused_parameters": False,
     }
     if how in ("full", "fsdp"):
@@ -63,8 +65,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def end(run: Any) -> dict[str, Tensor]:
-    """The parameters, which must be equal on every process."""
+    """The parameters and the logged losses of the memory, which must be equal on every process."""
     found = {name: whole(p) for name, p in run.fuser.parameters.items()}
+    losses = (log.get("rkif/outer_loss") for log in run.state.log_history)
+    found["outer losses"] = torch.tensor([loss for loss in losses if loss is not None])
     every: list[Any] = [None] * WORLD
     if WORLD > 1:
         dist.all_gather_object(every, found)

@@ -120,8 +120,16 @@ def test_a_stop_says_so(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None
         run.train()
     assert run.state.global_step == 3
     assert [log["rkif/gate_stop"] for log in rounds(run)] == [1]
-    said = "round 1: the gate refused the fusion and stops training: kpi 1 is below 2"
+    said = "round 1: the gate undid the fusion and stops training: kpi 1 is below 2"
     assert caplog.messages == [said]
+
+
+def test_other_verdicts_are_said_at_a_lower_level(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="rkif"):
+        trainer(tmp_path, gate=gate(floor=2.0), max_steps=3).train()
+        trainer(tmp_path, gate=gate(), max_steps=3).train()
+    assert caplog.messages == ["round 1: the gate undid the fusion: kpi 1 is below 2"]
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
 
 
 class Listener(TrainerCallback):
