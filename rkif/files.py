@@ -6,15 +6,19 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
+    from torch import Tensor
 
 M = TypeVar("M", bound="BaseModel")
+# safetensors writes under such a name, and renames. A kill can leave the file.
+TEMPORARY = re.compile(r"\.tmp[0-9A-Za-z]{6}")
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -100,6 +104,70 @@ def first_problem(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"it lacks {key!r}"
     return f"{f'{key}: ' if key else ''}{problem['msg'].removeprefix('Value error, ')}"
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return tensors
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    A kill can leave a partial file, so the path must be temporary or in a temporary folder.
+
+    Args:
+        path: the file.
+        tensors: contiguous, and without common memory.
+        metadata: further text by name.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{error}: {path}") from error
+
+
+def replace_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    written: Callable[[Path], object] | None = None,
+) -> None:
+    """:func:`save_tensors` under a temporary name first. Temporary files that kills have left are deleted.
+
+    Args:
+        written: takes the temporary file before it gets its name.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    for stale in path.parent.iterdir():
+        if TEMPORARY.fullmatch(stale.name) and stale.is_file():
+            stale.unlink()
+
+    def write(temporary: Path) -> None:
+        save_tensors(temporary, tensors, metadata)
+        if written is not None:
+            written(temporary)
+
+    replace_file(path, write)
 
 
 def file_sha256(path: Path, advance: Callable[[int], object] | None = None) -> str:

@@ -12,12 +12,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rkif.checkpoint.source import InvalidInputError
 from rkif.distributed.process_group import ALONE, ProcessGroup, RankFailedError
-from rkif.files import fsync_folder, replace_file
+from rkif.files import fsync_folder, replace_tensors
 
 
 class Workdir:
@@ -179,7 +178,7 @@ class Workdir:
     def record_scan(self, state: dict[str, Tensor], position: dict[str, Any]) -> None:
         """Save the state of the scan with its position, in one file, so that they agree after a kill."""
         text = {"position": json.dumps(position | {"ranks": self._processes.size})}
-        replace_file(self._state, lambda path: save_file(state, path, metadata=text))
+        replace_tensors(self._state, state, text)
         if not self._has_journal:
             self.record({"scanning": True})
 

@@ -34,7 +34,7 @@ def write_state(folder: str | os.PathLike[str], state: Mapping[str, Tensor], pro
     from torch.distributed.checkpoint.state_dict_saver import save
 
     folder = Path(folder).resolve()  # of a link, the target is replaced
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary = _beside(folder, "new")
     with processes.raise_on_any_failure():
         if processes.rank == 0:
             _restore(folder)
@@ -92,7 +92,7 @@ def read_state(
 
 def _replace_folder(folder: Path, new: Path) -> None:
     """Replace a folder by ``new``. The old one has another name until the new one is in place."""
-    old = _aside(folder)
+    old = _beside(folder, "old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
@@ -120,12 +120,14 @@ def _require_state(folder: Path) -> None:
 
 def _restore(folder: Path) -> None:
     """Give the old folder its name back, if replacing it was interrupted."""
-    if _aside(folder).exists() and not folder.exists():
-        os.rename(_aside(folder), folder)
+    old = _beside(folder, "old")
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
 
 
-def _aside(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".old")
+def _beside(folder: Path, kind: str) -> Path:
+    """A folder that is deleted here, so its name must be one that only rkif gives."""
+    return folder.with_name(f".{folder.name}.rkif-{kind}")
 
 
 @contextmanager

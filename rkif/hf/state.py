@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rkif.files import read_text, replace_file, write_text
+from rkif.files import load_tensors, read_text, replace_file, replace_tensors, write_text
 from rkif.fuser import state as fuser_state
 from rkif.fuser.state_names import flatten, section
 
@@ -44,7 +43,7 @@ def save(rounds: TrainerRounds, folder: Path) -> None:
         fuser_state.write(rounds.fuser, folder / SHARDS, _sharded_state(rounds, progress))
     elif rounds.trainer.args.should_save:
         outer = {"optimizer": rounds.optimizer.state_dict(), **progress, "start": rounds.start}
-        replace_file(folder / FUSER_FILE, partial(save_file, rounds.fuser.state_dict()))
+        replace_tensors(folder / FUSER_FILE, rounds.fuser.state_dict())
         replace_file(folder / OUTER_FILE, partial(torch.save, outer))
 
 
@@ -63,7 +62,7 @@ def load(rounds: TrainerRounds, folder: Path) -> None:
             f"cannot resume from {folder} with a memory: it lacks {' and '.join(missing)}, as "
             "checkpoints of a trainer without a memory or with save_only_model do"
         )
-    rounds.fuser.load_state_dict(load_file(folder / FUSER_FILE))
+    rounds.fuser.load_state_dict(load_tensors(folder / FUSER_FILE))
     outer = torch.load(folder / OUTER_FILE, map_location="cpu", weights_only=True)
     rounds.optimizer.load_state_dict(outer["optimizer"])
     rounds.lr_fraction, rounds.memory_position = outer["lr_fraction"], outer["memory_position"]

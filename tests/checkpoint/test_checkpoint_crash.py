@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoint_files import Triple, files_of
 
 from rkif.checkpoint import fuse as fusing
@@ -260,6 +261,14 @@ def test_two_processes_do_not_write_one_output(triple: Triple, tmp_path: Path) -
         assert done.stderr.startswith(f"rkif: error: another process is writing {out}")
         assert first.records == [{"scanning": True}]
         assert (tmp_path / "out.partial" / "journal.jsonl").exists()
+
+
+def test_a_scan_removes_what_a_kill_left(tmp_path: Path) -> None:
+    with Workdir(tmp_path / "out", "plan", 8192, resume=False) as workdir:
+        left = tmp_path / "out.partial" / ".tmpAbCdEf"  # a name that safetensors gives
+        left.write_bytes(b"half a scan")
+        workdir.record_scan({"counts": torch.zeros(3)}, {"pass": 1})
+        assert not left.exists()
 
 
 def test_a_full_disk_is_reported_before_the_fusion(triple: Triple, tmp_path: Path) -> None:

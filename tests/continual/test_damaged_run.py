@@ -286,6 +286,14 @@ def test_other_line_ends_in_the_settings_are_found(rkif: Rkif, run: Path, end: b
     assert "is of other settings than" in refused(rkif, run, "log", run, "--verify")
 
 
+def test_files_of_the_user_with_similar_names_are_kept(rkif: Rkif, run: Path) -> None:
+    (run / ".tmp-my-notes").write_text("x")
+    (run / ".tmpdir").mkdir()
+    assert rkif("rollback", run, "--to", 1)[0] == 0
+    assert (run / ".tmp-my-notes").exists()
+    assert (run / ".tmpdir").exists()
+
+
 def test_a_temporary_file_of_safetensors_does_not_stop_a_run(rkif: Rkif, run: Path) -> None:
     """safetensors writes under a name of its own first, which a kill leaves."""
     left = run / "snapshots" / ".tmpAbCdEf"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rkif.continual.rundir.state import RunState, write_state
-from rkif.files import parse_json, write_text
+from rkif.files import parse_json, replace_tensors, write_text
 from rkif.ledger.chain import Ledger
 
 
@@ -46,6 +46,14 @@ def test_a_link_under_the_temporary_name_is_not_followed(tmp_path: Path) -> None
     assert (tmp_path / "victim").read_text() == "another's file"
     assert (tmp_path / "file").read_text() == "mine"
     assert not (tmp_path / "file").is_symlink()
+
+
+def test_only_temporary_files_of_safetensors_are_deleted(tmp_path: Path) -> None:
+    for name in (".tmpAbCdEf", ".tmp-my-notes", ".tmpdir"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".tmpFolder").mkdir()
+    replace_tensors(tmp_path / "file", {"w": torch.zeros(3)})
+    assert {path.name for path in tmp_path.iterdir()} == {"file", ".tmp-my-notes", ".tmpdir", ".tmpFolder"}
 
 
 def test_a_file_nested_too_deeply_is_named() -> None:

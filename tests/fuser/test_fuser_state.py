@@ -103,7 +103,7 @@ def test_a_state_on_disk_is_replaced_atomically(tmp_path: Path, monkeypatch: pyt
     for fails in ("rename", "killed"):
 
         def broken(source: Path, target: Path, fails: str = fails) -> None:
-            if Path(source).suffix == ".tmp":
+            if Path(source).suffix == ".rkif-new":
                 raise OSError("no more names") if fails == "rename" else KeyboardInterrupt
             rename(source, target)
 
@@ -136,6 +136,15 @@ def test_save_does_not_overwrite_other_files(tmp_path: Path) -> None:
     fuser.save(tmp_path / "empty")
     fuser.save(tmp_path / "empty")
     fuser.load(tmp_path / "empty")
+
+
+def test_a_state_with_a_similar_name_is_kept(tmp_path: Path) -> None:
+    fuser = Fuser(nn.Linear(3, 3))
+    for name in ("state.old", "state.tmp"):
+        fuser.save(tmp_path / name)
+    for _ in range(2):
+        fuser.save(tmp_path / "state")
+    assert {path.name for path in tmp_path.iterdir()} == {"state", "state.old", "state.tmp"}
 
 
 def test_a_failed_write_raises_an_error(tmp_path: Path) -> None:

@@ -74,6 +74,15 @@ def test_every_checkpoint_holds_the_round(whole: Any) -> None:
         assert not list((folder / f"checkpoint-{step}").glob("*.tmp"))
 
 
+def test_what_a_killed_save_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / "checkpoint-1" / ".tmpAbCdEf"  # a name that safetensors gives
+    left.parent.mkdir()
+    left.write_bytes(b"half a state")
+    dropout_run(tmp_path, max_steps=1).train()
+    assert (left.parent / "rkif_fuser.safetensors").exists()
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("step", [2, 5])
 def test_resumes_a_full_model_with_accumulation(tmp_path: Path, step: int) -> None:
     """T5 with dropout, two micro-batches per step, and evaluations during training."""

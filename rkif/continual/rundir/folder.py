@@ -32,9 +32,18 @@ from torch import Tensor
 from rkif.checkpoint.manifest import FileContent
 from rkif.continual.config import RunConfig, dump_config
 from rkif.continual.rundir.schema import Metrics, TaskSummary, require_records
-from rkif.continual.rundir.state import CHECKPOINT, load_tensors, save_tensors, storable
+from rkif.continual.rundir.state import CHECKPOINT, storable
 from rkif.continual.tasks.replay_memory import ReplayMemory
-from rkif.files import file_sha256, fsync_file, parse_json, read_text, validated, write_text
+from rkif.files import (
+    file_sha256,
+    fsync_file,
+    load_tensors,
+    parse_json,
+    read_text,
+    save_tensors,
+    validated,
+    write_text,
+)
 from rkif.ledger.chain import LEDGER, LedgerError, LedgerRecord, read_ledger
 
 METRICS = "metrics.json"  # in the run's folder

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from rkif.checkpoint.buffers import as_bytes
 from rkif.continual.rundir.schema import StateHeader
-from rkif.files import file_sha256, parse_json, replace_file, validated
+from rkif.files import file_sha256, parse_json, replace_tensors, validated
 from rkif.fuser.state_names import flatten, section
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -44,33 +44,6 @@ class RunState:
     method: dict[str, Tensor]
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    return tensors
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; see :func:`storable` for the tensors.
-
-    A kill can leave a partial file, so the path must be temporary or in a temporary folder.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    try:
-        save_file(dict(tensors), path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{error}: {path}") from error
-
-
 def read_checkpoint(run: Path) -> RunState | None:
     """Read a run's checkpoint; None where the run has not written one.
 
@@ -90,15 +63,8 @@ def write_state(path: Path, state: RunState, record: Callable[[str], object] | N
         record: takes the file's SHA-256 before the file gets its name.
     """
     stored, metadata = _stored(state)
-    for stale in path.parent.glob(".tmp*"):  # safetensors' own temporary file, left by a kill
-        stale.unlink()
-
-    def write(temporary: Path) -> None:
-        save_tensors(temporary, stored, metadata)
-        if record is not None:
-            record(file_sha256(temporary))
-
-    replace_file(path, write)
+    written = None if record is None else lambda temporary: record(file_sha256(temporary))
+    replace_tensors(path, stored, metadata, written)
 
 
 def state_sha256(state: RunState) -> str:

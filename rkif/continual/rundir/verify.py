@@ -11,6 +11,7 @@ from rkif.continual.rundir.folder import METRICS, RunReader, task_folder
 from rkif.continual.rundir.recorded import require_recorded
 from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import CHECKPOINT, read_checkpoint
+from rkif.files import TEMPORARY
 from rkif.ledger.chain import LEDGER, LedgerError, LedgerRecord
 from rkif.ledger.records import not_rolled_back
 
@@ -91,7 +92,7 @@ def _kept_parameters(records: Sequence[LedgerRecord]) -> str:
 
 def _is_temporary(path: Path) -> bool:
     """Whether a kill may have left this: names of rkif end in .tmp, names of safetensors begin with it."""
-    return path.suffix == ".tmp" or path.name.startswith(".tmp")
+    return path.suffix == ".tmp" or TEMPORARY.fullmatch(path.name) is not None
 
 
 def _require_no_other(run: Path, recorded: Collection[Path], following: Path | None) -> None:
