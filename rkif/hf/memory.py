@@ -55,6 +55,10 @@ def require_labels(memory: Any, train_dataset: Any, label_names: Iterable[str]) 
     Raises:
         ValueError: naming the labels that the memory lacks.
     """
+    # The columns of other datasets are unknown: they may have no index, or one of their own.
+    listed = isinstance(train_dataset, list) and len(train_dataset) > 0
+    if not listed and getattr(train_dataset, "column_names", None) is None:
+        return
     present = _columns(memory)
     needed = _columns(train_dataset) & {*label_names, *_SYNONYMS}
     if present & _SYNONYMS:
@@ -71,11 +75,7 @@ def memory_digest(memory: Any) -> str:
 
 
 def _columns(dataset: Any) -> set[str]:
-    """The names of a dataset's columns; empty where they are unknown."""
+    """The names of a dataset's columns, or of the keys of its first sample."""
     if (names := getattr(dataset, "column_names", None)) is not None:
         return set(names)
-    endless = isinstance(dataset, torch.utils.data.IterableDataset)
-    if endless or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")) or not len(dataset):
-        return set()
-    first = dataset[0]
-    return set(first) if isinstance(first, Mapping) else set()
+    return set(dataset[0]) if isinstance(dataset[0], Mapping) else set()

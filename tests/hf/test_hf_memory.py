@@ -246,6 +246,25 @@ def test_labels_may_have_another_name_that_collators_know(tmp_path: Any) -> None
     assert run.fuser.round == 1
 
 
+def test_training_data_of_unknown_columns_is_not_read(tmp_path: Any) -> None:
+    class ByName(torch.utils.data.Dataset[Any]):
+        """Its samples have names, which a sampler of its own gives."""
+
+        def __len__(self) -> int:
+            return len(NEW)
+
+        def __getitem__(self, name: str) -> Any:
+            return NEW[int(name.removeprefix("sample "))]
+
+    class Named(RKIFTrainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return [f"sample {n}" for n in range(len(NEW))]
+
+    run = trainer(tmp_path, kind=Named, train_dataset=ByName(), max_steps=3)
+    run.train()
+    assert run.fuser.round == 1
+
+
 def test_labels_may_come_from_the_collator(tmp_path: Any) -> None:
     def collate(samples: Any) -> Any:
         return default_data_collator([{**sample, "labels": sample["input_ids"]} for sample in samples])
