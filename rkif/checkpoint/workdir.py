@@ -62,6 +62,9 @@ class Workdir:
 
     def _claim(self) -> None:
         """Lock the folder, and read what an interrupted fusion left."""
+        for path in (self._path, *self._path.rglob("*")):
+            if path.is_symlink():  # the weights would be written to a file elsewhere
+                raise RuntimeError(f"{path} is a link; remove {self._path}")
         self._path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(blocking=False)

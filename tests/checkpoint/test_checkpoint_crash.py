@@ -263,6 +263,22 @@ def test_two_processes_do_not_write_one_output(triple: Triple, tmp_path: Path) -
         assert (tmp_path / "out.partial" / "journal.jsonl").exists()
 
 
+@pytest.mark.parametrize("name", ["out.partial", "out.partial/data", "out.partial/data/model.safetensors"])
+def test_a_link_in_the_work_folder_is_not_followed(triple: Triple, tmp_path: Path, name: str) -> None:
+    victim = tmp_path / "victim"
+    link = tmp_path / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.suffix == ".safetensors":
+        victim.write_text("another's file")
+    else:
+        victim.mkdir()
+    link.symlink_to(victim)
+    with pytest.raises(RuntimeError, match=f"{link} is a link; remove {tmp_path / 'out.partial'}"):
+        triple.fuse(out=tmp_path / "out")
+    assert victim.read_text() == "another's file" if victim.is_file() else not any(victim.iterdir())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_scan_removes_what_a_kill_left(tmp_path: Path) -> None:
     with Workdir(tmp_path / "out", "plan", 8192, resume=False) as workdir:
         left = tmp_path / "out.partial" / ".tmpAbCdEf"  # a name that safetensors gives
