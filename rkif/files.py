@@ -46,6 +46,12 @@ def write_text(path: Path, text: str) -> None:
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
+def require_folder(path: Path) -> None:
+    """Raise FileNotFoundError unless there is a folder."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"no such folder: {path}")
+
+
 def read_text(path: Path) -> str:
     """The content of a UTF-8 file, with its line ends as they are.
 
@@ -168,6 +174,15 @@ def replace_tensors(
             written(temporary)
 
     replace_file(path, write)
+
+
+def problem_in_words(problem: Mapping[str, Any]) -> str:
+    """A problem that pydantic found with a value, without the key: "must be a number; got 'abc'"."""
+    text = str(problem["msg"]).removeprefix("Value error, ").partition(", unable to")[0]
+    if not text.startswith("Input should be "):
+        return text
+    text = text.replace("a valid integer", "an integer").replace("a valid ", "a ")
+    return f"{text.replace('Input should be', 'must be')}; got {problem['input']!r}"
 
 
 def file_sha256(path: Path, advance: Callable[[int], object] | None = None) -> str:

@@ -19,14 +19,20 @@ def compare_inputs(checkpoints: Mapping[str, Checkpoint], problems: list[str], n
     Differences that prevent nothing are appended to ``notes``.
     """
     first, base = next(iter(checkpoints.items()))
+    known = all(entry.dtype in DTYPES for entry in base.tensors.values())
     for argument, checkpoint in checkpoints.items():
         if argument.startswith("--"):
-            _compare_importance(base, checkpoint, argument, problems)
+            if known:
+                _compare_importance(base, checkpoint, argument, problems)
         elif argument != first:
             _compare_configs(base, checkpoint, argument, first, problems, notes)
             _compare_tensors(base, checkpoint, argument, first, problems)
     _check_dtypes(checkpoints, problems)
-    if base.tensors and not any(entry.dtype in FUSED and entry.numel for entry in base.tensors.values()):
+    if (
+        known
+        and base.tensors
+        and not any(entry.dtype in FUSED and entry.numel for entry in base.tensors.values())
+    ):
         problems.append(f"{first} has no floating-point element: there is nothing to fuse")
 
 
@@ -91,6 +97,8 @@ def _check_dtypes(checkpoints: Mapping[str, Checkpoint], problems: list[str]) ->
         for name, entry in checkpoint.tensors.items():
             base_entry = base.tensors.get(name)
             if base_entry is None or argument.startswith("--"):
+                continue
+            if {entry.dtype, base_entry.dtype} - DTYPES.keys():  # reported above
                 continue
             fused = entry.dtype in FUSED and base_entry.dtype in FUSED
             if not fused and entry.dtype != base_entry.dtype:

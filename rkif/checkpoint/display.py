@@ -35,6 +35,7 @@ class Bar:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,  # it would print an empty line
         )
         self._task: TaskID | None = None
 
@@ -96,7 +97,9 @@ def summary_table(summary: Summary) -> Table:
     """The result, time, data volume and memory of the fusion; its digest is too long for a row."""
     report = summary.report
     total = max(sum(report["counts"].values()), 1)
-    table = _table(f"Fused into {summary.out}{', resumed' if summary.resumed else ''}")
+    complete = not summary.seconds  # before this call
+    title = f"Fused into {summary.out}{', resumed' if summary.resumed else ''}"
+    table = _table(f"{summary.out} is already complete" if complete else title)
     table.add_row("method", _settings(summary.method, summary.settings))
     table.add_row("parameters", f"{report['numel']:,} in {summary.tensors} tensors, {_files(summary.files)}")
     cases = ", ".join(f"{name} {n / total:.1%}" for name, n in selections(report))
@@ -106,7 +109,9 @@ def summary_table(summary: Summary) -> Table:
             table.add_row(f"threshold, {side}", f"{threshold:.6g}")
     norms = ", ".join(f"{name} {norm:.6g}" for name, norm in report["norms"].items())
     table.add_row("L2 norms", norms)
-    speed = summary.read / summary.seconds / 1e6 if summary.seconds else 0.0
+    if complete:
+        return table
+    speed = summary.read / summary.seconds / 1e6
     duration = f"{_duration(summary.seconds)} ({summary.cpu_seconds:.1f} s of CPU): {_gb(summary.read)} read"
     table.add_row("time", f"{duration} at {speed:,.0f} MB/s, {_gb(summary.written)} written")
     table.add_row("memory", f"{summary.memory / MIB:,.0f} MiB")

@@ -6,17 +6,32 @@ command, must not wait for PyTorch.
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from rkif.cli import checkpoint, continual, ledger, plan, signatures
-from rkif.cli.errors import exit_in_one_line
+from rkif.cli.errors import DEBUG, USAGE, exit_in_one_line
+
+PANELS = ("Start", "Learn", "Inspect", "Fuse", "Sign and verify")
+
+
+class CommandGroups(TyperGroup):
+    """Lists the commands in groups. The help is plain text, which shows long names whole at any width."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for panel in PANELS:
+            every: list[Any] = list(self.commands.values())
+            commands = [one for one in every if one.rich_help_panel == panel]
+            with formatter.section(panel):
+                formatter.write_dl([(one.name, one.get_short_help_str(limit=200)) for one in commands])
+
 
 app = typer.Typer(
-    help="Recurrent Knowledge Identification and Fusion: learning task after task without forgetting.",
-    no_args_is_help=True,
-    add_completion=False,
+    cls=CommandGroups,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 for group in (continual, ledger, checkpoint, signatures, plan):
@@ -31,13 +46,27 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option(DEBUG, help="Show the traceback of an error; also after the command.")
     ] = False,
 ) -> None:
-    """Options that belong to no command."""
+    """Recurrent Knowledge Identification and Fusion: learning task after task without forgetting.
+
+    \b
+    First steps:
+      rkif demo                                   compare three methods on small tasks
+      rkif run CONFIG.yaml --out RUN              train on a sequence of tasks
+      rkif fuse BASE INNER OUTER --out DIR        fuse checkpoints on disk
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(USAGE)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 commands = typer.Typer()
 
 
-@commands.command("fuse")
+@commands.command("fuse", rich_help_panel="Fuse")
 def fuse_command(
     checkpoints: Annotated[
         list[Path],
@@ -100,6 +100,11 @@ def fuse_command(
     The inputs are folders in Hugging Face layout (models or adapters), or .safetensors files.
     Under torchrun (torchrun --nproc-per-node N -m rkif fuse ...) the processes share the work, and the output
     has the same bytes; --max-memory is the bound for each process.
+
+    \b
+    Examples:
+      rkif fuse base inner outer --out fused --max-memory 1GiB
+      rkif fuse base inner outer --out merged --method ties --density 0.2
     """
     announce(f"Fusing {', '.join(map(str, checkpoints))} into {out}")
     with importing():

@@ -14,7 +14,7 @@ commands = typer.Typer()
 COMPARISON = "comparison.html"
 
 
-@commands.command("run")
+@commands.command("run", rich_help_panel="Learn")
 def run_command(
     config: Annotated[Path, typer.Argument(help="YAML file that describes the run.", metavar="CONFIG.yaml")],
     out: Out = None,
@@ -23,6 +23,11 @@ def run_command(
     """Train on a sequence of tasks, and measure all tasks after each.
 
     The run's folder is runs/<name of the config> unless --out names another.
+
+    \b
+    Examples:
+      rkif run config.yaml --out runs/first
+      rkif run config.yaml --out runs/first --resume
     """
     folder = out or Path("runs") / config.stem
     announce(f"Running {config} in {folder}")
@@ -44,7 +49,7 @@ def run_command(
     console.print(f"The run is in {folder}", markup=False)
 
 
-@commands.command("report")
+@commands.command("report", rich_help_panel="Inspect")
 def report_command(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or one folder of runs.")
@@ -57,6 +62,11 @@ def report_command(
     """Write a run's report, one HTML page in its folder; or a page that compares several runs.
 
     A folder of runs is listed.
+
+    \b
+    Examples:
+      rkif report runs/first
+      rkif report runs/first runs/second --out comparison.html
     """
     announce(f"Writing the report of {', '.join(map(str, runs))}")
     from rkif.continual.display.run_list import print_runs
@@ -76,7 +86,7 @@ def report_command(
         print(write_report(runs[0]))
 
 
-@commands.command("tune")
+@commands.command("tune", rich_help_panel="Learn")
 def tune_command(
     config: Annotated[Path, typer.Argument(help="A config of `rkif run`.", metavar="CONFIG.yaml")],
     trials: Annotated[int, typer.Option("--trials", min=1, help="Maximum number of runs.")] = 20,
@@ -85,7 +95,12 @@ def tune_command(
     ] = None,
     resume: Resume = False,
 ) -> None:
-    """Search density, Q, M and the outer learning rate for the best OP on the dev split."""
+    """Search density, Q, M and the outer learning rate for the best OP on the dev split.
+
+    \b
+    Example:
+      rkif tune config.yaml --trials 20 --out tune/first
+    """
     folder = out or Path("tune") / config.stem
     announce(f"Searching settings for {config} in {folder}")
     from rich.console import Console
@@ -99,11 +114,15 @@ def tune_command(
     console.print(f"The trials are in {folder}", markup=False)
 
 
-@commands.command("demo")
+@commands.command("demo", rich_help_panel="Start")
 def demo_command(out: Out = None, resume: Resume = False) -> None:
     """Compare sequential fine-tuning, replay and Recurrent-KIF on small tasks: minutes on a CPU, no download.
 
     The folder is rkif-demo unless --out names another.
+
+    \b
+    Example:
+      rkif demo --out my-demo
     """
     folder = out or Path("rkif-demo")
     announce(f"Comparing three methods in {folder}")

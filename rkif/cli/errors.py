@@ -1,27 +1,65 @@
-"""How a command fails: one line that names the cause, and exit status 1; 130 where it was interrupted."""
+"""How a command ends: an error is one line that names the cause.
+
+The exit status is 0 for success, 1 for an error, 2 for a call with wrong options or arguments, and 130 after
+an interrupt.
+"""
 
 from __future__ import annotations
 
 import sys
+import traceback
+from typing import Any
 
 import typer
 from safetensors import SafetensorError
 
+from rkif.files import problem_in_words
+
+USAGE = 2
 INTERRUPTED = 130  # as shells count: 128 and the signal's number
+DEBUG = "--debug"
 
 
 def exit_in_one_line(commands: typer.Typer) -> None:
-    """Run commands; an error becomes one line on stderr and exit status 1."""
+    """Run commands, and end the process; with --debug anywhere in the call, an error shows its traceback."""
+    arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     try:
-        commands()
-    except (KeyboardInterrupt, SystemExit) as error:
-        if isinstance(error, SystemExit) and error.code != INTERRUPTED:  # typer makes one of the other
+        status = commands(args=arguments, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    except Exception as error:
+        # The exceptions of a wrong call are typer's or click's, depending on the version. Both have this.
+        usage = hasattr(error, "format_message")
+        expected = (ValueError, TypeError, RuntimeError, OSError, ImportError, SafetensorError)
+        if not usage and not isinstance(error, expected):
             raise
-        print("rkif: interrupted", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError, SafetensorError) as error:
-        message = str(error)
-        if isinstance(error, OSError) and error.strerror and error.filename:
-            message = f"{error.strerror}: {error.filename}"
+        if DEBUG in sys.argv:
+            traceback.print_exc()
+        message = _usage_message(error) if usage else _message(error)
         print(f"rkif: error: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(USAGE if usage else 1) from None
+    if status == INTERRUPTED:
+        print("rkif: interrupted", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return str(error)
+
+
+def _usage_message(error: Any) -> str:
+    """What is wrong with a call, and the command that shows its options."""
+    message = error.format_message().strip().removesuffix(".")
+    parameter, cause = getattr(error, "param", None), error.__cause__
+    if parameter is not None:
+        longest = max(parameter.opts, key=len)
+        name = longest if longest.startswith("-") else parameter.metavar or longest.upper()
+        if message.startswith("Missing "):
+            message = f"{name} is missing"
+        elif hasattr(cause, "errors"):  # pydantic's, of a value
+            message = f"{name} {problem_in_words(cause.errors()[0])}"
+    if not message.startswith("-") and not message[:2].isupper():
+        message = message[:1].lower() + message[1:]
+    return message if error.ctx is None else f"{message}; see {error.ctx.command_path} --help"

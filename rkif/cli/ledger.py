@@ -29,7 +29,7 @@ COMBINED = {
 }
 
 
-@commands.command("log")
+@commands.command("log", rich_help_panel="Inspect")
 def log_command(
     run: Run,
     noted: Annotated[
@@ -77,7 +77,14 @@ def log_command(
         bool, typer.Option("--json", help="Print JSON: a line per record, or what another option prints.")
     ] = False,
 ) -> None:
-    """Show what every round of a run did, or verify the run against its ledger."""
+    """Show what every round of a run did, or verify the run against its ledger.
+
+    \b
+    Examples:
+      rkif log runs/first --task news
+      rkif log runs/first --explain layers.3.self_attn
+      rkif log runs/first --verify
+    """
     given = {
         "--task": task,
         "--module": module,
@@ -170,7 +177,7 @@ def _print_tables(tables: list[Table]) -> None:
     print_tables(Console(), *tables)
 
 
-@commands.command("rollback")
+@commands.command("rollback", rich_help_panel="Inspect")
 def rollback_command(
     run: Run,
     to: Annotated[int, typer.Option("--to", min=0, help="The round's number in `rkif log`.")],
@@ -180,6 +187,10 @@ def rollback_command(
 
     This deletes the models of tasks that were learned later, the states after later rounds, and the
     accuracies measured later. Copy the run first to keep them. The ledger keeps all records.
+
+    \b
+    Example:
+      rkif rollback runs/first --to 12
     """
     announce(f"Rolling {run} back to round {to}")
     from rkif.continual.rundir.rollback import rollback, task_and_state_files
@@ -197,12 +208,17 @@ def rollback_command(
     )
 
 
-@commands.command("reproduce")
+@commands.command("reproduce", rich_help_panel="Inspect")
 def reproduce_command(
     run: Run,
     round_: Annotated[int, typer.Option("--round", min=1, help="The round's number in `rkif log`.")],
 ) -> None:
-    """Train a round again from an earlier state and compare it with the ledger; writes nothing."""
+    """Train a round again from an earlier state and compare it with the ledger; writes nothing.
+
+    \b
+    Example:
+      rkif reproduce runs/first --round 12
+    """
     announce(f"Reproducing round {round_} of {run}")
     from rich.console import Console
 

@@ -13,7 +13,7 @@ from rkif.cli.options import announce, parse_size
 commands = typer.Typer()
 
 
-@commands.command("plan")
+@commands.command("plan", rich_help_panel="Start")
 def plan_command(
     model: Annotated[Path, typer.Option("--model", help="A config.json, or the folder of a model.")],
     device_memory: Annotated[str, typer.Option("--device-memory", help="Memory of each device.")] = "80GiB",
@@ -39,6 +39,11 @@ def plan_command(
     """Show how much device memory recurrent training needs, and the settings with which it fits.
 
     Only the model's config.json is read. Fails if no settings fit.
+
+    \b
+    Examples:
+      rkif plan --model ./llama --device-memory 80GiB
+      rkif plan --model ./llama --lora-r 8 --target-modules q_proj,v_proj
     """
     announce(f"Counting the parameters of {model}")
     from rich.console import Console

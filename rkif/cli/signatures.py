@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rkif.cli.options import announce, importing
+from rkif.files import require_folder
 
 if TYPE_CHECKING:
     from rkif.attest.head import LedgerHead
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 commands = typer.Typer()
 
 
-@commands.command("sign")
+@commands.command("sign", rich_help_panel="Sign and verify")
 def sign_command(
     folder: Annotated[
         Path, typer.Argument(metavar="RUN|DIR", help="A run, an output of `rkif fuse`, or any other folder.")
@@ -30,8 +31,13 @@ def sign_command(
 
     A run is checked against its ledger first, and an output of `rkif fuse` against its manifest.
     The signature is DIR/model.sig.
+
+    \b
+    Example:
+      rkif sign runs/first --key private.pem
     """
     announce(f"Signing every file of {folder}")
+    require_folder(folder)
     from rkif.attest.model_signature import SIGNATURE, sign_folder
     from rkif.checkpoint.manifest import MANIFEST, verify  # imports PyTorch, so it is not at the top
 
@@ -41,7 +47,7 @@ def sign_command(
     print(f"{folder / SIGNATURE}: {files} files are signed")
 
 
-@commands.command("verify")
+@commands.command("verify", rich_help_panel="Sign and verify")
 def verify_command(
     folder: Annotated[
         Path,
@@ -54,15 +60,24 @@ def verify_command(
         typer.Option("--key", metavar="PUB", help="PEM file of a public key: check DIR/model.sig with it."),
     ] = None,
 ) -> None:
-    """Check an output of `rkif fuse` by its manifest, a run by its ledger, or any folder by its signature."""
+    """Check an output of `rkif fuse` by its manifest, a run by its ledger, or any folder by its signature.
+
+    \b
+    Examples:
+      rkif verify fused
+      rkif verify runs/first --key public.pem
+    """
     announce(f"Checking every byte of {folder}")
+    require_folder(folder)
     if key is not None:
         _verify_signature(folder, key)
         return
+    from rkif.attest.model_signature import SIGNATURE
     from rkif.continual.display.log import verified_line
 
     if (checked := _checked_run(folder)) is not None:
-        print(verified_line(folder, *checked))
+        signed = "; to check its signature, give --key" if (folder / SIGNATURE).exists() else ""
+        print(verified_line(folder, *checked) + signed)
         return
     with importing():
         from rich.console import Console

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_files import Triple
+from safetensors.torch import load_file, save_file
 
 Rkif = Callable[..., tuple[int, str, str]]
 
@@ -62,6 +63,31 @@ def test_hashes_are_not_broken_at_80_columns(
     sha256 = json.loads((out / "rkif-manifest.json").read_text())["content_sha256"]
     for text in (printed, verified):
         assert f"SHA-256 {sha256}" in text.splitlines()
+
+
+def test_resuming_a_complete_output_says_so(rkif: Rkif, triple: Triple) -> None:
+    arguments = ("fuse", *paths(triple), "--out", triple.folder / "out", "--resume")
+    assert "already complete" not in rkif(*arguments)[1]
+    status, output, _ = rkif(*arguments)
+    assert (status, output.splitlines()[0].rstrip()) == (0, f"{triple.folder / 'out'} is already complete")
+    assert "MB/s" not in output
+    assert "memory" not in output
+
+
+def test_the_output_begins_with_text(rkif: Rkif, triple: Triple) -> None:
+    out = triple.folder / "out"
+    assert rkif("fuse", *paths(triple), "--out", out)[1].splitlines()[0].strip()
+    assert rkif("verify", out)[1].splitlines()[0].strip()
+
+
+@pytest.mark.parametrize("argument", [0, 1])
+def test_an_unsupported_dtype_is_one_line(rkif: Rkif, triple: Triple, argument: int) -> None:
+    inputs = paths(triple)
+    save_file({n: t.double() for n, t in load_file(inputs[argument]).items()}, inputs[argument])
+    status, _, errors = rkif("fuse", *inputs, "--out", triple.folder / "out")
+    assert (status, errors.count("\n")) == (1, 1)
+    assert errors.startswith(f"rkif: error: {('BASE', 'INNER')[argument]}: 'embed.weight', ")
+    assert "of dtype F64, which cannot be fused; F32, BF16, F16 can" in errors
 
 
 @pytest.mark.parametrize("json_", [True, False])

@@ -53,6 +53,7 @@ def test_run_prints_a_table_and_the_folder(rkif: Rkif, settings: dict[str, Any],
     for text in ("review", "tense", f"OP {metrics['op']:.1f}", "dev split", str(tmp_path / "out")):
         assert text in out.replace("\n", "")
     assert "recurrent_kif after tense:" in out
+    assert out.splitlines()[0].strip()
 
 
 def test_a_run_ends_with_the_verdicts_of_its_gate(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 import rkif
 from rkif.cli import app, main
@@ -159,21 +160,78 @@ def test_a_size_of_zero_is_refused(text: str) -> None:
 
 
 def test_version_is_printed(rkif: Rkif) -> None:
-    status, out, _ = rkif("--version")
-    assert (status, out) == (0, f"rkif {importlib.metadata.version('rkif')}\n")
+    for option in ("--version", "-V"):
+        status, out, _ = rkif(option)
+        assert (status, out) == (0, f"rkif {importlib.metadata.version('rkif')}\n")
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["demo"]])
-def test_help_is_printed(rkif: Rkif, command: list[str]) -> None:
-    status, out, _ = rkif(*command, "--help")
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_and_whole_names(command: str, columns: int) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], terminal_width=columns).output
+    assert "Example" in shown
+    assert f"  rkif {command} " in shown
+    options = [name for one in get_command(app).commands[command].params for name in one.opts]  # type: ignore[attr-defined]
+    words = set(shown.split())
+    assert [name for name in options if name.startswith("--") and name not in words] == []
+    assert "<bool>" not in shown
+    assert "…" not in shown
+
+
+def test_the_help_lists_every_command_in_a_group(rkif: Rkif) -> None:
+    status, out, _ = rkif("--help")
     assert status == 0
-    assert "Usage:" in out
+    lines = out.partition("Start:")[2].splitlines()
+    listed = [line.split()[0] for line in lines if line.startswith("  ") and line[2:3].strip()]
+    assert sorted(listed) == COMMANDS
+    assert rkif() == (2, "", out)  # a call without a command
 
 
-def test_an_unknown_command_is_refused(rkif: Rkif) -> None:
-    status, _, errors = rkif("fly")
-    assert status == 2
-    assert "No such command 'fly'" in errors
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "no such command 'fly'; see "),
+        (
+            ["fuse", "a", "b", "c", "--out", "d", "--density", "abc"],
+            "--density must be a number; got 'abc'; see ",
+        ),
+        (["rollback", "run", "--to", "1.5"], "--to must be an integer; got '1.5'; see "),
+        (["rollback", "run", "--to", "-1"], "--to must be greater than or equal to 0; got '-1'; see "),
+        (["rollback", "run"], "--to is missing; see "),
+        (["sign", "--key", "k"], "RUN|DIR is missing; see "),
+        (["log", "run", "--densty", "1"], "no such option: --densty"),
+        (["run", "config.yaml", "--out"], "option '--out' requires an argument"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_status_2(rkif: Rkif, arguments: list[str], message: str) -> None:
+    status, out, errors = rkif(*arguments)
+    assert (status, out, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith(f"rkif: error: {message}")
+    if "; see " in message:
+        assert errors.endswith(f"{arguments[0]} --help\n" if arguments[0] in COMMANDS else " --help\n")
+
+
+@pytest.mark.parametrize("arguments", [["log"], ["verify"], ["report"], ["rollback", "--to", "1"]])
+def test_a_missing_folder_is_named(rkif: Rkif, tmp_path: Path, arguments: list[str]) -> None:
+    command, *options = arguments
+    missing = tmp_path / "nowhere"
+    assert rkif(command, missing, *options) == (1, "", f"rkif: error: no such folder: {missing}\n")
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "log"], ["log", "--debug"]])
+def test_debug_shows_the_traceback_of_an_error(rkif: Rkif, tmp_path: Path, arguments: list[str]) -> None:
+    status, _, errors = rkif(*arguments, tmp_path)
+    assert status == 1
+    assert errors.startswith("Traceback (most recent call last):\n")
+    assert errors.splitlines()[-1] == f"rkif: error: {tmp_path} is not a run: it has no config.yaml"
+
+
+def test_the_completion_script_of_a_shell_is_printed() -> None:
+    environment = {**os.environ, "_RKIF_COMPLETE": "source_bash"}
+    code = "import sys; from rkif.cli import main; sys.argv = ['rkif']; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "rkif" in done.stdout
+    assert done.returncode == 0
 
 
 def test_python_dash_m_runs_the_same_command() -> None:

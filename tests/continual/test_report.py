@@ -82,7 +82,7 @@ def test_methods_without_rounds_and_unfinished_runs_have_a_page(
     assert write_report(tmp_path / "run").read_text().count("<svg") == 1
     (tmp_path / "begun").mkdir()
     shutil.copy(tmp_path / "run" / "config.yaml", tmp_path / "begun")
-    for folder, message in (("begun", "has measured nothing yet"), ("nowhere", "is not a run")):
+    for folder, message in (("begun", "has measured nothing yet"), ("nowhere", "no such folder: ")):
         failed = CliRunner().invoke(app, ["report", str(tmp_path / folder)])
         assert message in str(failed.exception)
 

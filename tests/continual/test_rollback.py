@@ -170,7 +170,7 @@ def test_rounds_without_a_valid_state_are_refused(
     for arguments, message in (
         ([str(run), "--to", "99"], "no round 99:"),
         ([str(run), "--to", "2"], "the state after round 2 was not kept; kept states: none"),
-        ([str(tmp_path / "nowhere"), "--to", "2"], "is not a run"),
+        ([str(tmp_path / "nowhere"), "--to", "2"], "no such folder: "),
     ):
         failed = CliRunner().invoke(app, ["rollback", *arguments])
         assert failed.exit_code == 1

@@ -47,6 +47,7 @@ class RunProgress:
             TextColumn("{task.fields[note]}"),
             console=self.console,
             transient=True,
+            disable=not self.console.is_terminal,  # it would print an empty line
         )
         with self._bars:
             self._whole = self._bars.add_task(config.method, total=len(tasks), note="")

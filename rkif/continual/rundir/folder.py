@@ -40,6 +40,7 @@ from rkif.files import (
     load_tensors,
     parse_json,
     read_text,
+    require_folder,
     save_tensors,
     validated,
     write_text,
@@ -53,12 +54,14 @@ class RunReader:
     """Reads a run's folder without changing it.
 
     Raises:
+        FileNotFoundError: there is no such folder.
         ValueError: the folder holds no run, or a link in the place of its files: what is written or deleted
             under that name could be elsewhere.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        require_folder(path)
         if not (path / "config.yaml").is_file():
             raise ValueError(f"{path} is not a run: it has no config.yaml")
         _require_plain(path)
