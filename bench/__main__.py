@@ -18,7 +18,7 @@ for wing in (kernels, training, forgetting, checkpoints, fuzzing):
 
 @app.command("docs")
 def docs_command() -> None:
-    """Write what is generated in README.md and the docs: tables of the committed results, the notebook."""
+    """Write what is generated in README.md and the docs: tables of results, API, notebook."""
     from bench.docs import generated
 
     for file, text in generated():

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from bench.api_reference import api_reference
 from bench.checkpoints import peers as checkpoints
 from bench.forgetting import delta, ledger, state_precision, task_vector_angles
 from bench.forgetting import tables as continual_tables
@@ -24,6 +25,7 @@ def generated() -> Iterator[tuple[Path, str]]:
     """The files that have generated parts, and their text."""
     for file in FILES:
         yield file, with_tables(file.read_text(encoding="utf-8"))
+    yield DOCS / "reference" / "api.md", api_reference()
     script = DOCS / "examples" / "lora_loop.py"
     yield script.with_suffix(".ipynb"), notebook(script.read_text(encoding="utf-8"))
 

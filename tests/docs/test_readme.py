@@ -12,7 +12,7 @@ import pytest
 import yaml
 from checkpoint_files import Triple, split_folder
 
-from bench.docs import README, generated
+from bench.docs import FILES, README, generated
 from bench.forgetting.continual import RESULTS
 from rkif.cli import main
 from rkif.continual.config import RunConfig, dump_config
@@ -99,11 +99,16 @@ def test_op_is_the_mean_of_the_committed_accuracies() -> None:
         assert row["op"] == pytest.approx(sum(final) / size, abs=1e-3)
 
 
-def test_the_readme_is_short_and_its_links_exist() -> None:
+@pytest.mark.parametrize("page", FILES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_readme_is_short() -> None:
     written = re.sub(r"<!-- results: .*?<!-- end -->", "", TEXT, flags=re.DOTALL)
     assert len(written.splitlines()) < 150
-    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", TEXT):
-        assert (Path(README).parent / target).exists(), target
 
 
 def test_the_config_page_lists_all_settings_with_their_defaults() -> None:
