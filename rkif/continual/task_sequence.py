@@ -130,7 +130,7 @@ class TaskSequence:
         if held_out := self._held_out[index]:
             validation.add(task.name, task.instruction, held_out, fraction=1.0, seed=self._config.seed)
         writer.publish_task(
-            index, task.name, method, steps=context.steps, memory=memory, validation=validation
+            self._tasks[: index + 1], method, steps=context.steps, memory=memory, validation=validation
         )
 
     def context(self, index: int, record: Callable[[Mapping[str, Any]], None]) -> Context:

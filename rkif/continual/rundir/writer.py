@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from rkif.continual.config import RunConfig, dump_config
+from rkif.continual.rundir.card import write_card
 from rkif.continual.rundir.folder import METRICS, RunFolder, metrics_sha256
 from rkif.continual.rundir.recorder import Recorder
 from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import CHECKPOINT, RunState, write_state
+from rkif.continual.tasks.records import Task
 from rkif.continual.tasks.replay_memory import ReplayMemory
 from rkif.ledger.chain import LEDGER
 from rkif.ledger.records import begin_record, parameter_digest
@@ -109,19 +112,26 @@ class RunWriter:
 
     def publish_task(
         self,
-        index: int,
-        name: str,
+        tasks: Sequence[Task],
         method: LearnedTask,
         *,
         steps: int,
         memory: ReplayMemory,
         validation: ReplayMemory,
     ) -> None:
-        """Write a learned task's folder, record it in the ledger and write the checkpoint after it."""
+        """Write a learned task's folder, record it in the ledger and write the checkpoint after it.
+
+        Args:
+            tasks: the learned tasks in their order; the last is the one to publish.
+            method: that learned it.
+            steps: inner steps of the task.
+            memory, validation: records of the learned tasks.
+        """
+        index, name = len(tasks) - 1, tasks[-1].name
         self.folder.publish_task(
             index,
             name,
-            save_model=self._save_model,
+            save_model=partial(self._save_model, tasks),
             tensors={
                 "importance": method.importance(),
                 "handed_on": method.task_state(),
@@ -144,10 +154,11 @@ class RunWriter:
         )
         self.write_checkpoint(index + 1, 0, method.samples, {})
 
-    def _save_model(self, folder: Path) -> None:
-        """Adapter or model, with the tokenizer, as ``from_pretrained`` reads them."""
+    def _save_model(self, tasks: Sequence[Task], folder: Path) -> None:
+        """Adapter or model, with the tokenizer, as ``from_pretrained`` reads them, and its card."""
         self._model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
+        write_card(folder, self._config, tasks)
         settings = folder / "adapter_config.json"
         if settings.exists():
             # peft keeps names of modules in sets, whose order changes from process to process.
