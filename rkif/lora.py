@@ -53,7 +53,7 @@ class DeltaResult:
 
 
 @dataclass(frozen=True)
-class _Module:
+class LoraModule:
     """A weight with the update ``scaling * B @ A``; without factors, a plain tensor."""
 
     name: str
@@ -107,7 +107,7 @@ def fuse_delta(
     require_choice("scope", scope, ["global", "tensor"])
     require_choice("outer_from", outer_from, ["inner", "base"])
     weights = merge_weights(rule).cases
-    modules = _modules(names, base, scaling)
+    modules = lora_modules(names, base, scaling)
     sets = {"base": base, "inner": inner, "outer": outer}
     for argument in ("inner", "outer"):
         for name in names:
@@ -150,7 +150,7 @@ def fuse_delta(
         rank = base[module.a].shape[0]
         if not bool(out.isfinite().all()):
             raise ValueError(f"the fused update of {module.name!r} overflows float32")
-        b, a, truncation[module.name] = _factorised(out, basis, rank, module.scaling)
+        b, a, truncation[module.name] = factorised(out, basis, rank, module.scaling)
         params[module.a], params[module.b] = a.to(base[module.a].dtype), b.to(base[module.b].dtype)
     stats = FuseStats(counts, squared_norms, (thresholds[0], thresholds[1]))
     labels = [module.name for module in modules]
@@ -195,9 +195,19 @@ def _of_pattern(patterns: Mapping[str, float] | None, module: str, default: floa
     return default
 
 
-def _modules(
+def lora_modules(
     names: Sequence[str], base: Mapping[str, Tensor], scaling: float | Mapping[str, float]
-) -> list[_Module]:
+) -> list[LoraModule]:
+    """The modules with factors, then the tensors without.
+
+    Args:
+        names: of the tensors to take.
+        base: name -> tensor; only shapes are read.
+        scaling: see :func:`fuse_delta`.
+
+    Raises:
+        ValueError: a factor without its partner, or that is no matrix; DoRA; no factors; no scaling.
+    """
     modules, taken = [], set()
     for name in names:
         if "lora_magnitude_vector" in name:
@@ -219,11 +229,11 @@ def _modules(
             factor_scale = float(scaling[module])
         else:
             raise ValueError(f"scaling lacks {module!r}")
-        modules.append(_Module(module, name, partner, factor_scale))
+        modules.append(LoraModule(module, name, partner, factor_scale))
         taken |= {name, partner}
     if not modules:
         raise ValueError("base has no LoRA factors (....lora_A.weight and ....lora_B.weight)")
-    return modules + [_Module(name, name, None, 1.0) for name in names if name not in taken]
+    return modules + [LoraModule(name, name, None, 1.0) for name in names if name not in taken]
 
 
 class _Triples:
@@ -231,7 +241,7 @@ class _Triples:
 
     def __init__(
         self,
-        modules: Sequence[_Module],
+        modules: Sequence[LoraModule],
         base: Mapping[str, Tensor],
         inner: Mapping[str, Tensor],
         outer: Mapping[str, Tensor],
@@ -275,7 +285,7 @@ def _thresholds(triples: _Triples, *, density: float, scope: Scope, device: torc
     return [torch.tensor([value], dtype=torch.float32, device=device) for value in searches.values]
 
 
-def _factorised(update: Tensor, basis: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor, float]:
+def factorised(update: Tensor, basis: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor, float]:
     """B [out, rank] and A [rank, in] with ``scaling * B @ A`` close to ``update``; and the error."""
     size = update.norm()
     if size == 0 or scaling == 0:

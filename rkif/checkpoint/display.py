@@ -18,7 +18,6 @@ from rich.progress import (
 from rich.table import Table
 
 from rkif.checkpoint.card import selections
-from rkif.checkpoint.methods import settings_of
 from rkif.checkpoint.preflight import MIB, Plan
 from rkif.checkpoint.summary import Summary
 
@@ -67,8 +66,8 @@ def plan_table(plan: Plan) -> Table:
             argument, f"{checkpoint.path}: {len(checkpoint.tensors)} tensors, {_gb(size)}, {dtypes}"
         )
     table.add_row("output", f"{request.out}: {_files(len(layout.sizes))}, {_gb(plan.written)}")
-    table.add_row("method", _settings(request.method.name, settings_of(request.method)))
-    table.add_row("parameters", f"{layout.numel:,}")
+    table.add_row("method", _settings(request.method.name, request.settings))
+    table.add_row("parameters", f"{plan.numel:,}")
     table.add_row("memory", f"{plan.memory / MIB:,.0f} MiB at most, including Python and PyTorch")
     table.add_row("time", f"about {_duration(plan.seconds)}, to read {_gb(plan.read)}")
     for note in plan.notes:
@@ -82,14 +81,14 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "problems": [],
         "notes": plan.notes,
         "tensors": len(plan.layout.tensors),
-        "parameters": plan.layout.numel,
+        "parameters": plan.numel,
         "files": plan.layout.sizes,
         "read": plan.read,
         "written": plan.written,
         "memory": plan.memory,
         "seconds": plan.seconds,
         "method": plan.request.method.name,
-        "settings": settings_of(plan.request.method),
+        "settings": plan.request.settings,
     }
 
 
@@ -109,6 +108,9 @@ def summary_table(summary: Summary) -> Table:
             table.add_row(f"threshold, {side}", f"{threshold:.6g}")
     norms = ", ".join(f"{name} {norm:.6g}" for name, norm in report["norms"].items())
     table.add_row("L2 norms", norms)
+    if "truncation" in report:
+        lost = max(report["truncation"].values())
+        table.add_row("lost at the rank", f"at most {lost:.2%} of an update's norm")
     if complete:
         return table
     speed = summary.read / summary.seconds / 1e6

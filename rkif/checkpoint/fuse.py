@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rkif.checkpoint.delta import fuse_updates
 from rkif.checkpoint.digests import Digests
 from rkif.checkpoint.layout import share
 from rkif.checkpoint.loader import LoadedChunk, Loader
@@ -56,16 +57,21 @@ def fuse_checkpoints(
     # Each process has its own memory, but all must cut the work alike.
     plan = plan.cut(int(processes.all_gather(torch.tensor([plan.slot])).min()))
     # PyTorch's threads spin while they wait for the next small tile; streaming kernels have their own.
-    threads = torch.get_num_threads() if request.method.streams else 1
+    threads = torch.get_num_threads() if request.method.streams or plan.updates is not None else 1
     meter = ProgressMeter(progress or NullProgress())
+    if plan.updates is not None and processes.size > 1:
+        raise ValueError("--space delta runs in one process: factorisations of several need not fit together")
     workdir = Workdir(
         request.out, plan.journal_identity, plan.slot, resume=request.resume, processes=processes
     )
     inputs = InputDigests(input_files(plan) if processes.rank == 0 else [])
     with closing(inputs), _torch_threads(threads), workdir as work, processes.propagate_failure():
+        if plan.updates is not None:
+            work.restart()  # the factors of two factorisations need not fit together
         resumed = bool(work.records)
         with closing(OutputWriter(plan, work, processes)) as output, closing(Loader(plan)) as loader:
-            fusion = _Fusion(plan, work, loader, output, meter, processes)
+            kind = _Fusion if plan.updates is None else _UpdateFusion
+            fusion = kind(plan, work, loader, output, meter, processes)
             scan_result = fusion.scan()
             fusion.fuse(scan_result)
         with processes.raise_on_any_failure():  # all chunks are on disk
@@ -73,7 +79,7 @@ def fuse_checkpoints(
         with processes.raise_on_any_failure():
             if processes.rank == 0:
                 work.read_all()
-                write_metadata(plan, work.data, work.records, scan_result.thresholds)
+                write_metadata(plan, work.data, work.records, scan_result.thresholds, fusion.truncation)
                 write_provenance(plan, work.data, MANIFEST, inputs.result(), started)
                 _require_unchanged(plan)
         manifest = read_manifest(work.data)
@@ -140,6 +146,7 @@ class _Fusion:
         self._method, self._tensors = plan.request.method, plan.layout.tensors
         self._names = [tensor.name for tensor in self._tensors]
         self._share = share(plan.chunks, self._tensors, processes.rank, processes.size)
+        self.truncation: dict[str, float] = {}  # by module, where updates are factorised
 
     def scan(self) -> ScanResult:
         """Scan all elements for the method, from where an interrupted scan stopped."""
@@ -240,3 +247,31 @@ class _Fusion:
 
     def _invalid(self, tile: Tile) -> InvalidInputError:
         return invalid_input(self._tensors, tile, self._plan.checkpoints)
+
+
+class _UpdateFusion(_Fusion):
+    """Merges the updates of adapters first; the chunks then take the factors from the result."""
+
+    def scan(self) -> ScanResult:
+        assert self._plan.updates is not None
+        self._meter.stage("merging", 0)
+        self._result = fuse_updates(self._method, self._plan.updates, self._plan.checkpoints)
+        self.truncation = self._result.truncation
+        return ScanResult(self._result.thresholds)
+
+    def _compute(
+        self, chunk: LoadedChunk, targets: Sequence[Tensor], scan_result: ScanResult
+    ) -> tuple[list[int], list[float]]:
+        request, result = self._plan.request, self._result
+        counts, squared_norms = [0] * len(request.cases), [0.0] * len(request.norms)
+        if chunk.index >= len(self._plan.fused_chunks):
+            self._copy(chunk, targets)
+            return counts, squared_norms
+        for piece, target in zip(self._plan.chunks[chunk.index], targets, strict=True):
+            name = self._tensors[piece.tensor].name
+            target.copy_(result.params[name][piece.start : piece.stop])
+            if piece.start == 0 and name in result.counts:  # a module counts where its first tensor begins
+                counts = [a + b for a, b in zip(counts, result.counts[name], strict=True)]
+                norms = result.squared_norms[name]
+                squared_norms = [a + b for a, b in zip(squared_norms, norms, strict=True)]
+        return counts, squared_norms

@@ -15,7 +15,6 @@ from torch import Tensor
 from rkif.checkpoint.card import copy_companions, write_card
 from rkif.checkpoint.digests import EMPTY
 from rkif.checkpoint.manifest import content_digest, write_manifest
-from rkif.checkpoint.methods import settings_of
 from rkif.checkpoint.output import OUT
 from rkif.checkpoint.preflight import Plan
 from rkif.files import fsync_file, write_text
@@ -33,12 +32,17 @@ class _Totals(NamedTuple):
 
 
 def write_metadata(
-    plan: Plan, folder: Path, records: Iterable[Mapping[str, Any]], thresholds: Tensor | None
+    plan: Plan,
+    folder: Path,
+    records: Iterable[Mapping[str, Any]],
+    thresholds: Tensor | None,
+    truncation: Mapping[str, float],
 ) -> None:
     """Write the metadata files beside the finished weights in ``folder``; remove all other files.
 
     Args:
         records: of all processes, as :class:`rkif.checkpoint.output.OutputWriter` makes them.
+        truncation: by module, what is lost at an adapter's rank; empty where nothing is factorised.
         thresholds: float32 [models, 1] or [models, tensors]; None for a method that has none.
     """
     base, method = plan.base, plan.request.method
@@ -55,7 +59,9 @@ def write_metadata(
     tensors = {
         tensor.name: (tensor.target, totals.digest(OUT, tensor.name)) for tensor in plan.layout.tensors
     }
-    settings, report = settings_of(method), _report(plan, totals, thresholds)
+    settings, report = plan.request.settings, _report(plan, totals, thresholds)
+    if truncation:
+        report["truncation"] = {module: float(f"{share:.6g}") for module, share in truncation.items()}
     write_card(folder, base, inputs, method.name, settings, report, content_digest(tensors))
     header = {
         "rkif": importlib.metadata.version("rkif"),
@@ -98,15 +104,16 @@ def _report(plan: Plan, totals: _Totals, thresholds: Tensor | None) -> dict[str,
     For any number of models but two, counts are by the number of models that select an element, thresholds by
     model, and norms by the model's name.
     """
+    names = [tensor.name for tensor in (plan.updates or plan.layout).tensors]
     sides: list[Any] = [None] * plan.request.method.models
     if thresholds is not None:
         for side, row in enumerate(thresholds.tolist()):
             values = [value if math.isfinite(value) else None for value in row]
-            by_tensor = dict(zip((tensor.name for tensor in plan.layout.tensors), values, strict=False))
+            by_tensor = dict(zip(names, values, strict=False))
             sides[side] = values[0] if plan.request.method.scope == "global" else by_tensor
     norms = [float(f"{math.sqrt(value):.6g}") for value in totals.squared_norms]
     return {
-        "numel": plan.layout.numel,
+        "numel": plan.numel,
         "thresholds": sides,
         "counts": dict(zip(plan.request.cases, totals.counts, strict=True)),
         "norms": dict(zip(plan.request.norms, norms, strict=True)),

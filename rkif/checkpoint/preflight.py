@@ -13,12 +13,12 @@ from typing import Any
 from rkif.checkpoint.buffers import IN_FLIGHT
 from rkif.checkpoint.card import companions
 from rkif.checkpoint.compatibility import compare_inputs
+from rkif.checkpoint.delta import UpdateSpace, update_space
 from rkif.checkpoint.estimate import estimate_seconds, scanned_bytes
 from rkif.checkpoint.input_notes import out_of_order, same_files
 from rkif.checkpoint.layout import ALIGNMENT, Chunk, OutputLayout, plan_chunks, plan_layout
-from rkif.checkpoint.methods import settings_of
 from rkif.checkpoint.process_memory import anonymous_memory
-from rkif.checkpoint.request import PreflightError, Request, check_out, existing_parent
+from rkif.checkpoint.request import IMPORTANCES, PreflightError, Request, check_out, existing_parent
 from rkif.checkpoint.source import Checkpoint, changes, open_checkpoint
 from rkif.checkpoint.tiles import TILE
 from rkif.checkpoint.workdir import partial_folder, recorded_slot
@@ -34,6 +34,10 @@ MOST_SLOTS = (
 )
 SEARCH = 16 * MIB  # counts, their sums and a sample of each model beyond two, where thresholds are searched
 TILE_BUFFERS = 12  # most float32 values that a method holds for each element of a tile
+FACTORS = (
+    "the inputs are LoRA factors: {} merges A and B apart, so a weight or lambda of 0.5 gives a quarter of "
+    "the update B·A; --space delta merges the updates"
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Plan:
         fused_chunks: of tensors that are fused.
         copied_chunks: of tensors that are copied.
         notes: for the user; they do not prevent the fusion.
+        updates: the modules of adapters whose updates are merged; None for tensors as they are named.
         memory: most bytes of anonymous memory.
         read, written: bytes; ``read`` counts all passes that are likely.
         seconds: a rough estimate.
@@ -60,6 +65,7 @@ class Plan:
     fused_chunks: list[Chunk]
     copied_chunks: list[Chunk]
     notes: list[str]
+    updates: UpdateSpace | None
     memory: int
     read: int
     written: int
@@ -81,6 +87,11 @@ class Plan:
     def chunks(self) -> list[Chunk]:
         """All chunks; a chunk's index is its position in this list."""
         return [*self.fused_chunks, *self.copied_chunks]
+
+    @property
+    def numel(self) -> int:
+        """Elements that are merged."""
+        return self.layout.numel if self.updates is None else self.updates.numel
 
     @property
     def tile(self) -> int:
@@ -116,6 +127,11 @@ def preflight(request: Request) -> Plan:
     checkpoints = _open_inputs(request, problems)
     if request.checkpoints[0] in checkpoints:
         compare_inputs(checkpoints, problems, notes)
+    updates = None
+    if request.space == "delta" and request.checkpoints[0] in checkpoints:
+        updates = update_space(checkpoints[request.checkpoints[0]], request.checkpoints[0], problems)
+        if any(argument in request.inputs for argument in IMPORTANCES):
+            problems.append("--space delta selects by magnitude: importances belong to the factors")
     check_out(request, problems)
     if problems:
         raise PreflightError(problems)
@@ -131,6 +147,15 @@ def preflight(request: Request) -> Plan:
         request.max_shard_size,
     )
     slot, memory = _fit(request, layout, len(checkpoints), problems)
+    if updates is not None:
+        memory += updates.memory(list(checkpoints.values()))
+        if memory > request.max_memory:
+            problems.append(
+                f"--max-memory: {request.max_memory / MIB:.0f} MiB is too little; the adapters' factors and "
+                f"the updates of the largest module need {memory / MIB:.0f} MiB"
+            )
+    elif request.method.name != "recurrent_kif" and any(".lora_" in name for name in base.tensors):
+        notes.append(FACTORS.format(request.method.name))
     written = sum(layout.sizes.values())
     _check_space(request, written, problems)
     if problems:
@@ -146,6 +171,7 @@ def preflight(request: Request) -> Plan:
         plan_chunks(layout.tensors, slot, fused=True),
         plan_chunks(layout.tensors, slot, fused=False),
         notes,
+        updates,
         memory,
         read,
         written,
@@ -153,7 +179,7 @@ def preflight(request: Request) -> Plan:
         identity=_digest(
             [
                 request.method.name,
-                settings_of(request.method),
+                request.settings,
                 request.max_shard_size,
                 {argument: checkpoint.headers for argument, checkpoint in checkpoints.items()},
             ]

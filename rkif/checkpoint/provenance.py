@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rkif.attest.statement import make_statement, read_statement, resource
 from rkif.checkpoint.card import companions
-from rkif.checkpoint.methods import settings_of
 from rkif.files import file_sha256, write_text
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ def write_provenance(
             "buildType": BUILD_TYPE,
             "externalParameters": {
                 "method": method.name,
-                "settings": settings_of(method),
+                "settings": plan.request.settings,
                 "inputs": {argument: checkpoint.name for argument, checkpoint in plan.checkpoints.items()},
                 "maxShardSize": plan.request.max_shard_size,
             },

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 
 from rkif.checkpoint.manifest import MANIFEST
-from rkif.checkpoint.methods import Method
-from rkif_kernels import CASES
+from rkif.checkpoint.methods import Method, settings_of
+from rkif_kernels import CASES, require_choice
+
+Space = Literal["factor", "delta"]
 
 CPU = torch.device("cpu")
 IMPORTANCES = ("--inner-importance", "--outer-importance")
@@ -41,6 +44,7 @@ class Request:
         max_shard_size: most bytes of a file of the output.
         device: the computing device.
         resume: continue an interrupted fusion to the same folder.
+        space: "factor" merges tensors as they are named, "delta" the weight updates B·A of LoRA adapters.
     """
 
     base: Path
@@ -53,9 +57,11 @@ class Request:
     max_shard_size: int = 5 * 10**9
     device: torch.device = CPU
     resume: bool = False
+    space: Space = "factor"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(os.path.abspath(self.out)))
+        require_choice("space", self.space, get_args(Space))
         if len(self.models) != self.method.models:
             raise ValueError(f"the method merges {self.method.models} models; got {len(self.models)}")
 
@@ -67,6 +73,11 @@ class Request:
         if len(self.models) == 2:
             return ("BASE", "INNER", "OUTER")
         return ("BASE", *(f"MODEL {number + 1}" for number in range(len(self.models))))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method's settings and the space, ready for JSON."""
+        return settings_of(self.method) | ({"space": "delta"} if self.space == "delta" else {})
 
     @property
     def inputs(self) -> dict[str, Path]:

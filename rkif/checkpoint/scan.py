@@ -6,7 +6,7 @@ elements.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -19,6 +19,8 @@ from rkif.checkpoint.scores import guess_thresholds
 from rkif.checkpoint.tiles import Tile
 from rkif.distributed.process_group import ProcessGroup
 from rkif_kernels import CountingSearch, CountingSearches, Scores
+
+Guess = Callable[[Method, Sequence[OutputTensor]], Sequence[tuple[float, float]]]
 
 
 class Scan(Protocol):
@@ -51,6 +53,7 @@ def make_scan(
     chunks: Sequence[Chunk],
     share: range,
     processes: ProcessGroup,
+    guess: Guess | None = guess_thresholds,
 ) -> Scan:
     """The scan that a method needs.
 
@@ -59,9 +62,11 @@ def make_scan(
         chunks: of the tensors that are fused.
         share: the chunks that this process goes over.
         processes: their counts are summed at the end of a pass, or in :meth:`Scan.result`.
+        guess: gives the bounds of each model's threshold over some tensors, to save passes; None for tensors
+            that are in no file.
     """
     if method.scope == "global" and method.needs_threshold:
-        return GlobalThresholds(method, tensors, share, processes)
+        return GlobalThresholds(method, tensors, share, processes, guess)
     if method.scope is not None:
         return TensorThresholds(method, tensors, chunks, share, processes)
     if method.rescales:
@@ -95,14 +100,18 @@ class GlobalThresholds:
     """One threshold for each model, over all tensors."""
 
     def __init__(
-        self, method: Method, tensors: Sequence[OutputTensor], share: range, processes: ProcessGroup
+        self,
+        method: Method,
+        tensors: Sequence[OutputTensor],
+        share: range,
+        processes: ProcessGroup,
+        guess: Guess | None,
     ) -> None:
         k = method.threshold_k(sum(tensor.target.numel for tensor in tensors if tensor.fused))
         assert k is not None
         self._share, self._processes = share, processes
-        self._searches = CountingSearches(
-            CountingSearch(k, guess) for guess in guess_thresholds(method, tensors)
-        )
+        guesses = guess(method, tensors) if guess else [None] * method.models
+        self._searches = CountingSearches(CountingSearch(k, bounds) for bounds in guesses)
         self.passes = 0
 
     def next_pass(self) -> range | None:

@@ -122,6 +122,12 @@ class Workdir:
                 self._has_journal = True
             self.records += records
 
+    def restart(self) -> None:
+        """Forget the recorded work: it is repeated from the beginning."""
+        for journal in self._journals():
+            journal.unlink()
+        self.records, self._has_journal = [], False
+
     def read_all(self) -> None:
         """Read the records of all processes."""
         self._read_journals(resume=True)

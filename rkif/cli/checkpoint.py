@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -15,7 +15,7 @@ from rkif.cli.options import Resume, announce, importing, parse_size
 if TYPE_CHECKING:
     import torch
 
-    from rkif.checkpoint.request import Request
+    from rkif.checkpoint.request import Request, Space
     from rkif.distributed.process_group import ProcessGroup
 
 commands = typer.Typer()
@@ -86,6 +86,10 @@ def fuse_command(
         bool | None, typer.Option(help="Restore L1 norms after random drops.", show_default="for dare")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of random drops (dare).", show_default="0")] = None,
+    space: Annotated[
+        str,
+        typer.Option(help="factor: tensors as they are named; delta: the updates B·A of LoRA adapters."),
+    ] = "factor",
     max_memory: Annotated[
         str, typer.Option(help="Maximum anonymous memory of the process, including Python's own.")
     ] = "2GiB",
@@ -137,6 +141,7 @@ def fuse_command(
         max_shard_size=parse_size("--max-shard-size", max_shard_size),
         device=_device(device),
         resume=resume,
+        space=cast("Space", space),
     )
     with launched_processes() as processes:
         _fuse(request, processes, dry_run=dry_run, as_json=as_json)
