@@ -21,6 +21,8 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 
 from rkif.config import FusionConfig, MergeWeights
+from rkif.continual.config_errors import settings_problems, yaml_problem
+from rkif.continual.spelling import did_you_mean
 from rkif.continual.tasks.records import require_task_name
 from rkif.continual.tasks.text import TextFormat
 from rkif.continual.user_metrics import locate, metric_name
@@ -123,6 +125,9 @@ class RoundsSettings(Settings):
     optimizers: Literal["keep", "reset"] = "keep"
 
 
+GATE_METRICS = ("accuracy", "memory_loss")
+
+
 class CriterionSettings(Settings):
     """A metric that a fusion must not make worse.
 
@@ -144,7 +149,12 @@ class CriterionSettings(Settings):
     @field_validator("metric")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in ("memory_loss", "accuracy"):
+        if value not in GATE_METRICS and ":" not in value:
+            names = ", ".join(GATE_METRICS)
+            raise ValueError(
+                f"must be {names} or module:function; got {value!r}{did_you_mean(value, GATE_METRICS)}"
+            )
+        if value not in GATE_METRICS:
             require_function(value)
         return value
 
@@ -330,7 +340,10 @@ def fusion_config(settings: dict[str, Any]) -> FusionConfig:
     preset = changes.pop("preset", None)
     known = [field.name for field in fields(FusionConfig)]
     for key in changes:
-        require_choice("a fusion setting", key, ["preset", *known])
+        if key not in known:
+            names = ", ".join(["preset", *known])
+            suggestion = did_you_mean(key, known)
+            raise ValueError(f"a fusion setting must be one of {names}; got {key!r}{suggestion}")
     rule = changes.get("rule")
     if isinstance(rule, dict):
         cases = [field.name for field in fields(MergeWeights)]
@@ -372,13 +385,13 @@ def load_config(path: Path) -> RunConfig:
     except RecursionError as error:
         raise ValueError(f"{path}: not valid YAML: it is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: not valid YAML: {yaml_problem(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected settings as `key: value`, got {type(content).__name__}")
     try:
         config = RunConfig.model_validate(content)
     except ValidationError as error:
-        raise ValueError(f"{path}: {_one_line(error)}") from None
+        raise ValueError(f"{path}: {settings_problems(error, RunConfig)}") from None
     here = path.parent.resolve()
     tasks = config.tasks.model_copy(update={"folder": str(here / config.tasks.folder)})
     model = str(here / config.model) if (here / config.model).exists() else config.model
@@ -404,16 +417,3 @@ def dump_config(config: RunConfig) -> str:
         fusion["rule"] = {case: list(pair) for case, pair in fusion["rule"].items()}
     content["fusion"] = fusion | {"state_dtype": str(fusion["state_dtype"]).removeprefix("torch.")}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-
-
-def _one_line(error: ValidationError) -> str:
-    problems = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = "unknown setting"
-        elif problem["type"] == "missing":
-            message = "this setting is required"
-        problems.append(f"{where}: {message}" if where else message)
-    return "; ".join(problems)

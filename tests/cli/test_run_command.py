@@ -68,10 +68,17 @@ def test_a_run_ends_with_the_verdicts_of_its_gate(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seed: 1\nmodel: x\nseed: 2\n", "key 'seed' is given twice in \"<unicode string>\", line 3"),
+        (
+            "seed: 1\nmodel: x\nseed: 2\n",
+            "config.yaml: not valid YAML: line 3, column 1: key 'seed' is given twice\n",
+        ),
         (
             "training:\n  steps: 1\n  'steps': 2\n",
-            "key 'steps' is given twice in \"<unicode string>\", line 3",
+            "config.yaml: not valid YAML: line 3, column 3: key 'steps' is given twice\n",
+        ),
+        (
+            "model: x\ntasks: {folder: y\nseed: 1\n",
+            "not valid YAML: line 3, column 5: expected ',' or '}', but got",
         ),
         ("a: " + "[" * 20_000, "not valid YAML: it is nested too deeply"),
         ("seed: 2024-13-45\n", "config.yaml: not valid YAML: month must be in 1..12"),
@@ -116,14 +123,29 @@ def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("lerning_rate", 1, "config.yaml: lerning_rate: unknown setting"),
-        ("training.lerning_rate", 1, "config.yaml: training.lerning_rate: unknown setting"),
-        ("training.learning_rate", "fast", "training.learning_rate: Input should be a valid number"),
+        ("lerning_rate", 1, "config.yaml: lerning_rate: unknown setting\n"),
+        ("training.lerning_rate", 1, "training.lerning_rate: unknown setting; did you mean 'learning_rate'?"),
+        ("adapter.alhpa", 1, "adapter.alhpa: unknown setting; did you mean 'alpha'?"),
+        (
+            "gate.criteria",
+            [{"metric": "accuracy", "flor": 1}],
+            "flor: unknown setting; did you mean 'floor'?",
+        ),
+        (
+            "gate.criteria",
+            [{"metric": "acuracy"}],
+            "gate.criteria.0.metric: must be accuracy, memory_loss or module:function; got 'acuracy'; "
+            "did you mean 'accuracy'?",
+        ),
+        ("memory.fraction", 2, "memory.fraction: must be less than or equal to 1; got 2\n"),
+        ("training.learning_rate", "fast", "training.learning_rate: must be a number; got 'fast'\n"),
         ("training.epochs", 3, "training: give either steps or epochs"),
-        ("training.steps", 0, "training.steps: Input should be greater than or equal to 1"),
-        ("method", "magic", "method: Input should be 'sequential', 'replay', 'replay_equal_steps', "),
+        ("training.steps", 0, "training.steps: must be greater than or equal to 1; got 0\n"),
+        ("method", "magic", "method: must be 'sequential', 'replay', 'replay_equal_steps', "),
+        ("method", "recurent_kif", "; got 'recurent_kif'; did you mean 'recurrent_kif'?"),
         ("fusion.density", 2, "fusion: density must be in [0, 1]; got 2"),
         ("fusion.denstiy", 0.2, "fusion: a fusion setting must be one of preset, density"),
+        ("fusion.denstiy", 0.2, "got 'denstiy'; did you mean 'density'?"),
         ("fusion.preset", "papers", "fusion: preset must be one of paper, release; got 'papers'"),
         (
             "fusion.rule",

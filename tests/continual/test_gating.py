@@ -238,7 +238,7 @@ def test_a_user_metric_can_be_a_criterion(inputs: Path, tmp_path: Path) -> None:
         ),
         ({"criteria": [{"metric": "accuracy"}], "ladder": [2]}, "ladder must fall from below 1"),
         ({"criteria": [{"metric": "accuracy"}] * 2}, "two criteria are named 'accuracy'"),
-        ({"criteria": [{"metric": "accuracy"}], "otherwise": "shrug"}, "gate.otherwise: Input should be"),
+        ({"criteria": [{"metric": "accuracy"}], "otherwise": "shrug"}, "gate.otherwise: must be 'undo' or 'stop'; got 'shrug'"),
         ({"criteria": [{"metric": "accuracy", "flor": 3}]}, "gate.criteria.0.flor: unknown setting"),
     ],
 )

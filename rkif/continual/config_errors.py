@@ -1,0 +1,56 @@
+"""What is wrong with a config file, in one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rkif.continual.spelling import did_you_mean
+from rkif.files import problem_in_words
+
+
+def yaml_problem(error: Exception) -> str:
+    """A problem of YAML's syntax, with its line."""
+    mark = getattr(error, "problem_mark", None)
+    if isinstance(error, yaml.MarkedYAMLError) and mark is not None:
+        context = f" {error.context}" if error.context else ""
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}{context}"
+    return " ".join(str(error).split())
+
+
+def settings_problems(error: ValidationError, model: type[BaseModel]) -> str:
+    """The problems of settings, each with its key; names that are known and close are suggested."""
+    return "; ".join(_problem(problem, model) for problem in error.errors())
+
+
+def _problem(problem: Any, model: type[BaseModel]) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem_in_words(problem)
+    if problem["type"] == "extra_forbidden":
+        *parents, key = problem["loc"]
+        message = f"unknown setting{did_you_mean(str(key), _settings(model, parents))}"
+    elif problem["type"] == "missing":
+        message = "this setting is required"
+    elif problem["type"] == "literal_error":
+        message += did_you_mean(str(problem["input"]), re.findall("'([^']*)'", problem["ctx"]["expected"]))
+    return f"{where}: {message}" if where else message
+
+
+def _settings(model: type[BaseModel], parents: Sequence[str | int]) -> list[str]:
+    """The names of the settings below ``parents``; numbers among them are places in a list."""
+    for parent in parents:
+        if isinstance(parent, str):
+            annotation = model.model_fields[parent].annotation
+            model = next(one for one in _types(annotation) if issubclass(one, BaseModel))
+    return list(model.model_fields)
+
+
+def _types(annotation: Any) -> list[type]:
+    """The classes in an annotation such as ``list[Settings] | None``."""
+    if arguments := get_args(annotation):
+        return [one for argument in arguments for one in _types(argument)]
+    return [annotation] if isinstance(annotation, type) else []
