@@ -21,12 +21,15 @@ Verdict = Literal["keep", "damp", "undo", "stop", "unchecked"]
 class Criterion:
     """A metric that a fusion must not make worse: the loss on the memory, or a KPI on held-out records.
 
+    A value that is not finite is never acceptable: it is no measurement, on either side.
+
     Attributes:
         name: its name in reports.
-        evaluate: measures the model in its current state, and must not change it.
+        evaluate: measures the model in its current state, and must not change it. It returns a number.
         higher_is_better: whether the higher of two values is the better one.
         floor: the worst acceptable value; a ceiling where lower is better. None for no limit.
-        tolerance: by how much one fusion may worsen the value, at least 0. None for any amount.
+        tolerance: by how much one fusion may worsen the value, at least 0. The default 0 allows no worsening,
+            which few metrics measured on few records reach by chance. None for any amount.
         samples: number of records that one measurement uses, for the gate's budget.
 
     Raises:
@@ -54,10 +57,24 @@ class Criterion:
         if self.samples < 0:
             raise ValueError(f"samples of criterion {self.name!r} must be at least 0; got {self.samples}")
 
+    def measure(self) -> float:
+        """The value now.
+
+        Raises:
+            TypeError: ``evaluate`` does not return a number.
+        """
+        value: Any = self.evaluate()
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"evaluate of criterion {self.name!r} must return a number; got {value!r}"
+            ) from None
+
     def objection(self, before: float, after: float) -> str | None:
-        """Why ``after`` is not acceptable, or None if it is. NaN is never acceptable."""
-        if math.isnan(after):
-            return f"{self.name} is not a number"
+        """Why ``after`` is not acceptable, or None if it is. A value that is not finite never is."""
+        if not math.isfinite(after):
+            return f"{self.name} is not {'a number' if math.isnan(after) else 'finite'}"
         sign = 1.0 if self.higher_is_better else -1.0
         if self.floor is not None and sign * after < sign * self.floor:
             side = "below" if self.higher_is_better else "above"
@@ -241,7 +258,7 @@ class Gatekeeper:
 
     def _measure(self) -> dict[str, float]:
         self.samples += self.gate.samples
-        values = [float(criterion.evaluate()) for criterion in self.gate.criteria]
+        values = [criterion.measure() for criterion in self.gate.criteria]
         return dict(zip(self.gate.names, self._mean(values), strict=True))
 
     def tensors(self) -> dict[str, Tensor]:

@@ -126,6 +126,11 @@ class RoundsSettings(Settings):
 
 
 GATE_METRICS = ("accuracy", "memory_loss")
+GATE_RECORDS = 16
+
+
+def _is_accuracy(criterion: Any) -> bool:
+    return isinstance(criterion, dict) and criterion.get("metric") == "accuracy"
 
 
 class CriterionSettings(Settings):
@@ -133,8 +138,8 @@ class CriterionSettings(Settings):
 
     ``metric`` is "memory_loss", "accuracy", or a ``module:function`` as under ``metrics``. By default a lower
     loss is better, and a higher value of the others; ``higher_is_better`` overrides that. ``tolerance``: by
-    how much one fusion may worsen the value. ``floor``: the worst acceptable value; a ceiling where lower is
-    better.
+    how much one fusion may worsen the value; for accuracy two records of a task by default. ``floor``: the
+    worst acceptable value; a ceiling where lower is better.
     """
 
     metric: str
@@ -168,11 +173,23 @@ class GateSettings(Settings):
     """
 
     criteria: list[CriterionSettings] = Field(min_length=1)
-    records: int = Field(16, ge=1)
+    records: int = Field(GATE_RECORDS, ge=1)
     ladder: list[float] = [0.5, 0.25]
     otherwise: Literal["undo", "stop"] = "undo"
     every: int = Field(1, ge=1)
     budget: int | None = Field(None, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accuracy_tolerance(cls, value: Any) -> Any:
+        """One record of a task may change its answer by chance, so accuracy may fall by two of them."""
+        records = value.get("records", GATE_RECORDS) if isinstance(value, dict) else None
+        if not isinstance(records, int) or records < 1 or not isinstance(value.get("criteria"), list):
+            return value  # which is refused below
+        criteria = [
+            {"tolerance": 200 / records, **one} if _is_accuracy(one) else one for one in value["criteria"]
+        ]
+        return {**value, "criteria": criteria}
 
     @model_validator(mode="after")
     def _possible(self) -> GateSettings:

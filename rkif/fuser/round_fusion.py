@@ -40,7 +40,8 @@ def require_inner_phase(fuser: Fuser) -> None:
     with fuser._shards.processes.raise_on_any_failure():
         if fuser.phase == "outer":
             raise RuntimeError(
-                "begin_outer() was called twice in a round; end the round with fuse() or rollback()"
+                "the outer phase of this round has begun already, by begin_outer() or outer(); end the round "
+                "with fuse() or rollback(), or by leaving the block of outer()"
             )
         fuser._watch.require_unchanged()
     if fuser._ledger is not None:

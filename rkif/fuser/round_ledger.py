@@ -97,6 +97,8 @@ class RoundLedger:
     def _open(self, folder: Path, digest: str) -> Ledger:
         values = _settings(self._fuser)
         settings, path = _text(values), folder / "config.yaml"
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"ledger={str(folder)!r} must be a folder, and is a file")
         folder.mkdir(parents=True, exist_ok=True)
         if {entry.name for entry in folder.iterdir()} <= {f"{path.name}.tmp"}:  # which a kill can leave
             write_text(path, settings)

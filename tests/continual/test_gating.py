@@ -230,7 +230,7 @@ def test_a_user_metric_can_be_a_criterion(inputs: Path, tmp_path: Path) -> None:
         ({"criteria": []}, "gate.criteria: List should have at least 1 item"),
         (
             {"criteria": [{"metric": "acuracy"}]},
-            "gate.criteria.0.metric: expected module:function, got 'acur",
+            "gate.criteria.0.metric: must be accuracy, memory_loss or module:function; got 'acur",
         ),
         (
             {"criteria": [{"metric": "accuracy", "tolerance": -1}]},
@@ -238,7 +238,10 @@ def test_a_user_metric_can_be_a_criterion(inputs: Path, tmp_path: Path) -> None:
         ),
         ({"criteria": [{"metric": "accuracy"}], "ladder": [2]}, "ladder must fall from below 1"),
         ({"criteria": [{"metric": "accuracy"}] * 2}, "two criteria are named 'accuracy'"),
-        ({"criteria": [{"metric": "accuracy"}], "otherwise": "shrug"}, "gate.otherwise: must be 'undo' or 'stop'; got 'shrug'"),
+        (
+            {"criteria": [{"metric": "accuracy"}], "otherwise": "shrug"},
+            "gate.otherwise: must be 'undo' or 'stop'; got 'shrug'",
+        ),
         ({"criteria": [{"metric": "accuracy", "flor": 3}]}, "gate.criteria.0.flor: unknown setting"),
     ],
 )
@@ -253,6 +256,17 @@ def test_invalid_settings_are_refused(
     with pytest.raises(ValueError, match=r".") as error:
         load_config(path)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("records", "tolerance"), [(16, 12.5), (50, 4.0)])
+def test_accuracy_may_fall_by_two_records_by_default(inputs: Path, records: int, tolerance: float) -> None:
+    criteria = [{"metric": "accuracy"}, {"metric": "accuracy", "tolerance": 0}, {"metric": "memory_loss"}]
+    found = []
+    for criterion in criteria:
+        gate = make_config(inputs, gate={"criteria": [criterion], "records": records}).gate
+        assert gate is not None
+        found.append(gate.criteria[0].tolerance)
+    assert found == [tolerance, 0, 0]
 
 
 def test_only_recurrent_kif_accepts_a_gate(inputs: Path) -> None:

@@ -272,7 +272,7 @@ def test_calls_out_of_order_are_refused() -> None:
     with pytest.raises(RuntimeError, match="was called in the inner phase"):
         loop.fuser.fuse()
     loop.fuser.begin_outer()
-    with pytest.raises(RuntimeError, match="was called twice in a round"):
+    with pytest.raises(RuntimeError, match="outer phase of this round has begun already"):
         loop.fuser.begin_outer()
     with pytest.raises(RuntimeError, match="never called for the inner learner"):
         loop.fuser.fuse()

@@ -106,6 +106,19 @@ def test_objections_of_one_kind_are_equal_without_their_values() -> None:
     assert without_values(str(loss.objection(0, math.nan))) == "loss is not a number"
 
 
+def test_a_value_that_is_not_finite_is_refused_on_both_sides() -> None:
+    for value in (math.inf, -math.inf):
+        for higher in (True, False):
+            criterion = Criterion("kpi", float, higher_is_better=higher, tolerance=None, floor=0)
+            assert criterion.objection(1, value) == "kpi is not finite"
+
+
+def test_a_criterion_that_returns_no_number_is_named() -> None:
+    gatekeeper = Gatekeeper(Gate([Criterion("kpi", lambda: None)]))  # type: ignore[arg-type,return-value]
+    with pytest.raises(TypeError, match="evaluate of criterion 'kpi' must return a number; got None"):
+        gatekeeper.judge(lambda factor: None)
+
+
 def test_the_value_after_a_round_is_reused() -> None:
     script = Scripted({0: 5.0, 1: 5.0})
     keeper = Gatekeeper(Gate([Criterion("kpi", script, samples=7)]))
