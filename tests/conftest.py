@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-# Triton reads this variable at its first import, so it is set before all other imports.
-if not torch.cuda.is_available():
+# Triton reads this variable at its first import, so it is set before all other imports. ttsem executes
+# kernels that are not interpreted.
+if not torch.cuda.is_available() and "ttsem" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

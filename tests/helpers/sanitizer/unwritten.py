@@ -1,0 +1,56 @@
+"""Reads of memory that nothing has written: ``torch.empty`` returns a pattern, which no kernel may read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+from ttsem.memory import Memory
+from ttsem.values import Poison
+
+# By width in bytes: NaN in every floating-point format, and an integer that is large and positive.
+FLOAT_PATTERNS = {2: 0xFFA5, 4: 0xFFA5A5A5, 8: 0xFFF5A5A5A5A5A5A5}
+INT_PATTERNS = {2: 0x7EA5, 4: 0x7EA5A5A5, 8: 0x7EA5A5A5A5A5A5A5}
+INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+
+
+class FillEmpty(TorchFunctionMode):
+    """Fills what ``torch.empty`` and its like return with the pattern of its width."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in EMPTY and isinstance(out, torch.Tensor) and out.itemsize in INTS:
+            width = out.itemsize
+            pattern = (
+                FLOAT_PATTERNS[width] - (1 << 8 * width) if out.is_floating_point() else INT_PATTERNS[width]
+            )
+            with torch.no_grad():
+                out.view(INTS[width]).fill_(pattern)
+        return out
+
+
+class WrittenMemory(Memory):
+    """Memory in which a load or an atomic of the pattern is a fault."""
+
+    def load(self, addrs: Any, mask: Any, other: Any, dtype: Any) -> Any:
+        self._require_written(addrs, mask, np.dtype(dtype))
+        return super().load(addrs, mask, other, dtype)
+
+    def atomic(self, kind: Any, addrs: Any, values: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        self._require_written(addrs, mask, np.asarray(values).dtype)
+        return super().atomic(kind, addrs, values, mask, *args, **kwargs)
+
+    def _require_written(self, addrs: Any, mask: Any, dtype: np.dtype[Any]) -> None:
+        live = np.ones(np.shape(addrs), bool) if mask is None else np.broadcast_to(mask, np.shape(addrs))
+        addresses = np.asarray(addrs, dtype=np.int64)[live].reshape(-1)
+        if not addresses.size or dtype.itemsize not in INTS:
+            return
+        bits = self._read(addresses, dtype).view(f"u{dtype.itemsize}")
+        unwritten = bits == FLOAT_PATTERNS[dtype.itemsize]
+        if dtype.kind in "iu":
+            unwritten |= bits == INT_PATTERNS[dtype.itemsize]
+        if unwritten.any():
+            raise Poison(f"{int(unwritten.sum())} elements are read that nothing has written")
