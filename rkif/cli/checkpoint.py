@@ -97,6 +97,9 @@ def fuse_command(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; read no weight.")] = False,
     resume: Resume = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the finished output to the Hugging Face Hub.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Fuse checkpoints on disk, exactly, in bounded memory.
@@ -116,6 +119,10 @@ def fuse_command(
         from rkif.checkpoint.request import Request
         from rkif.distributed.process_group import launched_processes
 
+    if push_to_hub is not None:
+        from rkif.checkpoint.hub import require_repo_id
+
+        require_repo_id("--push-to-hub", push_to_hub)
     given = {
         "density": density,
         "rule": rule,
@@ -144,10 +151,12 @@ def fuse_command(
         space=cast("Space", space),
     )
     with launched_processes() as processes:
-        _fuse(request, processes, dry_run=dry_run, as_json=as_json)
+        _fuse(request, processes, repo=push_to_hub, dry_run=dry_run, as_json=as_json)
 
 
-def _fuse(request: Request, processes: ProcessGroup, *, dry_run: bool, as_json: bool) -> None:
+def _fuse(
+    request: Request, processes: ProcessGroup, *, repo: str | None, dry_run: bool, as_json: bool
+) -> None:
     """Plan and fuse, together with other processes if there are any; only rank 0 prints."""
     with importing():
         from rich.console import Console
@@ -183,12 +192,28 @@ def _fuse(request: Request, processes: ProcessGroup, *, dry_run: bool, as_json: 
         summary = fuse_checkpoints(plan, bar, processes)
     for note in summary.notes[len(plan.notes) :]:
         console.print(f"note: {note}", markup=False)
-    if as_json and first:
-        print(json.dumps(summary.to_dict()))
-    elif not as_json:
+    if not as_json:
         console.print(summary_table(summary))
         # Not in the table, which would break it at 80 columns.
         console.print(f"SHA-256 {summary.content_sha256}", highlight=False, soft_wrap=True)
+    if not first:
+        return
+    address = None if repo is None else _push(request.out, repo)
+    if as_json:
+        print(json.dumps(summary.to_dict() | ({} if address is None else {"hub": address})))
+    elif address is not None:
+        console.print(f"Uploaded to {address}", markup=False, soft_wrap=True)
+
+
+def _push(out: Path, repo: str) -> str:
+    """Upload the finished output; returns its address."""
+    from rkif.checkpoint.hub import push
+
+    announce(f"Uploading {out} to {repo}")
+    try:
+        return push(out, repo, "Upload a fusion by rkif")
+    except RuntimeError as error:
+        raise RuntimeError(f"--push-to-hub: {error}; {out} is complete: --resume uploads it") from error
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:
