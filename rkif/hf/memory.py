@@ -1,4 +1,4 @@
-"""The memory of a Trainer: which datasets are accepted, and how another memory is noticed."""
+"""The memory of a Trainer: which datasets are accepted, who prepares them, and how another is noticed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+_KEY = "__rkif_memory__"  # among the evaluation sets
 _SYNONYMS = {"labels", "label", "label_ids"}  # collators make the first of the others
 _DIGESTED = 64  # samples in a digest, at most
 
@@ -43,6 +44,29 @@ def accepted_memory(memory: Any, train_dataset: Any) -> Any:
         return memory
     prepared = isinstance(train_dataset, datasets.Dataset | datasets.IterableDataset)
     return datasets.Dataset.from_list(memory) if prepared else memory
+
+
+def with_memory(eval_dataset: Any, memory: Any) -> dict[str, Any]:
+    """The evaluation sets by name, with the memory as one of them.
+
+    Trainers that tokenize or pack their data do so with evaluation sets, too: in this way with the memory.
+    """
+    sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    return {name: dataset for name, dataset in sets.items() if dataset is not None} | {_KEY: memory}
+
+
+def split_memory(trainer: Any, *, several: bool) -> tuple[Any, Any]:
+    """The memory as the trainer has prepared it, and its evaluation set, or several by name.
+
+    Raises:
+        ValueError: the trainer has replaced the sets of :func:`with_memory`.
+    """
+    sets = dict(trainer.eval_dataset) if isinstance(trainer.eval_dataset, Mapping) else {}
+    if _KEY not in sets:
+        raise ValueError(
+            f"{type(trainer).__name__} has replaced its eval_dataset, which also held the memory_dataset"
+        )
+    return sets.pop(_KEY), sets if several else sets.get("eval")
 
 
 def require_labels(memory: Any, train_dataset: Any, label_names: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from transformers import Trainer
 from rkif import Fuser, FusionConfig, Gate
 from rkif.hf import state
 from rkif.hf.card import TAGS, add_to_card
-from rkif.hf.memory import accepted_memory, require_labels
+from rkif.hf.memory import accepted_memory, require_labels, split_memory, with_memory
 from rkif.hf.requirements import (
     require_constant_ranks,
     require_given_batches,
@@ -31,8 +31,6 @@ from rkif.optim import AdamW
 # _evaluate, _save_checkpoint, _save_optimizer_and_scheduler, _load_optimizer_and_scheduler, model_wrapped,
 # _get_collator_with_removed_columns, _train_batch_size (auto_find_batch_size lowers it), and
 # current_gradient_accumulation_steps (training_step divides by it; the Trainer sets it before every step).
-
-_MEMORY_KEY = "__rkif_memory__"
 
 
 class RKIFMixin(Trainer):  # type: ignore[misc]
@@ -137,22 +135,13 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
                 )
             return
         require_given_batches(type(self))
-        # Trainers that tokenize or pack also prepare their evaluation sets, so the memory is passed as one.
-        named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        sets = {name: dataset for name, dataset in named.items() if dataset is not None}
-        super().__init__(**kwargs | {"eval_dataset": {**sets, _MEMORY_KEY: memory}})
-        prepared = dict(self.eval_dataset) if isinstance(self.eval_dataset, Mapping) else {}
-        if _MEMORY_KEY not in prepared:
-            raise ValueError(
-                f"{type(self).__name__} has replaced its eval_dataset, which also held the memory_dataset"
-            )
-        memory = prepared.pop(_MEMORY_KEY)
+        super().__init__(**kwargs | {"eval_dataset": with_memory(eval_dataset, memory)})
+        memory, self.eval_dataset = split_memory(self, several=isinstance(eval_dataset, dict))
         require_labels(memory, self.train_dataset, self.label_names)
         self._rkif = TrainerRounds(self, memory)
         self.add_callback(self._rkif)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(TAGS))
-        self.eval_dataset = prepared if named is eval_dataset else prepared.get("eval")
         require_single_samples(self)
         require_constant_ranks(self.model)
         if optimizer is None and self.optimizer is None and self.optimizer_cls_and_kwargs is None:

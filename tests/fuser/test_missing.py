@@ -17,6 +17,7 @@ import rkif
 from rkif import Criterion, Fuser, FusionConfig, Gate
 from rkif.continual.config import dump_config
 from rkif.continual.evaluation.history import RoundHistory
+from rkif.continual.rundir.verify import verify
 from rkif.ledger.chain import read_ledger
 
 EXPERT = ("0.bias", "2.weight")  # without a gradient in some rounds
@@ -185,6 +186,7 @@ def test_records_count_no_element_of_it(tmp_path: Path) -> None:
         loop.train(inner=without, outer=without)
         scores = loop.fuser.scores("inner"), loop.fuser.scores("outer")
         history.add(*scores, loop.fuser.fuse())
+    verify(tmp_path)
     _, first, second = read_ledger(tmp_path / "ledger.jsonl")
     assert "missing" not in first
     assert second["missing"] == list(EXPERT)
