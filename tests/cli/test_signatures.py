@@ -203,11 +203,14 @@ def test_a_changed_removed_or_added_file_is_one_clear_line(
 
 
 def sign_again(folder: Path, key: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Replace the signature by one of an edited predicate, with the digest of its subject as it must be."""
+    """Replace the signature by one of an edited predicate, with the digest that its subject must have.
+
+    If ``edit`` returns a digest, the subject gets that one.
+    """
     statement = signed_statement(folder)
-    edit(statement["predicate"])
+    other = edit(statement["predicate"])
     digests = [bytes.fromhex(one["digest"]) for one in statement["predicate"]["resources"]]
-    statement["subject"][0]["digest"]["sha256"] = hashlib.sha256(b"".join(digests)).hexdigest()
+    statement["subject"][0]["digest"]["sha256"] = other or hashlib.sha256(b"".join(digests)).hexdigest()
     payload, kind = json.dumps(statement).encode(), b"application/vnd.in-toto+json"
     message = b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
     envelope = {
@@ -228,6 +231,7 @@ def sign_again(folder: Path, key: Path, edit: Callable[[dict[str, Any]], object]
         (lambda p: p["resources"][0].update(algorithm="blake3"), "resources.0.algorithm: "),
         (lambda p: p["resources"][0].update(digest="00"), "resources.0.digest: "),
         (lambda p: p["resources"].append(p["resources"][0] | {"name": "../x"}), "../x is missing"),
+        (lambda p: "0" * 64, "the digest of its subject is not that of its files"),
         (lambda p: p["serialization"].update(hash_type="blake3"), "has digests of files by blake3"),
         (
             lambda p: p.update(ledger={"origin": "x", "records": 1, "hash": "0" * 64}),
