@@ -25,6 +25,7 @@ from rkif.continual.config_errors import settings_problems, yaml_problem
 from rkif.continual.spelling import did_you_mean
 from rkif.continual.tasks.records import require_task_name
 from rkif.continual.tasks.text import TextFormat
+from rkif.continual.tracking import Tracker
 from rkif.continual.user_metrics import locate, metric_name
 from rkif.gate import Criterion, Gate
 from rkif_kernels import require_choice
@@ -259,7 +260,8 @@ class RunConfig(Settings):
     affects the order of sums and so the last bits; set it to repeat a run exactly. ``metrics``:
     ``module:function`` each; the module is importable or a file beside the config, see
     :mod:`rkif.continual.user_metrics`. ``method``: a name in :data:`rkif.continual.methods.METHODS`.
-    ``gate``: for the method recurrent_kif only.
+    ``gate``: for the method recurrent_kif only. ``tracking``: an experiment tracker, see
+    :mod:`rkif.continual.tracking`.
     """
 
     model: str
@@ -283,6 +285,7 @@ class RunConfig(Settings):
     adaptive: AdaptiveSettings = AdaptiveSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     metrics: list[str] = []
+    tracking: Tracker | None = None
     checkpoint_every: int = Field(50, ge=1)
     threads: int | None = Field(None, ge=1)
     seed: int = Field(42, ge=0)

@@ -22,6 +22,7 @@ from rkif.continual.rundir.verify import require_whole
 from rkif.continual.task_sequence import TaskSequence
 from rkif.continual.tasks.load import load_tasks
 from rkif.continual.tasks.records import Task
+from rkif.continual.tracking import require_tracker
 from rkif.continual.user_metrics import load_metric, metric_name
 from rkif.files import claimed
 
@@ -90,6 +91,8 @@ def open_run(
     method.require(config)
     if config.distillation.used and (method.task_aware or method.needs_all_tasks):
         raise ValueError(f"distillation: method {config.method} does not learn one task after another")
+    if config.tracking is not None:
+        require_tracker(config.tracking)
     metrics = {metric_name(spec): load_metric(spec) for spec in config.metrics}
     tasks = load_tasks(
         config.tasks.folder,

@@ -20,6 +20,7 @@ from rkif.continual.rundir.state import RunState
 from rkif.continual.rundir.writer import RunWriter
 from rkif.continual.tasks.records import Task
 from rkif.continual.tasks.replay_memory import ReplayMemory
+from rkif.continual.tracking import Track, tracked
 from rkif.continual.user_metrics import Metric
 from rkif.fuser.parameters import trainable_parameters
 
@@ -65,9 +66,15 @@ class TaskSequence:
         trainable = sum(parameter.numel() for parameter in self._parameters.values())
         self._table = AccuracyTable(config, self._tasks, metrics, trainable, folder.read_metrics())
         self._table.require_same_data(self._tasks)
+        self._track: Track = lambda values, step: None
+        self._steps = 0  # inner steps so far, over all tasks
 
     def run(self, start: RunState) -> dict[str, Any]:
         """Train from ``start`` to the end of the last task; returns the content of ``metrics.json``."""
+        with tracked(self._config.tracking, self._folder.path, self._config.model_dump()) as self._track:
+            return self._run(start)
+
+    def _run(self, start: RunState) -> dict[str, Any]:
         if start.parameters:
             self.set_parameters(start.parameters)
         writer = RunWriter(
@@ -110,8 +117,10 @@ class TaskSequence:
         self._progress.task(index, context.steps, start.step)
         for step in range(start.step, context.steps):
             rounds = writer.rounds
+            self._steps = self._table.content["steps"] + step + 1
             loss = method.train_step(step)
             self._progress.advance(loss)
+            self._track({"loss": loss}, self._steps)
             if writer.rounds > rounds:
                 writer.write_round_state(index, step + 1, method.samples, method.tensors())
             if (step + 1) % self._config.checkpoint_every == 0 and step + 1 < context.steps:
@@ -147,6 +156,9 @@ class TaskSequence:
             previous_task_state=self._folder.read_task_state(*previous) if index else {},
             initial=self._initial,
             record=record,
+            track=lambda values: self._track(
+                {f"rkif/{name}": value for name, value in values.items()}, self._steps
+            ),
         )
 
     def method(self, context: Context, start: RunState) -> Sequential:
@@ -186,6 +198,11 @@ class TaskSequence:
             self._table.summarise(sequential=method.sequential)
         writer.write_metrics(self._table.content)
         self._progress.measured(index, self._table.content)
+        content = self._table.content
+        named = zip(content["tasks"], content["accuracy"], strict=True)
+        values = {f"accuracy/{task}": row[index] for task, row in named}
+        values |= {key: content[key] for key in ("op", "bwt", "fwt") if content[key] is not None}
+        self._track(values, content["steps"])
 
     def _measure_all(self, when: str) -> dict[str, list[float]]:
         self._progress.evaluating(when)

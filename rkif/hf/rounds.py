@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 from transformers import IntervalStrategy, TrainerCallback
 
 from rkif import Fuser
+from rkif.fuser.round_values import round_values
 from rkif.hf import state as rounds_state
-from rkif.hf.logs import figures_set_aside, round_values
+from rkif.hf.logs import figures_set_aside
 from rkif.hf.memory import memory_digest
 from rkif.hf.requirements import require_gradients
 from rkif.optim import AdamW

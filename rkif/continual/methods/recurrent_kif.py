@@ -12,6 +12,7 @@ from rkif.continual.evaluation.history import RoundHistory
 from rkif.continual.methods.rounds import Rounds
 from rkif.continual.methods.sequential import Context
 from rkif.fuser import Fuser
+from rkif.fuser.round_values import round_values
 from rkif.fuser.state_names import flatten, section
 from rkif.fusion import FusionReport
 from rkif.ledger.records import movement, parameter_digest, report_values
@@ -37,6 +38,7 @@ class RecurrentKIF(Rounds):
                 context.memory,
                 context.validation,
             )
+        self._gate = gate
         self.fuser = Fuser(context.model, self.fusion, gate=gate) if self.has_memory else None
         self._steps_observe = self.fuser is not None and all(
             learner.follow(self.fuser) for learner in (self.inner, self.outer)
@@ -64,6 +66,7 @@ class RecurrentKIF(Rounds):
         report = self.fuser.fuse()
         self.history.add(inner, outer, report)
         self.context.record(self._round_record(steps, base, report))
+        self.context.track(round_values(report, self._gate))
         if report.gate is not None and report.gate.factor == 0:
             assert self.start is not None
             self.load_moments(self.start)

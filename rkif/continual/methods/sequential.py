@@ -32,7 +32,7 @@ def _distilling(context: Context) -> DistillingObjective | None:
 
 
 def _discard(content: Mapping[str, Any]) -> None:
-    """The default of ``Context.record``: outside a run there is no ledger."""
+    """The default of ``Context.record`` and ``track``: outside a run there is neither ledger nor tracker."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Context:
             the first task.
         initial: name -> trainable parameter before the first task.
         record: takes a record for the run's ledger.
+        track: takes the values of a round, for an experiment tracker.
     """
 
     config: RunConfig
@@ -63,6 +64,7 @@ class Context:
     previous_task_state: Mapping[str, Tensor] = field(default_factory=dict)
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     record: Callable[[Mapping[str, Any]], None] = _discard
+    track: Callable[[Mapping[str, float]], None] = _discard
 
     @property
     def task(self) -> Task:

@@ -1,0 +1,71 @@
+"""A run's values in an experiment tracker: TensorBoard, Weights & Biases, Trackio or MLflow, by accelerate."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+Track = Callable[[Mapping[str, float], int], None]
+"""Takes values by name and the number of inner steps so far."""
+
+PROJECT = "rkif"
+
+
+def require_tracker(tracker: Tracker) -> None:
+    """Raise ImportError if the tracker's package is not installed."""
+    if importlib.util.find_spec(tracker) is None:
+        raise ImportError(f"tracking: {tracker} needs its package: pip install {tracker}")
+
+
+@contextmanager
+def tracked(tracker: Tracker | None, run: Path, settings: Mapping[str, Any]) -> Iterator[Track]:
+    """Yield a function that sends values to a tracker; without a tracker it does nothing.
+
+    A resumed run is a new one for the tracker. TensorBoard's files are in ``RUN/tensorboard``; the others
+    decide by their own settings where they store values.
+
+    Args:
+        tracker: its name; None for none.
+        run: the run's folder, whose name is shown.
+        settings: of the run; stored with its values.
+
+    Raises:
+        ImportError: the tracker is not installed.
+    """
+    if tracker is None:
+        yield lambda values, step: None
+        return
+    require_tracker(tracker)
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # accelerate's trackers ask it for the rank
+    names: dict[Tracker, dict[str, Any]] = {
+        "tensorboard": {"run_name": "tensorboard", "logging_dir": run},
+        "wandb": {"run_name": PROJECT, "name": run.name},
+        "trackio": {"run_name": PROJECT, "name": run.name},
+        "mlflow": {"experiment_name": PROJECT, "run_name": run.name},
+    }
+    target = LOGGER_TYPE_TO_CLASS[tracker](**names[tracker])
+    target.start()
+    try:
+        target.store_init_configuration(_flat(settings))
+        yield lambda values, step: target.log(dict(values), step=step)
+    finally:
+        target.finish()
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings of sections as "section.key"; what is not a number, a truth value or text becomes text."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            plain = isinstance(value, bool | int | float | str)
+            flat[prefix + key] = value if plain else str(value)
+    return flat
