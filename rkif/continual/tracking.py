@@ -1,4 +1,4 @@
-"""A run's values in an experiment tracker: TensorBoard, Weights & Biases, Trackio or MLflow, by accelerate."""
+"""A run's values in an experiment tracker: TensorBoard, Weights & Biases, Trackio or MLflow."""
 
 from __future__ import annotations
 
