@@ -225,6 +225,19 @@ def test_the_page_lists_the_logged_names(tmp_path: Any) -> None:
     assert {name.replace("NAME", "kpi") for name in listed} == names
 
 
+def test_the_examples_of_the_page_work(tmp_path: Any) -> None:
+    names: dict[str, Any] = {}
+    for example in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
+        exec(example, names)
+    assert issubclass(names["RKIFSFTTrainer"], SFTTrainer)
+    undone = {"gate": gate(floor=2.0), "callbacks": [names["Watch"]()]}
+    run = trainer(tmp_path, kind=names["SGDOutside"], **undone)
+    run.train()
+    assert type(run._rkif.optimizer) is torch.optim.SGD
+    saved = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert saved == ["checkpoint-3", "checkpoint-6", "checkpoint-7"]
+
+
 class SeparateSFT(RKIFMixin, SFTTrainer):
     pass
 
