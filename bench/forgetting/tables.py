@@ -16,15 +16,36 @@ from rkif.continual.display.progress import format_number
 Row = Mapping[str, Any]
 Runs = dict[tuple[str, int], Row]  # (order, seed) -> row
 
-README = ("sequential", "replay", "replay_equal_steps", "average", "recurrent_kif", "recurrent_kif_paper")
+SUMMARY = ("sequential", "replay", "replay_equal_steps", "average", "recurrent_kif", "recurrent_kif_paper")
+SUITES = ("standard-minilm", "long-minilm")  # of the summary
 BASELINE = "replay"
 ABLATED = "recurrent_kif"  # FusionConfig(), which is the release preset
 SHOWN = tuple(name for name in MAIN if name != "recurrent_kif_release")  # the same runs as the default's
 
 
-def main() -> str:
-    """The methods that the README shows."""
-    return "\n".join(_table(group, README) for group in _groups().values())
+def summary() -> str:
+    """The README's table: a line for each method, OP and BWT on both suites."""
+    found = {config: group for (config, *_), group in _groups().items() if config in SUITES}
+    if not found:
+        return ""
+    groups = [found[suite] for suite in SUITES if suite in found]
+    settings, headings = [], ["method"]
+    for group in groups:
+        every = [row for runs in group.values() for row in runs.values()]
+        tasks, training = len(every[0]["tasks"]), every[0]["settings"]["training"]
+        records = f"{sum(every[0]['records'])} {every[0]['split']} records"
+        error = f"standard error of one run's OP {max(map(_standard_error, every)):.1f}"
+        settings.append(f"{tasks} tasks of {training['steps']} steps ({records}, {error})")
+        headings += [f"OP, {tasks} tasks", f"BWT, {tasks} tasks", f"runs, {tasks} tasks"]
+    lines = ["| " + " | ".join(headings) + " |", "| --- |" + " ---: |" * (len(headings) - 1)]
+    for method in SUMMARY:
+        cells = [method]
+        for group in groups:
+            runs = group.get(method, {})
+            cells += [_mean(runs, "op"), _mean(runs, "bwt", sign=True), str(len(runs)) if runs else "-"]
+        lines.append("| " + " | ".join(cells) + " |")
+    model = next(iter(next(iter(groups[0].values())).values()))["model"]
+    return f"{model}, {'; '.join(settings)}.\n\n" + "\n".join(lines) + "\n"
 
 
 def everything() -> str:

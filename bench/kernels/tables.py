@@ -13,6 +13,11 @@ from bench.common import rows
 from bench.common.rows import Row
 
 OPERATIONS = ("observe", "threshold", "fuse")
+DEVICES = ("cuda", "cpu")
+SUMMARY = {
+    "llama-2-13b-lora-r8": "LoRA of LLaMA-2-13B, 6.6 M",
+    "one-64Mi": "one tensor, 67 M",
+}  # shape -> its name
 
 
 def grouped(measured: Iterable[Row]) -> dict[tuple[str, str, str, str], dict[str, Row]]:
@@ -73,11 +78,8 @@ def rich_table(measured: Iterable[Row]) -> Table:
 
 
 def markdown() -> str:
-    """The README's tables, one per measured device: float32, one line for rkif's fastest backend."""
-    measured: list[Row] = []
-    for device in ("cuda", "cpu"):
-        path = rows.results_file(device)
-        measured += rows.read(path)
+    """Tables, one per measured device: float32, one line for rkif's fastest backend."""
+    measured = [row for device in DEVICES for row in rows.read(rows.results_file(device))]
     parts: dict[str, list[str]] = {}
     for (device, op, shape, dtype), group in grouped(measured).items():
         row = best(group)
@@ -93,6 +95,30 @@ def markdown() -> str:
         figures = f"{milliseconds(row['ms_median'])} | {row['gbps']:.1f} | {row['share']:.0%}"
         lines.append(f"| {op} | {shape} | {backend} | {figures} | {', '.join(factors)} |")
     return "\n".join(f"{heading}\n\n" + "\n".join(lines) + "\n" for heading, lines in parts.items())
+
+
+def summary() -> str:
+    """The README's table: the first device with rows, float32, an adapter and one large tensor."""
+    measured = next(filter(None, (list(rows.read(rows.results_file(device))) for device in DEVICES)), [])
+    lines, heading = [], ""
+    for (device, op, shape, dtype), group in grouped(measured).items():
+        row, against = best(group), baseline(group)
+        if dtype != "float32" or shape not in SUMMARY or row is None or against is None:
+            continue
+        heading = f"{device}, torch {row['versions']['torch']}."
+        factors = [
+            f"{group[name]['ms_median'] / row['ms_median']:.1f}x" if name in group else "-"
+            for name in (against, "compiled")
+        ]
+        lines.append(
+            f"| {op} | {SUMMARY[shape]} | {milliseconds(row['ms_median'])} | {row['share']:.0%} | "
+            f"{' | '.join(factors)} |"
+        )
+    header = (
+        "| operation | parameters | ms | of a copy's bandwidth | eager takes | torch.compile takes |\n"
+        "| --- | --- | ---: | ---: | ---: | ---: |"
+    )
+    return f"{heading}\n\n{header}\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def plot(measured: Iterable[Row], out: Path, shapes: Sequence[str] = ()) -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from checkpoint_files import Triple, split_folder
 
-from bench.docs import FILES, README, generated
+from bench.docs import FILES, README, generated, with_tables
 from bench.forgetting.continual import RESULTS
-from rkif.cli import main
 from rkif.continual.config import RunConfig, dump_config
 
 TEXT = README.read_text(encoding="utf-8")
@@ -25,28 +23,26 @@ def snippets(language: str) -> list[str]:
     return [code for kind, code in SNIPPETS if kind == language]
 
 
-@pytest.mark.parametrize("code", [code for code in snippets("python") if "RKIFTrainer" not in code])
-def test_python_snippets_run(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_quickstart_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = snippets("python")
     exec(compile(code, "README.md", "exec"), {})
-    if "last_report" in code:
-        assert capsys.readouterr().out.count("inner_only") == 3
+    printed = capsys.readouterr().out
+    assert "8 rounds: {'inner_only'" in printed
+    old, new = map(float, re.findall(r"\[([\d.]+), ([\d.]+)\]", printed)[-1])
+    assert max(old, new) < 1.0  # 5.5 before training
 
 
-def test_the_trainer_snippet_is_a_valid_call() -> None:
-    from rkif.hf import RKIFTrainer
-
-    (code,) = [code for code in snippets("python") if "RKIFTrainer" in code]
-    with pytest.raises(TypeError, match="fusion must be a FusionConfig, got str"):
-        exec(
-            code.replace("rkif.FusionConfig.paper()", "'x'"),
-            dict.fromkeys(("model", "training_arguments", "new_task", "memory")) | {"rkif": None},
-        )
-    assert RKIFTrainer
+def run_config() -> Any:
+    text = (README.parent / "docs" / "guide" / "experiments.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    return yaml.safe_load(code)
 
 
 def test_the_config_is_valid() -> None:
-    (code,) = snippets("yaml")
-    RunConfig.model_validate(yaml.safe_load(code))
+    RunConfig.model_validate(run_config())
 
 
 def test_the_documented_gate_and_ledger_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,31 +54,15 @@ def test_the_documented_gate_and_ledger_are_valid(tmp_path: Path, monkeypatch: p
         assert names["fuser"].round == 0
     assert (tmp_path / "ledgers" / "task-3" / "ledger.jsonl").exists()
     (gate,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
-    (config,) = snippets("yaml")
-    settings = RunConfig.model_validate(yaml.safe_load(config) | yaml.safe_load(gate)).gate
+    settings = RunConfig.model_validate(run_config() | yaml.safe_load(gate)).gate
     assert settings is not None
     assert [one.name for one in settings.criteria] == ["accuracy", "memory_loss", "revenue"]
 
 
 def test_both_commands_are_single_lines_that_install_first() -> None:
-    demo, tests, *_ = snippets("sh")
+    demo, tests = snippets("sh")
     assert demo == "pip install '.[hf,report,tune]' && rkif demo\n"
     assert tests == "pip install -e '.[dev]' && pytest -n logical\n"
-
-
-def test_the_fuse_commands_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    triple = Triple(tmp_path)
-    for name in ("base", "inner", "outer"):
-        split_folder(tmp_path / name, getattr(triple, name), 2)
-    monkeypatch.chdir(tmp_path)
-    (_, _, commands) = snippets("sh")
-    for command in commands.splitlines():
-        monkeypatch.setattr(sys, "argv", command.split())
-        with pytest.raises(SystemExit) as caught:
-            main()
-        assert not caught.value.code, capsys.readouterr().err
 
 
 def test_generated_parts_are_up_to_date() -> None:
@@ -107,8 +87,51 @@ def test_links_lead_to_files(page: Path) -> None:
 
 
 def test_the_readme_is_short() -> None:
-    written = re.sub(r"<!-- results: .*?<!-- end -->", "", TEXT, flags=re.DOTALL)
-    assert len(written.splitlines()) < 150
+    written = re.sub(r"<!-- results: .*?<!-- end -->\n", "", TEXT, flags=re.DOTALL)
+    assert len([line for line in written.splitlines() if not line.startswith("|")]) <= 120
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """First cell -> the other cells of a row."""
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    return {row[0]: row[1:] for row in rows[2:]}
+
+
+def test_the_short_tables_agree_with_the_full_ones() -> None:
+    tables = dict(re.findall(r"<!-- results: (\w+) -->\n(.*?)<!-- end -->", TEXT, flags=re.DOTALL))
+    assert tables.keys() == {"continual", "kernels"}
+    assert all(0 < len(table.split("---:")[-1].strip("| \n").splitlines()) <= 8 for table in tables.values())
+    _, *full = with_tables("<!-- results: continual_all -->\n<!-- end -->").split("minilm, ")
+    short, long = map(cells, full)
+    for method, row in cells(tables["continual"]).items():
+        assert row == [*short[method][:2], short[method][6], *long[method][:2], long[method][6]], method
+    everything = with_tables("<!-- results: kernels_all -->\n<!-- end -->")
+    for line in re.findall(r"^\| (?:observe|threshold|fuse) .*$", tables["kernels"], flags=re.MULTILINE):
+        operation, _, ms, share, eager, compiled = line.strip("| ").split(" | ")
+        factors = f"{eager} .*{'' if compiled == '-' else compiled}"
+        assert re.search(
+            rf"^\| {operation} .*\| {ms} \| .*\| {share} \| .*{factors}", everything, re.MULTILINE
+        ), line
+
+
+def test_figures_in_the_text_are_in_the_tables() -> None:
+    (section,) = re.findall(r"## When it pays\n(.*?)## Features", TEXT, flags=re.DOTALL)
+    prose = re.sub(r"<!-- results.*<!-- end -->", "", section, flags=re.DOTALL)
+    figures = re.findall(r"(?<![\d.])[-+]?\d+\.\d(?! M)", prose)
+    assert len(figures) == 14
+    every = with_tables("<!-- results: continual_all -->\n<!-- end -->")
+    for figure in figures:
+        assert f"| {figure} " in every, figure
+
+
+def test_the_citation_is_of_this_version() -> None:
+    root = README.parent
+    citation = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    (paper,) = citation["references"]
+    assert paper["title"] in TEXT
+    assert all(author["family-names"] in TEXT for author in paper["authors"])
 
 
 def test_the_config_page_lists_all_settings_with_their_defaults() -> None:
