@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from attestations import Rkif
 
+from rkif.continual.rundir.schema import RECORDS, GateVerdict, Module, Record
+from rkif.ledger.chain import CHAIN_KEYS
+
 
 def guide(name: str) -> str:
     return (Path(__file__).parents[2] / "docs" / "guide" / name).read_text(encoding="utf-8")
@@ -47,3 +50,13 @@ def test_the_audit_page_names_fields_that_a_ledger_has(rkif: Rkif, run: Path) ->
     named = [name for name in named if name[0] in events]
     assert {event for event, _ in named} == {"begin", "round", "task", "state", "measured", "rollback"}
     assert [name for name in named if tuple(name) not in fields] == []
+
+
+def test_the_reference_has_every_field_of_every_record() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "ledger.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `(?:(\w+)\.)?(\w+)` \|", page, flags=re.MULTILINE))
+    for event, model in RECORDS.items():
+        own = set(model.model_fields) - set(Record.model_fields)
+        assert {(event, name) for name in own} <= named
+    keys = {*CHAIN_KEYS, "event", *Record.model_fields, *Module.model_fields, *GateVerdict.model_fields}
+    assert {("", name) for name in keys} <= named

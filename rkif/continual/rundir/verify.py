@@ -13,7 +13,7 @@ from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import CHECKPOINT, read_checkpoint
 from rkif.files import TEMPORARY
 from rkif.ledger.chain import LEDGER, LedgerError, LedgerRecord
-from rkif.ledger.records import not_rolled_back
+from rkif.ledger.records import FORMAT, not_rolled_back
 
 
 def verify(run: Path) -> Counter[str]:
@@ -43,7 +43,8 @@ def require_whole(reader: RunReader, records: Sequence[LedgerRecord]) -> Counter
         _require_no_other(run, set(), None)
         return Counter()
     settings = hashlib.sha256(reader.config_text().encode()).hexdigest()
-    tasks = reader.metrics().get("tasks", records[0]["tasks"])
+    metrics = reader.metrics()
+    tasks = metrics.get("tasks", records[0]["tasks"])
     if tasks != records[0]["tasks"]:
         raise LedgerError(f"{path}: record 0 has other tasks than {run / 'metrics.json'}")
     checkpoint = read_checkpoint(run)
@@ -51,6 +52,13 @@ def require_whole(reader: RunReader, records: Sequence[LedgerRecord]) -> Counter
     if known > len(records):
         raise LedgerError(
             f"{path}: record {len(records)} is missing: the checkpoint was written after {known} records"
+        )
+    columns = len(metrics["accuracy"][0]) if metrics else 0
+    measured = sum(record["event"] == "measured" for record in records) - 1  # the first is before training
+    if columns > max(measured, 0) and records[0].get("format", 1) == FORMAT:
+        raise LedgerError(
+            f"{path}: record {len(records)} is missing: {run / METRICS} has the accuracies after {columns} "
+            f"tasks, and the ledger records {max(measured, 0)} of these measurements"
         )
     if records[-1]["event"] == "rollback" and known != len(records):
         raise LedgerError(
