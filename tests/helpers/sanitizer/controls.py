@@ -31,17 +31,18 @@ def _double(
     chunk_tensors_ptr,
     chunk_starts_ptr,
     n_tensors,
-    EXTRA: tl.constexpr,
+    WRONG: tl.constexpr,
+    SHIFT: tl.constexpr,
     DTYPES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Doubles each tensor, and EXTRA elements after its end."""
+    """Doubles each tensor; in the tensor WRONG, it accesses addresses that are shifted by SHIFT elements."""
     tensor, start, numel = load_chunk(
         numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, tl.program_id(0), BLOCK
     )
     offsets = start + tl.arange(0, BLOCK)
-    mask = offsets < numel + EXTRA
-    row_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES)
+    mask = offsets < numel
+    row_ptr = load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES) + tl.where(tensor == WRONG, SHIFT, 0)
     tl.store(row_ptr + offsets, tl.load(row_ptr + offsets, mask=mask) * 2, mask=mask)
 
 
@@ -83,12 +84,12 @@ def _copy(out_ptr, values_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + offsets, tl.load(values_ptr + offsets))
 
 
-def double(extra: int) -> list[Tensor]:
-    # Views of one storage: the memory after a tensor is valid, and belongs to no tensor of the table.
-    storage = torch.ones(4 * BLOCK)
-    tensors = [storage[:BLOCK], storage[2 * BLOCK : 2 * BLOCK + 5]]
+def double(wrong: int = 0, shift: int = 0) -> list[Tensor]:
+    # Views of one storage: the memory beside a tensor is valid, and belongs to no tensor of the table.
+    storage = torch.ones(6 * BLOCK)
+    tensors = [storage[first : first + size] for first, size in zip((BLOCK, 3 * BLOCK), SIZES, strict=True)]
     (table,) = tables(aligned([tensors]), BLOCK)
-    _double[(table.programs,)](**table.arguments, EXTRA=extra, DTYPES=table.dtypes, BLOCK=BLOCK)
+    _double[(table.programs,)](**table.arguments, WRONG=wrong, SHIFT=shift, DTYPES=table.dtypes, BLOCK=BLOCK)
     return tensors
 
 
@@ -129,15 +130,17 @@ def executed() -> Iterator[None]:
 @pytest.mark.usefixtures("executed")
 def test_kernels_without_a_fault_pass() -> None:
     for _ in range(ORDERS):
-        assert torch.equal(torch.cat(double(extra=0)), torch.full((sum(SIZES),), 2.0))
+        assert torch.equal(torch.cat(double()), torch.full((sum(SIZES),), 2.0))
         assert count(atomic=True).item() == PROGRAMS
         for scope in ("gpu", "sys"):
             assert sum_of_all("acq_rel", scope).item() == sum(range(PROGRAMS))
         assert torch.equal(copy(torch.ones(BLOCK)), torch.ones(BLOCK))
 
 
-def test_access_after_a_tensor_of_the_table_is_reported() -> None:
-    assert_reported({"oob_read", "oob_write"}, lambda: double(extra=1))
+@pytest.mark.parametrize("wrong", range(len(SIZES)))
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_access_beside_a_tensor_of_the_table_is_reported(wrong: int, shift: int) -> None:
+    assert_reported({"oob_read"}, lambda: double(wrong, shift))
 
 
 def test_a_count_that_is_not_atomic_is_reported() -> None:
