@@ -36,6 +36,7 @@ from rkif_kernels.ops import (
     select_and_fuse_,
     update_importance_,
 )
+from rkif_kernels.ops.guards import addresses, same_kind
 from rkif_kernels.ops.searches import CountingSearches
 from rkif_kernels.selection.bracket import bracket
 from rkif_kernels.selection.counting import CountingSearch
@@ -91,6 +92,7 @@ __all__ = [
     "absolute_sums",
     "adamw_",
     "adamw_constants",
+    "addresses",
     "all_valid_scores",
     "bracket",
     "count_scores_",
@@ -104,6 +106,7 @@ __all__ = [
     "require_disjoint",
     "require_fraction",
     "require_weights",
+    "same_kind",
     "sample_scores",
     "score_thresholds",
     "select_and_fuse_",

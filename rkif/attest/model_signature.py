@@ -88,7 +88,7 @@ class Signed(Content):
     @model_validator(mode="after")
     def _names(self) -> Signed:
         if len({one.name for one in self.resources}) < len(self.resources):
-            raise ValueError("resources: a name is there twice")
+            raise ValueError("resources: a name is listed twice")
         return self
 
     @property

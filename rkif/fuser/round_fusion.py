@@ -43,7 +43,8 @@ def require_inner_phase(fuser: Fuser) -> None:
                 "the outer phase of this round has begun already, by begin_outer() or outer(); end the round "
                 "with fuse() or rollback(), or by leaving the block of outer()"
             )
-        fuser._watch.require_unchanged()
+        fuser._watch.require_unchanged(fuser._shards.parts())
+        fuser._watch.require_same_trainable()
     if fuser._ledger is not None:
         fuser._ledger.require_position()
 
@@ -60,7 +61,7 @@ def require_complete(fuser: Fuser) -> int:
             raise RuntimeError(
                 "fuse() was called in the inner phase; call begin_outer() first, or use `with outer()`"
             )
-        fuser._watch.require_unchanged()
+        fuser._watch.require_unchanged(fuser._shards.parts())
         for learner, observed in fuser._observed.items():
             if observed == 0:
                 raise RuntimeError(f"observe() was never called for the {learner} learner in this round")

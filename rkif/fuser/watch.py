@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from rkif.fuser.parameters import require_separate_memory
+from rkif_kernels import addresses, same_kind
 
 _CAUSES = "an assignment, load_state_dict(assign=True), resize_token_embeddings() or the like"
 
@@ -36,6 +38,9 @@ class ParameterWatch:
         # A layer that is replaced still holds its old parameters. The watch does not keep a model alive.
         self._layers: list[tuple[ref[nn.Module], str, ref[nn.Module], str]] = []
         self._names = names
+        # Of the last check of dtypes, shapes, strides and memory, which takes 100 us a parameter.
+        self._places_checked: list[int] = []
+        self._same_kind: Callable[[Sequence[Tensor]], bool] = lambda parts: False
         self._model = None if module is None else ref(module)
         for owner in () if module is None else module.modules():
             self._places += [
@@ -57,12 +62,30 @@ class ParameterWatch:
             if replaced := self._replaced():
                 raise RuntimeError(self._message(*replaced[0]))
 
-    def require_unchanged(self) -> None:
-        """Check everything else as well.
+    def require_same_trainable(self) -> None:
+        """Check that no other parameter of the model is trainable. It takes some 2 us a layer.
 
         Raises:
-            RuntimeError: a parameter, or a layer above it, was replaced; a parameter has another dtype, shape
-                or device; or another parameter is trainable now. It names the parameter.
+            RuntimeError: another parameter is trainable now; it names the parameter.
+        """
+        model = None if self._model is None else self._model()
+        present: Any = () if model is None else model.named_parameters()
+        for name, parameter in present:
+            if parameter.requires_grad and id(parameter) not in self._names:
+                raise RuntimeError(
+                    f"parameter {name!r} is trainable and was not when the Fuser was made; it would be "
+                    "trained and never fused: make a new Fuser"
+                )
+
+    def require_unchanged(self, parts: Sequence[Tensor]) -> None:
+        """Check the layers, dtypes, shapes, devices and memory as well.
+
+        Args:
+            parts: the parameters, or their local parts.
+
+        Raises:
+            RuntimeError: a parameter, or a layer above it, was replaced; or a parameter has another dtype,
+                shape or device. It names the parameter.
             ValueError: the memory of a parameter is freed, or shared with another one.
         """
         self.require_held()
@@ -74,21 +97,17 @@ class ParameterWatch:
                         f"the layer of parameter {name!r} was replaced after the Fuser was made ({_CAUSES}); "
                         "the Fuser would fuse the old tensor: make a new Fuser"
                     )
+        places = addresses(parts)
+        if places == self._places_checked and self._same_kind(parts):
+            return
         for name, parameter in self._parameters.items():
-            if self._kinds[name] != (now := _kind(parameter)):
+            if (then := self._kinds[name]) != (now := _kind(parameter)):
                 raise RuntimeError(
-                    f"parameter {name!r} was {self._kinds[name]} when the Fuser was made, and is {now} now: "
-                    "make a new Fuser"
-                )
-        model = None if self._model is None else self._model()
-        present: Any = () if model is None else model.named_parameters()
-        for name, parameter in present:
-            if parameter.requires_grad and id(parameter) not in self._names:
-                raise RuntimeError(
-                    f"parameter {name!r} is trainable and was not when the Fuser was made; it would be "
-                    "trained and never fused: make a new Fuser"
+                    f"parameter {name!r} was {_words(then)} when the Fuser was made, and is {_words(now)} "
+                    "now: make a new Fuser"
                 )
         require_separate_memory(self._parameters)
+        self._places_checked, self._same_kind = places, same_kind(parts)
 
     def _replaced(self) -> list[tuple[dict[str, Any], str, Any]]:
         return [place for place in self._places if place[0].get(place[1]) is not place[2]]
@@ -117,5 +136,10 @@ class ParameterWatch:
         )
 
 
-def _kind(parameter: Tensor) -> str:
-    return f"{parameter.dtype} {tuple(parameter.shape)} on {parameter.device}"
+def _kind(parameter: Tensor) -> tuple[torch.dtype, torch.Size, torch.device]:
+    return parameter.dtype, parameter.shape, parameter.device
+
+
+def _words(kind: tuple[torch.dtype, torch.Size, torch.device]) -> str:
+    dtype, shape, device = kind
+    return f"{dtype} {tuple(shape)} on {device}"
