@@ -223,10 +223,10 @@ def sign_again(folder: Path, key: Path, edit: Callable[[dict[str, Any]], object]
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda p: p["resources"].append(p["resources"][0]), "a name is there twice"),
+        (lambda p: p["resources"].append(p["resources"][0]), "a name is listed twice"),
         (
             lambda p: p["resources"].insert(0, p["resources"][0] | {"digest": "0" * 64}),
-            "a name is there twice",
+            "a name is listed twice",
         ),
         (lambda p: p["resources"][0].update(algorithm="blake3"), "resources.0.algorithm: "),
         (lambda p: p["resources"][0].update(digest="00"), "resources.0.digest: "),
