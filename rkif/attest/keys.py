@@ -94,5 +94,7 @@ def _cryptography() -> Any:
         import cryptography.hazmat.primitives.hashes
         import cryptography.hazmat.primitives.serialization
     except ImportError as error:
-        raise ImportError('signatures need cryptography: pip install "rkif[sign]"') from error
+        raise ImportError(
+            'signatures need cryptography: pip install ".[sign]" in the source folder of rkif'
+        ) from error
     return cryptography

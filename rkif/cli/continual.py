@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -19,15 +20,29 @@ def run_command(
     config: Annotated[Path, typer.Argument(help="YAML file that describes the run.", metavar="CONFIG.yaml")],
     out: Out = None,
     resume: Resume = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a setting, such as training.steps=20; the value is YAML. May be given repeatedly.",
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the content of metrics.json; progress goes to stderr.")
+    ] = False,
 ) -> None:
     """Train on a sequence of tasks, and measure all tasks after each.
 
-    The run's folder is runs/<name of the config> unless --out names another.
+    The run's folder is runs/<name of the config> unless --out names another. A run is resumed with the same
+    --set as before, or with RUN/config.yaml, which has all settings.
 
     \b
     Examples:
       rkif run config.yaml --out runs/first
       rkif run config.yaml --out runs/first --resume
+      rkif run config.yaml --out runs/second --set fusion.density=0.1 --set seed=7
     """
     folder = out or Path("runs") / config.stem
     announce(f"Running {config} in {folder}")
@@ -40,8 +55,12 @@ def run_command(
     from rkif.continual.rundir.folder import RunReader
     from rkif.ledger.records import not_rolled_back
 
-    console = Console()
-    metrics = run(load_config(config), folder, resume=resume, progress=RunProgress(console))
+    console = Console(quiet=quiet, stderr=as_json)
+    settings = load_config(config, changes or ())
+    metrics = run(settings, folder, resume=resume, progress=RunProgress(console))
+    if as_json:
+        print(json.dumps(metrics))
+        return
     for table in run_tables(metrics):
         console.print(table)
     if verdicts := verdict_line(not_rolled_back(RunReader(folder).records())):
@@ -106,12 +125,12 @@ def tune_command(
     from rich.console import Console
 
     from rkif.continual.config import load_config
-    from rkif.continual.tune import best_table, tune
+    from rkif.continual.tune import BEST, best_table, tune
 
     console = Console()
     study = tune(load_config(config), folder, trials=trials, resume=resume, console=console)
     console.print(best_table(study))
-    console.print(f"The trials are in {folder}", markup=False)
+    console.print(f"The best settings: rkif run {folder / BEST}", markup=False, soft_wrap=True)
 
 
 @commands.command("demo", rich_help_panel="Start")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +22,8 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 
 from rkif.config import FusionConfig, MergeWeights
-from rkif.continual.config_errors import settings_problems, yaml_problem
+from rkif.continual.config_errors import settings_problems
+from rkif.continual.config_file import locate_model, read_settings
 from rkif.continual.spelling import did_you_mean
 from rkif.continual.tasks.records import require_task_name
 from rkif.continual.tasks.text import TextFormat
@@ -378,43 +380,22 @@ def fusion_config(settings: dict[str, Any]) -> FusionConfig:
     return FusionConfig.paper(**changes) if preset == "paper" else FusionConfig.release(**changes)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Rejects duplicate keys in a mapping; YAML would silently use the last value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [(key.tag, str(key.value)) for key, _ in node.value]
-        for place, key in enumerate(keys):
-            if key in keys[:place]:
-                mark = node.value[place][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"key {key[1]!r} is given twice", mark)
-        return super().construct_mapping(node, deep)
-
-
-def load_config(path: Path) -> RunConfig:
-    """Read and validate a config file.
+def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
+    """Read and validate a config file, with changes such as "training.steps=20".
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not YAML, or settings are unknown, missing or out of range; the message names
-            them in one line.
+        ValueError: the file is not YAML, settings are unknown, missing or out of range, or the model's folder
+            is missing; the message names them in one line.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no such config file: {path}")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except RecursionError as error:
-        raise ValueError(f"{path}: not valid YAML: it is nested too deeply") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path}: not valid YAML: {yaml_problem(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected settings as `key: value`, got {type(content).__name__}")
+    content = read_settings(path, changes)
     try:
         config = RunConfig.model_validate(content)
     except ValidationError as error:
         raise ValueError(f"{path}: {settings_problems(error, RunConfig)}") from None
     here = path.parent.resolve()
     tasks = config.tasks.model_copy(update={"folder": str(here / config.tasks.folder)})
-    model = str(here / config.model) if (here / config.model).exists() else config.model
+    model = locate_model(config.model, here)
     metrics = [locate(spec, here) for spec in config.metrics]
     gate = config.gate
     if gate is not None:

@@ -59,14 +59,15 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
 
 @contextmanager
 def _locked_folder(out: Path) -> Iterator[None]:
-    """Lock the run's folder before anything is written; remove it at the end if it is new and empty."""
+    """Lock the run's folder before anything is written; a new one without a record is removed at the end."""
     new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     with claimed(out):
         try:
             yield
         finally:
-            if new and not any(out.iterdir()):
+            if new and {entry.name for entry in out.iterdir()} <= {"config.yaml"}:
+                (out / "config.yaml").unlink(missing_ok=True)
                 out.rmdir()
 
 

@@ -19,17 +19,20 @@ from rkif.seeding import derive_seed
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
+    from optuna.trial import BaseTrial, FrozenTrial
 
 DENSITIES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 INNER_STEPS = (4, 8, 16, 32)
 OUTER_SHARES = (0.25, 0.5, 1.0)  # M as a share of Q
+BEST = "best.yaml"  # in the study's folder
 OUTER_RATES = (0.25, 0.5, 1.0, 2.0)  # of the inner learning rate
 
 
 def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Console) -> Study:
     """Search density, Q, M and the outer learning rate with optuna's TPE sampler.
 
-    The best settings are chosen on the dev split, so their OP is optimistic; the more trials, the more so.
+    ``out/best.yaml`` is a config with the best settings. They are chosen on the dev split, so their OP is
+    optimistic; the more trials, the more so.
 
     A trial is a complete run. The first has the settings of the search space nearest to the config. Results
     are kept in ``out/study.db``; a trial's folder is deleted when it ends. A failed trial counts. A trial
@@ -54,7 +57,9 @@ def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Co
         import optuna
         from sqlalchemy.exc import SQLAlchemyError
     except ImportError as error:
-        raise ImportError('the search needs optuna: pip install "rkif[tune]"') from error
+        raise ImportError(
+            'the search needs optuna: pip install ".[tune]" in the source folder of rkif'
+        ) from error
     if config.method != "recurrent_kif":
         raise ValueError(f"tune searches settings of method recurrent_kif; the config has {config.method}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -120,6 +125,8 @@ def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Co
     study.optimize(objective, n_trials=max(0, left), catch=(ValueError, RuntimeError))
     if not any(trial.state == complete for trial in study.trials):
         raise ValueError(f"every trial failed; the last error: {study.trials[-1].user_attrs.get('error')}")
+    best = optuna.trial.FixedTrial(_best_first(study)[0].params)
+    write_text(out / BEST, dump_config(_chosen(config, best)))
     return study
 
 
@@ -135,7 +142,7 @@ def _start(config: RunConfig) -> dict[str, Any]:
     return {name: min(values, key=lambda v: abs(v - value)) for name, (values, value) in candidates.items()}
 
 
-def _chosen(config: RunConfig, trial: Trial) -> RunConfig:
+def _chosen(config: RunConfig, trial: BaseTrial) -> RunConfig:
     inner_steps = trial.suggest_categorical("inner_steps", INNER_STEPS)
     share = trial.suggest_categorical("outer_share", OUTER_SHARES)
     fusion = {
@@ -155,14 +162,19 @@ def _described(parameters: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in sorted(parameters.items()))
 
 
+def _best_first(study: Study) -> list[FrozenTrial]:
+    """The completed trials from best to worst; ties are ordered by fewer samples."""
+    completed = [trial for trial in study.trials if trial.value is not None]
+    return sorted(completed, key=lambda trial: (-(trial.value or 0.0), trial.user_attrs["samples"]))
+
+
 def best_table(study: Study) -> Table:
-    """The trials from best to worst; ties are ordered by fewer samples."""
+    """The trials from best to worst."""
     table = Table(box=box.SIMPLE_HEAD, title="OP on the dev split, best first")
     names = ("density", "inner_steps", "outer_share", "outer_rate")
     for heading in ("trial", "OP", "BWT", "samples", "density", "Q", "M / Q", "outer rate / inner"):
         table.add_column(heading, justify="right")
-    completed = [trial for trial in study.trials if trial.value is not None]
-    for trial in sorted(completed, key=lambda t: (-(t.value or 0.0), t.user_attrs["samples"])):
+    for trial in _best_first(study):
         table.add_row(
             str(trial.number),
             format_number(trial.value),

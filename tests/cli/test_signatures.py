@@ -380,5 +380,5 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, "cryptography.exceptions", None)
     for command in ("sign", "verify"):
         assert refused(rkif, command, folder, "--key", tmp_path / "key.pem") == (
-            'rkif: error: signatures need cryptography: pip install "rkif[sign]"\n'
+            'rkif: error: signatures need cryptography: pip install ".[sign]" in the source folder of rkif\n'
         )

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import rkif.continual.tune
 from rkif.cli import app
-from rkif.continual.config import RunConfig, fusion_config
+from rkif.continual.config import RunConfig, fusion_config, load_config
 from rkif.continual.display.progress import RunProgress
 from rkif.continual.tune import tune
 
@@ -41,6 +41,11 @@ def test_tune_tries_the_config_first_and_shows_the_best(config: Config, tmp_path
     assert len(lines) == 3
     assert "density 0.2, inner_steps 8, outer_rate 1.0, outer_share 0.5" in lines[0]
     assert "OP on the dev split, best first" in done.output
+    best = load_config(out / "best.yaml")
+    row = done.output.partition("best first")[2].split("outer rate / inner")[1].split("\n")[2].split()
+    assert [fusion_config(best.fusion).density, best.fusion["inner_steps"]] == [float(row[4]), int(row[5])]
+    assert best.outer.learning_rate == float(row[7]) * best.training.learning_rate
+    assert f"rkif run {out / 'best.yaml'}" in done.output
     again = CliRunner().invoke(app, command)
     assert "holds a study already" in str(again.exception)
     more = CliRunner().invoke(app, [*command[:3], "4", *command[4:], "--resume"])

@@ -106,7 +106,9 @@ def require_transformers() -> Any:
         import peft  # noqa: F401
         import transformers
     except ImportError as error:
-        raise ImportError('running tasks needs transformers and peft: pip install "rkif[hf]"') from error
+        raise ImportError(
+            'running tasks needs transformers and peft: pip install ".[hf]" in the source folder of rkif'
+        ) from error
     return transformers
 
 

@@ -55,7 +55,9 @@ def figure(height: float) -> Iterator[Figure]:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('the report draws with matplotlib: pip install "rkif[report]"') from error
+        raise ImportError(
+            'the report draws with matplotlib: pip install ".[report]" in the source folder of rkif'
+        ) from error
     with matplotlib.rc_context(_RC):
         yield Figure(figsize=(WIDTH, height))
 
