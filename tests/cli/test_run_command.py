@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import yaml
 from safetensors import SafetensorError
 
@@ -374,10 +375,14 @@ def test_labels_with_equal_tokens_are_refused(rkif: Rkif, settings: dict[str, An
 def test_a_full_disk_is_one_clear_line(
     rkif: Rkif, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise SafetensorError("No space left on device (os error 28)")
+    save_file = safetensors.torch.save_file
 
-    monkeypatch.setattr("rkif.continual.rundir.state.save_file", full)
+    def full(tensors: Any, path: Any, *arguments: Any, **more: Any) -> None:
+        if Path(path).name == "checkpoint.safetensors.tmp":
+            raise SafetensorError("No space left on device (os error 28)")
+        save_file(tensors, path, *arguments, **more)
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     config = write(tmp_path / "config.yaml", settings)
     status, _, errors = rkif("run", config, "--out", tmp_path / "out")
     path = tmp_path / "out" / "checkpoint.safetensors.tmp"

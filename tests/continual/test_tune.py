@@ -47,7 +47,7 @@ def test_tune_tries_the_config_first_and_shows_the_best(config: Config, tmp_path
     assert best.outer.learning_rate == float(row[7]) * best.training.learning_rate
     assert f"rkif run {out / 'best.yaml'}" in done.output
     again = CliRunner().invoke(app, command)
-    assert "holds a study already" in str(again.exception)
+    assert "holds a study; continue with --resume" in str(again.exception)
     more = CliRunner().invoke(app, [*command[:3], "4", *command[4:], "--resume"])
     assert [line for line in more.output.splitlines() if line.startswith("trial ")] != []
     assert sum(line.startswith("trial ") for line in more.output.splitlines()) == 1  # four in all
