@@ -15,7 +15,7 @@ from rkif.continual.rundir.recorded import read_recorded_state
 from rkif.continual.rundir.recorder import NOT_REPRODUCED
 from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import RunState
-from rkif.continual.rundir.writer import run_identity
+from rkif.files import file_sha256
 from rkif.ledger.chain import LedgerRecord
 from rkif.ledger.records import find_round
 
@@ -67,7 +67,8 @@ def reproduce(run: Path, number: int, progress: RunProgress) -> Reproduction:
         while len(new_records) < number - start:
             progress.advance(method.train_step(step))
             step += 1
-    repeated = {**run_identity(config), **new_records[-1], "round": number}
+    identity = {"config": file_sha256(run / "config.yaml"), "seed": config.seed}
+    repeated = {**identity, **new_records[-1], "round": number}
     keys = sorted((set(recorded) | set(repeated)) - set(NOT_REPRODUCED))
     differences = {
         key: (recorded.get(key), repeated.get(key)) for key in keys if recorded.get(key) != repeated.get(key)

@@ -105,6 +105,8 @@ def open_run(
     )
     _require_scorable(tasks, config)
     folder = RunFolder(out, config, resume=resume)
+    if folder.moved:
+        progress.warn(f"since the run began, folders have moved: {'; '.join(folder.moved)}")
     with progress.shown(config, tasks):
         progress.stage("loading the model")
         model, objective = load_model(config, tasks, slices=len(tasks) if method.slices else 1)

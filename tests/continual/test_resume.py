@@ -228,3 +228,33 @@ def test_resume_refuses_a_run_without_its_metrics(config: Callable[..., RunConfi
     (tmp_path / "metrics.json").unlink()
     with pytest.raises(ValueError, match=r"its metrics\.json is missing"):
         go(config(), tmp_path, resume=True)
+
+
+def test_a_run_that_was_moved_with_its_model_and_tasks_resumes_to_the_same_bytes(
+    inputs: Path, config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    go(config(), tmp_path / "straight")
+    with pytest.MonkeyPatch.context() as patch:
+        kill_after(patch, 60)
+        with pytest.raises(Killed):
+            go(config(), tmp_path / "run")
+    began = (tmp_path / "run" / "config.yaml").read_bytes()
+    shutil.copytree(inputs, tmp_path / "elsewhere")
+    tasks = config().tasks.model_dump() | {"folder": str(tmp_path / "elsewhere" / "tasks")}
+    moved = config(model=str(tmp_path / "elsewhere" / "model"), tasks=tasks)
+    with pytest.raises(ValueError, match="has `seed: 3` where the config now says `seed: 4`"):
+        go(moved.model_copy(update={"seed": 4}), tmp_path / "run", resume=True)
+    other = moved.model_copy(update={"model": str(tmp_path / "elsewhere" / "bert")})
+    with pytest.raises(ValueError, match="has `model: model` where the config now says `model: bert`"):
+        go(other, tmp_path / "run", resume=True)
+    go(moved, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == began
+    verify(tmp_path / "run")
+    metrics = [(tmp_path / name / "metrics.json").read_bytes() for name in ("straight", "run")]
+    assert metrics[0] == metrics[1]
+    ends = [files(tmp_path / name / "tasks" / "03-place") for name in ("straight", "run")]
+    assert ends[0]["adapter_model.safetensors"] == ends[1]["adapter_model.safetensors"]
+    dev = tmp_path / "elsewhere" / "tasks" / "dev.jsonl"
+    dev.write_text(dev.read_text().replace("Answer:", "answer:"))
+    with pytest.raises(ValueError, match="the dev records of task 'review' have changed"):
+        go(moved, tmp_path / "run", resume=True)

@@ -32,6 +32,7 @@ from torch import Tensor
 from rkif.checkpoint.manifest import FileContent
 from rkif.continual.config import RunConfig, dump_config
 from rkif.continual.rundir.schema import Metrics, TaskSummary, require_records
+from rkif.continual.rundir.settings import require_same_settings
 from rkif.continual.rundir.state import CHECKPOINT, storable
 from rkif.continual.tasks.replay_memory import ReplayMemory
 from rkif.files import (
@@ -140,10 +141,14 @@ class RunFolder:
     Raises:
         ValueError: the folder holds files of no run, or a run and ``resume`` is False, or other settings.
         OSError: the folder cannot be written.
+
+    Attributes:
+        moved: a line for each folder of the settings that has moved since the run began.
     """
 
     def __init__(self, path: Path, config: RunConfig, *, resume: bool) -> None:
         self.path = path
+        self.moved: list[str] = []
         settings = path / "config.yaml"
         text = dump_config(config)
         path.mkdir(parents=True, exist_ok=True)
@@ -153,9 +158,13 @@ class RunFolder:
                 raise ValueError(f"{path} is not empty and is not a run; choose another --out")
             if not resume:
                 raise ValueError(f"{path} holds a run; continue with --resume, or choose another --out")
-            _require_same(settings, text)
+            self.moved = require_same_settings(settings, config)
             return
         write_text(settings, text)
+
+    def config_sha256(self) -> str:
+        """SHA-256 of the settings that the run began with."""
+        return file_sha256(self.path / "config.yaml")
 
     def task(self, index: int, name: str) -> Path:
         """The folder of task ``index``, from 0."""
@@ -255,15 +264,6 @@ def _require_plain(run: Path) -> None:
         for path in (folder, *folder.rglob("*")):
             if path.is_symlink():
                 raise ValueError(f"{path} is a link; a run must have its files in its own folder")
-
-
-def _require_same(path: Path, text: str) -> None:
-    """Raise ValueError where the stored settings differ: all metrics of a run must have the same."""
-    stored = read_text(path).splitlines()
-    given = text.splitlines()
-    for old, new in zip([*stored, ""], [*given, ""], strict=False):
-        if old != new:
-            raise ValueError(f"{path} has `{old.strip()}` where the config now says `{new.strip()}`")
 
 
 def _read_json(path: Path, model: type[FileContent]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from rkif.continual.config import RunConfig, dump_config
+from rkif.continual.config import RunConfig
 from rkif.continual.rundir.card import write_card
 from rkif.continual.rundir.folder import METRICS, RunFolder, metrics_sha256
 from rkif.continual.rundir.recorder import Recorder
@@ -59,6 +58,7 @@ class RunWriter:
     ) -> None:
         self.folder = folder
         self._config = config
+        self._identity = {"config": folder.config_sha256(), "seed": config.seed}  # in every record
         self._parameters = parameters
         self._model = model
         self._tokenizer = tokenizer
@@ -77,7 +77,7 @@ class RunWriter:
 
     def record(self, content: Mapping[str, Any]) -> None:
         """Append a record to the ledger, or compare it with the one that an earlier process wrote."""
-        self._recorder.record({**content, **run_identity(self._config)})
+        self._recorder.record({**content, **self._identity})
 
     def record_begin(self, tasks: Sequence[str]) -> None:
         """Record the run's start: method, tasks, versions and the untrained parameters."""
@@ -172,9 +172,3 @@ class RunWriter:
         parameters = {name: parameter.detach() for name, parameter in self._parameters.items()}
         # The state accounts for its own record, too.
         return RunState(task, step, samples, self._recorder.position + 1, parameters, method)
-
-
-def run_identity(config: RunConfig) -> dict[str, Any]:
-    """The run's keys in every ledger record: the SHA-256 of its settings, and its seed."""
-    settings = hashlib.sha256(dump_config(config).encode()).hexdigest()
-    return {"config": settings, "seed": config.seed}
