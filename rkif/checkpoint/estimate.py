@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
+from rkif.checkpoint.layout import OutputLayout
 from rkif.checkpoint.methods import Method, ScanResult
 from rkif.checkpoint.request import Request, existing_parent
 from rkif.checkpoint.scores import scores_of
@@ -27,18 +28,21 @@ def scanned_bytes(method: Method, checkpoints: Mapping[str, Checkpoint], size: i
     return size if method.rescales else 0
 
 
-def estimate_seconds(request: Request, numel: int, read: int, written: int) -> float:
+def estimate_seconds(request: Request, layout: OutputLayout, read: int, written: int) -> float:
     """Seconds, from the time to fuse a random tile and to write a few MiB where the output will lie."""
     models = request.method.models
+    name = next(tensor.name for tensor in layout.tensors if tensor.fused)
     out, base, *ends = ([torch.rand(TILE, device=request.device)] for _ in range(2 + models))
-    tile = Tile([0], [0], out, base, ends, None, ["tile"])
+    tile = Tile([0], [0], out, base, ends, None, [name])
     scan_result = ScanResult(torch.full((models, 1), 0.5), torch.ones(models, 1, dtype=torch.float64))
     durations = []
     for _ in range(3):
         start = time.perf_counter()
         request.method.fuse(tile, scores_of(request.method, tile), scan_result)
         durations.append(time.perf_counter() - start)
-    computing = min(durations) / TILE * numel * 1.5  # half as much again for the scores and their counts
+    computing = (
+        min(durations) / TILE * layout.numel * 1.5
+    )  # half as much again for the scores and their counts
     block = bytes(8 << 20)
     rate = math.inf
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=existing_parent(request.out)) as file:

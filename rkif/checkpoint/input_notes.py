@@ -7,27 +7,28 @@ import os
 import re
 from collections.abc import Mapping
 
+from rkif.checkpoint.methods import Method
 from rkif.checkpoint.source import Checkpoint
 from rkif_kernels import OuterFrom
 
 _NUMBER = re.compile(r"\d+$")
 
 
-def same_files(checkpoints: Mapping[str, Checkpoint], outer_from: OuterFrom) -> list[str]:
+def same_files(checkpoints: Mapping[str, Checkpoint], method: Method) -> list[str]:
     """A note for each pair of inputs that are the same files, by argument."""
     return [
-        _note(first, second, outer_from)
-        for first, second in _pairs(checkpoints)
+        _note(first, second, method.outer_from)
+        for first, second in _pairs(checkpoints, method)
         if len(checkpoints[first].files) == len(checkpoints[second].files)
         and all(map(os.path.samefile, checkpoints[first].files, checkpoints[second].files))
     ]
 
 
-def same_contents(inputs: Mapping[str, Mapping[str, str]], outer_from: OuterFrom) -> list[str]:
+def same_contents(inputs: Mapping[str, Mapping[str, str]], method: Method) -> list[str]:
     """A note for each pair of inputs with the same tensors; ``inputs`` are those of a manifest."""
     return [
-        _note(first, second, outer_from)
-        for first, second in _pairs(inputs)
+        _note(first, second, method.outer_from)
+        for first, second in _pairs(inputs, method)
         if inputs[first]["content_sha256"] == inputs[second]["content_sha256"]
     ]
 
@@ -42,8 +43,10 @@ def out_of_order(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
     return []
 
 
-def _pairs(inputs: Mapping[str, object]) -> itertools.combinations[tuple[str, str]]:
-    return itertools.combinations([argument for argument in inputs if not argument.startswith("--")], 2)
+def _pairs(inputs: Mapping[str, object], method: Method) -> itertools.combinations[tuple[str, str]]:
+    base, *models = [argument for argument in inputs if not argument.startswith("--")]
+    # The mean of models has no task vectors: its BASE may be one of them.
+    return itertools.combinations(models if method.name == "linear" else [base, *models], 2)
 
 
 def _note(first: str, second: str, outer_from: OuterFrom) -> str:

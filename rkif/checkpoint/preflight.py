@@ -135,7 +135,7 @@ def preflight(request: Request) -> Plan:
     check_out(request, problems)
     if problems:
         raise PreflightError(problems)
-    notes += same_files(checkpoints, request.method.outer_from)
+    notes += same_files(checkpoints, request.method)
     if request.method.name == "wsm":
         notes += out_of_order(checkpoints)
 
@@ -175,7 +175,7 @@ def preflight(request: Request) -> Plan:
         memory,
         read,
         written,
-        seconds=estimate_seconds(request, layout.numel, read, written),
+        seconds=estimate_seconds(request, layout, read, written),
         identity=_digest(
             [
                 request.method.name,

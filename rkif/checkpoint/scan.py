@@ -20,7 +20,7 @@ from rkif.checkpoint.tiles import Tile
 from rkif.distributed.process_group import ProcessGroup
 from rkif_kernels import CountingSearch, CountingSearches, Scores
 
-Guess = Callable[[Method, Sequence[OutputTensor]], Sequence[tuple[float, float]]]
+Guess = Callable[[Method, Sequence[OutputTensor], Sequence[int]], Sequence[tuple[float, float]]]
 
 
 class Scan(Protocol):
@@ -110,7 +110,7 @@ class GlobalThresholds:
         k = method.threshold_k(sum(tensor.target.numel for tensor in tensors if tensor.fused))
         assert k is not None
         self._share, self._processes = share, processes
-        guesses = guess(method, tensors) if guess else [None] * method.models
+        guesses = guess(method, tensors, [k] * method.models) if guess else [None] * method.models
         self._searches = CountingSearches(CountingSearch(k, bounds) for bounds in guesses)
         self.passes = 0
 
@@ -164,20 +164,18 @@ class TensorThresholds:
         self._run = run
         self._searches: CountingSearches | None = None
         if run < len(self._runs) and len(self._runs[run]) > 1:
-            k, tensor = self._k(self._cut_tensor), self._tensors[self._cut_tensor]
-            self._searches = CountingSearches(
-                CountingSearch(k, guess) for guess in guess_thresholds(self._method, [tensor])
-            )
+            ks = [max(k, 0) for k in self._ks(self._cut_tensor)]
+            guesses = guess_thresholds(self._method, [self._tensors[self._cut_tensor]], ks)
+            self._searches = CountingSearches(map(CountingSearch, ks, guesses))
 
     @property
     def _cut_tensor(self) -> int:
         """Index of the tensor whose parts are the run's chunks."""
         return self._chunks[self._runs[self._run].start][0].tensor
 
-    def _k(self, tensor: int) -> int:
-        k = self._method.threshold_k(self._tensors[tensor].target.numel)
-        assert k is not None
-        return k
+    def _ks(self, tensor: int) -> list[int]:
+        """By model; a negative k selects every element."""
+        return self._method.threshold_ks(self._tensors[tensor].name, self._tensors[tensor].target.numel)
 
     def next_pass(self) -> range | None:
         return self._runs[self._run] if self._run < len(self._runs) else None
@@ -186,14 +184,13 @@ class TensorThresholds:
         if self._searches is not None:
             return _count(self._searches, scores)
         indices = list(tile.tensors)
-        ks = [self._k(index) for index in indices]
-        for side, values in enumerate(scores):
+        by_model = zip(*map(self._ks, indices), strict=True)
+        for side, (values, ks) in enumerate(zip(scores, by_model, strict=True)):
             # A magnitude that is not finite shows in the norms of the fusion.
             if tile.importance is not None and not are_valid_scores(values):
                 return False
             thresholds = rkif_kernels.kth_scores(values, ks=[max(k, 0) for k in ks], scope="tensor").cpu()
-            # A negative k selects every element.
-            self._thresholds[side, indices] = torch.where(torch.tensor(ks) < 0, EVERYTHING, thresholds)
+            self._thresholds[side, indices] = _limited(thresholds, ks)
         return True
 
     def end_pass(self) -> None:
@@ -201,7 +198,8 @@ class TensorThresholds:
             self._searches.narrow()
             if not self._searches.done:
                 return
-            self._thresholds[:, self._cut_tensor] = torch.tensor(self._searches.values, dtype=torch.float32)
+            found = torch.tensor(self._searches.values, dtype=torch.float32)
+            self._thresholds[:, self._cut_tensor] = _limited(found, self._ks(self._cut_tensor))
         self._start(self._run + 1)
 
     def state(self) -> dict[str, Tensor]:
@@ -218,6 +216,11 @@ class TensorThresholds:
         # Each process has +inf for the tensors that it did not scan.
         by_process = self._processes.all_gather(self._thresholds.flatten()).view(self._processes.size, -1)
         return ScanResult(thresholds=by_process.amin(dim=0).view_as(self._thresholds))
+
+
+def _limited(thresholds: Tensor, ks: Sequence[int]) -> Tensor:
+    """The thresholds; where k is negative, that which selects every element."""
+    return torch.where(torch.tensor(ks) < 0, EVERYTHING, thresholds)
 
 
 def are_valid_scores(scores: Scores) -> bool:

@@ -65,16 +65,16 @@ def _differences(tile: Tile) -> list[list[Tensor]]:
     ]
 
 
-def guess_thresholds(method: Method, tensors: Sequence[OutputTensor]) -> list[tuple[float, float]]:
-    """Lower and upper score for each model; the threshold over ``tensors`` very probably lies between them.
+def guess_thresholds(
+    method: Method, tensors: Sequence[OutputTensor], ks: Sequence[int]
+) -> list[tuple[float, float]]:
+    """Lower and upper score for each model; its ``k``-th score very probably lies between them.
 
     A small sample is read. Tensors that are not fused are left out.
     """
     fused = [index for index, tensor in enumerate(tensors) if tensor.fused and tensor.target.numel]
     ends = list(accumulate(tensors[index].target.numel for index in fused))
     numel = ends[-1]
-    k = method.threshold_k(numel)
-    assert k is not None
     reader = TensorReader()
     samples: list[list[Tensor]] = [[] for _ in range(method.models)]
     try:
@@ -89,7 +89,10 @@ def guess_thresholds(method: Method, tensors: Sequence[OutputTensor]) -> list[tu
                 sample.append(scores.values(0))
     finally:
         reader.close()
-    return [bracket(torch.cat(sample).numpy(), k / max(numel - 1, 1), BLOCK) for sample in samples]
+    return [
+        bracket(torch.cat(sample).numpy(), k / max(numel - 1, 1), BLOCK)
+        for sample, k in zip(samples, ks, strict=True)
+    ]
 
 
 def _read(reader: TensorReader, tensor: OutputTensor, piece: Piece, models: int) -> Tile:

@@ -54,7 +54,7 @@ class Summary:
         memory: int = 0,
     ) -> Summary:
         """The summary of a plan whose output has this manifest."""
-        identical = same_contents(manifest["inputs"], plan.request.method.outer_from)
+        identical = same_contents(manifest["inputs"], plan.request.method)
         return cls(
             out=str(plan.request.out),
             tensors=len(plan.layout.tensors),

@@ -23,23 +23,30 @@ commands = typer.Typer()
 
 @commands.command("fuse", rich_help_panel="Fuse")
 def fuse_command(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; it appears when it is complete.")],
     checkpoints: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
             metavar="BASE INNER OUTER",
             help="The checkpoint that training started from, and those of the inner and the outer learner. "
             "Other methods take BASE and any number of models; wsm takes checkpoints of a run, oldest first.",
         ),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write; it appears when it is complete.")],
+    ] = None,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--method",
             help="recurrent_kif; as in mergekit linear, task_arithmetic, ties, dare_linear, dare_ties; "
             "magnitude_prune; or wsm, an average that emulates a decay of the learning rate.",
+            show_default="recurrent_kif",
         ),
-    ] = "recurrent_kif",
+    ] = None,
+    mergekit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="YAML file of mergekit: has the inputs, the method and its settings."
+        ),
+    ] = None,
     inner_importance: Annotated[
         Path | None,
         typer.Option(help="Scores under the parameters' names.", show_default="magnitude of the task vector"),
@@ -111,10 +118,13 @@ def fuse_command(
     \b
     Examples:
       rkif fuse base inner outer --out fused --max-memory 1GiB
-      rkif fuse base inner outer --out merged --method ties --density 0.2
+      rkif fuse base one two three --out merged --method ties --density 0.2
+      rkif fuse checkpoint-500 checkpoint-1000 checkpoint-1500 --out averaged --method wsm
+      rkif fuse --mergekit merge.yml --out merged
     """
-    announce(f"Fusing {', '.join(map(str, checkpoints))} into {out}")
+    announce(f"Fusing {mergekit or ', '.join(map(str, checkpoints or []))} into {out}")
     with importing():
+        from rkif.checkpoint.mergekit import read_merge
         from rkif.checkpoint.methods import make_method
         from rkif.checkpoint.request import Request
         from rkif.distributed.process_group import launched_processes
@@ -136,12 +146,24 @@ def fuse_command(
         "seed": seed,
     }
     settings = {name: value for name, value in given.items() if value is not None}
-    base, *models = checkpoints
+    if mergekit is not None:
+        own: dict[str, object] = {name: value for name, value in settings.items() if name != "seed"}
+        own |= {"method": method, "inner_importance": inner_importance, "outer_importance": outer_importance}
+        own["space"] = space if space != "factor" else None
+        _require_no_others(checkpoints, own)
+        merge = read_merge(mergekit)
+        base, models, chosen = merge.base, merge.models, merge.load(seed)
+    elif checkpoints:
+        base, *others = checkpoints
+        models = tuple(others)
+        chosen = make_method(method or "recurrent_kif", settings, len(models))
+    else:
+        raise ValueError("name the checkpoints BASE, INNER and OUTER, or a file of mergekit with --mergekit")
     request = Request(
         base,
-        tuple(models),
+        models,
         out,
-        make_method(method, settings, len(models)),
+        chosen,
         inner_importance=inner_importance,
         outer_importance=outer_importance,
         max_memory=parse_size("--max-memory", max_memory),
@@ -214,6 +236,15 @@ def _push(out: Path, repo: str) -> str:
         return push(out, repo, "Upload a fusion by rkif")
     except RuntimeError as error:
         raise RuntimeError(f"--push-to-hub: {error}; {out} is complete: --resume uploads it") from error
+
+
+def _require_no_others(checkpoints: list[Path] | None, options: dict[str, object]) -> None:
+    """Refuse what a file of mergekit has itself."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if checkpoints:
+        given.insert(0, str(checkpoints[0]))
+    if given:
+        raise ValueError(f"--mergekit has the inputs, the method and its settings: leave out {given[0]}")
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:

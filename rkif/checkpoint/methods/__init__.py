@@ -14,6 +14,12 @@ from rkif.checkpoint.methods.averages import CheckpointAverage, Linear
 from rkif.checkpoint.methods.interface import EVERYTHING, NOTHING, Method, ScanResult
 from rkif.checkpoint.methods.recurrent_kif import RecurrentKIFMerge
 from rkif.checkpoint.methods.task_arithmetic import TaskArithmetic
+from rkif.checkpoint.methods.varying import (
+    TensorSettings,
+    VaryingLinear,
+    VaryingTaskArithmetic,
+    varying_method,
+)
 from rkif_kernels import require_choice
 
 __all__ = [
@@ -23,8 +29,10 @@ __all__ = [
     "Method",
     "ScanResult",
     "TaskArithmetic",
+    "TensorSettings",
     "make_method",
     "settings_of",
+    "varying_method",
 ]
 
 _MERGE = ("weight", "normalize", "lambda")
@@ -81,6 +89,8 @@ def make_method(name: str, settings: Mapping[str, Any], models: int = 2) -> Meth
 
 def settings_of(method: Method) -> dict[str, Any]:
     """The values of the method's settings, ready for JSON."""
+    if isinstance(method, VaryingTaskArithmetic | VaryingLinear):
+        return dict(method.settings)
     values = dataclasses.asdict(method)  # type: ignore[call-overload]
     names = SETTINGS[method.name]
     settings = {name: values["lambda_" if name == "lambda" else name] for name in names}

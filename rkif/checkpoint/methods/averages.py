@@ -38,6 +38,9 @@ class _Average:
     def threshold_k(self, numel: int) -> int | None:
         return None
 
+    def threshold_ks(self, tensor: str, numel: int) -> list[int]:
+        raise AssertionError("an average selects nothing")
+
 
 @dataclass(frozen=True)
 class Linear(_Average):
@@ -58,8 +61,12 @@ class Linear(_Average):
         return len(self.weight)
 
     def fuse(self, tile: Tile, scores: Sequence[Scores], scan_result: ScanResult) -> FuseStats:
-        total = sum(self.weight) if self.normalize else 1.0
-        return _average(tile, list(zip(tile.models, self.weight, strict=True)), total)
+        weights = [self._weights(name) for name in tile.names]
+        return average_tile(tile, tile.models, weights, normalize=self.normalize)
+
+    def _weights(self, tensor: str) -> Sequence[float]:
+        """Of each model in one tensor."""
+        return self.weight
 
 
 @dataclass(frozen=True)
@@ -92,21 +99,29 @@ class CheckpointAverage(_Average):
         return tuple(rates[index] - rates[index + 1] for index in range(count))
 
     def fuse(self, tile: Tile, scores: Sequence[Scores], scan_result: ScanResult) -> FuseStats:
-        return _average(tile, list(zip((tile.base, *tile.models), self.weight, strict=True)), 1.0)
+        weights = [self.weight for _ in tile.base]
+        return average_tile(tile, (tile.base, *tile.models), weights, normalize=False)
 
 
-def _average(tile: Tile, terms: Sequence[tuple[Sequence[Tensor], float]], total: float) -> FuseStats:
-    """Write the weighted sum of ``terms``, divided by ``total``; in float32, from left to right."""
+def average_tile(
+    tile: Tile, rows: Sequence[Sequence[Tensor]], weights: Sequence[Sequence[float]], *, normalize: bool
+) -> FuseStats:
+    """Write the weighted sum of ``rows``, in float32, from left to right.
+
+    Args:
+        weights: for each part of the tile, of the rows.
+        normalize: divide by the sum of the weights.
+    """
     counts = torch.zeros_like(case_counts([torch.ones(0, dtype=torch.bool)] * len(tile.models)))
     counts[2 if len(tile.models) == 2 else -1] = sum(part.numel() for part in tile.base)  # all select all
     squared_norms = torch.zeros(len(tile.models) + 1, dtype=torch.float64)
     for index, (out, base) in enumerate(zip(tile.out, tile.base, strict=True)):
         start = base.float()
-        (first, weight), *others = terms
-        mean = first[index].float().mul(weight)
-        for row, weight in others:
+        first, *others = weights[index]
+        mean = rows[0][index].float().mul(first)
+        for row, weight in zip(rows[1:], others, strict=True):
             mean.add_(row[index].float() * weight)
-        out.copy_(mean.div_(total))
+        out.copy_(mean.div_(sum(weights[index]) if normalize else 1.0))
         ends: Iterator[Tensor] = (row[index] for row in (*tile.models, tile.out))
         squares = [(end.float() - start).double().square().sum() for end in ends]
         squared_norms += torch.stack(squares).cpu()

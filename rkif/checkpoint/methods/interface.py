@@ -67,6 +67,12 @@ class Method(Protocol):
         It is negative where every element is selected.
         """
 
+    def threshold_ks(self, tensor: str, numel: int) -> list[int]:
+        """The k of each model's threshold in one tensor, where thresholds are searched.
+
+        It is negative where every element is selected.
+        """
+
     def fuse(self, tile: Tile, scores: Sequence[Scores], scan_result: ScanResult) -> FuseStats:
         """Write the tile's ``out``; a method that selects by threshold compares ``scores`` with it.
 

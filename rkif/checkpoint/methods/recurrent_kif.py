@@ -46,6 +46,9 @@ class RecurrentKIFMerge:
             return None
         return rkif_kernels.order_statistic_k(numel, self.density)
 
+    def threshold_ks(self, tensor: str, numel: int) -> list[int]:
+        return [rkif_kernels.order_statistic_k(numel, self.density)] * self.models
+
     def fuse(self, tile: Tile, scores: Sequence[Scores], scan_result: ScanResult) -> FuseStats:
         assert scan_result.thresholds is not None
         thresholds = scan_result.thresholds

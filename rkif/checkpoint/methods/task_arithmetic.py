@@ -92,9 +92,10 @@ class TaskArithmetic:
         return self.sparsification == "random" and self.rescale
 
     def threshold_k(self, numel: int) -> int | None:
-        if not self.needs_threshold:
-            return None
-        return numel - max(1, int(Fraction(str(self.density)) * numel)) - 1
+        return magnitude_k(numel, self.density) if self.needs_threshold else None
+
+    def threshold_ks(self, tensor: str, numel: int) -> list[int]:
+        return [magnitude_k(numel, self.density)] * self.models
 
     def draws(self, tile: Tile) -> Draws:
         """The randomly kept elements. They depend on the seed and the element, not on chunks or files."""
@@ -118,26 +119,39 @@ class TaskArithmetic:
             tile.base,
             tile.inner,
             tile.outer,
-            TaskVectorRule((self.weight[0], self.weight[1]), self._factor, self.consensus, self.normalize),
+            TaskVectorRule(
+                (self.weight[0], self.weight[1]), self._factor(self.weight), self.consensus, self.normalize
+            ),
             thresholds=thresholds,
             draws=self.draws(tile) if self.sparsification == "random" and self.density < 1 else None,
             scales=scales,
         )
 
-    @property
-    def _factor(self) -> float:
+    def _factor(self, weight: Sequence[float]) -> float:
         """Of the merged task vector, with the division by the sum of all weights."""
-        total = sum(self.weight)
+        total = sum(weight)
         divides = self.normalize and not self.consensus and abs(total) >= MIN_DIVISOR
         return self.lambda_ / total if divides else self.lambda_
 
+    def _weights(self, tensor: str) -> Sequence[float]:
+        """Of each task vector in one tensor."""
+        return self.weight
+
+    def _densities(self, tensor: str) -> Sequence[float]:
+        """Of each task vector in one tensor."""
+        return [self.density] * self.models
+
     def _fuse_any_number(self, tile: Tile, thresholds: Tensor | None, scales: Tensor | None) -> FuseStats:
-        settings = merging.MergeSettings(self.weight, self._factor, self.consensus, self.normalize)
+        weights = map(self._weights, tile.names)
+        settings = [
+            merging.MergeSettings(weight, self._factor(weight), self.consensus, self.normalize)
+            for weight in weights
+        ]
         parts = range(len(tile.base))
         masks = [self._kept(tile, part, thresholds) for part in parts]
         if scales is not None:
             scales = scales.expand(self.models, len(parts))
-        return merging.merge_tile(tile, [settings for _ in parts], masks, scales)
+        return merging.merge_tile(tile, settings, masks, scales)
 
     def _kept(self, tile: Tile, part: int, thresholds: Tensor | None) -> list[Tensor]:
         """For each model, which elements of one part are kept."""
@@ -152,4 +166,9 @@ class TaskArithmetic:
         ]
 
     def _drawn(self, tile: Tile, part: int) -> list[Tensor]:
-        return merging.drawn(tile, part, [self.density] * self.models, self.seed)
+        return merging.drawn(tile, part, self._densities(tile.names[part]), self.seed)
+
+
+def magnitude_k(numel: int, density: float) -> int:
+    """The k of the threshold above which ``floor(density * numel)`` magnitudes lie, at least one."""
+    return numel - max(1, int(Fraction(str(density)) * numel)) - 1

@@ -1,0 +1,94 @@
+"""Methods whose weights and densities differ between tensors and models, as a file of mergekit gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple
+
+from rkif.checkpoint.methods.averages import Linear
+from rkif.checkpoint.methods.interface import Method, require_weights
+from rkif.checkpoint.methods.task_arithmetic import TaskArithmetic, magnitude_k
+from rkif_kernels import require_fraction
+
+
+class TensorSettings(NamedTuple):
+    """Weight and density of each model in one tensor."""
+
+    weight: tuple[float, ...]
+    density: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class VaryingTaskArithmetic(TaskArithmetic):
+    """Task arithmetic with weights and densities by tensor.
+
+    Attributes:
+        by_tensor: settings of every tensor, by its name.
+        settings: where they come from, and the settings for all tensors, ready for JSON.
+    """
+
+    by_tensor: Mapping[str, TensorSettings] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    streams: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for found in self.by_tensor.values():
+            require_weights(found.weight)
+            for density in found.density:
+                require_fraction("density", density)
+
+    @property
+    def needs_threshold(self) -> bool:
+        return self.sparsification == "magnitude" and any(
+            density < 1 for found in self.by_tensor.values() for density in found.density
+        )
+
+    def threshold_ks(self, tensor: str, numel: int) -> list[int]:
+        """A density of 1 selects everything (k of -1), one of 0 nothing (k of the largest)."""
+        ends = {0: numel - 1, 1: -1}
+        return [
+            ends[int(density)] if density in ends else magnitude_k(numel, density)
+            for density in self._densities(tensor)
+        ]
+
+    def _weights(self, tensor: str) -> Sequence[float]:
+        return self.by_tensor[tensor].weight
+
+    def _densities(self, tensor: str) -> Sequence[float]:
+        return self.by_tensor[tensor].density
+
+
+@dataclass(frozen=True)
+class VaryingLinear(Linear):
+    """The weighted mean, with weights by tensor; attributes as of :class:`VaryingTaskArithmetic`."""
+
+    by_tensor: Mapping[str, TensorSettings] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, found in self.by_tensor.items():
+            require_weights(found.weight)
+            if self.normalize and sum(found.weight) == 0:
+                raise ValueError(f"the weights of {name!r} must not sum to zero if they are normalized")
+
+    def _weights(self, tensor: str) -> Sequence[float]:
+        return self.by_tensor[tensor].weight
+
+
+def varying_method(
+    method: Method, by_tensor: Mapping[str, TensorSettings], settings: Mapping[str, Any]
+) -> VaryingTaskArithmetic | VaryingLinear:
+    """The same method with weights and densities by tensor.
+
+    Raises:
+        TypeError: for a method without them.
+    """
+    if not isinstance(method, TaskArithmetic | Linear):
+        raise TypeError(f"{method.name} has no weights by tensor")
+    values = {one.name: getattr(method, one.name) for one in fields(method)}
+    if isinstance(method, Linear):
+        return VaryingLinear(**values, by_tensor=by_tensor, settings=settings)
+    return VaryingTaskArithmetic(**values | {"density": 1.0}, by_tensor=by_tensor, settings=settings)

@@ -1,0 +1,422 @@
+"""``rkif fuse --mergekit``: YAML files of mergekit, with its own results if it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from checkpoint_files import files_of, load_folder
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rkif.checkpoint import preflight as planning
+from rkif.checkpoint.manifest import read_manifest, verify
+
+# Python of an environment with mergekit; this environment if it has mergekit.
+MERGEKIT = os.environ.get("RKIF_MERGEKIT") or (
+    sys.executable if importlib.util.find_spec("mergekit") else None
+)
+Rkif = Callable[..., tuple[int, str, str]]
+LAYERS = 5
+NAMES = [
+    "model.embed_tokens.weight",
+    *(
+        f"model.layers.{n}.{part}.weight"
+        for n in range(LAYERS)
+        for part in ("self_attn.q_proj", "mlp.up_proj")
+    ),
+    "model.norm.weight",
+    "lm_head.weight",
+]
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four checkpoints "base", "a", "b", "c" in the current folder."""
+    for seed, name in enumerate(("base", "a", "b", "c")):
+        generator = torch.Generator().manual_seed(seed)
+        (tmp_path / name).mkdir()
+        tensors: dict[str, Tensor] = {key: torch.randn(8, 9, generator=generator) for key in NAMES}
+        tensors["model.rotary.positions"] = torch.arange(4)
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def merge(rkif: Rkif, folder: Path, content: dict[str, Any], *options: object) -> dict[str, Tensor]:
+    (folder / "merge.yml").write_text(yaml.safe_dump(content))
+    out = folder / "out"
+    status, _, errors = rkif("fuse", "--mergekit", "merge.yml", "--out", out, *options)
+    assert (status, errors) == (0, "")
+    assert verify(out) == []
+    return load_folder(out)
+
+
+def loaded(folder: Path, names: Sequence[str]) -> list[dict[str, Tensor]]:
+    return [load_folder(folder / name) for name in names]
+
+
+def compare(got: dict[str, Tensor], wanted: Callable[[str], Tensor]) -> None:
+    assert set(got) == {*NAMES, "model.rotary.positions"}
+    for name in NAMES:
+        torch.testing.assert_close(got[name], wanted(name), msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_scalars_have_the_bytes_of_the_options(rkif: Rkif, models: Path) -> None:
+    content = {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": [
+            {"model": "base"},  # has no task vector
+            {"model": "a", "parameters": {"weight": 0.4}},
+            {"model": "b", "parameters": {"weight": 0.7}},
+        ],
+        "parameters": {"density": 0.3, "normalize": False, "int8_mask": True, "lambda": 0.9},
+        "dtype": "float32",
+    }
+    merge(rkif, models, content)
+    options = ["--weight", "0.4,0.7", "--density", 0.3, "--no-normalize", "--lambda", 0.9]
+    assert rkif("fuse", "base", "a", "b", "--out", "plain", "--method", "ties", *options)[0] == 0
+    assert files_of(models / "out") == files_of(models / "plain")
+
+
+def test_the_default_density_is_that_of_mergekit(rkif: Rkif, models: Path) -> None:
+    """There everything is kept."""
+    content = {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": [{"model": "a", "parameters": {"weight": 1}}],
+    }
+    base, a = loaded(models, ("base", "a"))
+    compare(merge(rkif, models, content), lambda name: a[name] + 0 * base[name])
+    assert read_manifest(models / "out")["settings"]["density"] == 1
+
+
+@pytest.mark.parametrize("cut", [None, 128], ids=["whole", "cut"])
+def test_gradients_and_filters(
+    rkif: Rkif, models: Path, cut: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights by layer and by name, worked out by hand."""
+    if cut:
+        monkeypatch.setattr(planning, "MAX_SLOT", cut)
+        monkeypatch.setattr(planning, "MIN_SLOT", 64)
+    content = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "models": [
+            {"model": "a", "parameters": {"weight": [0, 1, 0.5]}},  # values at layers 0, 2 and 4
+            {
+                "model": "b",
+                "parameters": {
+                    "weight": [
+                        {"filter": "self_attn", "value": [0.2, 0.6]},
+                        {"filter": "lm_head", "value": 3},
+                    ]
+                },
+            },
+            {"model": "c", "parameters": {"weight": [{"filter": "mlp", "value": 2}, {"value": -1}]}},
+        ],
+        "parameters": {"weight": [{"filter": "*", "value": 0.25}], "lambda": 0.5},
+    }
+    by_layer = {"a": [0, 0.5, 1, 0.75, 0.5], "b": [0.2, 0.3, 0.4, 0.5, 0.6]}
+
+    def weights(name: str) -> tuple[float, float, float]:
+        layer = int(name.split(".")[2]) if "layers" in name else 0  # outside of layers: the first value
+        own = by_layer["b"][layer] if "self_attn" in name else 3 if "lm_head" in name else 0.25
+        return by_layer["a"][layer], own, 2 if "mlp" in name else -1
+
+    base, *others = loaded(models, ("base", "a", "b", "c"))
+    compare(
+        merge(rkif, models, content),
+        lambda name: (
+            base[name]
+            + 0.5
+            * sum(w * (other[name] - base[name]) for w, other in zip(weights(name), others, strict=True))
+        ),
+    )
+    settings = read_manifest(models / "out")["settings"]
+    assert settings["models"][0] == {"weight": [0, 1, 0.5]}
+    assert settings["lambda"] == 0.5
+
+
+@pytest.mark.parametrize("cut", [None, 128], ids=["whole", "cut"])
+def test_densities_by_model_and_layer(
+    rkif: Rkif, models: Path, cut: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model a keeps everything in the first layer and a quarter in the last; b half of each tensor."""
+    if cut:
+        monkeypatch.setattr(planning, "MAX_SLOT", cut)
+        monkeypatch.setattr(planning, "MIN_SLOT", 64)
+    content = {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": [
+            {"model": "a", "parameters": {"weight": 1, "density": [1, 0.25]}},
+            {"model": "b", "parameters": {"weight": 0.5}},
+        ],
+        "parameters": {"density": 0.5, "normalize": True},
+    }
+    base, a, b = loaded(models, ("base", "a", "b"))
+
+    def kept(vector: Tensor, density: float) -> Tensor:
+        limit = vector.abs().flatten().sort(descending=True).values[int(density * vector.numel()) - 1]
+        return torch.where(vector.abs() >= limit, vector, 0.0)
+
+    def wanted(name: str) -> Tensor:
+        layer = int(name.split(".")[2]) if "layers" in name else 0
+        first = kept(a[name] - base[name], 1 - 0.75 * layer / 4)
+        second = 0.5 * kept(b[name] - base[name], 0.5)
+        sign = torch.where(first + second >= 0, 1.0, -1.0)
+        one, two = first.sign() == sign, second.sign() == sign
+        divisor = one * 1.0 + two * 0.5
+        return base[name] + (first * one + second * two) / torch.where(divisor == 0, 1.0, divisor)
+
+    compare(merge(rkif, models, content), wanted)
+
+
+def test_random_drops_have_densities_by_layer(rkif: Rkif, models: Path) -> None:
+    content = {
+        "merge_method": "dare_linear",
+        "base_model": "base",
+        "models": [{"model": "a", "parameters": {"weight": 1, "density": [1, 0.2]}}],
+    }
+    got = merge(rkif, models, content, "--seed", 3)
+    base, a = loaded(models, ("base", "a"))
+    for layer, share in ((0, 1.0), (4, 0.2)):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        moved = got[name] - base[name]
+        assert (moved != 0).float().mean() == pytest.approx(share, abs=0.15)
+        assert moved.abs().sum() == pytest.approx((a[name] - base[name]).abs().sum().item(), rel=1e-4)
+
+
+def test_a_mean_needs_no_base_model(rkif: Rkif, models: Path) -> None:
+    content = {
+        "merge_method": "linear",
+        "models": [
+            {"model": "a", "parameters": {"weight": [1, 0]}},
+            {"model": "b", "parameters": {"weight": [0, 1]}},
+            {"model": "c", "parameters": {"weight": 1}},
+        ],
+    }
+    rows = loaded(models, ("a", "b", "c"))
+
+    def wanted(name: str) -> Tensor:
+        t = int(name.split(".")[2]) / 4 if "layers" in name else 0
+        return sum(w * row[name] for w, row in zip((1 - t, t, 1), rows, strict=True)) / 2
+
+    compare(merge(rkif, models, content), wanted)
+    assert list(read_manifest(models / "out")["inputs"]) == ["BASE", "MODEL 1", "MODEL 2", "MODEL 3"]
+
+
+VALID = {
+    "merge_method": "ties",
+    "base_model": "base",
+    "models": [{"model": "a", "parameters": {"weight": 1}}, {"model": "b", "parameters": {"weight": 1}}],
+}
+
+
+def changed(**more: Any) -> dict[str, Any]:
+    return {key: value for key, value in {**VALID, **more}.items() if value is not None}
+
+
+def with_weight(value: Any) -> dict[str, Any]:
+    return changed(models=[{"model": "a", "parameters": {"weight": value}}])
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (changed(slices=[]), "slices is not supported; merge_method, base_model, models, parameters, dtype"),
+        (changed(tokenizer_source="union"), "tokenizer_source is not supported"),
+        (changed(modules={}), "modules is not supported"),
+        (changed(chat_template="auto"), "chat_template is not supported"),
+        (
+            changed(merge_method="slerp"),
+            "merge_method 'slerp' is not supported; linear, task_arithmetic, ties",
+        ),
+        (changed(merge_method=None), "merge_method None is not supported"),
+        (changed(base_model=None), "ties needs base_model"),
+        (
+            changed(base_model="org/model"),
+            "base_model: there is no org/model; models of the Hub must be down",
+        ),
+        (
+            changed(models=[{"model": "a+lora"}]),
+            "there is no a+lora; models of the Hub must be downloaded first; an",
+        ),
+        (changed(models=[{"model": "base"}]), "models has no model beside base_model"),
+        (changed(models=[{"model": "a", "layer_range": [0, 1]}]), "models[0].layer_range is not supported"),
+        (changed(models=["a"]), "models[0] must have keys, such as model and parameters; got 'a'"),
+        (changed(models=None), "models must be a list of models"),
+        (changed(models=[{"model": "a"}]), "models[0] (a) has no weight for 'lm_head.weight'"),
+        (
+            changed(parameters={"epsilon": 0.1}),
+            "parameters.epsilon is not supported; weight, density, normalize",
+        ),
+        (changed(parameters={"normalize": [1, 0]}), "parameters.normalize must be true or false; got [1, 0]"),
+        (changed(parameters={"lambda": [1, 0]}), "parameters.lambda must be a number; got [1, 0]"),
+        (
+            changed(dtype="bfloat16"),
+            "the output would be bfloat16, but base is float32; dtypes are not converted",
+        ),
+        (changed(dtype="float32", out_dtype="float16"), "the output would be float16, but base is float32"),
+        (changed(dtype="int8"), "dtype 'int8' is not supported"),
+        (
+            with_weight("1"),
+            "models[0].parameters.weight must be a number, a list of numbers or a list of filters",
+        ),
+        (
+            with_weight([1, "x"]),
+            "models[0].parameters.weight[0] must have a value, and perhaps a filter; got 1",
+        ),
+        (with_weight([{"value": 1, "layer": 2}]), "models[0].parameters.weight[0].layer is not supported"),
+        (with_weight([{"filter": "mlp", "value": 1}]), "models[0] (a) has no weight for "),
+        (with_weight([{"value": True}]), "models[0].parameters.weight[0].value must be a number or a list"),
+        (
+            changed(models=[{"model": "a", "parameters": {"weight": 1, "density": [2, 1]}}]),
+            "density must be in [0, 1]",
+        ),
+        (
+            changed(models=[{"model": "a", "parameters": {"weight": 1, "gamma": 1}}]),
+            "parameters.gamma is not sup",
+        ),
+    ],
+)
+def test_everything_else_is_refused_by_name(
+    rkif: Rkif, models: Path, content: dict[str, Any], error: str
+) -> None:
+    (models / "merge.yml").write_text(yaml.safe_dump(content))
+    status, output, errors = rkif("fuse", "--mergekit", "merge.yml", "--out", "out")
+    assert (status, output) == (1, "")
+    assert error in errors
+    assert errors.startswith("rkif: error: ")
+    assert errors.count("\n") == 1
+    assert not (models / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["base", "a", "b"], "leave out base"),
+        (["--density", 0.5], "leave out --density"),
+        (["--method", "ties"], "leave out --method"),
+        (["--space", "delta"], "leave out --space"),
+        (["--inner-importance", "a"], "leave out --inner-importance"),
+    ],
+)
+def test_options_that_the_file_has_are_refused(
+    rkif: Rkif, models: Path, options: list[object], error: str
+) -> None:
+    (models / "merge.yml").write_text(yaml.safe_dump(VALID))
+    status, _, errors = rkif("fuse", *options, "--mergekit", "merge.yml", "--out", "out")
+    wanted = f"rkif: error: --mergekit has the inputs, the method and its settings: {error}\n"
+    assert (status, errors) == (1, wanted)
+
+
+def test_a_command_without_inputs_says_what_is_missing(rkif: Rkif, models: Path) -> None:
+    status, _, errors = rkif("fuse", "--out", "out")
+    assert status == 1
+    assert "name the checkpoints BASE, INNER and OUTER, or a file of mergekit with --mergekit" in errors
+    (models / "merge.yml").write_text("merge_method: [")
+    assert "merge.yml: not valid YAML" in rkif("fuse", "--mergekit", "merge.yml", "--out", "out")[2]
+
+
+RUN = "import sys; from mergekit.scripts.run_yaml import main; main()"
+
+
+def llamas(folder: Path, dtype: torch.dtype) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=5,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(dtype)
+    for name in ("base", "a", "b", "c"):  # each a few steps further
+        model.save_pretrained(folder / name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.002 * torch.randn_like(parameter))
+
+
+def by_mergekit(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
+    assert MERGEKIT is not None
+    (folder / "merge.yml").write_text(yaml.safe_dump(content))
+    words = [MERGEKIT, "-c", RUN, "merge.yml", "theirs", "--no-copy-tokenizer", "--no-write-model-card"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return load_folder(folder / "theirs")
+
+
+@pytest.mark.skipif(
+    MERGEKIT is None, reason="mergekit is not installed (RKIF_MERGEKIT names a Python that has it)"
+)
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"])
+def test_results_are_those_of_mergekit(
+    rkif: Rkif, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients, filters and defaults, in float32: equal within the rounding of a few operations."""
+    monkeypatch.chdir(tmp_path)
+    llamas(tmp_path, torch.float32)
+    density = {"density": [0.3, 0.9]} if method == "ties" else {}
+    content: dict[str, Any] = {
+        "merge_method": method,
+        "models": [
+            {"model": "a", "parameters": {"weight": [0.1, 1, 0.5], **density}},
+            {
+                "model": "b",
+                "parameters": {"weight": [{"filter": "mlp", "value": [0.2, 0.6]}, {"value": 0.7}]},
+            },
+            {"model": "c"},
+        ],
+        "parameters": {"weight": [{"filter": "lm_head", "value": 0.4}, {"value": 0.3}]},
+        "dtype": "float32",
+    }
+    if method != "linear":
+        content["base_model"] = "base"
+        content["parameters"]["lambda"] = 0.9
+    theirs = by_mergekit(tmp_path, content)
+    ours = merge(rkif, tmp_path, content)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.skipif(
+    MERGEKIT is None, reason="mergekit is not installed (RKIF_MERGEKIT names a Python that has it)"
+)
+def test_mergekit_computes_in_the_dtype_of_the_checkpoints(
+    rkif: Rkif, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 about a tenth of its elements differ from a result that is rounded once."""
+    monkeypatch.chdir(tmp_path)
+    llamas(tmp_path, torch.bfloat16)
+    content: dict[str, Any] = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "models": [{"model": name, "parameters": {"weight": 0.4}} for name in ("a", "b")],
+    }
+    theirs = by_mergekit(tmp_path, content)
+    ours = merge(rkif, tmp_path, content)
+    differ = sum(int((ours[name] != value).sum()) for name, value in theirs.items())
+    share = differ / sum(value.numel() for value in theirs.values())
+    assert 0.02 < share < 0.4
+    content |= {"dtype": "float32", "out_dtype": "bfloat16"}
+    (tmp_path / "theirs").rename(tmp_path / "low")
+    for name, value in by_mergekit(tmp_path, content).items():
+        assert torch.equal(ours[name], value) or (ours[name] != value).float().mean() < 0.01, name
