@@ -97,7 +97,7 @@ def test_an_empty_tensor_has_a_threshold_that_selects_nothing(backend: str) -> N
     found = rkif_kernels.score_thresholds(scores, density=0.2, scope="tensor", backend=backend)
     assert found.tolist() == [torch.inf, 4.0, torch.inf]
     assert rkif_kernels.score_thresholds(scores, density=0.2, backend=backend).tolist() == [4.0]
-    with pytest.raises(ValueError, match="no element"):
+    with pytest.raises(ValueError, match="sensitivity is empty"):
         rkif_kernels.score_thresholds(Scores([torch.ones(0)]), density=0.5)
 
 
