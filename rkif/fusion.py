@@ -45,6 +45,14 @@ class FusionReport:
     gate: GateReport | None = None
     missing: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        """One line: what was selected, and how far the parameters moved."""
+        total = max(sum(self.counts.values()), 1)
+        cases = ", ".join(f"{case.replace('_', ' ')} {n / total:.1%}" for case, n in self.counts.items())
+        verdict = f"gate: {self.gate.verdict}" if self.gate is not None else "" if self.applied else "skipped"
+        facts = [f"{self.numel:,} parameters: {cases}", f"update {self.norms['update']:.4g}", verdict]
+        return "; ".join(fact for fact in facts if fact)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
         missing = {"missing": list(self.missing)} if self.missing else {}

@@ -46,7 +46,7 @@ CONFIGS = {
 def markdown() -> str:
     """A table with a row per model, choice of trained parameters, and number of devices."""
     lines = [
-        "| model | trained | parameters | devices | GiB a device, plain | least, exact | least | "
+        "| model | trained | parameters | devices | GiB a device, defaults | least, exact | least | "
         + " | ".join(f"{size} GiB" for size in DEVICES)
         + " |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |" + " --- |" * len(DEVICES),

@@ -119,7 +119,9 @@ def open_checkpoint(path: Path, argument: str, problems: list[str]) -> Checkpoin
             entries, file_metadata, header = _read_header(file)
             size = file.stat().st_size
         except (OSError, ValueError) as error:
-            problems.append(f"{argument}: {file} cannot be read: {_reason(error)}")
+            other = isinstance(error, ValueError) and file.suffix != ".safetensors"
+            reason = "it is not a .safetensors file; give one, or a folder" if other else _reason(error)
+            problems.append(f"{argument}: {file} cannot be read: {reason}")
             return None
         headers.update(f"{file.name} {size} {header}\n".encode())
         twice = sorted(entries.keys() & tensors.keys())

@@ -94,7 +94,8 @@ def log_command(
         "--head": head or None,
         "--test-result": test_result,
     }
-    _require_combination([option for option, value in given.items() if value is not None])
+    options = [option for option, value in given.items() if value is not None]
+    _require_combination(options)
     if (noted is not None) != (verify and head):
         raise ValueError("--verify --head compares the ledger with a FILE: rkif log RUN --verify --head FILE")
     announce(f"{'Verifying' if verify else 'Reading'} the ledger of {run}")
@@ -103,7 +104,7 @@ def log_command(
     from rkif.continual.rundir.folder import RunReader
     from rkif.ledger.records import not_rolled_back
 
-    if print_runs(run):
+    if not options and not as_json and print_runs(run):
         return
     reader = RunReader(run)
     records = reader.ledger()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -44,6 +45,22 @@ def accepted_memory(memory: Any, train_dataset: Any) -> Any:
         return memory
     prepared = isinstance(train_dataset, datasets.Dataset | datasets.IterableDataset)
     return datasets.Dataset.from_list(memory) if prepared else memory
+
+
+def require_no_empty_memory(memory: Any) -> None:
+    """With a ledger: refuse an empty memory, and warn where there is none, because nothing will be recorded.
+
+    Raises:
+        ValueError: the memory is empty.
+    """
+    if memory is not None:
+        raise ValueError(
+            "memory_dataset is empty, so there is no fusion for the ledger to record: pass samples of "
+            "earlier tasks, or None for the first task"
+        )
+    warnings.warn(
+        "without a memory_dataset there are no fusions, so ledger= records nothing", UserWarning, stacklevel=3
+    )
 
 
 def with_memory(eval_dataset: Any, memory: Any) -> dict[str, Any]:

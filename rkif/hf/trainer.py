@@ -15,7 +15,13 @@ from transformers import Trainer
 from rkif import Fuser, FusionConfig, Gate
 from rkif.hf import state
 from rkif.hf.card import TAGS, add_to_card
-from rkif.hf.memory import accepted_memory, require_labels, split_memory, with_memory
+from rkif.hf.memory import (
+    accepted_memory,
+    require_labels,
+    require_no_empty_memory,
+    split_memory,
+    with_memory,
+)
 from rkif.hf.requirements import (
     require_constant_ranks,
     require_given_batches,
@@ -88,7 +94,8 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
             optimizer: "rkif_adamw" trains both learners with `rkif.optim.AdamW` instead of ``args.optim``,
                 with the learning rate, betas, epsilon and weight decay of `args`.
             ledger: a folder for the record of every round, as for `Fuser`. It is new or empty, or that of the
-                training that is resumed. Nothing is recorded without a memory.
+                training that is resumed. Without a memory there are no fusions to record: a warning says so,
+                and no folder is made.
 
         Raises:
             TypeError: `fusion` or `gate` has another type, the memory is several datasets, or it lacks a
@@ -97,7 +104,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
                 another choice of an optimizer; the memory lacks the labels that the training data has; or a
                 memory is given with a ready-made optimizer, with one that steps within the backward pass or
                 keeps weights of its own, to a trainer that generates its batches, or to a model with an
-                adapter that prunes ranks.
+                adapter that prunes ranks. Or a ledger is given with an empty memory.
         """
         self.fusion = FusionConfig() if fusion is None else fusion
         if not isinstance(self.fusion, FusionConfig):
@@ -124,6 +131,8 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
 
         eval_dataset = kwargs.get("eval_dataset")
         memory = accepted_memory(memory_dataset, kwargs.get("train_dataset"))
+        if ledger is not None and memory is None:
+            require_no_empty_memory(memory_dataset)
         # The trainer refuses to evaluate without a dataset. The memory in its place would hide that mistake.
         refusable = eval_dataset is None and getattr(kwargs.get("args"), "eval_strategy", "no") != "no"
         if refusable or memory is None:

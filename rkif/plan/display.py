@@ -49,8 +49,9 @@ def options_table(budgets: Sequence[Budget], chosen: Budget | None, memory: int)
 
 
 def name(option: Option) -> str:
-    words = {"pack_inner": "packed", "offload": "offloaded", "state_dtype": "bf16 state"}
-    return ", ".join(words[change] for change in option.changes) or "plain"
+    """The settings of an option that differ from their defaults, under their names in a config."""
+    changes = (f"{key}: {str(value).lower()}" for key, value in option.changes.items())
+    return ", ".join(changes) or "defaults"
 
 
 def settings(option: Option) -> str:

@@ -81,6 +81,14 @@ def test_the_output_begins_with_text(rkif: Rkif, triple: Triple) -> None:
     assert rkif("verify", out)[1].splitlines()[0].strip()
 
 
+def test_a_file_of_another_kind_is_named(rkif: Rkif, triple: Triple) -> None:
+    config = triple.folder / "config.json"
+    config.write_text('{"model_type": "llama"}')
+    status, _, errors = rkif("fuse", config, *paths(triple)[1:], "--out", triple.folder / "out")
+    reason = "cannot be read: it is not a .safetensors file; give one, or a folder"
+    assert (status, errors) == (1, f"rkif: error: BASE: {config} {reason}\n")
+
+
 @pytest.mark.parametrize("argument", [0, 1])
 def test_an_unsupported_dtype_is_one_line(rkif: Rkif, triple: Triple, argument: int) -> None:
     inputs = paths(triple)

@@ -183,6 +183,12 @@ def test_an_option_that_would_be_ignored_is_refused(
     assert message in refused(whole, *arguments)
 
 
+def test_options_are_of_one_run_not_of_a_folder_of_runs(whole: Path) -> None:
+    assert "run" in shown(whole.parent)
+    for options in (["--verify"], ["--json"], ["--explain", "q_proj"]):
+        assert f"{whole.parent} is not a run" in refused(whole.parent, *options)
+
+
 def test_the_head_and_the_verification_as_json_have_the_same_hash(whole: Path) -> None:
     head = json.loads(shown(whole, "--head", "--json"))
     verified = json.loads(shown(whole, "--verify", "--json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from fractions import Fraction
 from typing import Any
@@ -307,3 +308,17 @@ def test_empty_parameters_are_refused_only_if_all_are_empty() -> None:
 def test_merge_weights_are_pairs_of_finite_numbers(pair: Any) -> None:
     with pytest.raises(ValueError, match="both must be two finite numbers"):
         rkif.MergeWeights(inner_only=(1, 0), outer_only=(0, 1), both=pair, neither=(0, 0))
+
+
+def test_a_report_as_text_is_one_line() -> None:
+    base = {"w": torch.zeros(10)}
+    inner, outer = {"w": torch.ones(10)}, {"w": torch.full((10,), 3.0)}
+    scores = {"w": torch.arange(10.0)}
+    report = rkif.fuse(
+        base, inner, outer, scores, {"w": scores["w"].flip(0)}, density=0.2, rule="paper"
+    ).report
+    text = "10 parameters: inner only 20.0%, outer only 20.0%, both 0.0%, neither 60.0%; update 3.162"
+    assert str(report) == text
+    assert str(dataclasses.replace(report, applied=False)) == f"{text}; skipped"
+    gate = rkif.GateReport("undo", 0.0)
+    assert str(dataclasses.replace(report, applied=False, gate=gate)) == f"{text}; gate: undo"

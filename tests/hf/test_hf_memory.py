@@ -219,6 +219,14 @@ SEVERAL = {
 }
 
 
+def test_a_ledger_without_a_memory_is_not_silent(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="memory_dataset is empty, so there is no fusion for the ledger"):
+        trainer(tmp_path, memory_dataset=[], ledger=tmp_path / "ledger")
+    with pytest.warns(UserWarning, match="without a memory_dataset there are no fusions"):
+        trainer(tmp_path, memory_dataset=None, ledger=tmp_path / "ledger")
+    assert not (tmp_path / "ledger").exists()
+
+
 @pytest.mark.parametrize("kind", SEVERAL)
 def test_refuses_a_memory_of_several_datasets(tmp_path: Any, kind: str) -> None:
     name = type(SEVERAL[kind]).__name__
