@@ -56,7 +56,7 @@ def _options(
         bool, typer.Option(DEBUG, help="Show the traceback of an error; also after the command.")
     ] = False,
 ) -> None:
-    """Recurrent Knowledge Identification and Fusion: learning task after task without forgetting.
+    """Recurrent Knowledge Identification and Fusion: learning task after task with less forgetting.
 
     \b
     First steps:
