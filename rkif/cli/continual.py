@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rkif.cli.options import Out, Resume, announce
+from rkif.cli.options import Json, Out, Resume, announce
 
 commands = typer.Typer()
 
@@ -77,6 +77,7 @@ def report_command(
         Path | None,
         typer.Option("--out", help="The page that compares several runs.", show_default=COMPARISON),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write a run's report, one HTML page in its folder; or a page that compares several runs.
 
@@ -88,21 +89,22 @@ def report_command(
       rkif report runs/first runs/second --out comparison.html
     """
     announce(f"Writing the report of {', '.join(map(str, runs))}")
-    from rkif.continual.display.run_list import print_runs
-
     if len(runs) > 1:
         from rkif.continual.display.report.comparison import write_comparison
 
-        print(write_comparison(runs, out or Path(COMPARISON)))
-        return
-    if out is not None:
+        page = write_comparison(runs, out or Path(COMPARISON))
+    elif out is not None:
         raise ValueError(
             "--out names the page that compares several runs; the report of one is RUN/report.html"
         )
-    if not print_runs(runs[0]):
+    else:
         from rkif.continual.display.report import write_report
+        from rkif.continual.display.run_list import print_runs
 
-        print(write_report(runs[0]))
+        if not as_json and print_runs(runs[0]):
+            return
+        page = write_report(runs[0])
+    print(json.dumps({"report": str(page)}) if as_json else page)
 
 
 @commands.command("tune", rich_help_panel="Learn")
@@ -113,6 +115,7 @@ def tune_command(
         Path | None, typer.Option("--out", help="Folder for the study.", show_default="tune/CONFIG")
     ] = None,
     resume: Resume = False,
+    as_json: Json = False,
 ) -> None:
     """Search density, Q, M and the outer learning rate for the best OP on the dev split.
 
@@ -125,16 +128,20 @@ def tune_command(
     from rich.console import Console
 
     from rkif.continual.config import load_config
-    from rkif.continual.tune import BEST, best_table, tune
+    from rkif.continual.tune import BEST, best_first, best_table, tune
 
-    console = Console()
+    console = Console(stderr=as_json)
     study = tune(load_config(config), folder, trials=trials, resume=resume, console=console)
+    if as_json:
+        tried = [{"op": one.value, **one.params, **one.user_attrs} for one in best_first(study)]
+        print(json.dumps({"best": str(folder / BEST), "trials": tried}))
+        return
     console.print(best_table(study))
     console.print(f"The best settings: rkif run {folder / BEST}", markup=False, soft_wrap=True)
 
 
 @commands.command("demo", rich_help_panel="Start")
-def demo_command(out: Out = None, resume: Resume = False) -> None:
+def demo_command(out: Out = None, resume: Resume = False, as_json: Json = False) -> None:
     """Compare sequential fine-tuning, replay and Recurrent-KIF on small tasks: minutes on a CPU, no download.
 
     The folder is rkif-demo unless --out names another.
@@ -149,4 +156,6 @@ def demo_command(out: Out = None, resume: Resume = False) -> None:
 
     from rkif.demo import demo
 
-    demo(folder, resume=resume, console=Console())
+    runs = demo(folder, resume=resume, console=Console(stderr=as_json))
+    if as_json:
+        print(json.dumps(runs))

@@ -18,6 +18,8 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the work in that folder, if there is any.")]
 
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to stderr.")]
+
 _SIZE = re.compile(r"\s*(\d*\.?\d+)\s*([kmgtpe]?)(i?)(b?)\s*", re.IGNORECASE)
 _POWERS = " kmgtpe"  # of 1000, or of 1024 with an i
 

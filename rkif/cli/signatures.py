@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rkif.cli.options import announce, importing
+from rkif.cli.options import Json, announce, importing
 from rkif.files import require_folder
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def sign_command(
         Path, typer.Argument(metavar="RUN|DIR", help="A run, an output of `rkif fuse`, or any other folder.")
     ],
     key: Annotated[Path, typer.Option("--key", help="PEM file of a private key on P-256, P-384 or P-521.")],
+    as_json: Json = False,
 ) -> None:
     """Sign every file of a folder, and the head of a ledger, in the format of OpenSSF Model Signing.
 
@@ -44,7 +46,10 @@ def sign_command(
     if (folder / MANIFEST).exists():
         _refuse(folder, verify(folder))
     files = sign_folder(folder, key, _checked_head(folder))
-    print(f"{folder / SIGNATURE}: {files} files are signed")
+    if as_json:
+        print(json.dumps({"signature": str(folder / SIGNATURE), "files": files}))
+    else:
+        print(f"{folder / SIGNATURE}: {files} files are signed")
 
 
 @commands.command("verify", rich_help_panel="Sign and verify")
@@ -59,6 +64,7 @@ def verify_command(
         Path | None,
         typer.Option("--key", metavar="PUB", help="PEM file of a public key: check DIR/model.sig with it."),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Check an output of `rkif fuse` by its manifest, a run by its ledger, or any folder by its signature.
 
@@ -70,12 +76,15 @@ def verify_command(
     announce(f"Checking every byte of {folder}")
     require_folder(folder)
     if key is not None:
-        _verify_signature(folder, key)
+        _verify_signature(folder, key, as_json=as_json)
         return
     from rkif.attest.model_signature import SIGNATURE
     from rkif.continual.display.log import verified_line
 
     if (checked := _checked_run(folder)) is not None:
+        if as_json:
+            print(json.dumps({**checked[0], "hash": checked[1][-1]["hash"]}))
+            return
         signed = "; to check its signature, give --key" if (folder / SIGNATURE).exists() else ""
         print(verified_line(folder, *checked) + signed)
         return
@@ -86,10 +95,14 @@ def verify_command(
         from rkif.checkpoint.manifest import read_manifest, verify
 
     manifest = read_manifest(folder)
-    console = Console()
+    console = Console(stderr=as_json)
     with Bar(console) as bar:
         problems = verify(folder, bar)
     _refuse(folder, problems)
+    if as_json:
+        counts = {key: len(manifest[key]) for key in ("files", "tensors")}
+        print(json.dumps(counts | {"content_sha256": manifest["content_sha256"]}))
+        return
     console.print(
         f"{folder}: {len(manifest['files'])} files and {len(manifest['tensors'])} tensors are unchanged\n"
         f"SHA-256 {manifest['content_sha256']}",
@@ -98,7 +111,7 @@ def verify_command(
     )
 
 
-def _verify_signature(folder: Path, key: Path) -> None:
+def _verify_signature(folder: Path, key: Path, *, as_json: bool) -> None:
     from rkif.attest.model_signature import compare_files, read_signature
 
     signed = read_signature(folder, key)
@@ -108,6 +121,11 @@ def _verify_signature(folder: Path, key: Path) -> None:
         problems += _ledger_problems(folder, signed, signed.ledger)
         ledger = f"; the ledger has {signed.ledger.records} records and the hash {signed.ledger.hash}"
     _refuse(folder, problems)
+    if as_json:
+        head = None if signed.ledger is None else signed.ledger.model_dump()
+        left = list(signed.left_out)
+        print(json.dumps({"files": len(signed.resources), "ledger": head, "left_out": left}))
+        return
     left_out = f"; the signer left out {', '.join(signed.left_out)}" if signed.left_out else ""
     print(f"{folder}: {len(signed.resources)} files are as signed{ledger}{left_out}")
 

@@ -125,7 +125,7 @@ def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Co
     study.optimize(objective, n_trials=max(0, left), catch=(ValueError, RuntimeError))
     if not any(trial.state == complete for trial in study.trials):
         raise ValueError(f"every trial failed; the last error: {study.trials[-1].user_attrs.get('error')}")
-    best = optuna.trial.FixedTrial(_best_first(study)[0].params)
+    best = optuna.trial.FixedTrial(best_first(study)[0].params)
     write_text(out / BEST, dump_config(_chosen(config, best)))
     return study
 
@@ -162,7 +162,7 @@ def _described(parameters: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in sorted(parameters.items()))
 
 
-def _best_first(study: Study) -> list[FrozenTrial]:
+def best_first(study: Study) -> list[FrozenTrial]:
     """The completed trials from best to worst; ties are ordered by fewer samples."""
     completed = [trial for trial in study.trials if trial.value is not None]
     return sorted(completed, key=lambda trial: (-(trial.value or 0.0), trial.user_attrs["samples"]))
@@ -174,7 +174,7 @@ def best_table(study: Study) -> Table:
     names = ("density", "inner_steps", "outer_share", "outer_rate")
     for heading in ("trial", "OP", "BWT", "samples", "density", "Q", "M / Q", "outer rate / inner"):
         table.add_column(heading, justify="right")
-    for trial in _best_first(study):
+    for trial in best_first(study):
         table.add_row(
             str(trial.number),
             format_number(trial.value),

@@ -91,6 +91,25 @@ def test_a_signed_run_has_its_ledgers_head(
     assert re.search(r"Hash mismatch for \W+metrics.json", output)
 
 
+def test_signing_and_verifying_print_json(
+    rkif: Rkif, run: Path, folder: Path, keys: tuple[Path, Path]
+) -> None:
+    head = json.loads(rkif("log", run, "--head", "--json")[1])
+    checked = json.loads(rkif("verify", run, "--json")[1])
+    assert (checked["records"], checked["hash"]) == (head["records"], head["hash"])
+    signed = json.loads(rkif("sign", run, "--key", keys[0], "--json")[1])
+    assert signed["signature"] == str(run / "model.sig")
+    verified = json.loads(rkif("verify", run, "--key", keys[1], "--json")[1])
+    assert (verified["files"], verified["ledger"]) == (signed["files"], head)
+    assert "; to check its signature, give --key" in rkif("verify", run)[1]
+    manifest = json.loads((folder / "rkif-manifest.json").read_text())
+    assert json.loads(rkif("verify", folder, "--json")[1]) == {
+        "files": len(manifest["files"]),
+        "tensors": len(manifest["tensors"]),
+        "content_sha256": manifest["content_sha256"],
+    }
+
+
 def test_a_ledger_that_differs_from_the_signed_head_is_found(
     rkif: Rkif, run: Path, keys: tuple[Path, Path]
 ) -> None:

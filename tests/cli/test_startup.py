@@ -178,6 +178,12 @@ def test_help_has_an_example_and_whole_names(command: str, columns: int) -> None
     assert "…" not in shown
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_json(command: str) -> None:
+    parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
+    assert "--json" in [name for one in parameters for name in one.opts]
+
+
 def test_the_help_lists_every_command_in_a_group(rkif: Rkif) -> None:
     status, out, _ = rkif("--help")
     assert status == 0

@@ -66,6 +66,8 @@ def test_a_round_repeated_after_a_rollback_is_reproduced(whole: Path, tmp_path: 
     done = CliRunner().invoke(app, ["reproduce", str(tmp_path / "run"), "--round", "4"])
     assert done.exit_code == 0, done.exception
     assert "round 4 of task place, from the state after round 3: the same data" in done.output
+    printed = CliRunner().invoke(app, ["reproduce", str(tmp_path / "run"), "--round", "4", "--json"]).stdout
+    assert json.loads(printed) == {"round": 4, "start": 3, "differences": {}}
 
 
 def test_differences_are_named(whole: Path, tmp_path: Path) -> None:

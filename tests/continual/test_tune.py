@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,12 @@ def test_tune_tries_the_config_first_and_shows_the_best(config: Config, tmp_path
     more = CliRunner().invoke(app, [*command[:3], "4", *command[4:], "--resume"])
     assert [line for line in more.output.splitlines() if line.startswith("trial ")] != []
     assert sum(line.startswith("trial ") for line in more.output.splitlines()) == 1  # four in all
+    printed = json.loads(
+        CliRunner().invoke(app, [*command[:3], "4", *command[4:], "--resume", "--json"]).stdout
+    )
+    assert printed["best"] == str(out / "best.yaml")
+    assert len(printed["trials"]) == 4
+    assert printed["trials"][0]["op"] == max(trial["op"] for trial in printed["trials"])
 
 
 def test_trials_are_runs_of_the_config_with_the_searched_settings(
