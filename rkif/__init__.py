@@ -1,4 +1,4 @@
-"""Recurrent Knowledge Identification and Fusion: models that learn task after task without forgetting.
+"""Recurrent Knowledge Identification and Fusion: models that learn task after task with less forgetting.
 
 The public names are imported when they are first used, so that ``import rkif``, and with it the command line,
 does not wait for PyTorch.
