@@ -182,6 +182,47 @@ def test_densities_by_model_and_layer(
     compare(merge(rkif, models, content), wanted)
 
 
+def test_all_elements_are_kept_where_only_weights_vary(rkif: Rkif, models: Path) -> None:
+    content = {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": [{"model": "a", "parameters": {"weight": [1, 0.5]}}],
+        "parameters": {"normalize": False},
+    }
+    base, a = loaded(models, ("base", "a"))
+
+    def wanted(name: str) -> Tensor:
+        layer = int(name.split(".")[2]) if "layers" in name else 0
+        return base[name] + (1 - layer / 8) * (a[name] - base[name])
+
+    compare(merge(rkif, models, content), wanted)
+
+
+def test_a_single_layer_takes_the_last_value_of_a_gradient(
+    rkif: Rkif, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in mergekit; layers of each list are counted apart, and numbers of experts are no layers."""
+    monkeypatch.chdir(tmp_path)
+    weights = {
+        "encoder.block.0.layer.1.w": 8.0,
+        "decoder.block.0.mlp.experts.7.w": 0.0,
+        "decoder.block.1.mlp.experts.0.w": 4.0,
+        "decoder.block.2.mlp.experts.7.w": 8.0,
+        "classifier.3.w": 0.0,
+    }
+    for name, value in (("base", 0.0), ("a", 1.0)):
+        (tmp_path / name).mkdir()
+        tensors = {key: torch.full((3,), value) for key in weights}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    content = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "models": [{"model": "a", "parameters": {"weight": [0, 8]}}],
+    }
+    got = merge(rkif, tmp_path, content)
+    assert {name: value[0].item() for name, value in got.items()} == weights
+
+
 def test_random_drops_have_densities_by_layer(rkif: Rkif, models: Path) -> None:
     content = {
         "merge_method": "dare_linear",
