@@ -43,7 +43,7 @@ for line in sys.stdin:
         try:
             main()
         finally:
-            os._exit(sys.exc_info()[1].code if isinstance(sys.exc_info()[1], SystemExit) else 99)
+            os._exit(sys.exc_info()[1].code or 0 if isinstance(sys.exc_info()[1], SystemExit) else 99)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
