@@ -372,7 +372,7 @@ def test_only_what_is_whole_is_signed(
     assert "metrics.json is not the file that was written" in refused(rkif, "sign", run, "--key", keys[0])
     (folder / "README.md").write_text("x")
     assert "README.md has 1 bytes" in refused(rkif, "sign", folder, "--key", keys[0])
-    assert f"{tmp_path / 'none'} is not a folder" in refused(
+    assert f"no such folder: {tmp_path / 'none'}" in refused(
         rkif, "sign", tmp_path / "none", "--key", keys[0]
     )
     assert not list(tmp_path.rglob("model.sig"))
