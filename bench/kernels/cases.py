@@ -11,6 +11,7 @@ from rkif_kernels.backends.triton.adamw import _adamw_kernel
 from rkif_kernels.backends.triton.bracket import _count_sample_kernel, _sample_kernel
 from rkif_kernels.backends.triton.count import _count_kernel, _invalid_kernel
 from rkif_kernels.backends.triton.fuse import INNER_SCORE, _fuse_kernel
+from rkif_kernels.backends.triton.groups import COUNTED_BLOCKS, PIECE
 from rkif_kernels.backends.triton.importance import _update_importance_kernel
 from rkif_kernels.backends.triton.launch import LaunchConfig
 from rkif_kernels.backends.triton.launches import (
@@ -24,6 +25,7 @@ from rkif_kernels.backends.triton.radix import DIGITS, _histogram_kernel, _pick_
 from rkif_kernels.backends.triton.single_pass import _bracketed_fuse_kernel, _finish_kernel
 from rkif_kernels.backends.triton.thresholds import _bracketed_scores_kernel
 from rkif_kernels.backends.triton.undecided import _list_kernel, _narrow_kernel
+from rkif_kernels.backends.triton.whole import _whole_kernel
 from rkif_kernels.types import AdamWConstants
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -57,7 +59,8 @@ LIMITS = {
     "bracketed fuse": Limits(100, 4),  # the goal for float32, on sm_90
     "finish": Limits(69, 4),  # as many programs as it is launched with
     "histogram": Limits(107, 7, barriers_in_loop=6, atomics_in_loop=16),
-    "bracketed scores": Limits(33, 10),
+    "bracketed scores": Limits(33, 9),
+    "both bracketed scores": Limits(60, 5),
     "count": Limits(84, 5, barriers_in_loop=4, atomics_in_loop=8),
     "all valid": Limits(7.2, 16),
 }
@@ -130,16 +133,17 @@ COMMON = {
     "ROUND_BF16": False,
     "DISTANCES": (False, False),
     "STEP": 0,
-    "FIRST": True,
     "RUN": default_bracketing().run,
     "SAMPLES": default_bracketing().first_samples,
+    "BLOCKS": COUNTED_BLOCKS,
+    "PIECE": PIECE,
 }
 # Number of floats in the arguments that are tuples.
 TUPLES = {"weights": 8, "smoothing": 4, "constants": len(AdamWConstants._fields)}
 
 
 def _argument_type(name: str, index: str) -> str | tuple[str, ...]:
-    words = {"chunk_tensors_ptr", "indices_ptr", "prefixes_ptr", "samples_ptr"}
+    words = {"chunk_tensors_ptr", "piece_parts_ptr", "indices_ptr", "prefix_ptr", "samples_ptr"}
     float_pointers = {"values_ptr", "found_ptr"}
     if name in words:
         return "*i32"
@@ -147,11 +151,9 @@ def _argument_type(name: str, index: str) -> str | tuple[str, ...]:
         return "*fp32"
     if name.endswith("_ptr"):
         return "*fp64" if name.endswith("norms_ptr") else "*i64"
-    if name in ("start", "numel", "capacity", "k"):
+    if name == "capacity":
         return index
-    if name in TUPLES:
-        return ("fp32",) * TUPLES[name]
-    return "fp32" if name in ("fraction", "spread") else "i32"
+    return ("fp32",) * TUPLES[name] if name in TUPLES else "i32"
 
 
 def cases(target: str) -> Iterator[Case]:
@@ -287,15 +289,21 @@ def _fuse_case(
 
 
 def _bracket_cases(dtype: str, kind: str, streams: int, distance: bool) -> Iterator[Case]:
-    """Yield the kernels that find thresholds by brackets, for one side and for both sides of a fusion."""
+    """Yield the kernels that find thresholds by brackets: of one side, of both, and of both in a fusion."""
     parts = dtype, dtype if streams == 2 else None
-    alone = {"DTYPES": parts, "ROLE": 0, "SIDES": 1, "DISTANCE": distance}
+    alone = {"DTYPES": parts, "ROLE": 0, "SIDES": 1, "DISTANCE": distance, "FUSED": False}
     name = f"{kind} {dtype}"
-    yield Case("bracketed scores", name, _bracketed_scores_kernel, alone, (dtype,) * streams, op="threshold")
-    forms = {"": alone}
+    pair = alone | {"DTYPES": parts * 2, "SIDES": 2}
+    for kernel, function, op in (
+        ("bracketed scores", _bracketed_scores_kernel, "threshold"),
+        ("whole", _whole_kernel, "whole"),
+    ):
+        yield Case(kernel, name, function, alone, (dtype,) * streams, op=op)
+        yield Case(f"both {kernel}", name, function, pair, (dtype,) * (2 * streams), op=op)
+    forms = {"": alone, " of both sides": pair}
     if not distance:
         both = (dtype,) * INNER_SCORE + parts * 2
-        forms[" of both sides"] = alone | {"DTYPES": both, "ROLE": INNER_SCORE, "SIDES": 2}
+        forms[" of a fusion"] = alone | {"DTYPES": both, "ROLE": INNER_SCORE, "SIDES": 2, "FUSED": True}
     for suffix, constants in forms.items():
         for kernel, function in (
             ("sample", _sample_kernel),
@@ -303,7 +311,7 @@ def _bracket_cases(dtype: str, kind: str, streams: int, distance: bool) -> Itera
             ("list", _list_kernel),
             ("narrow", _narrow_kernel),
         ):
-            op = "fuse" if suffix else "threshold"
+            op = "fuse" if constants["FUSED"] else "threshold"
             yield Case(kernel, f"{name}{suffix}", function, constants, op=op)
 
 

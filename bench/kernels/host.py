@@ -20,13 +20,19 @@ import rkif
 import rkif_kernels
 from bench.kernels.stub_driver import Counter, stub_driver
 from rkif_kernels.backends.triton import single_pass, thresholds
+from rkif_kernels.backends.triton.launch import LaunchConfig
 from rkif_kernels.backends.triton.launches import default_bracketing
 
 TENSORS = (1, 160, 640)
+SMALLEST = 64  # elements; smaller tensors would be searched by one program each
 SHAPE = (8, 16)  # small, so that PyTorch's operations, which a GPU would run, take the CPU little time
+WEIGHTS = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.0, 0.0))
 ROUNDS, WARM_UP = 41, 3
 # Maximum number of launches of a warm call.
-LAUNCHES = {"observe": 1, "observe_moved": 1, "threshold": 8, "fuse": 8, "adamw": 1}
+LAUNCHES = {
+    "observe": 1, "observe_moved": 1, "threshold": 8, "tensor_thresholds": 8, "fuse": 8, "tensor_fuse": 8,
+    "adamw": 1,
+}  # fmt: skip
 # Microseconds of a warm call, by (call, tensors).
 GOALS = {
     ("observe", 160): 40,
@@ -60,10 +66,14 @@ def measure(rounds: int = ROUNDS) -> list[Row]:
     try:
         large = replace(default_bracketing(), min_numel=1)
         fusion, threshold = single_pass.prepared_fusion, thresholds.score_thresholds
+        both = thresholds.both_thresholds
+        # No tensor is small enough for one program, as in a large model.
+        bracketed = {"bracketing": large, "whole": LaunchConfig(SMALLEST, 1, 4)}
         with (
             stub_driver() as counter,
             patch.dict(fusion.__kwdefaults__, bracketing=large),
-            patch.dict(threshold.__kwdefaults__, bracketing=large),
+            patch.dict(threshold.__kwdefaults__, bracketed),
+            patch.dict(both.__kwdefaults__, bracketed),
         ):
             seen: dict[str, int] = {}
             return [row for tensors in TENSORS for row in _Case(tensors).measure(counter, seen, rounds)]
@@ -98,7 +108,12 @@ class _Case:
             "observe": (lambda: None, self._fuser.observe),
             "observe_moved": (lambda: self._set(next(turns) % 2), self._fuser.observe),
             "threshold": (lambda: None, lambda: rkif_kernels.score_thresholds(self._scores, density=0.2)),
+            "tensor_thresholds": (
+                lambda: None,
+                lambda: rkif_kernels.score_thresholds(self._scores, density=0.2, scope="tensor"),
+            ),
             "fuse": (self._until_fuse, self._fuser.fuse),
+            "tensor_fuse": (lambda: None, self._fuse_by_tensor),
             "adamw": (lambda: None, self._step),
         }
         rows = []
@@ -126,6 +141,13 @@ class _Case:
             *self._steps, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, step=1,
             beta1=0.85, beta2=0.85, nonfinite=self._nonfinite,
         )  # fmt: skip
+
+    def _fuse_by_tensor(self) -> None:
+        out, base, inner, outer = self._steps[:4]
+        scores = self._scores
+        rkif_kernels.select_and_fuse_(
+            out, base, inner, outer, scores, scores, density=0.2, scope="tensor", weights=WEIGHTS
+        )
 
     def _until_fuse(self) -> None:
         self._fuser.observe()

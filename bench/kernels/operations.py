@@ -48,6 +48,7 @@ def bytes_per_element(op: str, dtypes: Dtypes) -> int:
     return {
         "observe": 2 * param + 4 * state,  # w, g; S and U, read and written
         "threshold": 2 * state,  # S, U
+        "tensor_thresholds": 2 * state,
         "adamw": 3 * param + 8 * state,  # g; w, both moments, S and U, read and written
         "fuse": 3 * param + 4 * state + param,  # base, inner, outer; S and U of both; the result
     }[op]

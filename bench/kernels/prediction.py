@@ -8,7 +8,7 @@ random sectors, and contention of atomic additions. So a call probably takes lon
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from bench.kernels.goals import GOALS, Goal
 from bench.kernels.operations import DENSITY, DTYPES, bytes_per_element
 from bench.kernels.shapes import LORA_R8, ShapeSet, fitted
 from rkif_kernels.backends.triton.launches import default, default_bracketing
+from rkif_kernels.backends.triton.windows import BINS
 
 
 @dataclass(frozen=True)
@@ -167,49 +168,68 @@ def adamw(shapes: ShapeSet, rates: Mapping[str, float]) -> list[Launch]:
 def threshold(shapes: ShapeSet, rates: Mapping[str, float]) -> list[Launch]:
     """The launches with one bracketed pass; see :func:`observe`."""
     moved, instructions = 8 * shapes.numel, rates["bracketed scores"] * shapes.numel
-    return _bracketed(shapes, Launch("bracketed scores", moved, instructions), sides=1)
+    launch = Launch("bracketed scores", moved, instructions)
+    return _bracketed([shapes.numel], launch, sides=1, tensors=len(shapes.shapes))
+
+
+def tensor_thresholds(shapes: ShapeSet, rates: Mapping[str, float]) -> list[Launch]:
+    """A threshold for each tensor; see :func:`observe`. Small tensors are found by one program each."""
+    sizes = [math.prod(shape) for shape in shapes.shapes]
+    large = [size for size in sizes if size > default("whole").launch.block]
+    moved, instructions = 8 * sum(large), rates["bracketed scores"] * sum(large)
+    launches = [Launch("whole", 8 * (sum(sizes) - sum(large)), 0)] if len(large) < len(sizes) else []
+    if large:
+        launch = Launch("bracketed scores", moved, instructions)
+        launches += _bracketed(large, launch, sides=1, tensors=1)
+    return launches
 
 
 def fuse(shapes: ShapeSet, rates: Mapping[str, float]) -> list[Launch]:
     """The launches with one bracketed pass, after which the listed elements are fused again."""
     moved, instructions = 32 * shapes.numel, rates["bracketed fuse"] * shapes.numel
-    launches = _bracketed(shapes, Launch("bracketed fuse", moved, instructions), sides=2)
+    launch = Launch("bracketed fuse", moved, instructions)
+    launches = _bracketed([shapes.numel], launch, sides=2, tensors=len(shapes.shapes))
     entry = 8 + 5 * 4 + SECTOR  # an address, five values, and the sector that is written
-    return [*launches, Launch("finish", entry * _listed(shapes, sides=2), 0)]
+    return [*launches, Launch("finish", entry * _listed([shapes.numel], sides=2), 0)]
 
 
-def _bracketed(shapes: ShapeSet, bulk: Launch, sides: int) -> list[Launch]:
+def _bracketed(groups: Sequence[int], bulk: Launch, sides: int, tensors: int) -> list[Launch]:
     """All launches from the fill of the workspace to the thresholds.
 
     Args:
+        groups: number of elements of each group that has one threshold.
         bulk: the pass, without the bits that it stores.
+        tensors: number of tensors in a group.
     """
-    numel, streams = shapes.numel, 2 * sides
+    numel, streams = sum(groups), 2 * sides
     config, bracketing = default("fuse" if sides == 2 else "threshold").launch, default_bracketing()
-    cells = -(-numel // bracketing.stride(numel))
-    sampled = cells * bracketing.run * (SAMPLED * sides + HALVING * len(shapes.shapes).bit_length())
-    bits, listed = numel / 8, _listed(shapes, sides)
+    run = bracketing.run if len(groups) > 1 else 1
+    first = len(groups) * bracketing.first_samples
+    cells = sum(-(-size // bracketing.stride(size)) for size in groups)
+    sampled = cells * bracketing.run * (SAMPLED * sides + HALVING * tensors.bit_length())
+    bits, listed = numel / 8, _listed(groups, sides)
+    bins = len(groups) * sides * BINS.value * 8  # each launch of the search reads them and sets them to zero
     # Each listed element reads one sector of every score stream; in a fusion, of base, inner and outer too.
     gathered, stored = (7, 36) if sides == 2 else (streams, 4)
     threads = numel / config.chunk * config.num_warps * LANES
     return [
         Launch("fill", 0, 0),
-        Launch("sample", bracketing.first_samples * streams * SECTOR, 0),
-        Launch("count sample", cells * streams * SECTOR, sampled),
+        Launch("sample", first // run * streams * SECTOR + first * sides * 8 + bins, 0),
+        Launch("count sample", cells * streams * SECTOR + 2 * bins, sampled),
         Launch(bulk.kernel, bulk.moved + bits, bulk.instructions),
         Launch(
             "list",
-            bits + listed * (gathered * SECTOR + stored),
+            bits + listed * (gathered * SECTOR + stored) + 2 * bins,
             threads * (LIST_START + LIST_ENTRY * _iterations(64 * listed / numel, config.block // 4)),
         ),
-        *[Launch("narrow", listed * sides * 4, 0)] * 2,
+        *[Launch("narrow", listed * sides * 4 + 2 * bins, 0)] * 2,
     ]
 
 
-def _listed(shapes: ShapeSet, sides: int) -> float:
+def _listed(groups: Sequence[int], sides: int) -> float:
     """Expected number of elements that the brackets leave undecided."""
     bracketing = default_bracketing()
-    return bracketing.capacity(1 - DENSITY, shapes.numel, sides) / bracketing.list_slack
+    return sum(bracketing.capacity(1 - DENSITY, size, sides) for size in groups) / bracketing.list_slack
 
 
 def _iterations(mean: float, lanes: int) -> float:
@@ -262,7 +282,12 @@ class Call:
 
 
 LARGE = fitted("one-64Mi", 2**26)
-CALLS = tuple(Call(op, shapes) for shapes in (LORA_R8, LARGE) for op in (observe, threshold, fuse, adamw))
+CALLS = tuple(
+    Call(op, shapes)
+    for shapes in (LORA_R8, LARGE)
+    for op in (observe, threshold, tensor_thresholds, fuse, adamw)
+    if len(shapes.shapes) > 1 or op is not tensor_thresholds  # of one tensor, the same as the global one
+)
 
 
 def table(rates: Mapping[str, float]) -> Table:

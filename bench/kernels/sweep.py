@@ -109,8 +109,10 @@ def sweep(
 @contextmanager
 def _bracketing(seed: int) -> Iterator[None]:
     """Use the brackets of a seed, which may miss. All sizes use them, so each case has a bracketed pass."""
+    from rkif_kernels.backends.triton import both_thresholds as both
     from rkif_kernels.backends.triton import score_thresholds as threshold
     from rkif_kernels.backends.triton import select_and_fuse_ as fuse
+    from rkif_kernels.backends.triton.launch import LaunchConfig
     from rkif_kernels.backends.triton.launches import default_bracketing
 
     choose = random.Random(seed)
@@ -121,10 +123,14 @@ def _bracketing(seed: int) -> Iterator[None]:
         sigmas=choose.choice([0.5, 2.0, 4.0]),
         list_slack=choose.uniform(0.1, 2),
         run=choose.choice([1, 8]),
+        first_samples=choose.choice([64, 2048]),
     )
+    # Larger tensors are bracketed if each has a threshold of its own.
+    whole = LaunchConfig(block=choose.choice([32, 1024, 8192]), tiles=1, num_warps=4)
     with (
         patch.dict(cast(Any, fuse).__kwdefaults__, bracketing=bracketing),
-        patch.dict(cast(Any, threshold).__kwdefaults__, bracketing=bracketing),
+        patch.dict(cast(Any, threshold).__kwdefaults__, bracketing=bracketing, whole=whole),
+        patch.dict(cast(Any, both).__kwdefaults__, bracketing=bracketing, whole=whole),
     ):
         yield
 

@@ -18,7 +18,7 @@ from rkif_kernels.checks import (
     require_weights,
     require_writable,
 )
-from rkif_kernels.ops.select import order_statistic_k, score_thresholds
+from rkif_kernels.ops.select import order_statistic_k, thresholds_of
 from rkif_kernels.profiling import profiled
 from rkif_kernels.types import (
     CASES,
@@ -146,11 +146,9 @@ def select_and_fuse(
         with torch.no_grad(), on_device(inputs.device):
             stats: FuseStats = module.select_and_fuse_(inputs, order_statistic_k(inputs.numel, density), rule)
         return stats
-    inner_threshold, outer_threshold = (
-        score_thresholds(scores, density=density, scope=scope, names=names, backend=backend)
-        for scores in (inputs.inner_scores, inputs.outer_scores)
-    )
-    return _fuse(inputs, (inner_threshold, outer_threshold), rule, backend)
+    sides = (inputs.inner_scores, inputs.outer_scores)
+    inner, outer = thresholds_of(sides, density, scope, names, backend)
+    return _fuse(inputs, (inner, outer), rule, backend)
 
 
 def fits_one_pass(inputs: FusionInputs, density: float, scope: Scope) -> bool:

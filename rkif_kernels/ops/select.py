@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import get_args
@@ -18,6 +19,7 @@ from rkif_kernels.types import Backend, Scope, Scores
 _validated = ValidatedLists()
 
 
+@functools.lru_cache(maxsize=4096)  # a fraction for each of hundreds of tensors takes long
 def order_statistic_k(numel: int, density: float) -> int:
     """``floor((1 - density) * (numel - 1))``, exact for the decimal value of the density.
 
@@ -140,31 +142,38 @@ def score_thresholds(
             scores.sensitivity, scores.uncertainty or [], scores.distance, density, scope, backend
         )
         return threshold
-    device = _require_scores(scores, names)
+    _require_scores(scores, names)
     require_fraction("density", density)
     require_choice("scope", scope, get_args(Scope))
+    (found,) = thresholds_of([scores], density, scope, names, backend)
+    return found
+
+
+def thresholds_of(
+    sides: Sequence[Scores], density: float, scope: Scope, names: Sequence[str] | None, backend: Backend
+) -> list[Tensor]:
+    """:func:`score_thresholds` of one or two scores of the same tensors; density and scope were checked."""
+    device = sides[0].device
     per_tensor = scope == "tensor"
-    sizes = [tensor.numel() for tensor in scores.sensitivity]
+    sizes = [tensor.numel() for tensor in sides[0].sensitivity]
     if sum(sizes) == 0:
         raise ValueError("sensitivity is empty: there is no threshold to find")
 
     groups = len(sizes) if per_tensor else 1
     thresholds = torch.full((groups,), torch.inf, dtype=torch.float32, device=device)
-    if density == 1:
-        return thresholds.neg_()
-    if density == 0:
-        return thresholds
+    if density in (0, 1):
+        return [thresholds.clone().neg_() if density == 1 else thresholds.clone() for _ in sides]
     # An empty tensor has no order statistic, so it is left out.
     filled = [index for index, size in enumerate(sizes) if size > 0]
-    kept = scores.subset(filled)
     ks = [
         order_statistic_k(numel, density)
         for numel in ([sizes[index] for index in filled] if per_tensor else [sum(sizes)])
     ]
-    found = kth_scores(kept, ks=ks, scope=scope, names=names, backend=backend)
+    found = _kth_scores([scores.subset(filled) for scores in sides], ks, scope, names, backend)
     if per_tensor and len(filled) < len(sizes):
-        rest = iter(torch.split(found, 1))  # without an index tensor, whose upload a capture forbids
-        return torch.cat([next(rest) if size else thresholds[:1] for size in sizes])
+        # Without an index tensor, whose upload a capture forbids.
+        rests = [iter(torch.split(limits, 1)) for limits in found]
+        return [torch.cat([next(rest) if size else thresholds[:1] for size in sizes]) for rest in rests]
     return found
 
 
@@ -188,16 +197,32 @@ def kth_scores(
     Raises:
         TypeError, ValueError: for tensors that do not fit together, or a k that is out of range.
     """
-    device = _require_scores(scores, names)
     require_choice("scope", scope, get_args(Scope))
-    sizes = [tensor.numel() for tensor in scores.sensitivity]
-    groups = sizes if scope == "tensor" else [sum(sizes)]
+    (found,) = _kth_scores([scores], ks, scope, names, backend)
+    return found
+
+
+def _kth_scores(
+    sides: Sequence[Scores],
+    ks: Sequence[int],
+    scope: Scope,
+    names: Sequence[str] | None,
+    backend: Backend,
+) -> list[Tensor]:
+    """:func:`kth_scores` of one or two scores of the same tensors."""
+    for scores in sides:
+        _require_scores(scores, names)
+    device, per_tensor = sides[0].device, scope == "tensor"
+    sizes = [tensor.numel() for tensor in sides[0].sensitivity]
+    groups = sizes if per_tensor else [sum(sizes)]
     if len(ks) != len(groups) or not all(0 <= r < size for r, size in zip(ks, groups, strict=True)):
         raise ValueError(f"ks must be {len(groups)}, each from 0 to below {groups[:3]}...; got {ks}")
     with torch.no_grad(), on_device(device), profiled("rkif.threshold", device):
-        found: Tensor = implementation(device, backend).score_thresholds(
-            scores, ks=ks, per_tensor=scope == "tensor"
-        )
+        module = implementation(device, backend)
+        if len(sides) == 2 and hasattr(module, "both_thresholds"):
+            found: list[Tensor] = module.both_thresholds(*sides, ks=ks, per_tensor=per_tensor)
+        else:
+            found = [module.score_thresholds(scores, ks=ks, per_tensor=per_tensor) for scores in sides]
     return found
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from bench.kernels import prediction, toolchains
 from bench.kernels.machine_code import Loop, bulk_loop, parse
 from bench.kernels.prediction import Launch, blocks_per_sm, predicted_share
-from bench.kernels.shapes import LORA_R8
+from bench.kernels.shapes import LORA_R8, ShapeSet
 
 WIDE = Counter({128: 1})
 # A loop over tiles within a loop over chunks, as the disassembler prints it: whole blocks from 0x30, tails
@@ -115,24 +115,41 @@ def test_a_launch_takes_the_longer_of_its_bytes_and_its_instructions() -> None:
 def test_a_fusion_of_the_adapter_is_counted_launch_by_launch() -> None:
     """By hand, for 6,553,600 elements: one run of eight per 128 scores, and 1.58 % undecided."""
     launches = {launch.kernel: launch for launch in prediction.fuse(LORA_R8, {"bracketed fuse": 80})}
-    assert launches["count sample"].moved == 51_200 * 4 * 32
+    bins = 2 * 2048 * 8  # of both sides; a launch reads them and sets them to zero
+    assert launches["count sample"].moved == 51_200 * 4 * 32 + 2 * bins
     assert launches["bracketed fuse"].moved == 6_553_600 * (32 + 1 / 8)
     assert launches["bracketed fuse"].instructions == 6_553_600 * 80
     listed = launches["finish"].moved / 60
     assert listed / 6_553_600 == pytest.approx(0.0158, abs=1e-4)
-    assert launches["list"].moved == pytest.approx(6_553_600 / 8 + listed * 260)
+    assert launches["list"].moved == pytest.approx(6_553_600 / 8 + listed * 260 + 2 * bins)
     assert prediction._iterations(1.28, 1) == pytest.approx(1.28, rel=1e-4)  # of one lane: its mean
 
 
 def test_the_predictions_are_held_against_the_goals() -> None:
     rates = {"observe": 20.0, "bracketed scores": 26.0, "bracketed fuse": 77.0, "adamw": 60.0}
     columns = {str(column.header): list(column.cells) for column in prediction.table(rates).columns}
-    assert columns["call"] == ["observe", "threshold", "fuse", "adamw"] * 2
-    limits = ["at most 1.25x the floor", "-", "at most 150 us", "-"]
+    assert columns["call"] == [
+        *("observe", "threshold", "tensor_thresholds", "fuse", "adamw"),
+        *("observe", "threshold", "fuse", "adamw"),
+    ]
+    limits = ["at most 1.25x the floor", "-", "-", "at most 150 us", "-"]
     assert columns["goal"] == [*limits, "at most 1.25x the floor", "-", "at most 1.15x the floor", "-"]
     assert set(columns["prediction"]) == {"reached", "-"}
     slow = prediction.table(dict.fromkeys(rates, 1e4)).columns[5]
-    assert list(slow.cells) == ["NOT REACHED", "-"] * 4
+    assert list(slow.cells) == ["NOT REACHED", "-", "-", "NOT REACHED", "-", *["NOT REACHED", "-"] * 2]
+
+
+def test_a_threshold_of_each_tensor_is_counted_launch_by_launch() -> None:
+    """By hand: of 3 tensors, one is read by one program, and 2 * 2^14 scores are bracketed one by one."""
+    shapes = ShapeSet("three", ((1 << 14,), (100, 10), (1 << 7, 1 << 7)))
+    launches = {
+        launch.kernel: launch for launch in prediction.tensor_thresholds(shapes, {"bracketed scores": 26})
+    }
+    assert launches["whole"].moved == 8 * 1000
+    bins = 2 * 2048 * 8
+    assert launches["sample"].moved == 2 * 256 * 2 * 32 + 2 * 2048 * 8 + bins
+    assert launches["count sample"].moved == 2 * 128 * 2 * 32 + 2 * bins
+    assert launches["bracketed scores"].moved == 2 * (1 << 14) * (8 + 1 / 8)
 
 
 def test_another_triton_version_replaces_the_installed_one(

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 from bench.kernels.host import LAUNCHES, Row, missed_goals, problems
-from bench.kernels.prediction import fuse
+from bench.kernels.prediction import fuse, tensor_thresholds
 from bench.kernels.shapes import LORA_R8
 
 
@@ -27,9 +27,7 @@ def test_a_warm_observe_is_one_launch_and_nothing_is_compiled_again(tmp_path: Pa
     subprocess.run([sys.executable, "-c", code, str(file)], check=True, env=environment)
     rows = json.loads(file.read_text())
     assert {(row["call"], row["tensors"]) for row in rows} == {
-        (call, tensors)
-        for call in ("observe", "observe_moved", "threshold", "fuse", "adamw")
-        for tensors in (1, 160, 640)
+        (call, tensors) for call in LAUNCHES for tensors in (1, 160, 640)
     }
     for row in rows:
         assert row["microseconds"] > 0
@@ -38,12 +36,15 @@ def test_a_warm_observe_is_one_launch_and_nothing_is_compiled_again(tmp_path: Pa
             assert row["launches"] == 1, row
         if row["call"] == "fuse":  # as in the prediction, which also counts the fill of the workspace
             assert row["launches"] == len(fuse(LORA_R8, {"bracketed fuse": 1.0})) - 1
+        if row["call"].startswith("tensor"):
+            searched = len(tensor_thresholds(LORA_R8, {"bracketed scores": 1.0})) - 1
+            assert row["launches"] == searched + (row["call"] == "tensor_fuse")
 
 
 def test_extra_launches_and_recompilations_are_problems() -> None:
     good = [Row(call, 160, 9e9, launches, 0) for call, launches in LAUNCHES.items()]
     assert problems(good) == []
-    assert problems([good[0]._replace(launches=2), good[3]._replace(compilations=1)]) == [
+    assert problems([good[0]._replace(launches=2), good[4]._replace(compilations=1)]) == [
         "observe, 160 tensors: 2 launches; at most 1 are needed",
         "fuse, 160 tensors: compiled 1 kernels again",
     ]

@@ -27,7 +27,9 @@ from rkif_kernels.backends.triton import (
     table,
     thresholds,
     undecided,
+    whole,
 )
+from rkif_kernels.backends.triton.launch import LaunchConfig
 from rkif_kernels.backends.triton.launches import default_bracketing
 from rkif_kernels.backends.triton.table import aligned, tables
 
@@ -55,7 +57,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Counted(name, getattr(module, name)))
 
-    for module in (bracket, count, fuse, importance, radix, single_pass, thresholds, undecided):
+    for module in (bracket, count, fuse, importance, radix, single_pass, thresholds, undecided, whole):
         watch(module)
     return counter
 
@@ -105,6 +107,15 @@ def everything(a: dict[str, Any]) -> None:
     kernels.score_thresholds(
         filled, ks=[t.numel() // 2 for t in filled.sensitivity], per_tensor=True, config=CONFIG
     )
+    kernels.both_thresholds(
+        filled,
+        filled,
+        ks=[t.numel() // 2 for t in filled.sensitivity],
+        per_tensor=True,
+        config=CONFIG,
+        bracketing=replace(SMALL, first_samples=2),
+        whole=LaunchConfig(2, 1, 4),
+    )
     limits = (torch.zeros(1, device=DEVICE),) * 2
     kernels.fuse_(FusionInputs(*a.values()), limits, RULE, config=CONFIG)
     for bracketing in (SMALL, default_bracketing()):
@@ -124,6 +135,19 @@ def test_launches_do_not_grow_with_the_number_of_tensors(launched: Counter[str])
     everything(adapter(48))
     assert launched == few
     assert few["_update_importance_kernel"] == 2  # one for each combination of dtypes
+    assert few["_whole_kernel"] == 4
+
+
+def test_both_thresholds_of_each_tensor_take_seven_launches(launched: Counter[str]) -> None:
+    """Those of tensors that are small enough take one."""
+    sizes = [4, 70, 20, 300]
+    sides = [Scores(on(DEVICE, positive(sizes, torch.float32, seed))) for seed in (3, 5)]
+    kernels.both_thresholds(*sides, ks=[size // 2 for size in sizes], per_tensor=True)
+    assert launched == {"_whole_kernel": 1}
+    launched.clear()
+    settings: dict[str, Any] = {"config": CONFIG, "bracketing": SMALL, "whole": LaunchConfig(16, 1, 4)}
+    kernels.both_thresholds(*sides, ks=[size // 2 for size in sizes], per_tensor=True, **settings)
+    assert sum(launched.values()) == 7
 
 
 def test_nothing_is_uploaded_for_tensors_that_stay_where_they_are(uploads: list[int]) -> None:
@@ -218,9 +242,7 @@ def test_single_pass_positions_beyond_32_bits_are_correct(
         monkeypatch.setattr(
             single_pass,
             "tables",
-            lambda *a, far=far: tuple(
-                replace(one, firsts=one.firsts + far, start=one.start + far) for one in tables_of(*a)
-            ),
+            lambda *a, far=far: tuple(replace(one, firsts=one.firsts + far) for one in tables_of(*a)),
         )
         out = [torch.full_like(b, torch.nan) for b in base]
         stats = kernels.select_and_fuse_(
@@ -248,23 +270,25 @@ def test_nothing_waits_for_the_device_and_a_graph_can_be_captured() -> None:
 
     def step() -> Any:
         kernels.update_importance_(ImportanceInputs(base, inner, s, u), Smoothing(0.85, 0.85), nonfinite)
-        return kernels.select_and_fuse_(
+        stats = kernels.select_and_fuse_(
             FusionInputs(out, base, inner, outer, scores, scores), 4_000_000, RULE
         )
+        ks = [size // 3 for size in sizes]
+        return stats, kernels.both_thresholds(scores, scores, ks=ks, per_tensor=True)
 
     step()
     torch.cuda.synchronize()
     before = [t.clone() for t in (*s, *u)]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        stats = step()
+        stats, limits = step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     expected, counts = [t.clone() for t in out], stats.counts.clone()
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step()
+        captured, found = step()
     for tensor, old in zip((*s, *u), before, strict=True):
         tensor.copy_(old)
     for tensor in out:
@@ -272,6 +296,7 @@ def test_nothing_waits_for_the_device_and_a_graph_can_be_captured() -> None:
     graph.replay()
     assert_same_bits(out, [t.cpu() for t in expected])
     assert torch.equal(captured.counts, counts)
+    assert all(map(torch.equal, found, limits))
 
 
 @pytest.mark.gpu

@@ -47,7 +47,7 @@ def fell_back(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
     def spy(*args: Any) -> dict[str, Tensor]:
         memory = make(*args)
-        flags.append(memory["fields_ptr"][FAILED.value])
+        flags.append(memory["fields_ptr"][0, FAILED.value])
         return memory
 
     monkeypatch.setattr(single_pass, "workspace", spy)
@@ -222,8 +222,8 @@ def test_thresholds_without_fusion_in_one_pass(
     scores = Scores(positive(sizes, torch.float32, 3), positive(sizes, torch.float32, 4), distance)
     scores.sensitivity[1] = scores.sensitivity[1].bfloat16()
     bracketing = replace(SMALL, run=run, sample_stride=2 * run, list_slack=slack)
-    radix = thresholds.radix_thresholds
-    monkeypatch.setattr(thresholds, "radix_thresholds", None)  # is not called
+    radix = thresholds.radix_threshold
+    monkeypatch.setattr(thresholds, "radix_threshold", None)  # is not called
     for k in (0, 1, 300, sum(sizes) - 1):
         (expected,) = reference.score_thresholds(scores, ks=[k], per_tensor=False)
         moved = scores_on(DEVICE, scores)
@@ -231,7 +231,7 @@ def test_thresholds_without_fusion_in_one_pass(
             moved, ks=[k], per_tensor=False, config=CONFIG, bracketing=bracketing
         )
         assert found.item() == expected.item()
-        (other,) = radix(moved, ks=[k], per_tensor=False, config=CONFIG)
+        (other,) = radix(moved, k, CONFIG)
         assert other.item() == expected.item()
 
 

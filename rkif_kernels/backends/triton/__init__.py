@@ -7,13 +7,14 @@ from rkif_kernels.backends.triton.fuse import fuse_
 from rkif_kernels.backends.triton.importance import update_importance_
 from rkif_kernels.backends.triton.plan import PreparedUpdate
 from rkif_kernels.backends.triton.single_pass import prepared_fusion, select_and_fuse_
-from rkif_kernels.backends.triton.thresholds import score_thresholds
+from rkif_kernels.backends.triton.thresholds import both_thresholds, score_thresholds
 
 __all__ = [
     "PreparedUpdate",
     "absolute_sums",
     "adamw_",
     "all_valid",
+    "both_thresholds",
     "count_scores_",
     "fuse_",
     "merge_task_vectors_",

@@ -1,23 +1,36 @@
-"""Brackets around an order statistic, from a sample: two launches that do not wait for the host.
+"""Brackets around the order statistics of groups of scores, from samples: two launches.
 
-A first sample of a few thousand scores gives a window of keys around the order statistic. A second sample, of
-up to millions of scores, is only counted: below the window, and in the window's bins. The bracket consists of
-the bins in which the order statistic very probably lies. Each end of the window is counted separately, so
-that many ties there (mostly zeros) are decided exactly.
+A first sample of a few thousand scores of each group gives a window of keys around the order statistic. A
+second sample, of up to millions of scores, is only counted: below the window, and in the window's bins. The
+bracket consists of the bins in which the order statistic very probably lies. Each end of the window is
+counted separately, so that many ties there (mostly zeros) are decided exactly.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import triton
 import triton.language as tl
 
-from rkif_kernels.backends.triton.elements import find_tensor, gather_float32, kernel
-from rkif_kernels.backends.triton.launch import Bracketing, LaunchConfig, PreparedLaunch, capped_grid
+from rkif_kernels.backends.triton.elements import find_tensor, gather_float32, kernel, load_chunk
+from rkif_kernels.backends.triton.groups import (
+    COUNTED_BLOCKS,
+    FIRST_SAMPLED,
+    FIRST_STRIDE,
+    HIGH_K,
+    LOW_K,
+    MARGIN,
+    PROGRAMS,
+    SHARE,
+    STRIDE,
+    Groups,
+    group_of,
+    number_of,
+)
+from rkif_kernels.backends.triton.launch import Bracketing, LaunchConfig, PreparedLaunch
 from rkif_kernels.backends.triton.table import Table
+from rkif_kernels.backends.triton.whole import key_of_k
 from rkif_kernels.backends.triton.windows import (
     ALL_BINS,
     BINS,
@@ -28,6 +41,7 @@ from rkif_kernels.backends.triton.windows import (
     SAMPLED,
     SEARCHES,
     bin_bits,
+    fields_of,
     last_program,
 )
 
@@ -61,36 +75,22 @@ def _gather_key(
 
 
 @triton.jit
-def _cell_elements(firsts_ptr, n_tensors, start, numel, stride, first_cell, cells, places, RUN: tl.constexpr):
-    """The sampled elements (tensors, offsets, mask): RUN neighbours from each cell of ``stride`` elements.
+def _cell_elements(firsts_ptr, first_tensor, span, stride, first_place, places, mask, RUN: tl.constexpr):
+    """The sampled elements (tensors, offsets, mask) of ``span`` tensors.
 
-    A run starts at a hashed place in its cell, at a multiple of RUN in its tensor: one access to memory.
+    They are RUN neighbours from each cell of ``stride`` elements. A run starts at a hashed place in its cell,
+    at a multiple of RUN in its tensor: one access to memory.
     """
-    cell = places // RUN
-    mask = cell < cells
-    begin = cell.to(tl.int64) * stride
-    width = tl.minimum(numel - begin, stride)
-    positions = start + begin + ((_hashed(first_cell + cell) * width) >> 32)
-    tensors = find_tensor(firsts_ptr, n_tensors, positions, mask)
+    firsts_ptr += first_tensor
+    start = tl.load(firsts_ptr)
+    begin = (places // RUN).to(tl.int64) * stride
+    width = tl.minimum(tl.load(firsts_ptr + span) - start - begin, stride)
+    positions = start + begin + ((_hashed((first_place + places) // RUN) * width) >> 32)
+    tensors = find_tensor(firsts_ptr, span, positions, mask)
     tensor_start = tl.load(firsts_ptr + tensors, mask=mask, other=0)
     tensor_end = tl.load(firsts_ptr + tensors + 1, mask=mask, other=0)
     offsets = (positions - tensor_start) // RUN * RUN + places % RUN
-    return tensors, offsets, mask & (offsets < tensor_end - tensor_start)
-
-
-@triton.jit
-def _key_of_k(keys, mask, k):
-    """The ``k``-th smallest of ``keys``, by radix selection; the smallest if k is negative."""
-    key = k.to(tl.int32) * 0
-    remaining = tl.maximum(k, 0)
-    for digit in tl.static_range(4):
-        shift = 24 - 8 * digit
-        wanted = mask & (((keys >> shift) >> 8) == key)
-        histogram = tl.histogram((keys >> shift) & 0xFF, 256, mask=wanted)
-        found = tl.sum((tl.cumsum(histogram) <= remaining).to(tl.int32))
-        remaining -= tl.sum(tl.where(tl.arange(0, 256) < found, histogram, 0))
-        key = (key << 8) | found
-    return key
+    return first_tensor + tensors, offsets, mask & (offsets < tensor_end - tensor_start)
 
 
 @kernel
@@ -98,51 +98,77 @@ def _sample_kernel(
     # Tensors
     pointers_ptr,
     firsts_ptr,
+    indices_ptr,
+    groups_ptr,
+    numels_ptr,
+    chunk_tensors_ptr,
+    chunk_starts_ptr,
     samples_ptr,
     fields_ptr,
     # Scalars
     n_tensors,
-    start,
-    numel,
-    stride,
-    cells,
-    first_cell,
-    all_cells,
-    low_k,
-    high_k,
-    all_programs,
+    span,
+    groups_a_tensor,
+    first_place,
     # Constexprs
     DTYPES: tl.constexpr,
     ROLE: tl.constexpr,
     SIDES: tl.constexpr,
     DISTANCE: tl.constexpr,
     STEP: tl.constexpr,
+    RUN: tl.constexpr,
     SAMPLES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sample one score of each cell; the last program stores the windows.
+    """Sample RUN neighbours of each cell; a group's last program stores its windows.
 
-    A window extends from the ``low_k``-th to the ``high_k``-th sampled score. ``low_k`` -1 and ``high_k``
-    ``all_cells`` stand for ends beyond the sample.
+    A window extends from the LOW_K-th to the HIGH_K-th sampled score. LOW_K -1 and HIGH_K FIRST_SAMPLED stand
+    for ends beyond the sample.
     """
-    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tensors, offsets, mask = _cell_elements(
-        firsts_ptr, n_tensors, start, numel, stride, first_cell, cells, places, 1
+    part, start, sampled = load_chunk(
+        numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, tl.program_id(0), BLOCK
     )
+    group = group_of(indices_ptr, part * span, groups_a_tensor)
+    places = start + tl.arange(0, BLOCK)
+    there = places < sampled
+    tensors, offsets, mask = _cell_elements(
+        firsts_ptr,
+        part * span,
+        span,
+        number_of(groups_ptr, group, FIRST_STRIDE),
+        first_place,
+        places,
+        there,
+        RUN,
+    )
+    samples_ptr += group * (SIDES * SAMPLES)
     for side in tl.static_range(SIDES):
+        # A run that ends beyond its tensor adds a few zeros to the sample.
         key = _gather_key(pointers_ptr, tensors, n_tensors, offsets, mask, DTYPES, ROLE + 2 * side, DISTANCE)
-        tl.store(samples_ptr + side * all_cells + first_cell + places, key, mask=mask)
-    if last_program(fields_ptr, STEP, all_programs):
+        tl.store(samples_ptr + side * SAMPLES + first_place + places, key, mask=there)
+    own_ptr = fields_of(fields_ptr, group, SIDES)
+    if last_program(own_ptr, STEP, number_of(groups_ptr, group, PROGRAMS + STEP)):
+        all_sampled = number_of(groups_ptr, group, FIRST_SAMPLED)
+        low_k = number_of(groups_ptr, group, LOW_K)
+        high_k = number_of(groups_ptr, group, HIGH_K)
         samples = tl.arange(0, SAMPLES)
-        there = samples < all_cells
-        for side in tl.static_range(SIDES):
-            sampled = tl.load(samples_ptr + side * all_cells + samples, mask=there, other=0)
-            low = tl.where(low_k < 0, 0, _key_of_k(sampled, there, low_k))
-            high = tl.where(high_k >= all_cells, LARGEST_KEY, _key_of_k(sampled, there, high_k))
-            tl.store(fields_ptr + BRACKETS + 2 * side, low.to(tl.int64))
-            tl.store(fields_ptr + BRACKETS + 2 * side + 1, high.to(tl.int64))
-            keys = tl.maximum(high - low, 1).to(tl.int64)
-            tl.store(fields_ptr + SEARCHES + 4 * side, bin_bits(keys, BINS - 1))
+        known = samples < all_sampled
+        # Loops that are not unrolled, and parts of the bins: otherwise registers spill.
+        for last_side in range(SIDES):
+            keys = tl.load(samples_ptr + last_side * SAMPLES + samples, mask=known, other=0)
+            low = all_sampled * 0
+            high = low
+            for end in range(2):
+                low = high
+                high = key_of_k(keys, known, tl.where(end == 0, low_k, high_k)).to(tl.int64)
+            low = tl.where(low_k < 0, 0, low)
+            high = tl.where(high_k >= all_sampled, LARGEST_KEY, high)
+            tl.store(own_ptr + BRACKETS + 2 * last_side, low)
+            tl.store(own_ptr + BRACKETS + 2 * last_side + 1, high)
+            tl.store(own_ptr + SEARCHES + 4 * last_side, bin_bits(tl.maximum(high - low, 1), BINS - 1))
+            for first in range(0, BINS, BLOCK):
+                bins = first + tl.arange(0, BLOCK)
+                tl.store(own_ptr + ALL_BINS + last_side * BINS + bins, tl.zeros((BLOCK,), tl.int64))
 
 
 @triton.jit
@@ -162,18 +188,20 @@ def _count_key(fields_ptr, side, key, mask):
 
 
 @triton.jit
-def _bracket_side(fields_ptr, side, fraction, spread):
-    """Replace a side's window by its bracket, and set its bins to zero."""
+def _bracket_side(fields_ptr, side, share, margin):
+    """Replace a side's window by its bracket, and set its bins to zero.
+
+    The bracket extends ``margin`` sampled scores to each side of the order statistic.
+    """
     low = tl.load(fields_ptr + BRACKETS + 2 * side)
     high = tl.load(fields_ptr + BRACKETS + 2 * side + 1)
     shift = tl.load(fields_ptr + SEARCHES + 4 * side)
     below = tl.load(fields_ptr + SAMPLED + 4 * side)
     upto = tl.load(fields_ptr + SAMPLED + 4 * side + 1)
-    sampled = tl.load(fields_ptr + SAMPLED + 4 * side + 2).to(tl.float64)
-    centre = fraction * (sampled - 1)
-    margin = (spread * tl.sqrt(sampled.to(tl.float32))).to(tl.float64) + 1
-    low_k = tl.floor(centre - margin).to(tl.int64)
-    high_k = tl.ceil(centre + margin).to(tl.int64)
+    sampled = tl.load(fields_ptr + SAMPLED + 4 * side + 2)
+    centre = (share * (sampled - 1)) >> 32
+    low_k = centre - margin
+    high_k = centre + 1 + margin
     bins = tl.arange(0, BINS)
     at = fields_ptr + ALL_BINS + side * BINS + bins
     sums = tl.cumsum(tl.load(at)) + upto
@@ -195,17 +223,17 @@ def _count_sample_kernel(
     # Tensors
     pointers_ptr,
     firsts_ptr,
+    indices_ptr,
+    groups_ptr,
+    numels_ptr,
+    chunk_tensors_ptr,
+    chunk_starts_ptr,
     fields_ptr,
     # Scalars
     n_tensors,
-    start,
-    numel,
-    stride,
-    cells,
-    first_cell,
-    all_programs,
-    fraction,
-    spread,
+    span,
+    groups_a_tensor,
+    first_place,
     # Constexprs
     DTYPES: tl.constexpr,
     ROLE: tl.constexpr,
@@ -213,33 +241,38 @@ def _count_sample_kernel(
     DISTANCE: tl.constexpr,
     STEP: tl.constexpr,
     RUN: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Count RUN neighbours of each cell in the windows; the last program stores the brackets.
-
-    A bracket extends ``spread * sqrt(sampled) + 1`` sampled scores to each side of the quantile ``fraction``.
-    """
-    block = tl.program_id(0)
-    while block * BLOCK < cells * RUN:
-        places = block * BLOCK + tl.arange(0, BLOCK)
-        tensors, offsets, mask = _cell_elements(
-            firsts_ptr, n_tensors, start, numel, stride, first_cell, cells, places, RUN
-        )
-        for side in tl.static_range(SIDES):
-            key = _gather_key(
-                pointers_ptr, tensors, n_tensors, offsets, mask, DTYPES, ROLE + 2 * side, DISTANCE
+    """Count RUN neighbours of each cell in the windows; a group's last program stores its brackets."""
+    part, start, sampled = load_chunk(
+        numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, tl.program_id(0), BLOCK
+    )
+    group = group_of(indices_ptr, part * span, groups_a_tensor)
+    own_ptr = fields_of(fields_ptr, group, SIDES)
+    stride = number_of(groups_ptr, group, STRIDE)
+    for block in range(BLOCKS):
+        if start + block * BLOCK < sampled:
+            places = start + block * BLOCK + tl.arange(0, BLOCK)
+            tensors, offsets, mask = _cell_elements(
+                firsts_ptr, part * span, span, stride, first_place, places, places < sampled, RUN
             )
-            _count_key(fields_ptr, side, key, mask)
-        block += tl.num_programs(0)
-    if last_program(fields_ptr, STEP, all_programs):
-        for side in tl.static_range(SIDES):
-            _bracket_side(fields_ptr, side, fraction, spread)
+            for side in tl.static_range(SIDES):
+                key = _gather_key(
+                    pointers_ptr, tensors, n_tensors, offsets, mask, DTYPES, ROLE + 2 * side, DISTANCE
+                )
+                _count_key(own_ptr, side, key, mask)
+    if last_program(own_ptr, STEP, number_of(groups_ptr, group, PROGRAMS + STEP)):
+        share = number_of(groups_ptr, group, SHARE)
+        margin = number_of(groups_ptr, group, MARGIN)
+        for last_side in range(SIDES):
+            _bracket_side(own_ptr, last_side, share, margin)
 
 
 def find_brackets(
     grouped: Sequence[Table],
+    groups: Groups,
     scores: Mapping[str, object],
-    fraction: float,
     bracketing: Bracketing,
     config: LaunchConfig,
 ) -> tuple[list[PreparedLaunch], int]:
@@ -247,70 +280,29 @@ def find_brackets(
 
     Args:
         scores: the kernels' constants ROLE, SIDES and DISTANCE, which say where a table has the scores.
-        fraction: the quantile of the order statistic, in [0, 1].
 
     Returns:
-        The launches, and the number of int32 in their ``samples_ptr``.
+        The launches, and the number of int32 per group and side in their ``samples_ptr``.
     """
-    numel = sum(table.numel for table in grouped)
-    tables = _cell_arguments(grouped, max(1, -(-numel // bracketing.first_samples)))
-    all_cells = sum(table["cells"] for table in tables)
-    low_k, high_k = bracketing.sample_ks(fraction, all_cells, numel)
-    programs = [triton.cdiv(table["cells"], config.block) for table in tables]
-    arguments: dict[str, object] = {
-        # Scalars
-        "all_cells": all_cells,
-        "low_k": low_k,
-        "high_k": high_k,
-        "all_programs": sum(programs),
-        # Constexprs
-        "STEP": SAMPLE_STEP,
-        # Independent of the number of scores, so that nothing is recompiled; each table rounds its cells up.
-        "SAMPLES": triton.next_power_of_2(bracketing.first_samples + len(grouped) - 1),
-        "BLOCK": config.block,
-        **scores,
-    }
-    launches = [
-        PreparedLaunch(_sample_kernel, size, arguments | table, config.options)
-        for table, size in zip(tables, programs, strict=True)
-    ]
-    tables = _cell_arguments(grouped, bracketing.stride(numel))
-    device = grouped[0].pointers.device
-    programs = [
-        capped_grid(triton.cdiv(table["cells"] * bracketing.run, config.block), device) for table in tables
-    ]
-    arguments = {
-        # Scalars
-        "all_programs": sum(programs),
-        "fraction": fraction,
-        "spread": bracketing.sigmas * math.sqrt(fraction * (1 - fraction) * bracketing.design_effect),
-        # Constexprs
-        "STEP": COUNT_STEP,
-        "RUN": bracketing.run,
-        "BLOCK": config.block,
-        **scores,
-    }
-    launches += [
-        PreparedLaunch(_count_sample_kernel, size, arguments | table, config.options)
-        for table, size in zip(tables, programs, strict=True)
-    ]
-    return launches, 2 * all_cells
-
-
-def _cell_arguments(grouped: Sequence[Table], stride: int) -> list[dict[str, Any]]:
-    """The kernels' arguments for sampling cells of ``stride`` elements, one dict per table."""
-    cells = [triton.cdiv(table.numel, stride) for table in grouped]
-    return [
-        {
-            "pointers_ptr": table.pointers,
-            "firsts_ptr": table.firsts,
-            "n_tensors": table.tensors,
-            "start": table.start,
-            "numel": table.numel,
-            "stride": stride,
-            "cells": cells[index],
-            "first_cell": sum(cells[:index]),
-            "DTYPES": table.dtypes,
-        }
-        for index, table in enumerate(grouped)
-    ]
+    # Independent of the number of scores, so that nothing is recompiled; each table rounds its cells up.
+    samples = triton.next_power_of_2(bracketing.first_samples + len(grouped) - 1)
+    first = {"STEP": SAMPLE_STEP, "RUN": groups.run, "SAMPLES": samples}
+    second = {"STEP": COUNT_STEP, "RUN": bracketing.run, "BLOCKS": COUNTED_BLOCKS}
+    launches = []
+    for sample, constants, layouts, places in (
+        (_sample_kernel, first, groups.samples, [work.sampled for work in groups.firsts]),
+        (_count_sample_kernel, second, groups.counts, [work.counted for work in groups.firsts]),
+    ):
+        for table, arguments, layout, place in zip(grouped, groups.arguments, layouts, places, strict=True):
+            arguments = arguments | layout.arguments | scores | constants
+            arguments |= {
+                "pointers_ptr": table.pointers,
+                "firsts_ptr": table.firsts,
+                "n_tensors": table.tensors,
+                "first_place": place,
+                "DTYPES": table.dtypes,
+                "BLOCK": config.block,
+            }
+            if layout.programs:
+                launches.append(PreparedLaunch(sample, layout.programs, arguments, config.options))
+    return launches, samples

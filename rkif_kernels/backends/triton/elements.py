@@ -10,10 +10,9 @@ import triton.language as tl
 kernel = partial(
     triton.jit,
     do_not_specialize=(
-        *("n_tensors", "start", "numel", "inner_stride", "outer_stride"),
-        *("groups_a_tensor", "low", "shift", "bins"),
-        *("stride", "cells", "first_cell", "all_cells", "capacity"),
-        *("first_row", "rows", "k", "low_k", "high_k", "all_programs", "chunks", "first_program"),
+        *("n_tensors", "inner_stride", "outer_stride"),
+        *("groups_a_tensor", "padded_groups", "span", "low", "shift", "bins"),
+        *("first_place", "capacity", "first_row", "rows", "chunks", "first_program", "all_programs"),
     ),
 )
 

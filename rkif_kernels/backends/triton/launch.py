@@ -94,7 +94,7 @@ class Bracketing:
         list_slack: capacity of the list, relative to the expected number of undecided elements.
         run: number of neighbours in a run, a power of two; eight float32 are one access to memory.
         design_effect: factor on the variance of a quantile, because neighbours are correlated.
-        first_samples: number of scores in the first sample.
+        first_samples: number of scores in the first sample, a multiple of ``run``.
     """
 
     min_numel: int
@@ -112,24 +112,34 @@ class Bracketing:
 
     def capacity(self, fraction: float, numel: int, sides: int) -> int:
         """Capacity of the list of undecided elements: the expected number for all brackets, with slack."""
-        sampled = -(-numel // self.stride(numel)) * self.run
-        width = 2 * self._margin(fraction, sampled) / sampled
+        width = 2 * self.margin(fraction, numel) / self._counted(numel)
         return min(max(math.ceil(self.list_slack * sides * width * numel), 1), numel)
 
-    def sample_ks(self, fraction: float, sampled: int, numel: int) -> tuple[int, int]:
+    def sample_ks(self, fraction: float, sampled: int, numel: int, run: int = 1) -> tuple[int, int]:
         """The k of the window's ends in the first sample; -1 or ``sampled`` for an end beyond it.
 
         The window contains the bracket in spite of the sampling errors of both samples.
+
+        Args:
+            run: number of neighbours in a run of the first sample.
         """
-        margin = self.sigmas * math.sqrt(fraction * (1 - fraction) * sampled)
-        counted = -(-numel // self.stride(numel)) * self.run
-        margin += 2 * self._margin(fraction, counted) * sampled / counted + 1
+        margin = self._deviations(fraction, sampled, run)
+        margin += 2 * self.margin(fraction, numel) * sampled / self._counted(numel) + 1
         centre = fraction * (sampled - 1)
         return max(math.floor(centre - margin), -1), min(math.ceil(centre + margin), sampled)
 
-    def _margin(self, fraction: float, sampled: int) -> float:
-        """Half-width of a bracket, in sampled scores."""
-        return self.sigmas * math.sqrt(fraction * (1 - fraction) * sampled * self.design_effect) + 1
+    def margin(self, fraction: float, numel: int) -> float:
+        """Half-width of a bracket, in scores of the second sample of ``numel``."""
+        return self._deviations(fraction, self._counted(numel), self.run) + 1
+
+    def _counted(self, numel: int) -> int:
+        """Number of scores in the second sample."""
+        return -(-numel // self.stride(numel)) * self.run
+
+    def _deviations(self, fraction: float, sampled: int, run: int) -> float:
+        """The standard deviations to which a quantile of a sample is trusted, in sampled scores."""
+        effect = self.design_effect if run > 1 else 1.0
+        return self.sigmas * math.sqrt(fraction * (1 - fraction) * sampled * effect)
 
 
 def capped_grid(programs: int, device: torch.device) -> int:

@@ -11,6 +11,8 @@ What the rows without a measurement have was chosen by counting bytes and regist
   the square root of their number: one run of eight in 128 scores reads 3 % of all bytes and leaves 0.5 % of
   64 Mi elements undecided, which cost as much again. Neighbours resemble each other, so eight are counted
   as three.
+- A program with all scores of a tensor holds 16 per thread. With 32, registers spill, or the program fills a
+  multiprocessor.
 - Radix selection takes 17 launches for a fusion instead of 7, and reads scores four times; below 2^17
   elements a sample would be most of them.
 
@@ -40,8 +42,8 @@ class Call(NamedTuple):
     """What a launch configuration is chosen by.
 
     Attributes:
-        op: "observe", "adamw", "threshold", "radix", "fuse" (with its thresholds), "merge" (thresholds
-            given), "count" or "valid".
+        op: "observe", "adamw", "threshold", "whole" (a threshold of a tensor by one program), "radix", "fuse"
+            (with its thresholds), "merge" (thresholds given), "count" or "valid".
         architecture: as in "sm_90" or "gfx942"; the type of a device that is not a GPU.
         triton: major and minor version.
         dtypes: of the operation's lists in their order, each once, as in "bfloat16+float32".

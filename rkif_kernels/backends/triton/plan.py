@@ -52,7 +52,7 @@ class PreparedUpdate:
             tuple(tensor.numel() for tensor in inputs.params),
             self._config.chunk,
         )
-        self._indices = [table.indices.tolist() for table in self._tables]
+        self._indices = [table.members for table in self._tables]
         self._streams = StreamOrder(self._device, [t for table in self._tables for t in table.memory])
         self._launches = self._prepare(self._tables)
         # Pinned memory cannot be allocated during a capture, so one source per table is allocated before.

@@ -42,6 +42,7 @@ from rkif_kernels.backends.triton.fuse import (
     merge_arguments,
     store_norms,
 )
+from rkif_kernels.backends.triton.groups import PROGRAMS, find_groups, number_of
 from rkif_kernels.backends.triton.launch import (
     Bracketing,
     LaunchConfig,
@@ -49,7 +50,7 @@ from rkif_kernels.backends.triton.launch import (
     capped_grid,
 )
 from rkif_kernels.backends.triton.launches import chosen
-from rkif_kernels.backends.triton.radix import radix_thresholds
+from rkif_kernels.backends.triton.radix import radix_threshold
 from rkif_kernels.backends.triton.table import (
     ALIGNMENT,
     StreamOrder,
@@ -121,6 +122,7 @@ def _bracketed_fuse_tile(
 def _bracketed_fuse_kernel(
     # Tensors
     pointers_ptr,
+    groups_ptr,
     numels_ptr,
     chunk_tensors_ptr,
     chunk_starts_ptr,
@@ -131,10 +133,8 @@ def _bracketed_fuse_kernel(
     partial_norms_ptr,
     # Scalars
     n_tensors,
+    padded_groups,
     first_row,
-    rows,
-    capacity,
-    k,
     weights,
     # Constexprs
     DTYPES: tl.constexpr,
@@ -187,8 +187,8 @@ def _bracketed_fuse_kernel(
     add_counts(fields_ptr + COUNTS, inner_side, 3)
     add_counts(fields_ptr + COUNTS + 4, outer_side, 3)
     store_norms(partial_norms_ptr, row, norm_in, norm_out, norm_update)
-    if last_program(fields_ptr, STEP, rows):
-        begin_searches(fields_ptr, thresholds_ptr, offsets_ptr, rows, capacity, k, 2, BLOCK)
+    if last_program(fields_ptr, STEP, number_of(groups_ptr, 0, PROGRAMS + STEP)):
+        begin_searches(fields_ptr, thresholds_ptr, offsets_ptr, groups_ptr, padded_groups, 0, 2, STEP, BLOCK)
 
 
 @kernel
@@ -207,6 +207,7 @@ def _finish_kernel(
     norms_ptr,
     # Scalars
     n_tensors,
+    padded_groups,
     chunks,
     first_row,
     rows,
@@ -227,7 +228,7 @@ def _finish_kernel(
     The last program sums the norms in a fixed order. The grid is capped; programs loop.
     """
     OUT: tl.constexpr = DTYPES[0]
-    thresholds = (tl.load(thresholds_ptr), tl.load(thresholds_ptr + 1))
+    thresholds = (tl.load(thresholds_ptr), tl.load(thresholds_ptr + padded_groups))
     norm_in = tl.zeros((BLOCK // 4,), tl.float64)
     norm_out, norm_update = norm_in, norm_in
     failed = tl.load(fields_ptr + FAILED) != 0
@@ -243,8 +244,8 @@ def _finish_kernel(
             add_counts(fields_ptr, selected)
             part += tl.num_programs(0)
     else:
-        entry = tl.load(offsets_ptr + first_row) + tl.program_id(0).to(tl.int64) * BLOCK
-        end = tl.load(offsets_ptr + first_row + chunks)
+        entry = tl.load(offsets_ptr + 2 * first_row) + tl.program_id(0).to(tl.int64) * BLOCK
+        end = tl.load(offsets_ptr + 2 * (first_row + chunks) - 1)
         while entry < end:
             entries = entry + tl.arange(0, BLOCK)
             mask = entries < end
@@ -294,8 +295,7 @@ def select_and_fuse_(
     bracketing = bracketing or row.bracketing
     if inputs.numel < bracketing.min_numel:
         inner, outer = (
-            radix_thresholds(scores, ks=[k], per_tensor=False, config=config)
-            for scores in (inputs.inner_scores, inputs.outer_scores)
+            radix_threshold(scores, k, config) for scores in (inputs.inner_scores, inputs.outer_scores)
         )
         return fuse_(inputs, (inner, outer), rule, config)
     config = config or row.launch
@@ -349,46 +349,48 @@ class BracketedFusion:
         bracketing: Bracketing,
     ) -> None:
         self._device = grouped[0].pointers.device
-        numel = sum(table.numel for table in grouped)
-        fraction = k / max(numel - 1, 1)
         kind = {"ROLE": INNER_SCORE, "SIDES": 2, "DISTANCE": False}
-        undecided = Undecided.of(grouped, bracketing.capacity(fraction, numel, sides=2), 5, config)
-        rows = undecided.rows
+        groups = find_groups(grouped, [k], False, 2, bracketing, config)
+        undecided = Undecided.of(groups, 5, config)
+        rows = groups.rows
         wanted = (max(table.programs, triton.cdiv(undecided.capacity, config.block)) for table in grouped)
         programs = [capped_grid(count, self._device) for count in wanted]
         self._undecided, self._norm_rows = undecided, rows[-1] + sum(programs)
         selection = replace(config, max_registers=None)
-        brackets, self._samples = find_brackets(grouped, kind, fraction, bracketing, selection)
+        brackets, samples = find_brackets(grouped, groups, kind, bracketing, selection)
+        self._samples = 2 * samples
         passes, finish = [], []
-        for index, table in enumerate(grouped):
-            arguments = table.arguments | merge_arguments(table, rule, config)
-            arguments |= {"first_row": rows[index], "rows": rows[-1], "capacity": undecided.capacity}
+        for index, (table, own) in enumerate(zip(grouped, groups.arguments, strict=True)):
+            arguments = own | table.arguments | merge_arguments(table, rule, config)
+            arguments["first_row"] = rows[index]
             passes.append(
                 PreparedLaunch(
                     _bracketed_fuse_kernel,
                     table.programs,
-                    arguments | {"k": k, "STEP": PASS_STEP},
+                    arguments | {"STEP": PASS_STEP},
                     config.options,
                 )
             )
             arguments |= {
+                "rows": rows[-1],
+                "capacity": undecided.capacity,
                 "chunks": table.programs,
                 "first_program": sum(programs[:index]),
                 "all_programs": sum(programs),
                 "STEP": FINISH_STEP,
             }
             finish.append(PreparedLaunch(_finish_kernel, programs[index], arguments, config.options))
-        searches = list_and_search(grouped, undecided, kind, selection)
+        searches = list_and_search(grouped, groups, undecided, kind, selection, fused=True)
         self._launches = [*brackets, *passes, *searches, *finish]
 
     def launch(self) -> FuseStats:
         """Fuse once, on the current stream."""
         device = self._device
-        memory = workspace(2, device) | self._undecided.allocate(device)
+        memory = workspace(1, 2, device) | self._undecided.allocate(device)
         memory["samples_ptr"] = torch.empty(self._samples, dtype=torch.int32, device=device)
         memory["partial_norms_ptr"] = torch.empty((self._norm_rows, 3), dtype=torch.float64, device=device)
         memory["norms_ptr"] = torch.empty(3, dtype=torch.float64, device=device)
         for launch in self._launches:
             launch(memory)
-        fields, thresholds = memory["fields_ptr"], memory["thresholds_ptr"]
-        return FuseStats(fields[:4], memory["norms_ptr"], (thresholds[:1], thresholds[1:]))
+        fields, thresholds = memory["fields_ptr"][0], memory["thresholds_ptr"]
+        return FuseStats(fields[:4], memory["norms_ptr"], (thresholds[0, :1], thresholds[1, :1]))

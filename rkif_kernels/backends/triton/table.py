@@ -40,6 +40,19 @@ class Layout:
     chunk_tensors: Tensor
     chunk_starts: Tensor
 
+    @property
+    def programs(self) -> int:
+        return self.chunk_starts.numel()
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """The arguments of every kernel that processes chunks, by the names of its parameters."""
+        return {
+            "numels_ptr": self.numels,
+            "chunk_tensors_ptr": self.chunk_tensors,
+            "chunk_starts_ptr": self.chunk_starts,
+        }
+
 
 @dataclass(frozen=True)
 class Table:
@@ -51,7 +64,8 @@ class Table:
         indices: int32 [tensors], indices in the caller's lists.
         firsts: int64 [tensors + 1], position of each tensor's first element in the concatenation of the
             tensors of all tables, and the end.
-        start, numel: first position and number of elements of this table.
+        numel: number of elements.
+        members, sizes: the tensors' indices and numbers of elements, on the host.
         layout: distribution of the elements over programs.
     """
 
@@ -59,8 +73,9 @@ class Table:
     pointers: Tensor
     indices: Tensor
     firsts: Tensor
-    start: int
     numel: int
+    members: tuple[int, ...]
+    sizes: tuple[int, ...]
     layout: Layout
 
     @property
@@ -73,7 +88,7 @@ class Table:
 
     @property
     def programs(self) -> int:
-        return self.layout.chunk_starts.numel()
+        return self.layout.programs
 
     @property
     def tensors(self) -> int:
@@ -81,14 +96,8 @@ class Table:
 
     @property
     def arguments(self) -> dict[str, object]:
-        """The arguments of every kernel that processes chunks, by the names of its parameters."""
-        return {
-            "pointers_ptr": self.pointers,
-            "numels_ptr": self.layout.numels,
-            "chunk_tensors_ptr": self.layout.chunk_tensors,
-            "chunk_starts_ptr": self.layout.chunk_starts,
-            "n_tensors": self.tensors,
-        }
+        """The arguments of every kernel that processes chunks of its tensors."""
+        return {"pointers_ptr": self.pointers, "n_tensors": self.tensors, **self.layout.arguments}
 
 
 class StreamOrder:
@@ -172,17 +181,16 @@ def build_tables(
     for key, indices in groups.items():
         sizes = tuple(numels[index] for index in indices)
         ends = _host([0, *sizes]).cumsum(0) + start
-        layout, order = _layout(device, sizes, chunk)
-        order.enter()
         made.append(
             Table(
                 tuple(None if dtype is None else DTYPE_NAMES[dtype] for dtype in key),
                 upload(_host([[row[index] for index in indices] for row in addresses]), device),
                 upload(_host(indices).int(), device),
                 upload(ends, device),
-                start,
                 sum(sizes),
-                layout,
+                tuple(indices),
+                sizes,
+                layout_of(device, sizes, chunk),
             )
         )
         start += sum(sizes)
@@ -196,7 +204,15 @@ def _tables(device: torch.device, *key: Any) -> tuple[tuple[Table, ...], StreamO
     return made, StreamOrder(device, [tensor for table in made for tensor in table.memory])
 
 
-@functools.lru_cache(maxsize=16)
+def layout_of(device: torch.device, numels: tuple[int, ...], chunk: int) -> Layout:
+    """The distribution of some elements of each tensor over programs, ``chunk`` of a tensor per program."""
+    layout, order = _layout(device, numels, chunk)
+    order.enter()
+    keep_for_graph(layout, layout.numels)
+    return layout
+
+
+@functools.lru_cache(maxsize=64)
 def _layout(device: torch.device, numels: tuple[int, ...], chunk: int) -> tuple[Layout, StreamOrder]:
     sizes = _host(numels)
     pieces = (sizes + chunk - 1) // chunk

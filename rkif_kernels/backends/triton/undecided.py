@@ -1,16 +1,15 @@
 """The elements that brackets leave undecided: bits from the pass, then a list in the order of the elements.
 
-The pass stores a word of bits per lane and a count per program. Its last program computes prefix sums of the
-counts, which give every program a fixed part of the list, independent of timing. One launch gathers the
-undecided elements with their values; two more search the thresholds in the list. If the brackets failed, the
-same launches search all scores.
+The pass stores a word of bits per lane and a count per program. The last program of a group computes prefix
+sums of the counts, which give every program a fixed part of the list, independent of timing. One launch
+gathers the undecided elements with their values; two more search the thresholds in the list. If the brackets
+of a group failed, the same launches search all its scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import triton
@@ -24,7 +23,18 @@ from rkif_kernels.backends.triton.elements import (
     load_row,
     load_score,
 )
-from rkif_kernels.backends.triton.launch import LaunchConfig, PreparedLaunch, capped_grid
+from rkif_kernels.backends.triton.groups import (
+    FIRST_ROW,
+    LIST_END,
+    LIST_START,
+    PIECE,
+    PROGRAMS,
+    Groups,
+    K,
+    group_of,
+    number_of,
+)
+from rkif_kernels.backends.triton.launch import LaunchConfig, PreparedLaunch
 from rkif_kernels.backends.triton.table import Table
 from rkif_kernels.backends.triton.windows import (
     BINS,
@@ -33,14 +43,15 @@ from rkif_kernels.backends.triton.windows import (
     COUNTS,
     FAILED,
     LIST_STEP,
-    LISTED,
     SECOND_STEP,
     THIRD_STEP,
     add_to_bins,
     bin_bits,
     count_chunk,
+    fields_of,
     last_program,
     narrow_search,
+    searching,
     store_search,
 )
 
@@ -49,37 +60,35 @@ MAX_TILES = 16  # four bits per tile in a word of 64
 
 @dataclass(frozen=True)
 class Undecided:
-    """The memory for the undecided elements of a pass over some tables.
+    """The memory for the undecided elements of a pass.
 
     Attributes:
-        rows: index of the first program of each table; at the end, the number of programs.
+        programs: number of programs of the pass.
         lanes: number of words of bits that a program stores.
         capacity: maximum number of listed elements.
         values: number of values per listed element, its scores first.
     """
 
-    rows: list[int]
+    programs: int
     lanes: int
     capacity: int
     values: int
 
     @staticmethod
-    def of(grouped: Sequence[Table], capacity: int, values: int, config: LaunchConfig) -> Undecided:
+    def of(groups: Groups, values: int, config: LaunchConfig) -> Undecided:
         assert config.tiles <= MAX_TILES
-        rows = [0, *accumulate(table.programs for table in grouped)]
-        return Undecided(rows, config.block // 4, capacity, values)
+        return Undecided(groups.rows[-1], config.block // 4, groups.capacity, values)
 
     def allocate(self, device: torch.device) -> dict[str, Tensor]:
         """The memory, by the names of the kernels' parameters.
 
         ``bits_ptr`` is int64 [programs, lanes], bit ``4 * tile + element`` of a lane; ``offsets_ptr`` int64
-        [programs + 1], the start of each program's part of the list; ``addresses_ptr`` int64 [capacity], of
-        the outputs; ``values_ptr`` float32 [values, capacity].
+        [programs, 2], the start and the end of each program's part of the list; ``addresses_ptr`` int64
+        [capacity], of the outputs; ``values_ptr`` float32 [values, capacity].
         """
-        programs = self.rows[-1]
         return {
-            "bits_ptr": torch.empty((programs, self.lanes), dtype=torch.int64, device=device),
-            "offsets_ptr": torch.empty(programs + 1, dtype=torch.int64, device=device),
+            "bits_ptr": torch.empty((self.programs, self.lanes), dtype=torch.int64, device=device),
+            "offsets_ptr": torch.empty((self.programs, 2), dtype=torch.int64, device=device),
             "addresses_ptr": torch.empty(self.capacity, dtype=torch.int64, device=device),
             "values_ptr": torch.empty((self.values, self.capacity), dtype=torch.float32, device=device),
         }
@@ -97,28 +106,35 @@ def load_bracket(fields_ptr, side):
 def store_undecided(bits_ptr, offsets_ptr, row, bits, undecided, BLOCK: tl.constexpr):
     """Store the bits of a program's undecided elements, and their number."""
     tl.store(bits_ptr + row.to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4), bits)
-    tl.store(offsets_ptr + row + 1, undecided.to(tl.int64))
+    tl.store(offsets_ptr + 2 * row + 1, undecided.to(tl.int64))
 
 
 @triton.jit
 def begin_searches(
-    fields_ptr, thresholds_ptr, offsets_ptr, rows, capacity, k, SIDES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """In the pass's last program: compute the offsets of the list, and start the search of each threshold.
+    fields_ptr, thresholds_ptr, offsets_ptr, groups_ptr, padded_groups, group,
+    SIDES: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """In a group's last program of the pass: compute its parts of the list, and start its searches.
 
-    The threshold is lo, or in the list, or, if the brackets failed, anywhere among all scores.
+    A threshold is lo, or in the list, or, if the brackets failed, anywhere among the group's scores.
+
+    Args:
+        fields_ptr: those of the group.
     """
-    listed = (k * 0).to(tl.int64)  # k is an int32 wherever 32 bits hold it
-    tl.store(offsets_ptr, listed)
-    row = listed
-    while row < rows:
+    k = number_of(groups_ptr, group, K)
+    row = number_of(groups_ptr, group, FIRST_ROW)
+    end = row + number_of(groups_ptr, group, PROGRAMS + STEP)
+    listed = number_of(groups_ptr, group, LIST_START)
+    while row < end:
         here = row + tl.arange(0, BLOCK)
-        counts = tl.load(offsets_ptr + 1 + here, mask=here < rows, other=0)
+        counts = tl.load(offsets_ptr + 2 * here + 1, mask=here < end, other=0)
+        ends = listed + tl.cumsum(counts)
         tl.debug_barrier()
-        tl.store(offsets_ptr + 1 + here, listed + tl.cumsum(counts), mask=here < rows)
+        tl.store(offsets_ptr + 2 * here, ends - counts, mask=here < end)
+        tl.store(offsets_ptr + 2 * here + 1, ends, mask=here < end)
         listed += tl.sum(counts)
         row += BLOCK
-    failed = listed > capacity
+    failed = listed > number_of(groups_ptr, group, LIST_END)
     for side in tl.static_range(SIDES):
         below = tl.load(fields_ptr + COUNTS + 4 * side)
         upto = tl.load(fields_ptr + COUNTS + 4 * side + 1)
@@ -132,8 +148,14 @@ def begin_searches(
         shift = bin_bits(tl.maximum(hi - lo, 1), BINS)
         low = tl.where(failed, 0, tl.where(found, lo, lo + 1))
         left = tl.where(failed, k, tl.where(found, -1, k - upto))
-        store_search(fields_ptr, thresholds_ptr, side, low, tl.where(failed, 31 - BITS, shift), left)
-    tl.store(fields_ptr + LISTED, tl.where(failed, 0, listed))
+        store_search(
+            fields_ptr,
+            thresholds_ptr + side * padded_groups + group,
+            side,
+            low,
+            tl.where(failed, 31 - BITS, shift),
+            left,
+        )
     tl.store(fields_ptr + FAILED, failed.to(tl.int64))
     if failed:  # all elements are counted again
         tl.store(fields_ptr + tl.arange(0, 4), tl.zeros((4,), tl.int64))
@@ -178,6 +200,8 @@ def _gather_scores(
 def _list_kernel(
     # Tensors
     pointers_ptr,
+    indices_ptr,
+    groups_ptr,
     numels_ptr,
     chunk_tensors_ptr,
     chunk_starts_ptr,
@@ -189,154 +213,183 @@ def _list_kernel(
     values_ptr,
     # Scalars
     n_tensors,
+    padded_groups,
+    groups_a_tensor,
     first_row,
     capacity,
-    all_programs,
     # Constexprs
     DTYPES: tl.constexpr,
     ROLE: tl.constexpr,
     SIDES: tl.constexpr,
     DISTANCE: tl.constexpr,
+    FUSED: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Gather a chunk's undecided elements and count them in the windows; the last program narrows these.
+    """Gather a chunk's undecided elements and count them; a group's last program narrows its windows.
 
-    An undecided element reads one sector of each of up to seven streams, and writes up to 36 bytes.
+    An undecided element reads one sector of each of up to seven streams, and writes up to 36 bytes. Without a
+    fusion (FUSED), nothing is done for groups whose thresholds are found.
     """
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)
-    if tl.load(fields_ptr + FAILED) != 0:
-        for side in tl.static_range(SIDES):
-            count_chunk(
-                pointers_ptr, fields_ptr, n_tensors, tensor, start, numel, side,
-                DTYPES, ROLE + 2 * side, DISTANCE, BLOCK, TILES,
-            )  # fmt: skip
-    else:
-        row = first_row + chunk
-        place = tl.load(offsets_ptr + row)
-        if tl.load(offsets_ptr + row + 1) > place:
-            lanes = tl.arange(0, BLOCK // 4)
-            words = tl.load(bits_ptr + row.to(tl.int64) * (BLOCK // 4) + lanes)
-            counts = _bit_count(words)
-            places = place + tl.cumsum(counts) - counts
-            while tl.max((words != 0).to(tl.int32)) > 0:
-                mask = words != 0
-                bit = _lowest_bit(words)
-                offsets = start + (bit >> 2) * BLOCK + lanes * 4 + (bit & 3)
-                for side in tl.static_range(SIDES):
-                    score = _gather_scores(
-                        pointers_ptr, tensor, n_tensors, offsets, mask, DTYPES, ROLE + 2 * side, DISTANCE
-                    )
-                    tl.store(values_ptr + side * capacity + places, score, mask=mask)
-                    add_to_bins(fields_ptr, side, score, mask)
-                if SIDES == 2:  # a fusion: the output's address, then base, inner and outer
-                    size: tl.constexpr = tl.dtype(DTYPES[0]).primitive_bitwidth // 8
-                    tl.store(
-                        addresses_ptr + places, tl.load(pointers_ptr + tensor) + offsets * size, mask=mask
-                    )
-                    for role in tl.static_range(1, 4):
-                        row_ptr = load_row(pointers_ptr, role, tensor, n_tensors, DTYPES)
-                        value = load_float32(row_ptr, offsets, mask)
-                        tl.store(values_ptr + (role + 1) * capacity + places, value, mask=mask)
-                words = words & (words - 1)
-                places += 1
-    if last_program(fields_ptr, STEP, all_programs):
-        for side in tl.static_range(SIDES):
-            narrow_search(fields_ptr, thresholds_ptr, side)
+    group = group_of(indices_ptr, tensor, groups_a_tensor)
+    own_ptr = fields_of(fields_ptr, group, SIDES)
+    if FUSED | searching(own_ptr, SIDES):
+        if tl.load(own_ptr + FAILED) != 0:
+            for side in tl.static_range(SIDES):
+                count_chunk(
+                    pointers_ptr, own_ptr, n_tensors, tensor, start, numel, side,
+                    DTYPES, ROLE + 2 * side, DISTANCE, BLOCK, TILES,
+                )  # fmt: skip
+        else:
+            row = (first_row + chunk).to(tl.int64)
+            place = tl.load(offsets_ptr + 2 * row)
+            if tl.load(offsets_ptr + 2 * row + 1) > place:
+                lanes = tl.arange(0, BLOCK // 4)
+                words = tl.load(bits_ptr + row * (BLOCK // 4) + lanes)
+                counts = _bit_count(words)
+                places = place + tl.cumsum(counts) - counts
+                while tl.max((words != 0).to(tl.int32)) > 0:
+                    mask = words != 0
+                    bit = _lowest_bit(words)
+                    offsets = start + (bit >> 2) * BLOCK + lanes * 4 + (bit & 3)
+                    for side in tl.static_range(SIDES):
+                        score = _gather_scores(
+                            pointers_ptr, tensor, n_tensors, offsets, mask, DTYPES, ROLE + 2 * side, DISTANCE
+                        )
+                        tl.store(values_ptr + side * capacity + places, score, mask=mask)
+                        add_to_bins(own_ptr, side, score, mask)
+                    if FUSED:  # the output's address, then base, inner and outer
+                        size: tl.constexpr = tl.dtype(DTYPES[0]).primitive_bitwidth // 8
+                        tl.store(
+                            addresses_ptr + places, tl.load(pointers_ptr + tensor) + offsets * size, mask=mask
+                        )
+                        for role in tl.static_range(1, 4):
+                            row_ptr = load_row(pointers_ptr, role, tensor, n_tensors, DTYPES)
+                            value = load_float32(row_ptr, offsets, mask)
+                            tl.store(values_ptr + (role + 1) * capacity + places, value, mask=mask)
+                    words = words & (words - 1)
+                    places += 1
+        if last_program(own_ptr, STEP, number_of(groups_ptr, group, PROGRAMS + STEP)):
+            for side in tl.static_range(SIDES):
+                narrow_search(own_ptr, thresholds_ptr + side * padded_groups + group, side)
 
 
 @kernel
 def _narrow_kernel(
     # Tensors
     pointers_ptr,
+    indices_ptr,
+    groups_ptr,
     numels_ptr,
     chunk_tensors_ptr,
     chunk_starts_ptr,
+    part_rows_ptr,
+    piece_parts_ptr,
+    piece_starts_ptr,
     fields_ptr,
     thresholds_ptr,
+    offsets_ptr,
     values_ptr,
     # Scalars
     n_tensors,
-    chunks,
+    span,
+    padded_groups,
+    groups_a_tensor,
+    first_row,
     capacity,
-    all_programs,
     # Constexprs
     DTYPES: tl.constexpr,
     ROLE: tl.constexpr,
     SIDES: tl.constexpr,
     DISTANCE: tl.constexpr,
     STEP: tl.constexpr,
-    FIRST: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Count the list, or all scores of the table, in the windows; the last program narrows the windows.
-
-    With several tables, the FIRST launch counts the list. The grid is capped; programs loop.
-    """
-    part = tl.program_id(0)
-    if tl.load(fields_ptr + FAILED) != 0:
-        while part < chunks:
-            tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, part, BLOCK)
+    """Count the listed elements of PIECE chunks, or all; a group's last program narrows its windows."""
+    part, piece, rows = load_chunk(part_rows_ptr, piece_parts_ptr, piece_starts_ptr, tl.program_id(0), PIECE)
+    group = group_of(indices_ptr, part * span, groups_a_tensor)
+    own_ptr = fields_of(fields_ptr, group, SIDES)
+    if searching(own_ptr, SIDES):
+        row = piece
+        if groups_a_tensor == 0:
+            row += first_row
+        else:
+            row += number_of(groups_ptr, group, FIRST_ROW)
+        last = row + tl.minimum(rows - piece, PIECE) - 1
+        if tl.load(own_ptr + FAILED) != 0:
+            while row <= last:
+                tensor, start, numel = load_chunk(
+                    numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, row - first_row, BLOCK
+                )
+                for side in tl.static_range(SIDES):
+                    count_chunk(
+                        pointers_ptr, own_ptr, n_tensors, tensor, start, numel, side,
+                        DTYPES, ROLE + 2 * side, DISTANCE, BLOCK, TILES,
+                    )  # fmt: skip
+                row += 1
+        else:
+            entry = tl.load(offsets_ptr + 2 * row)
+            end = tl.load(offsets_ptr + 2 * last + 1)
+            while entry < end:
+                entries = entry + tl.arange(0, BLOCK)
+                mask = entries < end
+                for side in tl.static_range(SIDES):
+                    score = tl.load(values_ptr + side * capacity + entries, mask=mask, other=0.0)
+                    add_to_bins(own_ptr, side, score, mask)
+                entry += BLOCK
+        if last_program(own_ptr, STEP, number_of(groups_ptr, group, PROGRAMS + STEP)):
             for side in tl.static_range(SIDES):
-                count_chunk(
-                    pointers_ptr, fields_ptr, n_tensors, tensor, start, numel, side,
-                    DTYPES, ROLE + 2 * side, DISTANCE, BLOCK, TILES,
-                )  # fmt: skip
-            part += tl.num_programs(0)
-    elif FIRST:
-        listed = tl.load(fields_ptr + LISTED)
-        entry = part.to(tl.int64) * BLOCK
-        while entry < listed:
-            entries = entry + tl.arange(0, BLOCK)
-            mask = entries < listed
-            for side in tl.static_range(SIDES):
-                score = tl.load(values_ptr + side * capacity + entries, mask=mask, other=0.0)
-                add_to_bins(fields_ptr, side, score, mask)
-            entry += tl.num_programs(0).to(tl.int64) * BLOCK
-    if last_program(fields_ptr, STEP, all_programs):
-        for side in tl.static_range(SIDES):
-            narrow_search(fields_ptr, thresholds_ptr, side)
+                narrow_search(own_ptr, thresholds_ptr + side * padded_groups + group, side)
 
 
 def list_and_search(
-    grouped: Sequence[Table], undecided: Undecided, scores: Mapping[str, object], config: LaunchConfig
+    grouped: Sequence[Table],
+    groups: Groups,
+    undecided: Undecided,
+    scores: Mapping[str, object],
+    config: LaunchConfig,
+    *,
+    fused: bool,
 ) -> list[PreparedLaunch]:
     """The launches after the pass, which make the list and find the thresholds in it.
 
     Args:
         scores: the kernels' constants ROLE, SIDES and DISTANCE, which say where a table has the scores.
+        fused: whether the list is that of a fusion.
     """
-    blocks = {"BLOCK": config.block, "TILES": config.tiles}
-    launches = []
-    for table, first_row in zip(grouped, undecided.rows, strict=False):
-        arguments = {
+    lists = []
+    narrows: list[tuple[int, dict[str, object]]] = []
+    for table, own, first_row, pieces in zip(
+        grouped, groups.arguments, groups.rows, groups.pieces, strict=False
+    ):
+        if not pieces.programs:
+            continue
+        arguments = table.arguments | own | scores
+        arguments |= {
             # Scalars
             "first_row": first_row,
             "capacity": undecided.capacity,
-            "all_programs": undecided.rows[-1],
             # Constexprs
             "DTYPES": table.dtypes,
-            "STEP": LIST_STEP,
+            "BLOCK": config.block,
+            "TILES": config.tiles,
         }
-        arguments |= table.arguments | scores | blocks
-        launches.append(PreparedLaunch(_list_kernel, table.programs, arguments, config.options))
-    wanted = max(triton.cdiv(undecided.capacity, config.block), *(table.programs for table in grouped))
-    programs = capped_grid(wanted, grouped[0].pointers.device)
-    for step in (SECOND_STEP, THIRD_STEP):
-        for index, table in enumerate(grouped):
-            arguments = {
-                # Scalars
-                "chunks": table.programs,
-                "capacity": undecided.capacity,
-                "all_programs": programs * len(grouped),
-                # Constexprs
-                "DTYPES": table.dtypes,
-                "STEP": step,
-                "FIRST": index == 0,
-            }
-            arguments |= table.arguments | scores | blocks
-            launches.append(PreparedLaunch(_narrow_kernel, programs, arguments, config.options))
-    return launches
+        listing = arguments | {"FUSED": fused, "STEP": LIST_STEP}
+        lists.append(PreparedLaunch(_list_kernel, table.programs, listing, config.options))
+        arguments |= {
+            "part_rows_ptr": pieces.numels,
+            "piece_parts_ptr": pieces.chunk_tensors,
+            "piece_starts_ptr": pieces.chunk_starts,
+            "PIECE": PIECE,
+        }
+        narrows.append((pieces.programs, arguments))
+    return lists + [
+        PreparedLaunch(_narrow_kernel, programs, arguments | {"STEP": step}, config.options)
+        for step in (SECOND_STEP, THIRD_STEP)
+        for programs, arguments in narrows
+    ]

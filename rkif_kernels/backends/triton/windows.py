@@ -22,30 +22,52 @@ BITS = tl.constexpr(11)
 BINS = tl.constexpr(1 << 11)
 LARGEST_KEY = tl.constexpr(0x7F800000)  # of infinity
 
-# Offsets of the fields of the workspace, an int64 array:
+# Offsets of the fields of a group of scores in the workspace:
 # 0: counts of the four cases.
 # COUNTS, four per side: number of scores below lo, up to lo, in the bracket; one unused.
 # BRACKETS, two per side: keys of lo and hi.
 # SEARCHES, four per side: first key of the window, log2 of the keys per bin, number of the window's keys
 #     before the order statistic (-1 once it is found); one unused.
 # SAMPLED, four per side: sampled scores below the window's lower end, up to it, all; one unused.
-# LISTED: number of undecided elements. FAILED: whether the brackets failed.
-# DONE: number of finished programs of each launch. ALL_BINS: the bins of each side.
+# FAILED: whether the brackets failed. DONE: number of finished programs of each launch.
+# ALL_BINS: the bins of each side.
 COUNTS, BRACKETS, SEARCHES, SAMPLED = (tl.constexpr(place) for place in (4, 12, 16, 24))
-LISTED, FAILED, DONE, ALL_BINS = (tl.constexpr(place) for place in (32, 33, 34, 48))
+FAILED, DONE, ALL_BINS = (tl.constexpr(place) for place in (32, 33, 40))
 SAMPLE_STEP, COUNT_STEP, PASS_STEP, LIST_STEP, SECOND_STEP, THIRD_STEP, FINISH_STEP = range(7)
 
 
-def workspace(sides: int, device: torch.device) -> dict[str, Tensor]:
+def padded(groups: int) -> int:
+    """A multiple of four, so that the thresholds of each side are aligned; otherwise kernels recompile."""
+    return -(-groups // 4) * 4
+
+
+def workspace(groups: int, sides: int, device: torch.device) -> dict[str, Tensor]:
     """The memory that the launches of one call share, by the names of the kernels' parameters.
 
-    ``fields_ptr`` is int64, initially zero, with the fields above; ``thresholds_ptr`` is float32 [sides],
-    which holds the thresholds once they are found.
+    ``fields_ptr`` is int64 [groups, ...], with the fields above, initially zero except for the bins;
+    ``thresholds_ptr`` is float32 [sides, padded groups], which holds the thresholds once they are found.
     """
+    fields = torch.empty((groups, ALL_BINS.value + sides * BINS.value), dtype=torch.int64, device=device)
+    fields[:, : ALL_BINS.value].zero_()
     return {
-        "fields_ptr": torch.zeros(ALL_BINS.value + sides * BINS.value, dtype=torch.int64, device=device),
-        "thresholds_ptr": torch.empty(sides, dtype=torch.float32, device=device),
+        "fields_ptr": fields,
+        "thresholds_ptr": torch.empty((sides, padded(groups)), dtype=torch.float32, device=device),
     }
+
+
+@triton.jit
+def fields_of(fields_ptr, group, SIDES: tl.constexpr):
+    """The fields of a group."""
+    return fields_ptr + group * (ALL_BINS + SIDES * BINS)
+
+
+@triton.jit
+def searching(fields_ptr, SIDES: tl.constexpr):
+    """Whether the threshold of a side is not found yet."""
+    left = tl.load(fields_ptr + SEARCHES + 2)
+    for side in tl.static_range(1, SIDES):
+        left = tl.maximum(left, tl.load(fields_ptr + SEARCHES + 4 * side + 2))
+    return left >= 0
 
 
 @triton.jit
@@ -69,12 +91,12 @@ def load_search(fields_ptr, side):
 
 
 @triton.jit
-def store_search(fields_ptr, thresholds_ptr, side, low, shift, remaining):
+def store_search(fields_ptr, limit_ptr, side, low, shift, remaining):
     at = fields_ptr + SEARCHES + 4 * side
     tl.store(at, low)
     tl.store(at + 1, shift)
     tl.store(at + 2, remaining)
-    tl.store(thresholds_ptr + side, low.to(tl.int32).to(tl.float32, bitcast=True))
+    tl.store(limit_ptr, low.to(tl.int32).to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -90,7 +112,7 @@ def add_to_bins(fields_ptr, side, score, mask):
 
 
 @triton.jit
-def narrow_search(fields_ptr, thresholds_ptr, side):
+def narrow_search(fields_ptr, limit_ptr, side):
     """Narrow the window to the bin that contains the order statistic; called by the last program only."""
     low, shift, remaining = load_search(fields_ptr, side)
     if remaining >= 0:
@@ -103,7 +125,7 @@ def narrow_search(fields_ptr, thresholds_ptr, side):
         tl.store(at, tl.zeros_like(counts))
         key = low.to(tl.int64) + (found.to(tl.int64) << shift.to(tl.int64))
         left = tl.where(shift == 0, -1, remaining - before)
-        store_search(fields_ptr, thresholds_ptr, side, key, tl.maximum(shift - BITS, 0), left)
+        store_search(fields_ptr, limit_ptr, side, key, tl.maximum(shift - BITS, 0), left)
 
 
 @triton.jit
