@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import BLOCK, CHUNK, NATIVE, assert_same_bits, normal, on, positive
+from kernel_cases import BLOCK, CHUNK, CONFIG, NATIVE, assert_same_bits, normal, on, positive
 from torch import Tensor
 
 import rkif
 from rkif_kernels import FusionInputs, FusionPlan, MergeRule, Scores, Views, magnitudes, select_and_fuse_
-from rkif_kernels.backends.triton import single_pass
-from rkif_kernels.backends.triton.launch import Bracketing
+from rkif_kernels.backends.triton import both_thresholds, single_pass
+from rkif_kernels.backends.triton.launch import Bracketing, LaunchConfig
 from rkif_kernels.backends.triton.undecided import Undecided
 from rkif_kernels.ops import fusion_plan
 
@@ -85,6 +85,21 @@ def test_a_plan_serves_alternating_copies(backend: str, prepared: list[FusionInp
         base, inner, spare = out, base, inner
     assert len(plan._bound) == 3
     assert len(prepared) == (3 if backend == "triton" else 0)
+
+
+def test_a_plan_finds_a_threshold_for_each_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    bracketed = {"config": CONFIG, "bracketing": SMALL, "whole": LaunchConfig(16, 1, 4)}
+    monkeypatch.setattr(both_thresholds, "__kwdefaults__", bracketed)
+    plan = FusionPlan(**PLANNED, scope="tensor", backend="triton")
+    inputs = [*lists(), *sides()]
+    for _ in range(2):
+        got, expected = ([torch.full_like(tensor, torch.nan) for tensor in inputs[0]] for _ in range(2))
+        stats = plan.fuse(FusionInputs(got, *inputs))
+        wanted = select_and_fuse_(expected, *inputs, **SETTINGS, scope="tensor", backend="torch")
+        assert_same_bits(got, on("cpu", expected) or [])
+        assert torch.equal(stats.counts, wanted.counts)
+        assert all(map(torch.equal, stats.thresholds, wanted.thresholds))
+        inputs[4].sensitivity[3].mul_(-3).abs_()
 
 
 @backends

@@ -31,7 +31,7 @@ def test_what_nobody_has_measured_is_launched_as_counting_chose() -> None:
     for op in ("threshold", "merge"):
         assert default(op).launch == NARROW
     assert default("fuse").launch == replace(NARROW, max_registers=128)
-    assert default("whole").launch == LaunchConfig(8192, 1, 16)
+    assert default("whole").launch == LaunchConfig(8192, 1, 16, max_registers=128)
     brackets = Bracketing(1 << 17, 128, 1 << 20, sigmas=4.0, list_slack=2.0, run=8, design_effect=2.5)
     assert default("fuse").bracketing == default("threshold").bracketing == brackets
     assert all(default(op).measured is None for op in ("observe", "threshold", "fuse", "merge"))

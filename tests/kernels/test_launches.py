@@ -135,7 +135,7 @@ def test_launches_do_not_grow_with_the_number_of_tensors(launched: Counter[str])
     everything(adapter(48))
     assert launched == few
     assert few["_update_importance_kernel"] == 2  # one for each combination of dtypes
-    assert few["_whole_kernel"] == 4
+    assert few["_whole_kernel"] == 2
 
 
 def test_both_thresholds_of_each_tensor_take_seven_launches(launched: Counter[str]) -> None:

@@ -50,7 +50,7 @@ from rkif_kernels.backends.triton.windows import (
     count_chunk,
     fields_of,
     last_program,
-    narrow_search,
+    narrow_searches,
     searching,
     store_search,
 )
@@ -273,8 +273,7 @@ def _list_kernel(
                     words = words & (words - 1)
                     places += 1
         if last_program(own_ptr, STEP, number_of(groups_ptr, group, PROGRAMS + STEP)):
-            for side in tl.static_range(SIDES):
-                narrow_search(own_ptr, thresholds_ptr + side * padded_groups + group, side)
+            narrow_searches(own_ptr, thresholds_ptr + group, padded_groups, SIDES)
 
 
 @kernel
@@ -343,8 +342,7 @@ def _narrow_kernel(
                     add_to_bins(own_ptr, side, score, mask)
                 entry += BLOCK
         if last_program(own_ptr, STEP, number_of(groups_ptr, group, PROGRAMS + STEP)):
-            for side in tl.static_range(SIDES):
-                narrow_search(own_ptr, thresholds_ptr + side * padded_groups + group, side)
+            narrow_searches(own_ptr, thresholds_ptr + group, padded_groups, SIDES)
 
 
 def list_and_search(

@@ -129,6 +129,13 @@ def narrow_search(fields_ptr, limit_ptr, side):
 
 
 @triton.jit
+def narrow_searches(fields_ptr, limits_ptr, padded_groups, SIDES: tl.constexpr):
+    """:func:`narrow_search` of each side. The loop is not unrolled, because registers would spill."""
+    for side in range(SIDES):
+        narrow_search(fields_ptr, limits_ptr + side * padded_groups, side)
+
+
+@triton.jit
 def count_chunk(
     pointers_ptr,
     fields_ptr,
