@@ -143,7 +143,15 @@ TUPLES = {"weights": 8, "smoothing": 4, "constants": len(AdamWConstants._fields)
 
 
 def _argument_type(name: str, index: str) -> str | tuple[str, ...]:
-    words = {"chunk_tensors_ptr", "piece_parts_ptr", "indices_ptr", "prefix_ptr", "samples_ptr"}
+    words = {
+        "chunk_tensors_ptr",
+        "piece_parts_ptr",
+        "block_parts_ptr",
+        "tensors_ptr",
+        "indices_ptr",
+        "prefix_ptr",
+        "samples_ptr",
+    }
     float_pointers = {"values_ptr", "found_ptr"}
     if name in words:
         return "*i32"

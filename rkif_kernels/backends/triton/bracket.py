@@ -100,9 +100,9 @@ def _sample_kernel(
     firsts_ptr,
     indices_ptr,
     groups_ptr,
-    numels_ptr,
-    chunk_tensors_ptr,
-    chunk_starts_ptr,
+    part_places_ptr,
+    block_parts_ptr,
+    block_starts_ptr,
     samples_ptr,
     fields_ptr,
     # Scalars
@@ -126,7 +126,7 @@ def _sample_kernel(
     for ends beyond the sample.
     """
     part, start, sampled = load_chunk(
-        numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, tl.program_id(0), BLOCK
+        part_places_ptr, block_parts_ptr, block_starts_ptr, tl.program_id(0), BLOCK
     )
     group = group_of(indices_ptr, part * span, groups_a_tensor)
     places = start + tl.arange(0, BLOCK)
@@ -225,9 +225,9 @@ def _count_sample_kernel(
     firsts_ptr,
     indices_ptr,
     groups_ptr,
-    numels_ptr,
-    chunk_tensors_ptr,
-    chunk_starts_ptr,
+    part_places_ptr,
+    block_parts_ptr,
+    block_starts_ptr,
     fields_ptr,
     # Scalars
     n_tensors,
@@ -246,7 +246,7 @@ def _count_sample_kernel(
 ):
     """Count RUN neighbours of each cell in the windows; a group's last program stores its brackets."""
     part, start, sampled = load_chunk(
-        numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, tl.program_id(0), BLOCK
+        part_places_ptr, block_parts_ptr, block_starts_ptr, tl.program_id(0), BLOCK
     )
     group = group_of(indices_ptr, part * span, groups_a_tensor)
     own_ptr = fields_of(fields_ptr, group, SIDES)
@@ -294,11 +294,14 @@ def find_brackets(
         (_count_sample_kernel, second, groups.counts, [work.counted for work in groups.firsts]),
     ):
         for table, arguments, layout, place in zip(grouped, groups.arguments, layouts, places, strict=True):
-            arguments = arguments | layout.arguments | scores | constants
+            arguments = arguments | scores | constants
             arguments |= {
                 "pointers_ptr": table.pointers,
                 "firsts_ptr": table.firsts,
                 "n_tensors": table.tensors,
+                "part_places_ptr": layout.numels,
+                "block_parts_ptr": layout.chunk_tensors,
+                "block_starts_ptr": layout.chunk_starts,
                 "first_place": place,
                 "DTYPES": table.dtypes,
                 "BLOCK": config.block,

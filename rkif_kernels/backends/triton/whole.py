@@ -40,9 +40,8 @@ def _whole_kernel(
     pointers_ptr,
     indices_ptr,
     groups_ptr,
-    numels_ptr,
-    chunk_tensors_ptr,
-    chunk_starts_ptr,
+    firsts_ptr,
+    tensors_ptr,
     fields_ptr,
     thresholds_ptr,
     # Scalars
@@ -56,8 +55,8 @@ def _whole_kernel(
     BLOCK: tl.constexpr,
 ):
     """Find the thresholds of a tensor of at most BLOCK scores. Float32: reads 8 bytes per element (S, U)."""
-    tensor = tl.load(chunk_tensors_ptr + tl.program_id(0))
-    numel = tl.load(numels_ptr + tensor)
+    tensor = tl.load(tensors_ptr + tl.program_id(0))
+    numel = tl.load(firsts_ptr + tensor + 1) - tl.load(firsts_ptr + tensor)
     even = tl.multiple_of(numel // 8 * 8, 8)
     offsets = tl.arange(0, BLOCK)
     mask, full = offsets < numel, offsets < even
@@ -88,7 +87,8 @@ def whole_tensors(
     """
     launches = []
     for table, own, layout in zip(grouped, groups.arguments, groups.wholes, strict=True):
-        arguments = table.arguments | own | layout.arguments | scores
+        arguments = table.arguments | own | scores
+        arguments |= {"firsts_ptr": table.firsts, "tensors_ptr": layout.chunk_tensors}
         arguments |= {"DTYPES": table.dtypes, "BLOCK": config.block}
         if layout.programs:
             launches.append(PreparedLaunch(_whole_kernel, layout.programs, arguments, config.options))
