@@ -109,10 +109,13 @@ The tensors have the SHA-256 `{content}`; `rkif verify` checks all files against
 def selections(report: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Who selects an element, and how many elements; of any number of models but two, without empty rows."""
     counts: dict[str, int] = report["counts"]
+    if "all" in counts:
+        return [("all checkpoints", counts["all"])]
     if "both" in counts:
         return [(case.replace("_", " "), n) for case, n in counts.items()]
     models = len(counts) - 1
-    return [(f"{number} of {models} models", n) for number, n in counts.items() if n]
+    names = {str(models): "all models"}
+    return [(names.get(number, f"{number} of {models} models"), n) for number, n in counts.items() if n]
 
 
 def _norm(name: str) -> str:

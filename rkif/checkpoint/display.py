@@ -128,7 +128,14 @@ def _table(title: str) -> Table:
 
 
 def _settings(method: str, settings: dict[str, Any]) -> str:
-    return ", ".join([method, *(f"{name} {value}" for name, value in settings.items())])
+    return ", ".join([method, *(f"{name} {_short(value)}" for name, value in settings.items())])
+
+
+def _short(value: Any) -> str:
+    """A value in one line; numbers of a list with six digits."""
+    if isinstance(value, list | tuple) and all(isinstance(part, float) for part in value):
+        return ",".join(f"{part:.6g}" for part in value)
+    return str(value)
 
 
 def _files(count: int) -> str:

@@ -89,6 +89,8 @@ class Request:
     @property
     def cases(self) -> tuple[str, ...]:
         """Names of the counts of a report: which models select an element, or how many."""
+        if self.method.name == "wsm":
+            return ("all",)
         return CASES if len(self.models) == 2 else tuple(map(str, range(len(self.models) + 1)))
 
     @property

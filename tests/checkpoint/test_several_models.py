@@ -245,6 +245,11 @@ def test_an_average_from_the_command_line(rkif: Rkif, triple: Triple) -> None:
     assert list(summary["report"]["norms"]) == ["CHECKPOINT 2", "CHECKPOINT 3", "update"]
     card = (triple.folder / "out" / "README.md").read_text()
     assert "An average of 3 checkpoints, from checkpoint-500 to checkpoint-1500" in card
+    status, output, _ = rkif("fuse", *folders, "--out", triple.folder / "shown", "--method", "wsm")
+    assert status == 0
+    shown = " ".join(output.split())
+    assert "wsm, shape 1-sqrt, weight 0.57735,0.239146,0.183503" in shown
+    assert "selected by all checkpoints 100.0%" in shown
     status, output, _ = rkif(
         "fuse", *reversed(folders), "--out", triple.folder / "back", "--method", "wsm", "--json"
     )

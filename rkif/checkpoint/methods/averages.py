@@ -100,7 +100,8 @@ class CheckpointAverage(_Average):
 
     def fuse(self, tile: Tile, scores: Sequence[Scores], scan_result: ScanResult) -> FuseStats:
         weights = [self.weight for _ in tile.base]
-        return average_tile(tile, (tile.base, *tile.models), weights, normalize=False)
+        stats = average_tile(tile, (tile.base, *tile.models), weights, normalize=False)
+        return stats._replace(counts=stats.counts.sum()[None])  # no case but one: all
 
 
 def average_tile(

@@ -77,8 +77,8 @@ class Method(Protocol):
         """Write the tile's ``out``; a method that selects by threshold compares ``scores`` with it.
 
         Returns:
-            Counts as :func:`case_counts` makes them, and the squared norms of each task vector and of
-            ``out - base``.
+            Counts as :func:`case_counts` makes them (of wsm one count, of all elements), and the squared
+            norms of each task vector and of ``out - base``.
         """
 
 
