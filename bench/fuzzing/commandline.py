@@ -34,7 +34,7 @@ class Ended:
         if self.status not in (0, 1, 2, 130):
             return f"status {self.status}: {self.errors[-200:]}"
         lines = [line for line in self.errors.splitlines() if line.startswith("rkif: error: ")]
-        if self.status == 1 and len(lines) != 1:
+        if self.status in (1, 2) and len(lines) != 1:
             return f"{len(lines)} lines of errors: {self.errors[-200:]!r}"
         return None
 

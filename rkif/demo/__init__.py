@@ -62,12 +62,14 @@ def demo(out: Path, *, resume: bool, console: Console) -> list[dict[str, Any]]:
     runs = [_run(config, method, out, resume, console) for method in COMPARED]
     console.print()
     console.print(comparison_table(runs))
+    folders = " ".join(escape(str(out / method)) for method in COMPARED)
     console.print(
         "OP: mean accuracy at the end. BWT: mean change since a task was learned; below zero is forgetting.\n"
         "FWT: mean accuracy just before a task is learned, minus that before training.\n"
         f"The config, accuracy matrix and models of each method are in {escape(str(out))}/<method>. "
         f"To try other settings, change {escape(str(config_path))} and call "
         f"`rkif run {escape(str(config_path))}`.\n"
+        f"`rkif report {folders}` compares them on a page.\n"
         "Replay and Recurrent-KIF trained on equally many samples. Both keep what fine-tuning alone forgets. "
         "Tasks this small do not show which of the two is better."
     )

@@ -78,6 +78,7 @@ def test_a_wrong_result_is_a_finding(subjects: Subjects, monkeypatch: pytest.Mon
     [
         (Ended(None, "", "", 60.0), "it did not end within 60 s"),
         (Ended(1, "", "", 0.1), "0 lines of errors"),
+        (Ended(2, "", "Usage: rkif", 0.1), "0 lines of errors"),
         (Ended(1, "", "rkif: error: a\nrkif: error: b\n", 0.1), "2 lines of errors"),
         (Ended(99, "", "what", 0.1), "status 99"),
         (Ended(-11, "", "", 0.1), "status -11"),

@@ -34,6 +34,8 @@ def test_demo_compares_the_methods_and_can_be_resumed(tmp_path: Path) -> None:
         assert json.loads((out / metrics["method"] / "metrics.json").read_text()) == metrics
         row = next(line for line in shown.splitlines() if line.split()[:1] == [metrics["method"]])
         assert f"{metrics['op']:.1f}" in row
+    compared = " ".join(str(out / metrics["method"]) for metrics in runs)
+    assert f"`rkif report {compared}` compares" in " ".join(shown.split())
     with pytest.raises(ValueError, match="holds a demo; continue with --resume"):
         demo(out, resume=False, console=console)
     assert demo(out, resume=True, console=console) == runs

@@ -409,7 +409,9 @@ def test_a_run_of_an_earlier_format_is_shown_but_not_verified(whole: Path, tmp_p
 
 
 def test_invalid_arguments_are_refused(whole: Path, tmp_path: Path) -> None:
-    assert "--task must be one of review, tense, place; got 'plaice'" in refused(whole, "--task", "plaice")
+    assert "--task must be one of review, tense, place; got 'plaice'; did you mean 'place'?" in refused(
+        whole, "--task", "plaice"
+    )
     assert "no parameter's name has '[/x]' as whole parts" in refused(whole, "--module", "[/x]")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.yaml").touch()
@@ -419,4 +421,5 @@ def test_invalid_arguments_are_refused(whole: Path, tmp_path: Path) -> None:
     assert "no parameter's name has 'layers.9' as whole parts; names are 'layers.0.self" in refused(
         whole, "--module", "layers.9"
     )
-    assert "is not a run" in refused(tmp_path)
+    (tmp_path / "other").mkdir()
+    assert "is not a run" in refused(tmp_path / "other")

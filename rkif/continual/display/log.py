@@ -17,6 +17,7 @@ from rich.text import Text
 from rkif.continual.display.modules import is_in_module, require_module
 from rkif.continual.display.verdicts import reasons
 from rkif.continual.rundir.head import head_of
+from rkif.continual.spelling import did_you_mean
 from rkif.gate import Verdict
 from rkif.ledger.chain import LedgerRecord
 from rkif_kernels import CASES, require_choice
@@ -75,7 +76,9 @@ def select(
         tasks = next(record["tasks"] for record in records if record["event"] == "begin")
         if not tasks:
             raise ValueError("--task: this is the ledger of a training loop, whose rounds have no task")
-        require_choice("--task", task, tasks)
+        if task not in tasks:
+            suggestion = did_you_mean(task, tasks)
+            raise ValueError(f"--task must be one of {', '.join(tasks)}; got {task!r}{suggestion}")
         records = [record for record in records if record.get("task") == task]
     if verdict is not None:
         require_choice("--verdict", verdict, list(get_args(Verdict)))
