@@ -136,11 +136,16 @@ def find_groups(
     config: LaunchConfig,
     whole: int = 0,
 ) -> Groups:
-    """Args:
-    ks: ``k`` of each group, from 0.
-    per_tensor: whether each tensor is a group, or all tensors are one.
-    sides: number of scores of each element.
-    whole: maximum number of scores of a tensor whose own threshold one program finds.
+    """Divide the work of a search into groups, and the work of each group over programs.
+
+    Args:
+        grouped: the tables with the scores.
+        ks: ``k`` of each group, from 0.
+        per_tensor: whether each tensor is a group, or all tensors are one.
+        sides: number of scores of each element.
+        bracketing: sizes of the samples and of the lists.
+        config: of the launches.
+        whole: maximum number of scores of a tensor whose own threshold one program finds.
     """
     parts = tuple(
         tuple(
@@ -201,9 +206,11 @@ def _planned(
     bracketing: Bracketing,
     sizes: Work,
 ) -> _Plan:
-    """Args:
-    parts: of each table.
-    sizes: work of a program.
+    """The numbers of all groups, and the work on each table; kept, because rounds repeat the same search.
+
+    Args:
+        parts: of each table.
+        sizes: work of a program.
     """
     numels = [0] * len(ks)
     for part in chain.from_iterable(parts):
