@@ -129,7 +129,7 @@ def parse(text: str) -> list[Instruction]:
 
 
 def bulk_loop(code: Sequence[Instruction], loads: Counter[int], stores: Counter[int]) -> Loop | None:
-    """The innermost loop with at least these global accesses; None if there is none.
+    """The innermost loop with these global accesses, and the fewest others; None if there is none.
 
     Args:
         code: of one kernel.
@@ -144,7 +144,8 @@ def bulk_loop(code: Sequence[Instruction], loads: Counter[int], stores: Counter[
     fitting = [cycle for cycle in cycles if wanted <= Counter(_access(code[index]) for index in cycle)]
     if not fitting:
         return None
-    cycle = min(fitting, key=len)
+    # Loops over samples or bins may have these accesses, too, and others.
+    cycle = min(fitting, key=lambda cycle: (sum(_access(code[i]) is not None for i in cycle), len(cycle)))
     after = {index: each.following for index, each in enumerate(code)}
     before: dict[int, list[int]] = {}
     for index, each in enumerate(code):

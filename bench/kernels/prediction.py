@@ -154,8 +154,10 @@ SECTOR = 32  # bytes: minimum of an access
 
 
 def observe(shapes: ShapeSet, rates: Mapping[str, float]) -> list[Launch]:
-    """Args:
-    rates: instructions per element in the bulk loops of the kernels in :data:`VARIANTS`.
+    """The only launch of an update of the importance.
+
+    Args:
+        rates: instructions per element in the bulk loops of the kernels in :data:`VARIANTS`.
     """
     return [Launch("observe", 24 * shapes.numel, rates["observe"] * shapes.numel)]
 
