@@ -14,7 +14,7 @@ from rkif_kernels.backends.triton.launch import LaunchConfig
 
 
 @kernel
-def _double(numels_ptr, values_ptr, numel, BLOCK: tl.constexpr):
+def _double(numels_ptr, values_ptr, capacity, BLOCK: tl.constexpr):
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(values_ptr + offsets, tl.load(values_ptr + offsets) * 2)
 
