@@ -150,13 +150,20 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
         raise OSError(f"{error}: {path}") from error
 
 
+def remove_temporary(folder: Path) -> None:
+    """Delete the temporary files of safetensors that kills have left; nobody may be writing to the folder."""
+    for stale in folder.iterdir():
+        if TEMPORARY.fullmatch(stale.name) and stale.is_file():
+            stale.unlink()
+
+
 def replace_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
     metadata: dict[str, str] | None = None,
     written: Callable[[Path], object] | None = None,
 ) -> None:
-    """:func:`save_tensors` under a temporary name first. Temporary files that kills have left are deleted.
+    """:func:`save_tensors` under a temporary name first.
 
     Args:
         written: takes the temporary file before it gets its name.
@@ -164,9 +171,6 @@ def replace_tensors(
     Raises:
         OSError: the file cannot be written.
     """
-    for stale in path.parent.iterdir():
-        if TEMPORARY.fullmatch(stale.name) and stale.is_file():
-            stale.unlink()
 
     def write(temporary: Path) -> None:
         save_tensors(temporary, tensors, metadata)

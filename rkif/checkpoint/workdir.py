@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rkif.checkpoint.source import InvalidInputError
 from rkif.distributed.process_group import ALONE, ProcessGroup, RankFailedError
-from rkif.files import fsync_folder, replace_tensors
+from rkif.files import fsync_folder, remove_temporary, replace_tensors
 
 
 class Workdir:
@@ -72,6 +72,7 @@ class Workdir:
             raise RuntimeError(f"another process is writing {self._out} (in {self._path})") from None
         try:
             self._require_free()
+            remove_temporary(self._path)
             self._read_journals(resume=self._resume)
             self.data.mkdir(exist_ok=True)
         except BaseException:

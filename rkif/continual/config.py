@@ -385,8 +385,8 @@ def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not YAML, settings are unknown, missing or out of range, or the model's folder
-            is missing; the message names them in one line.
+        ValueError: the file is not YAML, or settings are unknown, missing or out of range; the message names
+            them in one line.
     """
     content = read_settings(path, changes)
     try:

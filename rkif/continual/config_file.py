@@ -60,16 +60,19 @@ def _load(text: bytes, where: str) -> Any:
 
 
 def locate_model(model: str, here: Path) -> str:
-    """The model's folder if there is one, from the config's folder ``here``; else a name on the hub.
+    """The model's folder from the config's folder ``here``, or its name on the hub.
 
-    Raises:
-        ValueError: it is written as a path, or is in a folder that exists, and there is no such folder.
+    It is a folder if it exists, is written as a path, or is in a folder that exists.
     """
     path = here / Path(model).expanduser()
-    if path.exists():
-        return str(path)
     written_as_path = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if written_as_path or (path.parent != here and path.parent.is_dir()):
+    is_folder = path.exists() or written_as_path or (path.parent != here and path.parent.is_dir())
+    return str(path) if is_folder else model
+
+
+def require_model(model: str) -> None:
+    """Raise ValueError where :func:`locate_model` returned a folder that is missing."""
+    path = Path(model)
+    if path.is_absolute() and not path.exists():
         siblings = [one.name for one in path.parent.glob("*")]
         raise ValueError(f"model: no such folder: {path}{did_you_mean(path.name, siblings)}")
-    return model

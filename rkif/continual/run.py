@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rkif.continual.config import RunConfig
+from rkif.continual.config_file import require_model
 from rkif.continual.display.progress import RunProgress
 from rkif.continual.methods import METHODS
 from rkif.continual.models.device import run_device
@@ -88,6 +89,7 @@ def open_run(
         ValueError, OSError, ImportError: as :func:`run`.
     """
     _prepare_torch(config)
+    require_model(config.model)
     method = METHODS[config.method]
     method.require(config)
     if config.distillation.used and (method.task_aware or method.needs_all_tasks):

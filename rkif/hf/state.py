@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rkif.files import load_tensors, read_text, replace_file, replace_tensors, write_text
+from rkif.files import load_tensors, read_text, remove_temporary, replace_file, replace_tensors, write_text
 from rkif.fuser import state as fuser_state
 from rkif.fuser.state_names import flatten, section
 
@@ -43,6 +43,7 @@ def save(rounds: TrainerRounds, folder: Path) -> None:
         fuser_state.write(rounds.fuser, folder / SHARDS, _sharded_state(rounds, progress))
     elif rounds.trainer.args.should_save:
         outer = {"optimizer": rounds.optimizer.state_dict(), **progress, "start": rounds.start}
+        remove_temporary(folder)
         replace_tensors(folder / FUSER_FILE, rounds.fuser.state_dict())
         replace_file(folder / OUTER_FILE, partial(torch.save, outer))
 

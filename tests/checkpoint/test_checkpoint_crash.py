@@ -279,12 +279,15 @@ def test_a_link_in_the_work_folder_is_not_followed(triple: Triple, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_scan_removes_what_a_kill_left(tmp_path: Path) -> None:
+def test_work_begins_without_what_a_kill_left(tmp_path: Path) -> None:
+    left = tmp_path / "out.partial" / ".tmpAbCdEf"  # a name that safetensors gives
+    left.parent.mkdir()
+    left.write_bytes(b"half a scan")
     with Workdir(tmp_path / "out", "plan", 8192, resume=False) as workdir:
-        left = tmp_path / "out.partial" / ".tmpAbCdEf"  # a name that safetensors gives
-        left.write_bytes(b"half a scan")
-        workdir.record_scan({"counts": torch.zeros(3)}, {"pass": 1})
         assert not left.exists()
+        left.write_bytes(b"half a scan of another process, which is writing it")
+        workdir.record_scan({"counts": torch.zeros(3)}, {"pass": 1})
+        assert left.exists()
 
 
 def test_a_full_disk_is_reported_before_the_fusion(triple: Triple, tmp_path: Path) -> None:

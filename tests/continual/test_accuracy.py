@@ -28,5 +28,5 @@ def test_accuracy_is_in_percent() -> None:
     assert accuracy(["x"] * 4, records) == 0.0
     with pytest.raises(ValueError, match="3 predictions for 4 records"):
         accuracy(["a"] * 3, records)
-    with pytest.raises(ValueError, match="no records"):
+    with pytest.raises(ValueError, match="records are empty"):
         accuracy([], [])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rkif.checkpoint.buffers import as_bytes
 from rkif.continual.rundir.schema import StateHeader
-from rkif.files import file_sha256, parse_json, replace_tensors, validated
+from rkif.files import file_sha256, parse_json, remove_temporary, replace_tensors, validated
 from rkif.fuser.state_names import flatten, section
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -64,6 +64,7 @@ def write_state(path: Path, state: RunState, record: Callable[[str], object] | N
     """
     stored, metadata = _stored(state)
     written = None if record is None else lambda temporary: record(file_sha256(temporary))
+    remove_temporary(path.parent)
     replace_tensors(path, stored, metadata, written)
 
 
