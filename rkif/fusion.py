@@ -147,7 +147,8 @@ def fuse(
         raise ValueError("base is empty: its parameters have no elements")
     if by_magnitude:
         for argument in ("base", "inner", "outer"):
-            _require_finite(argument, names, rows[argument])
+            why = "; without importance the parameters must be finite"
+            require_finite(argument, names, rows[argument], why)
         start = rows["base"] if outer_from == "base" else rows["inner"]
         inner_scores = magnitudes(rows["inner"], rows["base"])
         outer_scores = magnitudes(rows["outer"], start)
@@ -259,13 +260,11 @@ def common_names(arguments: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
     return names
 
 
-def _require_finite(argument: str, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+def require_finite(argument: str, names: Sequence[str], tensors: Sequence[Tensor], why: str = "") -> None:
+    """Raise ValueError for a tensor with NaN or infinite elements; the message ends with ``why``."""
     for name, tensor in zip(names, tensors, strict=True):
         if not bool(tensor.detach().isfinite().all()):
-            raise ValueError(
-                f"{argument}[{name!r}] has NaN or infinite elements; without importance the parameters must "
-                "be finite"
-            )
+            raise ValueError(f"{argument}[{name!r}] has NaN or infinite elements{why}")
 
 
 def _require_scores(argument: str, names: Sequence[str], tensors: Sequence[Tensor], backend: Backend) -> None:

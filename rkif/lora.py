@@ -18,7 +18,7 @@ from torch import Tensor
 
 import rkif_kernels
 from rkif.config import MergeWeights, merge_weights
-from rkif.fusion import FusionReport, common_names, report_of
+from rkif.fusion import FusionReport, common_names, report_of, require_finite
 from rkif_kernels import (
     CASES,
     CountingSearch,
@@ -117,9 +117,7 @@ def fuse_delta(
                     f"base has {tuple(base[name].shape)}"
                 )
     for argument, tensors in sets.items():
-        for name in names:
-            if not bool(tensors[name].isfinite().all()):
-                raise ValueError(f"{argument}[{name!r}] has NaN or infinite elements")
+        require_finite(argument, names, [tensors[name] for name in names])
     triples = _Triples(modules, base, inner, outer, outer_from)
     device = base[names[0]].device
     thresholds = _thresholds(triples, density=density, scope=scope, device=device)

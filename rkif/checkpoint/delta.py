@@ -16,7 +16,7 @@ from torch import Tensor
 from rkif.checkpoint.buffers import as_bytes
 from rkif.checkpoint.layout import OutputTensor, Piece
 from rkif.checkpoint.scan import make_scan
-from rkif.checkpoint.scores import scores_of
+from rkif.checkpoint.scores import invalid_element, scores_of
 from rkif.checkpoint.source import DTYPES, FUSED, Checkpoint, Entry, InvalidInputError, TensorReader
 from rkif.checkpoint.tiles import TILE, Tile, tiles
 from rkif.distributed.process_group import ALONE
@@ -149,11 +149,7 @@ def _load(argument: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
             flat = torch.empty(entry.numel, dtype=DTYPES[entry.dtype])
             reader.read(entry, 0, as_bytes(flat))
             if not bool(flat.isfinite().all()):
-                index = int((~flat.isfinite()).nonzero()[0])
-                raise InvalidInputError(
-                    f"{argument}: {entry.file} has {float(flat[index])} in {name!r}, element {index:,}; "
-                    "nothing was published"
-                )
+                raise invalid_element(argument, entry.file, name, flat, ~flat.isfinite())
             tensors[name] = flat.view(entry.shape)
     finally:
         reader.close()

@@ -40,9 +40,8 @@ def estimate_seconds(request: Request, layout: OutputLayout, read: int, written:
         start = time.perf_counter()
         request.method.fuse(tile, scores_of(request.method, tile), scan_result)
         durations.append(time.perf_counter() - start)
-    computing = (
-        min(durations) / TILE * layout.numel * 1.5
-    )  # half as much again for the scores and their counts
+    # Half as much again for the scores and their counts.
+    computing = min(durations) / TILE * layout.numel * 1.5
     block = bytes(8 << 20)
     rate = math.inf
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=existing_parent(request.out)) as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,6 +30,22 @@ def scores_of(method: Method, tile: Tile) -> list[Scores]:
     return [magnitudes(end, start) for end, start in zip(tile.models, starts, strict=True)]
 
 
+def invalid_element(
+    argument: str, file: Path, name: str, values: Tensor, wrong: Tensor, start: int = 0
+) -> InvalidInputError:
+    """The error that names the first wrong element of a tensor.
+
+    Args:
+        values, wrong: flat, of the same length: elements of the tensor, and which are wrong.
+        start: index of the first of them in the tensor.
+    """
+    index = int(wrong.nonzero()[0])
+    return InvalidInputError(
+        f"{argument}: {file} has {float(values[index])} in {name!r}, element {start + index:,}; "
+        "nothing was published"
+    )
+
+
 def invalid_input(tensors: Sequence[OutputTensor], tile: Tile, arguments: Iterable[str]) -> InvalidInputError:
     """The error for a tile with a value that is not finite, or with negative importance: names the first.
 
@@ -41,11 +58,8 @@ def invalid_input(tensors: Sequence[OutputTensor], tile: Tile, arguments: Iterab
             tensor = tensors[tile.tensors[position]]
             wrong = ~part.isfinite() if role <= len(tile.models) else ~(part.isfinite() & (part >= 0))
             if wrong.any():
-                index = int(wrong.nonzero()[0])
-                return InvalidInputError(
-                    f"{argument}: {tensor.inputs[role].file} has {float(part[index])} in "
-                    f"{tensor.name!r}, element {tile.starts[position] + index:,}; nothing was published"
-                )
+                file, start = tensor.inputs[role].file, tile.starts[position]
+                return invalid_element(argument, file, tensor.name, part, wrong, start)
     results = [row for row in (tile.out, *_differences(tile)) if row]
     name = next(
         tensors[index].name

@@ -100,14 +100,17 @@ def test_the_default_density_is_that_of_mergekit(rkif: Rkif, models: Path) -> No
     assert read_manifest(models / "out")["settings"]["density"] == 1
 
 
-@pytest.mark.parametrize("cut", [None, 128], ids=["whole", "cut"])
-def test_gradients_and_filters(
-    rkif: Rkif, models: Path, cut: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weights by layer and by name, worked out by hand."""
-    if cut:
-        monkeypatch.setattr(planning, "MAX_SLOT", cut)
+@pytest.fixture(params=[None, 128], ids=["whole", "cut"])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors in one chunk each, and cut."""
+    if request.param:
+        monkeypatch.setattr(planning, "MAX_SLOT", request.param)
         monkeypatch.setattr(planning, "MIN_SLOT", 64)
+
+
+@pytest.mark.usefixtures("chunks")
+def test_gradients_and_filters(rkif: Rkif, models: Path) -> None:
+    """Weights by layer and by name, worked out by hand."""
     content = {
         "merge_method": "task_arithmetic",
         "base_model": "base",
@@ -147,14 +150,9 @@ def test_gradients_and_filters(
     assert settings["lambda"] == 0.5
 
 
-@pytest.mark.parametrize("cut", [None, 128], ids=["whole", "cut"])
-def test_densities_by_model_and_layer(
-    rkif: Rkif, models: Path, cut: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("chunks")
+def test_densities_by_model_and_layer(rkif: Rkif, models: Path) -> None:
     """Model a keeps everything in the first layer and a quarter in the last; b half of each tensor."""
-    if cut:
-        monkeypatch.setattr(planning, "MAX_SLOT", cut)
-        monkeypatch.setattr(planning, "MIN_SLOT", 64)
     content = {
         "merge_method": "ties",
         "base_model": "base",
