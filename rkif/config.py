@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -172,6 +172,12 @@ class FusionConfig:
     def release(**changes: Any) -> FusionConfig:
         """The released code's measure: sensitivity times uncertainty, betas 0.85, rule "release"."""
         return _preset(changes, importance="sensitivity_uncertainty", beta=0.85, rule="release")
+
+
+def stored_settings(config: FusionConfig) -> dict[str, Any]:
+    """The settings as runs and ledgers store them: `missing`, which is newer than some, only if it is given."""
+    settings = asdict(config)
+    return {name: value for name, value in settings.items() if (name, value) != ("missing", None)}
 
 
 def _preset(changes: dict[str, Any], *, importance: Importance, beta: float, rule: str) -> FusionConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-from rkif.config import FusionConfig, MergeWeights
+from rkif.config import FusionConfig, MergeWeights, stored_settings
 from rkif.continual.config_errors import settings_problems
 from rkif.continual.config_file import locate_model, read_settings
 from rkif.continual.spelling import did_you_mean
@@ -411,9 +411,7 @@ def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """The config as YAML with all defaults and the fusion's settings filled in: ``RUN/config.yaml``."""
     content = config.model_dump(mode="json")
-    fusion = asdict(fusion_config(config.fusion))
-    if fusion["missing"] is None:  # as in runs that are older than this setting
-        del fusion["missing"]
+    fusion = stored_settings(fusion_config(config.fusion))
     if isinstance(fusion["rule"], dict):
         fusion["rule"] = {case: list(pair) for case, pair in fusion["rule"].items()}
     content["fusion"] = fusion | {"state_dtype": str(fusion["state_dtype"]).removeprefix("torch.")}

@@ -29,17 +29,13 @@ def tracked(tracker: Tracker | None, run: Path, settings: Mapping[str, Any]) -> 
     decide by their own settings where they store values.
 
     Args:
-        tracker: its name; None for none.
+        tracker: its name, after :func:`require_tracker`; None for none.
         run: the run's folder, whose name is shown.
         settings: of the run; stored with its values.
-
-    Raises:
-        ImportError: the tracker is not installed.
     """
     if tracker is None:
         yield lambda values, step: None
         return
-    require_tracker(tracker)
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 

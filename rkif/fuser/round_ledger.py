@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from rkif.config import stored_settings
 from rkif.distributed.shards import to_whole
 from rkif.files import read_text, write_text
 from rkif.fusion import FusionReport, skipped_report
@@ -213,10 +214,7 @@ def _text(settings: Mapping[str, Any]) -> str:
 
 def _settings(fuser: Fuser) -> dict[str, Any]:
     """The settings of a fuser and its gate as JSON values."""
-    fusion = dataclasses.asdict(fuser.config)
-    if fusion["missing"] is None:
-        del fusion["missing"]
-    settings: dict[str, Any] = {"fusion": fusion}
+    settings: dict[str, Any] = {"fusion": stored_settings(fuser.config)}
     if fuser._gatekeeper is not None:
         criteria, *others = fuser._gatekeeper.gate.settings
         values = [dataclasses.asdict(criterion) for criterion in criteria]
