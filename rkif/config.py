@@ -175,7 +175,7 @@ class FusionConfig:
 
 
 def stored_settings(config: FusionConfig) -> dict[str, Any]:
-    """The settings as runs and ledgers store them: `missing`, which is newer than some, only if it is given."""
+    """The settings as runs and ledgers store them: `missing`, which is newer, only if it is given."""
     settings = asdict(config)
     return {name: value for name, value in settings.items() if (name, value) != ("missing", None)}
 
