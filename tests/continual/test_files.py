@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rkif.continual.rundir.state import RunState, write_state
-from rkif.files import parse_json, replace_tensors, write_text
+from rkif.files import parse_json, remove_temporary, write_text
 from rkif.ledger.chain import Ledger
 
 
@@ -52,8 +52,8 @@ def test_only_temporary_files_of_safetensors_are_deleted(tmp_path: Path) -> None
     for name in (".tmpAbCdEf", ".tmp-my-notes", ".tmpdir"):
         (tmp_path / name).write_text("x")
     (tmp_path / ".tmpFolder").mkdir()
-    replace_tensors(tmp_path / "file", {"w": torch.zeros(3)})
-    assert {path.name for path in tmp_path.iterdir()} == {"file", ".tmp-my-notes", ".tmpdir", ".tmpFolder"}
+    remove_temporary(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".tmp-my-notes", ".tmpdir", ".tmpFolder"}
 
 
 def test_a_file_nested_too_deeply_is_named() -> None:
