@@ -29,6 +29,7 @@ training: {steps: 160, batch_size: 16, learning_rate: 3.0e-3, warmup_steps: 8}
 outer: {learning_rate: 3.0e-3, batch_size: 16}
 memory: {fraction: 0.02}
 evaluation: {scoring: likelihood, batch_size: 50}
+snapshots: {budget: 40MB}  # states to roll back to, 3.6 MB each: 11 of the 60 rounds
 threads: 1  # a model this small is no faster on more
 seed: 1
 """
@@ -51,7 +52,7 @@ def demo(out: Path, *, resume: bool, console: Console) -> list[dict[str, Any]]:
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and is not a demo; choose another --out")
     else:
-        require_transformers()
+        require_transformers(adapter=False)
         write_inputs(out, train=600, dev=100, seed=0)
         write_text(config_path, CONFIG)
     console.print(
@@ -62,17 +63,20 @@ def demo(out: Path, *, resume: bool, console: Console) -> list[dict[str, Any]]:
     runs = [_run(config, method, out, resume, console) for method in COMPARED]
     console.print()
     console.print(comparison_table(runs))
-    folders = " ".join(escape(str(out / method)) for method in COMPARED)
     console.print(
-        "OP: mean accuracy at the end. BWT: mean change since a task was learned; below zero is forgetting.\n"
+        "OP: mean accuracy at the end. BWT: mean change since a task was learned; below zero is forgetting. "
         "FWT: mean accuracy just before a task is learned, minus that before training.\n"
-        f"The config, accuracy matrix and models of each method are in {escape(str(out))}/<method>. "
-        f"To try other settings, change {escape(str(config_path))} and call "
-        f"`rkif run {escape(str(config_path))}`.\n"
-        f"`rkif report {folders}` compares them on a page.\n"
-        "Replay and Recurrent-KIF trained on equally many samples. Both keep what fine-tuning alone forgets. "
-        "Tasks this small do not show which of the two is better."
+        "Replay and Recurrent-KIF trained on equally many samples. Both forget less than fine-tuning alone. "
+        "Tasks this small do not show which of the two is better.\n"
     )
+    folders = [str(out / method) for method in COMPARED]
+    for purpose, command in (
+        ("Compare the runs on a page", f"rkif report {' '.join(folders)}"),
+        ("See the masks and the rounds of Recurrent-KIF", f"rkif report {folders[-1]}"),
+        ("Train with other settings", f"rkif run {config_path} --set fusion.density=0.1"),
+    ):
+        # Not wrapped, so that a command can be copied.
+        console.print(f"{purpose}:\n  {command}", markup=False, highlight=False, soft_wrap=True)
     return runs
 
 

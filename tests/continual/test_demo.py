@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -13,6 +16,7 @@ from run_inputs import go
 
 import rkif.demo
 from rkif.continual.config import RunConfig, load_config
+from rkif.continual.display.progress import comparison_table
 from rkif.continual.tasks.load import load_tasks
 from rkif.demo import demo, write_inputs
 from rkif.demo.sentences import TASKS
@@ -30,12 +34,17 @@ def test_demo_compares_the_methods_and_can_be_resumed(tmp_path: Path) -> None:
     runs = demo(out, resume=False, console=console)
     assert [metrics["method"] for metrics in runs] == ["sequential", "replay", "recurrent_kif"]
     _, _, shown = console.file.getvalue().partition("accuracy in % at the end")
+    assert "\x1b" not in shown
     for metrics in runs:
         assert json.loads((out / metrics["method"] / "metrics.json").read_text()) == metrics
         row = next(line for line in shown.splitlines() if line.split()[:1] == [metrics["method"]])
         assert f"{metrics['op']:.1f}" in row
     compared = " ".join(str(out / metrics["method"]) for metrics in runs)
-    assert f"`rkif report {compared}` compares" in " ".join(shown.split())
+    assert f"\n  rkif report {compared}\n" in shown
+    others = sum(
+        path.stat().st_size for path in out.rglob("*") if path.is_file() and path.parent.name != "snapshots"
+    )
+    assert others + load_config(out / "config.yaml").snapshots.budget < 60e6
     with pytest.raises(ValueError, match="holds a demo; continue with --resume"):
         demo(out, resume=False, console=console)
     assert demo(out, resume=True, console=console) == runs
@@ -43,6 +52,38 @@ def test_demo_compares_the_methods_and_can_be_resumed(tmp_path: Path) -> None:
     (tmp_path / "foreign" / "file").touch()
     with pytest.raises(ValueError, match="is not empty and is not a demo"):
         demo(tmp_path / "foreign", resume=False, console=console)
+
+
+def test_libraries_write_nothing_during_the_demo(tmp_path: Path) -> None:
+    """In a process of its own, because libraries also write warnings to its standard error."""
+    program = (
+        "import rkif.demo; from rkif.cli import main; "
+        "rkif.demo.CONFIG = rkif.demo.CONFIG.replace('steps: 160', 'steps: 2'); main()"
+    )
+    command = [sys.executable, "-c", program, "demo", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_the_table_marks_the_best_of_each_column() -> None:
+    def metrics(method: str, accuracy: list[float], bwt: float) -> dict[str, Any]:
+        return {
+            "method": method,
+            "tasks": ["first", "second"],
+            "split": "dev",
+            "accuracy": [[0.0, value] for value in accuracy],
+            "op": fmean(accuracy),
+            "bwt": bwt,
+            "fwt": None,
+            "samples": 1000,
+        }
+
+    table = comparison_table([metrics("a", [90.0, 50.0], -1.0), metrics("b", [70.0, 50.0], 0.5)])
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table)
+    rows = [line.split() for line in console.file.getvalue().splitlines()]
+    assert ["a", "90.0*", "50.0", "70.0*", "-1.0", "-", "1,000"] in rows
+    assert ["b", "70.0", "50.0", "60.0", "+0.5*", "-", "1,000"] in rows
 
 
 def test_fine_tuning_forgets_and_recurrent_kif_does_not(tmp_path: Path) -> None:

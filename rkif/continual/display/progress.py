@@ -143,28 +143,36 @@ def comparison_table(runs: Sequence[Mapping[str, Any]]) -> Table:
 
     Accuracies of single tasks are left out where there are more than ``MAX_TASK_COLUMNS``.
     """
+    tasks = runs[0]["tasks"]
+    columns = [("method", [metrics["method"] for metrics in runs])]
+    for i, name in enumerate(tasks if len(tasks) <= MAX_TASK_COLUMNS else []):
+        columns.append((name, _marked([metrics["accuracy"][i][-1] for metrics in runs])))
+    for key in ("op", "bwt", "fwt"):
+        columns.append((key.upper(), _marked([metrics[key] for metrics in runs], sign=key != "op")))
+    columns.append(("samples", [f"{metrics['samples']:,}" for metrics in runs]))
     table = Table(
         title=f"accuracy in % at the end ({runs[0]['split']} split)",
+        caption="* the best of a column",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
-    table.add_column("method", no_wrap=True)
-    shown = len(runs[0]["tasks"]) <= MAX_TASK_COLUMNS
-    for name in runs[0]["tasks"] if shown else []:
-        table.add_column(name, justify="right")
-    for heading in ("OP", "BWT", "FWT", "samples"):
-        table.add_column(heading, justify="right", style="bold")
-    for metrics in runs:
-        table.add_row(
-            metrics["method"],
-            *(format_number(row[-1]) for row in metrics["accuracy"] if shown),
-            format_number(metrics["op"]),
-            format_number(metrics["bwt"], sign=True),
-            format_number(metrics["fwt"], sign=True),
-            f"{metrics['samples']:,}",
-        )
+    for heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.columns[0].justify = "left"
+    for row in zip(*(cells for _, cells in columns), strict=True):
+        table.add_row(*row)
     return table
+
+
+def _marked(values: Sequence[float | None], *, sign: bool = False) -> list[str]:
+    """A column's numbers; the best, which is the largest, is bold and has a mark, unless all are equal."""
+    best = max((value for value in values if value is not None), default=None)
+    shown = [format_number(value, sign=sign) for value in values]
+    return [
+        f"[bold]{number}*[/]" if value == best and len(set(values)) > 1 else f"{number} "
+        for value, number in zip(values, shown, strict=True)
+    ]
 
 
 def format_number(value: float | None, *, sign: bool = False) -> str:

@@ -28,7 +28,7 @@ def load_model(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> 
         ImportError: transformers or peft is not installed.
         ValueError: the model cannot be loaded, or lacks the modules that the adapter is for.
     """
-    transformers = require_transformers()
+    transformers = require_transformers(adapter=config.adapter is not None)
     is_path = config.model.startswith((".", "/", "~")) or config.model.count("/") > 1
     if is_path and not Path(config.model).is_dir():
         raise ValueError(f"model: no such folder: {config.model}")
@@ -96,15 +96,19 @@ def _architecture(transformers: Any, model: str) -> str:
     return "causal" if causal else "encoder"
 
 
-def require_transformers() -> Any:
-    """Import transformers, and peft with it.
+def require_transformers(*, adapter: bool) -> Any:
+    """Import transformers, and peft where an adapter is trained.
+
+    peft is not imported without need: it imports bitsandbytes, which logs a warning on CPUs.
 
     Raises:
         ImportError: one of them is not installed; the message says how to install them.
     """
     try:
-        import peft  # noqa: F401
         import transformers
+
+        if adapter:
+            import peft  # noqa: F401
     except ImportError as error:
         raise ImportError(
             'running tasks needs transformers and peft: pip install ".[hf]" in the source folder of rkif'
