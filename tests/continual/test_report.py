@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -270,10 +271,14 @@ def test_a_folder_of_runs_is_listed(config: Callable[..., RunConfig], tmp_path: 
 
 
 def test_the_page_shows_the_gate_and_the_ledger_check(
-    config: Callable[..., RunConfig], tmp_path: Path
+    config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go(config(gate=GATE), tmp_path)
-    text = html.unescape(write_report(tmp_path).read_text())
+    with monkeypatch.context() as patch:
+        reads = Mock(side_effect=read_ledger)
+        patch.setattr("rkif.continual.rundir.folder.read_ledger", reads)
+        text = html.unescape(write_report(tmp_path).read_text())
+    reads.assert_called_once()
     records = list(read_ledger(tmp_path / "ledger.jsonl"))
     assert records[-1]["hash"] in text
     assert next(r for r in reversed(records) if "parameters" in r)["parameters"]["after"] in text
@@ -288,6 +293,8 @@ def test_the_page_shows_the_gate_and_the_ledger_check(
     assert "The ledger is broken" in broken
     assert "record 0 was changed" in broken
     assert "<h2>Gate</h2>" not in broken
+    path.unlink()
+    assert "The ledger is missing" in write_report(tmp_path).read_text()
 
 
 def test_history_has_the_hand_computed_counts() -> None:

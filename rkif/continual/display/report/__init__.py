@@ -30,6 +30,7 @@ def write_report(run: Path) -> Path:
     reader = RunReader(run)
     if not reader.metrics() and (records := reader.records()) and not records[0]["tasks"]:
         title, sections = f"{records[0]['method']} in a training loop", [loop_summary(records)]
+        sections += ledger_sections(records)
     else:
         facts = read_facts(reader)
         title, sections = f"{facts.name}: {len(facts.metrics['tasks'])} tasks", [summary(facts)]
@@ -38,7 +39,7 @@ def write_report(run: Path) -> Path:
         rounds = reader.rounds()
         if rounds:
             sections += [_rounds(rounds)]
-    sections += ledger_sections(run)
+        sections += ledger_sections(facts.ledger)
     settings = f"<section><h2>Settings</h2><pre>{html.escape(reader.config_text())}</pre></section>"
     page = PAGE.replace("{{title}}", html.escape(title)).replace("{{body}}", "\n".join([*sections, settings]))
     out = run / "report.html"

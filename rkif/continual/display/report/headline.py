@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rkif.continual.display.progress import format_number
 from rkif.continual.rundir.folder import RunReader
-from rkif.ledger.chain import LedgerError
+from rkif.ledger.chain import LedgerError, LedgerRecord
 
 EXPLANATIONS = {
     "op": "OP: mean accuracy over all tasks at the end.",
@@ -31,14 +31,21 @@ class RunFacts(NamedTuple):
     Attributes:
         name: of its folder.
         model: the last part of the model's path or name.
-        date: of the last record of its ledger; "" if it is unknown.
+        ledger: its records, or what is wrong with it.
         metrics: the content of ``metrics.json``.
     """
 
     name: str
     model: str
-    date: str
+    ledger: Sequence[LedgerRecord] | LedgerError
     metrics: Mapping[str, Any]
+
+    @property
+    def date(self) -> str:
+        """Of the ledger's last record; "" if it is unknown."""
+        records = [] if isinstance(self.ledger, LedgerError) else self.ledger
+        times = [record["time"] for record in records if "time" in record]
+        return str(times[-1])[:10] if times else ""
 
     @property
     def method(self) -> str:
@@ -64,7 +71,7 @@ class RunFacts(NamedTuple):
 
 
 def read_facts(reader: RunReader) -> RunFacts:
-    """The facts of a run that has measured something.
+    """The facts of a run that has measured something. A broken ledger is one of them.
 
     Raises:
         ValueError: nothing was measured yet, or a file is damaged.
@@ -75,7 +82,12 @@ def read_facts(reader: RunReader) -> RunFacts:
     # A page needs no valid config: only this line is read.
     model = re.search(r"^model: (.+)$", reader.config_text(), re.MULTILINE)
     name = Path(model[1].strip("'\"")).name if model else ""
-    return RunFacts(reader.path.resolve().name, name, _date(reader), metrics)
+    ledger: Sequence[LedgerRecord] | LedgerError
+    try:
+        ledger = reader.records()
+    except LedgerError as error:
+        ledger = error
+    return RunFacts(reader.path.resolve().name, name, ledger, metrics)
 
 
 def headline(facts: RunFacts) -> str:
@@ -124,11 +136,3 @@ def _words(retention: float | None) -> Sequence[str]:
         if retention is None
         else next((level, text) for least, level, text in _LEVELS if retention >= least)
     )
-
-
-def _date(reader: RunReader) -> str:
-    try:
-        times = [record["time"] for record in reader.records(torn=True) if "time" in record]
-    except LedgerError:
-        return ""  # the page says below that the ledger is broken
-    return str(times[-1])[:10] if times else ""

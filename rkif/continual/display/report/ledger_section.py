@@ -5,13 +5,11 @@ from __future__ import annotations
 import html
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rkif.continual.display.report import plots
 from rkif.continual.display.report.headline import tile
-from rkif.continual.rundir.folder import RunReader
-from rkif.ledger.chain import LEDGER, LedgerError, LedgerRecord
+from rkif.ledger.chain import LedgerError, LedgerRecord
 from rkif.ledger.records import not_rolled_back
 
 MEANING = {
@@ -24,17 +22,13 @@ MEANING = {
 LEVELS = {"keep": "good", "damp": "fair", "undo": "bad", "stop": "bad"}  # classes of tiles
 
 
-def ledger_sections(run: Path) -> list[str]:
-    """The sections as HTML. If the chain is broken, the only section says so."""
-    if not (run / LEDGER).exists():
-        return []
-    try:
-        records = RunReader(run).records()
-    except LedgerError as error:
-        return [_section("Ledger", f'<p class="bad">The ledger is broken: {_text(error)}</p>')]
-    if not records:
-        return [_section("Ledger", '<p class="bad">The ledger holds no record.</p>')]
-    rounds = [record for record in not_rolled_back(records) if record["event"] == "round"]
+def ledger_sections(ledger: Sequence[LedgerRecord] | LedgerError) -> list[str]:
+    """The sections as HTML. If there are no records or the chain is broken, the only section says so."""
+    if isinstance(ledger, LedgerError):
+        return [_section("Ledger", f'<p class="bad">The ledger is broken: {_text(ledger)}</p>')]
+    if not ledger:
+        return [_section("Ledger", '<p class="bad">The ledger is missing, or holds no record.</p>')]
+    rounds = [record for record in not_rolled_back(ledger) if record["event"] == "round"]
     sections = []
     if any(record["gate"] for record in rounds):
         sections.append(_gate(rounds))
@@ -46,7 +40,7 @@ def ledger_sections(run: Path) -> list[str]:
                 "size, on a logarithmic scale. Blank: no change.</p>" + plots.movement_map(rounds),
             )
         )
-    return [*sections, _digests(records)]
+    return [*sections, _digests(ledger)]
 
 
 def loop_summary(records: Sequence[LedgerRecord]) -> str:
