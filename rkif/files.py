@@ -85,8 +85,12 @@ def require_inside(name: str) -> str:
     return name
 
 
-def validated(model: type[M], content: Any, where: object) -> M:
-    """``content``, an object of a file that rkif wrote, as ``model``.
+def validated(model: type[M], content: Any, where: object, *, own: bool = True) -> M:
+    """``content``, an object of a file, as ``model``.
+
+    Args:
+        own: whether rkif wrote the file, so that other content is damage. Of a user's file, the message names
+            the value.
 
     Raises:
         ValueError: the content is not as the model has it; it names ``where`` and the key.
@@ -98,12 +102,14 @@ def validated(model: type[M], content: Any, where: object) -> M:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        missing = error.errors()[0]["type"] == "missing"
-        state = "is damaged, or of another version of rkif" if missing else "is damaged"
-        raise ValueError(f"{where} {state}: {first_problem(error)}") from None
+        problem = error.errors()[0]
+        missing = problem["type"] == "missing"
+        state = " is damaged, or of another version of rkif" if missing else " is damaged"
+        got = "" if own or missing else f", got {problem['input']!r}"
+        raise ValueError(f"{where}{state if own else ''}: {_first_problem(error)}{got}") from None
 
 
-def first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError) -> str:
     """The first problem that pydantic found, in one line that names the key."""
     problem = error.errors(include_url=False, include_context=False)[0]
     key = ".".join(map(str, problem["loc"]))

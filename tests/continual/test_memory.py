@@ -161,10 +161,10 @@ HEAD = {"rkif_memory": 1, "records": 1}
         ([LINE], r"m\.jsonl:1: not a replay memory"),
         ([{**HEAD, "rkif_memory": 2}, LINE], r"m\.jsonl:1: not a replay memory"),
         ([HEAD, "{"], r"m\.jsonl:2: not valid JSON"),
-        ([HEAD, {**LINE, "id": 1}], r"m\.jsonl:2: id: Input should be a valid string, got 1"),
+        ([HEAD, {**LINE, "id": 1}], r"m\.jsonl:2 is damaged: id: Input should be a valid string"),
         (
             [HEAD, {k: v for k, v in LINE.items() if k != "instruction"}],
-            r"m\.jsonl:2: it lacks 'instruction'",
+            r"m\.jsonl:2 is damaged, or of another version of rkif: it lacks 'instruction'",
         ),
         ([HEAD], r"m\.jsonl:1: 0 records, but the first line says 1"),
         ([HEAD, LINE, {**LINE, "id": "2"}], r"m\.jsonl:3: 2 records, but the first line says 1"),

@@ -7,13 +7,9 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from rkif.files import first_problem
-
-M = TypeVar("M", bound=BaseModel)
+from pydantic import BaseModel, ConfigDict
 
 
 class DataContent(BaseModel):
@@ -49,20 +45,6 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"{path}:{number}", json_object(line, f"{path}:{number}")
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{path}: an incomplete gzip file: {error}") from error
-
-
-def typed(model: type[M], content: dict[str, Any], where: str) -> M:
-    """``content`` as ``model``.
-
-    Raises:
-        ValueError: the content does not fit the model; the message names ``where``, the key and the value.
-    """
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        got = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
-        raise ValueError(f"{where}: {first_problem(error)}{got}") from None
 
 
 def json_object(text: bytes, where: str) -> dict[str, Any]:

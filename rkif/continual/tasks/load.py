@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from rkif.continual.tasks.json_lines import DataContent, RecordLine, TaskLine, json_lines, json_object, typed
+from rkif.continual.tasks.json_lines import DataContent, RecordLine, TaskLine, json_lines, json_object
 from rkif.continual.tasks.records import Record, Task, require_task_name, stratified_subset
+from rkif.files import validated
 from rkif.seeding import derive_seed
 
 
@@ -99,7 +100,7 @@ class _Table(DataContent):
 def _read_table(path: Path) -> _Table:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    return typed(_Table, json_object(path.read_bytes(), str(path)), str(path))
+    return validated(_Table, json_object(path.read_bytes(), str(path)), path, own=False)
 
 
 def _resolve_order(order: str | Sequence[str], table: _Table, path: Path) -> list[str]:
@@ -140,12 +141,12 @@ def _read_records(
     trained = {(record.task, record.input): record.id for records in train.values() for record in records}
     records_by_id: dict[str, dict[str, Record]] = {name: {} for name in tasks}
     for where, row in json_lines(path):
-        task = typed(TaskLine, row, where).task
+        task = validated(TaskLine, row, where, own=False).task
         if task not in known:
             raise ValueError(f"{where}: task {task!r} is not in tasks.json; known tasks: {', '.join(known)}")
         if task not in tasks:
             continue
-        record = Record(**typed(RecordLine, row, where).model_dump())
+        record = Record(**validated(RecordLine, row, where, own=False).model_dump())
         _, labels = tasks[task]
         if labels and record.output not in labels:
             raise ValueError(

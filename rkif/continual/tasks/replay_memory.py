@@ -11,9 +11,9 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-from rkif.continual.tasks.json_lines import RecordLine, json_lines, typed
+from rkif.continual.tasks.json_lines import RecordLine, json_lines
 from rkif.continual.tasks.records import Item, Record, stratified_subset
-from rkif.files import write_text
+from rkif.files import validated, write_text
 from rkif.seeding import derive_seed
 
 
@@ -154,7 +154,7 @@ class ReplayMemory:
             raise ValueError(f"{where}: not a replay memory: the first line must hold 'rkif_memory': 1")
         items_of_task: dict[str, list[Item]] = {}
         for where, row in lines:
-            line = typed(_MemoryLine, row, where)
+            line = validated(_MemoryLine, row, where)
             record = Record(**line.model_dump(exclude={"instruction"}))
             items_of_task.setdefault(record.task, []).append((line.instruction, record))
         memory = cls()
