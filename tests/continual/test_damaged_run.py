@@ -170,6 +170,10 @@ def test_invalid_records_with_a_valid_chain_are_refused(
     ("event", "edit", "message"),
     [
         ("measured", lambda r: r.pop("config"), "is of other settings than"),
+        ("begin", lambda r: r.update(method="replay"), "record 0 is forged: its method is 'replay', and "),
+        ("begin", lambda r: r.update(seed=4), "record 0 is forged: its seed is 4, and "),
+        ("begin", lambda r: r.pop("seed"), "record 0 is forged: its seed is None, and "),
+        ("round", lambda r: r.update(seed=4), "is forged: its seed is 4, and "),
         (
             "rollback",
             lambda r: r["parameters"].update(after="0" * 64),
@@ -183,7 +187,8 @@ def test_records_that_contradict_each_other_are_found(
     rollback(run, 2)
     assert rkif("log", run, "--verify")[0] == 0
     rewrite_ledger(run / "ledger.jsonl", edit, seq_of(run, event))
-    assert message in refused(rkif, run, "log", run, "--verify")
+    for command in (("log", run, "--verify"), ("run", run / "config.yaml", "--out", run, "--resume")):
+        assert message in refused(rkif, run, *command)
 
 
 @pytest.mark.parametrize("line", [b'{"seq":0,"previous":NaN,"hash":1}', b"[" * 100_000, b'{"hash": 1e999}'])

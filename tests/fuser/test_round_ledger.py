@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fuser_loop import Loop, make_model
+from run_inputs import rewrite_ledger
 
 from rkif import Criterion, Fuser, FusionConfig, Gate
 from rkif.continual.rundir.folder import RunReader
@@ -112,6 +113,14 @@ def test_a_changed_record_is_found_and_not_continued(tmp_path: Path, rkif: Rkif)
     assert "record 1 was changed" in errors
     with pytest.raises(LedgerError, match="record 1 was changed"):
         loop(tmp_path)
+
+
+def test_a_forged_method_is_found(tmp_path: Path, rkif: Rkif) -> None:
+    loop(tmp_path).run(range(ROUND))
+    rewrite_ledger(tmp_path / "ledger.jsonl", lambda record: record.update(method="replay"), 0)
+    status, _, errors = rkif("log", tmp_path, "--verify")
+    assert (status, errors.count("\n")) == (1, 1)
+    assert "record 0 is forged: its method is 'replay'" in errors
 
 
 def test_a_resumed_loop_continues_the_chain(tmp_path: Path) -> None:

@@ -7,17 +7,19 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from rkif.continual.config_file import read_settings
 from rkif.continual.rundir.folder import METRICS, RunReader, task_folder
 from rkif.continual.rundir.recorded import require_recorded
 from rkif.continual.rundir.round_states import RoundStates
 from rkif.continual.rundir.state import CHECKPOINT, read_checkpoint
 from rkif.files import TEMPORARY
+from rkif.fuser.round_ledger import METHOD
 from rkif.ledger.chain import LEDGER, LedgerError, LedgerRecord
 from rkif.ledger.records import FORMAT, not_rolled_back
 
 
 def verify(run: Path) -> Counter[str]:
-    """Check the ledger's chain, the succession of parameter digests, and every file against its digest.
+    """Check the ledger's chain, what records state of settings and parameters, and every file's digest.
 
     Records are checked in order, so the error names the first bad one. A ledger that was rewritten as a whole
     passes. To exclude that, store the hash of the last record elsewhere and compare it.
@@ -84,12 +86,33 @@ def require_whole(reader: RunReader, records: Sequence[LedgerRecord]) -> Counter
         none = settings if record["event"] == "rollback" else None
         if record["seq"] in numbers and record.get("config", none) != settings:
             raise LedgerError(f"{where} is of other settings than {run / 'config.yaml'} has now")
+    _require_stated_settings(run, valid)
     recorded = require_recorded(run, records)
     learned = [record["task"] for record in valid if record["event"] == "task"]
     following = task_folder(run, len(learned), tasks[len(learned)]) if len(learned) < len(tasks) else None
     _require_no_other(run, recorded, following)
     states = sum(RoundStates(run).path(number) in recorded for number in RoundStates(run).rounds())
     return Counter({"records": len(records), "tasks": len(learned), "states": states})
+
+
+def _require_stated_settings(run: Path, records: Sequence[LedgerRecord]) -> None:
+    """Raise LedgerError unless the method and the seed that records state are those of the settings.
+
+    The records also have the settings' digest, which was compared before. So what a run wrote agrees.
+    """
+    file = run / "config.yaml"
+    settings = read_settings(file)
+    seed, method = settings.get("seed"), settings.get("method", METHOD)  # a training loop's have neither
+    for record in records:
+        stated = {} if record["event"] == "rollback" else {"seed": seed}
+        stated |= {"method": method} if record["event"] == "begin" else {}
+        for key, value in stated.items():
+            if record.get(key) != value:
+                where = f"{run / LEDGER}: record {record['seq']}"
+                raise LedgerError(
+                    f"{where} is forged: its {key} is {record.get(key)!r}, and {file}, whose digest it has, "
+                    f"says {value!r}"
+                )
 
 
 def _kept_parameters(records: Sequence[LedgerRecord]) -> str:
