@@ -44,9 +44,24 @@ def minilm_command(
     convert(out)
 
 
+@app.command("held-out")
+def held_out_command(
+    folder: Annotated[Path, typer.Option("--tasks", help="Folder of tasks.")] = Path("data/cl15"),
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("data/cl15-held-out"),
+    share: Annotated[float, typer.Option("--share", help="Of the training records of each task.")] = 0.2,
+) -> None:
+    """Set training records aside as dev records, for a smaller error of each accuracy."""
+    from bench.forgetting.held_out import hold_out
+
+    for name, (train, dev) in hold_out(folder, out, share).items():
+        print(f"{name}: {train} training records, {dev} dev records")
+
+
 @app.command("continual")
 def continual_command(
-    suite: Annotated[str, typer.Option("--suite", help="standard (four tasks) or long (15).")] = "standard",
+    suite: Annotated[
+        str, typer.Option("--suite", help="(paper-)standard (four tasks) or (paper-)long (15).")
+    ] = "standard",
     config: Annotated[
         Path | None,
         typer.Option(
@@ -70,6 +85,14 @@ def continual_command(
     seed: Annotated[
         list[int] | None, typer.Option("--seed", help="A seed; may be given several times.", show_default="1")
     ] = None,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--rate",
+            help="Factor of the config's learning rates, of both learners; may be given several times.",
+            show_default="1",
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Number of runs at a time.")] = 1,
     out: Annotated[Path, typer.Option("--out", help="Folder for the runs.")] = Path("runs/continual"),
 ) -> None:
@@ -81,8 +104,9 @@ def continual_command(
         raise ValueError(f"--suite must be one of {', '.join(SUITES)}; got {suite!r}")
     chosen = config or CONFIGS / f"{suite}-minilm.yaml"
     todo = [
-        Job(chosen, suite, one_order, one_method, one_seed, out)
+        Job(chosen, suite, one_order, one_method, one_seed, out, one_rate)
         for one_seed in seed or [1]
+        for one_rate in rate or [1.0]
         for one_order in order or SUITES[suite]
         for one_method in method or MAIN
     ]

@@ -27,8 +27,9 @@ from rkif.continual.models.device import run_device
 from rkif.continual.run import run
 
 RESULTS = store.RESULTS / "continual.jsonl"
-KEY = ("config", "order", "method", "seed")  # of a row
-SUITES = {suite: tuple(f"{suite}-{number}" for number in (1, 2, 3)) for suite in ("standard", "long")}
+KEY = ("config", "order", "method", "rate", "seed")  # of a row
+ORDERS = {tasks: tuple(f"{tasks}-{number}" for number in (1, 2, 3)) for tasks in ("standard", "long")}
+SUITES = ORDERS | {f"paper-{tasks}": orders for tasks, orders in ORDERS.items()}  # suite -> its orders
 # Every method except the ablation "adaptive", and Recurrent-KIF's presets.
 MAIN = (*(name for name in METHODS if name != "adaptive"), "recurrent_kif_paper", "recurrent_kif_release")
 
@@ -46,7 +47,11 @@ NAMED: Any = {"model": True, "method": True, "seed": True, "tasks": {"folder", "
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a config file, and changes to it."""
+    """One run: a config file, and changes to it.
+
+    Attributes:
+        rate: factor of the learning rates of both learners, besides the variant's factors.
+    """
 
     config: Path
     suite: str
@@ -54,6 +59,7 @@ class Job:
     method: str
     seed: int
     out: Path
+    rate: float = 1.0
 
     def settings(self) -> RunConfig:
         """The config with the order, the seed, and the settings of the method or variant.
@@ -67,6 +73,8 @@ class Job:
         changes = variants.get(self.method, {"method": self.method})
         base = load_config(self.config).model_dump()
         base["tasks"]["order"] = self.order
+        base["training"]["learning_rate"] *= self.rate
+        base["outer"]["learning_rate"] *= self.rate
         return RunConfig.model_validate(_merged(base, {**changes, "seed": self.seed}))
 
     @property
@@ -98,12 +106,13 @@ def compare(jobs: Sequence[Job], processes: int, console: Console) -> None:
             try:
                 row = done.result()
             except Exception as error:  # keep the results of the other runs
-                failed.append(f"{job.order} {job.method} seed {job.seed}: {type(error).__name__}: {error}")
+                name = f"{job.order} {job.method} rate {job.rate:g} seed {job.seed}"
+                failed.append(f"{name}: {type(error).__name__}: {error}")
                 console.print(failed[-1], style="red", markup=False, highlight=False)
                 continue
             store.write(RESULTS, row, KEY)
             console.print(
-                f"{row['order']} {row['method']} seed {row['seed']}: OP {row['op']} BWT {row['bwt']}"
+                f"{row['order']} {row['method']} rate {row['rate']:g} seed {row['seed']}: OP {row['op']} BWT {row['bwt']}"
                 f" ({row['wall_s']} s)",
                 highlight=False,
             )
@@ -130,6 +139,7 @@ def _row(
         "suite": job.suite,
         "order": job.order,
         "method": job.method,
+        "rate": job.rate,
         "seed": job.seed,
         **{
             key: metrics[key] if metrics[key] is None else round(metrics[key], 3)
@@ -183,9 +193,8 @@ def rows() -> list[store.Row]:
 
 def _has_row(job: Job) -> bool:
     config = job.settings()
-    wanted = (job.config.stem, job.order, job.method, job.seed, Path(config.model).name)
-    keys = ("config", "order", "method", "seed", "model")
-    same_run = [row for row in rows() if tuple(row.get(key) for key in keys) == wanted]
+    wanted = (job.config.stem, job.order, job.method, job.rate, job.seed, Path(config.model).name)
+    same_run = [row for row in rows() if tuple(row.get(key) for key in (*KEY, "model")) == wanted]
     return any(_settings(row, config) == config for row in same_run)
 
 

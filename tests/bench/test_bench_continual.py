@@ -40,7 +40,7 @@ def test_a_config_accepts_every_method_and_the_results_describe_it() -> None:
 @pytest.mark.parametrize("method", [*MAIN, *VARIANTS])
 def test_every_committed_config_and_variant_is_valid(path: Path, method: str) -> None:
     order = load_config(path).tasks.order
-    assert order in SUITES[path.stem.partition("-")[0]]
+    assert order in SUITES[max((suite for suite in SUITES if path.stem.startswith(suite)), key=len)]
     settings = Job(path, "standard", "standard-3", method, 7, Path("out")).settings()
     assert (settings.tasks.order, settings.seed) == ("standard-3", 7)
     expected = FusionConfig.paper() if method == "recurrent_kif_paper" else None
@@ -109,7 +109,9 @@ def test_a_failed_run_does_not_stop_the_others(job: Job, tmp_path: Path) -> None
     (out.folder / "something").touch()  # no run
     with (
         (tmp_path / "shown").open("w") as file,
-        pytest.raises(ValueError, match="1 of 2 runs failed, the first: demo sequential seed 3: ValueError"),
+        pytest.raises(
+            ValueError, match="1 of 2 runs failed, the first: demo sequential rate 1 seed 3: ValueError"
+        ),
     ):
         compare([out, Job(job.config, job.suite, job.order, "sequential", 4, job.out)], 1, Console(file=file))
     assert [row["seed"] for row in continual.rows()] == [4]
@@ -126,6 +128,7 @@ def test_a_row_is_identified_by_settings_data_and_model(job: Job, tmp_path: Path
                 "config": job.config.stem,
                 "order": job.order,
                 "method": job.method,
+                "rate": job.rate,
                 "seed": job.seed,
                 "model": Path(config.model).name,
                 "settings": config.model_dump(mode="json", exclude={**continual.NAMED, "ewc": True}),
@@ -201,7 +204,9 @@ def test_tables_are_means_and_paired_differences(tmp_path: Path, monkeypatch: py
 
 def test_an_invalid_suite_is_refused_before_any_run(tmp_path: Path) -> None:
     failed = CliRunner().invoke(app, ["continual", "--suite", "short"])
-    assert "--suite must be one of standard, long; got 'short'" in str(failed.exception)
+    assert "--suite must be one of standard, long, paper-standard, paper-long; got 'short'" in str(
+        failed.exception
+    )
     failed = CliRunner().invoke(app, ["continual", "--method", "magic", "--out", str(tmp_path / "runs")])
     assert "no such method or variant: 'magic'" in str(failed.exception)
     assert not (tmp_path / "runs").exists()
