@@ -60,7 +60,7 @@ def held_out_command(
 @app.command("continual")
 def continual_command(
     suite: Annotated[
-        str, typer.Option("--suite", help="(paper-)standard (four tasks) or (paper-)long (15).")
+        str, typer.Option("--suite", help="standard, long, paper-standard or paper-long.")
     ] = "standard",
     config: Annotated[
         Path | None,

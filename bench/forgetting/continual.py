@@ -112,8 +112,8 @@ def compare(jobs: Sequence[Job], processes: int, console: Console) -> None:
                 continue
             store.write(RESULTS, row, KEY)
             console.print(
-                f"{row['order']} {row['method']} rate {row['rate']:g} seed {row['seed']}: OP {row['op']} BWT {row['bwt']}"
-                f" ({row['wall_s']} s)",
+                f"{row['order']} {row['method']} rate {row['rate']:g} seed {row['seed']}:"
+                f" OP {row['op']} BWT {row['bwt']} ({row['wall_s']} s)",
                 highlight=False,
             )
     if failed:

@@ -185,6 +185,21 @@ def test_rounds_without_a_valid_state_are_refused(
         rollback(run, 2)
 
 
+def test_a_later_state_that_is_a_folder_is_refused_before_anything_is_changed(
+    whole: tuple[RunConfig, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole[1], run)
+    state = run / "snapshots" / "000003.safetensors"
+    state.unlink()
+    (state / "file").mkdir(parents=True)
+    before = files(run)
+    with pytest.raises(ValueError, match=r"000003.safetensors is damaged: it is not a file"):
+        rollback(run, 1)
+    assert files(run) == before
+    assert (state / "file").is_dir()
+
+
 def test_a_run_in_use_by_another_process_is_refused(whole: tuple[RunConfig, Path], tmp_path: Path) -> None:
     settings, finished = whole
     run = shutil.copytree(finished, tmp_path / "run")

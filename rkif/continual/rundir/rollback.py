@@ -60,6 +60,7 @@ def _rollback(reader: RunReader, to: int) -> LedgerRecord:
         find_round(records, to, run)
     state, metrics = _target(reader, records, to)
     require_recorded(run, records, [run / METRICS])
+    RoundStates(run).later_than(to)  # can be deleted
     checkpoint = read_checkpoint(run)
     record = Ledger(run / LEDGER).append(
         {
@@ -128,7 +129,8 @@ def finish_rollback(run: Path) -> None:
         raise ValueError(
             f"{run / LEDGER}: record {len(records) - 1}: its rollback would write other files now"
         )
-    RoundStates(run).discard_after(to)
+    for path in RoundStates(run).later_than(to):
+        path.unlink()
     for index in range(state.task, len(metrics["tasks"])):
         shutil.rmtree(task_folder(run, index, metrics["tasks"][index]), ignore_errors=True)
     write_metrics(run, metrics)

@@ -60,11 +60,17 @@ class RoundStates:
             int(name.split(".")[0]) for name in names if re.fullmatch(r"\d{6,}\.safetensors", name, re.A)
         )
 
-    def discard_after(self, number: int) -> None:
-        """Delete the states of later rounds."""
-        for later in self.rounds():
-            if later > number:
-                self.path(later).unlink()
+    def later_than(self, number: int) -> list[Path]:
+        """The files of the states of later rounds.
+
+        Raises:
+            ValueError: one of them is not a file.
+        """
+        paths = [self.path(later) for later in self.rounds() if later > number]
+        for path in paths:
+            if not path.is_file():
+                raise ValueError(f"{path} is damaged: it is not a file")
+        return paths
 
     def path(self, number: int) -> Path:
         """The file of the state after round ``number``."""
