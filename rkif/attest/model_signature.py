@@ -28,11 +28,13 @@ from rkif.attest.statement import (
     parse_statement,
     resource,
 )
-from rkif.files import file_sha256, parse_json, read_text, validated, write_text
+from rkif.files import file_sha256, parse_json, validated, write_text
 
 SIGNATURE = "model.sig"  # in the signed folder
 PREDICATE_TYPE = "https://model_signing/signature/v1.0"
 BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+# The limit of a signature's size. For each file, a path of 4096 bytes, with JSON's escapes, in base64.
+MAX_BYTES, MAX_BYTES_PER_FILE = 2**20, 2**15
 # Of git, which the library does not sign by default, either.
 IGNORED = (".git", ".gitattributes", ".github", ".gitignore", SIGNATURE)
 
@@ -145,13 +147,14 @@ def read_signature(folder: Path, key: Path) -> Signed:
         key: PEM file of a public key.
 
     Raises:
-        ValueError: there is no signature, it is damaged, or it is of another key.
+        ValueError: there is no signature, it is too large for this folder, it is damaged, or it is of another
+            key.
         ImportError: cryptography is not installed.
     """
     verifying_key, path = VerifyingKey(key), folder / SIGNATURE
     if not path.is_file():
         raise ValueError(f"{folder} has no {SIGNATURE}: it is not signed")
-    bundle = validated(_Bundle, parse_json(read_text(path), path), path)
+    bundle = validated(_Bundle, parse_json(_read(path), path), path)
     payload = _from_base64(bundle.dsse_envelope.payload, path)
     signature = _from_base64(bundle.dsse_envelope.signatures[0].sig, path)
     if bundle.verification_material.public_key.hint != verifying_key.fingerprint:
@@ -171,6 +174,17 @@ def read_signature(folder: Path, key: Path) -> Signed:
     if [one.digest.get("sha256") for one in statement.subject] != [root]:
         raise ValueError(f"{path} is damaged: the digest of its subject is not that of its files")
     return signed
+
+
+def _read(path: Path) -> bytes:
+    """The content of a signature, which anybody may have written: only so much of it is read."""
+    files = sum(entry.is_file() for entry in _entries(path.parent))
+    limit = MAX_BYTES + files * MAX_BYTES_PER_FILE
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path} has more than {limit:,} bytes, the limit for a folder of {files} files")
+    return content
 
 
 def compare_files(folder: Path, signed: Signed) -> list[str]:

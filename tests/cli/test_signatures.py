@@ -169,6 +169,10 @@ def change_payload(bundle: dict[str, Any]) -> None:
 SIGNATURE_CHANGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: path.unlink(), "has no model.sig: it is not signed"),
     (lambda path: path.write_text(""), "model.sig is damaged"),
+    (
+        lambda path: os.truncate(path, 2**36),  # a sparse file, which does not fit into memory
+        "model.sig has more than 1,277,952 bytes, the limit for a folder of 7 files",
+    ),
     (lambda path: path.write_bytes(path.read_bytes()[:-9]), "model.sig is damaged"),
     (lambda path: path.write_bytes(b"\xff\x00"), "model.sig is damaged"),
     (lambda path: path.write_text("[]"), "model.sig is damaged: it does not hold an object"),
