@@ -36,7 +36,7 @@ from rkif_kernels.ops import (
     select_and_fuse_,
     update_importance_,
 )
-from rkif_kernels.ops.guards import addresses, same_kind
+from rkif_kernels.ops.guards import Description, describe
 from rkif_kernels.ops.searches import CountingSearches
 from rkif_kernels.selection.bracket import bracket
 from rkif_kernels.selection.counting import CountingSearch
@@ -75,6 +75,7 @@ __all__ = [
     "CaseWeights",
     "CountingSearch",
     "CountingSearches",
+    "Description",
     "Draws",
     "FuseStats",
     "FusionInputs",
@@ -92,10 +93,10 @@ __all__ = [
     "absolute_sums",
     "adamw_",
     "adamw_constants",
-    "addresses",
     "all_valid_scores",
     "bracket",
     "count_scores_",
+    "describe",
     "elect_signs",
     "fuse_",
     "kth_scores",
@@ -106,7 +107,6 @@ __all__ = [
     "require_disjoint",
     "require_fraction",
     "require_weights",
-    "same_kind",
     "sample_scores",
     "score_thresholds",
     "select_and_fuse_",

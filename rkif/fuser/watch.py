@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from rkif.fuser.parameters import require_separate_memory
-from rkif_kernels import addresses, same_kind
+from rkif_kernels import Description, describe
 
 _CAUSES = "an assignment, load_state_dict(assign=True), resize_token_embeddings() or the like"
 
@@ -39,8 +39,7 @@ class ParameterWatch:
         self._layers: list[tuple[ref[nn.Module], str, ref[nn.Module], str]] = []
         self._names = names
         # Of the last check of dtypes, shapes, strides and memory, which takes 100 us a parameter.
-        self._places_checked: list[int] = []
-        self._same_kind: Callable[[Sequence[Tensor]], bool] = lambda parts: False
+        self._checked: Description | None = None
         self._model = None if module is None else ref(module)
         for owner in () if module is None else module.modules():
             self._places += [
@@ -97,8 +96,8 @@ class ParameterWatch:
                         f"the layer of parameter {name!r} was replaced after the Fuser was made ({_CAUSES}); "
                         "the Fuser would fuse the old tensor: make a new Fuser"
                     )
-        places = addresses(parts)
-        if places == self._places_checked and self._same_kind(parts):
+        described = describe(parts)
+        if described == self._checked:
             return
         for name, parameter in self._parameters.items():
             if (then := self._kinds[name]) != (now := _kind(parameter)):
@@ -107,7 +106,7 @@ class ParameterWatch:
                     "now: make a new Fuser"
                 )
         require_separate_memory(self._parameters)
-        self._places_checked, self._same_kind = places, same_kind(parts)
+        self._checked = described
 
     def _replaced(self) -> list[tuple[dict[str, Any], str, Any]]:
         return [place for place in self._places if place[0].get(place[1]) is not place[2]]

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import get_args
 
@@ -74,9 +75,9 @@ def _obstacle(backend: str, device: torch.device) -> str:
     return f"it does not support device {device}"
 
 
-def on_device(device: torch.device) -> torch.cuda.device:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Make ``device`` the current one: kernels are launched there, wherever their tensors are."""
-    return torch.cuda.device(device.index if device.type == "cuda" else -1)
+    return torch.cuda.device(device.index) if device.type == "cuda" else nullcontext()
 
 
 def implementation(device: torch.device, requested: str) -> ModuleType:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from rkif_kernels.backends.choose import implementation, on_device
+from rkif_kernels.checks import Arguments, require_writable
 from rkif_kernels.ops.fuse import fits_one_pass, require_fusion, require_selection, select_and_fuse
-from rkif_kernels.ops.guards import addresses, same_kind
+from rkif_kernels.ops.guards import Description, describe
 from rkif_kernels.ops.select import order_statistic_k
 from rkif_kernels.profiling import profiled
 from rkif_kernels.types import (
@@ -27,8 +28,8 @@ from rkif_kernels.types import (
 # round to round.
 _PLACES = 4
 
-# For Views: id and address of the flat tensor. For other lists: the address of each tensor.
-Places = tuple[int, int] | list[int] | None
+# For Views: id and address of the flat tensor.
+Places = tuple[int, int] | Description | None
 # The places of each role, and whether the scores of each learner are distances.
 Key = tuple[list[Places], tuple[bool, bool]]
 
@@ -74,21 +75,22 @@ class FusionPlan:
 
     def fuse(self, inputs: FusionInputs) -> FuseStats:
         """Select and fuse once; lists and result as for :func:`rkif_kernels.select_and_fuse_`."""
+        if not isinstance(inputs.out, Views):  # descriptions do not tell whether inference mode made a tensor
+            require_writable(Arguments(self._names), "out", inputs.out)
         # The flat tensor determines its views, so one address is compared instead of hundreds.
-        moving = [tensor for row in inputs.lists if row and not isinstance(row, Views) for tensor in row]
         places = [None if row is None else _places(row) for row in inputs.lists]
         key = places, (inputs.inner_scores.distance, inputs.outer_scores.distance)
         with self._lock:
             bound = next((bound for bound in self._bound if bound.key == key), None)
-            if bound is None or not bound.same_kind(moving):
-                bound = self._bind(inputs, moving, key)
-                self._bound = [bound, *(other for other in self._bound if other.key != key)][:_PLACES]
+            if bound is None:
+                bound = self._bind(inputs, key)
+                self._bound = [bound, *self._bound][:_PLACES]
             with torch.no_grad(), on_device(inputs.device), profiled("rkif.fuse", inputs.device):
                 stats = (bound.launch or self._unprepared)(inputs)
         torch.autograd.graph.increment_version(inputs.out)
         return stats
 
-    def _bind(self, inputs: FusionInputs, moving: Sequence[Tensor | None], key: Key) -> _Bound:
+    def _bind(self, inputs: FusionInputs, key: Key) -> _Bound:
         require_fusion(inputs, self._rule, self._names)
         module, launch = implementation(inputs.device, self._backend), None
         if hasattr(module, "prepared_fusion") and fits_one_pass(inputs, self._density, self._scope):
@@ -96,7 +98,7 @@ class FusionPlan:
                 k = order_statistic_k(inputs.numel, self._density)
                 launch = module.prepared_fusion(inputs, k, self._rule)
         views = [row for row in inputs.lists if isinstance(row, Views)]
-        return _Bound(key, views, launch, same_kind(moving))
+        return _Bound(key, views, launch)
 
     def _unprepared(self, inputs: FusionInputs) -> FuseStats:
         """The fusion of lists for which the backend prepares nothing."""
@@ -109,8 +111,7 @@ class _Bound(NamedTuple):
     key: Key
     views: list[Views]  # kept, so that no other list gets the id of one of them
     launch: Callable[[FusionInputs], FuseStats] | None  # None: the backend prepares nothing
-    same_kind: Callable[[Sequence[Tensor | None]], bool]
 
 
 def _places(row: Sequence[Tensor | None]) -> Places:
-    return (id(row), row.flat.data_ptr()) if isinstance(row, Views) else addresses(row)
+    return (id(row), row.flat.data_ptr()) if isinstance(row, Views) else describe(row)

@@ -1,47 +1,53 @@
-"""Fast checks whether a prepared call still applies: addresses, dtypes, shapes and strides."""
+"""Fast checks whether a prepared call still applies: addresses, dtypes, shapes, strides and devices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import compress
-from typing import Any, cast
+from array import array
+from collections.abc import Hashable, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
 
-from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
+import torch
+from torch import Tensor, nn
+
+_compiled: Any
+try:
+    from rkif_kernels.ops import _describe as _compiled
+except ImportError:  # there was no C++ compiler
+    _compiled = None
+# Versions of PyTorch with an older DLPack have none.
+_EXCHANGE_API = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+_TYPES = Tensor, nn.Parameter
+_PROPERTIES = attrgetter("dtype", "shape", "device")
 
 
-def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """The addresses of tensors; 0 for None."""
+class Description(NamedTuple):
+    """What a prepared call depends on, of a list of tensors; compared with that of other lists.
+
+    Attributes:
+        addresses: int64 of each tensor, as bytes; 0 for None.
+        kinds: types, dtypes, shapes, strides, devices and None entries, and whether inference mode is on.
+    """
+
+    addresses: bytes
+    kinds: Hashable
+
+    def address_list(self) -> list[int]:
+        """The addresses as numbers."""
+        return array("q", self.addresses).tolist()
+
+
+def describe(tensors: Sequence[Tensor | None]) -> Description:
+    """Describe a list of tensors. A list with sparse tensors or other entries equals no list, nor itself."""
+    mode = torch.is_inference_mode_enabled()
+    if _compiled is not None and _EXCHANGE_API is not None:
+        found = _compiled.describe(tensors, _EXCHANGE_API, _TYPES)
+        if found is not None:
+            return Description(found[0], (mode, found[1]))
+    present: Any = [tensor for tensor in tensors if tensor is not None]
     try:
-        return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
-    except (RuntimeError, TypeError):
-        return list(map(_address, tensors))
-
-
-def _address(tensor: Tensor | None) -> int:
-    try:
-        return 0 if tensor is None else tensor.data_ptr()
-    except (AttributeError, RuntimeError):
-        return -1  # sparse, or no tensor: the argument checks refuse it by name
-
-
-def same_kind(tensors: Sequence[Tensor | None]) -> Callable[[Sequence[Tensor | None]], bool]:
-    """Return a test whether other tensors have the same dtypes, shapes, strides, devices and None entries."""
-    present = [tensor is not None for tensor in tensors]
-    some = list(compress(cast(Sequence[Tensor], tensors), present))
-    # One call for all tensors; comparing three attributes in Python would take three calls per tensor.
-    sizes: list[Any] = [list(tensor.shape) for tensor in some]
-    strides: list[Any] = [list(tensor.stride()) for tensor in some]
-    guards = TensorGuards(*some, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-
-    def all_present(others: Sequence[Tensor | None]) -> bool:
-        try:
-            return len(others) == len(present) and guards.check(*others)
-        except TypeError:  # a gradient is missing
-            return False
-
-    def some_present(others: Sequence[Tensor | None]) -> bool:
-        same = [tensor is not None for tensor in others] == present
-        return same and guards.check(*compress(others, present))
-
-    return all_present if all(present) else some_present
+        addresses = array("q", [0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+        properties = [*map(_PROPERTIES, present), *map(Tensor.stride, present), *map(Tensor.is_neg, present)]
+        return Description(addresses.tobytes(), (mode, *map(type, tensors), *properties))
+    except (AttributeError, RuntimeError, TypeError):
+        return Description(b"", object())  # the argument checks refuse it by name

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from rkif_kernels.backends.choose import implementation, on_device
-from rkif_kernels.ops.guards import addresses, same_kind
+from rkif_kernels.ops.guards import Description, describe
 from rkif_kernels.ops.importance import require_importance
 from rkif_kernels.profiling import profiled
 from rkif_kernels.types import Backend, ImportanceInputs, Smoothing
 
-# A prepared step on the current device. It takes weights, gradients, settings, and whether the address of a
-# gradient has changed since the last step.
-Step = Callable[[Sequence[Tensor], Sequence[Tensor | None], Smoothing, bool], None]
+# A prepared step on the current device. It takes weights, gradients, settings, and the gradients' addresses
+# if one has changed since the last step.
+Step = Callable[[Sequence[Tensor], Sequence[Tensor | None], Smoothing, list[int] | None], None]
 
 
 class ImportancePlan:
@@ -75,12 +75,12 @@ class ImportancePlan:
         """
         smoothing = self._frozen if frozen else self._smoothing
         with self._lock:
-            bound, moved = self._bound, False
-            places = addresses(params), addresses(grads)
-            if bound is None or places[0] != bound.params or not bound.same_kind(params, grads):
-                bound = self._bind(params, grads, places)
-            elif places[1] != bound.grads:
-                bound, moved = bound._replace(grads=places[1]), True
+            bound, moved = self._bound, None
+            weights, gradients = describe(params), describe(grads)
+            if bound is None or weights != bound.params or gradients.kinds != bound.grads.kinds:
+                bound = _Bound(self._prepare(params, grads), weights, gradients)
+            elif gradients.addresses != bound.grads.addresses:
+                bound, moved = bound._replace(grads=gradients), gradients.address_list()
             # If the launch fails, the next step validates again.
             self._bound = None
             device = self._nonfinite.device
@@ -89,24 +89,17 @@ class ImportancePlan:
             self._bound = bound
         torch.autograd.graph.increment_version(self._owners)
 
-    def _bind(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        places: tuple[list[int], list[int]],
-    ) -> _Bound:
+    def _prepare(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Step:
         inputs = ImportanceInputs(list(params), list(grads), *self._states)
         require_importance(inputs, self._smoothing, self._nonfinite, self._names)
         module = implementation(inputs.device, self._backend)
+        make = getattr(module, "PreparedUpdate", None)
+        if make is None:
+            return self._unprepared(module)
         with torch.no_grad(), on_device(inputs.device):
-            make = getattr(module, "PreparedUpdate", None)
-            step: Step = (
-                make(inputs, self._smoothing.order, self._nonfinite, self._captured).launch
-                if make is not None
-                else self._unprepared(module)
-            )
-        same_params, same_grads = same_kind(params), same_kind(grads)
-        return _Bound(step, *places, lambda new, gradients: same_params(new) and same_grads(gradients))
+            prepared = make(inputs, self._smoothing.order, self._nonfinite, self._captured)
+        step: Step = prepared.launch
+        return step
 
     def _unprepared(self, module: ModuleType) -> Step:
         """The step of a backend that prepares nothing."""
@@ -115,7 +108,7 @@ class ImportancePlan:
         states, counter = self._states, self._nonfinite
 
         def step(
-            params: Sequence[Tensor], grads: Sequence[Tensor | None], smoothing: Smoothing, _moved: bool
+            params: Sequence[Tensor], grads: Sequence[Tensor | None], smoothing: Smoothing, _moved: object
         ) -> None:
             inputs = ImportanceInputs(params, grads, *states)
             with torch.no_grad():
@@ -125,12 +118,11 @@ class ImportancePlan:
 
 
 class _Bound(NamedTuple):
-    """A prepared step, and the lists that it was prepared for."""
+    """A prepared step, the weights that it was prepared for, and the gradients of the last step."""
 
     step: Step
-    params: list[int]
-    grads: list[int]
-    same_kind: Callable[[Sequence[Tensor], Sequence[Tensor | None]], bool]
+    params: Description
+    grads: Description
 
 
 def _owner(view: Tensor) -> Tensor:

@@ -227,6 +227,18 @@ def test_invalid_inputs_are_refused_and_nothing_is_written() -> None:
         FusionPlan(density=1.5, rule=PLANNED["rule"])
 
 
+def test_outputs_of_inference_mode_are_refused_outside_of_it() -> None:
+    plan = FusionPlan(**PLANNED, names=["a", "b", "c", "d"])
+    inputs = [*lists(), *sides()]
+    with torch.inference_mode():
+        out = [torch.full_like(tensor, 7.0) for tensor in inputs[0]]
+        plan.fuse(FusionInputs(out, *inputs))
+    before = [tensor.tolist() for tensor in out]
+    with pytest.raises(ValueError, match=r"out\['a'\] was made in inference mode"):
+        plan.fuse(FusionInputs(out, *inputs))
+    assert [tensor.tolist() for tensor in out] == before
+
+
 def test_a_copied_plan_fuses_like_the_plan() -> None:
     plan = FusionPlan(**PLANNED, backend="torch")
     inputs = [*lists(), *sides()]

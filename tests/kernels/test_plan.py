@@ -113,9 +113,10 @@ def test_a_gradient_that_a_kernel_cannot_address_is_copied(backend: str) -> None
 
 
 def test_copies_keep_their_place() -> None:
-    places = _Places()
     wide = torch.randn(20)
-    addresses = [places.find([wide[start : start + 8 : 2]]) for start in (1, 3, 5)]
+    views: list[list[Tensor | None]] = [[wide[start : start + 8 : 2]] for start in (1, 3, 5)]
+    places = _Places(views[0])
+    addresses = [places.find(tensors) for tensors in views]
     assert addresses[0] == addresses[1] == addresses[2] != [wide[5:].data_ptr()]
 
 

@@ -38,8 +38,9 @@ class PreparedUpdate:
         config: LaunchConfig | None = None,
     ) -> None:
         self._device, self._nonfinite, self._order = inputs.device, nonfinite, order
+        self._on_gpu = self._device.type == "cuda"
         self._config = config or chosen("observe", inputs.lists, inputs.numel).launch
-        self._params, self._grads = _Places(), _Places()
+        self._params, self._grads = _Places(inputs.params), _Places(inputs.grads)
         states = [_addresses(row, inputs.params) for row in (inputs.sensitivity, inputs.uncertainty)]
         self._rows = [self._params.find(inputs.params), self._grads.find(inputs.grads), *states]
         self._tables = build_tables(
@@ -65,21 +66,21 @@ class PreparedUpdate:
         params: Sequence[Tensor],
         grads: Sequence[Tensor | None],
         smoothing: Smoothing,
-        moved: bool,
+        moved: list[int] | None,
     ) -> None:
         """Update once, on the current stream.
 
         Args:
-            moved: whether a gradient's address has changed since the last launch.
+            moved: the gradients' addresses if one has changed since the last launch.
         """
         self._streams.enter()
-        launches, capturing = self._launches, self._capturing()
-        if moved:
-            self._rows[GRADIENTS] = self._grads.find(grads)
+        launches, capturing = self._launches, self._on_gpu and torch.cuda.is_current_stream_capturing()
+        if moved is not None:
+            self._rows[GRADIENTS] = self._grads.find(grads, moved)
         if capturing:
             launches = self._captured_launches()
-            self._stale |= moved
-        elif moved or self._stale:
+            self._stale |= moved is not None
+        elif moved is not None or self._stale:
             self._upload()
             self._stale = False
         if not self._spare and not capturing:
@@ -88,9 +89,6 @@ class PreparedUpdate:
         self._grads.fill(grads)
         for launch in launches:
             launch({"smoothing": smoothing.factors})
-
-    def _capturing(self) -> bool:
-        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _prepare(self, tables: Sequence[Table]) -> list[PreparedLaunch]:
         return [prepare_update(table, self._order, self._nonfinite, self._config) for table in tables]
@@ -101,12 +99,12 @@ class PreparedUpdate:
         for table, indices in zip(self._tables, self._indices, strict=True):
             addresses = row if len(indices) == len(row) else [row[index] for index in indices]
             source = torch.tensor(addresses, dtype=torch.int64, device="cpu")
-            if self._device.type == "cuda":
+            if self._on_gpu:
                 source = source.pin_memory()
             table.pointers[GRADIENTS].copy_(source, non_blocking=True)
 
     def _pinned(self) -> list[Tensor]:
-        if self._device.type != "cuda":
+        if not self._on_gpu:
             return []
         return [
             torch.empty(table.pointers.shape, dtype=torch.int64, device="cpu", pin_memory=True)
@@ -134,20 +132,30 @@ class _Places:
 
     A tensor that is not contiguous, not aligned or negated is copied in every step, into memory that is
     allocated once.
+
+    Args:
+        tensors: those of one step; the tensors of all steps are of the same kinds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        self._gapped = {
+            index
+            for index, tensor in enumerate(tensors)
+            if tensor is not None and (not tensor.is_contiguous() or tensor.is_neg())
+        }
         self._copies: dict[int, Tensor] = {}
         self._copied: list[int] = []
 
-    def find(self, tensors: Sequence[Tensor | None]) -> list[int]:
-        """The addresses; 0 for None."""
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        self._copied = [
-            index
-            for index, (tensor, address) in enumerate(zip(tensors, addresses, strict=True))
-            if tensor is not None and (address % ALIGNMENT or not tensor.is_contiguous() or tensor.is_neg())
-        ]
+    def find(self, tensors: Sequence[Tensor | None], addresses: list[int] | None = None) -> list[int]:
+        """The addresses; 0 for None.
+
+        Args:
+            addresses: those of the tensors; mutated.
+        """
+        if addresses is None:
+            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        misaligned = {index for index, address in enumerate(addresses) if address % ALIGNMENT}
+        self._copied = sorted(misaligned | self._gapped)
         for index in self._copied:
             tensor = tensors[index]
             assert tensor is not None
