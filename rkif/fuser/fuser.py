@@ -79,7 +79,8 @@ class Fuser:
     Raises:
         TypeError, ValueError: nothing is trainable, parameters on several devices, unsupported dtypes, or a
             model that is sharded in a way that hides its gradients (DeepSpeed, FSDP1).
-        RuntimeError: other settings, parameters or another gate than on another rank.
+        RuntimeError: other settings, parameters or another gate than on another rank; or, also when a phase
+            begins or a round ends, an adapter that is merged into its layer (``merge_adapter`` of peft).
         ValueError, OSError: ``ledger`` has other files or settings, is damaged, or cannot be written.
     """
 
@@ -171,7 +172,7 @@ class Fuser:
                 f"this {type(observer).__name__} is the second observer of this {self.phase} phase: steps "
                 "would count twice; call either observe(), or the step() of one optimizer that has this fuser"
             )
-        self._watch.require_held()
+        self._watch.require_held(phase_begins=self._observer is None)
         gradients = self._shards.gradients()
         if all(gradient is None for gradient in gradients):
             raise RuntimeError("no parameter has a gradient: observe after backward() and before zero_grad()")
@@ -252,6 +253,7 @@ class Fuser:
 
         The outer importance keeps this round's steps, as after a fusion, unless the config clears it.
         """
+        self._watch.require_unmerged()
         restore(self._shards, self._base)
         self._end_round()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 from weakref import ref
 
@@ -25,6 +26,9 @@ class ParameterWatch:
         parameters: name -> the parameters to watch. All places of a tied parameter are watched.
         reshard: called before a parameter counts as replaced: FSDP2 puts gathered parameters in the places of
             the sharded ones.
+
+    Raises:
+        RuntimeError: an adapter is merged; see :meth:`require_unmerged`.
     """
 
     def __init__(
@@ -37,6 +41,8 @@ class ParameterWatch:
         self._places: list[tuple[dict[str, Any], str, Any]] = []
         # A layer that is replaced still holds its old parameters. The watch does not keep a model alive.
         self._layers: list[tuple[ref[nn.Module], str, ref[nn.Module], str]] = []
+        # peft's layers, of which some can add their adapters to the weights; known by this list.
+        self._adapters: list[tuple[ref[nn.Module], str]] = []
         self._names = names
         # Of the last check of dtypes, shapes, strides and memory, which takes 100 us a parameter.
         self._checked: Description | None = None
@@ -45,21 +51,44 @@ class ParameterWatch:
             self._places += [
                 (owner._parameters, k, p) for k, p in owner._parameters.items() if id(p) in names
             ]
+            if hasattr(owner, "merged_adapters"):
+                inside = (names.get(id(p)) for p in owner.parameters())
+                self._adapters += [(ref(owner), name) for name in islice(filter(None, inside), 1)]
             for key, child in owner._modules.items():
                 inside = (names.get(id(p)) for p in (() if child is None else child.parameters()))
                 if child is not None and (name := next(filter(None, inside), None)) is not None:
                     self._layers.append((ref(owner), key, ref(child), name))
+        self.require_unmerged()
 
-    def require_held(self) -> None:
+    def require_held(self, *, phase_begins: bool = False) -> None:
         """Check that the modules hold the watched parameters. It takes some 20 ns a parameter.
 
+        Args:
+            phase_begins: whether to check for merged adapters as well.
+
         Raises:
-            RuntimeError: a parameter was replaced; it names the parameter.
+            RuntimeError: a parameter was replaced, or its adapter is merged; it names the parameter.
         """
+        if phase_begins:
+            self.require_unmerged()
         if self._replaced():
             self._reshard()
             if replaced := self._replaced():
                 raise RuntimeError(self._message(*replaced[0]))
+
+    def require_unmerged(self) -> None:
+        """Check that no adapter that has watched parameters is added to its layer's weights.
+
+        Raises:
+            RuntimeError: one is; it names a parameter.
+        """
+        for layer, name in self._adapters:
+            if merged := getattr(layer(), "merged_adapters", None):
+                raise RuntimeError(
+                    f"adapter {merged[0]!r} is merged into the weights of the layer of parameter {name!r} "
+                    "(merge_adapter()): unmerge_adapter() would subtract another update after the round has "
+                    "changed the adapter; call it first"
+                )
 
     def require_same_trainable(self) -> None:
         """Check that no other parameter of the model is trainable. It takes some 2 us a layer.
@@ -77,17 +106,17 @@ class ParameterWatch:
                 )
 
     def require_unchanged(self, parts: Sequence[Tensor]) -> None:
-        """Check the layers, dtypes, shapes, devices and memory as well.
+        """Check the layers, merged adapters, dtypes, shapes, devices and memory as well.
 
         Args:
             parts: the parameters, or their local parts.
 
         Raises:
-            RuntimeError: a parameter, or a layer above it, was replaced; or a parameter has another dtype,
-                shape or device. It names the parameter.
+            RuntimeError: a parameter, or a layer above it, was replaced; its adapter is merged; or it has
+                another dtype, shape or device. It names the parameter.
             ValueError: the memory of a parameter is freed, or shared with another one.
         """
-        self.require_held()
+        self.require_held(phase_begins=True)
         for owner, key, child, name in self._layers:
             if (parent := owner()) is not None:
                 layer = parent._modules.get(key)

@@ -157,6 +157,41 @@ def test_a_second_adapter_is_named() -> None:
         fuser.begin_outer()
 
 
+@pytest.mark.parametrize("call", ["make", "observe", "begin_outer", "observe the outer", "fuse", "rollback"])
+def test_a_merged_adapter_is_named(call: str) -> None:
+    """Merged, changed and unmerged, it would leave the weights of its layer changed, without an error."""
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(tiny_llama(40, 0), settings)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    fuser = Fuser(model, FusionConfig())
+    steps: dict[str, Callable[[], Any]] = {
+        "make": lambda: Fuser(model, FusionConfig()),
+        "observe": fuser.observe,
+        "begin_outer": fuser.begin_outer,
+        "observe the outer": fuser.observe,
+        "fuse": fuser.fuse,
+        "rollback": fuser.rollback,
+    }
+    for name, step in steps.items():
+        if name == call:
+            break
+        step()
+    before = fuser.state_dict()
+    model.merge_adapter()
+    message = (
+        r"adapter 'default' is merged into the weights of the layer of parameter '.*q_proj\.lora_A\.default"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        steps[call]()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fuser.state_dict().items())
+    model.unmerge_adapter()
+    steps[call]()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad or torch.allclose(parameter, frozen[name])
+
+
 def free(model: nn.Module) -> None:
     model[0].weight.untyped_storage().resize_(0)
 
