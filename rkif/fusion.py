@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,15 @@ from rkif.gate import GateReport
 from rkif_kernels import CASES, Arguments, Backend, FuseStats, OuterFrom, Scope, Scores, magnitudes
 
 Thresholds = float | dict[str, float]
+_FIGURES = ("thresholds", "counts", "norms")  # what a fusion computes on the device
 
 
 @dataclass(frozen=True)
 class FusionReport:
     """The report of a fusion.
+
+    The first use of thresholds, counts or norms reads all of them from the device, which waits for the
+    fusion. Later fusions do not change them.
 
     Attributes:
         numel: parameters that took part.
@@ -44,6 +48,20 @@ class FusionReport:
     applied: bool = True
     gate: GateReport | None = None
     missing: tuple[str, ...] = ()
+
+    if not TYPE_CHECKING:  # with it, mypy would accept every name
+
+        def __getattr__(self, name: str) -> Any:
+            if name in _FIGURES and (read := self.__dict__.get("_read")) is not None:
+                self.__dict__.update(read())
+                self.__dict__.pop("_read", None)
+            if name in self.__dict__:
+                return self.__dict__[name]
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The values, for copies and pickles: they are read now."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __str__(self) -> str:
         """One line: what was selected, and how far the parameters moved."""
@@ -118,7 +136,7 @@ def fuse(
 
     Returns:
         The fused parameters (the tensors of ``out`` where given) and the report. The host waits for a GPU
-        when the report's values are read.
+        when thresholds, counts or norms of the report are first used.
 
     Raises:
         TypeError, ValueError: names the argument, the parameter and the value: not mappings, different names,
@@ -222,22 +240,41 @@ def skipped_report(names: Sequence[str], numel: int, nonfinite: int, scope: Scop
     )
 
 
-def report_of(names: Sequence[str], stats: FuseStats, *, numel: int, scope: Scope) -> FusionReport:
-    """The kernels' statistics, read from the device in one copy. Counts below 2^53 are exact in float64."""
+def report_of(
+    names: Sequence[str], stats: FuseStats, *, numel: int, scope: Scope, missing: tuple[str, ...] = ()
+) -> FusionReport:
+    """The kernels' statistics; they are read from the device, in one copy, when the report is first used."""
     parts = (stats.counts, stats.squared_norms, *stats.thresholds)
-    values = iter(torch.cat([part.double() for part in parts]).tolist())
-    counts, squared_norms, *thresholds = (list(islice(values, part.numel())) for part in parts)
-    found: list[Thresholds] = [
-        dict(zip(names, threshold, strict=True)) if scope == "tensor" else threshold[0]
-        for threshold in thresholds
-    ]
-    norms = map(math.sqrt, squared_norms)
-    return FusionReport(
-        numel=numel,
-        thresholds=(found[0], found[1]),
-        counts=dict(zip(CASES, map(int, counts), strict=True)),
-        norms=dict(zip(("inner", "outer", "update"), norms, strict=True)),
-    )
+    sizes = [part.numel() for part in parts]
+    packed = torch.cat([part.double() for part in parts])  # counts below 2^53 are exact in float64
+    ready: Any = torch.cuda.Event() if packed.is_cuda else None  # type: ignore[no-untyped-call]
+    if ready is not None:
+        ready.record(torch.cuda.current_stream(packed.device))
+
+    def read() -> dict[str, Any]:
+        if ready is not None:  # the stream of the reader may be another one
+            torch.cuda.current_stream(packed.device).wait_event(ready)
+        values = iter(packed.tolist())
+        counts, squared_norms, *thresholds = (list(islice(values, size)) for size in sizes)
+        norms = map(math.sqrt, squared_norms)
+        return {
+            "thresholds": tuple(
+                dict(zip(names, threshold, strict=True)) if scope == "tensor" else threshold[0]
+                for threshold in thresholds
+            ),
+            "counts": dict(zip(CASES, map(int, counts), strict=True)),
+            "norms": dict(zip(("inner", "outer", "update"), norms, strict=True)),
+        }
+
+    return _unread_report(read, numel=numel, missing=missing)
+
+
+def _unread_report(read: Callable[[], dict[str, Any]], **known: Any) -> FusionReport:
+    """A report whose figures are those that ``read`` returns, when they are first used."""
+    report = object.__new__(FusionReport)
+    defaults = {field.name: field.default for field in fields(FusionReport) if field.default is not MISSING}
+    report.__dict__.update(defaults | known, _read=read)
+    return report
 
 
 def common_names(arguments: Mapping[str, Mapping[str, Tensor]]) -> list[str]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 from unittest.mock import patch
@@ -64,24 +65,29 @@ def measure(rounds: int = ROUNDS) -> list[Row]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        large = replace(default_bracketing(), min_numel=1)
-        fusion, threshold = single_pass.prepared_fusion, thresholds.score_thresholds
-        both = thresholds.both_thresholds
-        # No tensor is small enough for one program, as in a large model.
-        bracketed = {"bracketing": large, "whole": LaunchConfig(SMALLEST, 1, 4)}
-        with (
-            stub_driver() as counter,
-            patch.dict(fusion.__kwdefaults__, bracketing=large),
-            patch.dict(threshold.__kwdefaults__, bracketed),
-            patch.dict(both.__kwdefaults__, bracketed),
-        ):
+        with large_model() as counter:
             seen: dict[str, int] = {}
-            return [row for tensors in TENSORS for row in _Case(tensors).measure(counter, seen, rounds)]
+            return [row for tensors in TENSORS for row in Case(tensors).measure(counter, seen, rounds)]
     finally:
         torch.set_num_threads(threads)
 
 
-class _Case:
+@contextmanager
+def large_model() -> Iterator[Counter]:
+    """The stub driver, and a fusion of any size takes the path of a large model."""
+    large = replace(default_bracketing(), min_numel=1)
+    # No tensor is small enough for one program, as in a large model.
+    bracketed = {"bracketing": large, "whole": LaunchConfig(SMALLEST, 1, 4)}
+    with (
+        stub_driver() as counter,
+        patch.dict(single_pass.prepared_fusion.__kwdefaults__, bracketing=large),
+        patch.dict(thresholds.score_thresholds.__kwdefaults__, bracketed),
+        patch.dict(thresholds.both_thresholds.__kwdefaults__, bracketed),
+    ):
+        yield counter
+
+
+class Case:
     """A fuser over ``tensors`` parameters, with two alternating sets of gradients."""
 
     def __init__(self, tensors: int) -> None:
@@ -90,7 +96,7 @@ class _Case:
         self._parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
         self._gradients = [[torch.zeros(shape) for shape in shapes] for _ in range(2)]
         config = rkif.FusionConfig.release()
-        self._fuser = rkif.Fuser([(f"p{i}", p) for i, p in enumerate(self._parameters)], config)
+        self.fuser = rkif.Fuser([(f"p{i}", p) for i, p in enumerate(self._parameters)], config)
         sensitivity, uncertainty = ([torch.zeros(shape) for shape in shapes] for _ in range(2))
         self._scores = rkif_kernels.Scores(sensitivity, uncertainty)
         # Weights, gradients, moments, S and U.
@@ -105,14 +111,14 @@ class _Case:
     def measure(self, counter: Counter, seen: dict[str, int], rounds: int) -> list[Row]:
         turns = iter(range(10**9))
         calls: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-            "observe": (lambda: None, self._fuser.observe),
-            "observe_moved": (lambda: self._set(next(turns) % 2), self._fuser.observe),
+            "observe": (lambda: None, self.fuser.observe),
+            "observe_moved": (lambda: self._set(next(turns) % 2), self.fuser.observe),
             "threshold": (lambda: None, lambda: rkif_kernels.score_thresholds(self._scores, density=0.2)),
             "tensor_thresholds": (
                 lambda: None,
                 lambda: rkif_kernels.score_thresholds(self._scores, density=0.2, scope="tensor"),
             ),
-            "fuse": (self._until_fuse, self._fuser.fuse),
+            "fuse": (self.until_fuse, self.fuser.fuse),
             "tensor_fuse": (lambda: None, self._fuse_by_tensor),
             "adamw": (lambda: None, self._step),
         }
@@ -149,10 +155,10 @@ class _Case:
             out, base, inner, outer, scores, scores, density=0.2, scope="tensor", weights=WEIGHTS
         )
 
-    def _until_fuse(self) -> None:
-        self._fuser.observe()
-        self._fuser.begin_outer()
-        self._fuser.observe()
+    def until_fuse(self) -> None:
+        self.fuser.observe()
+        self.fuser.begin_outer()
+        self.fuser.observe()
 
 
 def problems(rows: Sequence[Row]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,8 +121,8 @@ def fuse_round(fuser: Fuser, fused: Snapshot) -> FusionReport:
     summed = shards.all_reduce_sum(torch.cat([stats.counts.double(), stats.squared_norms]))
     stats = stats._replace(counts=summed[:4].long(), squared_norms=summed[4:])
     numel = sum(size for index, size in enumerate(shards.sizes) if index not in missing)
-    report = report_of(names, stats, numel=numel, scope=fuser.config.scope)
-    return replace(report, missing=tuple(names[index] for index in sorted(missing)))
+    absent = tuple(names[index] for index in sorted(missing))
+    return report_of(names, stats, numel=numel, scope=fuser.config.scope, missing=absent)
 
 
 def skip_round(fuser: Fuser, nonfinite: int) -> FusionReport:
