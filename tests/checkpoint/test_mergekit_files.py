@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from rkif.checkpoint.manifest import read_manifest, verify
 # Python of an environment with mergekit; this environment if it has mergekit.
 MERGEKIT = os.environ.get("RKIF_MERGEKIT") or (
     sys.executable if importlib.util.find_spec("mergekit") else None
+)
+WITH_MERGEKIT = pytest.mark.skipif(
+    MERGEKIT is None, reason="mergekit is not installed (RKIF_MERGEKIT names a Python that has it)"
 )
 Rkif = Callable[..., tuple[int, str, str]]
 LAYERS = 5
@@ -371,11 +375,11 @@ def test_a_command_without_inputs_says_what_is_missing(rkif: Rkif, models: Path)
 RUN = "import sys; from mergekit.scripts.run_yaml import main; main()"
 
 
-def llamas(folder: Path, dtype: torch.dtype) -> None:
+def llamas(folder: Path, dtype: torch.dtype, vocab_size: int = 32) -> None:
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=32,
+        vocab_size=vocab_size,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=5,
@@ -402,9 +406,7 @@ def by_mergekit(folder: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     return load_folder(folder / "theirs")
 
 
-@pytest.mark.skipif(
-    MERGEKIT is None, reason="mergekit is not installed (RKIF_MERGEKIT names a Python that has it)"
-)
+@WITH_MERGEKIT
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"])
 def test_results_are_those_of_mergekit(
     rkif: Rkif, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
@@ -436,9 +438,7 @@ def test_results_are_those_of_mergekit(
         torch.testing.assert_close(ours[name], value, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.skipif(
-    MERGEKIT is None, reason="mergekit is not installed (RKIF_MERGEKIT names a Python that has it)"
-)
+@WITH_MERGEKIT
 def test_mergekit_computes_in_the_dtype_of_the_checkpoints(
     rkif: Rkif, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -459,3 +459,44 @@ def test_mergekit_computes_in_the_dtype_of_the_checkpoints(
     (tmp_path / "theirs").rename(tmp_path / "low")
     for name, value in by_mergekit(tmp_path, content).items():
         assert torch.equal(ours[name], value) or (ours[name] != value).float().mean() < 0.01, name
+
+
+@pytest.mark.parametrize("program", ["rkif", pytest.param("mergekit", marks=WITH_MERGEKIT)])
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_random_drops_have_the_same_law(
+    rkif: Rkif, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, method: str, rescale: bool
+) -> None:
+    """What holds of both programs below density 1, where each draws numbers of its own.
+
+    The task vector v has n elements, normally distributed; d is the density. Bounds are five standard errors.
+
+    - The share of kept elements is d, with the standard error sqrt(d (1 - d) / n).
+    - Kept elements are v times one factor, |v|_1 / |kept v|_1 or 1, to the rounding of the sum with the base.
+    - The length along v is 1, or d without the factor: there is no bias. Its standard error is
+      s sqrt((1 - d) / (d n)), with s^2 = 3 + pi/2 - 4 < 1, or 3 d^2.
+    """
+    monkeypatch.chdir(tmp_path)
+    llamas(tmp_path, torch.float32, vocab_size=2048)
+    weight, density = 0.7, 0.25
+    content: dict[str, Any] = {
+        "merge_method": method,
+        "base_model": "base",
+        "models": [{"model": "a", "parameters": {"weight": weight, "density": density}}],
+        "parameters": {"normalize": False, "rescale": rescale},
+        "dtype": "float32",
+    }
+    out = merge(rkif, tmp_path, content) if program == "rkif" else by_mergekit(tmp_path, content)
+    base, a = loaded(tmp_path, ("base", "a"))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        vector = a[name] - base[name]
+        kept = out[name] != base[name]
+        share, n = kept.double().mean().item(), kept.numel()
+        assert abs(share - density) < 5 * math.sqrt(density * (1 - density) / n)
+        factor = (vector.abs().sum() / vector[kept].abs().sum()).item() if rescale else 1.0
+        wanted = base[name] + weight * factor * vector * kept
+        torch.testing.assert_close(out[name], wanted, rtol=1e-6, atol=1e-8)
+        length = ((out[name] - base[name]) * vector).sum() / (weight * vector.square().sum())
+        spread = 1 if rescale else math.sqrt(3) * density
+        error = spread * math.sqrt((1 - density) / (density * n))
+        assert abs(length.item() - (1 if rescale else density)) < 5 * error
