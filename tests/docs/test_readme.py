@@ -86,6 +86,13 @@ def test_links_lead_to_files(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_the_index_lists_every_page() -> None:
+    index = README.parent / "docs" / "index.md"
+    links = re.findall(r"\]\(([^)#]+)\)", index.read_text(encoding="utf-8"))
+    pages = set((README.parent / "docs").rglob("*.md")) - {index}
+    assert pages <= {(index.parent / link).resolve() for link in links}
+
+
 def test_the_readme_is_short() -> None:
     written = re.sub(r"<!-- results: .*?<!-- end -->\n", "", TEXT, flags=re.DOTALL)
     assert len([line for line in written.splitlines() if not line.startswith("|")]) <= 120
