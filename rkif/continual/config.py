@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,9 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     ByteSize,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -22,21 +19,16 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 
 from rkif.config import FusionConfig, MergeWeights, stored_settings
+from rkif.continual.config_base import Settings
 from rkif.continual.config_errors import settings_problems
+from rkif.continual.config_evaluation import GATE_METRICS, EvaluationSettings, GateSettings, require_function
 from rkif.continual.config_file import locate_model, read_settings
 from rkif.continual.spelling import did_you_mean
 from rkif.continual.tasks.records import require_task_name
 from rkif.continual.tasks.text import TextFormat
 from rkif.continual.tracking import Tracker
 from rkif.continual.user_metrics import locate, metric_name
-from rkif.gate import Criterion, Gate
 from rkif_kernels import require_choice
-
-
-class Settings(BaseModel):
-    """Unknown keys are errors: a misspelt setting must not silently leave its default in force."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class AdapterSettings(Settings):
@@ -45,7 +37,7 @@ class AdapterSettings(Settings):
     r: int = Field(8, ge=1)
     alpha: float = Field(32, gt=0)
     dropout: float = Field(0.05, ge=0, lt=1)
-    target_modules: list[str] | Literal["all-linear"] = ["q_proj", "v_proj"]
+    target_modules: list[str] | Literal["all-linear"] = Field(["q_proj", "v_proj"])
 
 
 class TaskSettings(Settings):
@@ -109,14 +101,6 @@ class MemorySettings(Settings):
     cap: int | None = Field(None, ge=1)
 
 
-class EvaluationSettings(Settings):
-    """The source of answers: the most likely label, or generated text. Both are scored by exact match."""
-
-    scoring: Literal["likelihood", "generation"] = "likelihood"
-    batch_size: int = Field(16, ge=1)
-    max_new_tokens: int = Field(16, ge=1)
-
-
 class RoundsSettings(Settings):
     """The recurrent loop; the steps of a round are settings of the fusion.
 
@@ -126,87 +110,6 @@ class RoundsSettings(Settings):
 
     observe: Literal["before", "after"] = "before"
     optimizers: Literal["keep", "reset"] = "keep"
-
-
-GATE_METRICS = ("accuracy", "memory_loss")
-GATE_RECORDS = 16
-
-
-def _is_accuracy(criterion: Any) -> bool:
-    return isinstance(criterion, dict) and criterion.get("metric") == "accuracy"
-
-
-class CriterionSettings(Settings):
-    """A metric that a fusion must not make worse.
-
-    ``metric`` is "memory_loss", "accuracy", or a ``module:function`` as under ``metrics``. By default a lower
-    loss is better, and a higher value of the others; ``higher_is_better`` overrides that. ``tolerance``: by
-    how much one fusion may worsen the value; for accuracy two records of a task by default. ``floor``: the
-    worst acceptable value; a ceiling where lower is better.
-    """
-
-    metric: str
-    higher_is_better: bool | None = None
-    floor: float | None = None
-    tolerance: float | None = 0.0
-
-    @property
-    def name(self) -> str:
-        return metric_name(self.metric)
-
-    @field_validator("metric")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in GATE_METRICS and ":" not in value:
-            names = ", ".join(GATE_METRICS)
-            raise ValueError(
-                f"must be {names} or module:function; got {value!r}{did_you_mean(value, GATE_METRICS)}"
-            )
-        if value not in GATE_METRICS:
-            require_function(value)
-        return value
-
-
-class GateSettings(Settings):
-    """The gate that checks a round's fusion before it is kept; see :mod:`rkif.gate`.
-
-    ``records``: number of records measured from each earlier task. The loss uses memory records. Accuracy and
-    the user's metrics use training records that are set aside before the task is learned. ``budget``: maximum
-    number of records that all measurements of a task may use.
-    """
-
-    criteria: list[CriterionSettings] = Field(min_length=1)
-    records: int = Field(GATE_RECORDS, ge=1)
-    ladder: list[float] = [0.5, 0.25]
-    otherwise: Literal["undo", "stop"] = "undo"
-    every: int = Field(1, ge=1)
-    budget: int | None = Field(None, ge=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accuracy_tolerance(cls, value: Any) -> Any:
-        """One record of a task may change its answer by chance, so accuracy may fall by two of them."""
-        records = value.get("records", GATE_RECORDS) if isinstance(value, dict) else None
-        if not isinstance(records, int) or records < 1 or not isinstance(value.get("criteria"), list):
-            return value  # which is refused below
-        criteria = [
-            {"tolerance": 200 / records, **one} if _is_accuracy(one) else one for one in value["criteria"]
-        ]
-        return {**value, "criteria": criteria}
-
-    @model_validator(mode="after")
-    def _possible(self) -> GateSettings:
-        criteria = [
-            Criterion(criterion.name, lambda: 0.0, floor=criterion.floor, tolerance=criterion.tolerance)
-            for criterion in self.criteria
-        ]
-        Gate(criteria, ladder=tuple(self.ladder))
-        return self
-
-    @property
-    def validates(self) -> bool:
-        """Whether training records must be set aside."""
-        return any(criterion.metric != "memory_loss" for criterion in self.criteria)
 
 
 class RoundStateSettings(Settings):
@@ -274,7 +177,7 @@ class RunConfig(Settings):
     tasks: TaskSettings
     text: TextSettings = TextSettings()
     method: str = "recurrent_kif"
-    fusion: dict[str, Any] = {}
+    fusion: dict[str, Any] = Field({})
     training: TrainingSettings
     outer: OuterSettings = OuterSettings()
     memory: MemorySettings = MemorySettings()
@@ -286,7 +189,7 @@ class RunConfig(Settings):
     o_lora: OLoraSettings = OLoraSettings()
     adaptive: AdaptiveSettings = AdaptiveSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
-    metrics: list[str] = []
+    metrics: list[str] = Field([])
     tracking: Tracker | None = None
     checkpoint_every: int = Field(50, ge=1)
     threads: int | None = Field(None, ge=1)
@@ -309,6 +212,23 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _criteria_of_harness(self) -> RunConfig:
+        harness = self.evaluation.harness
+        names = [*GATE_METRICS, *([] if harness is None else harness.tasks)]
+        for index, criterion in enumerate([] if self.gate is None else self.gate.criteria):
+            if not criterion.of_harness:
+                continue
+            where, metric = f"gate.criteria.{index}", criterion.metric
+            if metric not in names:
+                hint = did_you_mean(metric, names) or "; name tasks of lm-eval under evaluation.harness, too"
+                raise ValueError(
+                    f"{where}.metric: must be {', '.join(names)} or module:function; got {metric!r}{hint}"
+                )
+            if {"floor", "tolerance"}.isdisjoint(criterion.model_fields_set):
+                raise ValueError(f"{where}: {metric} needs a tolerance or a floor, in the unit of its metric")
+        return self
+
+    @model_validator(mode="after")
     def _observed_by_the_step(self) -> RunConfig:
         if self.training.optimizer == "rkif_adamw" and self.rounds.observe == "after":
             raise ValueError(
@@ -321,6 +241,8 @@ class RunConfig(Settings):
     def _encoder_chooses(self) -> RunConfig:
         if self.architecture == "encoder" and self.evaluation.scoring == "generation":
             raise ValueError("evaluation.scoring: an encoder cannot generate; it takes the nearest label")
+        if self.architecture == "encoder" and self.evaluation.harness is not None:
+            raise ValueError("evaluation.harness: lm-eval needs a language model, and an encoder is none")
         return self
 
     @field_validator("metrics", mode="before")
@@ -344,12 +266,6 @@ class RunConfig(Settings):
         except TypeError as error:
             raise ValueError(str(error)) from error
         return value
-
-
-def require_function(spec: str) -> None:
-    """Raise ValueError unless ``spec`` has the form ``module:function``."""
-    if not re.fullmatch(r".+:[A-Za-z_]\w*", spec):
-        raise ValueError(f"expected module:function, got {spec!r}")
 
 
 def fusion_config(settings: dict[str, Any]) -> FusionConfig:
@@ -404,7 +320,11 @@ def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
             for criterion in gate.criteria
         ]
         gate = gate.model_copy(update={"criteria": located})
-    changed = {"tasks": tasks, "model": model, "metrics": metrics, "gate": gate}
+    evaluation = config.evaluation
+    if (harness := evaluation.harness) is not None and harness.include_path is not None:
+        harness = harness.model_copy(update={"include_path": str(here / harness.include_path)})
+        evaluation = evaluation.model_copy(update={"harness": harness})
+    changed = {"tasks": tasks, "model": model, "metrics": metrics, "gate": gate, "evaluation": evaluation}
     return config.model_copy(update=changed)
 
 

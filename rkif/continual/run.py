@@ -13,6 +13,7 @@ import torch
 from rkif.continual.config import RunConfig
 from rkif.continual.config_file import require_model
 from rkif.continual.display.progress import RunProgress
+from rkif.continual.evaluation.harness import Harness, load_harness
 from rkif.continual.methods import METHODS
 from rkif.continual.models.device import run_device
 from rkif.continual.models.load import load_model
@@ -110,9 +111,13 @@ def open_run(
     if folder.moved:
         progress.warn(f"since the run began, folders have moved: {'; '.join(folder.moved)}")
     with progress.shown(config, tasks):
+        if config.evaluation.harness is not None:
+            progress.stage("loading tasks of lm-eval")
+        harness_tasks = load_harness(config)
         progress.stage("loading the model")
         model, objective = load_model(config, tasks, slices=len(tasks) if method.slices else 1)
-        yield TaskSequence(config, folder, tasks, model, objective, metrics, progress)
+        harness = Harness(harness_tasks, model, objective.tokenizer, config)
+        yield TaskSequence(config, folder, tasks, model, objective, metrics, harness, progress)
 
 
 def _require_scorable(tasks: Sequence[Task], config: RunConfig) -> None:

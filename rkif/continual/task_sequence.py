@@ -13,6 +13,7 @@ from rkif.continual.display.progress import RunProgress
 from rkif.continual.evaluation.accuracy_table import AccuracyTable, measure
 from rkif.continual.evaluation.criteria import hold_out
 from rkif.continual.evaluation.evaluate import evaluate
+from rkif.continual.evaluation.harness import Harness
 from rkif.continual.methods import METHODS, Context, Sequential
 from rkif.continual.models.objective import Objective
 from rkif.continual.rundir.folder import RunFolder
@@ -35,6 +36,7 @@ class TaskSequence:
         model: untrained; trained in place.
         objective: computes the model's loss and answers.
         metrics: the user's metrics by name.
+        harness: measures the model on tasks of lm-eval.
         progress: where progress is shown.
 
     Raises:
@@ -50,6 +52,7 @@ class TaskSequence:
         model: nn.Module,
         objective: Objective,
         metrics: Mapping[str, Metric],
+        harness: Harness,
         progress: RunProgress,
     ) -> None:
         self._config = config
@@ -60,11 +63,14 @@ class TaskSequence:
         self._model = model
         self._objective = objective
         self._metrics = metrics
+        self._harness = harness
         self._progress = progress
         self._parameters = trainable_parameters(model)
         self._initial = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         trainable = sum(parameter.numel() for parameter in self._parameters.values())
-        self._table = AccuracyTable(config, self._tasks, metrics, trainable, folder.read_metrics())
+        self._table = AccuracyTable(
+            config, self._tasks, metrics, harness.tasks.values(), trainable, folder.read_metrics()
+        )
         self._table.require_same_data(self._tasks)
         self._track: Track = lambda values, step: None
         self._steps = 0  # inner steps so far, over all tasks
@@ -93,8 +99,10 @@ class TaskSequence:
         if not start.ledger_records:
             writer.record_begin([task.name for task in self._tasks])
         if not self._table.begun:
-            self._table.set_initial(self._measure_all("before training"))
+            column, harness = self._measure_all("before training")
+            self._table.set_initial(column, harness)
             writer.write_metrics(self._table.content)
+            self._track_harness(harness)
         elif not start.ledger_records:
             writer.skip_measured()
         for index in range(len(self._tasks)):
@@ -153,6 +161,7 @@ class TaskSequence:
             index,
             memory=self._folder.read_memory(*previous) if index else ReplayMemory(),
             validation=self._folder.read_validation(*previous) if index else ReplayMemory(),
+            harness=self._harness,
             previous_task_state=self._folder.read_task_state(*previous) if index else {},
             initial=self._initial,
             record=record,
@@ -186,10 +195,11 @@ class TaskSequence:
     def _add_column(self, index: int, writer: RunWriter) -> None:
         """Measure all tasks after task ``index``, and write ``metrics.json``."""
         method = METHODS[self._config.method]
-        column = self._measure_all(f"after {self._tasks[index].name}")
+        column, harness = self._measure_all(f"after {self._tasks[index].name}")
         summaries = [self._folder.read_task(i, self._tasks[i].name) for i in range(index + 1)]
         self._table.add(
             column,
+            harness,
             task_aware=method.task_aware,
             steps=sum(summary["steps"] for summary in summaries),
             samples=sum(summary["samples"] for summary in summaries),
@@ -203,13 +213,24 @@ class TaskSequence:
         values = {f"accuracy/{task}": row[index] for task, row in named}
         values |= {key: content[key] for key in ("op", "bwt", "fwt") if content[key] is not None}
         self._track(values, content["steps"])
+        self._track_harness(harness)
 
-    def _measure_all(self, when: str) -> dict[str, list[float]]:
-        self._progress.evaluating(when)
+    def _track_harness(self, harness: Mapping[str, float]) -> None:
+        if harness:
+            values = {f"harness/{name}": value for name, value in harness.items()}
+            self._track(values, self._table.content["steps"])
+
+    def _measure_all(self, when: str) -> tuple[dict[str, list[float]], dict[str, float]]:
+        """Accuracy and the user's metrics on every task, and the values of the tasks of lm-eval."""
+        self._progress.evaluating(when, len(self._tasks) + len(self._harness.tasks))
 
         def evaluate_task(task: Task) -> dict[str, float]:
             values = evaluate(self._model, self._objective, task, self._config, self._metrics)
             self._progress.evaluated()
             return values
 
-        return measure(self._tasks, self._metrics, evaluate_task)
+        column, harness = measure(self._tasks, self._metrics, evaluate_task), {}
+        for name in self._harness.tasks:
+            harness[name] = self._harness.measure(name)
+            self._progress.evaluated()
+        return column, harness

@@ -37,7 +37,7 @@ def begin_record(method: str, tasks: Sequence[str], parameters: str) -> dict[str
 
 
 def not_rolled_back(records: Iterable[LedgerRecord]) -> list[LedgerRecord]:
-    """The records without the rounds, their states and the tasks that a later rollback undid, in order."""
+    """The records without rounds, states, tasks and measurements that a later rollback undid, in order."""
     kept: list[LedgerRecord] = []
     for record in records:
         if record["event"] == "rollback":
@@ -46,7 +46,8 @@ def not_rolled_back(records: Iterable[LedgerRecord]) -> list[LedgerRecord]:
             for earlier in kept:
                 tasks += earlier["event"] == "task"
                 late = earlier["event"] in ("round", "state") and earlier.get("round", 0) > record["to"]
-                if not late and not (earlier["event"] == "task" and tasks > record["finished"]):
+                late |= earlier["event"] in ("task", "measured") and tasks > record["finished"]
+                if not late:
                     remaining.append(earlier)
             kept = remaining
         kept.append(record)

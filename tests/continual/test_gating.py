@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from run_inputs import files, go, make_config, read_parameters
+from run_inputs import files, go, make_config, read_parameters, write_harness_task
 from safetensors.torch import load_file
 
 from rkif.continual.config import RunConfig, load_config
@@ -53,7 +54,7 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def reviews_config(reviews: Path, second: str, gate: dict[str, Any] | None) -> RunConfig:
+def reviews_config(reviews: Path, second: str, gate: dict[str, Any] | None, **more: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": str(reviews / "model"),
@@ -67,6 +68,7 @@ def reviews_config(reviews: Path, second: str, gate: dict[str, Any] | None) -> R
             "threads": 1,
             "seed": 0,
             "checkpoint_every": 1000,
+            **more,
         }
     )
 
@@ -92,6 +94,32 @@ def test_wrong_labels_do_not_reduce_accuracy(reviews: Path, tmp_path: Path) -> N
         assert all(attempt["objections"] for attempt in record["gate"]["attempts"])
     for one, other in pairwise(records):
         assert one["parameters"]["after"] == other["parameters"]["before"]
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
+def test_rounds_are_undone_where_a_task_of_lm_eval_falls(reviews: Path, tmp_path: Path) -> None:
+    folder = write_harness_task(tmp_path / "lm_eval", reviews / "tasks", "review")
+    evaluation = {"harness": {"tasks": ["lm_review"], "include_path": str(folder)}}
+    criterion = {"metric": "lm_review", "floor": 0.8, "tolerance": 0.02}
+    ends = {}
+    for name, gate in (("free", None), ("gated", {"criteria": [criterion], "records": 40})):
+        config = reviews_config(reviews, "mislabelled", gate, evaluation=evaluation)
+        row = go(config, tmp_path / name)["harness"]["lm_review"]
+        ends[name] = row["values"][1:], row["documents"]
+    (before, after), documents = ends["free"]
+    assert before >= 0.95
+    assert after <= 0.75, "the memory alone makes up for it: the test shows nothing"
+    assert documents == 50
+    (before, after), documents = ends["gated"]
+    assert before >= 0.9
+    assert after >= 0.7
+    assert documents == 10
+    records = rounds(tmp_path / "gated")
+    refused = [record["gate"] for record in records if record["gate"]["verdict"] == "undo"]
+    assert refused
+    for verdict in refused:
+        assert all(attempt["objections"][0].startswith("lm_review ") for attempt in verdict["attempts"])
+        assert verdict["samples"] in (40 * 3, 40 * 4)  # 3 fractions, and the value before them if it is new
 
 
 def test_broken_gradients_do_not_reduce_accuracy(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import yaml
 from rich.console import Console
 from transformers import (
     AutoTokenizer,
@@ -84,6 +85,37 @@ def make_config(inputs: Path, **changes: Any) -> RunConfig:
         "seed": 3,
     }
     return RunConfig.model_validate(settings | changes)
+
+
+def write_harness_task(folder: Path, data: Path, task: str, settings: dict[str, Any] | None = None) -> Path:
+    """Write a task of lm-eval that asks the dev records of a run's task; returns ``folder``.
+
+    Its name is ``lm_`` and that of the task; the likelihoods of the labels decide. ``settings`` change that.
+    """
+    folder.mkdir(exist_ok=True)
+    described = json.loads((data / "tasks.json").read_text())["tasks"][task]
+    labels = described["labels"]
+    rows = [json.loads(line) for line in (data / "dev.jsonl").read_text().splitlines()]
+    documents = [
+        {"question": described["instruction"] + row["input"], "answer": labels.index(row["output"])}
+        for row in rows
+        if row["task"] == task
+    ]
+    file = folder / f"{task}.jsonl"
+    file.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    content = {
+        "task": f"lm_{task}",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(folder / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "answer",
+        "doc_to_choice": labels,
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    (folder / f"{task}.yaml").write_text(yaml.safe_dump(content | (settings or {})))
+    return folder
 
 
 def go(config: RunConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:

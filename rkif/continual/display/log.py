@@ -98,7 +98,7 @@ def only_module(records: Sequence[LedgerRecord], module: str | None) -> Iterator
 def records_table(
     records: Sequence[LedgerRecord], module: str | None, valid: Sequence[LedgerRecord]
 ) -> Table:
-    """A row per record. With ``module`` only rounds, and only their effect on its parameters.
+    """A row per record, but none for files. With ``module`` only rounds, and their effect on its parameters.
 
     Args:
         records: those to show.
@@ -124,12 +124,13 @@ def records_table(
                 f"{part.moved:.3g}",
             ]
             rows.append((cells, note or "; ".join(reasons(record))))
-        elif module is None and record["event"] not in ("state", "measured"):
+        elif module is None and (record["event"] not in ("state", "measured") or "harness" in record):
             cells = ["", record.get("task") or "", "", Text(_event(record), style="dim"), *[""] * 5]
-            rows.append((cells, note))
+            values = [f"{name} {value:.4g}" for name, value in record.get("harness", {}).items()]
+            rows.append((cells, note or ", ".join(values)))
     headings = ["round", "task", "steps", "gate", *CASE_HEADINGS, "moved"]
     noted = any(note for _, note in rows)
-    shown = _table([*headings, *(["reason"] if noted else [])], caption=_caption(module, records))
+    shown = _table([*headings, *(["note"] if noted else [])], caption=_caption(module, records))
     for cells, note in rows:
         shown.add_row(*cells, *([note] if noted else []), style="dim" if note == "rolled back" else None)
     return shown
@@ -292,15 +293,14 @@ def _table(headings: Sequence[str], *, title: str | None = None, caption: str | 
         caption_justify="left",
     )
     for heading in headings:
-        justify: Literal["left", "right"] = "left" if heading in ("task", "gate", "reason") else "right"
-        shown.add_column(heading, justify=justify, no_wrap=heading != "reason", overflow="fold")
+        justify: Literal["left", "right"] = "left" if heading in ("task", "gate", "note") else "right"
+        shown.add_column(heading, justify=justify, no_wrap=heading != "note", overflow="fold")
     return shown
 
 
 def _event(record: LedgerRecord) -> str:
-    return {"begin": "begun", "task": "learned", "rollback": f"back to round {record.get('to')}"}[
-        record["event"]
-    ]
+    words = {"begin": "begun", "task": "learned", "rollback": f"back to round {record.get('to')}"}
+    return words.get(record["event"], str(record["event"]))
 
 
 def _caption(module: str | None, rounds: Sequence[dict[str, Any]]) -> str:

@@ -73,8 +73,8 @@ class RunProgress:
     def advance(self, loss: float) -> None:
         self._bars.update(self._part, advance=1, note=f"loss {loss:.3f}")
 
-    def evaluating(self, when: str) -> None:
-        self._bars.reset(self._part, description=f"measuring {when}", total=len(self._tasks), note="")
+    def evaluating(self, when: str, tasks: int) -> None:
+        self._bars.reset(self._part, description=f"measuring {when}", total=tasks, note="")
 
     def evaluated(self) -> None:
         self._bars.update(self._part, advance=1)
@@ -84,13 +84,15 @@ class RunProgress:
         self._bars.update(self._whole, completed=index + 1)
         column = [row[index] for row in metrics["accuracy"]]
         shown = "  ".join(f"{task.name} {value:.1f}" for task, value in zip(self._tasks, column, strict=True))
+        for name, row in metrics.get("harness", {}).items():
+            shown += f"  {name} {_format_any(row['values'][-1])}"
         self.console.print(f"[bold]{metrics['method']}[/] after {self._tasks[index].name}: {shown}")
 
 
 def run_tables(metrics: Mapping[str, Any]) -> list[Table]:
     """Tables of one run: each task's accuracy before training, right after learning it, and at the end.
 
-    There is a table for accuracy and one for each of the user's metrics.
+    There is a table for accuracy, one for each of the user's metrics, and one for tasks of lm-eval.
     """
     accuracy = _run_table(
         f"{metrics['method']}: accuracy in % ({metrics['split']} split)",
@@ -107,7 +109,28 @@ def run_tables(metrics: Mapping[str, Any]) -> list[Table]:
         _run_table(f"{metrics['method']}: {name}", metrics, part["matrix"], part["initial"], _format_any)
         for name, part in metrics["metrics"].items()
     ]
-    return [accuracy, *user_tables]
+    harness = [_harness_table(metrics)] if metrics.get("harness") else []
+    return [accuracy, *user_tables, *harness]
+
+
+def _harness_table(metrics: Mapping[str, Any]) -> Table:
+    """Tasks of lm-eval, which are not learned, in the units of their metrics."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"{metrics['method']}: tasks of lm-eval, not learned")
+    table.add_column("task")
+    table.add_column("metric")
+    for heading in ("documents", "before", "at the end", "change"):
+        table.add_column(heading, justify="right")
+    for name, row in metrics["harness"].items():
+        before, end = row["values"][0], row["values"][-1]
+        table.add_row(
+            name,
+            row["metric"].removesuffix(",none"),
+            str(row["documents"]),
+            _format_any(before),
+            _format_any(end),
+            _format_any(end - before, sign=True),
+        )
+    return table
 
 
 def _run_table(

@@ -1,13 +1,15 @@
-"""The content of ``metrics.json``: each task's scores before training and after every task."""
+"""The content of ``metrics.json``: the scores of all tasks before training and after every task."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rkif.continual.config import RunConfig
 from rkif.continual.evaluation.evaluate import ACCURACY
+from rkif.continual.evaluation.harness import HarnessTask
 from rkif.continual.evaluation.metrics import backward_transfer, forward_transfer, overall_performance
 from rkif.continual.tasks.records import Task
 
@@ -18,10 +20,13 @@ Column = Mapping[str, Sequence[float]]
 class AccuracyTable:
     """A matrix for accuracy and for each of the user's metrics: a row per task, a column per task learned.
 
+    A task of lm-eval has one row of its own, which begins with the value before training.
+
     Args:
         config: the run's settings.
         tasks: in the order of learning.
         metrics: names of the user's metrics.
+        harness: tasks of lm-eval.
         trainable: number of trained parameters.
         saved: what an earlier process of the run wrote; empty at the start of a run.
 
@@ -34,9 +39,11 @@ class AccuracyTable:
         config: RunConfig,
         tasks: Sequence[Task],
         metrics: Iterable[str],
+        harness: Iterable[HarnessTask],
         trainable: int,
         saved: dict[str, Any],
     ) -> None:
+        self._harness = {task.name: _harness_row(task) for task in harness}
         self.content: dict[str, Any] = saved or {
             "method": config.method,
             "split": "dev",
@@ -52,6 +59,7 @@ class AccuracyTable:
             "fwt": None,
             "steps": 0,
             "samples": 0,
+            **({"harness": copy.deepcopy(self._harness)} if self._harness else {}),
         }
 
     @property
@@ -65,7 +73,7 @@ class AccuracyTable:
         return len(self.content["accuracy"][0])
 
     def require_same_data(self, tasks: Sequence[Task]) -> None:
-        """Raise ValueError where tasks, or their records, are not those from the start of the run."""
+        """Raise ValueError where tasks, records, or lm-eval's requests are not those at the run's start."""
         if (names := [task.name for task in tasks]) != self.content["tasks"]:
             raise ValueError(f"the tasks are {', '.join(names)}; this run began with {self.content['tasks']}")
         for task in tasks:
@@ -74,18 +82,28 @@ class AccuracyTable:
                     raise ValueError(
                         f"the {split} records of task {task.name!r} have changed since this run began"
                     )
+        for name, row in self._harness.items():
+            saved = self.content.get("harness", {}).get(name, {})
+            if {**saved, "values": []} != row:
+                raise ValueError(
+                    f"the documents or prompts of lm-eval's task {name!r} have changed since this run began"
+                )
 
-    def set_initial(self, column: Column) -> None:
+    def set_initial(self, column: Column, harness: Mapping[str, float]) -> None:
         """Store the values before training."""
+        self._add_harness(harness)
         self.content["initial"] = column[ACCURACY]
         for name, metric in self.content["metrics"].items():
             metric["initial"] = column[name]
 
-    def add(self, column: Column, *, task_aware: bool, steps: int, samples: int) -> None:
+    def add(
+        self, column: Column, harness: Mapping[str, float], *, task_aware: bool, steps: int, samples: int
+    ) -> None:
         """Append the column measured after the next task.
 
         Args:
             column: the values on every task.
+            harness: the value of each task of lm-eval.
             task_aware: a task-aware method answers each task with the model made for it. So only the task
                 just learned gets its value from ``column``; the others keep their last one.
             steps, samples: inner steps and training samples of all tasks learned so far.
@@ -98,7 +116,12 @@ class AccuracyTable:
             for i, (row, before) in enumerate(zip(matrix, initial, strict=True)):
                 kept = task_aware and i != learned
                 row.append((row[-1] if row else before) if kept else column[name][i])
+        self._add_harness(harness)
         self.content["steps"], self.content["samples"] = steps, samples
+
+    def _add_harness(self, harness: Mapping[str, float]) -> None:
+        for name, value in harness.items():
+            self.content["harness"][name]["values"].append(value)
 
     def summarise(self, *, sequential: bool) -> None:
         """Compute OP from the complete matrix, and BWT and FWT where the tasks were learned in sequence."""
@@ -120,6 +143,16 @@ def measure(
         for name, value in evaluate(task).items():
             column[name].append(value)
     return column
+
+
+def _harness_row(task: HarnessTask) -> dict[str, Any]:
+    return {
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        "documents": task.count(),
+        "requests": task.requests,
+        "values": [],
+    }
 
 
 def _digests(task: Task) -> dict[str, str]:

@@ -9,8 +9,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from rkif.continual.config import CriterionSettings, GateSettings, RunConfig
+from rkif.continual.config import RunConfig
+from rkif.continual.config_evaluation import CriterionSettings, GateSettings
 from rkif.continual.evaluation.evaluate import ACCURACY, evaluate
+from rkif.continual.evaluation.harness import Harness
 from rkif.continual.models.device import autocast
 from rkif.continual.models.objective import Objective
 from rkif.continual.tasks.records import Item, Record, Task, stratified_subset
@@ -58,6 +60,7 @@ def make_gate(
     tasks: Sequence[Task],
     memory: ReplayMemory,
     validation: ReplayMemory,
+    harness: Harness | None,
 ) -> Gate:
     """Make the gate for the rounds of a task.
 
@@ -69,6 +72,7 @@ def make_gate(
         tasks: all tasks of the run.
         memory: records of the earlier tasks that the outer learner trains on, for the memory loss.
         validation: records of the earlier tasks that no learner saw, for accuracy and the user's metrics.
+        harness: has the tasks of lm-eval that criteria name.
 
     Raises:
         ValueError: a metric of the user's cannot be imported.
@@ -85,6 +89,11 @@ def make_gate(
         measure: Callable[[], float]
         if described.metric == MEMORY_LOSS:
             measure, samples = partial(mean_loss, model, objective, remembered, config), len(remembered)
+        elif described.of_harness:
+            assert harness is not None
+            task = harness.tasks[name]
+            measure, samples = partial(harness.measure, name, held_out=True), task.count(held_out=True)
+            higher = task.higher_is_better if higher is None else higher
         else:
             user_metrics = {} if described.metric == ACCURACY else {name: load_metric(described.metric)}
 

@@ -37,6 +37,7 @@ class RecurrentKIF(Rounds):
                 context.tasks,
                 context.memory,
                 context.validation,
+                context.harness,
             )
         self._gate = gate
         self.fuser = Fuser(context.model, self.fusion, gate=gate) if self.has_memory else None

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from rkif.continual.config import RunConfig
+from rkif.continual.evaluation.harness import Harness
 from rkif.continual.models.distillation import DistillingObjective
 from rkif.continual.models.learner import BatchLearner
 from rkif.continual.models.objective import Objective
@@ -47,6 +48,7 @@ class Context:
         index: the task to learn.
         memory: records of the earlier tasks; empty for the first task.
         validation: records of the earlier tasks that the gate measures on; empty without a gate.
+        harness: has the tasks of lm-eval that the gate's criteria name.
         previous_task_state: what :meth:`Sequential.task_state` returned after the previous task; empty for
             the first task.
         initial: name -> trainable parameter before the first task.
@@ -61,6 +63,7 @@ class Context:
     index: int
     memory: ReplayMemory
     validation: ReplayMemory = field(default_factory=ReplayMemory)
+    harness: Harness | None = None
     previous_task_state: Mapping[str, Tensor] = field(default_factory=dict)
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     record: Callable[[Mapping[str, Any]], None] = _discard

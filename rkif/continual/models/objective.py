@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from rkif.continual.config import EvaluationSettings
+from rkif.continual.config_evaluation import EvaluationSettings
 from rkif.continual.models.scoring import predict_by_generation, predict_by_likelihood
 from rkif.continual.tasks.records import Item, Task
 from rkif.continual.tasks.text import IGNORED, TextCollator

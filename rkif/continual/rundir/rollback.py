@@ -104,6 +104,8 @@ def _target(reader: RunReader, records: Sequence[LedgerRecord], to: int) -> tupl
     for matrix in (metrics["accuracy"], *(metric["matrix"] for metric in metrics["metrics"].values())):
         for row in matrix:
             del row[state.task :]
+    for row in metrics.get("harness", {}).values():
+        del row["values"][state.task + 1 :]
     return state, metrics | {"op": None, "bwt": None, "fwt": None}
 
 

@@ -34,8 +34,18 @@ class MetricMatrix(FileContent):
     matrix: list[list[float]]
 
 
+class HarnessRow(FileContent):
+    """A task of lm-eval: its value before training and after each task."""
+
+    metric: str
+    higher_is_better: bool
+    documents: Count
+    requests: Sha256
+    values: list[float]
+
+
 class Metrics(FileContent):
-    """``metrics.json``."""
+    """``metrics.json``; runs without tasks of lm-eval have no ``harness``."""
 
     method: str
     split: str
@@ -51,6 +61,7 @@ class Metrics(FileContent):
     fwt: float | None
     steps: Count
     samples: Count
+    harness: dict[str, HarnessRow] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _shapes(self) -> Metrics:
@@ -73,6 +84,10 @@ class Metrics(FileContent):
                 raise ValueError(f"{key}: its initial values are not one for each task")
             if [len(row) for row in matrix] != [columns] * tasks:
                 raise ValueError(f"{key}: it must be a matrix of {tasks} rows and {columns} columns")
+        measured = columns + 1 if self.initial else 0
+        for name, row in self.harness.items():
+            if len(row.values) != measured:
+                raise ValueError(f"harness.{name}.values: it has {len(row.values)} values, not {measured}")
         return self
 
 
@@ -206,9 +221,10 @@ class Rollback(Record):
 
 
 class Saved(Record):
-    """Files of the run that were written."""
+    """Files of the run that were written; with ``metrics.json`` the latest value of each task of lm-eval."""
 
     files: Annotated[dict[FileName, Sha256], Field(min_length=1)]
+    harness: dict[str, float] = Field(default_factory=dict)
 
 
 RECORDS: dict[str, type[Record]] = {

@@ -13,8 +13,8 @@ from rkif.files import read_text
 def require_same_settings(path: Path, config: RunConfig) -> list[str]:
     """Compare a run's settings file with the settings now: all metrics of a run must have the same.
 
-    Folders may have moved: those of the model, the tasks and the user's metrics. The tasks' records are
-    compared with their digests elsewhere; the model is not.
+    Folders may have moved: those of the model, the tasks, lm-eval's further tasks and the user's metrics. The
+    tasks' records and lm-eval's requests are compared with their digests elsewhere; the model is not.
 
     Returns:
         A line for each place that differs: what the run began with, and what it is now.
@@ -47,11 +47,16 @@ def _without_places(config: RunConfig) -> RunConfig:
     if gate is not None:
         criteria = [one.model_copy(update={"metric": _name(one.metric)}) for one in gate.criteria]
         gate = gate.model_copy(update={"criteria": criteria})
+    evaluation = config.evaluation
+    if (harness := evaluation.harness) is not None and harness.include_path is not None:
+        harness = harness.model_copy(update={"include_path": ""})
+        evaluation = evaluation.model_copy(update={"harness": harness})
     places = {
         "model": _name(config.model),
         "tasks": config.tasks.model_copy(update={"folder": ""}),
         "metrics": [_name(spec) for spec in config.metrics],
         "gate": gate,
+        "evaluation": evaluation,
     }
     return config.model_copy(update=places)
 

@@ -93,7 +93,9 @@ class RunWriter:
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write ``metrics.json``."""
-        self.record({"event": "measured", "files": {METRICS: metrics_sha256(metrics)}})
+        latest = {name: row["values"][-1] for name, row in metrics.get("harness", {}).items()}
+        harness = {"harness": latest} if latest else {}
+        self.record({"event": "measured", "files": {METRICS: metrics_sha256(metrics)}, **harness})
         self.folder.write_metrics(metrics)
 
     def skip_measured(self) -> None:

@@ -36,6 +36,8 @@ def write_report(run: Path) -> Path:
         title, sections = f"{facts.name}: {len(facts.metrics['tasks'])} tasks", [summary(facts)]
         sections += [_curves(facts.metrics)]
         sections += [_matrix(name, *matrix) for name, matrix in _matrices(facts.metrics).items()]
+        if harness := facts.metrics.get("harness"):
+            sections += [_harness(facts.metrics["tasks"], harness)]
         rounds = reader.rounds()
         if rounds:
             sections += [_rounds(rounds)]
@@ -68,8 +70,6 @@ def _matrix(name: str, tasks: Sequence[str], matrix: Any, initial: Sequence[floa
     """A row per task, a column per measurement; the shade goes from the least value to the greatest."""
     values = [value for row in [*matrix, initial] for value in row]
     low, high = min(values), max(values)
-    learned = len(matrix[0])
-    head = "".join(f"<th>{html.escape(task)}</th>" for task in tasks[:learned])
     rows = []
     for i, (task, row, before) in enumerate(zip(tasks, matrix, initial, strict=True)):
         cells = [
@@ -80,9 +80,34 @@ def _matrix(name: str, tasks: Sequence[str], matrix: Any, initial: Sequence[floa
     return (
         f"<section><h2>{html.escape(name.capitalize())}</h2><p>Row: the measured task. Column: the task "
         "learned last. Framed: measured right after it was learned.</p>"
-        f'<div class="scroll"><table><tr><th></th><th>before</th>{head}</tr>{"".join(rows)}</table></div>'
-        "</section>"
+        f"{_table('<th></th>', tasks[: len(matrix[0])], rows)}</section>"
     )
+
+
+def _harness(tasks: Sequence[str], harness: Mapping[str, Any]) -> str:
+    """A row per task of lm-eval, shaded by its own values, and their curves."""
+    rows = []
+    for name, row in harness.items():
+        values = row["values"]
+        cells = "".join(
+            _cell(value, _share(value, min(values), max(values)), learned=False) for value in values
+        )
+        facts = f"<td>{html.escape(row['metric'].removesuffix(',none'))}</td><td>{row['documents']:,}</td>"
+        rows.append(f"<tr><th>{html.escape(name)}</th>{facts}{cells}</tr>")
+    learned = tasks[: len(values) - 1]
+    curves = plots.harness_curves(len(tasks), {"": {name: row["values"] for name, row in harness.items()}})
+    return (
+        "<section><h2>Tasks of lm-eval</h2><p>They are not learned: their changes are those of the model's "
+        "general ability. Dashed: before training. Each has the unit of its metric.</p>"
+        f"{curves}{_table('<th></th><th>metric</th><th>documents</th>', learned, rows)}</section>"
+    )
+
+
+def _table(first: str, tasks: Sequence[str], rows: Sequence[str]) -> str:
+    """A table with the heading cells ``first``, and a column before training and after each task."""
+    head = "".join(f"<th>{html.escape(task)}</th>" for task in tasks)
+    body = f"<tr>{first}<th>before</th>{head}</tr>{''.join(rows)}"
+    return f'<div class="scroll"><table>{body}</table></div>'
 
 
 def _cell(value: float, share: float, *, learned: bool) -> str:

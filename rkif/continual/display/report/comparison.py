@@ -44,6 +44,9 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
     tasks = compared[0].metrics["tasks"]
     if all(run.metrics["tasks"] == tasks for run in compared):
         sections += [_curves(compared, tasks), _final(compared, tasks)]
+        harness = [run.metrics.get("harness", {}) for run in compared]
+        if harness[0] and all(list(rows) == list(harness[0]) for rows in harness):
+            sections += [_harness(compared, len(tasks))]
     else:
         sections.append("<p>The runs have other tasks or orders, so they are not compared by task.</p>")
     page = PAGE.replace("{{title}}", f"{len(compared)} runs").replace("{{body}}", "\n".join(sections))
@@ -103,6 +106,14 @@ def _curves(runs: Sequence[RunFacts], tasks: Sequence[str]) -> str:
     return (
         "<section><h2>Forgetting</h2><p>Accuracy in per cent of every task after each task of the sequence; "
         f"the dot marks the moment it was learned.</p>{plots.forgetting_curves(tasks, lines)}</section>"
+    )
+
+
+def _harness(runs: Sequence[RunFacts], tasks: int) -> str:
+    values = {run.name: {name: row["values"] for name, row in run.metrics["harness"].items()} for run in runs}
+    return (
+        "<section><h2>Tasks of lm-eval</h2><p>They are not learned. Dashed: before training. Each has the "
+        f"unit of its metric.</p>{plots.harness_curves(tasks, values)}</section>"
     )
 
 

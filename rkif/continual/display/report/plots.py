@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -45,6 +45,52 @@ class Accuracy(NamedTuple):
 
 def forgetting_curves(tasks: Sequence[str], runs: Mapping[str, Accuracy]) -> str:
     """A panel per task: its accuracy before training and after each task, a line per run."""
+
+    def draw(i: int, panel: Any, name: str, colour: str) -> None:
+        initial, matrix = runs[name]
+        values = [initial[i], *matrix[i]]
+        panel.plot(range(len(values)), values, color=colour, linewidth=1.8, label=plain(name))
+        if i + 1 < len(values):
+            panel.plot(i + 1, values[i + 1], "o", color=colour, markersize=5, clip_on=False)
+        panel.set_ylim(0, 102)
+
+    return _task_curves(tasks, len(tasks), list(runs), draw, learned=True)
+
+
+def harness_curves(tasks: int, runs: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """A panel per task of lm-eval: its value before training and after each task, a line per run.
+
+    Args:
+        tasks: number of tasks that the runs learn.
+        runs: name of a run -> task of lm-eval -> its values; the runs have the same tasks.
+    """
+    names = list(next(iter(runs.values())))
+
+    def draw(i: int, panel: Any, run: str, colour: str) -> None:
+        values = runs[run][names[i]]
+        panel.axhline(values[0], color=colour, linewidth=0.8, linestyle="dashed")
+        panel.plot(range(len(values)), values, color=colour, linewidth=1.8, label=plain(run))
+
+    return _task_curves(names, tasks, list(runs), draw, learned=False)
+
+
+def _task_curves(
+    tasks: Sequence[str],
+    count: int,
+    runs: Sequence[str],
+    draw: Callable[[int, Any, str, str], None],
+    *,
+    learned: bool,
+) -> str:
+    """A panel per task over the number of learned tasks.
+
+    Args:
+        tasks: the panels' titles.
+        count: number of tasks that the runs learn.
+        runs: names of the lines.
+        draw: draws a line; takes the index of the task, the panel, the run and its colour.
+        learned: the panels' tasks are those that the runs learn; they have one scale.
+    """
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns)
     height = 1.9 * lines + 0.5 + (0.3 if len(runs) > 1 else 0)
@@ -55,23 +101,20 @@ def forgetting_curves(tasks: Sequence[str], runs: Mapping[str, Accuracy]) -> str
             top=1 - 0.25 / height,
             bottom=(height - 1.9 * lines) / height,
             hspace=0.35,
-            wspace=0.08,
+            wspace=0.08 if learned else 0.2,
         )
-        panels = drawing.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+        panels = drawing.subplots(lines, columns, sharex=True, sharey=learned, squeeze=False).flat
         for i, panel in enumerate(panels):
             if i >= len(tasks):
                 panel.set_axis_off()
                 continue
-            panel.axvspan(0, i + 1, color=SHADE, linewidth=0)  # not learned yet
-            for (name, (initial, matrix)), colour in zip(runs.items(), RUNS * len(runs), strict=False):
-                values = [initial[i], *matrix[i]]
-                panel.plot(range(len(values)), values, color=colour, linewidth=1.8, label=plain(name))
-                if i + 1 < len(values):
-                    panel.plot(i + 1, values[i + 1], "o", color=colour, markersize=5, clip_on=False)
+            if learned:
+                panel.axvspan(0, i + 1, color=SHADE, linewidth=0)  # not learned yet
+            for run, colour in zip(runs, RUNS * len(runs), strict=False):
+                draw(i, panel, run, colour)
             panel.set_title(plain(tasks[i]), loc="left")
-            panel.set_ylim(0, 102)
-            panel.set_xlim(0, len(tasks))
-            panel.set_xticks(range(0, len(tasks) + 1, max(1, len(tasks) // 5)))
+            panel.set_xlim(0, count)
+            panel.set_xticks(range(0, count + 1, max(1, count // 5)))
             panel.grid(axis="y", color=GRID, linewidth=0.7)
         drawing.supxlabel("tasks learned", fontsize=8.5, y=(0.32 if len(runs) > 1 else 0.02) / height)
         if len(runs) > 1:
