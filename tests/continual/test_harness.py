@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -217,6 +218,20 @@ def test_other_documents_are_refused_when_a_run_continues(inputs: Path, folder: 
     (moved / "tense.jsonl").write_text((moved / "review.jsonl").read_text())
     with pytest.raises(ValueError, match="documents or prompts of lm-eval's task 'lm_tense' have changed"):
         go(config, tmp_path / "run", resume=True)
+
+
+@needs_lm_eval
+def test_the_documented_task_is_measured(inputs: Path, folder: Path, tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs/guide/experiments.md").read_text(encoding="utf-8")
+    (task,) = re.findall(r"```yaml\n(task: .*?)```", guide, flags=re.DOTALL)
+    questions = folder / "review.jsonl"
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/task.yaml").write_text(task.replace("/data/my-questions.jsonl", str(questions)))
+    settings = {"harness": {"tasks": ["my_task"], "include_path": str(tmp_path / "own")}}
+    row = go(make_config(inputs, evaluation=settings, method="sequential"), tmp_path / "run")["harness"][
+        "my_task"
+    ]
+    assert (row["metric"], row["documents"]) == ("acc,none", 8)
 
 
 @needs_lm_eval

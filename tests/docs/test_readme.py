@@ -35,10 +35,14 @@ def test_the_quickstart_runs(
     assert max(old, new) < 1.0  # 5.5 before training
 
 
+def documented_yaml(page: str) -> list[Any]:
+    """The content of the YAML blocks of a page in docs/."""
+    text = (README.parent / "docs" / page).read_text(encoding="utf-8")
+    return [yaml.safe_load(code) for code in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)]
+
+
 def run_config() -> Any:
-    text = (README.parent / "docs" / "guide" / "experiments.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
-    return yaml.safe_load(code)
+    return documented_yaml("guide/experiments.md")[0]
 
 
 def test_the_config_is_valid() -> None:
@@ -53,10 +57,20 @@ def test_the_documented_gate_and_ledger_are_valid(tmp_path: Path, monkeypatch: p
         exec(compile(code, "ledger.md", "exec"), names)
         assert names["fuser"].round == 0
     assert (tmp_path / "ledgers" / "task-3" / "ledger.jsonl").exists()
-    (gate,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
-    settings = RunConfig.model_validate(run_config() | yaml.safe_load(gate)).gate
+    (gate,) = documented_yaml("guide/ledger.md")
+    harness = documented_yaml("guide/experiments.md")[1]
+    settings = RunConfig.model_validate(run_config() | harness | gate).gate
     assert settings is not None
-    assert [one.name for one in settings.criteria] == ["accuracy", "memory_loss", "revenue"]
+    assert [one.name for one in settings.criteria] == ["accuracy", "memory_loss", "revenue", "hellaswag"]
+
+
+def test_the_documented_tasks_of_lm_eval_are_valid() -> None:
+    settings = RunConfig.model_validate(run_config() | documented_yaml("guide/experiments.md")[1])
+    assert settings.gate is not None
+    assert settings.gate.criteria[0].of_harness
+    harness = RunConfig.model_validate(run_config() | documented_yaml("reference/config.md")[1])
+    assert harness.evaluation.harness is not None
+    assert harness.evaluation.harness.metrics == {"hellaswag": "acc_norm"}
 
 
 def test_both_commands_are_single_lines_that_install_first() -> None:
@@ -142,9 +156,7 @@ def test_the_citation_is_of_this_version() -> None:
 
 
 def test_the_config_page_lists_all_settings_with_their_defaults() -> None:
-    text = (README.parent / "docs" / "reference" / "config.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
-    documented = yaml.safe_load(code)
+    documented = documented_yaml("reference/config.md")[0]
     required = {
         "model": "some/model",
         "tasks": {"folder": "my-tasks", "order": ["first", "second"]},
