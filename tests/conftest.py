@@ -36,7 +36,7 @@ settings.load_profile("rkif")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `pytest -n`, a module with fixtures of its own runs on one worker, so that they are made once.
+    """With `pytest -n`, tests that share something slow run on one worker, so that it is made once.
 
     ``--dist loadgroup`` would do it, but does not with pytest 9.2 (seen with pytest-xdist 3.8.0).
     """
@@ -45,14 +45,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduler(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             module = nodeid.partition("::")[0]
-            return module if _has_fixtures(config.rootpath / module) else nodeid
+            return module if _shares(config.rootpath / module) else nodeid
 
     return Scheduler(config, log)
 
 
 @cache
-def _has_fixtures(module: Path) -> bool:
-    return 'scope="module"' in module.read_text(encoding="utf-8")
+def _shares(module: Path) -> bool:
+    """Whether the module has fixtures of its own, or a server that forks processes."""
+    text = module.read_text(encoding="utf-8")
+    return 'scope="module"' in text or "import start_program" in text
 
 
 @pytest.hookimpl(tryfirst=True)
