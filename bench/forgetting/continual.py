@@ -97,8 +97,10 @@ def compare(jobs: Sequence[Job], processes: int, console: Console) -> None:
         job.settings()
     todo = [job for job in jobs if not _has_row(job)]
     console.print(f"{len(jobs) - len(todo)} of {len(jobs)} runs have been done")
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=spawn, max_tasks_per_child=1) as pool:
+    # A server makes the imports once, and forks itself for every job.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(processes, mp_context=server, max_tasks_per_child=1) as pool:
         futures = {pool.submit(_run, job): job for job in todo}
         failed = []
         for done in as_completed(futures):
