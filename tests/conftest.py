@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,6 +22,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from kernel_cases import BLOCK, implementations
+
+from rkif_kernels.backends.choose import interpreting
+
+if interpreting() and find_spec("triton"):
+    from interpreter import replace_builtins_once
+
+    replace_builtins_once()
 
 Rkif = Callable[..., tuple[int, str, str]]
 
