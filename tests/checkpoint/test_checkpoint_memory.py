@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,20 @@ def write(path: Path, seed: int) -> None:
             file.write(block[: min(len(block), at - start)])
 
 
-def imported() -> int:
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Base, inner and outer."""
+    folder = tmp_path_factory.mktemp("large")
+    paths = [folder / f"{name}.safetensors" for name in ("base", "inner", "outer")]
+    for seed, path in enumerate(paths):
+        write(path, seed)
+    yield [str(path) for path in paths]
+    for path in paths:
+        path.unlink()  # pytest would keep these gigabytes
+
+
+@pytest.fixture(scope="module")
+def alone() -> int:
     """Bytes of a process after its imports."""
     code = (
         "import rkif.cli, rkif.checkpoint.fuse; from rkif.checkpoint.process_memory import anonymous_memory; "
@@ -48,18 +62,14 @@ def imported() -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="measured by Linux's /proc")
 @pytest.mark.parametrize("method", ["recurrent_kif", "ties"])
 def test_anonymous_memory_stays_below_the_bound(
-    tmp_path_factory: pytest.TempPathFactory, method: str
+    large: list[str], alone: int, tmp_path: Path, method: str
 ) -> None:
-    folder, alone = tmp_path_factory.mktemp("large"), imported()
     bound = -(-(alone + BESIDE) // MIB) * MIB
-    for seed, name in enumerate(("base", "inner", "outer")):
-        write(folder / f"{name}.safetensors", seed)
-    inputs = [str(folder / f"{name}.safetensors") for name in ("base", "inner", "outer")]
-    assert sum(Path(path).stat().st_size for path in inputs) > 4 * bound
+    assert sum(Path(path).stat().st_size for path in large) > 4 * bound
     assert 2 * np.prod(SHAPES["embed"]) > bound
     options = [
         "--out",
-        str(folder / "out"),
+        str(tmp_path / "out"),
         "--max-memory",
         f"{bound // MIB}MiB",
         "--device",
@@ -69,7 +79,7 @@ def test_anonymous_memory_stays_below_the_bound(
         "--json",
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "rkif", "fuse", *inputs, *options],
+        [sys.executable, "-m", "rkif", "fuse", *large, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -83,5 +93,5 @@ def test_anonymous_memory_stays_below_the_bound(
     assert process.returncode == 0, errors.decode()
     assert alone < peak <= bound
     assert json.loads(output)["report"]["numel"] == sum(int(np.prod(shape)) for shape in SHAPES.values())
-    for path in folder.rglob("*.safetensors"):
+    for path in tmp_path.rglob("*.safetensors"):
         path.unlink()  # pytest would keep these gigabytes
