@@ -121,7 +121,7 @@ def kill(seed: int, subjects: Subjects) -> Outcome:
 def call(seed: int, _: Subjects) -> Outcome:
     """A call of ``rkif.fuse``, or rounds of a ``Fuser``: the reference's result, or a refusal by name."""
     choose = random.Random(seed)
-    return (_fuser_call if choose.random() < 0.3 else _fuse_call)(choose, seed)
+    return (fuser_call if choose.random() < 0.3 else _fuse_call)(choose, seed)
 
 
 def _fuse_call(choose: random.Random, seed: int) -> Outcome:
@@ -211,8 +211,8 @@ def _shape(choose: random.Random) -> tuple[int, ...]:
     return choose.choice([(0,), (), (1,), (long,), (rows, columns)])
 
 
-def _fuser_call(choose: random.Random, seed: int) -> Outcome:
-    """Rounds of a fuser; its counts fit its scores, and ``rkif.fuse`` gives the same result."""
+def fuser_call(choose: random.Random, seed: int) -> Outcome:
+    """Rounds of a fuser, in which some parameters have no gradient."""
     torch.manual_seed(seed)
     config = rkif.FusionConfig(
         density=choose.choice([0.0, 0.2, 0.5, 1.0]),
@@ -221,38 +221,81 @@ def _fuser_call(choose: random.Random, seed: int) -> Outcome:
         importance=choose.choice(["sensitivity", "sensitivity_uncertainty"]),
         beta1=choose.choice([0.0, 0.5, 0.85, 1.0]),
         fp32_master=choose.random() < 0.5,
+        missing=choose.choice([None, "raise", "zero"]),
     )
     units = choose.randint(1, 60)
     model = nn.Sequential(nn.Linear(5, units), nn.Linear(units, 3))
-    where = f"fuser of {units} units, {config}"
     fuser = rkif.Fuser(model, config)
-    for _ in range(2):
-        base = fuser.base()
-        _steps(model, fuser, choose.randint(1, 3), 1.0)
-        fuser.begin_outer()
-        inner = {name: p.detach().clone() for name, p in model.named_parameters()}
-        _steps(model, fuser, choose.randint(1, 2), -1.0)
-        outer = {name: p.detach().clone() for name, p in model.named_parameters()}
-        scores = fuser.scores("inner"), fuser.scores("outer")
-        report = fuser.fuse()
-        expected = rkif.fuse(
-            base, inner, outer, *scores, density=config.density, rule=config.rule, scope=config.scope
-        )
-        if any(not torch.equal(p, expected.params[name]) for name, p in model.named_parameters()):
-            return Outcome(where, "its result is not that of rkif.fuse")
-        if report.counts != expected.report.counts:
-            return Outcome(
-                where, f"its counts are {report.counts}, those of rkif.fuse {expected.report.counts}"
-            )
-    return Outcome(where, None)
+    wrong = None
+    for _ in range(3):
+        wrong = wrong or _round(choose, model, fuser)
+    return Outcome(f"fuser of {units} units, {config}", wrong)
 
 
-def _steps(model: nn.Module, fuser: rkif.Fuser, count: int, sign: float) -> None:
+def _round(choose: random.Random, model: nn.Module, fuser: rkif.Fuser) -> str | None:
+    """A round; what is wrong with its end, if anything is.
+
+    ``rkif.fuse`` must give the same result and counts for the parameters that had a gradient. The others keep
+    their values, or the round is refused.
+    """
+    names, config = list(fuser.parameters), fuser.config
+    always = choose.choice(names)  # a step without any gradient is an error
+    absent = [{name for name in names if choose.random() < 0.3} - {always} for _ in range(2)]
+    base = fuser.base()
+    _steps(model, fuser, choose.randint(1, 3), 1.0, absent[0])
+    fuser.begin_outer()
+    inner = _copies(model)
+    _steps(model, fuser, choose.randint(1, 2), -1.0, absent[1])
+    outer = _copies(model)
+    missing = [name for name in names if name in absent[0] & absent[1]]
+    if missing and config.missing != "zero":
+        return _refused_round(model, fuser, missing[0], outer)
+    rows = (base, inner, outer, fuser.scores("inner"), fuser.scores("outer"))
+    present = ({name: row[name] for name in names if name not in missing} for row in rows)
+    report = fuser.fuse()
+    expected = rkif.fuse(*present, density=config.density, rule=config.rule, scope=config.scope)
+    wanted = {**outer, **expected.params}
+    if any(not torch.equal(p, wanted[name]) for name, p in model.named_parameters()):
+        return "its result is not that of rkif.fuse"
+    if report.counts != expected.report.counts:
+        return f"its counts are {report.counts}, those of rkif.fuse {expected.report.counts}"
+    if report.missing != tuple(missing):
+        return f"its report has {report.missing} as missing, and {missing} had no gradient"
+    return None
+
+
+def _refused_round(model: nn.Module, fuser: rkif.Fuser, missing: str, outer: dict[str, Tensor]) -> str | None:
+    """Fuse a round that had no gradient of a parameter: an error that names it changes nothing."""
+    try:
+        fuser.fuse()
+    except ValueError as error:
+        if repr(missing) not in str(error):
+            return f"not named: {error}"
+    else:
+        return f"a round without a gradient of {missing} was fused"
+    if any(not torch.equal(p, outer[name]) for name, p in model.named_parameters()):
+        return f"a round without a gradient of {missing} was refused after something was written"
+    base = fuser.base()
+    fuser.rollback()
+    if any(not torch.equal(p, base[name]) for name, p in model.named_parameters()):
+        return "its rollback does not return to its base"
+    return None
+
+
+def _copies(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def _steps(model: nn.Module, fuser: rkif.Fuser, count: int, sign: float, absent: set[str]) -> None:
+    """Steps without a gradient of the ``absent`` parameters."""
     for _ in range(count):
         model.zero_grad()
         (sign * model(torch.randn(4, 5))).square().mean().backward()
+        for name, parameter in model.named_parameters():
+            if name in absent:
+                parameter.grad = None
         fuser.observe()
         with torch.no_grad():
             for parameter in model.parameters():
-                assert parameter.grad is not None
-                parameter.sub_(parameter.grad, alpha=0.05 * sign)
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=0.05 * sign)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from bench.fuzzing import cases
 from bench.fuzzing.cases import Outcome
 from bench.fuzzing.commandline import Ended, command, import_everything
 from bench.fuzzing.subjects import Subjects
+from rkif import Fuser
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,27 @@ def test_a_wrong_result_is_a_finding(subjects: Subjects, monkeypatch: pytest.Mon
     monkeypatch.setattr(rkif, "fuse", wrong)
     found = [cases.call(seed, subjects)[1] for seed in range(20)]
     assert sum("differs from the reference" in str(one) for one in found) > 5
+
+
+def test_a_fused_round_without_a_gradient_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rkif.fuser.fuser.require_complete", lambda fuser: 0)
+    found = [str(cases.fuser_call(random.Random(seed), seed).wrong) for seed in range(40)]
+    assert sum(one.startswith("a round without a gradient of ") for one in found) > 3
+    assert all(one.endswith(" was fused") for one in found if one != "None")
+
+
+def test_a_missing_parameter_that_is_fused_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse = Fuser.fuse
+
+    def fuse_all(fuser: Fuser) -> Any:
+        if fuser.config.missing == "zero":
+            fuser._with_gradient.update(fuser.parameters)
+        return fuse(fuser)
+
+    monkeypatch.setattr(Fuser, "fuse", fuse_all)
+    found = [str(cases.fuser_call(random.Random(seed), seed).wrong) for seed in range(40)]
+    assert sum(one.startswith("its ") for one in found) > 3
+    assert all(one.startswith("its ") for one in found if one != "None")
 
 
 @pytest.mark.parametrize(
