@@ -9,7 +9,7 @@ score only by magnitude of change, because gradients belong to the factors.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,7 +214,7 @@ def lora_modules(
         if match is None:
             continue
         module = match["module"]
-        partner = f"{module}.lora_{match['kind'] or ''}B{match['rest']}"
+        partner = _partner(match)
         if partner not in base:
             raise ValueError(f"base has {name!r}, but not {partner!r}")
         for factor in (name, partner):
@@ -232,6 +232,17 @@ def lora_modules(
     if not modules:
         raise ValueError("base has no LoRA factors (....lora_A.weight and ....lora_B.weight)")
     return modules + [LoraModule(name, name, None, 1.0) for name in names if name not in taken]
+
+
+def factor_pairs(names: Collection[str]) -> list[tuple[str, str]]:
+    """The names of the factors A and B of each module with both; DoRA's other tensors are ignored."""
+    pairs = ((match.string, _partner(match)) for match in map(_A.match, names) if match)
+    return [(a, b) for a, b in pairs if b in names]
+
+
+def _partner(match: re.Match[str]) -> str:
+    """The name of the factor B of a match of a factor A."""
+    return f"{match['module']}.lora_{match['kind'] or ''}B{match['rest']}"
 
 
 class _Triples:

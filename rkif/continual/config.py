@@ -65,7 +65,8 @@ class TextSettings(Settings):
 class TrainingSettings(Settings):
     """The inner learner: its length in ``steps`` or in ``epochs`` per task, and its AdamW.
 
-    The learning rate rises linearly over ``warmup_steps`` and then falls linearly to the end of the task.
+    ``schedule`` of the learning rate: "linear" rises over ``warmup_steps`` and then falls to the end of each
+    task. "constant" rises in the first task only, and stays: warming up again forgets by itself.
     """
 
     steps: int | None = Field(None, ge=1)
@@ -74,6 +75,7 @@ class TrainingSettings(Settings):
     micro_batch_size: int | None = Field(None, ge=1)
     learning_rate: float = Field(3e-4, gt=0)
     warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["linear", "constant"] = "linear"
     # Of both learners: torch.optim.AdamW, or rkif.optim.AdamW, whose step also updates the importance.
     optimizer: Literal["adamw", "rkif_adamw"] = "adamw"
     weight_decay: float = Field(0.0, ge=0)
@@ -138,6 +140,18 @@ class DistillationSettings(Settings):
         return self.memory > 0 or self.inputs > 0
 
 
+class CheckpointMergeSettings(Settings):
+    """The merge of a task's last checkpoints; see :mod:`rkif.continual.models.checkpoint_merge`.
+
+    ``window``: share of the task's steps that the merged checkpoints span; 0 merges none. ``checkpoints``:
+    their number after the first. ``shape``: of the learning rate that the merge emulates.
+    """
+
+    window: float = Field(0.0, ge=0, lt=1)
+    checkpoints: int = Field(12, ge=1)
+    shape: Literal["1-sqrt", "linear", "cosine"] = "1-sqrt"
+
+
 class EwcSettings(Settings):
     """``strength``: factor of the quadratic penalty, whose Fisher information has mean 1 per task."""
 
@@ -148,6 +162,26 @@ class OLoraSettings(Settings):
     """``strength``: weight of the overlap between the tasks' subspaces in the loss."""
 
     strength: float = Field(0.5, ge=0)
+
+
+class MerSettings(Settings):
+    """``every``: steps between interpolations. ``rate``: the share of their update that is kept."""
+
+    every: int = Field(8, ge=1)
+    rate: float = Field(0.1, gt=0, le=1)
+
+
+class ForeverSettings(Settings):
+    """``day``: steps of the first day. ``epochs``: passes over the memory in each replay.
+
+    ``pull``: factor of the squared distance to the weights before the task. ``gamma``: effect of the update
+    norm on the pull.
+    """
+
+    day: int = Field(24, ge=1)
+    epochs: int = Field(2, ge=1)
+    pull: float = Field(1e-3, ge=0)
+    gamma: float = Field(1.0, ge=0)
 
 
 class AdaptiveSettings(Settings):
@@ -182,12 +216,15 @@ class RunConfig(Settings):
     outer: OuterSettings = OuterSettings()
     memory: MemorySettings = MemorySettings()
     distillation: DistillationSettings = DistillationSettings()
+    merge: CheckpointMergeSettings = CheckpointMergeSettings()
     rounds: RoundsSettings = RoundsSettings()
     gate: GateSettings | None = None
     snapshots: RoundStateSettings = RoundStateSettings()
     ewc: EwcSettings = EwcSettings()
     o_lora: OLoraSettings = OLoraSettings()
     adaptive: AdaptiveSettings = AdaptiveSettings()
+    mer: MerSettings = MerSettings()
+    forever: ForeverSettings = ForeverSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     metrics: list[str] = Field([])
     tracking: Tracker | None = None

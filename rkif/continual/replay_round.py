@@ -54,7 +54,7 @@ def reproduce(run: Path, number: int, progress: RunProgress) -> Reproduction:
     recorded = find_round(ledger, number, run)
     if recorded["task"] is None:
         raise ValueError(f"{run} is the ledger of a training loop, which rkif cannot repeat")
-    index = reader.metrics()["tasks"].index(recorded["task"])
+    index = ledger[0]["tasks"].index(recorded["task"])
     start, state = _nearest(run, ledger, number, index)
     config = load_config(run / "config.yaml")
     with open_run(config, run, index, progress) as sequence:

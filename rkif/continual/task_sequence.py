@@ -127,6 +127,7 @@ class TaskSequence:
             rounds = writer.rounds
             self._steps = self._table.content["steps"] + step + 1
             loss = method.train_step(step)
+            method.end_step(step)
             self._progress.advance(loss)
             self._track({"loss": loss}, self._steps)
             if writer.rounds > rounds:
@@ -135,6 +136,8 @@ class TaskSequence:
                 writer.write_checkpoint(index, step + 1, method.samples, method.tensors())
 
         self._progress.stage("saving")
+        if method.checkpoint_merge is not None:
+            method.checkpoint_merge.finish()
         method.finish()
         memory.add(
             task.name,

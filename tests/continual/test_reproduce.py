@@ -58,6 +58,12 @@ def test_a_round_is_reproduced_from_an_earlier_state(whole: Path, tmp_path: Path
     assert "no round 99: " in str(failed.exception)
 
 
+def test_a_round_is_reproduced_without_metrics(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run/metrics.json").unlink()
+    assert reproduce(tmp_path / "run", 2, quiet()).differences == {}
+
+
 def test_a_round_repeated_after_a_rollback_is_reproduced(whole: Path, tmp_path: Path, inputs: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     rollback(tmp_path / "run", 4)

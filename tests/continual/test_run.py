@@ -56,8 +56,8 @@ def test_replay_and_recurrent_kif_see_the_same_number_of_samples(
         for method in METHODS
     }
     # 3 tasks of 6 steps of 4; two of them with 2 rounds of 2 outer steps of 4 memory records. EWC: 64 records
-    # more of each task but the last.
-    alone = dict.fromkeys(("sequential", "o_lora", "tasl", "per_task"), 72)
+    # more of each task but the last. FOREVER: its first day is longer than a task.
+    alone = dict.fromkeys(("sequential", "o_lora", "tasl", "per_task", "forever"), 72)
     assert seen == dict.fromkeys(METHODS, 72 + 32) | alone | {"ewc": 72 + 2 * 64}
 
 

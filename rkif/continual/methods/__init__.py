@@ -4,6 +4,8 @@ from rkif.continual.methods.adaptive import Adaptive
 from rkif.continual.methods.average import Average
 from rkif.continual.methods.dare import Dare
 from rkif.continual.methods.ewc import Ewc
+from rkif.continual.methods.forever import Forever
+from rkif.continual.methods.mer import Mer
 from rkif.continual.methods.multi_task import MultiTask
 from rkif.continual.methods.o_lora import OLora
 from rkif.continual.methods.per_task import PerTask
@@ -21,6 +23,8 @@ METHODS: dict[str, type[Sequential]] = {
     "ewc": Ewc,
     "o_lora": OLora,
     "tasl": Tasl,
+    "mer": Mer,
+    "forever": Forever,
     "average": Average,
     "ties": Ties,
     "dare": Dare,

@@ -30,6 +30,10 @@ class Rounds(Sequential):
         self._inner_batches: dict[int, list[Item]] = {}
         self._outer_batches: dict[int, list[Item]] = {}
 
+    @property
+    def period(self) -> int:
+        return fusion_config(self.context.config.fusion).inner_steps
+
     def begin_round(self) -> None:
         """Called before the first inner step of a round."""
 

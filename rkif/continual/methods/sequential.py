@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rkif.continual.config import RunConfig
 from rkif.continual.evaluation.harness import Harness
+from rkif.continual.models.checkpoint_merge import CheckpointMerge
 from rkif.continual.models.distillation import DistillingObjective
 from rkif.continual.models.learner import BatchLearner
 from rkif.continual.models.objective import Objective
@@ -106,6 +107,7 @@ class Sequential:
         self.samples = 0
         self.distilling = _distilling(context)
         self.inner = self.learner(context.config.training.learning_rate)
+        self.checkpoint_merge = self._checkpoint_merge()
 
     @staticmethod
     def require(config: RunConfig) -> None:
@@ -116,6 +118,18 @@ class Sequential:
         context = self.context
         objective = self.distilling or context.objective
         return BatchLearner(context.model, objective, context.config, learning_rate=learning_rate)
+
+    @property
+    def period(self) -> int:
+        """Steps between checkpoints that may be merged; with rounds, only fused parameters are merged."""
+        return 1
+
+    def _checkpoint_merge(self) -> CheckpointMerge | None:
+        """The merge of the task's last checkpoints; None without it."""
+        settings = self.context.config.merge
+        if not settings.window:
+            return None
+        return CheckpointMerge(settings, self.context.steps, self.period, self.inner.parameters)
 
     def begin(self) -> None:
         """Called when the task begins; not when it is resumed."""
@@ -131,6 +145,11 @@ class Sequential:
             before_clip=self.before_clip,
             before_step=self.before_step,
         )
+
+    def end_step(self, step: int) -> None:
+        """Called after :meth:`train_step`."""
+        if self.checkpoint_merge is not None:
+            self.checkpoint_merge.add(step + 1)
 
     def before_clip(self) -> None:
         """Called when an inner step's gradient is complete: the gradient of a penalty may be added."""
@@ -153,8 +172,11 @@ class Sequential:
         ]
 
     def lr_fraction(self, step: int) -> float:
-        """The schedule's factor: linear warm-up, then a linear decay that ends one step above 0."""
-        warmup = min(self.context.config.training.warmup_steps, self.context.steps - 1)
+        """The schedule's factor: linear warm-up, then a linear decay that ends one step above 0, or none."""
+        training = self.context.config.training
+        warmup = min(training.warmup_steps, self.context.steps - 1)
+        if training.schedule == "constant" and (step >= warmup or self.context.index):
+            return 1.0
         if step < warmup:
             return (step + 1) / (warmup + 1)
         return (self.context.steps - step) / (self.context.steps - warmup)
@@ -166,7 +188,8 @@ class Sequential:
     def tensors(self) -> dict[str, Tensor]:
         """The method's state between two steps, without the parameters."""
         before = {} if self.distilling is None else self.distilling.before
-        return flatten({"inner": self.inner.tensors(), "before_task": before})
+        sums = {} if self.checkpoint_merge is None else self.checkpoint_merge.tensors()
+        return flatten({"inner": self.inner.tensors(), "before_task": before, "checkpoint_merge": sums})
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore the state that :meth:`tensors` returned."""
@@ -174,6 +197,8 @@ class Sequential:
         if self.distilling is not None:
             for name, tensor in section(tensors, "before_task").items():
                 self.distilling.before[name].copy_(tensor)
+        if self.checkpoint_merge is not None:
+            self.checkpoint_merge.load_tensors(section(tensors, "checkpoint_merge"))
 
     def finish(self) -> None:
         """Called after the last step of the task; may change the parameters."""
