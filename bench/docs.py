@@ -53,6 +53,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "continual": continual_tables.summary,
     "continual_all": continual_tables.everything,
     "delta": delta.markdown,
+    "learning_rates": continual_tables.learning_rates,
     "fuzz": fuzzing.markdown,
     "task_vector_angles": task_vector_angles.markdown,
     "kernels": kernels.summary,

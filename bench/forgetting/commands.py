@@ -113,6 +113,21 @@ def continual_command(
     compare(todo, jobs, Console())
 
 
+@app.command("rates")
+def rates_command(
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="A PNG file.", show_default="docs/results/rates.png"),
+    ] = None,
+) -> None:
+    """Draw OP and BWT by learning rate, of the methods that ran at several."""
+    from bench.forgetting.rates import PICTURE, draw
+    from bench.forgetting.tables import tuned_suites
+
+    draw(tuned_suites(), out or PICTURE)
+    print(out or PICTURE)
+
+
 @app.command("ledger")
 def ledger_command(
     config: MiniLM = None,

@@ -9,8 +9,10 @@ from typing import Any
 
 import yaml
 
+from bench.forgetting import rates
 from bench.forgetting.continual import MAIN, rows
 from bench.forgetting.instrument import CONFIGS
+from bench.forgetting.rates import ByRate
 from rkif.continual.display.progress import format_number
 
 Row = Mapping[str, Any]
@@ -19,6 +21,7 @@ Runs = dict[tuple[str, int], Row]  # (order, seed) -> row
 SUMMARY = ("sequential", "replay", "replay_equal_steps", "average", "recurrent_kif", "recurrent_kif_paper")
 SUITES = ("standard-minilm", "long-minilm")  # of the summary
 BASELINE = "replay"
+BOUND = "multi_task"
 ABLATED = "recurrent_kif"  # FusionConfig(), which is the release preset
 SHOWN = tuple(name for name in MAIN if name != "recurrent_kif_release")  # the same runs as the default's
 
@@ -93,27 +96,69 @@ def _ablates(runs: Runs) -> bool:
     return variants.get(name, {}).get("method") in ("recurrent_kif", "adaptive")
 
 
-def _groups() -> dict[tuple[str, ...], dict[str, Runs]]:
-    """(config, device) -> method -> runs. Rows without the field "config" form separate groups."""
-    groups: dict[tuple[str, ...], dict[str, Runs]] = {}
+def by_rate() -> dict[tuple[str, ...], dict[str, ByRate]]:
+    """(config, device) -> method -> rate -> runs. Rows without the field "config" form separate groups."""
+    groups: dict[tuple[str, ...], dict[str, dict[float, Runs]]] = {}
     for row in rows():
         key = (row.get("config") or f"{row['order']}-{row['model']}", row["device"])
-        groups.setdefault(key, {}).setdefault(row["method"], {})[row["order"], row["seed"]] = row
-    return groups
+        runs = groups.setdefault(key, {}).setdefault(row["method"], {}).setdefault(row["rate"], {})
+        runs[row["order"], row["seed"]] = row
+    return groups  # type: ignore[return-value]
+
+
+def tuned_suites() -> dict[str, dict[str, ByRate]]:
+    """The suites with runs at several learning rates, and in them the methods with several."""
+    suites = {}
+    for (config, *_), methods in by_rate().items():
+        several = {method: runs for method, runs in methods.items() if len(runs) > 1}
+        if several:
+            suites[config] = several
+    return suites
+
+
+def learning_rates() -> str:
+    """OP and BWT by learning rate, on the first order of each suite."""
+    parts = []
+    for config, methods in tuned_suites().items():
+        run = next(row for runs in methods.values() for group in runs.values() for row in group.values())
+        base = run["settings"]["training"]["learning_rate"] / run["rate"]
+        order = min(map(rates.first_order, methods.values()))
+        parts.append(
+            f"{config}, {order}: OP / BWT at multiples of the learning rate {base:g}.\n\n"
+            f"{rates.table(methods)}"
+        )
+    return "\n".join(parts)
+
+
+def _groups() -> dict[tuple[str, ...], dict[str, Runs]]:
+    """(config, device) -> method -> its runs at its best learning rate."""
+    return {
+        key: {method: runs[rates.best_rate(runs)] for method, runs in methods.items()}
+        for key, methods in by_rate().items()
+    }
 
 
 def _table(group: Mapping[str, Runs], methods: Sequence[str], *, cost: bool = False) -> str:
-    headings = ["method", "OP", "BWT", "FWT", "OP against replay", "BWT", "samples", "runs"]
+    several = any(row["rate"] != 1 for runs in group.values() for row in runs.values())
+    headings = ["method", *(["rate"] if several else []), "OP", "BWT", "FWT", "OP against replay", "BWT"]
+    headings += ["gap closed"] if BOUND in group else []
+    distilled = any(forward_passes(row) > 1 for runs in group.values() for row in runs.values())
+    headings += ["samples", *(["forward passes per sample"] if distilled else []), "runs"]
     headings += ["minutes", "peak MiB", "in rkif"] if cost else []
     lines = ["| " + " | ".join(headings) + " |", "| --- |" + " ---: |" * (len(headings) - 1)]
     for method in methods:
         if method not in group:
             continue
         runs = group[method]
-        cells = [method, _mean(runs, "op"), _mean(runs, "bwt", sign=True), _mean(runs, "fwt", sign=True)]
+        cells = [method]
+        cells += [f"x {next(iter(runs.values()))['rate']:g}"] if several else []
+        cells += [_mean(runs, "op"), _mean(runs, "bwt", sign=True), _mean(runs, "fwt", sign=True)]
         baseline = group.get(BASELINE, {})
         cells += [_difference(runs, baseline), _difference(runs, baseline, "bwt")]
-        cells += [_samples(runs), str(len(runs))]
+        cells += [_gap_closed(runs, baseline, group[BOUND])] if BOUND in group else []
+        cells += [_samples(runs)]
+        cells += [f"{median(map(forward_passes, runs.values())):.2f}"] if distilled else []
+        cells += [str(len(runs))]
         if cost:
             walls = [row["wall_s"] / 60 for row in runs.values() if row["wall_s"]]
             peaks = [row["peak_mib"] for row in runs.values() if row.get("peak_mib")]
@@ -174,6 +219,31 @@ def _difference(runs: Runs, baseline: Runs, metric: str = "op") -> str:
         return "-"
     spread = f" ± {stdev(pairs) / math.sqrt(len(pairs)):.1f}" if len(pairs) > 1 else ""
     return format_number(fmean(pairs), sign=True) + spread
+
+
+def _gap_closed(runs: Runs, baseline: Runs, bound: Runs) -> str:
+    """The share of the OP between the baseline and multi-task training, over the runs that all three have."""
+    keys = runs.keys() & baseline.keys() & bound.keys()
+    gap = sum(bound[key]["op"] - baseline[key]["op"] for key in keys)
+    if runs is baseline or runs is bound or gap <= 0:
+        return "-"
+    return f"{100 * sum(runs[key]['op'] - baseline[key]['op'] for key in keys) / gap:.0f}%"
+
+
+def forward_passes(row: Row) -> float:
+    """Forward passes of records per training sample; 1 without distillation.
+
+    With it, the model before the task answers every batch after the first task, too. With
+    ``distillation.inputs``, every record of these tasks is also a question of an earlier task.
+    """
+    distillation = row["settings"].get("distillation", {})
+    if not (distillation.get("memory") or distillation.get("inputs")):
+        return 1.0
+    training = row["settings"]["training"]
+    records_of_task: int = training["steps"] * training["batch_size"]
+    questions = records_of_task * (len(row["tasks"]) - 1) if distillation["inputs"] else 0
+    answered_twice = row["samples"] - records_of_task + questions
+    return float(1 + (questions + answered_twice) / row["samples"])
 
 
 def _samples(runs: Runs) -> str:

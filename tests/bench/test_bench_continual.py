@@ -6,10 +6,10 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from bench_rows import continual_row as row
 from rich.console import Console
 from run_inputs import TASKS, make_config
 from typer.testing import CliRunner
@@ -143,33 +143,6 @@ def test_a_row_is_identified_by_settings_data_and_model(job: Job, tmp_path: Path
         content["model"] = content["model"].replace("model", "t5")
     job.config.write_text(yaml.safe_dump(content))
     assert continual._has_row(job) == (change == "none")
-
-
-def row(method: str, order: str, seed: int, op: float, **more: Any) -> dict[str, Any]:
-    settings = {"training": {"steps": 3, "batch_size": 2}, "adapter": more.pop("adapter", {"r": 4})}
-    return {
-        "suite": "s",
-        "order": order,
-        "method": method,
-        "seed": seed,
-        "op": op,
-        "bwt": op - 60,
-        "fwt": 1.0,
-        "samples": 1000,
-        "wall_s": 90.0,
-        "model": "m",
-        "split": "dev",
-        "device": "d",
-        "commit": "0123456789ab-dirty",
-        "config": "s-m",
-        "peak_mib": 512,
-        "rkif_share": None,
-        "tasks": ["a", "b"],
-        "records": [100, 100],
-        "accuracy": [[50, op], [50, op]],
-        "settings": settings,
-        **more,
-    }
 
 
 def test_tables_are_means_and_paired_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,87 @@
+"""Methods at several learning rates: the chosen rate, and the tables and the picture of all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_rows import continual_row as row
+from typer.testing import CliRunner
+
+from bench.__main__ import app
+from bench.forgetting import continual, rates, tables
+
+
+def at(rate: float, method: str, order: str, op: float, seed: int = 1, **more: Any) -> dict[str, Any]:
+    settings = {
+        "training": {"steps": 10, "batch_size": 8, "learning_rate": 2e-3 * rate},
+        "adapter": {"r": 4},
+        "distillation": more.pop("distillation", {"memory": 0, "inputs": 0}),
+    }
+    return row(method, order, seed, op, rate=rate, settings=settings, **more)
+
+
+ROWS = [
+    at(1.0, "replay", "s-1", 60.0),
+    at(0.5, "replay", "s-1", 62.0),
+    at(0.5, "replay", "s-1", 64.0, seed=2),
+    at(0.5, "replay", "s-2", 50.0),
+    at(1.0, "replay", "s-2", 70.0),  # better, but not on the order that chooses
+    at(2.0, "recurrent_kif", "s-1", 66.0, distillation={"memory": 0.0, "inputs": 1.0}, samples=240),
+    at(1.0, "recurrent_kif", "s-1", 65.0),
+    at(2.0, "recurrent_kif", "s-2", 54.0, distillation={"memory": 0.0, "inputs": 1.0}, samples=240),
+    at(1.0, "multi_task", "s-1", 67.0, bwt=None),
+    at(1.0, "multi_task", "s-2", 55.0, bwt=None),
+]
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(continual, "RESULTS", tmp_path / "rows.jsonl")
+    continual.RESULTS.write_text("".join(json.dumps(item) + "\n" for item in ROWS))
+    return tmp_path
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_method_is_compared_at_the_best_rate_of_the_first_order() -> None:
+    (methods,) = tables.by_rate().values()
+    assert {method: rates.best_rate(runs) for method, runs in methods.items()} == {
+        "replay": 0.5,
+        "recurrent_kif": 2.0,
+        "multi_task": 1.0,
+    }
+    text = tables.everything()
+    assert "| method | rate | OP | BWT | FWT | OP against replay | BWT | gap closed | samples |" in text
+    # Replay at half the rate: 62, 64 and 50. Differences to it: 66 - 62 and 54 - 50. The bound is 5 above it.
+    assert "| replay | x 0.5 | 58.7 ± 7.6 | -1.3 ± 7.6 | +1.0 ± 0.0 | - | - | - | 1,000 | 1.00 | 3 |" in text
+    kif = (
+        "| recurrent_kif | x 2 | 60.0 ± 8.5 | +0.0 ± 8.5 | +1.0 ± 0.0 | +4.0 ± 0.0 | +4.0 ± 0.0 | 80% | 240 |"
+    )
+    # 240 samples and 80 questions (a task's records), and the model before the task answers 160 and 80 of them.
+    assert f"{kif} 2.33 | 2 |" in text
+
+
+@pytest.mark.usefixtures("measured")
+def test_the_table_shows_each_rate_of_the_first_order() -> None:
+    text = tables.learning_rates()
+    assert text.startswith("s-m, s-1: OP / BWT at multiples of the learning rate 0.002.\n\n")
+    assert "| method | x 0.5 | x 1 | x 2 |" in text
+    assert "| replay | **63.0 / +3.0** | 60.0 / +0.0 | - |" in text
+    assert "| recurrent_kif | - | 65.0 / +5.0 | **66.0 / +6.0** |" in text
+    assert "multi_task" not in text  # one rate
+
+
+def test_equal_rates_choose_the_lowest() -> None:
+    runs = {rate: {("s-1", 1): at(rate, "replay", "s-1", 60.0)} for rate in (2.0, 1.0)}
+    assert rates.best_rate(runs) == 1.0
+
+
+def test_the_rates_are_drawn(measured: Path) -> None:
+    out = measured / "docs" / "rates.png"
+    shown = CliRunner().invoke(app, ["rates", "--out", str(out)])
+    assert shown.exit_code == 0, shown.output
+    assert out.read_bytes().startswith(b"\x89PNG")
+    continual.RESULTS.write_text("")
+    assert "no suite has runs at several" in str(CliRunner().invoke(app, ["rates"]).exception)
