@@ -59,7 +59,7 @@ def test_a_method_is_compared_at_the_best_rate_of_the_first_order() -> None:
     kif = (
         "| recurrent_kif | x 2 | 60.0 ± 8.5 | +0.0 ± 8.5 | +1.0 ± 0.0 | +4.0 ± 0.0 | +4.0 ± 0.0 | 80% | 240 |"
     )
-    # 240 samples and 80 questions (a task's records), and the model before the task answers 160 and 80 of them.
+    # 240 samples, 80 questions (the records of a task); the model before the task answers 160 and 80 of them.
     assert f"{kif} 2.33 | 2 |" in text
 
 
