@@ -20,6 +20,7 @@ from rich.console import Console
 from bench.common import rows as store
 from bench.common.machine import commit, device_name
 from bench.forgetting.instrument import CONFIGS, seconds_by_part
+from bench.forgetting.perplexity import perplexities
 from rkif.continual.config import RunConfig, dump_config, load_config
 from rkif.continual.display.progress import RunProgress
 from rkif.continual.methods import METHODS, RecurrentKIF
@@ -129,7 +130,11 @@ def _run(job: Job) -> dict[str, Any]:
     with seconds_by_part(TIMED) as spent, open(os.devnull, "w") as nowhere:
         metrics = run(config, job.folder, resume=resumed, progress=RunProgress(Console(file=nowhere)))
     wall = None if resumed else time.monotonic() - started
-    return _row(job, config, metrics, wall, spent)
+    row = _row(job, config, metrics, wall, spent)
+    if config.architecture == "causal":
+        before, after = perplexities(config, job.folder, metrics["tasks"])
+        row["perplexity"] = [round(before, 3), round(after, 3)]
+    return row
 
 
 def _row(

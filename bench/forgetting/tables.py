@@ -144,6 +144,8 @@ def _table(group: Mapping[str, Runs], methods: Sequence[str], *, cost: bool = Fa
     headings += ["gap closed"] if BOUND in group else []
     distilled = any(forward_passes(row) > 1 for runs in group.values() for row in runs.values())
     headings += ["samples", *(["forward passes per sample"] if distilled else []), "runs"]
+    generates = any("perplexity" in row for runs in group.values() for row in runs.values())
+    headings += ["perplexity"] if generates else []
     headings += ["minutes", "peak MiB", "in rkif"] if cost else []
     lines = ["| " + " | ".join(headings) + " |", "| --- |" + " ---: |" * (len(headings) - 1)]
     for method in methods:
@@ -159,6 +161,7 @@ def _table(group: Mapping[str, Runs], methods: Sequence[str], *, cost: bool = Fa
         cells += [_samples(runs)]
         cells += [f"{median(map(forward_passes, runs.values())):.2f}"] if distilled else []
         cells += [str(len(runs))]
+        cells += [_perplexity(runs)] if generates else []
         if cost:
             walls = [row["wall_s"] / 60 for row in runs.values() if row["wall_s"]]
             peaks = [row["peak_mib"] for row in runs.values() if row.get("peak_mib")]
@@ -244,6 +247,12 @@ def forward_passes(row: Row) -> float:
     questions = records_of_task * (len(row["tasks"]) - 1) if distillation["inputs"] else 0
     answered_twice = row["samples"] - records_of_task + questions
     return float(1 + (questions + answered_twice) / row["samples"])
+
+
+def _perplexity(runs: Runs) -> str:
+    """Before the first task -> after the last, means over the runs that measured it."""
+    pairs = [row["perplexity"] for row in runs.values() if "perplexity" in row]
+    return " -> ".join(f"{fmean(side):.1f}" for side in zip(*pairs, strict=True)) or "-"
 
 
 def _samples(runs: Runs) -> str:
