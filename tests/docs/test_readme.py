@@ -114,7 +114,9 @@ def test_the_readme_is_short() -> None:
 
 def cells(table: str) -> dict[str, dict[str, str]]:
     """First cell -> heading -> cell of a row; of equal headings the first counts."""
-    heading, _, *rows = (line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| "))
+    heading, _, *rows = (
+        line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")
+    )
     return {row[0]: dict(zip(heading[::-1], row[::-1], strict=True)) for row in rows}
 
 
