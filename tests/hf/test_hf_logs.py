@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from hf_helpers import FUSION, NEW, OUTER_RATE, InOrderTrainer, arguments, lora_llama, trainer, weights
+from hf_helpers import (
+    FUSION,
+    MEMORY,
+    NEW,
+    OUTER_RATE,
+    InOrderTrainer,
+    arguments,
+    lora_llama,
+    trainer,
+    weights,
+)
 from huggingface_hub import ModelCard
 from tiny import tiny_llama, word_tokenizer
 from transformers import TrainerCallback
@@ -226,9 +236,11 @@ def test_the_page_lists_the_logged_names(tmp_path: Any) -> None:
 
 
 def test_the_examples_of_the_page_work(tmp_path: Any) -> None:
-    names: dict[str, Any] = {}
+    args = arguments(tmp_path / "page", max_steps=9)
+    names: dict[str, Any] = {"model": lora_llama(), "args": args, "new_task": NEW, "memory": MEMORY}
     for example in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
         exec(example, names)
+    assert names["trainer"].fuser.round == 2
     assert issubclass(names["RKIFSFTTrainer"], SFTTrainer)
     undone = {"gate": gate(floor=2.0), "callbacks": [names["Watch"]()]}
     run = trainer(tmp_path, kind=names["SGDOutside"], **undone)
