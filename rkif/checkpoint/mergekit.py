@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rkif.checkpoint.methods import (
     SETTINGS,
     Method,
@@ -19,11 +17,13 @@ from rkif.checkpoint.methods import (
     varying_method,
 )
 from rkif.checkpoint.source import FUSED, Checkpoint, open_checkpoint
+from rkif.checkpoint.yaml_text import load_yaml
 
 METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 _KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype")
 _BY_TENSOR = ("weight", "density")
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Lists of layers, as models name them; the first number in a tensor's name that follows one is its layer.
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 
@@ -120,10 +120,7 @@ def read_merge(file: Path) -> Merge:
         ValueError: the file is no merge of mergekit, or has something that rkif does not support; names it.
         OSError: the file cannot be read.
     """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+    content = load_yaml(file.read_bytes(), str(file))
     if not isinstance(content, dict):
         raise ValueError(f"{file}: a merge has keys such as merge_method and models")
     _require_keys(file, "", content, _KEYS)
@@ -174,10 +171,12 @@ def _path(file: Path, where: str, value: Any) -> Path:
         raise ValueError(f"{file}: {where} must be the path of a checkpoint; got {value!r}")
     path = Path(value).expanduser()
     if not path.exists():
-        lora = "; an adapter after a + is not supported" if "+" in value else ""
-        raise ValueError(
-            f"{file}: {where}: there is no {value}; models of the Hub must be downloaded first{lora}"
-        )
+        hint = ""
+        if "+" in value:
+            hint = "; an adapter after a + is not supported"
+        elif _HUB_NAME.fullmatch(value):
+            hint = f"; a model of the Hub must be downloaded first: hf download {value} --local-dir {value}"
+        raise ValueError(f"{file}: {where}: there is no {value}{hint}")
     return path
 
 

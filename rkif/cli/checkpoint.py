@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from rkif.cli.options import Resume, announce, importing, parse_size
+from rkif.cli.options import Quiet, Resume, announce, importing, parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +107,7 @@ def fuse_command(
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the finished output to the Hugging Face Hub.")
     ] = None,
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Fuse checkpoints on disk, exactly, in bounded memory.
@@ -122,17 +123,21 @@ def fuse_command(
       rkif fuse checkpoint-500 checkpoint-1000 checkpoint-1500 --out averaged --method wsm
       rkif fuse --mergekit merge.yml --out merged
     """
-    announce(f"Fusing {mergekit or ', '.join(map(str, checkpoints or []))} into {out}")
+    announce(f"Fusing {mergekit or ', '.join(map(str, checkpoints or []))} into {out}", quiet=quiet)
     with importing():
         from rkif.checkpoint.mergekit import read_merge
-        from rkif.checkpoint.methods import make_method
+        from rkif.checkpoint.methods import SETTINGS, make_method
         from rkif.checkpoint.request import Request
+        from rkif.continual.spelling import did_you_mean
         from rkif.distributed.process_group import launched_processes
 
     if push_to_hub is not None:
         from rkif.checkpoint.hub import require_repo_id
 
         require_repo_id("--push-to-hub", push_to_hub)
+    if method is not None and method not in SETTINGS:
+        meant = did_you_mean(method, SETTINGS)
+        raise ValueError(f"--method must be one of {', '.join(SETTINGS)}; got {method!r}{meant}")
     given = {
         "density": density,
         "rule": rule,
@@ -173,11 +178,17 @@ def fuse_command(
         space=cast("Space", space),
     )
     with launched_processes() as processes:
-        _fuse(request, processes, repo=push_to_hub, dry_run=dry_run, as_json=as_json)
+        _fuse(request, processes, repo=push_to_hub, dry_run=dry_run, quiet=quiet, as_json=as_json)
 
 
 def _fuse(
-    request: Request, processes: ProcessGroup, *, repo: str | None, dry_run: bool, as_json: bool
+    request: Request,
+    processes: ProcessGroup,
+    *,
+    repo: str | None,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Plan and fuse, together with other processes if there are any; only rank 0 prints."""
     with importing():
@@ -189,7 +200,7 @@ def _fuse(
         from rkif.checkpoint.request import PreflightError
 
     first = processes.rank == 0
-    console = Console(stderr=as_json, quiet=not first)
+    console = Console(stderr=as_json, quiet=quiet or not first)
     try:
         with processes.raise_on_any_failure():  # before any process writes where others read
             plan = preflight(request)
@@ -220,18 +231,18 @@ def _fuse(
         console.print(f"SHA-256 {summary.content_sha256}", highlight=False, soft_wrap=True)
     if not first:
         return
-    address = None if repo is None else _push(request.out, repo)
+    address = None if repo is None else _push(request.out, repo, quiet=quiet)
     if as_json:
         print(json.dumps(summary.to_dict() | ({} if address is None else {"hub": address})))
     elif address is not None:
         console.print(f"Uploaded to {address}", markup=False, soft_wrap=True)
 
 
-def _push(out: Path, repo: str) -> str:
+def _push(out: Path, repo: str, *, quiet: bool) -> str:
     """Upload the finished output; returns its address."""
     from rkif.checkpoint.hub import push
 
-    announce(f"Uploading {out} to {repo}")
+    announce(f"Uploading {out} to {repo}", quiet=quiet)
     try:
         return push(out, repo, "Upload a fusion by rkif")
     except RuntimeError as error:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rkif.cli.options import Json, Out, Resume, announce
+from rkif.cli.options import Json, Out, Quiet, Resume, announce
 
 commands = typer.Typer()
 
@@ -28,7 +28,7 @@ def run_command(
             help="Change a setting, such as training.steps=20; the value is YAML. May be given repeatedly.",
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the content of metrics.json; progress goes to stderr.")
     ] = False,
@@ -45,7 +45,7 @@ def run_command(
       rkif run config.yaml --out runs/second --set fusion.density=0.1 --set seed=7
     """
     folder = out or Path("runs") / config.stem
-    announce(f"Running {config} in {folder}")
+    announce(f"Running {config} in {folder}", quiet=quiet)
     from rich.console import Console
 
     from rkif.continual.config import load_config
@@ -115,6 +115,7 @@ def tune_command(
         Path | None, typer.Option("--out", help="Folder for the study.", show_default="tune/CONFIG")
     ] = None,
     resume: Resume = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Search density, Q, M and the outer learning rate for the best OP on the dev split.
@@ -124,13 +125,13 @@ def tune_command(
       rkif tune config.yaml --trials 20 --out tune/first
     """
     folder = out or Path("tune") / config.stem
-    announce(f"Searching settings for {config} in {folder}")
+    announce(f"Searching settings for {config} in {folder}", quiet=quiet)
     from rich.console import Console
 
     from rkif.continual.config import load_config
     from rkif.continual.tune import BEST, best_first, best_table, tune
 
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, quiet=quiet)
     study = tune(load_config(config), folder, trials=trials, resume=resume, console=console)
     if as_json:
         tried = [{"op": one.value, **one.params, **one.user_attrs} for one in best_first(study)]
@@ -141,7 +142,9 @@ def tune_command(
 
 
 @commands.command("demo", rich_help_panel="Start")
-def demo_command(out: Out = None, resume: Resume = False, as_json: Json = False) -> None:
+def demo_command(
+    out: Out = None, resume: Resume = False, quiet: Quiet = False, as_json: Json = False
+) -> None:
     """Compare sequential fine-tuning, replay and Recurrent-KIF on small tasks: minutes on a CPU, no download.
 
     The folder is rkif-demo unless --out names another.
@@ -151,11 +154,11 @@ def demo_command(out: Out = None, resume: Resume = False, as_json: Json = False)
       rkif demo --out my-demo
     """
     folder = out or Path("rkif-demo")
-    announce(f"Comparing three methods in {folder}")
+    announce(f"Comparing three methods in {folder}", quiet=quiet)
     from rich.console import Console
 
     from rkif.demo import demo
 
-    runs = demo(folder, resume=resume, console=Console(stderr=as_json))
+    runs = demo(folder, resume=resume, console=Console(stderr=as_json, quiet=quiet))
     if as_json:
         print(json.dumps(runs))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rkif.cli.options import Json, Run, announce
+from rkif.cli.options import Json, Quiet, Run, announce
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -213,6 +213,7 @@ def rollback_command(
 def reproduce_command(
     run: Run,
     round_: Annotated[int, typer.Option("--round", min=1, help="The round's number in `rkif log`.")],
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train a round again from an earlier state and compare it with the ledger; writes nothing.
@@ -221,20 +222,20 @@ def reproduce_command(
     Example:
       rkif reproduce runs/first --round 12
     """
-    announce(f"Reproducing round {round_} of {run}")
+    announce(f"Reproducing round {round_} of {run}", quiet=quiet)
     from rich.console import Console
 
     from rkif.continual.display.progress import RunProgress
     from rkif.continual.replay_round import reproduce
 
-    outcome = reproduce(run, round_, RunProgress(Console(stderr=as_json)))
+    outcome = reproduce(run, round_, RunProgress(Console(stderr=as_json, quiet=quiet)))
     if as_json:
         print(json.dumps({"round": round_, "start": outcome.start, "differences": outcome.differences}))
     for field, (then, now) in outcome.differences.items():
         print(f"{field}: {then} in the ledger, {now} now", file=sys.stderr)
     if outcome.differences:
         raise ValueError(f"round {round_} was not reproduced: {', '.join(outcome.differences)} differ")
-    if as_json:
+    if as_json or quiet:
         return
     print(
         f"round {round_} of task {outcome.record['task']}, from the state after round {outcome.start}: "

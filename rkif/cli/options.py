@@ -18,6 +18,7 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the work in that folder, if there is any.")]
 
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to stderr.")]
 
 _SIZE = re.compile(r"\s*(\d*\.?\d+)\s*([kmgtpe]?)(i?)(b?)\s*", re.IGNORECASE)
@@ -41,12 +42,12 @@ def parse_size(option: str, text: str) -> int:
     return size
 
 
-def announce(line: str) -> None:
+def announce(line: str, *, quiet: bool = False) -> None:
     """Show on a terminal what begins, before imports that take a second. Logs and pipes get only the result.
 
     Under torchrun only the first process shows it.
     """
-    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+    if not quiet and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
 
 

@@ -6,20 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from rkif.continual.spelling import did_you_mean
 from rkif.files import problem_in_words
-
-
-def yaml_problem(error: Exception) -> str:
-    """A problem of YAML's syntax, with its line."""
-    mark = getattr(error, "problem_mark", None)
-    if isinstance(error, yaml.MarkedYAMLError) and mark is not None:
-        context = f" {error.context}" if error.context else ""
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}{context}"
-    return " ".join(str(error).split())
 
 
 def settings_problems(error: ValidationError, model: type[BaseModel]) -> str:

@@ -6,22 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rkif.continual.config_errors import yaml_problem
+from rkif.checkpoint.yaml_text import load_yaml
 from rkif.continual.spelling import did_you_mean
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Rejects duplicate keys in a mapping; YAML would silently use the last value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [(key.tag, str(key.value)) for key, _ in node.value]
-        for place, key in enumerate(keys):
-            if key in keys[:place]:
-                mark = node.value[place][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"key {key[1]!r} is given twice", mark)
-        return super().construct_mapping(node, deep)
 
 
 def read_settings(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
@@ -33,7 +19,7 @@ def read_settings(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such config file: {path}")
-    content = _load(path.read_bytes(), str(path))
+    content = load_yaml(path.read_bytes(), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected settings as `key: value`, got {type(content).__name__}")
     for change in changes:
@@ -46,17 +32,8 @@ def read_settings(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
             if not isinstance(inner.get(parent), dict):
                 inner[parent] = {}
             inner = inner[parent]
-        inner[last] = _load(value.encode(), f"--set {key}")
+        inner[last] = load_yaml(value.encode(), f"--set {key}")
     return content
-
-
-def _load(text: bytes, where: str) -> Any:
-    try:
-        return yaml.load(text.decode("utf-8"), _UniqueKeyLoader)
-    except RecursionError as error:
-        raise ValueError(f"{where}: not valid YAML: it is nested too deeply") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{where}: not valid YAML: {yaml_problem(error)}") from error
 
 
 def locate_model(model: str, here: Path) -> str:

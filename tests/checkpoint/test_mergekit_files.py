@@ -289,11 +289,11 @@ def with_weight(value: Any) -> dict[str, Any]:
         (changed(base_model=None), "ties needs base_model"),
         (
             changed(base_model="org/model"),
-            "base_model: there is no org/model; models of the Hub must be down",
+            "there is no org/model; a model of the Hub must be downloaded first: hf download org/model",
         ),
         (
             changed(models=[{"model": "a+lora"}]),
-            "there is no a+lora; models of the Hub must be downloaded first; an",
+            "there is no a+lora; an adapter",
         ),
         (changed(models=[{"model": "base"}]), "models has no model beside base_model"),
         (changed(models=[{"model": "a", "layer_range": [0, 1]}]), "models[0].layer_range is not supported"),
@@ -370,6 +370,12 @@ def test_a_command_without_inputs_says_what_is_missing(rkif: Rkif, models: Path)
     assert "name the checkpoints BASE, INNER and OUTER, or a file of mergekit with --mergekit" in errors
     (models / "merge.yml").write_text("merge_method: [")
     assert "merge.yml: not valid YAML" in rkif("fuse", "--mergekit", "merge.yml", "--out", "out")[2]
+    (models / "merge.yml").write_text("merge_method: ties\nbase_model: a\nbase_model: b\n")
+    errors = rkif("fuse", "--mergekit", "merge.yml", "--out", "out")[2]
+    assert (
+        errors
+        == "rkif: error: merge.yml: not valid YAML: line 3, column 1: key 'base_model' is given twice\n"
+    )
 
 
 RUN = "import sys; from mergekit.scripts.run_yaml import main; main()"

@@ -164,7 +164,8 @@ def test_a_dry_run_writes_nothing(rkif: Rkif, triple: Triple, json_: bool) -> No
     ("arguments", "error"),
     [
         (["--density", "2"], "density must be in [0, 1]; got 2.0"),
-        (["--method", "merge"], "method must be one of recurrent_kif, linear"),
+        (["--method", "merge"], "--method must be one of recurrent_kif, linear"),
+        (["--method", "dare_tiess"], "; got 'dare_tiess'; did you mean 'dare_ties'?"),
         (["--method", "linear", "--density", "0.5"], "density is not a setting of linear"),
         (["--max-memory", "much"], "--max-memory must be a size such as 2GiB or 500MB; got 'much'"),
         (["--max-memory", "1MiB"], "--max-memory: 1 MiB is too little"),

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from rkif.cli import main
 from rkif.continual.config import RunConfig, dump_config, load_config
-from rkif.demo import write_inputs
+from rkif.demo import CONFIG, write_inputs
 
 Rkif = Callable[..., tuple[int, str, str]]
 
@@ -216,6 +216,23 @@ def test_set_changes_settings_of_the_config(rkif: Rkif, settings: dict[str, Any]
     assert written["tasks"]["order"] == ["review"]
     status, output, errors = rkif("run", config, "--out", out, "--resume", "--quiet", *changes)
     assert (status, output, errors) == (0, "", "")
+
+
+def test_quiet_commands_print_nothing(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("rkif.demo.CONFIG", CONFIG.replace("steps: 160", "steps: 2"))
+    config, run = write(tmp_path / "config.yaml", settings), tmp_path / "run"
+    model = settings["model"]
+    for call in (
+        ("run", config, "--out", run),
+        ("reproduce", run, "--round", 1),
+        ("tune", config, "--out", tmp_path / "tune", "--trials", 1),
+        ("fuse", model, model, model, "--out", tmp_path / "fused"),
+        ("demo", "--out", tmp_path / "demo"),
+    ):
+        assert rkif(*call, "--quiet") == (0, "", ""), call
 
 
 @pytest.mark.parametrize(

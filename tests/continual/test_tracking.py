@@ -94,6 +94,45 @@ def test_other_trackers_get_a_project_and_a_run(
     assert [step for values, step in logged if "loss" in values] == list(range(1, 22))
 
 
+def test_mlflow_gets_an_experiment_and_a_run(
+    config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stub with the functions of MLflow that accelerate calls."""
+    calls: list[tuple[str, Any]] = []
+    metrics: dict[str, dict[int, float]] = {}
+    settings: dict[str, Any] = {}
+
+    def called(name: str, result: Any = None) -> Callable[..., Any]:
+        return lambda **arguments: (calls.append((name, arguments)), result)[1]
+
+    def log_metrics(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            metrics.setdefault(name, {})[step] = value
+
+    stub = types.ModuleType("mlflow")
+    stub.__spec__ = types.SimpleNamespace(name="mlflow")  # type: ignore[assignment]
+    limits = types.SimpleNamespace(MAX_PARAM_VAL_LENGTH=6000, MAX_PARAMS_TAGS_PER_BATCH=7)
+    vars(stub).update(
+        search_experiments=called("search", []),
+        create_experiment=called("create", "17"),
+        start_run=called("start"),
+        end_run=called("end"),
+        log_params=settings.update,
+        log_metrics=log_metrics,
+        utils=types.SimpleNamespace(validation=limits),
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", stub)
+    found = go(config(method="replay", tracking="mlflow"), tmp_path / "mine")
+    assert [name for name, _ in calls] == ["search", "create", "start", "end"]
+    assert calls[1][1]["name"] == "rkif"
+    assert (calls[2][1]["experiment_id"], calls[2][1]["run_name"]) == ("17", "mine")
+    assert settings["training.learning_rate"] == 1e-2
+    assert list(metrics["loss"]) == list(range(1, 22))
+    for task, row in zip(TASKS, found["accuracy"], strict=True):
+        assert metrics[f"accuracy/{task}"] == dict(zip((7, 14, 21), row, strict=True))
+    assert metrics["op"] == {21: found["op"]}
+
+
 def test_unknown_and_missing_trackers_are_refused(
     config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

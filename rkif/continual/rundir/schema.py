@@ -221,9 +221,14 @@ class Rollback(Record):
 
 
 class Saved(Record):
-    """Files of the run that were written; with ``metrics.json`` the latest value of each task of lm-eval."""
+    """Files of the run that were written."""
 
     files: Annotated[dict[FileName, Sha256], Field(min_length=1)]
+
+
+class Measured(Saved):
+    """``metrics.json`` was written; ``harness``: the latest value of each task of lm-eval."""
+
     harness: dict[str, float] = Field(default_factory=dict)
 
 
@@ -233,7 +238,7 @@ RECORDS: dict[str, type[Record]] = {
     "task": Learned,
     "rollback": Rollback,
     "state": Saved,
-    "measured": Saved,
+    "measured": Measured,
 }
 
 
