@@ -10,6 +10,7 @@ The operations validate their arguments and hand them to one of
 All of them give the same bits (see ``docs/reference/semantics.md``). Other packages import only from here.
 """
 
+from rkif_kernels.backends.choose import capturing
 from rkif_kernels.checks import (
     PARAMETER_DTYPES,
     STATE_DTYPES,
@@ -95,6 +96,7 @@ __all__ = [
     "adamw_constants",
     "all_valid_scores",
     "bracket",
+    "capturing",
     "count_scores_",
     "describe",
     "elect_signs",

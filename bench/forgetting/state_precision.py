@@ -13,8 +13,9 @@ from torch import Tensor
 from bench.common import rows as store
 from bench.forgetting import instrument
 from rkif.continual.config import load_config
-from rkif.fuser.fuser import Fuser, Learner
+from rkif.fuser.fuser import Fuser
 from rkif.fuser.importance import Importance
+from rkif.fuser.observed_steps import Learner
 from rkif.fusion import FusionReport
 from rkif_kernels import score_thresholds
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from rkif.fuser.gated_step import restore, take_gated_step
 from rkif.fuser.grouped_fusion import squared_distance
 from rkif.fuser.importance import Importance
 from rkif.fuser.no_compile import uncompiled
+from rkif.fuser.observed_steps import Learner, ObservedSteps
 from rkif.fuser.parameters import trainable_parameters, unwrapped
 from rkif.fuser.round_fusion import (
     fuse_round,
@@ -34,8 +34,6 @@ from rkif.fuser.state import load_state, read, state_of, write
 from rkif.fuser.watch import ParameterWatch
 from rkif.fusion import FusionReport
 from rkif.gate import Gate, Gatekeeper
-
-Learner = Literal["inner", "outer"]
 
 
 class Fuser:
@@ -123,8 +121,7 @@ class Fuser:
         self._nonfinite = torch.zeros(2, dtype=torch.int64, device=parts[0].device)
         self._counters = torch.split(self._nonfinite, 1)
         self._plan = fusion_plan(self.config, list(self.parameters))
-        self._with_gradient: set[str] = set()
-        self._observed: dict[Learner, int] = {"inner": 0, "outer": 0}
+        self._steps = ObservedSteps(parts[0].device)
         self._outer_settled = False  # refresh_outer=False: whether a fusion has used the outer importance
         self._observer: int | None = None  # id of the observer of this phase
         self.phase: Learner = "inner"
@@ -138,11 +135,13 @@ class Fuser:
 
     @property
     def inner_observed(self) -> int:
-        return self._observed["inner"]
+        self._steps.add_replayed()
+        return self._steps.counts["inner"]
 
     @property
     def outer_observed(self) -> int:
-        return self._observed["outer"]
+        self._steps.add_replayed()
+        return self._steps.counts["outer"]
 
     @uncompiled
     def observe(self) -> None:
@@ -185,13 +184,7 @@ class Fuser:
             if indices:
                 update(learner, parts, gradients, count, indices, frozen=frozen)
         self._observer = id(observer)
-        self._observed[self.phase] += 1
-        if len(self._with_gradient) < len(self.parameters):
-            self._with_gradient.update(
-                name
-                for name, gradient in zip(self.parameters, gradients, strict=True)
-                if gradient is not None
-            )
+        self._steps.add(self.phase, self.parameters, gradients)
 
     @uncompiled
     def begin_outer(self) -> None:
@@ -199,7 +192,8 @@ class Fuser:
 
         Raises:
             RuntimeError: the outer phase has begun already; a parameter or the layer that holds it was
-                replaced, or has another dtype, shape or device; or another parameter is trainable now.
+                replaced, or has another dtype, shape or device; another parameter is trainable now; or a CUDA
+                graph is being captured.
             ValueError: the memory of a parameter is freed, or shared with another one.
         """
         require_inner_phase(self)
@@ -219,7 +213,8 @@ class Fuser:
 
         Raises:
             RuntimeError: not in the outer phase, a learner was never observed, a non-finite importance was
-                seen and the config says "raise", or as :meth:`begin_outer` for a replaced parameter.
+                seen and the config says "raise", or a CUDA graph is being captured or a parameter was
+                replaced, as in :meth:`begin_outer`.
             ValueError: a parameter had no gradient in any step of the round, and the config says "raise"; or
                 the ledger is not that of this fuser's rounds. After an error so far, parameters, importance
                 and the round are unchanged; :meth:`rollback` abandons the round.
@@ -372,8 +367,7 @@ class Fuser:
             tensor.copy_(self._kept_importance()[name])
         self._inner = self._snapshots.exchange(self._inner, None)
         self._nonfinite.zero_()
-        self._with_gradient.clear()
-        self._observed = {"inner": 0, "outer": 0}
+        self._steps.clear()
         self._observer = None
         self.phase = "inner"
         self.round += 1

@@ -14,10 +14,11 @@ from rkif.fuser.gated_step import restore
 from rkif.fuser.grouped_fusion import grouped_fusion
 from rkif.fuser.snapshot import Snapshot
 from rkif.fusion import FusionReport, report_of, skipped_report
-from rkif_kernels import FusionInputs, FusionPlan, MergeRule
+from rkif_kernels import FusionInputs, FusionPlan, MergeRule, capturing
 
 if TYPE_CHECKING:
-    from rkif.fuser.fuser import Fuser, Learner
+    from rkif.fuser.fuser import Fuser
+    from rkif.fuser.observed_steps import Learner
 
 
 def fusion_plan(config: FusionConfig, names: list[str]) -> FusionPlan:
@@ -37,6 +38,7 @@ def require_inner_phase(fuser: Fuser) -> None:
         RuntimeError, ValueError: see :meth:`rkif.Fuser.begin_outer`.
     """
     with fuser._shards.processes.raise_on_any_failure():
+        _require_no_capture(fuser, "begin_outer")
         if fuser.phase == "outer":
             raise RuntimeError(
                 "the outer phase of this round has begun already, by begin_outer() or outer(); end the round "
@@ -56,16 +58,19 @@ def require_complete(fuser: Fuser) -> int:
     """
     shards = fuser._shards
     with shards.processes.raise_on_any_failure():
+        _require_no_capture(fuser, "fuse")
         if fuser.phase != "outer":
             raise RuntimeError(
                 "fuse() was called in the inner phase; call begin_outer() first, or use `with outer()`"
             )
         fuser._watch.require_unchanged(fuser._shards.parts())
-        for learner, observed in fuser._observed.items():
+        fuser._steps.add_replayed()
+        for learner, observed in fuser._steps.counts.items():
             if observed == 0:
                 raise RuntimeError(f"observe() was never called for the {learner} learner in this round")
-    fuser._with_gradient |= {name for name, count in shards.seen_anywhere(fuser._with_gradient) if count}
-    missing = [name for name in fuser.parameters if name not in fuser._with_gradient]
+    seen = fuser._steps.with_gradient
+    seen |= {name for name, count in shards.seen_anywhere(seen) if count}
+    missing = [name for name in fuser.parameters if name not in seen]
     if missing and fuser.config.missing != "zero":
         others = f" ({len(missing)} parameters had none)" if len(missing) > 1 else ""
         raise ValueError(
@@ -82,6 +87,14 @@ def require_complete(fuser: Fuser) -> int:
     return nonfinite
 
 
+def _require_no_capture(fuser: Fuser, method: str) -> None:
+    if capturing(fuser._nonfinite.device):
+        raise RuntimeError(
+            f"{method}() was called while a CUDA graph is captured: it changes the fuser's phase, and a "
+            "replay runs no Python; capture the steps with observe(), and call it between their replays"
+        )
+
+
 def fuse_round(fuser: Fuser, fused: Snapshot) -> FusionReport:
     """Write the fusion of the round under way into ``fused``; parameters and importance stay as they are.
 
@@ -92,7 +105,7 @@ def fuse_round(fuser: Fuser, fused: Snapshot) -> FusionReport:
     shards = fuser._shards
     inner, outer = fuser._importance["inner"], fuser._importance["outer"]
     names = list(fuser.parameters)
-    missing = {index for index, name in enumerate(names) if name not in fuser._with_gradient}
+    missing = {index for index, name in enumerate(names) if name not in fuser._steps.with_gradient}
     plain = fuser._base_dtypes == fuser._dtypes and not (fuser.config.offload or fuser.config.pack_inner)
     if plain and not shards.sharded and not missing:
         with shards.processes.raise_on_any_failure():

@@ -48,7 +48,9 @@ def state_of(fuser: Fuser) -> dict[str, Tensor]:
     state["round"] = torch.tensor(fuser.round)
     state["inner_observed"] = torch.tensor(fuser.inner_observed)
     state["outer_observed"] = torch.tensor(fuser.outer_observed)
-    state["with_gradient"] = torch.tensor([name in fuser._with_gradient for name in sorted(fuser.parameters)])
+    state["with_gradient"] = torch.tensor(
+        [name in fuser._steps.with_gradient for name in sorted(fuser.parameters)]
+    )
     return state
 
 
@@ -111,9 +113,11 @@ def load_state(fuser: Fuser, state: Mapping[str, Tensor]) -> None:
     fuser.phase = "outer" if in_outer else "inner"
     fuser._outer_settled = bool(state.get("outer_settled", False))
     fuser.round = int(state["round"])
-    fuser._observed = {"inner": int(state["inner_observed"]), "outer": int(state["outer_observed"])}
     flags = zip(sorted(fuser.parameters), state["with_gradient"].tolist(), strict=True)
-    fuser._with_gradient = {name for name, flag in flags if flag}
+    fuser._steps.load(
+        {"inner": int(state["inner_observed"]), "outer": int(state["outer_observed"])},
+        (name for name, flag in flags if flag),
+    )
 
 
 def write(fuser: Fuser, folder: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:

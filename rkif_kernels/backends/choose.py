@@ -80,6 +80,11 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device.index) if device.type == "cuda" else nullcontext()
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def implementation(device: torch.device, requested: str) -> ModuleType:
     """The module that implements the operations. Triton is imported only through this function."""
     return importlib.import_module(f"rkif_kernels.backends.{resolve_backend(device, requested)}")

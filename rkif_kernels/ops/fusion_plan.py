@@ -41,8 +41,8 @@ class FusionPlan:
     validates the lists, and sends the addresses to the device.
 
     Several threads and several CUDA streams may use a plan. After a call outside of a capture, a call with
-    the same tensors can be captured in a CUDA graph and replayed any number of times. The plan must outlive
-    the graph.
+    the same tensors can be captured in a CUDA graph and replayed any number of times. What the graph reads is
+    kept until the memory of these tensors is freed, also without the plan.
 
     Args:
         density, scope, names, backend: as for that function.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class ImportancePlan:
         self._names, self._backend = names, backend
         self._lock = threading.Lock()
         self._bound: _Bound | None = None
-        self._captured: list[object] = []
+        self._captured: dict[Any, Any] = {}  # what the backend keeps for CUDA graphs
         # Views share the version counter of their flat tensor; autograd must see it change.
         owners = [_owner(state) for state in (*sensitivity, *(uncertainty or ()))]
         self._owners = list({id(owner): owner for owner in owners}.values())

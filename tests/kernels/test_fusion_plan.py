@@ -196,18 +196,6 @@ def test_the_memory_of_a_launch_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(memory() is None for memory in allocated)
 
 
-def test_every_launch_keeps_its_tables_for_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = FusionPlan(**PLANNED, backend="triton")
-    inputs = [*lists(), *sides()]
-    out = check(plan, "triton", inputs)
-    kept: list[Any] = []
-    monkeypatch.setattr(single_pass, "keep_for_graph", lambda used, memory: kept.append((used, memory)))
-    plan.fuse(FusionInputs(out, *inputs))
-    ((grouped, memory),) = kept
-    assert memory is grouped[0].pointers
-    assert memory[0, 0] == out[0].data_ptr()
-
-
 def test_invalid_inputs_are_refused_and_nothing_is_written() -> None:
     plan = FusionPlan(**PLANNED, names=["a", "b", "c", "d"])
     inputs = [*lists(), *sides()]

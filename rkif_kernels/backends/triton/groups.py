@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from rkif_kernels.backends.triton.launch import Bracketing, LaunchConfig
-from rkif_kernels.backends.triton.table import Layout, Table, constant, layout_of
+from rkif_kernels.backends.triton.table import Layout, Table, constant, keep_for_graph, layout_of
 from rkif_kernels.backends.triton.windows import padded
 
 # Offsets of the numbers of a group, an int64 row; see _Numbers.
@@ -162,6 +162,11 @@ def find_groups(
     plan = _planned(parts, tuple(ks), per_tensor, run, sides, bracketing, sizes)
     device = grouped[0].pointers.device
     numbers = constant(device, plan.numbers, torch.int64)
+    layouts = [
+        [layout_of(device, work[which], size) for work in plan.work] for which, size in enumerate(sizes)
+    ]
+    for used in (numbers, *chain.from_iterable(layouts)):
+        keep_for_graph(used, [[grouped[0].pointers]])
     return Groups(
         len(ks),
         [
@@ -178,7 +183,7 @@ def find_groups(
         [0, *accumulate(table.programs for table in grouped)],
         run,
         plan.firsts,
-        *([layout_of(device, work[which], size) for work in plan.work] for which, size in enumerate(sizes)),
+        *layouts,
     )
 
 

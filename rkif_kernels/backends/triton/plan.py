@@ -8,25 +8,30 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rkif_kernels.backends.choose import capturing
 from rkif_kernels.backends.triton.importance import prepare_update
 from rkif_kernels.backends.triton.launch import LaunchConfig, PreparedLaunch
 from rkif_kernels.backends.triton.launches import chosen
 from rkif_kernels.backends.triton.table import ALIGNMENT, StreamOrder, Table, build_tables
 from rkif_kernels.types import ImportanceInputs, Order, Smoothing
 
+# What replays of captured steps read: tables on the device, and host memory with the steps' addresses.
+Captured = dict[tuple[int, tuple[tuple[int, ...], ...]], tuple[tuple[Table, ...], tuple[Tensor, ...]]]
+
 GRADIENTS = 1  # the gradients' row in a table
+SPARES = 4  # tables of new addresses that can be captured between two steps outside of captures
 
 
 class PreparedUpdate:
     """An update of tensors with fixed addresses; the addresses of gradients may change.
 
-    A captured CUDA graph has its own tables. Every replay fills them from host memory that is kept for the
-    graph, so replays and other steps do not affect each other.
+    A captured CUDA graph has its own addresses. Every replay reads them from host memory that the plan keeps,
+    so replays and other steps do not affect each other. Steps with the same addresses share this memory.
 
     Args:
         inputs: validated. They fix all dtypes, and which tensors have a gradient.
         order, nonfinite: see :func:`rkif_kernels.ops.update_importance_`.
-        captured: keeps the memory of CUDA graphs alive; mutated.
+        captured: by id of the tables and addresses; mutated. The plan keeps it when it prepares again.
     """
 
     def __init__(
@@ -34,7 +39,7 @@ class PreparedUpdate:
         inputs: ImportanceInputs,
         order: Order,
         nonfinite: Tensor,
-        captured: list[object],
+        captured: Captured,
         config: LaunchConfig | None = None,
     ) -> None:
         self._device, self._nonfinite, self._order = inputs.device, nonfinite, order
@@ -56,8 +61,8 @@ class PreparedUpdate:
         self._indices = [table.members for table in self._tables]
         self._streams = StreamOrder(self._device, [t for table in self._tables for t in table.memory])
         self._launches = self._prepare(self._tables)
-        # Pinned memory cannot be allocated during a capture, so one source per table is allocated before.
-        self._spare = self._pinned()
+        # Pinned memory cannot be allocated during a capture, so sources for some tables are allocated before.
+        self._spares = self._pinned()
         self._captured = captured
         self._stale = False  # whether gradients moved in a capture, which does not update these tables
 
@@ -74,17 +79,17 @@ class PreparedUpdate:
             moved: the gradients' addresses if one has changed since the last launch.
         """
         self._streams.enter()
-        launches, capturing = self._launches, self._on_gpu and torch.cuda.is_current_stream_capturing()
+        launches, captured = self._launches, capturing(self._device)
         if moved is not None:
             self._rows[GRADIENTS] = self._grads.find(grads, moved)
-        if capturing:
+        if captured:
             launches = self._captured_launches()
             self._stale |= moved is not None
         elif moved is not None or self._stale:
             self._upload()
             self._stale = False
-        if not self._spare and not capturing:
-            self._spare = self._pinned()
+        if len(self._spares) < SPARES and not captured:
+            self._spares = self._pinned()
         self._params.fill(params)
         self._grads.fill(grads)
         for launch in launches:
@@ -103,28 +108,29 @@ class PreparedUpdate:
                 source = source.pin_memory()
             table.pointers[GRADIENTS].copy_(source, non_blocking=True)
 
-    def _pinned(self) -> list[Tensor]:
-        if not self._on_gpu:
-            return []
-        return [
-            torch.empty(table.pointers.shape, dtype=torch.int64, device="cpu", pin_memory=True)
-            for table in self._tables
-        ]
+    def _pinned(self) -> list[tuple[Tensor, ...]]:
+        """Host memory for the addresses of all tables, several times."""
+        shapes = ((SPARES, *table.pointers.shape) for table in self._tables)
+        options = {"dtype": torch.int64, "device": "cpu", "pin_memory": self._on_gpu}
+        return list(zip(*(torch.empty(shape, **options).unbind() for shape in shapes), strict=True))
 
     def _captured_launches(self) -> list[PreparedLaunch]:
-        if not self._spare:
-            raise RuntimeError(
-                "a plan can be captured once after each step outside of a capture; "
-                "take a step outside, then capture again"
-            )
-        sources, self._spare = self._spare, []
-        tables = []
-        for table, source, indices in zip(self._tables, sources, self._indices, strict=True):
-            source.copy_(torch.tensor([[row[index] for index in indices] for row in self._rows]))
-            tables.append(replace(table, pointers=source.to(self._device, non_blocking=True)))
-        launches = self._prepare(tables)
-        self._captured.append((sources, launches))
-        return launches
+        key = id(self._tables), tuple(map(tuple, self._rows))
+        if key not in self._captured:
+            if not self._spares:
+                raise RuntimeError(
+                    f"between two steps outside of captures, a plan can be captured with {SPARES} sets of "
+                    "addresses that are new to it; take a step outside, then capture again"
+                )
+            sources = self._spares.pop()
+            for source, indices in zip(sources, self._indices, strict=True):
+                source.copy_(torch.tensor([[row[index] for index in indices] for row in self._rows]))
+            self._captured[key] = self._tables, sources
+        tables = [
+            replace(table, pointers=source.to(self._device, non_blocking=True))
+            for table, source in zip(*self._captured[key], strict=True)
+        ]
+        return self._prepare(tables)
 
 
 class _Places:

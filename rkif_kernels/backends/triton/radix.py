@@ -21,7 +21,7 @@ from rkif_kernels.backends.triton.elements import (
 )
 from rkif_kernels.backends.triton.launch import LaunchConfig
 from rkif_kernels.backends.triton.launches import chosen
-from rkif_kernels.backends.triton.table import aligned, constant, tables
+from rkif_kernels.backends.triton.table import aligned, constant, keep_for_graph, tables
 from rkif_kernels.types import Scores
 
 # (shift, bits), most significant first. For a histogram of 2,048 bins Triton emits 512 population counts and
@@ -116,7 +116,9 @@ def radix_threshold(scores: Scores, k: int, config: LaunchConfig | None = None) 
     device = scores.sensitivity[0].device
     rows = aligned(lists)  # copies among them live until the last launch
     grouped = tables(rows, config.chunk)
-    remaining = constant(device, (k,), torch.int64).clone()
+    start = constant(device, (k,), torch.int64)
+    keep_for_graph(start, [[grouped[0].pointers]])
+    remaining = start.clone()
     prefix = torch.zeros(1, dtype=torch.int32, device=device)
     found = torch.empty(1, dtype=torch.float32, device=device)
     sizes = [1 << bits for _, bits in DIGITS]

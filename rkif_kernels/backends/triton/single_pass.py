@@ -324,9 +324,9 @@ def prepared_fusion(
     streams = StreamOrder(inputs.device, [memory for table in grouped for memory in table.memory])
     fusion = BracketedFusion(grouped, k, rule, config, bracketing)
 
-    def launch(_: FusionInputs) -> FuseStats:
+    def launch(inputs: FusionInputs) -> FuseStats:
         streams.enter()
-        keep_for_graph(grouped, grouped[0].pointers)  # a plan drops its least recently used launches
+        keep_for_graph(fusion, inputs.lists)  # a plan drops its least recently used launches
         return fusion.launch()
 
     return launch

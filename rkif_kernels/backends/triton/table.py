@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from rkif_kernels.backends.choose import capturing
 from rkif_kernels.contiguous import as_contiguous
 
 ALIGNMENT = 16  # bytes: alignment of every address, and the width of a kernel's accesses
@@ -124,7 +126,7 @@ class StreamOrder:
         with self._lock:
             if current == self._stream:
                 return
-            if not torch.cuda.is_current_stream_capturing():
+            if not capturing(self._device):
                 current.wait_stream(self._stream)
                 self._stream = current
             for tensor in self._memory:
@@ -161,7 +163,7 @@ def tables(rows: Rows, chunk: int) -> tuple[Table, ...]:
         chunk,
     )
     order.enter()
-    keep_for_graph(found, found[0].pointers if found else None)
+    keep_for_graph(found, rows)
     return found
 
 
@@ -205,10 +207,12 @@ def _tables(device: torch.device, *key: Any) -> tuple[tuple[Table, ...], StreamO
 
 
 def layout_of(device: torch.device, numels: tuple[int, ...], chunk: int) -> Layout:
-    """The distribution of some elements of each tensor over programs, ``chunk`` of a tensor per program."""
+    """The distribution of some elements of each tensor over programs, ``chunk`` of a tensor per program.
+
+    It is from a cache: a caller that is captured in a CUDA graph keeps it for the graph.
+    """
     layout, order = _layout(device, numels, chunk)
     order.enter()
-    keep_for_graph(layout, layout.numels)
     return layout
 
 
@@ -227,10 +231,9 @@ def _host(values: Sequence[object]) -> Tensor:
 
 
 def constant(device: torch.device, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """A small read-only tensor on the device, from a cache."""
+    """A small read-only tensor on the device, from a cache; see :func:`layout_of`."""
     found, order = _constant(device, values, dtype)
     order.enter()
-    keep_for_graph(found, found)
     return found
 
 
@@ -242,15 +245,22 @@ def _constant(
     return made, StreamOrder(device, [made])
 
 
-# Memory of captured CUDA graphs. Every replay reads it, also after the caches have dropped it. The keys are
-# ids, so repeated captures of the same memory add nothing.
-_captured: dict[int, object] = {}
+# What CUDA graphs read at each replay, by the memory of the tensors that they were captured with. The keys of
+# the inner dicts are ids, so repeated captures of the same tensors add nothing.
+_captured: WeakKeyDictionary[torch.UntypedStorage, dict[int, object]] = WeakKeyDictionary()
 
 
-def keep_for_graph(used: object, memory: Tensor | None) -> None:
-    """Keep ``used``, of which ``memory`` is a part, for ever if a CUDA graph is being captured."""
-    if memory is not None and memory.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured[id(memory)] = used
+def keep_for_graph(used: object, rows: Iterable[Iterable[Tensor | None] | None]) -> None:
+    """If a CUDA graph is being captured, keep ``used`` until the memory of all tensors in ``rows`` is freed.
+
+    The caches may drop it earlier. Without this memory, the graph cannot be replayed any more.
+    """
+    tensors = (tensor for row in rows for tensor in row or () if tensor is not None)
+    first = next(tensors, None)
+    if first is None or not capturing(first.device):
+        return
+    for tensor in (first, *tensors):
+        _captured.setdefault(tensor.untyped_storage(), {})[id(used)] = used
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
@@ -261,7 +271,7 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     """
     if device.type != "cuda":
         return host.to(device)
-    if torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         raise RuntimeError(
             "these tensors are new to rkif, and their addresses cannot be uploaded while a CUDA graph is "
             "captured; make the same call, with the same tensors, once before the capture (tensors made in "
