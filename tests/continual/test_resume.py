@@ -80,7 +80,9 @@ def test_a_run_killed_while_republishing_a_task_resumes(
     config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     """The ledger has the task, but no later checkpoint exists; the task's folder is complete at any event."""
-    settings = config(tasks=config().tasks.model_dump() | {"order": TASKS[:2]}, checkpoint_every=100)
+    training = config().training.model_dump() | {"steps": 4}  # a full round and a tail
+    tasks = config().tasks.model_dump() | {"order": TASKS[:2]}
+    settings = config(tasks=tasks, training=training, checkpoint_every=100)
     go(settings, tmp_path / "straight")
 
     def dying(*_: Any) -> None:
