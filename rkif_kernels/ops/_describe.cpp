@@ -8,6 +8,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <cstring>
 #include <new>
 #include <vector>
 
@@ -52,18 +53,24 @@ static_assert(sizeof(Kind) == 24, "bytes without a value would differ between eq
 // The properties of one tensor, as bytes; two tensors have equal bytes if and only if their properties are equal.
 class Kinds {
   public:
-    explicit Kinds(Py_ssize_t tensors) { bytes_.reserve(64 * tensors); }
+    explicit Kinds(Py_ssize_t tensors) : bytes_(64 * tensors) {}
 
     template <class T>
     void add(const T* values, int64_t count = 1) {
-        const char* first = reinterpret_cast<const char*>(values);
-        bytes_.insert(bytes_.end(), first, first + count * sizeof(T));
+        const size_t size = count * sizeof(T);
+        if (used_ + size > bytes_.size()) bytes_.resize(2 * (used_ + size));
+        // Copies of a fixed size need no call.
+        for (int64_t index = 0; index < count; ++index) {
+            std::memcpy(bytes_.data() + used_ + index * sizeof(T), values + index, sizeof(T));
+        }
+        used_ += size;
     }
 
-    PyObject* object() const { return PyBytes_FromStringAndSize(bytes_.data(), Py_ssize_t(bytes_.size())); }
+    PyObject* object() const { return PyBytes_FromStringAndSize(bytes_.data(), Py_ssize_t(used_)); }
 
   private:
     std::vector<char> bytes_;
+    size_t used_ = 0;
 };
 
 // 1 or 0: whether negation is delayed; -1 on an error. DLPack cannot tell.

@@ -75,6 +75,12 @@ def test_equal_tensors_have_equal_descriptions(compiled: bool, name: str) -> Non
     assert describe([moved]).kinds == describe([tensor]).kinds
 
 
+def test_tensors_may_have_many_dimensions(compiled: bool) -> None:
+    tensors = [torch.zeros((1,) * 60) for _ in range(50)]
+    assert describe(tensors) == describe(tensors)
+    assert describe(tensors) != describe([*tensors[:-1], torch.zeros((1,) * 59)])
+
+
 def test_the_order_and_the_places_of_missing_tensors_count(compiled: bool) -> None:
     one, other = torch.zeros(3), torch.zeros(4)
     lists: list[list[Any]] = [
