@@ -25,11 +25,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """Rejects duplicate keys in a mapping; YAML would silently use the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [(key.tag, str(key.value)) for key, _ in node.value]
-        for place, key in enumerate(keys):
-            if key in keys[:place]:
-                mark = node.value[place][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"key {key[1]!r} is given twice", mark)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):  # others are refused, because they cannot be keys of a dict
+                if (key.tag, key.value) in seen:
+                    mark, problem = key.start_mark, f"key {key.value!r} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, mark)
+                seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
 
