@@ -117,7 +117,8 @@ bool is_one_of(PyTypeObject* type, PyObject* types) {
     return false;
 }
 
-// describe(tensors, api, types) -> (addresses, kinds), or None if an entry is neither None nor of one of the types.
+// describe(tensors, api, types) -> (addresses, kinds), or None if an entry is neither None nor of one of the types, or
+// the list has changed meanwhile.
 PyObject* describe(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     if (count != 3 || !PyTuple_Check(arguments[2])) {
         PyErr_SetString(PyExc_TypeError, "describe takes a list, a capsule and a tuple of types");
@@ -134,7 +135,8 @@ PyObject* describe(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     try {
         Kinds kinds(size);
         for (Py_ssize_t index = 0; addresses && possible && index < size; ++index) {
-            if (PySequence_Fast_GET_SIZE(tensors) != size) break;
+            possible = PySequence_Fast_GET_SIZE(tensors) == size;
+            if (!possible) break;
             PyObject* tensor = PySequence_Fast_GET_ITEM(tensors, index);
             int64_t address = 0;
             if (tensor == Py_None) {

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from rkif_kernels import ImportancePlan, Smoothing, describe
 from rkif_kernels.ops import guards
@@ -139,6 +140,25 @@ def test_plain_tensors_are_described_without_python(monkeypatch: pytest.MonkeyPa
     assert describe([FLAT, None, nn.Parameter(FLAT)]).kinds
     with pytest.raises(AssertionError):
         describe([KINDS["subclass"]])
+
+
+class Clears(TorchFunctionMode):
+    """Empties a list when the negation of one of its tensors is asked for; another thread could do so, too."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.tensors.clear()
+        return func(*args, **(kwargs or {}))
+
+
+@COMPILED
+def test_a_list_that_changes_meanwhile_is_not_described_in_part() -> None:
+    tensors = [torch.ones(1) for _ in range(3)]
+    with Clears(tensors):
+        assert guards._compiled.describe(tensors, guards._EXCHANGE_API, (Tensor,)) is None
 
 
 @COMPILED
