@@ -75,6 +75,20 @@ def test_tables_outlive_the_caches_and_not_the_tensors(capture: Captures) -> Non
     assert kept() == 0
 
 
+def test_any_tensor_of_a_capture_keeps_its_tables(capture: Captures) -> None:
+    params, grads = tensors(), tensors(1)
+    with capture():
+        pointers = weakref.ref(table.tables([params, grads], CHUNK)[0].pointers)
+    forget_caches()
+    last = grads[-1]
+    del params, grads
+    gc.collect()
+    assert pointers() is not None
+    del last
+    gc.collect()
+    assert pointers() is None
+
+
 def test_nothing_is_kept_without_a_capture(capture: Captures) -> None:
     params = tensors()
     pointers = weakref.ref(table.tables([params], CHUNK)[0].pointers)
@@ -208,3 +222,13 @@ def test_captured_steps_outlive_another_preparation(capture: Captures) -> None:
     with capture():
         steps.step(gradient)
     assert len(steps.sources) == 2
+
+
+def test_a_step_after_a_capture_reads_the_gradients_of_the_capture(capture: Captures) -> None:
+    """A capture uploads no addresses to the table of other steps, whose gradients have not moved since."""
+    steps, gradient = Steps(), torch.rand(8)
+    steps.step(torch.rand(8))
+    with capture():
+        steps.step(gradient)
+    gradient.mul_(2)
+    steps.step(gradient)

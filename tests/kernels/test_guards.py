@@ -143,7 +143,7 @@ def test_plain_tensors_are_described_without_python(monkeypatch: pytest.MonkeyPa
 
 
 class Clears(TorchFunctionMode):
-    """Empties a list when the negation of one of its tensors is asked for; another thread could do so, too."""
+    """Empties a list when the negation of one of its tensors is asked for, as another thread could."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
