@@ -487,16 +487,26 @@ def test_the_norm_of_an_update_is_that_of_the_factors_product() -> None:
     assert update_norm(**rescaled) == pytest.approx(expected, rel=1e-5)
 
 
-def test_forever_reviews_after_1_2_4_7_15_30_60_days(config: Config, inputs: Path) -> None:
+def test_forever_reviews_after_1_2_4_7_15_30_60_days(
+    config: Config, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert [review_day(index) for index in range(8)] == [1, 2, 4, 7, 15, 30, 60, 120]
     settings = config(
-        training={"steps": 12, "batch_size": 4}, outer={"batch_size": 4}, forever={"day": 1, "epochs": 1}
+        training={"steps": 12, "batch_size": 4}, outer={"batch_size": 4}, forever={"day": 1, "epochs": 2}
     )
     method = one_task(settings, inputs, Forever)
     moved: list[float] = []
     replayed: list[int] = []
     memory = len(method.context.memory)
-    per_replay = -(-memory // 4) * 4
+    per_replay = -(-2 * memory // 4) * 4
+    batches: list[int] = []
+    sound = method.context.memory.batch
+
+    def batch(index: int, size: int, *, seed: int) -> Any:
+        batches.append(index)
+        return sound(index, size, seed=seed)
+
+    monkeypatch.setattr(method.context.memory, "batch", batch)
     for step in range(12):
         before, samples = parameters_of(method), method.samples
         method.train_step(step)
@@ -504,6 +514,8 @@ def test_forever_reviews_after_1_2_4_7_15_30_60_days(config: Config, inputs: Pat
         assert method.samples - samples == 4 + replays * per_replay
         moved.append(float(method.tensors()["clock"][1]))
         replayed.append(replays)
+        since = method.tensors()["clock"][2:4].tolist()
+        assert since == [0.0, 0.0] if replays else min(since) > 0  # time and steps since the last replay
         if not replays:
             assert moved[-1] - (moved[-2] if step else 0) == pytest.approx(
                 update_norm(before, method.inner.parameters)
@@ -516,6 +528,7 @@ def test_forever_reviews_after_1_2_4_7_15_30_60_days(config: Config, inputs: Pat
         replays += due
     assert replayed == expected
     assert sum(replayed) >= 3
+    assert batches == list(range(sum(replayed) * per_replay // 4))  # each continues the walk of the last
 
 
 @pytest.mark.parametrize(("ratio", "clipped"), [(1.0, 1.0), (1.5, 2.0), (0.1, 0.5), (9.0, 3.0)])

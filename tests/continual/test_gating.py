@@ -16,11 +16,14 @@ from run_inputs import files, go, make_config, read_parameters, write_harness_ta
 from safetensors.torch import load_file
 
 from rkif.continual.config import RunConfig, load_config
-from rkif.continual.evaluation.criteria import GateStopped, hold_out, mean_loss
+from rkif.continual.config_evaluation import GateSettings
+from rkif.continual.evaluation.criteria import GateStopped, hold_out, make_gate, mean_loss
+from rkif.continual.evaluation.harness import Harness, HarnessTask
 from rkif.continual.models.learner import BatchLearner
 from rkif.continual.models.load import load_model
 from rkif.continual.tasks.load import load_tasks
 from rkif.continual.tasks.records import Item, Record
+from rkif.continual.tasks.replay_memory import ReplayMemory
 from rkif.demo import write_inputs
 from rkif.ledger.chain import read_ledger
 
@@ -309,3 +312,38 @@ def test_a_gate_that_always_keeps_changes_no_bit(inputs: Path, tmp_path: Path) -
     go(make_config(inputs, gate=content), tmp_path / "gated")
     free, gated = read_parameters(tmp_path / "free"), read_parameters(tmp_path / "gated")
     assert all(torch.equal(free[name], gated[name]) for name in free)
+
+
+class RecordingHarness(Harness):
+    """Two tasks of one reported and two held-out documents; every value is 0.5."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, bool]] = []
+        self.tasks = {
+            name: HarnessTask(name, "acc,none", higher, {name: range(1)}, {name: range(1, 3)}, "0" * 64, None)
+            for name, higher in (("acc_task", True), ("loss_task", False))
+        }
+
+    def measure(self, name: str, *, held_out: bool = False) -> float:
+        self.calls.append((name, held_out))
+        return 0.5
+
+
+def test_tasks_of_lm_eval_are_measured_on_documents_that_are_not_reported(inputs: Path) -> None:
+    """In the direction that lm-eval gives, unless the settings say otherwise."""
+    criteria = [
+        {"metric": "acc_task", "tolerance": 0.1},
+        {"metric": "loss_task", "floor": 2.0},
+        {"metric": "loss_task", "floor": 2.0, "higher_is_better": True},
+    ]
+    for chosen, expected in (([0, 1], [True, False]), ([2], [True])):
+        settings = GateSettings.model_validate({"criteria": [criteria[index] for index in chosen]})
+        harness = RecordingHarness()
+        nothing: Any = None
+        gate = make_gate(
+            settings, make_config(inputs), nothing, nothing, [], ReplayMemory(), ReplayMemory(), harness
+        )
+        assert [criterion.higher_is_better for criterion in gate.criteria] == expected
+        assert [criterion.samples for criterion in gate.criteria] == [2] * len(chosen)
+        assert [criterion.evaluate() for criterion in gate.criteria] == [0.5] * len(chosen)
+        assert harness.calls == [(criteria[index]["metric"], True) for index in chosen]

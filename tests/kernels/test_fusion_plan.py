@@ -177,6 +177,21 @@ def test_the_same_tensors_in_other_roles_are_prepared_again() -> None:
     check(plan, "triton", [[*own], [*inner], [*outer], *distances], views)
 
 
+def test_views_in_other_memory_are_prepared_again(prepared: list[FusionInputs]) -> None:
+    plan = FusionPlan(**PLANNED, backend="triton")
+    flat = torch.zeros(CHUNK, device=DEVICE)
+    views, rows = Views.of(flat, [flat]), torch.rand(7, CHUNK, device=DEVICE)[:, None]
+    inputs = [*map(list, rows[:3]), Scores([*rows[3]], [*rows[4]]), Scores([*rows[5]], [*rows[6]])]
+    for _ in range(2):
+        check(plan, "triton", inputs, views)
+        assert len(prepared) == 1
+    address = flat.data_ptr()
+    flat.untyped_storage().resize_(2 * flat.untyped_storage().nbytes())  # moves the views, too
+    assert flat.data_ptr() != address
+    check(plan, "triton", inputs, views)
+    assert len(prepared) == 2
+
+
 def test_the_memory_of_a_launch_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     allocated: list[weakref.ref[Tensor]] = []
     allocate = Undecided.allocate
