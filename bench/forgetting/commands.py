@@ -94,6 +94,9 @@ def continual_command(
         ),
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Number of runs at a time.")] = 1,
+    untimed: Annotated[
+        bool, typer.Option("--untimed", help="Leave times out of the rows: the machine does other work.")
+    ] = False,
     out: Annotated[Path, typer.Option("--out", help="Folder for the runs.")] = Path("runs/continual"),
 ) -> None:
     """Compare methods on task sequences; an interrupted comparison continues."""
@@ -104,7 +107,7 @@ def continual_command(
         raise ValueError(f"--suite must be one of {', '.join(SUITES)}; got {suite!r}")
     chosen = config or CONFIGS / f"{suite}-minilm.yaml"
     todo = [
-        Job(chosen, suite, one_order, one_method, one_seed, out, one_rate)
+        Job(chosen, suite, one_order, one_method, one_seed, out, one_rate, not untimed)
         for one_seed in seed or [1]
         for one_rate in rate or [1.0]
         for one_order in order or SUITES[suite]

@@ -52,6 +52,7 @@ class Job:
 
     Attributes:
         rate: factor of the learning rates of both learners, besides the variant's factors.
+        timed: whether the row has times. They would be wrong where the machine does other work.
     """
 
     config: Path
@@ -61,6 +62,7 @@ class Job:
     seed: int
     out: Path
     rate: float = 1.0
+    timed: bool = True
 
     def settings(self) -> RunConfig:
         """The config with the order, the seed, and the settings of the method or variant.
@@ -114,9 +116,10 @@ def compare(jobs: Sequence[Job], processes: int, console: Console) -> None:
                 console.print(failed[-1], style="red", markup=False, highlight=False)
                 continue
             store.write(RESULTS, row, KEY)
+            took = "" if row["wall_s"] is None else f" ({row['wall_s']} s)"
             console.print(
-                f"{row['order']} {row['method']} rate {row['rate']:g} seed {row['seed']}:"
-                f" OP {row['op']} BWT {row['bwt']} ({row['wall_s']} s)",
+                f"{row['order']} {row['method']} rate {row['rate']:g} seed {row['seed']}: "
+                f"OP {row['op']} BWT {row['bwt']}{took}",
                 highlight=False,
             )
     if failed:
@@ -129,7 +132,7 @@ def _run(job: Job) -> dict[str, Any]:
     started = time.monotonic()
     with seconds_by_part(TIMED) as spent, open(os.devnull, "w") as nowhere:
         metrics = run(config, job.folder, resume=resumed, progress=RunProgress(Console(file=nowhere)))
-    wall = None if resumed else time.monotonic() - started
+    wall = None if resumed or not job.timed else time.monotonic() - started
     row = _row(job, config, metrics, wall, spent)
     if config.architecture == "causal":
         before, after = perplexities(config, job.folder, metrics["tasks"])

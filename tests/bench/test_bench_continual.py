@@ -95,7 +95,9 @@ def test_a_suite_writes_rows_and_repeats_no_run(job: Job, tmp_path: Path) -> Non
     assert len(before) == len(after)
     # The same run with other settings replaces the row.
     job.config.write_text(job.config.read_text().replace("steps: 7", "steps: 5"))
-    compare([Job(job.config, job.suite, job.order, "sequential", 2, tmp_path / "again")], 1, shown)
+    again = Job(job.config, job.suite, job.order, "sequential", 2, tmp_path / "again", timed=False)
+    compare([again], 1, shown)
+    assert (plain["wall_s"] > 0, continual.rows()[1]["wall_s"]) == (True, None)
     assert [(row["method"], row["steps"]) for row in continual.rows()] == [
         ("recurrent_kif", fused["steps"]),
         ("sequential", 5 * len(fused["tasks"])),
