@@ -87,7 +87,7 @@ def test_a_missing_parameter_that_is_fused_is_a_finding(monkeypatch: pytest.Monk
 
     def fuse_all(fuser: Fuser) -> Any:
         if fuser.config.missing == "zero":
-            fuser._with_gradient.update(fuser.parameters)
+            fuser._steps.with_gradient.update(fuser.parameters)
         return fuse(fuser)
 
     monkeypatch.setattr(Fuser, "fuse", fuse_all)

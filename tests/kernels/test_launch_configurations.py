@@ -149,7 +149,7 @@ def test_a_plan_looks_its_launch_configuration_up_once(monkeypatch: pytest.Monke
     monkeypatch.setattr(plan, "chosen", lambda op, *rest: asked.append(op) or chosen(op, *rest))
     update = kernels.PreparedUpdate(ImportanceInputs(w, g, s), "first", bad, [])
     for _ in range(2):
-        update.launch(w, g, Smoothing(0.5), moved=False)
+        update.launch(w, g, Smoothing(0.5), moved=None)
     assert asked == ["observe"]
     assert s[0].tolist() == [1.0] * 5
 
