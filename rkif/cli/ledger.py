@@ -204,7 +204,7 @@ def rollback_command(
         return
     print(f"deleted: {', '.join(deleted) or 'nothing'}")
     print(
-        f"{run} is as it was after round {to}, in task {record['task']}; "
+        f"{run} is as it was after round {to}, and continues in task {record['task']}; "
         f"SHA-256 of the parameters {record['parameters']['after']}"
     )
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from rkif.continual.config_base import classes
 from rkif.continual.spelling import did_you_mean
 from rkif.files import problem_in_words
 
@@ -25,6 +26,9 @@ def _problem(problem: Any, model: type[BaseModel]) -> str:
         message = f"unknown setting{did_you_mean(str(key), _settings(model, parents))}"
     elif problem["type"] == "missing":
         message = "this setting is required"
+    elif problem["type"] == "model_type":
+        first = _settings(model, problem["loc"])[0]
+        message = f"must be settings, such as {{{first}: ...}}; got {problem['input']!r}"
     elif problem["type"] == "literal_error":
         message += did_you_mean(str(problem["input"]), re.findall("'([^']*)'", problem["ctx"]["expected"]))
     return f"{where}: {message}" if where else message
@@ -35,12 +39,5 @@ def _settings(model: type[BaseModel], parents: Sequence[str | int]) -> list[str]
     for parent in parents:
         if isinstance(parent, str):
             annotation = model.model_fields[parent].annotation
-            model = next(one for one in _types(annotation) if issubclass(one, BaseModel))
+            model = next(one for one in classes(annotation) if issubclass(one, BaseModel))
     return list(model.model_fields)
-
-
-def _types(annotation: Any) -> list[type]:
-    """The classes in an annotation such as ``list[Settings] | None``."""
-    if arguments := get_args(annotation):
-        return [one for argument in arguments for one in _types(argument)]
-    return [annotation] if isinstance(annotation, type) else []

@@ -218,7 +218,7 @@ def test_the_command_rolls_back_and_reports(whole: tuple[RunConfig, Path], tmp_p
     shutil.copytree(original, tmp_path / "run")
     done = CliRunner().invoke(app, ["rollback", str(tmp_path / "run"), "--to", "4"])
     assert done.exit_code == 0, done.exception
-    assert "is as it was after round 4, in task place" in done.output
+    assert "is as it was after round 4, and continues in task place; " in done.output
     assert (
         "deleted: snapshots/000005.safetensors, snapshots/000006.safetensors, tasks/03-place\n" in done.output
     )

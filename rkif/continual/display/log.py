@@ -209,7 +209,7 @@ def explanation_tables(explained: dict[str, Any]) -> list[Table]:
     by_task = _table(
         (
             *("task", "rounds", "changed\nthem in", "moved", *CASE_HEADINGS),
-            *("outer importance,\nlast round of task", "outer importance,\nlast round"),
+            *("importance,\nouter, last\nof task", "importance,\nouter, now"),
         ),
         title="all rounds" if [row["task"] for row in explained["tasks"]] == [None] else "by task",
         caption=f"{_caption(explained['module'], explained['rounds'])} "

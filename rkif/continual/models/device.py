@@ -21,6 +21,11 @@ def run_device(config: RunConfig) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(name)
+    except RuntimeError as error:  # its message lists two dozen kinds of devices
+        raise ValueError(
+            f"device must be auto, cpu, cuda, or one GPU such as cuda:1; got {name!r}"
+        ) from error
+    try:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(

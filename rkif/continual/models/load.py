@@ -55,7 +55,9 @@ def load_model(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> 
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         model: Any = kind.from_pretrained(config.model, dtype=frozen, attn_implementation=attention)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {config.model!r} cannot be loaded: {_first_line(error)}") from error
+        absent = isinstance(error, OSError) and not Path(config.model).exists()
+        place = "there is no such folder, and as a name on the hub: " if absent else ""
+        raise ValueError(f"model {config.model!r} cannot be loaded: {place}{_first_line(error)}") from error
     if config.architecture == "encoder":
         for name, parameter in model.named_parameters():
             # Answers are found from token vectors: the pooler gets no gradient, and must not be fused.

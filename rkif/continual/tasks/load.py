@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from rkif.continual.spelling import did_you_mean
 from rkif.continual.tasks.json_lines import DataContent, RecordLine, TaskLine, json_lines, json_object
 from rkif.continual.tasks.records import Record, Task, require_task_name, stratified_subset
 from rkif.files import validated
@@ -53,7 +54,7 @@ def load_tasks(
             raise ValueError(f"{split}_limit must be at least 1, got {limit}")
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}")
+        raise FileNotFoundError(f"tasks.folder: no such folder: {folder}")
     table = _read_table(folder / "tasks.json")
     known = table.tasks
     names = _resolve_order(order, table, folder / "tasks.json")
@@ -107,18 +108,24 @@ def _resolve_order(order: str | Sequence[str], table: _Table, path: Path) -> lis
     orders, known = table.orders, table.tasks
     if isinstance(order, str):
         if order not in orders:
-            raise ValueError(f"order {order!r} is not in {path}; known orders: {', '.join(orders) or 'none'}")
+            raise ValueError(
+                f"tasks.order: order {order!r} is not in {path}; known orders: {', '.join(orders) or 'none'}"
+                f"{did_you_mean(order, orders)}"
+            )
         names = orders[order]
     else:
         names = list(order)
     if not names:
-        raise ValueError("order has no tasks")
+        raise ValueError("tasks.order: order has no tasks")
     for place, name in enumerate(names):
         if not isinstance(name, str) or name not in known:
-            raise ValueError(f"task {name!r} is not in {path}; known tasks: {', '.join(known) or 'none'}")
+            raise ValueError(
+                f"tasks.order: task {name!r} is not in {path}; known tasks: {', '.join(known) or 'none'}"
+                f"{did_you_mean(str(name), known)}"
+            )
         require_task_name(name)
         if name in names[:place]:
-            raise ValueError(f"order has task {name!r} twice")
+            raise ValueError(f"tasks.order: order has task {name!r} twice")
     return names
 
 
