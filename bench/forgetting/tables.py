@@ -67,24 +67,24 @@ def tuned() -> str:
 
 
 def ablations() -> str:
-    """Changes to the release preset, compared on the orders and seeds that both were run on."""
+    """Changes to the release preset, compared on the orders and seeds that both were run on, at one rate."""
     parts = []
-    for group in _groups().values():
+    for methods in by_rate().values():
+        group = _at_best_rates(methods)
         names = [name for name in group if name not in MAIN and _ablates(group[name])]
         if not names or ABLATED not in group:
             continue
-        lines = [
-            "| change | OP | BWT | OP against the preset | BWT against the preset | samples | runs |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        preset = group[ABLATED]
+        several = len({_rate(group[name]) for name in (ABLATED, *names)}) > 1
+        headings = ["change", *(["rate"] if several else []), "OP", "BWT", "OP against the preset"]
+        headings += ["BWT against the preset", "samples", "runs"]
+        lines = ["| " + " | ".join(headings) + " |", "| --- |" + " ---: |" * (len(headings) - 1)]
         for name in (ABLATED, *names):
             runs = group[name]
-            lines.append(
-                f"| {name} | {_mean(runs, 'op')} | {_mean(runs, 'bwt', sign=True)} | "
-                f"{_difference(runs, preset)} | {_difference(runs, preset, 'bwt')} | "
-                f"{_samples(runs)} | {len(runs)} |"
-            )
+            preset = methods[ABLATED].get(_rate(runs), {})  # a change of the rate is not the one compared
+            cells = [name, *([f"x {_rate(runs):g}"] if several else [])]
+            cells += [_mean(runs, "op"), _mean(runs, "bwt", sign=True)]
+            cells += [_difference(runs, preset), _difference(runs, preset, "bwt")]
+            lines.append("| " + " | ".join([*cells, _samples(runs), str(len(runs))]) + " |")
         parts.append(f"{_heading(group)}\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
 
@@ -107,10 +107,15 @@ def by_rate() -> dict[tuple[str, ...], dict[str, ByRate]]:
 
 
 def tuned_suites() -> dict[str, dict[str, ByRate]]:
-    """The suites with runs at several learning rates, and in them the methods with several."""
+    """The suites and methods with runs at several learning rates on the suite's first order."""
     suites = {}
     for (config, *_), methods in by_rate().items():
-        several = {method: runs for method, runs in methods.items() if len(runs) > 1}
+        order = min(map(rates.first_order, methods.values()))
+        several = {
+            method: runs
+            for method, runs in methods.items()
+            if rates.first_order(runs) == order and len(rates.on_first_order(runs, "op")) > 1
+        }
         if several:
             suites[config] = several
     return suites
@@ -132,10 +137,17 @@ def learning_rates() -> str:
 
 def _groups() -> dict[tuple[str, ...], dict[str, Runs]]:
     """(config, device) -> method -> its runs at its best learning rate."""
-    return {
-        key: {method: runs[rates.best_rate(runs)] for method, runs in methods.items()}
-        for key, methods in by_rate().items()
-    }
+    return {key: _at_best_rates(methods) for key, methods in by_rate().items()}
+
+
+def _at_best_rates(methods: Mapping[str, ByRate]) -> dict[str, Runs]:
+    return {method: runs[rates.best_rate(runs)] for method, runs in methods.items()}
+
+
+def _rate(runs: Runs) -> float:
+    """The factor of the learning rates of these runs, which have the same."""
+    (rate,) = {row["rate"] for row in runs.values()}
+    return float(rate)
 
 
 def _table(group: Mapping[str, Runs], methods: Sequence[str], *, cost: bool = False) -> str:
@@ -153,7 +165,7 @@ def _table(group: Mapping[str, Runs], methods: Sequence[str], *, cost: bool = Fa
             continue
         runs = group[method]
         cells = [method]
-        cells += [f"x {next(iter(runs.values()))['rate']:g}"] if several else []
+        cells += [f"x {_rate(runs):g}"] if several else []
         cells += [_mean(runs, "op"), _mean(runs, "bwt", sign=True), _mean(runs, "fwt", sign=True)]
         baseline = group.get(BASELINE, {})
         cells += [_difference(runs, baseline), _difference(runs, baseline, "bwt")]

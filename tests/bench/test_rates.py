@@ -73,6 +73,29 @@ def test_the_table_shows_each_rate_of_the_first_order() -> None:
     assert "multi_task" not in text  # one rate
 
 
+@pytest.mark.usefixtures("measured")
+def test_a_method_that_has_not_run_on_the_first_order_has_no_line_at_its_rates() -> None:
+    late = [at(rate, "ewc", "s-2", 60.0) for rate in (1.0, 2.0)]
+    continual.RESULTS.write_text("".join(json.dumps(item) + "\n" for item in [*ROWS, *late]))
+    assert "ewc" not in tables.learning_rates()
+    assert "| ewc | x 1 | 60.0 |" in tables.everything()
+
+
+def test_an_ablation_is_compared_with_the_preset_at_its_own_rate(measured: Path) -> None:
+    runs = [
+        at(1.0, "recurrent_kif", "s-1", 60.0),
+        at(2.0, "recurrent_kif", "s-1", 64.0),
+        at(1.0, "density_0", "s-1", 61.0),
+        at(0.5, "density_0.5", "s-1", 59.0),
+    ]
+    continual.RESULTS.write_text("".join(json.dumps(item) + "\n" for item in runs))
+    text = tables.ablations()
+    assert "| change | rate | OP | BWT | OP against the preset | BWT against the preset | samples |" in text
+    assert "| recurrent_kif | x 2 | 64.0 | +4.0 | - | - | 1,000 | 1 |" in text
+    assert "| density_0 | x 1 | 61.0 | +1.0 | +1.0 | +1.0 | 1,000 | 1 |" in text
+    assert "| density_0.5 | x 0.5 | 59.0 | -1.0 | - | - | 1,000 | 1 |" in text
+
+
 def test_equal_rates_choose_the_lowest() -> None:
     runs = {rate: {("s-1", 1): at(rate, "replay", "s-1", 60.0)} for rate in (2.0, 1.0)}
     assert rates.best_rate(runs) == 1.0
