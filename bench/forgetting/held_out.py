@@ -28,7 +28,8 @@ def hold_out(folder: Path, out: Path, share: float) -> dict[str, tuple[int, int]
 
     Raises:
         FileExistsError: ``out`` exists.
-        ValueError: ``share`` is out of range, or the tasks are not valid.
+        ValueError: ``share`` is out of range, or the tasks are not valid; also where a record that is set
+            aside has the input of one that stays.
     """
     if not 0 < share < 1:
         raise ValueError(f"--share must be between 0 and 1, got {share}")
@@ -39,6 +40,11 @@ def hold_out(folder: Path, out: Path, share: float) -> dict[str, tuple[int, int]
     kept = {task.name: len(task.train) - int(len(task.train) * Fraction(str(share))) for task in tasks}
     _write(out / "train.jsonl.gz", [record for task in tasks for record in task.train[: kept[task.name]]])
     _write(out / "dev.jsonl.gz", [record for task in tasks for record in _evaluated(task, kept[task.name])])
+    try:
+        load_tasks(out, list(table["tasks"]))
+    except ValueError:
+        shutil.rmtree(out)
+        raise
     return {task.name: (kept[task.name], len(_evaluated(task, kept[task.name]))) for task in tasks}
 
 

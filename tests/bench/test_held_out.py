@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,17 @@ def test_the_last_training_records_become_dev_records(folder: Path, tmp_path: Pa
         assert after.train == before.train[:37]
         assert after.dev == before.dev + before.train[37:]
         assert (after.instruction, after.labels) == (before.instruction, before.labels)
+
+
+def test_records_with_equal_inputs_are_not_parted(folder: Path, tmp_path: Path) -> None:
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    of_task = [index for index, line in enumerate(lines) if json.loads(line)["task"] == "review"]
+    first, last = (json.loads(lines[index]) for index in (of_task[0], of_task[-1]))
+    lines[of_task[-1]] = json.dumps(last | {"input": first["input"]})
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="same input as training record"):
+        hold_out(folder, tmp_path / "out", 0.1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_existing_folder_and_a_wrong_share_are_refused(folder: Path, tmp_path: Path) -> None:
