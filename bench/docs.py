@@ -54,6 +54,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "continual_all": continual_tables.everything,
     "delta": delta.markdown,
     "learning_rates": continual_tables.learning_rates,
+    "paper_regime": continual_tables.paper_regime,
     "fuzz": fuzzing.markdown,
     "task_vector_angles": task_vector_angles.markdown,
     "kernels": kernels.summary,

@@ -135,9 +135,18 @@ def learning_rates() -> str:
     return "\n".join(parts)
 
 
-def _groups() -> dict[tuple[str, ...], dict[str, Runs]]:
-    """(config, device) -> method -> its runs at its best learning rate."""
-    return {key: _at_best_rates(methods) for key, methods in by_rate().items()}
+def paper_regime() -> str:
+    """All methods and variants of the suites with the paper's number of steps, with their cost."""
+    return "\n".join(_table(group, list(group), cost=True) for group in _groups(paper=True).values())
+
+
+def _groups(*, paper: bool = False) -> dict[tuple[str, ...], dict[str, Runs]]:
+    """(config, device) -> method -> its runs at its best learning rate; of the short suites by default."""
+    return {
+        key: _at_best_rates(methods)
+        for key, methods in by_rate().items()
+        if key[0].startswith("paper-") == paper
+    }
 
 
 def _at_best_rates(methods: Mapping[str, ByRate]) -> dict[str, Runs]:

@@ -64,6 +64,16 @@ def test_a_method_is_compared_at_the_best_rate_of_the_first_order() -> None:
 
 
 @pytest.mark.usefixtures("measured")
+def test_suites_of_the_papers_length_have_a_table_of_their_own() -> None:
+    assert tables.paper_regime() == ""
+    row = at(1.0, "distill_inputs", "s-1", 66.0, config="paper-s-m")
+    continual.RESULTS.write_text(continual.RESULTS.read_text() + json.dumps(row) + "\n")
+    assert "| distill_inputs | 66.0 |" in tables.paper_regime()
+    assert "| replay |" not in tables.paper_regime()
+    assert "distill_inputs" not in tables.everything() + tables.tuned() + tables.ablations()
+
+
+@pytest.mark.usefixtures("measured")
 def test_the_table_shows_each_rate_of_the_first_order() -> None:
     text = tables.learning_rates()
     assert text.startswith("s-m, s-1: OP / BWT at multiples of the learning rate 0.002.\n\n")
