@@ -319,6 +319,9 @@ def fusion_config(settings: dict[str, Any]) -> FusionConfig:
             names = ", ".join(["preset", *known])
             suggestion = did_you_mean(key, known)
             raise ValueError(f"a fusion setting must be one of {names}; got {key!r}{suggestion}")
+        default = getattr(FusionConfig, key)
+        if isinstance(changes[key], bool) and not isinstance(default, bool):
+            raise ValueError(f"{key} must be like {default!r}; got {changes[key]}")
     rule = changes.get("rule")
     if isinstance(rule, dict):
         cases = [field.name for field in fields(MergeWeights)]

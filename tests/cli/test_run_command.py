@@ -161,6 +161,7 @@ def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("training", 3, "training: must be settings, such as {steps: ...}; got 3\n"),
         ("seed", True, "seed: must be a number; got True\n"),
         ("tasks.dev_limit", False, "tasks.dev_limit: must be a number; got False\n"),
+        ("fusion.density", True, "fusion: density must be like 0.2; got True\n"),
         ("model", "nowhere/at-all", "model 'nowhere/at-all' cannot be loaded: there is no such folder, and "),
         ("adapter.target_modules", ["q_proj", "v_prj"], "target_modules: the model has no module 'v_prj'"),
         ("model", "../tinyy", "/../tinyy\n"),
