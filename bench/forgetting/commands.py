@@ -118,17 +118,14 @@ def continual_command(
 
 @app.command("rates")
 def rates_command(
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="A PNG file.", show_default="docs/results/rates.png"),
-    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="A PNG file.")] = Path("docs/results/rates.png"),
 ) -> None:
     """Draw OP and BWT by learning rate, of the methods that ran at several."""
-    from bench.forgetting.rates import PICTURE, draw
+    from bench.forgetting.rates import draw
     from bench.forgetting.tables import tuned_suites
 
-    draw(tuned_suites(), out or PICTURE)
-    print(out or PICTURE)
+    draw(tuned_suites(), out)
+    print(out)
 
 
 @app.command("ledger")

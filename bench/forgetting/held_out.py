@@ -5,11 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
 from rkif.continual.tasks.load import load_tasks
-from rkif.continual.tasks.records import Record, Task
+from rkif.continual.tasks.records import Record
 
 
 def hold_out(folder: Path, out: Path, share: float) -> dict[str, tuple[int, int]]:
@@ -39,21 +40,17 @@ def hold_out(folder: Path, out: Path, share: float) -> dict[str, tuple[int, int]
     shutil.copyfile(folder / "tasks.json", out / "tasks.json")
     kept = {task.name: len(task.train) - int(len(task.train) * Fraction(str(share))) for task in tasks}
     _write(out / "train.jsonl.gz", [record for task in tasks for record in task.train[: kept[task.name]]])
-    _write(out / "dev.jsonl.gz", [record for task in tasks for record in _evaluated(task, kept[task.name])])
+    evaluated = {task.name: (*task.dev, *task.train[kept[task.name] :]) for task in tasks}
+    _write(out / "dev.jsonl.gz", [record for records in evaluated.values() for record in records])
     try:
         load_tasks(out, list(table["tasks"]))
     except ValueError:
         shutil.rmtree(out)
         raise
-    return {task.name: (kept[task.name], len(_evaluated(task, kept[task.name]))) for task in tasks}
-
-
-def _evaluated(task: Task, kept: int) -> tuple[Record, ...]:
-    return (*task.dev, *task.train[kept:])
+    return {name: (kept[name], len(evaluated[name])) for name in kept}
 
 
 def _write(path: Path, records: list[Record]) -> None:
     with gzip.open(path, "wt", encoding="utf-8") as file:
         for record in records:
-            content = {"task": record.task, "id": record.id, "input": record.input, "output": record.output}
-            file.write(json.dumps(content, ensure_ascii=False) + "\n")
+            file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")

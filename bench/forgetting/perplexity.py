@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from pydoc_data import topics
 from typing import Any
 
 import torch
@@ -48,6 +47,8 @@ def plain_text(model: str) -> list[int]:
 
     It changes a little between versions of Python.
     """
+    from pydoc_data import topics
+
     from transformers import AutoTokenizer
 
     text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))

@@ -13,8 +13,6 @@ Row = Mapping[str, Any]
 Runs = dict[tuple[str, int], Row]  # (order, seed) -> row
 ByRate = Mapping[float, Runs]  # factor of the config's learning rates -> runs
 
-PICTURE = Path(__file__).parents[2] / "docs" / "results" / "rates.png"
-
 
 def first_order(by_rate: ByRate) -> str:
     """The order that the rate is chosen on."""

@@ -23,7 +23,7 @@ from rkif.continual.tasks.records import Task
 from rkif.continual.tasks.replay_memory import ReplayMemory
 from rkif.continual.tracking import Track, tracked
 from rkif.continual.user_metrics import Metric
-from rkif.fuser.parameters import trainable_parameters
+from rkif.fuser.parameters import parameter_copies, trainable_parameters
 
 
 class TaskSequence:
@@ -66,7 +66,7 @@ class TaskSequence:
         self._harness = harness
         self._progress = progress
         self._parameters = trainable_parameters(model)
-        self._initial = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._initial = parameter_copies(self._parameters)
         trainable = sum(parameter.numel() for parameter in self._parameters.values())
         self._table = AccuracyTable(
             config, self._tasks, metrics, harness.tasks.values(), trainable, folder.read_metrics()

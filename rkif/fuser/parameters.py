@@ -17,6 +17,11 @@ from rkif_kernels import Arguments, Views, require_disjoint
 _INSIDE = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
 
 
+def parameter_copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name -> detached copy."""
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
 def trainable_parameters(source: nn.Module | Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
     """Name -> trainable parameter, in the model's order. Names have no prefix of a wrapper.
 

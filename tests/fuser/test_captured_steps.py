@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from simulated_capture import Captures
 
 import rkif
 from rkif.fuser import observed_steps, round_fusion
 from rkif.fuser.observed_steps import ObservedSteps
 
 NAMES = ["a", "b", "c"]
-
-
-class Captures:
-    active = False
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        self.active = True
-        try:
-            yield
-        finally:
-            self.active = False
 
 
 @pytest.fixture

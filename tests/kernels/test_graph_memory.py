@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from kernel_cases import BLOCK, CHUNK, CONFIG, normal, positive
+from simulated_capture import Captures
 from torch import Tensor
 
 from rkif_kernels import FusionInputs, FusionPlan, ImportancePlan, MergeRule, Scores, Smoothing
@@ -20,18 +19,6 @@ from rkif_kernels.backends.triton.radix import radix_threshold
 
 SIZES = [BLOCK + 1, 3, 0, CHUNK + 5]
 BRACKETING = Bracketing(min_numel=1, sample_stride=2, max_samples=1 << 20, sigmas=2.5, list_slack=1.5)
-
-
-class Captures:
-    """Whether a graph is being captured."""
-
-    active = False
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        self.active = True
-        yield
-        self.active = False
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rkif.continual.methods.sequential import Context, Sequential
+from rkif.fuser.parameters import parameter_copies
 from rkif.fuser.state_names import flatten, section
 
 RECORDS = 64  # number of training records from which a task's Fisher information is estimated
@@ -52,7 +53,7 @@ class Ewc(Sequential):
         for name, square in squares.items():
             earlier = self._fisher.get(name, torch.zeros_like(square))
             self._fisher[name] = earlier + square / (mean or 1.0)
-        self._anchor = {name: p.detach().clone() for name, p in self.inner.parameters.items()}
+        self._anchor = parameter_copies(self.inner.parameters)
 
     def task_state(self) -> dict[str, Tensor]:
         return flatten({"fisher": self._fisher, "anchor": self._anchor})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rkif.continual.methods.sequential import Context, Sequential
+from rkif.fuser.parameters import parameter_copies
 from rkif.fuser.state_names import flatten, section
 from rkif.lora import factor_pairs
 
@@ -27,7 +28,7 @@ class Forever(Sequential):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self._anchor = {name: p.detach().clone() for name, p in self.inner.parameters.items()}
+        self._anchor = parameter_copies(self.inner.parameters)
         self._day = 0.0  # the time of the first day; known at its end
         self._time = 0.0
         self._replays = 0
@@ -35,7 +36,7 @@ class Forever(Sequential):
         self._beta: float | None = None  # while the memory is replayed
 
     def train_step(self, step: int) -> float:
-        before = {name: p.detach().clone() for name, p in self.inner.parameters.items()}
+        before = parameter_copies(self.inner.parameters)
         loss = super().train_step(step)
         moved = update_norm(before, self.inner.parameters)
         self._time += moved

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rkif.continual.methods.replay import Replay
 from rkif.continual.methods.sequential import Context
+from rkif.fuser.parameters import parameter_copies
 from rkif.fuser.state_names import flatten, section
 
 
@@ -20,7 +21,7 @@ class Mer(Replay):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self._start = {name: p.detach().clone() for name, p in self.inner.parameters.items()}
+        self._start = parameter_copies(self.inner.parameters)
 
     def train_step(self, step: int) -> float:
         loss = super().train_step(step)

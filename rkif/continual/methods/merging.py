@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rkif.continual.methods.rounds import Rounds
 from rkif.continual.methods.sequential import Context
+from rkif.fuser.parameters import parameter_copies
 from rkif.fuser.state_names import flatten, section
 
 
@@ -19,7 +20,7 @@ class Merging(Rounds):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.parameters = self.inner.parameters
-        self.base = self._copies()
+        self.base = parameter_copies(self.parameters)
         self.stopped: dict[
             str, Tensor
         ] = {}  # parameters at the end of the inner phase; empty outside the outer phase
@@ -39,18 +40,15 @@ class Merging(Rounds):
         """A merge without importance ignores gradients."""
 
     def begin_outer(self) -> None:
-        self.stopped = self._copies()
+        self.stopped = parameter_copies(self.parameters)
 
     @torch.no_grad()
     def end_round(self, steps: range) -> None:
         for name, parameter in self.parameters.items():
             base, stopped = self.base[name], self.stopped[name]
             parameter.copy_(base + self.merge(name, stopped - base, parameter - stopped))
-        self.base, self.stopped = self._copies(), {}
+        self.base, self.stopped = parameter_copies(self.parameters), {}
         self.round += 1
-
-    def _copies(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         state = flatten({"base": self.base})

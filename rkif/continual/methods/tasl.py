@@ -12,6 +12,7 @@ from rkif.config import FusionConfig
 from rkif.continual.methods.sequential import Context, Sequential
 from rkif.continual.methods.unit_interval import to_unit_interval
 from rkif.fuser.importance import Importance
+from rkif.fuser.parameters import parameter_copies
 from rkif.fuser.state_names import flatten, section
 
 SHARE = 0.2  # fraction of the units that count as important, on each side
@@ -30,7 +31,7 @@ class Tasl(Sequential):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self._importance = Importance(self.inner.parameters, FusionConfig.release())
-        self._before = {name: p.detach().clone() for name, p in self.inner.parameters.items()}
+        self._before = parameter_copies(self.inner.parameters)
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=next(iter(self._before.values())).device)
         self._history = context.previous_task_state.get("history")
 

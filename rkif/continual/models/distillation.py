@@ -20,6 +20,7 @@ from rkif.continual.config import DistillationSettings
 from rkif.continual.models.objective import Answers, Batch, Objective
 from rkif.continual.models.scoring import evaluating
 from rkif.continual.tasks.records import Item, Task
+from rkif.fuser.parameters import parameter_copies
 from rkif.seeding import derive_seed
 
 WEIGHTS = "distillation_weights"  # key of a batch
@@ -60,7 +61,7 @@ class DistillingObjective:
         self._settings = settings
         self._names = {task.name for task in earlier}
         self._labelled = [task for task in earlier if task.labels]
-        self.before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self.before = parameter_copies(parameters)
 
     def collate(self, items: Sequence[Item]) -> Batch:
         """The batch of the items and of their questions, which follow them.

@@ -1,0 +1,20 @@
+"""Simulated captures of CUDA graphs: what is called within one executes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Captures:
+    """Whether a graph is being captured."""
+
+    active = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
