@@ -258,14 +258,17 @@ def forward_passes(row: Row) -> float:
     """Forward passes of records per training sample; 1 without distillation.
 
     With it, the model before the task answers every batch after the first task, too. With
-    ``distillation.inputs``, every record of these tasks is also a question of an earlier task.
+    ``distillation.inputs``, every record of these tasks is also a question of an earlier task; an encoder whose
+    prompts have no instruction embeds both as one text.
     """
-    distillation = row["settings"].get("distillation", {})
+    settings = row["settings"]
+    distillation, training = settings.get("distillation", {}), settings["training"]
     if not (distillation.get("memory") or distillation.get("inputs")):
         return 1.0
-    training = row["settings"]["training"]
     records_of_task: int = training["steps"] * training["batch_size"]
-    questions = records_of_task * (len(row["tasks"]) - 1) if distillation["inputs"] else 0
+    one_text = settings["architecture"] == "encoder" and "{instruction}" not in settings["text"]["prompt"]
+    asked_again = distillation["inputs"] and not one_text
+    questions = records_of_task * (len(row["tasks"]) - 1) if asked_again else 0
     answered_twice = row["samples"] - records_of_task + questions
     return float(1 + (questions + answered_twice) / row["samples"])
 

@@ -16,6 +16,8 @@ from bench.forgetting import continual, rates, tables
 
 def at(rate: float, method: str, order: str, op: float, seed: int = 1, **more: Any) -> dict[str, Any]:
     settings = {
+        "architecture": "causal",
+        "text": {"prompt": "{instruction} {input}"},
         "training": {"steps": 10, "batch_size": 8, "learning_rate": 2e-3 * rate},
         "adapter": {"r": 4},
         "distillation": more.pop("distillation", {"memory": 0, "inputs": 0}),
@@ -61,6 +63,14 @@ def test_a_method_is_compared_at_the_best_rate_of_the_first_order() -> None:
     )
     # 240 samples, 80 questions (the records of a task); the model before the task answers 160 and 80 of them.
     assert f"{kif} 2.33 | 2 |" in text
+
+
+def test_an_encoder_embeds_a_record_and_its_question_once() -> None:
+    run = at(1.0, "recurrent_kif", "s-1", 66.0, distillation={"memory": 0.0, "inputs": 1.0}, samples=240)
+    run["settings"] |= {"architecture": "encoder"}
+    assert tables.forward_passes(run) == pytest.approx(1 + (80 + 160 + 80) / 240)  # two texts
+    run["settings"] |= {"text": {"prompt": "{input}"}}
+    assert tables.forward_passes(run) == pytest.approx(1 + 160 / 240)
 
 
 @pytest.mark.usefixtures("measured")

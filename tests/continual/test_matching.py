@@ -64,6 +64,24 @@ def test_loss_and_answers_are_those_of_the_definition(settings: RunConfig, input
         assert objective.predict(model, task) == expected
 
 
+def test_a_text_that_questions_share_is_embedded_once(settings: RunConfig, inputs: Path) -> None:
+    tasks = load_tasks(inputs / "tasks", TASKS)
+    model, objective = load_model(settings, tasks)
+    record, other = tasks[0].train[0], tasks[0].train[1]
+    posed = Record(tasks[1].name, record.id, record.input, tasks[1].labels[-1])
+    items = [(tasks[0].instruction, record), (tasks[0].instruction, other), (tasks[1].instruction, posed)]
+    batch = objective.collate(items)
+    assert len(batch["input_ids"]) == 2
+    with torch.no_grad():
+        together = objective.answers(model, batch)
+        for row, item in enumerate(items):
+            alone = objective.answers(model, objective.collate([item]))
+            logits = together.logits[row][together.logits[row] > -torch.inf]
+            torch.testing.assert_close(logits, alone.logits[0])
+            target = together.logits[row, together.targets[row]]
+            torch.testing.assert_close(target, alone.logits[0, alone.targets[0]])
+
+
 def test_an_encoder_learns_a_sequence(
     config: Callable[..., RunConfig], settings: RunConfig, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, embedding, normalize
 
 from rkif.continual.models.objective import Answers, Batch
 from rkif.continual.models.scoring import in_batches
@@ -40,12 +40,13 @@ class LabelMatchingObjective:
     batch_size: int
 
     def collate(self, items: Sequence[Item]) -> Batch:
-        """Tokenize the questions and the labels of their tasks.
+        """Tokenize the questions and the labels of their tasks; a text that several questions share, once.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, int64 [questions, length]; ``label_ids`` and ``label_mask``,
-            int64 [labels, length]; ``allowed``, bool [questions, labels]: the label belongs to the question's
-            task; ``target``, int64 [questions]: the column of the right label.
+            ``input_ids`` and ``attention_mask``, int64 [texts, length]; ``text``, int64 [questions]: the row of
+            the question's text; ``label_ids`` and ``label_mask``, int64 [labels, length]; ``allowed``, bool
+            [questions, labels]: the label belongs to the question's task; ``target``, int64 [questions]: the
+            column of the right label.
 
         Raises:
             ValueError: a record's answer is not among its task's labels.
@@ -57,10 +58,12 @@ class LabelMatchingObjective:
                 raise ValueError(
                     f"record {record.id!r} of task {record.task!r}: {record.output!r} is not among its labels"
                 )
-        questions = self._questions(items)
+        texts = self._texts(items)
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         answers = self._answers([label for _, label in columns])
         return {
-            **questions,
+            **self._questions(list(rows)),
+            "text": torch.tensor([rows[text] for text in texts]),
             "label_ids": answers["input_ids"],
             "label_mask": answers["attention_mask"],
             "allowed": torch.tensor([[task == record.task for task, _ in columns] for _, record in items]),
@@ -78,10 +81,10 @@ class LabelMatchingObjective:
         return cross_entropy(answers.logits, answers.targets)
 
     def answers(self, model: Callable[..., Any], batch: Batch) -> Answers:
-        questions = _embed(model, batch["input_ids"], batch["attention_mask"])
+        texts = _embed(model, batch["input_ids"], batch["attention_mask"])
         labels = _embed(model, batch["label_ids"], batch["label_mask"])
-        scores = (questions @ labels.T / TEMPERATURE).masked_fill(~batch["allowed"], -torch.inf)
-        return Answers(scores, batch["target"])
+        scores = embedding(batch["text"], texts @ labels.T / TEMPERATURE)
+        return Answers(scores.masked_fill(~batch["allowed"], -torch.inf), batch["target"])
 
     def predict(self, model: nn.Module, task: Task) -> list[str]:
         items = [(task.instruction, record) for record in task.dev]
@@ -91,7 +94,7 @@ class LabelMatchingObjective:
             return _embed(model, *(batch[name].to(device) for name in ("input_ids", "attention_mask")))
 
         def most_similar(chunk: Sequence[Item]) -> list[str]:
-            scores = embed(self._questions(chunk)) @ embed(self._answers(task.labels)).T
+            scores = embed(self._questions(self._texts(chunk))) @ embed(self._answers(task.labels)).T
             for (_, record), bad in zip(chunk, scores.isnan().any(1).tolist(), strict=True):
                 if bad:
                     raise ValueError(f"model gives NaN for record {record.id!r} of task {record.task!r}")
@@ -99,11 +102,13 @@ class LabelMatchingObjective:
 
         return in_batches(model, items, self.batch_size, most_similar)
 
-    def _questions(self, items: Sequence[Item]) -> Batch:
-        texts = [
+    def _texts(self, items: Sequence[Item]) -> list[str]:
+        return [
             self.text.prompt.format(instruction=instruction, input=record.input)
             for instruction, record in items
         ]
+
+    def _questions(self, texts: Sequence[str]) -> Batch:
         rows = [self.tokenizer(text, verbose=False)["input_ids"] for text in texts]
         return self._padded([cut(row, self.max_length) for row in rows])
 
