@@ -258,8 +258,8 @@ def forward_passes(row: Row) -> float:
     """Forward passes of records per training sample; 1 without distillation.
 
     With it, the model before the task answers every batch after the first task, too. With
-    ``distillation.inputs``, every record of these tasks is also a question of an earlier task; an encoder whose
-    prompts have no instruction embeds both as one text.
+    ``distillation.inputs``, every record of these tasks is also a question of an earlier task; an encoder
+    whose prompts have no instruction embeds both as one text.
     """
     settings = row["settings"]
     distillation, training = settings.get("distillation", {}), settings["training"]

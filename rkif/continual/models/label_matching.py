@@ -43,10 +43,10 @@ class LabelMatchingObjective:
         """Tokenize the questions and the labels of their tasks; a text that several questions share, once.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, int64 [texts, length]; ``text``, int64 [questions]: the row of
-            the question's text; ``label_ids`` and ``label_mask``, int64 [labels, length]; ``allowed``, bool
-            [questions, labels]: the label belongs to the question's task; ``target``, int64 [questions]: the
-            column of the right label.
+            ``input_ids`` and ``attention_mask``, int64 [texts, length]; ``text``, int64 [questions]: the row
+            of the question's text; ``label_ids`` and ``label_mask``, int64 [labels, length]; ``allowed``,
+            bool [questions, labels]: the label belongs to the question's task; ``target``, int64
+            [questions]: the column of the right label.
 
         Raises:
             ValueError: a record's answer is not among its task's labels.
