@@ -26,7 +26,6 @@ from rkif.fusion import FusionReport
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEFAULT = CONFIGS / "standard-minilm.yaml"
-FEW_DEV_RECORDS = {"dev_limit": 8}  # changes to `tasks` of a run whose accuracy is not needed
 
 
 class Sides(NamedTuple):
@@ -40,6 +39,11 @@ class Sides(NamedTuple):
 def recurrent_kif(config: RunConfig, **changes: Any) -> RunConfig:
     """A config with method recurrent_kif, and with other changes."""
     return RunConfig.model_validate(config.model_dump() | {"method": "recurrent_kif", **changes})
+
+
+def few_dev_records(config: RunConfig) -> RunConfig:
+    """A config for a run whose accuracy is not needed."""
+    return config.model_copy(update={"tasks": config.tasks.model_copy(update={"dev_limit": 8})})
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bench.common import rows as store
 from bench.common.machine import device_name
-from bench.forgetting.instrument import FEW_DEV_RECORDS, row, seconds_by_part, silent_run
+from bench.forgetting.instrument import few_dev_records, row, seconds_by_part, silent_run
 from rkif.continual.config import RunConfig, load_config
 from rkif.continual.methods import RecurrentKIF
 from rkif.continual.models.device import run_device
@@ -85,9 +85,9 @@ def markdown() -> str:
 
 def _settings(path: Path, gate: dict[str, Any] | None) -> RunConfig:
     """The config with its first two tasks, and few evaluation records because evaluation is not timed."""
-    config = load_config(path)
+    config = few_dev_records(load_config(path))
     order = json.loads((Path(config.tasks.folder) / "tasks.json").read_text())["orders"]
-    tasks = config.tasks.model_dump() | {"order": order[config.tasks.order][:2]} | FEW_DEV_RECORDS
+    tasks = config.tasks.model_dump() | {"order": order[config.tasks.order][:2]}
     return RunConfig.model_validate(config.model_dump() | {"tasks": tasks, "gate": gate})
 
 

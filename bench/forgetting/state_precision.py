@@ -32,10 +32,9 @@ OF_ROUNDS = {
 
 def measure(path: Path) -> Iterator[store.Row]:
     """Run a config with each preset, and yield a row per preset with the means over all rounds."""
-    config = load_config(path)
-    tasks = config.tasks.model_dump() | instrument.FEW_DEV_RECORDS
+    config = instrument.few_dev_records(load_config(path))
     for preset in PRESETS:
-        chosen = instrument.recurrent_kif(config, tasks=tasks, fusion={"preset": preset})
+        chosen = instrument.recurrent_kif(config, fusion={"preset": preset})
         with _bfloat16_beside() as rounds, instrument.silent_run(chosen):
             worst = min(each["cases_equal"] for each in rounds)
         yield instrument.row(

@@ -28,8 +28,7 @@ OF_ROUNDS = {
 
 def measure(path: Path) -> Iterator[store.Row]:
     """Run a config, and yield a row per task with the means over its rounds."""
-    config = load_config(path)
-    config = instrument.recurrent_kif(config, tasks=config.tasks.model_dump() | instrument.FEW_DEV_RECORDS)
+    config = instrument.recurrent_kif(instrument.few_dev_records(load_config(path)))
     with instrument.watched_fusions(_angles) as rounds, instrument.silent_run(config) as (metrics, _):
         tasks = metrics["tasks"][1:]  # the first task has no memory, so no rounds
     size = len(rounds) // len(tasks)
