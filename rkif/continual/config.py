@@ -152,6 +152,15 @@ class CheckpointMergeSettings(Settings):
     shape: Literal["1-sqrt", "linear", "cosine"] = "1-sqrt"
 
 
+class WeightAverageSettings(Settings):
+    """The exponential moving average of the parameters; see :mod:`rkif.continual.models.weight_average`.
+
+    ``decay``: of the average, per inner step; 0: the parameters themselves are evaluated and published.
+    """
+
+    decay: float = Field(0.0, ge=0, lt=1)
+
+
 class EwcSettings(Settings):
     """``strength``: factor of the quadratic penalty, whose Fisher information has mean 1 per task."""
 
@@ -217,6 +226,7 @@ class RunConfig(Settings):
     memory: MemorySettings = MemorySettings()
     distillation: DistillationSettings = DistillationSettings()
     merge: CheckpointMergeSettings = CheckpointMergeSettings()
+    ema: WeightAverageSettings = WeightAverageSettings()
     rounds: RoundsSettings = RoundsSettings()
     gate: GateSettings | None = None
     snapshots: RoundStateSettings = RoundStateSettings()
@@ -271,6 +281,15 @@ class RunConfig(Settings):
             raise ValueError(
                 "rounds.observe: training.optimizer rkif_adamw updates the importance before the weights; "
                 "observe: after needs optimizer adamw"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_average(self) -> RunConfig:
+        if self.merge.window and self.ema.decay:
+            raise ValueError(
+                f"merge.window {self.merge.window:g} and ema.decay {self.ema.decay:g}: each publishes an "
+                "average of its own; give one of them"
             )
         return self
 

@@ -16,6 +16,7 @@ from rkif.continual.evaluation.evaluate import evaluate
 from rkif.continual.evaluation.harness import Harness
 from rkif.continual.methods import METHODS, Context, Sequential
 from rkif.continual.models.objective import Objective
+from rkif.continual.models.weight_average import WeightAverage
 from rkif.continual.rundir.folder import RunFolder
 from rkif.continual.rundir.state import RunState
 from rkif.continual.rundir.writer import RunWriter
@@ -24,6 +25,8 @@ from rkif.continual.tasks.replay_memory import ReplayMemory
 from rkif.continual.tracking import Track, tracked
 from rkif.continual.user_metrics import Metric
 from rkif.fuser.parameters import parameter_copies, trainable_parameters
+from rkif.fuser.state_names import flatten, section
+from rkif.ledger.records import parameter_digest
 
 
 class TaskSequence:
@@ -67,6 +70,7 @@ class TaskSequence:
         self._progress = progress
         self._parameters = trainable_parameters(model)
         self._initial = parameter_copies(self._parameters)
+        self._average = WeightAverage(config.ema.decay, self._parameters)
         trainable = sum(parameter.numel() for parameter in self._parameters.values())
         self._table = AccuracyTable(
             config, self._tasks, metrics, harness.tasks.values(), trainable, folder.read_metrics()
@@ -83,6 +87,7 @@ class TaskSequence:
     def _run(self, start: RunState) -> dict[str, Any]:
         if start.parameters:
             self.set_parameters(start.parameters)
+            self._average.load_tensors(section(start.method, "ema"))
         writer = RunWriter(
             self._folder,
             self._config,
@@ -121,24 +126,27 @@ class TaskSequence:
         memory, validation = context.memory, context.validation
         method = self.method(context, start)
         if method.logs_rounds and len(memory) and not start.step:
-            writer.write_round_state(index, 0, 0, {})
+            writer.write_round_state(index, 0, 0, self._state({}))
         self._progress.task(index, context.steps, start.step)
         for step in range(start.step, context.steps):
             rounds = writer.rounds
             self._steps = self._table.content["steps"] + step + 1
             loss = method.train_step(step)
             method.end_step(step)
+            if (step + 1) % method.period == 0 and step + 1 < context.steps:
+                self._average.update(method.period)
             self._progress.advance(loss)
             self._track({"loss": loss}, self._steps)
             if writer.rounds > rounds:
-                writer.write_round_state(index, step + 1, method.samples, method.tensors())
+                writer.write_round_state(index, step + 1, method.samples, self._state(method.tensors()))
             if (step + 1) % self._config.checkpoint_every == 0 and step + 1 < context.steps:
-                writer.write_checkpoint(index, step + 1, method.samples, method.tensors())
+                writer.write_checkpoint(index, step + 1, method.samples, self._state(method.tensors()))
 
         self._progress.stage("saving")
         if method.checkpoint_merge is not None:
             method.checkpoint_merge.finish()
         method.finish()
+        self._average.update((context.steps - 1) % method.period + 1)
         memory.add(
             task.name,
             task.instruction,
@@ -149,9 +157,21 @@ class TaskSequence:
         )
         if held_out := self._held_out[index]:
             validation.add(task.name, task.instruction, held_out, fraction=1.0, seed=self._config.seed)
-        writer.publish_task(
-            self._tasks[: index + 1], method, steps=context.steps, memory=memory, validation=validation
-        )
+        trained = parameter_digest(self._parameters)
+        with self._average.published():
+            writer.publish_task(
+                self._tasks[: index + 1],
+                method,
+                steps=context.steps,
+                memory=memory,
+                validation=validation,
+                trained=trained,
+            )
+        writer.write_checkpoint(index + 1, 0, method.samples, self._state({}))
+
+    def _state(self, method: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The method's tensors and the average's, for a checkpoint."""
+        return {**method, **flatten({"ema": self._average.tensors()})}
 
     def context(self, index: int, record: Callable[[Mapping[str, Any]], None]) -> Context:
         """What a method needs to learn task ``index``; ``record`` takes its ledger records."""
@@ -232,8 +252,9 @@ class TaskSequence:
             self._progress.evaluated()
             return values
 
-        column, harness = measure(self._tasks, self._metrics, evaluate_task), {}
-        for name in self._harness.tasks:
-            harness[name] = self._harness.measure(name)
-            self._progress.evaluated()
+        with self._average.published():
+            column, harness = measure(self._tasks, self._metrics, evaluate_task), {}
+            for name in self._harness.tasks:
+                harness[name] = self._harness.measure(name)
+                self._progress.evaluated()
         return column, harness

@@ -130,6 +130,12 @@ class End(BaseModel):
     after: Sha256
 
 
+class TaskEnd(End):
+    """Digests of the published parameters and, where those are an average, of the trained ones."""
+
+    trained: Sha256 | None = None
+
+
 class Change(End):
     """Digests of the parameters before and after."""
 
@@ -209,7 +215,7 @@ class Learned(Record):
     samples: Count
     memory: dict[TaskName, list[str]]
     files: dict[FileName, Sha256]
-    parameters: End
+    parameters: TaskEnd
 
 
 class Rollback(Record):

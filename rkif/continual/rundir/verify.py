@@ -81,7 +81,7 @@ def require_whole(reader: RunReader, records: Sequence[LedgerRecord]) -> Counter
                 records[: record["seq"] + 1]
             ):
                 raise LedgerError(f"{where} does not return to the parameters after round {record['to']}")
-            parameters = record["parameters"]["after"]
+            parameters = _parameters_after(record)
         # The record of a run's rollback has no settings.
         none = settings if record["event"] == "rollback" else None
         if record["seq"] in numbers and record.get("config", none) != settings:
@@ -118,7 +118,13 @@ def _require_stated_settings(run: Path, records: Sequence[LedgerRecord]) -> None
 def _kept_parameters(records: Sequence[LedgerRecord]) -> str:
     """Digest of the parameters that the rollback in the last of these records returns to."""
     kept = [r for r in not_rolled_back(records) if r["event"] != "rollback" and "parameters" in r]
-    return str(kept[-1]["parameters"]["after"])
+    return _parameters_after(kept[-1])
+
+
+def _parameters_after(record: LedgerRecord) -> str:
+    """Digest of the parameters that training continues from."""
+    parameters = record["parameters"]
+    return str(parameters.get("trained", parameters["after"]))
 
 
 def _is_temporary(path: Path) -> bool:

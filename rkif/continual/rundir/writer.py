@@ -120,14 +120,16 @@ class RunWriter:
         steps: int,
         memory: ReplayMemory,
         validation: ReplayMemory,
+        trained: str,
     ) -> None:
-        """Write a learned task's folder, record it in the ledger and write the checkpoint after it.
+        """Write a learned task's folder with the parameters of the moment, and record it in the ledger.
 
         Args:
             tasks: the learned tasks in their order; the last is the one to publish.
             method: that learned it.
             steps: inner steps of the task.
             memory, validation: records of the learned tasks.
+            trained: digest of the parameters that training continues from.
         """
         index, name = len(tasks) - 1, tasks[-1].name
         self.folder.publish_task(
@@ -151,10 +153,14 @@ class RunWriter:
                 "samples": method.samples,
                 "memory": {task: list(ids) for task, ids in memory.ids.items()},
                 "files": self.folder.digests(index, name),
-                "parameters": {"after": parameter_digest(self._parameters)},
+                "parameters": self._published(trained),
             }
         )
-        self.write_checkpoint(index + 1, 0, method.samples, {})
+
+    def _published(self, trained: str) -> dict[str, str]:
+        """The digest of the published parameters, and of the trained ones where they are others."""
+        published = parameter_digest(self._parameters)
+        return {"after": published} | ({"trained": trained} if trained != published else {})
 
     def _save_model(self, tasks: Sequence[Task], folder: Path) -> None:
         """Adapter or model, with the tokenizer, as ``from_pretrained`` reads them, and its card."""
