@@ -1,7 +1,7 @@
 """Recurrent Knowledge Identification and Fusion: models that learn task after task with less forgetting.
 
-The public names are imported when they are first used, so that ``import rkif``, and with it the command line,
-does not wait for PyTorch.
+The public names are imported when they are first used, so that ``import rkif`` and the command line start
+without PyTorch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m rkif`` is ``rkif``."""
+"""Entry point of the command ``rkif`` and of ``python -m rkif``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 def interrupt(signal_number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt; exit at once in an import, where a module could swallow it."""
+    """Raise KeyboardInterrupt; exit at once during an import, because a module could catch the exception."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             os.write(2, b"rkif: interrupted\n")
@@ -18,7 +18,7 @@ def interrupt(signal_number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Entry point of ``rkif``; Ctrl-C ends it from its first import on."""
+    """Run the command line. Ctrl-C ends it at any time, also during its imports."""
     signal.signal(signal.SIGINT, interrupt)
     from rkif.cli import main as run_command
 

@@ -24,7 +24,11 @@ Missing = Literal["raise", "zero"]
 
 @dataclass(frozen=True)
 class MergeWeights:
-    """(inner, outer) weights of the two task vectors, by which learners selected an element.
+    """Weights of the inner and the outer task vector, for each set of learners that can select an element.
+
+    Attributes:
+        inner_only, outer_only: (inner, outer) weights of an element that one learner selects.
+        both, neither: (inner, outer) weights of an element that both learners select, or none.
 
     Raises:
         ValueError: an entry is not a pair of finite numbers.
@@ -43,12 +47,12 @@ class MergeWeights:
 
     @property
     def cases(self) -> CaseWeights:
-        """The four pairs in the order the kernels take them."""
+        """The four pairs in the order of :data:`rkif_kernels.CASES`."""
         return (self.inner_only, self.outer_only, self.both, self.neither)
 
 
-# "paper": Recurrent-KIF (Feng et al., ACL 2025): one side's update where one side selects, the sum where both
-# do, nothing elsewhere. "release": what its published code does, where nothing is pruned.
+# "paper": Recurrent-KIF (Feng et al., ACL 2025). The task vector of the learner that selects, the sum of both
+# if both select, nothing elsewhere. "release": its published code, which prunes nothing.
 RULES = {
     "paper": MergeWeights(inner_only=(1, 0), outer_only=(0, 1), both=(1, 1), neither=(0, 0)),
     "release": MergeWeights(inner_only=(1, 0), outer_only=(0, 1), both=(0.4, 0.6), neither=(0.5, 0.5)),
@@ -56,7 +60,7 @@ RULES = {
 
 
 def merge_weights(rule: str | MergeWeights) -> MergeWeights:
-    """The weights that a rule's name stands for; weights given as numbers are returned unchanged.
+    """The weights of a rule, by its name; a :class:`MergeWeights` is returned unchanged.
 
     Raises:
         ValueError: unknown name.
@@ -74,9 +78,10 @@ _SWITCHES = ("clear_inner", "clear_outer", "refresh_outer", "pack_inner", "offlo
 class FusionConfig:
     """How importance is measured, what is kept, and how the two task vectors are merged.
 
-    The defaults are the release's measure and rule. On the dev split of the long benchmark (15 tasks, three
-    orders, a 22.7 M encoder with LoRA, 32 steps a task) they ended above the paper's in two orders of three
-    and in the mean, and forgot less; on the short one the two are level. The rows are in
+    The defaults are the preset :meth:`release`. On the dev split of the long benchmark (15 tasks, three
+    orders, an encoder of 22.7 M parameters with LoRA, 32 steps per task), its final accuracy and its backward
+    transfer were higher than those of :meth:`paper` in two of three orders and in the mean. On the short
+    benchmark the accuracies differ by less than their deviation. The rows are in
     bench/results/continual.jsonl, the tables in docs/results/continual.md.
 
     Attributes:
@@ -88,24 +93,24 @@ class FusionConfig:
         beta1, beta2: smoothing of S and of U, in [0, 1].
         inner_steps, outer_steps: Q and M, optimizer steps of the two learners in a round.
         clear_inner, clear_outer: whether a learner's importance starts from zero in the next round.
-        refresh_outer: whether every round re-estimates the outer importance, or a fuser's rounds only do
-            until the first fusion, and the others go by what the old tasks needed at that point (an
-            ablation: static importance; not together with clear_outer).
-        nonfinite: a round that saw a non-finite importance is an error at its fusion ("raise"), or its
-            fusion is refused and the parameters return to the round's start ("skip").
-        missing: a parameter without a gradient in a whole round is an error at its fusion ("raise"), or it
-            has no importance and no part in the fusion, as if it was frozen in this round ("zero"; not
-            together with pack_inner). None: "zero" in a Trainer, "raise" elsewhere.
+        refresh_outer: whether every round updates the outer importance. False: it is updated until the
+            fuser's first fusion and constant after it (an ablation: static importance; not together with
+            clear_outer).
+        nonfinite: what a fusion does if an importance of the round was not finite. "raise": an error.
+            "skip": nothing is fused, and the parameters return to the round's base.
+        missing: what a fusion does if a parameter had no gradient in the whole round. "raise": an error.
+            "zero": the parameter takes no part, as if it was frozen in this round (not together with
+            pack_inner). None: "zero" in a Trainer, "raise" elsewhere.
         state_dtype: storage of S and U, torch.float32 or torch.bfloat16 (or its name).
-        pack_inner: when the inner phase ends, keep of the inner learner's importance one bit an element,
-            whether it is selected, and free S and U until the next round: the same results in less memory.
-        offload: keep the copies of the parameters (the round's base, the inner learner's end, the fusion's
-            result) in the host's memory: the same results in less of a GPU's, for copies over its bus.
-        fp32_master: where parameters are bfloat16 or float16, keep the round's base in float32, so that what
-            a fusion's rounding takes away is there again in the next; without it, rounding adds up.
+        pack_inner: when the inner phase ends, replace the inner S and U by a mask of one bit per element
+            until the next round: the same results with less memory.
+        offload: keep the copies of the parameters (base, the inner learner's result, the fusion's result) in
+            host memory: the same results with less GPU memory, but with copies between host and GPU.
+        fp32_master: keep the base of bfloat16 and float16 parameters in float32, so that the rounding errors
+            of the fusions do not accumulate over rounds.
 
     Raises:
-        ValueError, TypeError: a setting outside its range, naming it.
+        ValueError, TypeError: a setting is outside its range; the message names it.
     """
 
     density: float = 0.2
@@ -165,17 +170,17 @@ class FusionConfig:
 
     @staticmethod
     def paper(**changes: Any) -> FusionConfig:
-        """The paper's method: smoothed sensitivity, beta 0.55, rule "paper"; with ``changes`` to it."""
+        """The paper's method: sensitivity, betas 0.55, rule "paper". ``changes`` override settings."""
         return _preset(changes, importance="sensitivity", beta=0.55, rule="paper")
 
     @staticmethod
     def release(**changes: Any) -> FusionConfig:
-        """The released code's measure: sensitivity times uncertainty, betas 0.85, rule "release"."""
+        """The released code's method: sensitivity times uncertainty, betas 0.85, rule "release"."""
         return _preset(changes, importance="sensitivity_uncertainty", beta=0.85, rule="release")
 
 
 def stored_settings(config: FusionConfig) -> dict[str, Any]:
-    """The settings as runs and ledgers store them: `missing`, which is newer, only if it is given."""
+    """The settings as runs and ledgers store them: without ``missing`` if it is None, as in older files."""
     settings = asdict(config)
     return {name: value for name, value in settings.items() if (name, value) != ("missing", None)}
 

@@ -17,17 +17,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 M = TypeVar("M", bound="BaseModel")
-# safetensors writes under such a name, and renames. A kill can leave the file.
+# safetensors writes to a file with such a name and renames it. A killed process can leave the file.
 TEMPORARY = re.compile(r"\.tmp[0-9A-Za-z]{6}")
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file under a temporary name, flush it to disk, and rename it.
+    """Write a file under a temporary name, flush it to disk, and rename it.
 
-    What has the temporary name is removed first, because a link would lead to a file elsewhere.
+    An existing file with the temporary name is deleted first: if it is a link, the write would change another
+    file.
+
+    Args:
+        path: the file's final name.
+        write: called with the temporary name; it creates the file.
 
     Raises:
-        OSError: the file cannot be written; it names the path. After any error the temporary file is deleted.
+        OSError: the file cannot be written; it names the path. After an error the temporary file is deleted.
     """
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
@@ -42,12 +47,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole UTF-8 file, or none; lines end in a line feed on every system."""
+    """Write a UTF-8 file completely or not at all; lines end in a line feed on every system."""
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def require_folder(path: Path) -> None:
-    """Raise FileNotFoundError unless there is a folder."""
+    """Raise FileNotFoundError unless ``path`` is a folder."""
     if not path.is_dir():
         raise FileNotFoundError(f"no such folder: {path}")
 
@@ -79,21 +84,24 @@ def parse_json(text: str | bytes, where: object) -> Any:
 
 
 def require_inside(name: str) -> str:
-    """Return ``name``; raise ValueError unless it is the path of a file inside of a folder."""
+    """Return ``name``; raise ValueError unless it is a relative path of a file inside a folder."""
     if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
         raise ValueError(f"{name!r} is not the name of a file in the folder")
     return name
 
 
 def validated(model: type[M], content: Any, where: object, *, own: bool = True) -> M:
-    """``content``, an object of a file, as ``model``.
+    """Convert the content of a file to a pydantic model.
 
     Args:
-        own: whether rkif wrote the file, so that other content is damage. Of a user's file, the message names
+        model: the class.
+        content: an object (dict) of the file.
+        where: the file, for messages.
+        own: whether rkif wrote the file. If so, the message calls invalid content damage; otherwise it names
             the value.
 
     Raises:
-        ValueError: the content is not as the model has it; it names ``where`` and the key.
+        ValueError: the content does not fit the model; it names ``where`` and the key.
     """
     from pydantic import ValidationError
 
@@ -141,7 +149,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
     Args:
         path: the file.
-        tensors: contiguous, and without common memory.
+        tensors: contiguous tensors that share no memory, by name.
         metadata: further text by name.
 
     Raises:
@@ -157,7 +165,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 
 def remove_temporary(folder: Path) -> None:
-    """Delete the temporary files of safetensors that kills have left; nobody may be writing to the folder."""
+    """Delete temporary files that killed processes have left; no process may be writing to the folder."""
     for stale in folder.iterdir():
         if TEMPORARY.fullmatch(stale.name) and stale.is_file():
             stale.unlink()
@@ -172,7 +180,7 @@ def replace_tensors(
     """:func:`save_tensors` under a temporary name first.
 
     Args:
-        written: takes the temporary file before it gets its name.
+        written: called with the temporary file before it is renamed.
 
     Raises:
         OSError: the file cannot be written.
@@ -196,7 +204,7 @@ def problem_in_words(problem: Mapping[str, Any]) -> str:
 
 
 def file_sha256(path: Path, advance: Callable[[int], object] | None = None) -> str:
-    """SHA-256 of a file's bytes; ``advance`` gets the size of each block. If it raises, reading stops."""
+    """SHA-256 of a file's bytes; ``advance`` is called with the size of each block, and may raise to stop."""
     digest, block = hashlib.sha256(), bytearray(1 << 20)
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(block):
@@ -208,7 +216,7 @@ def file_sha256(path: Path, advance: Callable[[int], object] | None = None) -> s
 
 @contextmanager
 def named_in_errors(path: Path) -> Iterator[None]:
-    """Give the path to an OSError that names no file, as those of a full disk do."""
+    """Add the path to an OSError that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -218,7 +226,7 @@ def named_in_errors(path: Path) -> Iterator[None]:
 
 
 def fsync_file(path: Path) -> None:
-    """Flush a file to disk, with the default mode: safetensors makes files that only their owner can read."""
+    """Give a file the default mode and flush it to disk; safetensors lets only the owner read its files."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
@@ -227,7 +235,7 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Flush a folder's entries to disk: new names and removed ones."""
+    """Flush a folder's entries to disk, so that created and deleted files stay so after a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -237,7 +245,7 @@ def fsync_folder(path: Path) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Lock a folder for this process. The lock ends with the process. Nothing is written.
+    """Lock a folder until the block or the process ends. Nothing is written.
 
     Raises:
         RuntimeError: another process holds it.

@@ -37,7 +37,7 @@ class FusionReport:
         missing: names of parameters that took no part, because they had no gradient in the round.
         applied: False if the fusion was skipped: thresholds and the task vectors' norms are NaN then, counts
             and update zero. Also False if the gate undid it.
-        gate: the gate's report; None without a gate. The update is that of the accepted fraction.
+        gate: the gate's report; None without a gate. The update norm is that of the accepted fraction.
     """
 
     numel: int
@@ -49,7 +49,7 @@ class FusionReport:
     gate: GateReport | None = None
     missing: tuple[str, ...] = ()
 
-    if not TYPE_CHECKING:  # with it, mypy would accept every name
+    if not TYPE_CHECKING:  # otherwise mypy would accept every attribute
 
         def __getattr__(self, name: str) -> Any:
             if name in _FIGURES and (read := self.__dict__.get("_read")) is not None:
@@ -60,7 +60,7 @@ class FusionReport:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __getstate__(self) -> dict[str, Any]:
-        """The values, for copies and pickles: they are read now."""
+        """The values for copies and pickles; reads those that are still on the device."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __str__(self) -> str:
@@ -131,7 +131,7 @@ def fuse(
         outer_from: "base" where the outer learner started from ``base`` too: its task vector is then
             ``outer - base``.
         out: name -> tensor to write the result to; may be ``base``, ``inner`` or ``outer`` themselves.
-            Without it new tensors are made, with the dtypes of ``base``.
+            Without it, new tensors with the dtypes of ``base`` are allocated.
         backend: "auto", "triton", "native" or "torch"; all give the same bits.
 
     Returns:
@@ -209,7 +209,7 @@ def fuse_lists(
     outer_from: OuterFrom = "inner",
     backend: Backend = "auto",
 ) -> FusionReport:
-    """:func:`fuse` on lists, for callers that hold scores as S and U; scores are not checked for sign."""
+    """:func:`fuse` on lists, for scores that are stored as S and U; negative scores are not refused."""
     stats = rkif_kernels.select_and_fuse_(
         out,
         base,
@@ -243,7 +243,15 @@ def skipped_report(names: Sequence[str], numel: int, nonfinite: int, scope: Scop
 def report_of(
     names: Sequence[str], stats: FuseStats, *, numel: int, scope: Scope, missing: tuple[str, ...] = ()
 ) -> FusionReport:
-    """The kernels' statistics; they are read from the device, in one copy, when the report is first used."""
+    """A report of the kernels' statistics.
+
+    They are read from the device, in one copy, when one of them is first used.
+
+    Args:
+        names: of the parameters; keys of the thresholds under scope="tensor".
+        numel: parameters that took part.
+        missing: see :class:`FusionReport`.
+    """
     parts = (stats.counts, stats.squared_norms, *stats.thresholds)
     sizes = [part.numel() for part in parts]
     packed = torch.cat([part.double() for part in parts])  # counts below 2^53 are exact in float64
@@ -270,7 +278,7 @@ def report_of(
 
 
 def _unread_report(read: Callable[[], dict[str, Any]], **known: Any) -> FusionReport:
-    """A report whose figures are those that ``read`` returns, when they are first used."""
+    """A report whose thresholds, counts and norms are read by ``read`` when one of them is first used."""
     report = object.__new__(FusionReport)
     defaults = {field.name: field.default for field in fields(FusionReport) if field.default is not MISSING}
     report.__dict__.update(defaults | known, _read=read)
@@ -278,7 +286,12 @@ def _unread_report(read: Callable[[], dict[str, Any]], **known: Any) -> FusionRe
 
 
 def common_names(arguments: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
-    """The parameter names in the order of ``base``; all mappings must have exactly these."""
+    """The parameter names in the order of ``base``.
+
+    Raises:
+        TypeError: an argument is not a mapping.
+        ValueError: ``base`` is empty, or another mapping has other names.
+    """
     for argument, mapping in arguments.items():
         if not isinstance(mapping, Mapping):
             raise TypeError(f"{argument} must map names to tensors; got {type(mapping).__name__}")

@@ -19,17 +19,17 @@ Verdict = Literal["keep", "damp", "undo", "stop", "unchecked"]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A metric that a fusion must not make worse: the loss on the memory, or a KPI on held-out records.
+    """A metric that a fusion must not make worse: the loss on the memory, or a metric on held-out records.
 
-    A value that is not finite is never acceptable: it is no measurement, on either side.
+    A value after a fusion that is not finite is never acceptable.
 
     Attributes:
         name: its name in reports.
         evaluate: measures the model in its current state, and must not change it. It returns a number.
         higher_is_better: whether the higher of two values is the better one.
         floor: the worst acceptable value; a ceiling where lower is better. None for no limit.
-        tolerance: by how much one fusion may worsen the value, at least 0. The default 0 allows no worsening,
-            which few metrics measured on few records reach by chance. None for any amount.
+        tolerance: by how much one fusion may worsen the value, at least 0. The default 0 allows no worsening
+            at all; a metric on few records needs more, because its values scatter. None for any amount.
         samples: number of records that one measurement uses, for the gate's budget.
 
     Raises:

@@ -1,9 +1,9 @@
 """LoRA adapters fused as weight updates B·A, instead of factor by factor.
 
-Fusing factors is not fusing updates: selecting elements of A and of B keeps whole rows and columns of cross
-terms, and the average of two products is not the product of two averages. Here every module's update is
-formed, fused element by element, and factorised again. This costs more, loses what exceeds the rank, and can
-score only by magnitude of change, because gradients belong to the factors.
+A fusion of the factors is not a fusion of the updates: the product of two fused factors has cross terms of
+both learners, and the average of two products is not the product of two averages. Here the update of each
+module is computed, fused element by element, and factorised again. This is slower, discards what exceeds the
+rank, and can select only by the magnitude of changes, because gradients are those of the factors.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ class DeltaResult:
 
     Attributes:
         params: name -> fused tensor, in the shapes and dtypes of ``base``.
-        report: of the fusion, whose elements are those of the updates; thresholds by module.
-        truncation: module -> truncation error of its fused update, as a share of its Frobenius norm.
+        report: report of the fusion, whose elements are those of the updates. Under scope="tensor",
+            thresholds are by module.
+        truncation: module -> error of the factorised update, as a fraction of the fused update's Frobenius
+            norm.
     """
 
     params: dict[str, Tensor]
@@ -54,7 +56,14 @@ class DeltaResult:
 
 @dataclass(frozen=True)
 class LoraModule:
-    """A weight with the update ``scaling * B @ A``; without factors, a plain tensor."""
+    """A weight with the update ``scaling * B @ A``, or a tensor without factors.
+
+    Attributes:
+        name: of the module, or of the tensor.
+        a: name of the factor A, or of the tensor.
+        b: name of the factor B; None for a tensor without factors.
+        scaling: the factor of the product.
+    """
 
     name: str
     a: str
@@ -62,7 +71,7 @@ class LoraModule:
     scaling: float
 
     def update(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """float32 [out, in], or the tensor itself."""
+        """The update, float32 [out, in]; or the tensor without factors itself."""
         if self.b is None:
             return tensors[self.a].detach()
         return (tensors[self.b].detach().float() @ tensors[self.a].detach().float()).mul_(self.scaling)
@@ -79,22 +88,21 @@ def fuse_delta(
     scope: Scope = "global",
     outer_from: OuterFrom = "inner",
 ) -> DeltaResult:
-    """Fuse adapters in delta-weight space: element by element of ``scaling * B @ A``, then factorise again.
+    """Fuse adapters in delta-weight space: fuse ``scaling * B @ A`` element by element, then factorise it.
 
     Elements are selected by the magnitude of the updates' task vectors, above exact thresholds over all
-    modules (or each). A fused update has full rank; it is brought to the adapter's own by a subspace
+    modules (or each). A fused update has full rank. It is reduced to the adapter's rank by a subspace
     iteration that starts from the span of the three B, with QR at each step (Halko, Martinsson and Tropp,
-    2011, algorithm 4.4), followed by a singular value decomposition in the final subspace. Both factors get
-    the square roots of the singular values. Tensors without factors (modules_to_save) are fused as they are.
+    2011, algorithm 4.4), and by a singular value decomposition in the final subspace. Both factors get the
+    square roots of the singular values. Tensors without factors (modules_to_save) are fused as they are.
 
-    Memory: the four updates of one module at a time. The factors' last bits depend on the
-    linear algebra library.
+    Memory: the four updates of one module at a time. The last bits of the factors depend on the linear
+    algebra library.
 
     Args:
         base, inner, outer: name -> tensor, as peft names them: "....lora_A.weight" [r, in] and
             "....lora_B.weight" [out, r], also "....lora_A.default.weight"; float32, bfloat16 or float16.
-        scaling: the factor of the product, for all modules or by their names; see
-            :func:`lora_scaling`.
+        scaling: the factor of the product, for all modules or by module name; see :func:`lora_scaling`.
         density, rule, scope, outer_from: see :func:`rkif.fuse`.
 
     Raises:
@@ -273,7 +281,7 @@ class _Triples:
 
 
 def _thresholds(triples: _Triples, *, density: float, scope: Scope, device: torch.device) -> list[Tensor]:
-    """For each side float32 [1], or one a module."""
+    """The thresholds of both learners: each float32 [1], or one for each module under scope="tensor"."""
     if scope == "tensor" or density in (0, 1):
         found: list[list[Tensor]] = [[], []]
         for size, triple in zip(triples.sizes, triples, strict=True):
@@ -295,7 +303,15 @@ def _thresholds(triples: _Triples, *, density: float, scope: Scope, device: torc
 
 
 def factorised(update: Tensor, basis: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor, float]:
-    """B [out, rank] and A [rank, in] with ``scaling * B @ A`` close to ``update``; and the error."""
+    """Factors B [out, rank] and A [rank, in] with ``scaling * B @ A`` close to ``update``.
+
+    Args:
+        update: float32 [out, in].
+        basis: float32 [out, any]; its span starts the subspace iteration.
+
+    Returns:
+        B, A, and the Frobenius norm of the error as a fraction of that of ``update``.
+    """
     size = update.norm()
     if size == 0 or scaling == 0:
         return update.new_zeros(update.shape[0], rank), update.new_zeros(rank, update.shape[1]), 0.0

@@ -16,7 +16,7 @@ from rkif.fuser.importance import Importance
 from rkif.fuser.no_compile import uncompiled
 from rkif_kernels import PARAMETER_DTYPES, STATE_DTYPES, AdamWConstants, adamw_, adamw_constants
 
-# Further keys of torch.optim.AdamW's groups, so that either optimizer loads the other's state.
+# The other keys of torch.optim.AdamW's groups, so that each optimizer loads the other's state.
 _OFF = {"amsgrad": False, "maximize": False, "capturable": False, "differentiable": False}
 _KEYS = {**_OFF, "foreach": None, "fused": None, "decoupled_weight_decay": True}
 _SETTINGS = ("lr", "betas", "eps", "weight_decay")
@@ -24,7 +24,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _Call(NamedTuple):
-    """What the parameters of one operation have in common."""
+    """What parameters need to have in common to be stepped by one operation."""
 
     constants: AdamWConstants
     device: torch.device
@@ -37,8 +37,8 @@ class AdamW(torch.optim.Optimizer):
 
     With a fuser, ``optimizer.step()`` replaces ``fuser.observe(); optimizer.step()``. The importance is
     that of the weights before the step, bit for bit; the gradients must be final (accumulated, unscaled,
-    clipped). The two share one pass over memory: 44 bytes a float32 element instead of 24 and 28. Give the
-    inner and the outer optimizer the same fuser. Its phase determines the learner. ::
+    clipped). Both share one pass over memory: it moves 44 bytes per float32 element instead of 24 + 28. Give
+    the inner and the outer optimizer the same fuser. Its phase determines the learner. ::
 
         fuser = rkif.Fuser(model, config)
         optimizer = rkif.optim.AdamW(model.parameters(), lr=1e-4, fuser=fuser)
@@ -48,18 +48,18 @@ class AdamW(torch.optim.Optimizer):
     gradient counts as zero for the importance; the parameter is not stepped. Parameters outside the fuser
     are only stepped.
 
-    Moments are float32 for every dtype of the parameters, or bfloat16. Arithmetic is float32 with one
+    Moments are float32 (``state_dtype``) for every dtype of the parameters. Arithmetic is float32 with one
     rounding at each store (see :func:`rkif_kernels.adamw_`). Weights differ from those of
     ``torch.optim.AdamW`` by rounding: docs/reference/kernels.md states the bound. Each optimizer loads the
-    other's state dict. Parameters that are sharded (DTensor) have sharded moments. A ``GradScaler`` works as
-    usual: a step that it skips is not observed. ``amsgrad``, ``maximize``, ``capturable``,
+    other's state dict. Sharded parameters (DTensor) have sharded moments. A ``GradScaler`` works as usual: a
+    step that it skips is not observed. ``amsgrad``, ``maximize``, ``capturable``,
     ``differentiable``, a tensor as learning rate, and sparse gradients are refused.
 
     Args:
         params: parameters (float32, bfloat16 or float16) or groups of them, as for every optimizer.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; decay is decoupled.
-        fuser: a step updates its importance; can be set later as ``optimizer.fuser``.
-        state_dtype: of the moments, float32 or bfloat16.
+        fuser: its importance is updated by a step; can be set later as ``optimizer.fuser``.
+        state_dtype: dtype of the moments, torch.float32 or torch.bfloat16.
 
     Raises:
         TypeError, ValueError: a setting, a group or a parameter is not as described.
@@ -102,7 +102,11 @@ class AdamW(torch.optim.Optimizer):
         self._fuser = fuser
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as every optimizer does; raises before anything is added."""
+        """Add a parameter group, as in every optimizer.
+
+        Raises:
+            TypeError, ValueError: a setting or a dtype is not supported. Nothing has been added then.
+        """
         merged = {**self.defaults, **param_group}
         _require_supported(merged)
         adamw_constants(**{name: merged[name] for name in _SETTINGS}, step=1)
@@ -125,7 +129,7 @@ class AdamW(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: another observer has observed in this phase (see :meth:`rkif.Fuser.observe`), or a
-                CUDA graph is being captured: the step's number would be part of it.
+                CUDA graph is being captured, of which the step's number would be a constant.
             TypeError, ValueError: a gradient is sparse, or a group's settings are out of range. Nothing has
                 been written then.
         """
@@ -148,10 +152,10 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def observe(self) -> None:
-        """Update the importance without a step, for example for gradients that are not finite.
+        """Update the importance without a step, for example if gradients are not finite.
 
         Raises:
-            RuntimeError: there is no fuser, or as :meth:`step`.
+            RuntimeError: there is no fuser; or as in :meth:`rkif.Fuser.observe`.
         """
         if self._fuser is None:
             raise RuntimeError("observe() needs a fuser; this optimizer has none")
@@ -168,7 +172,7 @@ class AdamW(torch.optim.Optimizer):
         *,
         frozen: bool,
     ) -> None:
-        """Replace :meth:`Importance.update`: update the importance, and step the parameters of ``calls``."""
+        """As :meth:`Importance.update`, and step the parameters of ``calls`` in the same pass."""
         assert self._fuser is not None
         parameters = list(self._fuser.parameters.values())
         call_of = {id(parameter): call for call, those in calls.items() for parameter in those}
@@ -196,7 +200,7 @@ class AdamW(torch.optim.Optimizer):
         gradients: Sequence[Tensor | None],
         **importance: Any,
     ) -> None:
-        """One operation for ``parameters``, whose local parts are ``parts``."""
+        """Step ``parameters``, whose local parts are ``parts``, by one operation."""
         states = [self._state_of(parameter) for parameter in parameters]
         exp_avg, exp_avg_sq = ([to_local(state[moment]) for state in states] for moment in _MOMENTS)
         group = self.param_groups[call.group]

@@ -9,16 +9,16 @@ from functools import lru_cache
 
 
 def derive_seed(*parts: str | int) -> int:
-    """Derives a seed from what the randomness is for.
+    """Derive a seed from the run's seed and from what the random numbers are for.
 
-    Unlike Python's `hash`, the value does not change from process to process. The parts are encoded as
+    Unlike Python's ``hash``, the value does not change from process to process. The parts are encoded as
     a JSON list before they are hashed, so ("ab", "c"), ("a", "bc") and (1,), ("1",) give different seeds.
 
     Args:
-        *parts: the run's seed and the names of the place it is used in, such as `(seed, "memory", task)`.
+        *parts: the run's seed, and names of the use, such as ``(seed, "memory", task)``.
 
     Returns:
-        An integer in [0, 2**63), fit for `random.Random` and `torch.Generator.manual_seed`.
+        An integer in [0, 2**63), valid for ``random.Random`` and ``torch.Generator.manual_seed``.
 
     Raises:
         TypeError: a part is neither a string nor an integer.
@@ -32,5 +32,5 @@ def derive_seed(*parts: str | int) -> int:
 
 @lru_cache(maxsize=8)
 def shuffled(size: int, seed: int) -> tuple[int, ...]:
-    """A random order of ``range(size)``, as a function of the seed; no global generator is touched."""
+    """A random order of ``range(size)`` that depends only on the seed, not on global generators."""
     return tuple(random.Random(seed).sample(range(size), size))

@@ -1,1 +1,1 @@
-"""Signed and unsigned claims about files, in the formats of the field: in-toto, DSSE, C2SP."""
+"""Signed and unsigned claims about files, in standard formats: in-toto, DSSE, C2SP."""

@@ -1,7 +1,7 @@
 """The head of a ledger, in the form of a C2SP checkpoint (c2sp.org/tlog-checkpoint) without signatures.
 
-A checkpoint is a note of three lines: the log's name, the number of its entries, and its root hash in base64.
-For a ledger the hash is that of the last record. It depends on all records, but it is not a Merkle root, so
+A checkpoint is a text of three lines: the log's name, the number of its entries, and its root hash in base64.
+For a ledger, the hash is that of the last record. It depends on all records, but it is not a Merkle root, so
 there are no proofs of inclusion.
 """
 
@@ -23,8 +23,8 @@ class LedgerHead(BaseModel):
 
     Attributes:
         origin: the ledger's name.
-        records: their number.
-        hash: of the last record, in hexadecimal digits.
+        records: number of records.
+        hash: hash of the last record, in hexadecimal digits.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -39,12 +39,12 @@ class LedgerHead(BaseModel):
         return base64.b64encode(bytes.fromhex(self.hash)).decode()
 
     def to_checkpoint(self) -> str:
-        """The note, with the empty line that signatures would follow."""
+        """The text of the checkpoint, with the empty line that signatures would follow."""
         return f"{self.origin}\n{self.records}\n{self.root}\n\n"
 
 
 def read_checkpoint_note(path: Path) -> LedgerHead:
-    """The head in a file that :meth:`LedgerHead.to_checkpoint` wrote; signatures are not checked.
+    """Read a head from a checkpoint, as :meth:`LedgerHead.to_checkpoint` forms it; ignore signatures.
 
     Raises:
         ValueError: the file holds no checkpoint.

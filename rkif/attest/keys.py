@@ -1,4 +1,4 @@
-"""Elliptic curve keys in PEM files: ECDSA with the curve's hash. Nothing is looked up on a network."""
+"""Elliptic curve keys in PEM files, for ECDSA with the curve's hash. No network is used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HASH_OF_CURVE = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA
 
 
 class SigningKey:
-    """A private key.
+    """A private key for signatures.
 
     Args:
         path: a PEM file without a password.
@@ -39,7 +39,7 @@ class SigningKey:
 
 
 class VerifyingKey:
-    """A public key.
+    """A public key to verify signatures.
 
     Args:
         path: a PEM file.
@@ -58,7 +58,7 @@ class VerifyingKey:
         self._algorithm = _algorithm(self._key, path)
 
     def accepts(self, signature: bytes, message: bytes) -> bool:
-        """Whether the signature of the message is of this key."""
+        """Whether ``signature`` is a signature of ``message`` by this key."""
         try:
             self._key.verify(signature, message, self._algorithm)
         except _cryptography().exceptions.InvalidSignature:
@@ -81,7 +81,7 @@ def _algorithm(key: Any, path: Path) -> Any:
 
 
 def _fingerprint(public_key: Any) -> str:
-    """SHA-256 of the public key in PEM, as OpenSSF Model Signing names a key."""
+    """SHA-256 of the public key in PEM, by which OpenSSF Model Signing identifies a key."""
     serialization = _cryptography().hazmat.primitives.serialization
     pem = public_key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(pem).hexdigest()

@@ -2,8 +2,8 @@
 
 ``model.sig`` is a Sigstore bundle with a DSSE envelope around an in-toto Statement. The Statement has the
 SHA-256 of every file. Its predicate may have further fields, which other verifiers ignore: rkif adds the head
-of a run's ledger. The functions of the library model-signing leave no room for them, so the envelope is
-written here; the library verifies it.
+of a run's ledger. The library model-signing cannot write further fields, so rkif writes the envelope itself.
+The library can verify it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from rkif.files import file_sha256, parse_json, validated, write_text
 SIGNATURE = "model.sig"  # in the signed folder
 PREDICATE_TYPE = "https://model_signing/signature/v1.0"
 BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
-# The limit of a signature's size. For each file, a path of 4096 bytes, with JSON's escapes, in base64.
+# Limits of a signature's size: a constant, and for each file a path of 4096 bytes, JSON-escaped, in base64.
 MAX_BYTES, MAX_BYTES_PER_FILE = 2**20, 2**15
-# Of git, which the library does not sign by default, either.
+# Files of git, which model-signing does not sign by default either, and the signature itself.
 IGNORED = (".git", ".gitattributes", ".github", ".gitignore", SIGNATURE)
 
 
@@ -76,9 +76,10 @@ class _Resource(Content):
 
 
 class Signed(Content):
-    """What a signature says.
+    """The predicate of a signature.
 
     Attributes:
+        serialization: how the digests were computed.
         resources: the files with their digests.
         ledger: the head of the run's ledger when it was signed; None for a folder without a ledger.
     """
@@ -95,16 +96,20 @@ class Signed(Content):
 
     @property
     def left_out(self) -> list[str]:
-        """Paths in the folder that the signer left out, beside those that rkif leaves out, too."""
+        """Paths in the folder that the signer left out, without those that rkif leaves out as well."""
         return sorted(set(self.serialization.ignore_paths) - set(IGNORED))
 
 
 def sign_folder(folder: Path, key: Path, ledger: LedgerHead | None) -> int:
-    """Sign every file of a folder; returns their number. Writes ``model.sig``, replacing an earlier one.
+    """Sign every file of a folder; write ``model.sig``, which replaces an earlier one.
 
     Args:
+        folder: the folder.
         key: PEM file of a private key.
         ledger: the head to sign with the files.
+
+    Returns:
+        The number of signed files.
 
     Raises:
         ValueError: the key cannot be used or is in the folder, or an entry is neither a file nor a folder.
@@ -141,9 +146,10 @@ def sign_folder(folder: Path, key: Path, ledger: LedgerHead | None) -> int:
 
 
 def read_signature(folder: Path, key: Path) -> Signed:
-    """What the signature of a folder says, if it is of this key.
+    """Verify the signature of a folder with a key, and return its predicate. Files are not compared.
 
     Args:
+        folder: the folder.
         key: PEM file of a public key.
 
     Raises:
@@ -177,7 +183,7 @@ def read_signature(folder: Path, key: Path) -> Signed:
 
 
 def _read(path: Path) -> bytes:
-    """The content of a signature, which anybody may have written: only so much of it is read."""
+    """The content of a signature file. It is not trusted, so its size is limited before it is parsed."""
     files = sum(entry.is_file() for entry in _entries(path.parent))
     limit = MAX_BYTES + files * MAX_BYTES_PER_FILE
     with path.open("rb") as file:
@@ -188,7 +194,7 @@ def _read(path: Path) -> bytes:
 
 
 def compare_files(folder: Path, signed: Signed) -> list[str]:
-    """A line for each difference between the files of a folder and its signature.
+    """The differences between the files of a folder and its signature, one line each.
 
     Raises:
         ValueError: an entry of the folder is neither a file nor a folder.
@@ -223,7 +229,7 @@ def _file_digests(folder: Path, ignored: Sequence[str]) -> dict[str, str]:
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """Everything in a folder, links not followed; unlike in rglob, an unreadable folder is an error."""
+    """All entries of a folder tree, links not followed; unlike in rglob, an unreadable folder is an error."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -238,7 +244,7 @@ def _root_digest(digests: Sequence[str]) -> str:
 
 
 def _pre_authentication(payload: bytes) -> bytes:
-    """What DSSE signs: the payload with its type and both lengths."""
+    """The bytes that DSSE signs: the payload with its type and both lengths."""
     return b"DSSEv1 %d %s %d %s" % (len(PAYLOAD_TYPE), PAYLOAD_TYPE.encode(), len(payload), payload)
 
 

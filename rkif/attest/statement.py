@@ -1,4 +1,4 @@
-"""in-toto Statements, version 1: claims about things that are named by their digests."""
+"""in-toto Statements, version 1: claims about files, which are identified by their digests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Sha256Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Content(BaseModel):
-    """What is read of a file in a format of others: keys in camel case, and further keys are ignored."""
+    """Base of models of external file formats: keys are in camel case, and unknown keys are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True, alias_generator=to_camel)
 
@@ -29,7 +29,7 @@ class Subject(Content):
 
 
 class Statement(Content):
-    """A Statement; ``predicate`` depends on ``predicate_type``."""
+    """A Statement; ``predicate_type`` determines the keys of ``predicate``."""
 
     type: str = Field(alias="_type")
     subject: Annotated[list[Subject], Field(min_length=1)]
@@ -38,7 +38,7 @@ class Statement(Content):
 
 
 def resource(name: str, sha256: str, **annotations: Any) -> dict[str, Any]:
-    """A ResourceDescriptor: what the claim is about, or what it depends on."""
+    """A ResourceDescriptor: a file that a claim is about, or that it depends on."""
     described = {"name": name, "digest": {"sha256": sha256}}
     return {**described, "annotations": annotations} if annotations else described
 
@@ -49,8 +49,9 @@ def make_statement(
     """A Statement, ready for JSON.
 
     Args:
-        subject: ResourceDescriptors of what the predicate is about.
+        subject: ResourceDescriptors of the files that the predicate is about.
         predicate_type: the URI of the predicate's type.
+        predicate: JSON values.
     """
     return {
         "_type": STATEMENT_TYPE,
@@ -64,7 +65,7 @@ def parse_statement(text: str | bytes, predicate_type: str, where: object) -> St
     """The Statement in a JSON text.
 
     Raises:
-        ValueError: it is none, or one with another predicate; names ``where``.
+        ValueError: the text is not a Statement, or has another predicate; it names ``where``.
     """
     statement = validated(Statement, parse_json(text, where), where)
     if (statement.type, statement.predicate_type) != (STATEMENT_TYPE, predicate_type):

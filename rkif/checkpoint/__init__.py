@@ -1,7 +1,7 @@
 """Fusion of checkpoints on disk, in memory that does not depend on their size.
 
-``preflight`` turns a ``request`` into a plan, without reading a weight: ``source`` opens the inputs,
-``compatibility`` compares them, ``layout`` cuts the work into chunks. ``fuse`` carries the plan out:
-``loader`` reads chunks, ``scan`` finds what the method needs from all elements (mostly exact thresholds),
-``methods`` compute, ``output`` writes, ``metadata`` adds the card and the manifest, ``workdir`` publishes.
+``preflight`` makes a plan of a ``request``, without reading a weight: ``source`` opens the inputs,
+``compatibility`` compares them, ``layout`` cuts the tensors into chunks. ``fuse`` executes the plan:
+``loader`` reads chunks, ``scan`` computes what a method needs from all elements (such as exact thresholds),
+``methods`` fuse chunks, ``output`` writes them, ``metadata`` adds card and manifest, ``workdir`` publishes.
 """

@@ -1,4 +1,4 @@
-"""Memory for chunks, allocated once: on the host, and on the device where that is not the CPU."""
+"""Memory for chunks, allocated once: on the host, and on the device unless that is the CPU."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from torch import Tensor
 from rkif.checkpoint.layout import ALIGNMENT, Chunk, aligned
 from rkif.checkpoint.source import DTYPES, Entry
 
-IN_FLIGHT = 2  # buffers: one chunk is read or written while another is computed on
+IN_FLIGHT = 2  # chunks in memory: one is read or written while another is computed
 
 
 class Buffers:
-    """One chunk's buffers, one for each role.
+    """The buffers of one chunk, one for each role.
 
     Args:
         roles: number of buffers.
-        size: bytes of each.
-        device: the computing device; on CUDA the host's buffers are pinned, with a device copy of each.
+        size: bytes of each buffer.
+        device: the device that computes. With CUDA, the host's buffers are pinned, and each has a copy on it.
 
     Attributes:
+        device: the device that computes.
         host: uint8 [size] each, aligned to ALIGNMENT.
     """
 
@@ -35,7 +36,7 @@ class Buffers:
 
     @property
     def on_device(self) -> list[Tensor]:
-        """The device's copies; on a CPU the host's buffers themselves."""
+        """The copies on the device; on a CPU, the host's buffers themselves."""
         return self._copies or self.host
 
     def start_copy_to_device(self, stream: Any) -> None:
@@ -49,7 +50,7 @@ class Buffers:
                 self._copied.record(stream)
 
     def wait_for_copy(self) -> None:
-        """Make the device wait for the started copy."""
+        """Make the device's current stream wait for the copy of :meth:`start_copy_to_device`."""
         if self._copied is not None:
             torch.cuda.current_stream(self.device).wait_event(self._copied)
 

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData
 from rkif.checkpoint.source import Checkpoint
 from rkif.files import fsync_file, write_text
 
-# Files that a loader needs beside the weights, and the terms of use.
+# Files that are needed to load the model, beside the weights; and the terms of use.
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".py"}
 _TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _EXCLUDED = ("trainer_state.json", "rkif-manifest.json", "provenance.json")  # records of the base's training
@@ -54,8 +54,10 @@ def write_card(
     """Write README.md: inputs, method, settings, report and digests.
 
     Args:
-        inputs: by argument, "name" and "content_sha256".
-        report: as in the manifest.
+        folder: the output's folder.
+        base: the checkpoint whose license is repeated.
+        inputs: argument -> "name" and "content_sha256".
+        method, settings, report: as in the manifest.
         content: digest of the output's tensors.
     """
     models = [facts["name"] for argument, facts in inputs.items() if not argument.startswith("--")]
@@ -107,7 +109,7 @@ The tensors have the SHA-256 `{content}`; `rkif verify` checks all files against
 
 
 def selections(report: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """Who selects an element, and how many elements; of any number of models but two, without empty rows."""
+    """Pairs (selected by, number of elements). Except for two models, pairs without elements are left out."""
     counts: dict[str, int] = report["counts"]
     if "all" in counts:
         return [("all checkpoints", counts["all"])]
@@ -135,7 +137,7 @@ def _license(base: Checkpoint) -> str | None:
     card = base.path / "README.md"
     if base.folder is None or not card.exists():
         return None
-    from huggingface_hub import ModelCard  # takes 0.2 s: only for bases that have a card
+    from huggingface_hub import ModelCard  # slow to import: only for bases that have a card
 
     try:
         license_name = ModelCard.load(card).data.to_dict().get("license")

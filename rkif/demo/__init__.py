@@ -19,7 +19,7 @@ from rkif.files import write_text
 
 COMPARED = ("sequential", "replay", "recurrent_kif")
 CONFIG = """\
-# The demo, as `rkif run` reads it. All parameters are trained: the model starts from random weights.
+# A config of `rkif run`. All parameters are trained, because the model starts from random weights.
 model: model
 adapter: null
 tasks: {folder: tasks, order: demo}
@@ -30,13 +30,13 @@ outer: {learning_rate: 3.0e-3, batch_size: 16}
 memory: {fraction: 0.02}
 evaluation: {scoring: likelihood, batch_size: 50}
 snapshots: {budget: 40MB}  # states to roll back to, 3.6 MB each: 11 of the 60 rounds
-threads: 1  # a model this small is no faster on more
+threads: 1  # more threads are not faster for a model of this size
 seed: 1
 """
 
 
 def demo(out: Path, *, resume: bool, console: Console) -> list[dict[str, Any]]:
-    """Write a model, tasks and a config into ``out``; run three methods; show their metrics.
+    """Write a model, tasks and a config to ``out``, run three methods, and show their metrics.
 
     Returns:
         The metrics of the runs in ``out/<method>``.

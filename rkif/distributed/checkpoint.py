@@ -21,19 +21,19 @@ _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 
 
 def write_state(folder: str | os.PathLike[str], state: Mapping[str, Tensor], processes: ProcessGroup) -> None:
-    """Write tensors, sharded or not, by ``torch.distributed.checkpoint``; all ranks must call.
+    """Write tensors, sharded or not, with ``torch.distributed.checkpoint``; all ranks must call it.
 
-    The folder appears when it is complete, and replaces an earlier one. A kill leaves one of the two.
+    The new folder replaces an earlier one when it is complete. After a kill, one of the two is left.
 
     Raises:
         ValueError: the folder holds other files than a state's, which would be lost.
         OSError, RuntimeError: it could not be written, here or on another rank.
     """
-    # Imported here, because it takes as long as everything else in rkif.
+    # Imported here because it takes as long as all other imports of rkif together.
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    folder = Path(folder).resolve()  # of a link, the target is replaced
+    folder = Path(folder).resolve()  # if it is a link, its target is replaced
     temporary = _beside(folder, "new")
     with processes.raise_on_any_failure():
         if processes.rank == 0:
@@ -58,10 +58,10 @@ def read_state(
     empty_for: Callable[[str, torch.Size, torch.dtype], Tensor],
     processes: ProcessGroup,
 ) -> dict[str, Tensor]:
-    """Read what :func:`write_state` wrote, on any number of ranks; all must call.
+    """Read what :func:`write_state` wrote, on any number of ranks; all must call it.
 
     Args:
-        empty_for: makes a tensor of this name, global shape and dtype to read into, sharded or not.
+        empty_for: (name, global shape, dtype) -> an empty tensor to read into, sharded or not.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -119,14 +119,14 @@ def _require_state(folder: Path) -> None:
 
 
 def _restore(folder: Path) -> None:
-    """Give the old folder its name back, if replacing it was interrupted."""
+    """Rename the old folder back if its replacement was interrupted."""
     old = _beside(folder, "old")
     if old.exists() and not folder.exists():
         os.rename(old, folder)
 
 
 def _beside(folder: Path, kind: str) -> Path:
-    """A folder that is deleted here, so its name must be one that only rkif gives."""
+    """The path of a temporary folder, with a name that only rkif uses: it is deleted without a check."""
     return folder.with_name(f".{folder.name}.rkif-{kind}")
 
 
@@ -135,7 +135,7 @@ def _in_words(what: str) -> Iterator[None]:
     """Replace errors of torch.distributed.checkpoint, which do not derive from Exception and have many lines.
 
     Raises:
-        RuntimeError: instead, with the first cause; also for a damaged file.
+        RuntimeError: in their place, with the first cause; also for a damaged file.
     """
     from torch.distributed.checkpoint.api import CheckpointException
 

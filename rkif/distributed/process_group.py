@@ -1,4 +1,4 @@
-"""Processes that share a model: collectives that notice when another process has failed."""
+"""Processes that share a model, and collectives that detect the failure of another process."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
-# Seconds between two checks of a waiting process whether another has failed.
+# Seconds between two checks of a collective that is under way. Other processes are checked for failures once
+# in the longest pause.
 _FIRST_PAUSE, _LONGEST_PAUSE = 1e-5, 0.05
 
-# Groups made so far, by name. All processes make them in the same order, so the numbers agree.
+# Number of groups made so far, by name. All processes make them in the same order, so the numbers agree.
 _made: Counter[str] = Counter()
 
 
@@ -26,11 +27,11 @@ class RankFailedError(RuntimeError):
 
 
 class ProcessGroup:
-    """The ranks of a ``torch.distributed`` group; without a group, one process, for which nothing is sent.
+    """The ranks of a ``torch.distributed`` group; without a group, one process, which sends nothing.
 
     Args:
-        group: the processes that hold shards or replicas of the parameters.
-        device: where the group's tensors must be for it to send them.
+        group: the processes that hold shards or replicas of the parameters; None for one process.
+        device: the device of tensors that the group's backend can send.
 
     Attributes:
         group: the process group; None for one process.
@@ -71,7 +72,7 @@ class ProcessGroup:
         return torch.cat(parts).to(tensor.device)
 
     def mean(self, figures: Sequence[float]) -> list[float]:
-        """The mean over all ranks of each number; the same on every rank."""
+        """The mean of each number over all ranks; the same on every rank."""
         if self.size == 1:
             return list(figures)
         found: list[float] = (
@@ -81,7 +82,7 @@ class ProcessGroup:
 
     @contextmanager
     def raise_on_any_failure(self) -> Iterator[None]:
-        """A block without communication; if it fails on one rank, it fails on all of them.
+        """Context manager of a block without communication: if it fails on one rank, it fails on all.
 
         Raises:
             RankFailedError: it has failed on another rank.
@@ -111,10 +112,10 @@ class ProcessGroup:
 
     @contextmanager
     def propagate_failure(self) -> Iterator[None]:
-        """A block that communicates, such as training steps. A failure in it is sent to the other ranks.
+        """Context manager of a block that communicates: a failure in it is sent to the other ranks.
 
-        It is written to the store that waiting ranks read; the group cannot be used after that. No process
-        waits here. A failure inside a nested :meth:`raise_on_any_failure` is not told again.
+        It is written to the store that waiting ranks read. The group cannot be used after that. This method
+        itself does not wait. A failure inside a nested :meth:`raise_on_any_failure` is not sent again.
 
         Raises:
             RankFailedError: the block has failed because another rank did.
@@ -133,16 +134,16 @@ class ProcessGroup:
             raise
 
     def check_peers(self) -> None:
-        """Raise if another rank has reported a failure; never waits. For long work without communication.
+        """Check without waiting whether another rank has failed, for long work without communication.
 
         Raises:
-            RankFailedError: it has.
+            RankFailedError: another rank has reported a failure.
         """
         if self.size > 1 and (cause := self._announcement()):
             raise RankFailedError(cause)
 
     def _announcement(self) -> str | None:
-        """The failure that another rank has reported, if any, and if the store can be reached."""
+        """The failure that another rank has reported; None if there is none or the store is unreachable."""
         try:
             store = _get_default_store()
             if self._broken is None and store.check([self._failure]):
@@ -152,7 +153,7 @@ class ProcessGroup:
         return self._broken
 
     def _complete(self, start: Any) -> None:
-        """Run a collective; raises, instead of waiting for ever, if a rank reports a failure."""
+        """Run a collective; if a rank reports a failure, raise instead of waiting forever."""
         if self._broken is not None:
             raise RankFailedError(f"{self._broken}; the ranks cannot continue together")
         try:
@@ -178,7 +179,7 @@ ALONE = ProcessGroup(None, torch.device("cpu"))
 
 @contextmanager
 def launched_processes() -> Iterator[ProcessGroup]:
-    """The processes that torchrun has started, connected over gloo in the block; or this one alone."""
+    """Context manager of the processes that torchrun has started, connected by gloo; or of one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_torchelastic_launched():
         yield ALONE
         return

@@ -1,7 +1,7 @@
 """Parameters that are sharded over processes: the local part of each, and the process that counts it.
 
-Except for the thresholds, the method treats every element alone, so every process works on its own parts.
-Sharded parameters are ``DTensor``: ``fully_shard`` (FSDP2) and tensor parallelism make them. See
+Except for the thresholds, the method processes every element independently, so every process needs only its
+local parts. Sharded parameters are ``DTensor``: ``fully_shard`` (FSDP2) and tensor parallelism make them. See
 docs/guide/distributed.md.
 """
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a ``DTensor``. Without its module, which is slow to import, there is none."""
+    """Whether a tensor is a ``DTensor``. Its module is slow to import; until it is, there are none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def fsdp_units(source: Any) -> list[FSDPModule]:
     """The modules that FSDP2 has sharded: those inside ``source``, or all if it is not a module."""
-    module = sys.modules.get("torch.distributed.fsdp")  # as above
+    module = sys.modules.get("torch.distributed.fsdp")  # not imported here, as in is_dtensor
     if module is None or not dist.is_initialized():
         return []
     inside = source.modules() if isinstance(source, nn.Module) else gc.get_objects()
@@ -44,9 +44,9 @@ def fsdp_units(source: Any) -> list[FSDPModule]:
 
 
 def reshard(units: Iterable[FSDPModule]) -> None:
-    """Let FSDP2 drop gathered parameters, which it keeps after a forward pass without a backward pass.
+    """Free gathered parameters, which FSDP2 keeps after a forward pass without a backward pass.
 
-    Then the modules' parameters are the shards again, and the next forward pass gathers their new values.
+    After that, the modules' parameters are the shards, and the next forward pass gathers their new values.
     """
     for unit in units:
         unit.reshard()
@@ -54,7 +54,7 @@ def reshard(units: Iterable[FSDPModule]) -> None:
 
 @torch.no_grad()
 def to_local(tensor: Tensor) -> Tensor:
-    """The local part of a tensor, not a copy; a plain tensor itself, detached."""
+    """The local part of a sharded tensor, or a plain tensor; detached, not copied."""
     return tensor.to_local() if is_dtensor(tensor) else tensor.detach()
 
 
@@ -68,19 +68,19 @@ def to_local_like(tensor: Tensor, parameter: Tensor) -> Tensor:
         if is_dtensor(tensor):
             if tensor.device_mesh == mesh:
                 return tensor.redistribute(mesh, placements).to_local()
-            tensor = tensor.full_tensor()  # DTensor has no direct way from one mesh to another
+            tensor = tensor.full_tensor()  # DTensor cannot be redistributed from one mesh to another
         return distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()
     return to_whole(tensor)
 
 
 @torch.no_grad()
 def to_whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, gathered by all processes if it is sharded; a plain tensor itself, detached."""
+    """The whole tensor, detached; a sharded one is gathered, for which all processes must call."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor.detach()
 
 
 def to_dtensor_like(part: Tensor, parameter: Tensor) -> Tensor:
-    """A local part as a tensor that is sharded like ``parameter``; unchanged if the parameter is plain."""
+    """A local part as a DTensor that is sharded like ``parameter``; unchanged if the parameter is plain."""
     if not is_dtensor(parameter):
         return part
     from torch.distributed.tensor import DTensor
@@ -96,7 +96,7 @@ def to_dtensor_like(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _counts(parameter: Tensor) -> bool:
-    """Whether this process counts its part of a parameter: of replicas only the first does."""
+    """Whether this process counts its part of a parameter. Of replicas, only the first is counted."""
     if not is_dtensor(parameter):
         return True
     coordinate = parameter.device_mesh.get_coordinate()
@@ -105,22 +105,22 @@ def _counts(parameter: Tensor) -> bool:
 
 
 class ShardedParameters:
-    """A model's parameters as this process sees them: the local parts, and the processes with the others.
+    """The local parts of a model's parameters, and the processes that hold the other parts or replicas.
 
     Args:
-        source: the module or iterable with the parameters; a DDP module knows its replicas.
+        source: the module or iterable with the parameters; replicas are found in a DDP module only.
         parameters: name -> parameter.
 
     Attributes:
-        processes: those that hold the parameters.
+        processes: the processes that hold the parameters.
         sharded: whether the parameters are sharded over them; if not, every process has all.
-        sizes: elements of each parameter, over all processes.
-        owned: indices of the parameters whose parts this process counts; of replicas only the first does.
-        owned_and_others: indices of these, and of all others.
+        sizes: number of elements of each parameter, over all processes.
+        owned: indices of the parameters whose parts this process counts. Of replicas, only the first is.
+        owned_and_others: these indices as a list, and a list of all others.
 
     Raises:
         ValueError: some parameters are sharded and others are not, or over other processes; or a parameter is
-            a sum of parts.
+            a sum of parts (Partial).
     """
 
     def __init__(self, source: Any, parameters: Mapping[str, Tensor]) -> None:
@@ -140,7 +140,7 @@ class ShardedParameters:
         return [to_local(parameter) for parameter in parameters] if self.sharded else parameters
 
     def gradients(self) -> list[Tensor | None]:
-        """The parts' gradients."""
+        """The gradients of the parts; None for a missing one."""
         gradients = [parameter.grad for parameter in self._parameters.values()]
         if not self.sharded:
             return gradients
@@ -150,7 +150,7 @@ class ShardedParameters:
         ]
 
     def invalidate_gathered(self) -> None:
-        """Call after writing to parameters: copies gathered by FSDP2 are stale."""
+        """Free FSDP2's gathered copies, which are out of date after a write to the parameters."""
         reshard(self._units)
 
     def to_dtensors(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -158,11 +158,11 @@ class ShardedParameters:
         return {name: to_dtensor_like(part, self._parameters[name]) for name, part in parts.items()}
 
     def all_reduce_sum(self, sums: Tensor) -> Tensor:
-        """Sums over the parts that are counted here, over all processes."""
+        """Sum over all processes; ``sums`` are those over the parts that this process counts."""
         return self.processes.all_reduce_sum(sums) if self.sharded else sums
 
     def max_over_replicas(self, counts: Tensor) -> Tensor:
-        """Counts by local parts, int64 [n]: the sum over all processes, or the maximum over replicas."""
+        """Combine int64 [n] counts of local parts: the sum over shards, or the maximum over replicas."""
         if self.sharded:
             return self.processes.all_reduce_sum(counts)
         if self.processes.size == 1:
@@ -170,9 +170,9 @@ class ShardedParameters:
         return self.processes.all_gather(counts).view(self.processes.size, -1).amax(0)
 
     def seen_anywhere(self, names: Collection[str]) -> Iterable[tuple[str, int]]:
-        """Pairs of a parameter's name and a number, positive if any process has the name in ``names``.
+        """Pairs of a parameter's name and a count, positive if any process has the name in ``names``.
 
-        Empty for one process whose ``names`` are complete.
+        Empty for one process with all names.
         """
         if self.processes.size == 1 and len(names) == len(self._parameters):
             return ()
@@ -182,7 +182,7 @@ class ShardedParameters:
     def thresholds(
         self, scores: Scores, *, density: float, scope: Scope, indices: Sequence[int] | None = None
     ) -> Tensor:
-        """:func:`rkif_kernels.score_thresholds` over all processes, of all parameters or of some."""
+        """:func:`rkif_kernels.score_thresholds` over all processes, of all parameters or some."""
         if indices is not None:
             scores = scores.subset(indices)
         if not self.sharded:
@@ -200,7 +200,7 @@ class ShardedParameters:
         return sharded_thresholds(counted, sizes, density=density, scope=scope, processes=self.processes)
 
     def require_agreement(self, *settings: Any) -> None:
-        """Refuse ranks with different settings or parameters, which would compute different results or hang.
+        """Check that all ranks have the same settings and parameters; otherwise results differ or ranks hang.
 
         Raises:
             RuntimeError: a rank has other settings or other parameters.
@@ -229,7 +229,7 @@ def _processes_of(source: Any, parameters: Sequence[tuple[str, Tensor]]) -> tupl
         if not is_dtensor(parameter):
             raise ValueError(
                 f"{name!r} is a plain tensor, but {first_name!r} is sharded over processes: "
-                "wrap the root module, too (fully_shard(model))"
+                "wrap the root module as well (fully_shard(model))"
             )
         if sorted(parameter.device_mesh.mesh.flatten().tolist()) != members:
             raise ValueError(f"{name!r} and {first_name!r} are sharded over different processes")

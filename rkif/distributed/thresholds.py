@@ -1,8 +1,8 @@
 """Exact thresholds of scores that are sharded over processes.
 
 A sample from all ranks gives two scores between which the threshold probably lies. Then every rank counts its
-scores in that window, and the counts are summed. Counts are integers, so the thresholds are those of one
-process, bit for bit, however the scores are split. The bytes sent do not grow with the number of scores.
+scores in that window, and the counts are summed. Counts are integers, so the thresholds have the same bits as
+on one process, for every splitting of the scores. The bytes sent do not grow with the number of scores.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import rkif_kernels
 from rkif.distributed.process_group import ProcessGroup
 from rkif_kernels import CountingSearch, CountingSearches, Scope, Scores, bracket, order_statistic_k
 
-# Number of scores that all ranks together send; if there are fewer, all are sent. A quantile is then known to
-# about a thousandth, a window of a few per cent of its value: as many bytes of counts as of samples.
+# Number of scores that all ranks together send as a sample; if there are fewer, all are sent. The standard
+# error of a sample quantile's level is then at most 0.001.
 SAMPLE = 1 << 18
-TENSOR_BINS = 1 << 11  # in a window, if every tensor has a search of its own
+TENSOR_BINS = 1 << 11  # bins of a window under scope="tensor": each tensor has a search of its own
 
 
 def sharded_thresholds(
@@ -30,10 +30,10 @@ def sharded_thresholds(
     """:func:`rkif_kernels.score_thresholds` of scores that are sharded over processes.
 
     Args:
-        scores: the parts that this process counts; tensors may be empty, or all of them.
+        scores: of the parts that this process counts; some or all tensors may be empty.
         sizes: number of elements of each tensor on all ranks together.
         density, scope: as for that function.
-        processes: the processes; all must call.
+        processes: the ranks; all must call it.
 
     Returns:
         float32 [1], or [len(sizes)] under scope="tensor" (inf for an empty tensor), the same on every rank.
@@ -75,6 +75,6 @@ def _of_tensors(scores: Scores, sizes: Sequence[int], density: float, processes:
 def _gathered_sample(
     scores: Scores, step: int, processes: ProcessGroup
 ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    """Every ``step``-th score of each rank; scores that are not positive as zero, as in the counts."""
+    """Every ``step``-th score of each rank; scores that are not positive become 0, as in the counts."""
     sample = processes.all_gather(rkif_kernels.sample_scores(scores, step))
     return torch.where(sample > 0, sample, 0.0).cpu().numpy()

@@ -15,7 +15,7 @@ def packed_masks(scores: Scores, thresholds: Tensor) -> list[Tensor]:
 
     Args:
         scores: importance of some tensors.
-        thresholds: float32 [1], or one for each tensor; -inf selects everything.
+        thresholds: float32 [1], or one for each tensor; -inf selects everything, even NaN.
     """
     limits = thresholds.expand(len(scores.sensitivity)).tolist()
     return [_packed(scores, index, limit) for index, limit in enumerate(limits)]
@@ -40,12 +40,12 @@ _BLOCK = 1 << 20  # elements unpacked at a time, a multiple of 8
 
 
 def unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
-    """The mask as scores: bfloat16 0 and 1, for a threshold of one half."""
+    """The mask as scores of the given shape: bfloat16 0 and 1, for a threshold of 0.5."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed[:, None] >> shifts) & 1
     return bits.view(-1)[: shape.numel()].view(shape).to(torch.bfloat16)
 
 
 def repacked(mask: Tensor) -> Tensor:
-    """A mask of 0 and 1 of any dtype, packed."""
+    """Pack a mask of 0 and 1, of any dtype."""
     return _packed(Scores([mask]), 0, 0.5)

@@ -39,7 +39,7 @@ from rkif.gate import Gate, Gatekeeper
 class Fuser:
     """Measures the importance of trainable parameters for two learners, and fuses their task vectors.
 
-    A round starts from ``base``, the parameters when the fuser was made or last fused::
+    A round starts from ``base``, the parameters at construction or at the end of the last round::
 
         for batch in new_task:                                  # inner learner, Q steps
             loss.backward(); fuser.observe(); optimizer.step(); optimizer.zero_grad()
@@ -47,38 +47,38 @@ class Fuser:
             for batch in memory:
                 loss.backward(); fuser.observe(); outer_optimizer.step(); outer_optimizer.zero_grad()
 
-    Gradients must be those of the optimizer's step: accumulated, unscaled, clipped. Memory beside the model:
-    a copy of the parameters from the start, a second one in the outer phase, a third while they are fused;
-    and S, perhaps U, for either learner. Settings that reduce it: docs/guide/memory.md.
+    Gradients must be those of the optimizer's step: accumulated, unscaled, clipped. Memory in addition to
+    the model: one copy of the parameters in the inner phase, two in the outer phase, three during a fusion;
+    and S, and U if it is used, of each learner. docs/guide/memory.md lists settings that reduce it.
 
-    Wrapped models (DDP, FSDP2's ``fully_shard``, tensor parallelism, ``torch.compile``) are given as they
-    are. Where parameters are sharded over processes, every method but :meth:`observe` must be called by all
+    Wrapped models (DDP, FSDP2's ``fully_shard``, tensor parallelism, ``torch.compile``) are passed as they
+    are. If parameters are sharded over processes, every method except :meth:`observe` must be called by all
     of them; a call that fails on one fails on all, with the cause. See docs/guide/distributed.md.
 
     Args:
-        parameters: a module, or an iterable of (name, parameter); the trainable ones take part. Only in a
-            module is a replaced parameter noticed.
-        config: settings; the default is :class:`FusionConfig`'s.
-        gate: checks every fusion before it is kept; see :mod:`rkif.gate`. After the verdict "undo" or
+        parameters: a module, or an iterable of (name, parameter); the trainable ones take part. A replaced
+            parameter is detected only in a module.
+        config: settings; ``FusionConfig()`` by default.
+        gate: checks every fusion before it is kept; see :class:`rkif.Gate`. After the verdict "undo" or
             "stop", parameters and importance return to the start of the round, which needs a copy of the
             importance. The caller restores the optimizers.
         ledger: a folder for a record of every round (docs/guide/ledger.md): a new one, or that of a fuser
-            whose state is loaded next. A record copies the parameters and both learners' scores for a moment.
+            whose state is loaded next. A record needs temporary copies of parameters and scores.
 
     Attributes:
         config: the settings.
         parameters: name -> trainable parameter.
         sharded: whether they are sharded over processes.
         phase: "inner" or "outer": the learner that trains now.
-        round: rounds that have ended, by a fusion or a rollback.
-        inner_observed, outer_observed: calls of :meth:`observe` in this round.
+        round: number of rounds that have ended, by a fusion or a rollback.
+        inner_observed, outer_observed: number of observed steps of each learner in this round.
         last_report: report of the last fusion, or None.
 
     Raises:
         TypeError, ValueError: nothing is trainable, parameters on several devices, unsupported dtypes, or a
             model that is sharded in a way that hides its gradients (DeepSpeed, FSDP1).
-        RuntimeError: other settings, parameters or another gate than on another rank; or, also when a phase
-            begins or a round ends, an adapter that is merged into its layer (``merge_adapter`` of peft).
+        RuntimeError: settings, parameters or gate differ between ranks; or an adapter is merged into its
+            layer (``merge_adapter`` of peft), which the start of each phase and the end of a round check too.
         ValueError, OSError: ``ledger`` has other files or settings, is damaged, or cannot be written.
     """
 
@@ -117,7 +117,7 @@ class Fuser:
         self._inner: Snapshot | None = None  # the inner learner's result; only in the outer phase
         # With a gate: the importance at the start of the round, unless it is zero then.
         self._start = {name: t.clone() for name, t in self._kept_importance().items() if gate is not None}
-        # Elements with non-finite importance: those that this process counts, and its replicas.
+        # Elements with non-finite importance: of the tensors that this process counts, and of its replicas.
         self._nonfinite = torch.zeros(2, dtype=torch.int64, device=parts[0].device)
         self._counters = torch.split(self._nonfinite, 1)
         self._plan = fusion_plan(self.config, list(self.parameters))
@@ -147,8 +147,8 @@ class Fuser:
     def observe(self) -> None:
         """Update the importance of every parameter from ``parameter.grad``, before the optimizer's step.
 
-        The importance is that of the phase's learner. A missing gradient counts as zero. Elements with
-        non-finite importance are not updated; they are counted.
+        The importance is that of the current phase's learner. A missing gradient counts as zero. Elements
+        with non-finite importance are not updated; they are counted.
 
         Raises:
             RuntimeError: an optimizer with this fuser observes in this phase; no parameter has a gradient;
@@ -161,10 +161,10 @@ class Fuser:
 
         Args:
             observer: the optimizer. A phase has one observer, because two would count every step twice.
-            update: called as :meth:`Importance.update` is, in its place; it may write to the parameters.
+            update: called like :meth:`Importance.update`, in its place; it may write to the parameters.
 
         Raises:
-            RuntimeError: another observer has observed in this phase, or as :meth:`observe`.
+            RuntimeError: another observer has observed in this phase; or as in :meth:`observe`.
         """
         if self._observer not in (None, id(observer)):
             raise RuntimeError(
@@ -192,7 +192,7 @@ class Fuser:
 
         Raises:
             RuntimeError: the outer phase has begun already; a parameter or the layer that holds it was
-                replaced, or has another dtype, shape or device; another parameter is trainable now; or a CUDA
+                replaced, or has another dtype, shape or device; other parameters are trainable now; or a CUDA
                 graph is being captured.
             ValueError: the memory of a parameter is freed, or shared with another one.
         """
@@ -212,12 +212,11 @@ class Fuser:
         """End the round: replace the parameters by the fusion, which is the next round's ``base``.
 
         Raises:
-            RuntimeError: not in the outer phase, a learner was never observed, a non-finite importance was
-                seen and the config says "raise", or a CUDA graph is being captured or a parameter was
-                replaced, as in :meth:`begin_outer`.
-            ValueError: a parameter had no gradient in any step of the round, and the config says "raise"; or
-                the ledger is not that of this fuser's rounds. After an error so far, parameters, importance
-                and the round are unchanged; :meth:`rollback` abandons the round.
+            RuntimeError: the outer phase has not begun; a learner was never observed; an importance was not
+                finite (``nonfinite="raise"``); or another cause, as in :meth:`begin_outer`.
+            ValueError: a parameter had no gradient in any step of the round (``missing="raise"``); or the
+                ledger is not that of this fuser's rounds. After these errors, parameters, importance and
+                round are unchanged; :meth:`rollback` abandons the round.
             OSError: the round has ended, but its record cannot be written to the ledger. The end of the next
                 round writes it first.
         """
@@ -231,10 +230,10 @@ class Fuser:
 
     @contextmanager
     def outer(self) -> Iterator[Fuser]:
-        """The outer phase as a block; leaving it fuses.
+        """Context manager of the outer phase: entering calls :meth:`begin_outer`, leaving :meth:`fuse`.
 
-        An exception in the block leaves the round as it is. Other ranks, which may be waiting for this one,
-        fail with it.
+        If the block raises, nothing is fused and the outer phase continues. The exception is raised on the
+        other ranks too, which may be waiting for this one.
         """
         self.begin_outer()
         with self._shards.processes.propagate_failure():
@@ -247,13 +246,16 @@ class Fuser:
         """Abandon the round: the parameters return to ``base``, bit for bit, and a new round begins.
 
         The outer importance keeps this round's steps, as after a fusion, unless the config clears it.
+
+        Raises:
+            RuntimeError, ValueError, OSError: an adapter is merged, or the ledger cannot record the round.
         """
         self._watch.require_unmerged()
         restore(self._shards, self._base)
         self._end_round()
 
     def scores(self, learner: Learner) -> dict[str, Tensor]:
-        """Name -> importance scores so far: float32 copies of the parameters' shapes, sharded as they are.
+        """Name -> importance scores so far: float32 copies of the parameters' shapes, sharded like them.
 
         Raises:
             ValueError: ``learner`` is neither "inner" nor "outer".
@@ -266,7 +268,7 @@ class Fuser:
         return self._shards.to_dtensors(self._importance[learner].score_copies())
 
     def base(self) -> dict[str, Tensor]:
-        """Name -> the parameters at the start of the round, as copies, sharded as they are."""
+        """Name -> copy of the parameter at the start of the round, in its dtype, sharded like it."""
         copies = [torch.empty_like(part) for part in self._shards.parts()]
         self._base.copy_to(copies)
         return self._shards.to_dtensors(dict(zip(self.parameters, copies, strict=True)))
@@ -275,7 +277,7 @@ class Fuser:
         """The state to resume from, at any point of a round. The parameters are not part of it.
 
         Returns:
-            A flat dict of tensors that share no memory, as safetensors requires. Tensors of the parameters'
+            Name -> tensor. They are copies and share no memory, as safetensors requires. Those of parameters'
             shapes are sharded like the parameters, as ``torch.distributed.checkpoint`` requires.
         """
         return state_of(self)
@@ -287,6 +289,7 @@ class Fuser:
         Tensors may be whole or sharded in any way; every process takes its part.
 
         Raises:
+            TypeError: a value is not a tensor.
             ValueError: names, shapes or dtypes differ from this fuser's. Nothing has been changed then.
         """
         load_state(self, state)
@@ -303,7 +306,7 @@ class Fuser:
         write(self, folder, self.state_dict())
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        """Resume from what :meth:`save` wrote, on any number of processes.
+        """Resume from a folder that :meth:`save` wrote, on any number of processes.
 
         Raises:
             FileNotFoundError, RuntimeError: it could not be read.
@@ -312,7 +315,7 @@ class Fuser:
         self.load_state_dict(read(self, folder))
 
     def _kept_importance(self) -> dict[str, Tensor]:
-        """The importance that outlives a round, not copies."""
+        """The importance that is kept from round to round, not copied."""
         cleared = {"inner": self.config.clear_inner, "outer": self.config.clear_outer}
         return {
             f"{learner}_importance.{name}": tensor
@@ -326,7 +329,7 @@ class Fuser:
 
     def _finish_round(self) -> FusionReport:
         """Fuse, let the gate judge, and make the result the next round's base."""
-        # Into separate memory, which becomes the next base, so one pass over memory is enough.
+        # The result is written to separate memory, which becomes the next base: one pass over memory.
         with self._shards.processes.raise_on_any_failure():
             fused = self._snapshot(self._base_dtypes)
         with self._snapshots.put_back_on_failure(fused):
@@ -353,7 +356,7 @@ class Fuser:
         return replace(report, norms=norms, gate=verdict)
 
     def _undo_importance(self) -> None:
-        """Return to the round's start: importance that was kept from its copy, the other to zero."""
+        """Restore the kept importance of the round's start; the end of the round clears the other."""
         kept = self._kept_importance()
         for name, tensor in self._start.items():
             kept[name].copy_(tensor)

@@ -17,13 +17,14 @@ def take_gated_step(
 ) -> GateReport:
     """Let the gate decide which fraction of the step from ``base`` to ``fused`` is taken.
 
+    If a criterion raises, the parameters and the gatekeeper are as before the call.
+
     Args:
         gatekeeper: tries fractions, and measures the criteria at each.
-        shards: the parameters; mutated: they end as ``base + factor * (fused - base)``, formed in float32.
+        shards: the parameters; mutated: they end as ``base + factor * (fused - base)``, computed in float32.
         base: the parameters at the round's start.
         fused: the fusion's result; mutated if the factor is neither 0 nor 1: it is the damped result then.
-        outer: the outer learner's result. If a criterion raises, the parameters and the
-            gatekeeper are as before the call.
+        outer: the outer learner's result.
     """
     parts = [part.detach() for part in shards.parts()]
 

@@ -34,8 +34,9 @@ def grouped_fusion(
 
         ``base + (w_in*(inner - start) + w_out*(outer - inner))``
 
-    formed as ``((start + w_in*(inner - start)) + w_out*(outer - inner)) + (base - start)`` in float32. So an
-    element that neither learner changes keeps its master, and rounding errors do not add up over rounds.
+    computed as ``((start + w_in*(inner - start)) + w_out*(outer - inner)) + (base - start)`` in float32. So
+    an element that neither learner changes keeps its master, and rounding errors do not accumulate over
+    rounds.
 
     Args:
         fused: mutated, of base's shapes and dtypes.
@@ -44,7 +45,7 @@ def grouped_fusion(
         weights: of the four cases, see :func:`rkif_kernels.fuse_`.
         owned: indices of the tensors that this process counts.
         missing: indices of the tensors that take no part; they keep their values in ``outer``.
-        names: for errors.
+        names: of all parameters, for errors.
 
     Returns:
         Counts and squared norms of the tensors that this process counts, and the thresholds.
@@ -88,7 +89,7 @@ def grouped_fusion(
                 out[place].copy_(ends[place])
         for result, master, start in zip(out, masters, starts, strict=True):
             if master.dtype != start.dtype:
-                result.add_(master - start)  # in float32: the narrower one is widened
+                result.add_(master - start)  # in float32, to which the 16-bit start is promoted
         fused.copy_from(indices, out)
     return FuseStats(counts, squared_norms, thresholds)
 

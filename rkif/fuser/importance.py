@@ -14,7 +14,7 @@ from rkif.fuser.bitmask import packed_masks, repacked, unpacked
 from rkif.fuser.parameters import arena
 from rkif_kernels import ImportancePlan, Scores, Smoothing, Views
 
-_PLANS = 2  # that are kept
+_PLANS = 2  # plans that are kept: see Importance._plans
 
 
 class Importance:
@@ -24,7 +24,11 @@ class Importance:
     replace the scores (:meth:`pack`) until they are cleared.
 
     Args:
-        tensors: name -> the parameter, or the part of it that lies in this process.
+        tensors: name -> parameter, or the shard of it in this process; gives shapes and device.
+        config: the settings.
+
+    Attributes:
+        thresholds: those of the mask; None unless the scores are packed.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], config: FusionConfig) -> None:
@@ -35,7 +39,7 @@ class Importance:
         self._device = next(iter(tensors.values())).device
         self._views: dict[str, Views] = {}
         self._packed: list[Tensor] = []
-        # By the address of the counter: those of the tensors that this process counts, and of its replicas.
+        # Address of the counter -> indices and plan: for tensors that this process counts, and for replicas.
         self._plans: dict[int, tuple[Sequence[int] | None, ImportancePlan]] = {}
         self.thresholds: Tensor | None = None
         self.clear()
@@ -49,13 +53,14 @@ class Importance:
         *,
         frozen: bool = False,
     ) -> None:
-        """Update by one step, from the weights before it and its gradients (None is zero).
+        """Update by one step.
 
         Args:
-            parameters, gradients: all of them.
-            nonfinite: see :func:`rkif_kernels.update_importance_`.
+            parameters, gradients: of all tensors, before the optimizer's step. A gradient that is None counts
+                as zero.
+            nonfinite: int64 [1], mutated: elements whose importance is not finite are added to it.
             indices: which tensors to update; all by default.
-            frozen: leave the importance as it is, and only count what is not finite.
+            frozen: leave the importance as it is, and only count elements that are not finite.
         """
         planned, plan = self._plans.get(nonfinite.data_ptr(), (None, None))
         if plan is None or planned != indices:
@@ -79,7 +84,7 @@ class Importance:
         )
 
     def update_arguments(self, indices: Sequence[int], *, frozen: bool = False) -> dict[str, Any]:
-        """The keyword arguments of every operation that updates the importance of some tensors."""
+        """The keyword arguments with which an operation updates the importance of some tensors."""
         smoothing = self._smoothing.frozen if frozen else self._smoothing
         states = {part: [views[index] for index in indices] for part, views in self._views.items()}
         names = [self._names[index] for index in indices]
@@ -135,7 +140,7 @@ class Importance:
         return dict(zip(self._names, copies, strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The key "part.name" -> the state itself, not a copy; a packed mask as a copy, bytes 0 and 1."""
+        """Key "part.name" -> the state itself, not a copy. A packed mask is unpacked: uint8 0 and 1."""
         if self.packed:
             rows = zip(self._names, self._packed, self._shapes, strict=True)
             return {f"mask.{name}": unpacked(bits, shape).to(torch.uint8) for name, bits, shape in rows}
@@ -146,7 +151,7 @@ class Importance:
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor], thresholds: Tensor | None = None) -> None:
-        """Load what :meth:`tensors` returned; with thresholds, a packed mask."""
+        """Load what :meth:`tensors` returned: a packed mask if ``thresholds`` are given, else the scores."""
         if thresholds is not None:
             self._packed = [repacked(tensors[f"mask.{name}"]) for name in self._names]
             self.thresholds = thresholds

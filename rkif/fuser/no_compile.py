@@ -13,9 +13,9 @@ R = TypeVar("R")
 
 
 def uncompiled(method: Callable[P, R]) -> Callable[P, R]:
-    """The method, which torch.compile does not trace: a call breaks the graph.
+    """Decorate a method that torch.compile must not trace: a call breaks the graph.
 
-    ``torch.compiler.disable`` would do the same, but imports the compiler.
+    ``torch.compiler.disable`` does the same, but its use in a module would import the compiler.
     """
 
     @functools.wraps(method)

@@ -1,4 +1,4 @@
-"""The steps of a round that were observed, also those that CUDA graphs have replayed."""
+"""Counts of the observed steps of a round, including those that CUDA graphs have replayed."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ Learner = Literal["inner", "outer"]
 class ObservedSteps:
     """How often each learner was observed in a round, and which parameters had a gradient.
 
-    A capture runs nothing, and a replay runs no Python. So captured steps are counted on the device, by their
-    replays. Which parameters have a gradient is known since the capture.
+    A capture executes nothing, and a replay executes no Python. So a captured step increments a counter on
+    the device at each replay. Which parameters have a gradient is recorded during the capture.
 
     Args:
         device: of the parameters.
 
     Attributes:
         counts: learner -> observed steps of the round.
-        with_gradient: names of the parameters that had a gradient in one of them. Both are without the
-            replays since the last :meth:`add_replayed`.
+        with_gradient: names of the parameters that had a gradient in one of these steps. Neither attribute
+            includes replays since the last :meth:`add_replayed`.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.counts: dict[Learner, int] = {"inner": 0, "outer": 0}
         self.with_gradient: set[str] = set()
         self._replayed = torch.zeros(2, dtype=torch.int64, device=device)  # in the order of the counts
-        self._captured: dict[Learner, set[str]] = {}  # like with_gradient, of all captured steps
+        self._captured: dict[Learner, set[str]] = {}  # with_gradient of all captured steps
 
     def add(self, learner: Learner, names: Collection[str], gradients: Sequence[object]) -> None:
         """Count a step.
@@ -50,7 +50,7 @@ class ObservedSteps:
             seen.update(name for name, gradient in pairs if gradient is not None)
 
     def add_replayed(self) -> None:
-        """Add the replayed steps to the attributes. It waits for the device if a step was ever captured."""
+        """Add the replayed steps to the attributes. Waits for the device if a step was ever captured."""
         if not self._captured or capturing(self._replayed.device):
             return
         for learner, replayed in zip(list(self.counts), self._replayed.tolist(), strict=True):

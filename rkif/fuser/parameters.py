@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rkif.distributed.shards import fsdp_units, is_dtensor, reshard, to_local
 from rkif_kernels import Arguments, Views, require_disjoint
 
-# Wrappers of submodules that show in the names of parameters.
+# Wrappers of submodules, whose attribute is a part of parameters' names.
 _INSIDE = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
 
 
@@ -101,7 +101,7 @@ def _refuse_flat(module: nn.Module) -> None:
 
 
 def _refuse_zero(name: str, parameter: Tensor) -> None:
-    # What ZeRO leaves on a parameter: stage 3's number, and the link to the float32 master of stages 1 to 3.
+    # ZeRO sets these attributes: an id (stage 3), and the link to the float32 master (stages 1 to 3).
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         _refuse_deepspeed(f"the parameter {name!r}")
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def fusion_plan(config: FusionConfig, names: list[str]) -> FusionPlan:
-    """What every round on one device in one dtype fuses by."""
+    """The plan of all fusions whose parameters are on one device, in one dtype and not sharded."""
     return FusionPlan(
         density=config.density,
         scope=config.scope,
@@ -51,7 +51,10 @@ def require_inner_phase(fuser: Fuser) -> None:
 
 
 def require_complete(fuser: Fuser) -> int:
-    """Check that the round under way can be fused; the number of elements whose importance was not finite.
+    """Check that the current round can be fused.
+
+    Returns:
+        The number of elements whose importance was not finite in some step.
 
     Raises:
         RuntimeError, ValueError: see :meth:`rkif.Fuser.fuse`.
@@ -96,10 +99,10 @@ def _require_no_capture(fuser: Fuser, method: str) -> None:
 
 
 def fuse_round(fuser: Fuser, fused: Snapshot) -> FusionReport:
-    """Write the fusion of the round under way into ``fused``; parameters and importance stay as they are.
+    """Write the fusion of the current round into ``fused``; parameters and importance are unchanged.
 
-    One pass over memory where everything takes part and lies on one device in one dtype; else thresholds over
-    all processes first, and then the fusion, group by group.
+    Without shards, offloading, masks, float32 masters and missing gradients, one pass over memory is enough.
+    Otherwise the thresholds over all processes are found first, and then the tensors are fused in groups.
     """
     assert fuser._inner is not None
     shards = fuser._shards
@@ -139,16 +142,16 @@ def fuse_round(fuser: Fuser, fused: Snapshot) -> FusionReport:
 
 
 def skip_round(fuser: Fuser, nonfinite: int) -> FusionReport:
-    """Return the parameters to ``base`` because of non-finite importance; the report of that."""
+    """Return the parameters to ``base`` because of non-finite importance; the result is the report."""
     restore(fuser._shards, fuser._base)
     numel = sum(fuser._shards.sizes)
     return skipped_report(list(fuser.parameters), numel, nonfinite, fuser.config.scope)
 
 
 def learner_thresholds(fuser: Fuser, learner: Learner, missing: Collection[int] = ()) -> Tensor:
-    """The threshold of a learner's scores over all processes: one, or one for each parameter.
+    """The exact thresholds of a learner's scores over all processes: float32 [1], or one per parameter.
 
-    The scores of ``missing`` parameters do not count. A threshold of their own is infinite.
+    The scores of ``missing`` parameters do not count. Under scope="tensor" their thresholds are infinite.
     """
     scores = fuser._importance[learner].scores
     settings: dict[str, Any] = {"density": fuser.config.density, "scope": fuser.config.scope}

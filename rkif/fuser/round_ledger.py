@@ -35,7 +35,7 @@ R = TypeVar("R")
 
 
 def recorded(end_round: Callable[[Fuser], R]) -> Callable[[Fuser], R]:
-    """Let a method of a fuser that ends the round record it, where the fuser has a ledger."""
+    """Decorate a method of a fuser that ends the round: with a ledger, the round is recorded."""
 
     @wraps(end_round)
     def ending(fuser: Fuser) -> R:
@@ -43,7 +43,7 @@ def recorded(end_round: Callable[[Fuser], R]) -> Callable[[Fuser], R]:
             return end_round(fuser)
         start = fuser._ledger.begin_record()
         result = end_round(fuser)
-        report: Any = result  # None: the round was abandoned
+        report: Any = result  # None after a rollback
         if report is None:
             numel = sum(fuser._shards.sizes)
             report = skipped_report(list(fuser.parameters), numel, 0, fuser.config.scope)
@@ -54,7 +54,7 @@ def recorded(end_round: Callable[[Fuser], R]) -> Callable[[Fuser], R]:
 
 
 class RoundStart(NamedTuple):
-    """What a record needs of the time before its round ends: copies, sharded as the parameters are."""
+    """Copies of what a round's record needs and the end of the round overwrites, sharded like parameters."""
 
     base: dict[str, Tensor]
     digest: str  # of the base
@@ -66,15 +66,15 @@ class RoundStart(NamedTuple):
 class RoundLedger:
     """Writes ``ledger.jsonl`` as ``rkif run`` does, and the fuser's settings to ``config.yaml`` beside it.
 
-    A fuser knows neither tasks nor the ids of samples, so records have none. Over several processes the first
-    one writes.
+    Records have neither tasks nor ids of samples, because a fuser does not have them. With several processes,
+    the first one writes.
 
     Args:
         folder: a new or empty folder, or that of a fuser with the same settings, whose state is loaded next.
-        fuser: whose rounds are recorded. Its record of the start is written here.
+        fuser: the fuser whose rounds are recorded. The ledger's first record is written at once.
 
     Raises:
-        ValueError: the folder holds other files, or the ledger of other settings; or the settings give up
+        ValueError: the folder holds other files, or the ledger of other settings; or the settings discard
             scores that records need (``pack_inner``).
         LedgerError: the ledger's chain is broken.
         OSError: the folder cannot be written.
@@ -87,9 +87,9 @@ class RoundLedger:
         self._fuser = fuser
         self._ledger: Ledger | None = None
         self._valid: list[LedgerRecord] = []  # the first record, and rounds that were not rolled back
-        self._unwritten: list[dict[str, Any]] = []  # of a round that has ended
+        self._unwritten: list[dict[str, Any]] = []  # records of a round that has ended
         writes = fuser._shards.processes.rank == 0
-        self._measures = writes or fuser._shards.sharded  # the parts of sharded tensors are gathered by all
+        self._measures = writes or fuser._shards.sharded  # all processes take part in gathering shards
         digest = parameter_digest(_whole(fuser.parameters)) if self._measures else ""
         with fuser._shards.processes.raise_on_any_failure():
             if writes:
@@ -99,16 +99,17 @@ class RoundLedger:
         values = _settings(self._fuser)
         settings, path = _text(values), folder / "config.yaml"
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"ledger={str(folder)!r} must be a folder, and is a file")
+            raise ValueError(f"ledger={str(folder)!r} must be a folder, not a file")
         folder.mkdir(parents=True, exist_ok=True)
-        if {entry.name for entry in folder.iterdir()} <= {f"{path.name}.tmp"}:  # which a kill can leave
+        # A killed process can leave the temporary file.
+        if {entry.name for entry in folder.iterdir()} <= {f"{path.name}.tmp"}:
             write_text(path, settings)
         elif not path.is_file():
             raise ValueError(f"ledger={str(folder)!r} is not empty and does not hold a ledger")
         elif (stored := read_text(path)) != settings:
-            values["fusion"].pop("missing", None)  # ledgers are older than this setting
+            values["fusion"].pop("missing", None)  # older ledgers do not have this setting
             if stored != _text(values):
-                raise ValueError(f"ledger={str(folder)!r} is of other settings: see {path}")
+                raise ValueError(f"ledger={str(folder)!r} was written with other settings: see {path}")
             settings = stored
         self._identity = {"config": hashlib.sha256(settings.encode()).hexdigest()}
         ledger = Ledger(folder / LEDGER)
@@ -118,7 +119,7 @@ class RoundLedger:
         return ledger
 
     def require_position(self) -> None:
-        """Check that the ledger ends where the fuser's rounds do, or later if the fuser's state was loaded.
+        """Check that the ledger has as many rounds as the fuser, or more if the fuser's state was loaded.
 
         Raises:
             LedgerError: the ledger has rounds of another fuser, or lacks rounds of this one.
@@ -134,12 +135,12 @@ class RoundLedger:
                 )
 
     def begin_record(self) -> RoundStart | None:
-        """Copy what the record of the round under way needs; nothing on a process that only waits.
+        """Copy what the record of the current round needs; None on a process that takes no part in it.
 
         Raises:
-            LedgerError: as :meth:`require_position`; another process has written to the ledger; or the round
-                began with other parameters than the ledger has for the round before.
-            OSError: the record of the round before could not be written, and still cannot be.
+            LedgerError: as in :meth:`require_position`; another process has written to the ledger; or the
+                round began with other parameters than the previous round ended with in the ledger.
+            OSError: the record of the previous round could not be written, and still cannot be.
         """
         self.require_position()
         fuser = self._fuser
@@ -161,7 +162,7 @@ class RoundLedger:
         return RoundStart(base, digest, *scores, fuser.inner_observed)
 
     def end_record(self, start: RoundStart | None, report: FusionReport) -> None:
-        """Append the record of the round that has ended, and of a return to an earlier state before it.
+        """Append the record of the ended round; before it, that of a return to an earlier state, if any.
 
         Raises:
             OSError, LedgerError: it cannot be written. :meth:`begin_record` of the next round tries again.
@@ -190,7 +191,7 @@ class RoundLedger:
             self._write()
 
     def _write(self) -> None:
-        """Write what is unwritten. What cannot be written remains unwritten."""
+        """Write the unwritten records. Those that cannot be written are kept for the next attempt."""
         while self._unwritten and self._ledger is not None:
             record = self._ledger.append(self._unwritten[0])
             del self._unwritten[0]

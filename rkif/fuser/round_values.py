@@ -34,7 +34,7 @@ def round_values(report: FusionReport, gate: Gate | None) -> dict[str, float]:
 
 
 def _ends(threshold: Thresholds) -> dict[str, float]:
-    """A threshold, or the smallest and the largest of those of the tensors that took part."""
+    """Suffix of the name -> threshold: one for all, or the smallest and the largest of the tensors'."""
     if not isinstance(threshold, dict):
         return {"": threshold}
     finite = [value for value in threshold.values() if math.isfinite(value)]

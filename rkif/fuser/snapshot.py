@@ -13,17 +13,17 @@ from torch import Tensor
 from rkif.fuser.parameters import aligned_starts
 from rkif_kernels import Views
 
-# Elements that are in flight between host and device at a time, unless one tensor has more: 64 MiB of float32
-# take a millisecond to copy, long against a launch and short against memory.
+# Elements that are copied between host and device at a time, unless one tensor has more. 64 MiB of float32
+# take about a millisecond, which is long compared with a launch, and are a small part of a device's memory.
 GROUP_NUMEL = 1 << 24
-# Up to so many bytes a snapshot keeps its memory while it is not in use: an adapter does, a whole model not.
+# A snapshot of at most so many bytes keeps its memory while it is not in use: that of an adapter is smaller.
 KEPT_BYTES = 1 << 27
 
 Held = TypeVar("Held", bound="Snapshot | None")
 
 
 def groups(sizes: Sequence[int]) -> list[range]:
-    """Indices of neighbouring tensors: at most GROUP_NUMEL elements a group, or one tensor and empty ones."""
+    """Group consecutive tensors: at most GROUP_NUMEL elements per group, or only one tensor with elements."""
     starts, held = [0], 0
     for index, size in enumerate(sizes):
         if held and held + size > GROUP_NUMEL:
@@ -34,44 +34,45 @@ def groups(sizes: Sequence[int]) -> list[range]:
 
 
 def keeps_memory(size: float) -> bool:
-    """Whether a snapshot of so many bytes has its memory in every phase."""
+    """Whether a snapshot of ``size`` bytes keeps its memory in every phase."""
     return size <= KEPT_BYTES
 
 
 class Snapshot:
-    """A copy of each of some tensors, in few pieces of memory; uninitialised at first.
+    """Copies of a list of tensors, in few allocations; uninitialised at first.
 
     Args:
         like: the tensors, which give shapes and device.
-        dtypes: of the copies, one a tensor.
-        offload: keep them in host memory; pinned where the tensors are on a GPU, and then copied on a
-            stream of their own.
+        dtypes: dtypes of the copies, one per tensor.
+        offload: keep the copies in host memory. If the tensors are on a GPU, this memory is pinned, and a
+            separate stream copies to it.
 
     Attributes:
         tensors: the copies.
-        device, dtypes: of the tensors that were copied, and of the copies.
-        offloaded: whether the copies are on another device than these.
+        device: device of the tensors that are copied.
+        dtypes: dtypes of the copies.
+        offloaded: whether the copies are on another device than the tensors.
     """
 
     def __init__(self, like: Sequence[Tensor], dtypes: Sequence[torch.dtype], *, offload: bool) -> None:
         self.device, self.dtypes = like[0].device, list(dtypes)
         self.offloaded = offload and self.device.type == "cuda"
         device = torch.device("cpu") if offload else self.device
-        with torch.inference_mode(False):  # whatever the caller's mode is, later rounds write to them
+        with torch.inference_mode(False):  # later rounds write to the copies outside of inference mode
             self._arenas, self.tensors = _arenas(like, dtypes, device, pin_memory=self.offloaded)
         self._stream: Any = torch.cuda.Stream(self.device) if self.offloaded else None  # type: ignore[no-untyped-call]
 
     def free(self) -> None:
-        """Give the memory back until :meth:`allocate`.
+        """Free the memory until :meth:`allocate`.
 
-        Small memory stays, so that copies take turns in few places, which a fusion knows again. Pinned memory
-        stays because it is slow to get.
+        Small memory is kept, so that the copies of all rounds have few addresses, which a fusion plan
+        recognises. Pinned memory is kept because its allocation is slow.
         """
         if not keeps_memory(sum(arena.nbytes for arena in self._arenas)):
             self._resize(0)
 
     def allocate(self) -> None:
-        """Take memory again, uninitialised, where :meth:`free` has given it back."""
+        """Allocate the memory that :meth:`free` has freed, uninitialised."""
         self._resize(1)
 
     def _resize(self, share: int) -> None:
@@ -87,7 +88,7 @@ class Snapshot:
 
     @torch.no_grad()
     def copy_from(self, indices: Iterable[int], values: Sequence[Tensor]) -> None:
-        """Copy values, which are on the tensors' device and must not change before :meth:`wait_stream`."""
+        """Copy ``values`` from the tensors' device; they must not change before :meth:`wait_stream`."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
@@ -120,7 +121,7 @@ class Snapshot:
 
 
 class SnapshotPool:
-    """Snapshots of the same tensors that take turns; one that is put back keeps its views, not its memory."""
+    """Reuses snapshots of the same tensors. One that is put back keeps its views, but not large memory."""
 
     def __init__(self, *, offload: bool) -> None:
         self._offload = offload
@@ -143,7 +144,7 @@ class SnapshotPool:
 
     @contextmanager
     def put_back_on_failure(self, snapshot: Snapshot) -> Iterator[None]:
-        """Put a snapshot back if the block raises: a fusion that knows its tensors keeps them alive."""
+        """Put a snapshot back if the block raises, because a fusion plan can keep its tensors alive."""
         try:
             yield
         except BaseException:
@@ -151,7 +152,7 @@ class SnapshotPool:
             raise
 
     def put_back(self, snapshot: Snapshot) -> None:
-        """Give a snapshot's memory back. Whoever holds its tensors must not use them any more."""
+        """Free a snapshot for the next :meth:`take`. Its tensors must not be used any more."""
         snapshot.free()
         self._free.append(snapshot)
 
@@ -163,7 +164,7 @@ class SnapshotPool:
 
 
 def iter_groups(snapshots: Sequence[Snapshot]) -> Iterator[tuple[range, list[list[Tensor]]]]:
-    """Yield a group's indices and each snapshot's tensors, on the device; the next is being copied."""
+    """Yield each group's indices and the snapshots' tensors on the device; the next group is being copied."""
     indices = groups([tensor.numel() for tensor in snapshots[0].tensors])
     offloaded = [snapshot for snapshot in snapshots if snapshot.offloaded]
     if not offloaded:
@@ -201,8 +202,8 @@ def _arenas(
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
     """Flat tensors, and dense views of them, each of which starts on a 64-byte boundary.
 
-    Small memory is one flat tensor for each dtype. Large memory comes in pieces: an allocator that has split
-    a large free block has no place for the whole, and pinned memory is rounded up to a power of two.
+    Small memory is one flat tensor for each dtype. Large memory is allocated in groups: the allocator may
+    have no free block for the whole, and the size of pinned memory is rounded up to a power of two.
     """
     sizes = [tensor.numel() for tensor in like]
     total = sum(size * dtype.itemsize for size, dtype in zip(sizes, dtypes, strict=True))

@@ -74,7 +74,7 @@ def load_state(fuser: Fuser, state: Mapping[str, Tensor]) -> None:
     others = {"gate.counters", "gate.known"} if fuser._gatekeeper is not None else set()
     others |= {"inner_thresholds"} if packed else set()
     for name in sorted(set(state) - scalars ^ (set(expected) | others)):
-        which = "has, unlike this fuser," if name in state else "lacks"
+        which = "lacks" if name not in state else "has an entry that this fuser does not have:"
         raise ValueError(f"the state {which} {name!r}")
     for name, dtype in expected.items():
         given, shape = state[name], _parameter_of(fuser, name).shape
@@ -121,12 +121,12 @@ def load_state(fuser: Fuser, state: Mapping[str, Tensor]) -> None:
 
 
 def write(fuser: Fuser, folder: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
-    """Write tensors, those of :func:`state_of` and others, into a folder together with all processes."""
+    """Write tensors, those of :func:`state_of` and others, to a folder; all processes must call it."""
     write_state(folder, state, fuser._shards.processes)
 
 
 def read(fuser: Fuser, folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read what :func:`write` wrote. A tensor whose name ends with a parameter's is sharded like it."""
+    """Read what :func:`write` wrote. A tensor whose name ends in a parameter's name is sharded like it."""
 
     def empty_for(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         for parameter_name, parameter in fuser.parameters.items():
@@ -138,7 +138,7 @@ def read(fuser: Fuser, folder: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _tensors(fuser: Fuser) -> dict[str, Tensor]:
-    """The tensors of the state that have parameters' shapes, by name; only packed masks are copies."""
+    """Name -> tensor of the state that has a parameter's shape; only packed masks are copies."""
     snapshots = {"base": fuser._base} | ({} if fuser._inner is None else {"inner": fuser._inner})
     sections = {
         kind: dict(zip(fuser.parameters, snapshot.tensors, strict=True))

@@ -9,11 +9,11 @@ T = TypeVar("T")
 
 
 def flatten(sections: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
-    """Section -> name -> value, as one mapping "section.name" -> value."""
+    """Convert section -> name -> value to one mapping "section.name" -> value."""
     return {f"{prefix}.{name}": value for prefix, part in sections.items() for name, value in part.items()}
 
 
 def section(state: Mapping[str, T], prefix: str) -> dict[str, T]:
-    """Name -> value of one section of what :func:`flatten` made; empty if there is none."""
+    """Name -> value of one section of a flat state; empty if there is no such section."""
     start = f"{prefix}."
     return {name[len(start) :]: value for name, value in state.items() if name.startswith(start)}

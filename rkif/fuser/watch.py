@@ -1,4 +1,4 @@
-"""Notices that a model no longer holds the parameters that a fuser follows, or holds more of them."""
+"""Detects that a model no longer holds the parameters that a fuser fuses, or has other trainable ones."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _CAUSES = "an assignment, load_state_dict(assign=True), resize_token_embeddings(
 
 
 class ParameterWatch:
-    """The places of a model's parameters, with their dtypes, shapes and devices when the watch began.
+    """Compares a model's parameters with those at construction: their layers, dtypes, shapes and devices.
 
     Args:
         module: the model without wrappers; None if only its parameters are known. Then a replaced or added
-            parameter cannot be noticed, but another dtype, shape or device is.
-        parameters: name -> the parameters to watch. All places of a tied parameter are watched.
-        reshard: called before a parameter counts as replaced: FSDP2 puts gathered parameters in the places of
-            the sharded ones.
+            parameter is not detected, but another dtype, shape or device is.
+        parameters: name -> the parameters to watch. All layers that hold a tied parameter are watched.
+        reshard: called before a parameter counts as replaced, because FSDP2 replaces sharded parameters by
+            gathered ones for a forward pass.
 
     Raises:
         RuntimeError: an adapter is merged; see :meth:`require_unmerged`.
@@ -39,12 +39,13 @@ class ParameterWatch:
         self._kinds = {name: _kind(parameter) for name, parameter in parameters.items()}
         names = {id(parameter): name for name, parameter in parameters.items()}
         self._places: list[tuple[dict[str, Any], str, Any]] = []
-        # A layer that is replaced still holds its old parameters. The watch does not keep a model alive.
+        # Parent, key, child, and the name of a parameter in the child. A replaced layer still holds its old
+        # parameters, so layers are compared as well. Weak references do not keep the model alive.
         self._layers: list[tuple[ref[nn.Module], str, ref[nn.Module], str]] = []
-        # peft's layers, of which some can add their adapters to the weights; known by this list.
+        # The layers of peft that can be merged: those with the attribute merged_adapters.
         self._adapters: list[tuple[ref[nn.Module], str]] = []
         self._names = names
-        # Of the last check of dtypes, shapes, strides and memory, which takes 100 us a parameter.
+        # Description of the tensors that passed the last full check, which takes 100 us per parameter.
         self._checked: Description | None = None
         self._model = None if module is None else ref(module)
         for owner in () if module is None else module.modules():
@@ -61,7 +62,7 @@ class ParameterWatch:
         self.require_unmerged()
 
     def require_held(self, *, phase_begins: bool = False) -> None:
-        """Check that the modules hold the watched parameters. It takes some 20 ns a parameter.
+        """Check that the modules hold the watched parameters. It takes about 20 ns per parameter.
 
         Args:
             phase_begins: whether to check for merged adapters as well.
@@ -77,21 +78,21 @@ class ParameterWatch:
                 raise RuntimeError(self._message(*replaced[0]))
 
     def require_unmerged(self) -> None:
-        """Check that no adapter that has watched parameters is added to its layer's weights.
+        """Check that no adapter with watched parameters is merged into its layer's weights.
 
         Raises:
-            RuntimeError: one is; it names a parameter.
+            RuntimeError: an adapter is merged; it names a parameter.
         """
         for layer, name in self._adapters:
             if merged := getattr(layer(), "merged_adapters", None):
                 raise RuntimeError(
                     f"adapter {merged[0]!r} is merged into the weights of the layer of parameter {name!r} "
-                    "(merge_adapter()): unmerge_adapter() would subtract another update after the round has "
-                    "changed the adapter; call it first"
+                    "(merge_adapter()): call unmerge_adapter() first; after the round has changed the "
+                    "adapter, it would subtract an update that was never added"
                 )
 
     def require_same_trainable(self) -> None:
-        """Check that no other parameter of the model is trainable. It takes some 2 us a layer.
+        """Check that no other parameter of the model is trainable. It takes about 2 us per layer.
 
         Raises:
             RuntimeError: another parameter is trainable now; it names the parameter.
@@ -101,12 +102,12 @@ class ParameterWatch:
         for name, parameter in present:
             if parameter.requires_grad and id(parameter) not in self._names:
                 raise RuntimeError(
-                    f"parameter {name!r} is trainable and was not when the Fuser was made; it would be "
+                    f"parameter {name!r} is trainable now, but was not when the Fuser was made; it would be "
                     "trained and never fused: make a new Fuser"
                 )
 
     def require_unchanged(self, parts: Sequence[Tensor]) -> None:
-        """Check the layers, merged adapters, dtypes, shapes, devices and memory as well.
+        """Check everything: parameters, layers, merged adapters, dtypes, shapes, devices and memory.
 
         Args:
             parts: the parameters, or their local parts.
@@ -141,7 +142,7 @@ class ParameterWatch:
         return [place for place in self._places if place[0].get(place[1]) is not place[2]]
 
     def _message(self, held: dict[str, Any], key: str, parameter: Any) -> str:
-        """What became of a parameter that its layer no longer holds."""
+        """The error message for a parameter that its layer no longer holds."""
         name, model = self._names[id(parameter)], None if self._model is None else self._model()
         layers: Any = () if model is None else model.modules()
         layer = next((layer for layer in layers if layer._parameters is held), None)

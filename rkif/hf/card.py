@@ -1,4 +1,4 @@
-"""What a model card says of a training with a memory."""
+"""The section of a model card on training with a replay memory."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def add_to_card(rounds: TrainerRounds, path: Path) -> None:
     """Add tags and a section on method, settings and memory to a model card, or replace the section.
 
     Args:
-        rounds: of the trainer.
-        path: the card's file, which exists.
+        rounds: the trainer's rounds.
+        path: the card's file, which must exist.
     """
     card = ModelCard.load(path, ignore_metadata_errors=True)
     tags = card.data.tags or []
@@ -55,7 +55,7 @@ def _section(rounds: TrainerRounds) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     return (
         f"{_HEADING}\n\nTrained by Recurrent Knowledge Identification and Fusion (Feng et al., "
-        "[ACL 2025](https://arxiv.org/abs/2502.17510)) with rkif. An inner learner trained on the new "
-        "data, and an outer learner on a memory of earlier tasks. Both were fused after every round.\n\n"
+        "[ACL 2025](https://arxiv.org/abs/2502.17510)) with rkif. In each round, an inner learner trained on "
+        "the new data and an outer learner on a memory of earlier tasks; then both were fused.\n\n"
         f"| setting | value |\n| --- | --- |\n{rows}\n"
     )

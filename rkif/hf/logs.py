@@ -1,4 +1,4 @@
-"""The running figures of trl's trainers, which a round must not change."""
+"""The running metrics of trl's trainers, which outer steps must not change."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# What trl's trainers collect in `compute_loss`. They average it over all calls since the last log.
+# Attributes in which trl's trainers collect metrics in `compute_loss`, to average them at the next log.
 _FIGURES = ("_metrics", "_stored_metrics")
 _TOTALS = ("_total_train_tokens",)
 
 
 @contextmanager
 def figures_set_aside(trainer: Any) -> Iterator[None]:
-    """Within the block, the trainer's running figures are empty; after it they are as before.
+    """Within the block, the trainer's running metrics are empty; after it, they are as before.
 
-    So the memory's samples are not mixed into num_tokens, mean_token_accuracy, entropy and the like.
+    So num_tokens, mean_token_accuracy, entropy and similar metrics do not include samples of the memory.
     """
     kept = {name: vars(trainer)[name] for name in (*_FIGURES, *_TOTALS) if name in vars(trainer)}
     try:

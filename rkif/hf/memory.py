@@ -1,4 +1,4 @@
-"""The memory of a Trainer: which datasets are accepted, who prepares them, and how another is noticed."""
+"""The replay memory of a Trainer: accepted datasets, their preparation, and a digest to detect changes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-_KEY = "__rkif_memory__"  # among the evaluation sets
-_SYNONYMS = {"labels", "label", "label_ids"}  # collators make the first of the others
-_DIGESTED = 64  # samples in a digest, at most
+_KEY = "__rkif_memory__"  # name of the memory among the evaluation sets
+_SYNONYMS = {"labels", "label", "label_ids"}  # collators rename all of them to "labels"
+_DIGESTED = 64  # maximum number of samples in a digest
 
 
 def accepted_memory(memory: Any, train_dataset: Any) -> Any:
-    """The memory as a dataset of the training data's kind, or None if there is none or it is empty.
+    """The memory in the form that the trainer needs, or None if there is none or it is empty.
 
-    A list of samples becomes a ``datasets.Dataset`` where the training data is of that library, because
-    trainers that prepare their data call its methods.
+    A list of samples becomes a ``datasets.Dataset`` if the training data is one, because trainers that
+    prepare their data call its methods.
 
     Args:
         memory: samples with a length and indexing, or None.
@@ -40,7 +40,7 @@ def accepted_memory(memory: Any, train_dataset: Any) -> Any:
         raise TypeError(f"memory_dataset must have a length and indexing, got {kind}")
     if len(memory) == 0:
         return None
-    datasets = sys.modules.get("datasets")  # what is not imported has made no training data
+    datasets = sys.modules.get("datasets")  # if it is not imported, the training data is not of this library
     if datasets is None or not isinstance(memory, list):
         return memory
     prepared = isinstance(train_dataset, datasets.Dataset | datasets.IterableDataset)
@@ -48,7 +48,7 @@ def accepted_memory(memory: Any, train_dataset: Any) -> Any:
 
 
 def require_no_empty_memory(memory: Any) -> None:
-    """With a ledger: refuse an empty memory, and warn where there is none, because nothing will be recorded.
+    """With a ledger: refuse an empty memory, and warn if there is none, because nothing will be recorded.
 
     Raises:
         ValueError: the memory is empty.
@@ -66,14 +66,14 @@ def require_no_empty_memory(memory: Any) -> None:
 def with_memory(eval_dataset: Any, memory: Any) -> dict[str, Any]:
     """The evaluation sets by name, with the memory as one of them.
 
-    Trainers that tokenize or pack their data do so with evaluation sets, too: in this way with the memory.
+    Trainers that tokenize or pack their data prepare the evaluation sets too, and so the memory.
     """
     sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
     return {name: dataset for name, dataset in sets.items() if dataset is not None} | {_KEY: memory}
 
 
 def split_memory(trainer: Any, *, several: bool) -> tuple[Any, Any]:
-    """The memory as the trainer has prepared it, and its evaluation set, or several by name.
+    """The memory as the trainer has prepared it; and its evaluation set, or several sets by name.
 
     Raises:
         ValueError: the trainer has replaced the sets of :func:`with_memory`.
@@ -87,16 +87,16 @@ def split_memory(trainer: Any, *, several: bool) -> tuple[Any, Any]:
 
 
 def require_labels(memory: Any, train_dataset: Any, label_names: Iterable[str]) -> None:
-    """Require the labels in the memory that the training data has.
+    """Check that the memory has the label columns that the training data has.
 
     Args:
         memory, train_dataset: as the trainer has prepared them.
-        label_names: the trainer's.
+        label_names: names of label columns, from the trainer.
 
     Raises:
-        ValueError: naming the labels that the memory lacks.
+        ValueError: the memory lacks some; it names them.
     """
-    # The columns of other datasets are unknown: they may have no index, or one of their own.
+    # The columns of other datasets are unknown: it may not be possible to index them with 0.
     listed = isinstance(train_dataset, list) and len(train_dataset) > 0
     if not listed and getattr(train_dataset, "column_names", None) is None:
         return
@@ -105,11 +105,11 @@ def require_labels(memory: Any, train_dataset: Any, label_names: Iterable[str]) 
     if present & _SYNONYMS:
         needed -= _SYNONYMS
     if missing := ", ".join(map(repr, sorted(needed - present))):
-        raise ValueError(f"memory_dataset has no {missing}, which train_dataset has: nothing gives its loss")
+        raise ValueError(f"memory_dataset has no {missing}, which train_dataset has and its loss needs")
 
 
 def memory_digest(memory: Any) -> str:
-    """SHA-256 over a few samples of the memory, by their text without addresses of objects."""
+    """SHA-256 over the ``repr`` of at most 64 samples of the memory, without addresses of objects."""
     step = -(-len(memory) // _DIGESTED)
     texts = (re.sub(r" at 0x[0-9a-fA-F]+", "", repr(memory[n])) for n in range(0, len(memory), step))
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a Trainer with a memory needs, checked before it trains."""
+"""Requirements of training with a replay memory in a Trainer, checked before it trains."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from rkif.hf.trainer import RKIFMixin
 
 
-# Attributes of trl's trainers that make their own batches: they generate completions with the model, for
-# groups of one prompt, and keep them in a buffer over several steps.
+# Methods of trl's trainers that generate their batches: completions of the model for groups of one prompt,
+# which are kept in a buffer over several steps.
 _GENERATING = {"_prepare_inputs", "get_train_dataloader", "_generate"}
-# Of those of them that other libraries copy under their own names.
+# A method of copies of these trainers in other libraries.
 _COPIED = {"_generate_and_score_completions"}
 
 
 def require_given_batches(kind: type[Trainer]) -> None:
-    """Require that a trainer of this class learns from the samples that it is given.
+    """Check that trainers of this class train on the samples of their dataset.
 
     Raises:
         ValueError: it generates its batches, as GRPO and RLOO do.
@@ -36,13 +36,13 @@ def require_given_batches(kind: type[Trainer]) -> None:
 
 
 def require_separate_steps(optim: str) -> None:
-    """Require an optimizer that steps after the gradients were observed, from the weights of the model.
+    """Check that the optimizer steps after the backward pass, and keeps no second copy of the weights.
 
     Args:
         optim: ``TrainingArguments.optim``.
 
     Raises:
-        ValueError: it steps within the backward pass, or keeps another sequence of weights.
+        ValueError: it steps within the backward pass, or keeps a second sequence of weights.
     """
     optim, reason = str(OptimizerNames(optim).value), None
     if optim.endswith("_layerwise") or optim in ("lomo", "adalomo"):
@@ -54,10 +54,10 @@ def require_separate_steps(optim: str) -> None:
 
 
 def require_single_samples(trainer: RKIFMixin) -> None:
-    """Require that a sample's loss does not depend on its neighbours in a fixed order of the data.
+    """Check that the loss of a sample does not depend on its neighbours in the dataset.
 
     Raises:
-        ValueError: it does, as the KL divergence of trl's KTO, which the memory's order would mix.
+        ValueError: it does, such as with the KL divergence of trl's KTO. The memory is drawn in random order.
     """
     if getattr(trainer, "calculate_KL", False):
         raise ValueError(
@@ -67,11 +67,11 @@ def require_single_samples(trainer: RKIFMixin) -> None:
 
 
 def require_constant_ranks(model: Any) -> None:
-    """Require that no adapter of the model prunes ranks during training.
+    """Check that no adapter of the model prunes ranks during training.
 
     Raises:
         ValueError: an AdaLoRA adapter does. A fusion of weights from before and after the pruning restores
-            what was pruned, and the saved adapter, which has the reduced ranks only, would differ.
+            pruned ranks, which the saved adapter does not have.
     """
     for config in getattr(model, "peft_config", {}).values():
         ranks = getattr(config, "init_r", 0), getattr(config, "target_r", 0)
@@ -83,7 +83,7 @@ def require_constant_ranks(model: Any) -> None:
 
 
 def require_gradients(trainer: RKIFMixin) -> None:
-    """Require that a step's gradients will be in ``grad`` of the parameters that it changes.
+    """Check that the gradients of a step will be in ``grad`` of the parameters that the step changes.
 
     Without a model, as before the first trial of a hyperparameter search, only the settings are checked.
 

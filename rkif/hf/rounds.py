@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 # A gradient scaler halves its scale at each overflow. With so many in one round, the scale is not the cause.
 MAX_SKIPPED = 16
-NAMED = 5  # parameters in a warning
-_SAID = {  # of the gate's verdicts that change a fusion
+NAMED = 5  # maximum number of parameters that a warning names
+_SAID = {  # log level and text of the gate's verdicts that change a fusion
     "damp": (logging.INFO, "took a part of the fusion"),
     "undo": (logging.INFO, "undid the fusion"),
     "stop": (logging.WARNING, "undid the fusion and stops training"),
@@ -45,19 +45,19 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
     """The rounds of a trainer with a memory.
 
     Args:
-        trainer: whose training steps are the inner learner's.
+        trainer: the trainer; its training steps are those of the inner learner.
         memory: the samples that the outer learner trains on, with a length and indexing.
 
     Attributes:
-        memory, memory_digest: the samples, and a digest by which another memory is noticed.
+        memory, memory_digest: the samples, and a digest that detects another memory.
         checkpoint: the folder to resume from at the next start of training, or None.
-        fuser: of the current or last training.
-        optimizer: the outer learner's.
+        fuser: the fuser of the current or last training.
+        optimizer: the outer learner's optimizer.
         start: with a gate, copies of the state of both optimizers at the start of the round; else empty.
         lr_fraction: the learning rate of the last inner step as a fraction of the base learning rate.
-        memory_position: samples of the memory that all processes together have drawn.
+        memory_position: number of samples that all processes together have drawn from the memory.
         loss: sum of the losses of the outer steps of the last round, in this process.
-        warned: whether parameters without a gradient were named in this training.
+        warned: whether this training has warned of parameters without a gradient.
     """
 
     fuser: Fuser
@@ -75,7 +75,7 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
         self.checkpoint: str | None = None
 
     def release(self) -> None:
-        """Free the memory that the fuser and the outer optimizer of an earlier training take."""
+        """Free the fuser and the outer optimizer of an earlier training."""
         for name in ("fuser", "optimizer", "start"):
             self.__dict__.pop(name, None)
 
@@ -83,13 +83,13 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
         """Start from the current weights, or continue from the checkpoint that training resumes from."""
         trainer = self.trainer
         require_gradients(trainer)  # again: `model_init` may have made the model since `train` was called
-        # Trainers train models of many parts, of which a round may leave some out. pack_inner needs all.
+        # A round may use only some parts of a model, such as some experts. pack_inner needs all gradients.
         lenient = trainer.fusion.missing is None and not trainer.fusion.pack_inner
         fusion = replace(trainer.fusion, missing="zero") if lenient else trainer.fusion
         self.warned = False
         self.fuser = Fuser(trainer.model_wrapped, fusion, gate=trainer.gate, ledger=trainer.ledger)
-        # Not prepared by the accelerator: its clip_grad_norm_ unscales the gradients of every optimizer that
-        # it knows, so it would unscale parameters that two optimizers share twice.
+        # Not prepared by the accelerator: its clip_grad_norm_ unscales the gradients of every prepared
+        # optimizer, so it would unscale gradients of parameters that two optimizers share twice.
         self.optimizer = self.trainer.create_outer_optimizer()
         for optimizer in self._optimizers():
             if (observing := _observing(optimizer)) is not None:
@@ -115,7 +115,7 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
             self.lr_fraction = float(group["lr"] / base) if base else 1.0
 
     def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        """Close a round that no step's end has closed, unless the best model has been loaded."""
+        """Close a round that is still open, unless the best model has been loaded."""
         if not (args.load_best_model_at_end and state.best_model_checkpoint):
             self.close(tail=True)
 
@@ -142,7 +142,7 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
         self._call_listeners()
 
     def _log(self, *, steps: int) -> None:
-        """Log the round, as docs/guide/trainer.md lists it. It does not replace the log of the step."""
+        """Log the values that docs/guide/trainer.md lists. They do not replace the log of the step."""
         trainer, report = self.trainer, self.fuser.last_report
         if report is None or trainer.args.logging_strategy == IntervalStrategy.NO:
             return
@@ -151,7 +151,7 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
         values["outer_learning_rate"] = self.optimizer.param_groups[0]["lr"]
         values |= round_values(report, trainer.gate)
         wanted = trainer.control.should_log  # a log clears it
-        with figures_set_aside(trainer):  # a log of trl's trainers adds them and clears them
+        with figures_set_aside(trainer):  # trl's trainers add their metrics to each log and clear them
             trainer.log({f"rkif/{name}": value for name, value in values.items()})
         trainer.control.should_log = wanted
 
@@ -261,10 +261,10 @@ class TrainerRounds(TrainerCallback):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def _callbacks_paused(trainer: RKIFMixin) -> Iterator[None]:
-    """A gate may call `trainer.evaluate`: callbacks, control flags and log history do not see it.
+    """Hide the evaluations of a gate from callbacks, control flags and log history.
 
-    Otherwise its evaluations would count for early stopping, and its end would clear the flags by which the
-    trainer logs, evaluates and saves the step.
+    A gate may call `trainer.evaluate`. Otherwise these evaluations would count for early stopping, and would
+    clear the flags that make the trainer log, evaluate and save the step.
     """
     handler, history = trainer.callback_handler, trainer.state.log_history
     callbacks, flags, logged = handler.callbacks, dict(trainer.control.__dict__), len(history)
@@ -278,12 +278,12 @@ def _callbacks_paused(trainer: RKIFMixin) -> Iterator[None]:
 
 
 def memory_walk(size: int, start: int, seed: int) -> Iterator[int]:
-    """The indices of an endless walk over `size` samples, from position `start`; each epoch is reshuffled."""
+    """Endless indices of `size` samples in random order, from position `start`; each epoch is reshuffled."""
     for epoch in count(start // size):
         yield from shuffled(size, derive_seed(seed, "memory order", epoch))[max(0, start - epoch * size) :]
 
 
 def _observing(optimizer: Any) -> AdamW | None:
-    """The optimizer without accelerate's wrapper, if its steps update the importance; else None."""
+    """The `rkif.optim.AdamW` inside accelerate's wrapper, or None if it is another optimizer."""
     plain = getattr(optimizer, "optimizer", optimizer)
     return plain if isinstance(plain, AdamW) else None

@@ -1,4 +1,4 @@
-"""The rounds in a checkpoint of a Trainer, and their settings: files of a process, or a folder of shards."""
+"""State and settings of the rounds in a checkpoint of a Trainer: two files, or a folder of shards."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 FUSER_FILE = "rkif_fuser.safetensors"
 OUTER_FILE = "rkif_outer.pt"
 SETTINGS_FILE = "rkif_settings.json"
-SHARDS = "rkif"  # a folder in place of both files where the parameters are sharded
+SHARDS = "rkif"  # a folder in place of both files if the parameters are sharded
 # Sections of the sharded state: the moments of the outer optimizer, and of both at the start of the round.
 SECTIONS = ("outer", "start_inner", "start_outer")
-# Settings of the fusion that change no result, or that only choose between an error and another round.
+# Settings of the fusion that may change on resume: they change no result, or only replace an error.
 FREE = {"pack_inner", "offload", "nonfinite", "missing"}
 
 
 def save(rounds: TrainerRounds, folder: Path) -> None:
-    """Add the state to a checkpoint. Where the parameters are sharded, every process must call it.
+    """Add the state to a checkpoint. If the parameters are sharded, every process must call it.
 
     Args:
-        rounds: of the trainer that the checkpoint is of.
-        folder: the checkpoint's.
+        rounds: the trainer's rounds.
+        folder: the checkpoint's folder.
     """
     if rounds.trainer.args.should_save:
         write_text(folder / SETTINGS_FILE, json.dumps(_settings(rounds), indent=2) + "\n")
@@ -52,7 +52,7 @@ def load(rounds: TrainerRounds, folder: Path) -> None:
     """Restore the state that :func:`save` wrote; the same processes must call it.
 
     Raises:
-        ValueError: the checkpoint has no such state, or it is of other parameters or settings.
+        ValueError: the checkpoint has no such state, or that of other parameters or settings.
     """
     _require_same_settings(rounds, folder)
     if rounds.fuser.sharded and (folder / SHARDS).is_dir():
@@ -71,7 +71,7 @@ def load(rounds: TrainerRounds, folder: Path) -> None:
 
 
 def _settings(rounds: TrainerRounds) -> dict[str, Any]:
-    """The settings that a resumed training must have as well, as JSON values."""
+    """The settings that must be the same in a resumed training, as JSON values."""
     trainer = rounds.trainer
     fusion = {name: value for name, value in asdict(trainer.fusion).items() if name not in FREE}
     settings = fusion | {
@@ -83,7 +83,7 @@ def _settings(rounds: TrainerRounds) -> dict[str, Any]:
 
 
 def _require_same_settings(rounds: TrainerRounds, folder: Path) -> None:
-    """Raise ValueError where the checkpoint's settings differ; older checkpoints have none."""
+    """Raise ValueError if the checkpoint's settings differ; older checkpoints have none."""
     path = folder / SETTINGS_FILE
     if not path.is_file():
         return
@@ -99,7 +99,7 @@ def _require_same_settings(rounds: TrainerRounds, folder: Path) -> None:
 
 
 def _sharded_state(rounds: TrainerRounds, progress: dict[str, float]) -> dict[str, Tensor]:
-    """The state as tensors by name. Those of parameters' shapes are sharded as the parameters are."""
+    """The state as tensors by name. Those of parameters' shapes are sharded like the parameters."""
     state = flatten({"fuser": rounds.fuser.state_dict()})
     moments = [rounds.optimizer.state_dict()["state"], *rounds.start]
     for kind, state_of_index in zip(SECTIONS, moments, strict=False):  # without a gate there is no start

@@ -32,7 +32,7 @@ from rkif.hf.requirements import (
 from rkif.hf.rounds import TrainerRounds
 from rkif.optim import AdamW
 
-# Used beyond the Trainer's documented interface (read and run with transformers 5.0.0 and 5.23.0):
+# Used beyond the Trainer's documented interface (checked with transformers 5.0.0 and 5.23.0):
 # _maybe_log_save_evaluate (after all callbacks of a step or epoch, before it is logged, measured and saved),
 # _evaluate, _save_checkpoint, _save_optimizer_and_scheduler, _load_optimizer_and_scheduler, model_wrapped,
 # _get_collator_with_removed_columns, _train_batch_size (auto_find_batch_size lowers it), and
@@ -40,28 +40,28 @@ from rkif.optim import AdamW
 
 
 class RKIFMixin(Trainer):  # type: ignore[misc]
-    """Adds an outer learner, which trains on a memory of earlier tasks, to the ``Trainer`` class after it.
+    """Mixin that adds an outer learner, which trains on a replay memory, to the ``Trainer`` class after it.
 
     After every ``fusion.inner_steps`` optimizer steps on the training data, the trainer takes
     ``fusion.outer_steps`` steps on the memory and fuses. It does so before the inner step is logged,
     evaluated or saved. An outer step has as many micro-batches as an inner one, of the same size. It uses the
-    trainer's `training_step` and the same clipping. The outer optimizer is of the inner one's class and has
+    trainer's `training_step` and the same clipping. The outer optimizer has the inner one's class and a
     separate state. Its learning rate is ``outer_learning_rate`` times the current factor of the inner
     schedule. A step that a gradient scaler skips does not count. Outer steps are not counted as global steps
     or in ``total_flos``. Without a memory, as on a first task, this is the plain trainer.
 
     Training may end within a round, at the last step or because a callback stops it. That round is fused with
-    the steps it has, before the last step is evaluated and saved. If an evaluation stops training, the model
-    has been measured without that fusion. With ``load_best_model_at_end`` the checkpoint then keeps the
-    measured model, because it may be the best; otherwise the round is fused before the checkpoint is saved.
-    The best model is loaded last and stays as it is. Within a round the model is the inner learner: to choose
-    among fused models, evaluate at multiples of ``inner_steps``.
+    the steps it has, before the last step is evaluated and saved. If an evaluation stops training, that
+    evaluation has measured the model before the fusion. With ``load_best_model_at_end`` the checkpoint then
+    keeps the measured model, because it may be the best; otherwise the round is fused before the checkpoint
+    is saved. The best model is loaded last and is not changed. Within a round the model is the inner learner:
+    to choose among fused models, evaluate at multiples of ``inner_steps``.
 
     With ``optimizer="rkif_adamw"`` the steps of both learners also update the importance, in one pass over
     memory. The result has the same bits as ``rkif.optim.AdamW`` with a separate observation.
 
-    Checkpoints hold the round and the outer learner, so a resumed run has the same bits as an uninterrupted
-    one. With ``save_only_model`` they do not hold them and cannot be resumed.
+    Checkpoints contain the round and the outer learner, so a resumed training has the same bits as an
+    uninterrupted one. Checkpoints of ``save_only_model`` do not, and training cannot be resumed from them.
     """
 
     eval_dataset: Any
@@ -82,29 +82,29 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         """Make the trainer.
 
         Args:
-            args, kwargs: the trainer's own arguments, in its own order or by name.
-            memory_dataset: samples of earlier tasks, in any form that the trainer accepts for evaluation,
-                with a length and indexing; one dataset. None or empty: plain training.
+            args, kwargs: the arguments of the ``Trainer`` class, in its order or by name.
+            memory_dataset: samples of earlier tasks: one dataset in any form that the trainer accepts for
+                evaluation, with a length and indexing. None or empty: plain training.
             fusion: settings of the method; `FusionConfig()` by default. Unless its `missing` is "raise", a
                 parameter without a gradient in a round takes no part in its fusion, and a warning names it.
             outer_learning_rate: base learning rate of the outer learner.
             gate: checks every fusion before it is kept. If the gate undoes a fusion, parameters, importance
-                and the state of both optimizers return to the start of the round (a gate takes a copy of
-                them), and training continues with the next batch; "stop" ends training after that step.
+                and the state of both optimizers return to the start of the round, which needs a copy of the
+                optimizers' state. Training continues with the next batch; "stop" ends it after that step.
             optimizer: "rkif_adamw" trains both learners with `rkif.optim.AdamW` instead of ``args.optim``,
                 with the learning rate, betas, epsilon and weight decay of `args`.
-            ledger: a folder for the record of every round, as for `Fuser`. It is new or empty, or that of the
-                training that is resumed. Without a memory there are no fusions to record: a warning says so,
-                and no folder is made.
+            ledger: a folder for the record of every round, as for `Fuser`: new or empty, or that of the
+                training that is resumed. Without a memory there are no fusions: a warning says that nothing
+                is recorded, and no folder is made.
 
         Raises:
-            TypeError: `fusion` or `gate` has another type, the memory is several datasets, or it lacks a
-                length or indexing.
+            TypeError: `fusion`, `outer_learning_rate` or `gate` has another type; or the memory is several
+                datasets, or lacks a length or indexing.
             ValueError: `outer_learning_rate` is not positive and finite; `optimizer` is unknown or given with
-                another choice of an optimizer; the memory lacks the labels that the training data has; or a
-                memory is given with a ready-made optimizer, with one that steps within the backward pass or
-                keeps weights of its own, to a trainer that generates its batches, or to a model with an
-                adapter that prunes ranks. Or a ledger is given with an empty memory.
+                another choice of an optimizer; or a ledger is given with an empty memory. With a memory also:
+                it lacks labels that the training data has; an optimizer object is given; the optimizer steps
+                within the backward pass or keeps weights of its own; the trainer generates its batches; its
+                loss depends on neighbouring samples; or the model's adapter prunes ranks.
         """
         self.fusion = FusionConfig() if fusion is None else fusion
         if not isinstance(self.fusion, FusionConfig):
@@ -133,7 +133,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         memory = accepted_memory(memory_dataset, kwargs.get("train_dataset"))
         if ledger is not None and memory is None:
             require_no_empty_memory(memory_dataset)
-        # The trainer refuses to evaluate without a dataset. The memory in its place would hide that mistake.
+        # The trainer refuses to evaluate without a dataset. The memory as eval_dataset would hide this error.
         refusable = eval_dataset is None and getattr(kwargs.get("args"), "eval_strategy", "no") != "no"
         if refusable or memory is None:
             super().__init__(**kwargs)
@@ -164,7 +164,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
 
     @property
     def fuser(self) -> Fuser | None:
-        """The fuser of the current or last `train`; each `train` makes a new one. None without a memory."""
+        """The fuser that the current or last `train` has made; None before it, and without a memory."""
         return getattr(self._rkif, "fuser", None)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -192,9 +192,9 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         return super().hyperparameter_search(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the inner learner's optimizer, as `Trainer.create_optimizer` does; see `optimizer`."""
+        """Make the inner learner's optimizer, as `Trainer.create_optimizer` does, or `rkif.optim.AdamW`."""
         if self._optimizer_name is not None:
-            # Of the current arguments: a hyperparameter search changes them between trials.
+            # From the current arguments, because a hyperparameter search changes them between trials.
             betas = (self.args.adam_beta1, self.args.adam_beta2)
             settings = {"lr": self.args.learning_rate, "betas": betas, "eps": self.args.adam_epsilon}
             self.optimizer_cls_and_kwargs = (AdamW, settings)
@@ -216,7 +216,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         return outer
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model card, as the trainer does, with the method, its settings and the memory."""
+        """Write the trainer's model card, with a section on the method, its settings and the memory."""
         super().create_model_card(*args, **kwargs)
         if self._rkif is not None and self.is_world_process_zero():
             add_to_card(self._rkif, Path(self.args.output_dir, "README.md"))
@@ -252,11 +252,11 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
 
 
 class RKIFTrainer(RKIFMixin, Trainer):  # type: ignore[misc]
-    """The plain ``Trainer`` with recurrent knowledge identification and fusion: see `RKIFMixin`."""
+    """``Trainer`` with recurrent knowledge identification and fusion; see `RKIFMixin`."""
 
 
 def _by_name(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Positional arguments by the names that the trainer after the mixin gives them.
+    """Positional arguments by their names in the ``__init__`` of the class after the mixin.
 
     Raises:
         TypeError: there are too many, or one is given by name as well.

@@ -1,8 +1,9 @@
 """An append-only hash chain of JSON lines: what was done to a model.
 
-A line is a JSON object with the keys "seq" (from 0), "previous" (the hash of the line before; of the first,
-64 zeros), the keys of the record's content, and "hash": the SHA-256 of the object without "hash", in
-canonical form. Whoever changes a line must rewrite all lines after it, which a noted later hash reveals.
+A line is a JSON object with the keys "seq" (from 0), "previous" (the hash of the previous line; 64 zeros in
+the first), the keys of the record's content, and "hash": the SHA-256 of the object without "hash", in
+canonical form. A change of a line changes the hashes of all later lines, which a comparison with a copy of
+a later hash reveals.
 """
 
 from __future__ import annotations
@@ -32,18 +33,19 @@ class LedgerError(ValueError):
 class Ledger:
     """A ledger file, opened for one writer.
 
-    Opening moves an unfinished last line, which a kill can leave, to ``PATH.torn``. Links are not followed,
-    because the files that they lead to are not the ledger's.
+    Opening moves an unfinished last line, which a killed process can leave, to ``PATH.torn``. Links are not
+    followed, so that no other file is changed.
 
     Args:
         path: the file; the first record creates it.
 
     Raises:
-        LedgerError: a complete line differs from what was written, or the file is a link.
+        LedgerError: a complete line breaks the chain, or the file is a link.
 
     Attributes:
+        path: the file.
         records: all records, oldest first.
-        torn: bytes of the unfinished last line; 0 if there was none.
+        torn: number of bytes of the unfinished last line; 0 if there was none.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,7 +67,7 @@ class Ledger:
         """Append a record and flush it to disk.
 
         Args:
-            content: JSON values.
+            content: JSON values by key.
 
         Returns:
             The record as written.
@@ -97,7 +99,7 @@ class Ledger:
         return self.records[-1]
 
     def require_unchanged(self) -> None:
-        """Check that the file has what was read and appended, and no more.
+        """Check that the file has the size that it had when it was last read or appended to.
 
         Raises:
             LedgerError: it has another size.
@@ -107,7 +109,7 @@ class Ledger:
             raise LedgerError(f"{self.path} was changed by another process since it was read")
 
     def _write(self, descriptor: int, line: bytes) -> None:
-        """Write a line whole, or leave the file as it was."""
+        """Write a line completely, or leave the file as it was."""
         try:
             written = 0
             while written < len(line):
@@ -138,11 +140,11 @@ class Ledger:
 
 
 def read_ledger(path: Path, *, torn: bool = False) -> Iterator[LedgerRecord]:
-    """The records of a ledger; each is checked against the chain before it is yielded.
+    """Yield the records of a ledger, each after its place in the chain has been checked.
 
     Args:
         path: the file.
-        torn: whether an unfinished last line is left out; by default it is an error.
+        torn: whether an unfinished last line is ignored; by default it is an error.
 
     Raises:
         LedgerError: at the first record that breaks the chain.
@@ -157,7 +159,7 @@ def read_ledger(path: Path, *, torn: bool = False) -> Iterator[LedgerRecord]:
         except (ValueError, RecursionError) as error:
             raise LedgerError(f"{where} is not JSON") from error
         if not isinstance(record, dict) or any(key not in record for key in CHAIN_KEYS):
-            raise LedgerError(f"{where} lacks its place in the chain")
+            raise LedgerError(f"{where} lacks one of the keys {', '.join(CHAIN_KEYS)}")
         if (type(record["seq"]), record["seq"]) != (int, seq):  # True and 1.0 equal 1
             raise LedgerError(f"{where} says that it is record {record['seq']!r}")
         if record["previous"] != previous:
@@ -171,7 +173,7 @@ def read_ledger(path: Path, *, torn: bool = False) -> Iterator[LedgerRecord]:
         if not unchanged:
             raise LedgerError(f"{where} was changed: its hash does not match")
         if canonical(record) != line:
-            raise LedgerError(f"{where} was rewritten: the same content in other characters")
+            raise LedgerError(f"{where} was rewritten: its content is the same, but not its characters")
         previous = stated
         yield record
     if lines[-1] and not torn:
@@ -188,12 +190,12 @@ def digest(record: Mapping[str, Any]) -> str:
 
 
 def canonical(record: Mapping[str, Any]) -> bytes:
-    """One line of ASCII with sorted keys and no spaces; the same for equal records.
+    """A record as one line of ASCII JSON with sorted keys and no spaces; the same for equal records.
 
     It is not RFC 8785: floats, characters beyond ASCII and the order of keys beyond the basic plane differ.
     docs/guide/signatures.md has the list.
 
     Raises:
-        ValueError: a number is NaN or infinite, which JSON has no name for.
+        ValueError: a number is NaN or infinite, which JSON cannot represent.
     """
     return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")

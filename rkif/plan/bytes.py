@@ -84,7 +84,7 @@ class Option:
         }
 
     def scratch(self, training: Training) -> int:
-        """Bytes that a fusion needs for one group of tensors, where it fuses group by group."""
+        """Bytes that a fusion needs for one group of tensors, if it fuses in groups; else 0."""
         elements = min(max(GROUP_NUMEL, -(-training.largest // training.ranks)), training.trainable)
         weight = training.trainable_bytes
         start = weight if weight < 4 else 0  # the base, rounded to the parameters' dtype
@@ -99,7 +99,7 @@ OPTIONS = tuple(
     for dtype in ("float32", "bfloat16")
     for offload, pack in ((False, False), (False, True), (True, False), (True, True))
 )
-"""Exact options first, then fast ones: packing costs a pass over the masks, offloading costs transfers."""
+"""Exact options first; among these, faster ones first. Packing needs passes over masks, offloading copies."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Budget:
         option: the settings.
         phases: phase -> total bytes.
         peak: the phase that needs most.
-        fits: whether the device has as many bytes.
+        fits: whether the device has enough memory.
     """
 
     option: Option
@@ -127,7 +127,7 @@ class Budget:
 
 
 def budget(option: Option, training: Training, *, memory: int, reserve: int) -> Budget:
-    """The budget of an option, with ``reserve`` bytes for activations and everything else not counted."""
+    """The budget of an option, with ``reserve`` bytes for activations and all else that is not counted."""
     rows = option.bytes_a_parameter(training).values()
     frozen = training.frozen * training.frozen_bytes / training.ranks
     phases: dict[Phase, int] = {}

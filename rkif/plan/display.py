@@ -42,7 +42,7 @@ def options_table(budgets: Sequence[Budget], chosen: Budget | None, memory: int)
             "exact" if one.option.exact else "rounded",
             *(f"{one.phases[phase] / GIB:.2f}" for phase in PHASES),
             f"{one.bytes / GIB:.2f}",
-            "<- taken" if one is chosen else "fits" if one.fits else "too much",
+            "<- chosen" if one is chosen else "fits" if one.fits else "too much",
             style="bold" if one is chosen else "" if one.fits else "dim",
         )
     return table

@@ -32,7 +32,7 @@ def count_parameters(path: Path, *, rank: int | None = None, targets: list[str] 
 
     Args:
         path: the file, or the folder that contains it.
-        rank: of LoRA adapters, which are then the only trained parameters; None trains all parameters.
+        rank: rank of LoRA adapters, which are then the only trained parameters; None trains all parameters.
         targets: names of the modules that get adapters; by default peft's choice for the architecture.
 
     Raises:

@@ -114,7 +114,7 @@ def test_the_command_shows_the_plan(model: Path) -> None:
     assert shards["options"][0]["bytes_a_parameter"]["inner optimizer"]["inner"] == 0
     shown = CliRunner().invoke(cli.app, ["plan", "--model", str(model), "--device-memory", "9GiB"])
     assert shown.exit_code == 0
-    assert "<- taken" in shown.stdout
+    assert "<- chosen" in shown.stdout
     for row in ("defaults ", "pack_inner: true, ", "offload: true, ", "state_dtype: bfloat16 "):
         assert row in shown.stdout
 

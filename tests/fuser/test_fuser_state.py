@@ -193,7 +193,9 @@ def test_an_incompatible_state_is_refused_and_changes_nothing() -> None:
 
     refused({n: t for n, t in state.items() if n != "base.0.weight"}, "the state lacks 'base.0.weight'")
     refused({n: t for n, t in state.items() if n != "phase"}, "the state lacks 'phase'")
-    refused(state | {"base.x": torch.ones(1)}, "the state has, unlike this fuser, 'base.x'")
+    refused(
+        state | {"base.x": torch.ones(1)}, "the state has an entry that this fuser does not have: 'base.x'"
+    )
     refused(
         state | {"base.0.bias": torch.ones(3)},
         r"state\['base.0.bias'\] is .* \(3,\); this fuser has .* \(9,\)",

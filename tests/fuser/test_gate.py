@@ -282,7 +282,7 @@ def test_a_gate_resumes_from_its_state() -> None:
     assert calls[0] - before == counted[0] > 0
     with pytest.raises(ValueError, match="the state lacks 'gate"):
         made()[1].load_state_dict({k: v for k, v in state.items() if not k.startswith("gate.")})
-    with pytest.raises(ValueError, match="unlike this fuser"):
+    with pytest.raises(ValueError, match="that this fuser does not have"):
         rkif.Fuser(made()[0], CONFIG).load_state_dict(state)
 
 

@@ -84,7 +84,7 @@ def test_a_packed_state_is_validated_before_it_is_loaded() -> None:
             other.fuser.load_state_dict(changed)
         after = other.fuser.state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before)
-    with pytest.raises(ValueError, match="has, unlike this fuser"):
+    with pytest.raises(ValueError, match="has an entry that this fuser does not have"):
         Loop(rkif.FusionConfig()).fuser.load_state_dict(state)
 
 

@@ -210,7 +210,7 @@ def test_a_ledger_that_is_older_than_the_setting_is_continued(tmp_path: Path, mi
     again.fuser.fuse()
     begin, *rounds = read_ledger(tmp_path / "ledger.jsonl")
     assert {record["config"] for record in rounds} == {begin["config"]}
-    with pytest.raises(ValueError, match="is of other settings"):
+    with pytest.raises(ValueError, match="was written with other settings"):
         Loop(FusionConfig(density=0.3, missing=missing), ledger=tmp_path)
 
 

@@ -186,7 +186,7 @@ def test_a_folder_that_is_not_the_ledgers_is_refused(tmp_path: Path) -> None:
         loop(tmp_path / "other")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["file"]
     loop(tmp_path / "ledger").run(range(ROUND))
-    with pytest.raises(ValueError, match=r"ledger='.*' is of other settings: see .*config\.yaml"):
+    with pytest.raises(ValueError, match=r"ledger='.*' was written with other settings: see .*config\.yaml"):
         loop(tmp_path / "ledger", beta1=0.1)
     again = loop(tmp_path / "ledger")
     again.run(range(3))
@@ -194,7 +194,7 @@ def test_a_folder_that_is_not_the_ledgers_is_refused(tmp_path: Path) -> None:
         again.fuser.begin_outer()
     with pytest.raises(ValueError, match="pack_inner=True discards"):
         loop(tmp_path / "packed", pack_inner=True)
-    with pytest.raises(ValueError, match=r"ledger='.*other/file' must be a folder, and is a file"):
+    with pytest.raises(ValueError, match=r"ledger='.*other/file' must be a folder, not a file"):
         Fuser(make_model(), ledger=tmp_path / "other" / "file")
 
 
