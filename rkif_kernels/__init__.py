@@ -1,13 +1,13 @@
 """Importance, exact selection and fusion over lists of tensors: one set of operations, four implementations.
 
-The operations validate their arguments and hand them to one of
+The operations validate their arguments and call one of these backends:
 
 * ``triton``: Triton, one launch for a whole list of tensors;
-* ``native``: C++ for CPUs, where it was built;
+* ``native``: C++ for CPUs, if it was built;
 * ``torch``: PyTorch, blocked so that temporaries stay in cache;
-* ``reference``: plain PyTorch; the specification, used by the tests only.
+* ``reference``: plain PyTorch; the specification, used only by the tests.
 
-All of them give the same bits (see ``docs/reference/semantics.md``). Other packages import only from here.
+All give the same bits (see ``docs/reference/semantics.md``). Other packages import only from here.
 """
 
 from rkif_kernels.backends.choose import capturing

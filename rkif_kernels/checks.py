@@ -23,7 +23,7 @@ STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Arguments:
-    """Lists of tensors with equal lengths, shapes and devices, and the names that errors give them.
+    """Checks that lists of tensors have equal lengths, shapes and devices, and names them in errors.
 
     Args:
         names: one name per tensor (parameter names), or None: errors then give the index in the list.
@@ -96,8 +96,8 @@ class Arguments:
 class ValidatedLists:
     """Lists of tensors that have passed the checks, recognised by their addresses, dtypes and shapes.
 
-    A training loop passes the same tensors in every step. The checks of hundreds of tensors take longer than
-    the kernels; comparing keys takes a fraction of that.
+    A training loop passes the same tensors in every step. Checking hundreds of tensors takes longer than the
+    kernels; comparing keys takes a fraction of that time.
     """
 
     LIMIT = 16
@@ -197,9 +197,9 @@ def require_disjoint(
 ) -> None:
     """Refuse outputs that share memory with each other or with inputs.
 
-    If ``counterparts``, an input may be the output of the same parameter, because every element is read
-    before it is written. With other overlaps (tied weights listed twice, overlapping views) the result would
-    depend on the order of the writes.
+    If ``counterparts``, the input of a parameter may be its output, because every element is read before it
+    is written. With other overlaps (tied weights listed twice, overlapping views) the result would depend on
+    the order of the writes.
 
     Raises:
         ValueError: two outputs share memory, an output overlaps itself, or an output overlaps an input

@@ -19,7 +19,7 @@ def as_contiguous(tensor: Tensor, alignment: int = 1) -> Tensor:
 
 
 def all_contiguous(tensors: Sequence[Tensor | None], alignment: int = 1) -> list[Tensor | None]:
-    """:func:`as_contiguous` of each tensor; None stays."""
+    """:func:`as_contiguous` of each tensor; None remains None."""
     present: Any = [tensor for tensor in tensors if tensor is not None]
     dense = all(map(Tensor.is_contiguous, present)) and not any(map(Tensor.is_neg, present))
     if dense and alignment == 1:
@@ -34,7 +34,7 @@ def same_tensors(ones: Sequence[Tensor | None], others: Sequence[Tensor | None])
 
 @contextmanager
 def in_place(tensors: Sequence[Tensor], alignment: int = 1) -> Iterator[list[Tensor]]:
-    """Contiguous tensors to write to in place of ``tensors``; copies are copied back when the block ends."""
+    """Yield contiguous tensors to write to instead of ``tensors``; copies are copied back after the block."""
     stand_ins = [as_contiguous(tensor, alignment) for tensor in tensors]
     yield stand_ins
     for tensor, stand_in in zip(tensors, stand_ins, strict=True):

@@ -8,10 +8,10 @@ import torch
 
 
 def profiled(name: str, device: torch.device) -> AbstractContextManager[object]:
-    """A range called ``name`` in a profile.
+    """Mark the block as a range called ``name`` in a profile.
 
-    While ``torch.profiler`` runs, it is a ``record_function``, which takes microseconds. Otherwise it is an
-    NVTX range on CUDA devices, for tools such as Nsight Systems.
+    While ``torch.profiler`` runs, the range is a ``record_function``, which takes microseconds. Otherwise it
+    is an NVTX range on CUDA devices, for tools such as Nsight Systems.
     """
     if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
         return torch.profiler.record_function(name)

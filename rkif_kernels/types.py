@@ -1,4 +1,4 @@
-"""Types that every layer of the package shares."""
+"""Types that all modules of the package share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Scope = Literal["global", "tensor"]
 OuterFrom = Literal["inner", "base"]
 Backend = Literal["auto", "triton", "native", "torch"]
 
-# The learners that selected an element.
+# The four cases of an element: which learners selected it.
 CASES = ("inner_only", "outer_only", "both", "neither")
 # (inner, outer) weights of the four cases, in this order.
 CaseWeights = tuple[tuple[float, float], tuple[float, float], tuple[float, float], tuple[float, float]]
@@ -50,7 +50,7 @@ class Views(tuple[Tensor, ...]):
 class Scores:
     """Importance scores of a list of tensors: ``sensitivity``, or ``sensitivity * uncertainty`` in float32.
 
-    The product is never stored: kernels form it from the two tensors. With ``distance`` the scores are
+    The product is never stored: kernels compute it from the two tensors. With ``distance`` the scores are
     ``|sensitivity - uncertainty|``, see :func:`magnitudes`.
     """
 
@@ -178,7 +178,7 @@ class TaskVectorInputs(_Inputs):
 
 
 class TaskVectorRule(NamedTuple):
-    """How a merge weights two task vectors.
+    """How a merge of task vectors weights them.
 
     Attributes:
         weight: of the inner and of the outer task vector.
@@ -200,7 +200,7 @@ class ImportanceInputs(_Inputs):
     Attributes:
         params: weights.
         grads: their gradients; None counts as a zero gradient.
-        sensitivity, uncertainty: S and U; written. ``uncertainty`` is None where only S is used.
+        sensitivity, uncertainty: S and U; written. ``uncertainty`` is None if only S is used.
     """
 
     params: Sequence[Tensor]
@@ -216,7 +216,7 @@ class ImportanceInputs(_Inputs):
 
 @dataclass(frozen=True)
 class Smoothing:
-    """How an importance is formed and smoothed over steps.
+    """How the importance is computed and smoothed over steps.
 
     Attributes:
         beta1, beta2: smoothing factors of the sensitivity and of the uncertainty, in [0, 1].
@@ -229,7 +229,7 @@ class Smoothing:
 
     @functools.cached_property
     def factors(self) -> tuple[float, float, float, float]:
-        """``(beta1, 1 - beta1, beta2, 1 - beta2)``, formed in double and rounded to float32 once."""
+        """``(beta1, 1 - beta1, beta2, 1 - beta2)``, computed in double and rounded to float32 once."""
         beta1, beta2 = self.beta1, self.beta2
         return float32(beta1), float32(1 - beta1), float32(beta2), float32(1 - beta2)
 
@@ -257,7 +257,7 @@ class MergeRule(NamedTuple):
 
 
 class AdamWConstants(NamedTuple):
-    """The constants of an AdamW step: formed in double, rounded to float32 once. See :func:`adamw_`."""
+    """The constants of an AdamW step: computed in double, rounded to float32 once. See :func:`adamw_`."""
 
     decay: float  # 1 - lr*weight_decay
     take1: float  # 1 - beta1

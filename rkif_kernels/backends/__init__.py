@@ -1,1 +1,1 @@
-"""Implementations of the operations, one folder each, named as the ``backend`` argument names them."""
+"""Implementations of the operations: one folder for each value of the argument ``backend``."""

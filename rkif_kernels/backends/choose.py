@@ -27,7 +27,7 @@ def _triton_installed() -> bool:
 
 
 def available(device: torch.device) -> list[str]:
-    """The backends that can run on ``device``, the one that "auto" takes first."""
+    """The backends that can run on ``device``; "auto" takes the first."""
     backends = []
     if device.type == "cuda" and _triton_installed() and not interpreting():
         backends.append("triton")
@@ -35,7 +35,7 @@ def available(device: torch.device) -> list[str]:
         backends.append("native")
     backends.append("torch")
     if device.type == "cpu" and _triton_installed() and interpreting():
-        backends.append("triton")  # for checks; it is slow
+        backends.append("triton")  # for tests; the interpreter is slow
     return backends
 
 
@@ -76,7 +76,7 @@ def _obstacle(backend: str, device: torch.device) -> str:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make ``device`` the current one: kernels are launched there, wherever their tensors are."""
+    """Make ``device`` the current one, because kernels are launched on the current device."""
     return torch.cuda.device(device.index) if device.type == "cuda" else nullcontext()
 
 

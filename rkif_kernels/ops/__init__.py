@@ -1,6 +1,6 @@
-"""The public operations: they validate, choose the implementation and call it."""
+"""The public operations: they validate their arguments, choose a backend and call it."""
 
-from rkif_kernels.ops import library as library  # registers the operations
+from rkif_kernels.ops import library as library  # registers operations with PyTorch
 from rkif_kernels.ops.adamw import adamw_, adamw_constants
 from rkif_kernels.ops.fuse import fuse_, select_and_fuse_
 from rkif_kernels.ops.fusion_plan import FusionPlan

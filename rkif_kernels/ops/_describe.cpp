@@ -1,4 +1,4 @@
-// The addresses and kinds of a list of tensors, read through DLPack's C exchange API.
+// The addresses and properties ("kinds") of a list of tensors, read through DLPack's C exchange API.
 //
 // A training step needs them for every parameter and gradient. With PyTorch's Python API this would take longer than
 // the rest of the step's host work. DLPack 1.3 fixes the layout of the structs below for its major version, so this
@@ -48,9 +48,9 @@ struct Kind {
     DLDataType dtype;
 };
 
-static_assert(sizeof(Kind) == 24, "bytes without a value would differ between equal kinds");
+static_assert(sizeof(Kind) == 24, "padding bytes would differ between equal kinds");
 
-// The properties of one tensor, as bytes; two tensors have equal bytes if and only if their properties are equal.
+// The properties of a list of tensors, as bytes; two lists have equal bytes if and only if their properties are equal.
 class Kinds {
   public:
     explicit Kinds(Py_ssize_t tensors) : bytes_(64 * tensors) {}
@@ -73,7 +73,7 @@ class Kinds {
     size_t used_ = 0;
 };
 
-// 1 or 0: whether negation is delayed; -1 on an error. DLPack cannot tell.
+// Whether a tensor is a view with a delayed negation: 1 or 0; -1 on an error. DLPack has no field for this.
 int is_neg(PyObject* tensor) {
     Py_INCREF(tensor);  // the call releases the GIL, and another thread may change the list
     PyObject* found = PyObject_CallMethod(tensor, "is_neg", nullptr);
@@ -98,8 +98,8 @@ bool describe_one(const DLPackExchangeAPI* api, PyObject* tensor, int64_t* addre
     int64_t numel = 1;
     for (int32_t dim = 0; dim < view.ndim; ++dim) numel *= view.shape[dim];
     if (numel == 1) {
-        // Tensors whose negation is delayed are imaginary parts, with gaps between the elements. So only where
-        // there is a single element, the strides do not tell.
+        // A tensor whose negation is delayed is an imaginary part, so its elements have gaps, which its strides
+        // show. Only a single element has no such gap.
         const int negated = is_neg(tensor);
         if (negated < 0) {
             PyErr_Clear();
@@ -118,7 +118,7 @@ bool is_one_of(PyTypeObject* type, PyObject* types) {
 }
 
 // describe(tensors, api, types) -> (addresses, kinds), or None if an entry is neither None nor of one of the types, or
-// the list has changed meanwhile.
+// if another thread has changed the list.
 PyObject* describe(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     if (count != 3 || !PyTuple_Check(arguments[2])) {
         PyErr_SetString(PyExc_TypeError, "describe takes a list, a capsule and a tuple of types");

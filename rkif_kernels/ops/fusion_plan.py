@@ -24,14 +24,14 @@ from rkif_kernels.types import (
     Views,
 )
 
-# Maximum number of prepared launches. The copies of the parameters alternate between a few allocations from
-# round to round.
-_PLACES = 4
+# Maximum number of prepared launches. From round to round, the copies of the parameters alternate between a
+# few allocations.
+_MAX_LAUNCHES = 4
 
-# For Views: id and address of the flat tensor.
-Places = tuple[int, int] | Description | None
-# The places of each role, and whether the scores of each learner are distances.
-Key = tuple[list[Places], tuple[bool, bool]]
+# How a list is recognised. Of views: id and address of their flat tensor.
+Location = tuple[int, int] | Description | None
+# The location of each role, and whether the scores of each learner are distances.
+Key = tuple[list[Location], tuple[bool, bool]]
 
 
 class FusionPlan:
@@ -78,13 +78,13 @@ class FusionPlan:
         if not isinstance(inputs.out, Views):  # descriptions do not tell whether inference mode made a tensor
             require_writable(Arguments(self._names), "out", inputs.out)
         # The flat tensor determines its views, so one address is compared instead of hundreds.
-        places = [None if row is None else _places(row) for row in inputs.lists]
-        key = places, (inputs.inner_scores.distance, inputs.outer_scores.distance)
+        locations = [None if row is None else _location(row) for row in inputs.lists]
+        key = locations, (inputs.inner_scores.distance, inputs.outer_scores.distance)
         with self._lock:
             bound = next((bound for bound in self._bound if bound.key == key), None)
             if bound is None:
                 bound = self._bind(inputs, key)
-                self._bound = [bound, *self._bound][:_PLACES]
+                self._bound = [bound, *self._bound][:_MAX_LAUNCHES]
             with torch.no_grad(), on_device(inputs.device), profiled("rkif.fuse", inputs.device):
                 stats = (bound.launch or self._unprepared)(inputs)
         torch.autograd.graph.increment_version(inputs.out)
@@ -113,5 +113,5 @@ class _Bound(NamedTuple):
     launch: Callable[[FusionInputs], FuseStats] | None  # None: the backend prepares nothing
 
 
-def _places(row: Sequence[Tensor | None]) -> Places:
+def _location(row: Sequence[Tensor | None]) -> Location:
     return (id(row), row.flat.data_ptr()) if isinstance(row, Views) else describe(row)

@@ -15,14 +15,14 @@ try:
     from rkif_kernels.ops import _describe as _compiled
 except ImportError:  # there was no C++ compiler
     _compiled = None
-# Versions of PyTorch with an older DLPack have none.
+# None for versions of PyTorch with an older DLPack.
 _EXCHANGE_API = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 _TYPES = Tensor, nn.Parameter
 _PROPERTIES = attrgetter("dtype", "shape", "device")
 
 
 class Description(NamedTuple):
-    """What a prepared call depends on, of a list of tensors; compared with that of other lists.
+    """The properties of a list of tensors that a prepared call depends on.
 
     Attributes:
         addresses: int64 of each tensor, as bytes; 0 for None.
@@ -38,7 +38,10 @@ class Description(NamedTuple):
 
 
 def describe(tensors: Sequence[Tensor | None]) -> Description:
-    """Describe a list of tensors. A list with sparse tensors or other entries equals no list, nor itself."""
+    """Describe a list of tensors.
+
+    If a list has sparse tensors, or entries that are no tensors, its description never equals another one.
+    """
     mode = torch.is_inference_mode_enabled()
     if _compiled is not None and _EXCHANGE_API is not None:
         found = _compiled.describe(tensors, _EXCHANGE_API, _TYPES)

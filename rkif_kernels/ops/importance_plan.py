@@ -26,8 +26,8 @@ class ImportancePlan:
 
     The lists are validated and their addresses sent to the device once. A step compares addresses, dtypes,
     shapes and strides of weights and gradients. If nothing has changed, it only launches. If gradients have
-    new addresses, it sends these. Other changes (a weight with a new address, another dtype, a gradient that
-    is missing or present again) are validated as by a new plan.
+    new addresses, it sends these. After other changes (a weight with a new address, another dtype, a gradient
+    that is missing or present again), it validates the lists again, as a new plan does.
 
     Several threads and several CUDA streams may use a plan; each step waits for the previous one. After a
     step outside of a capture, a step can be captured in a CUDA graph and replayed any number of times. Its

@@ -1,7 +1,7 @@
 """The operations registered with PyTorch, because torch.compile cannot trace them.
 
 While a function is being compiled, an operation calls the operation of the same name in ``torch.ops.rkif``.
-At run time, the latter calls the former. Scores, weights and lists that are None are passed as lists.
+At run time, the latter calls the former. Scores and weights are passed as lists, and None as an empty list.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _library = torch.library.Library("rkif", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _register(schema: str, operation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register an operation, and the function that makes its results without data."""
+    """Register an operation, and the function that gives the shapes of its results."""
     name = schema.partition("(")[0]
     _library.define(schema)  # type: ignore[no-untyped-call]
     _library.impl(name, operation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

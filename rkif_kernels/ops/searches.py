@@ -1,4 +1,4 @@
-"""Several order statistics from counts: the searches of both learners or of all tensors run together."""
+"""Several order statistics from counts: the searches of both learners, or of all tensors, run together."""
 
 from __future__ import annotations
 

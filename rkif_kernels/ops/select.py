@@ -19,7 +19,7 @@ from rkif_kernels.types import Backend, Scope, Scores
 _validated = ValidatedLists()
 
 
-@functools.lru_cache(maxsize=4096)  # a fraction for each of hundreds of tensors takes long
+@functools.lru_cache(maxsize=4096)  # computing a Fraction for each of hundreds of tensors takes long
 def order_statistic_k(numel: int, density: float) -> int:
     """``floor((1 - density) * (numel - 1))``, exact for the decimal value of the density.
 
@@ -59,8 +59,8 @@ def count_scores_(
 ) -> None:
     """Count scores in a window of keys, to select from more scores than fit on one device.
 
-    A score's key is the bit pattern of its float32 value; keys order like scores. A negative or NaN score
-    counts as zero, with key 0. Counts of several calls add up, in any order.
+    A score's key is the bit pattern of its float32 value; keys are ordered like scores. A negative or NaN
+    score counts as zero, with key 0. Counts of several calls add up, in any order.
 
     Args:
         counts: int64 [bins + 3], contiguous, on the scores' device; mutated. ``counts[0]`` counts the keys
@@ -171,7 +171,7 @@ def thresholds_of(
     ]
     found = _kth_scores([scores.subset(filled) for scores in sides], ks, scope, names, backend)
     if per_tensor and len(filled) < len(sizes):
-        # Without an index tensor, whose upload a capture forbids.
+        # Indexing would upload an index tensor, which a capture of a CUDA graph forbids.
         rests = [iter(torch.split(limits, 1)) for limits in found]
         return [torch.cat([next(rest) if size else thresholds[:1] for size in sizes]) for rest in rests]
     return found
@@ -195,7 +195,7 @@ def kth_scores(
         float32 [len(ks)] on the device of the scores.
 
     Raises:
-        TypeError, ValueError: for tensors that do not fit together, or a k that is out of range.
+        TypeError, ValueError: for tensors that do not fit together, or a ``k`` that is out of range.
     """
     require_choice("scope", scope, get_args(Scope))
     (found,) = _kth_scores([scores], ks, scope, names, backend)

@@ -29,22 +29,22 @@ def merge_task_vectors_(
 ) -> FuseStats:
     """Write ``base + factor * (w_in*tau_in + w_out*tau_out)`` into ``out``; ``tau = end - base``, sparsified.
 
-    An element of a task vector is kept if its magnitude exceeds the threshold, or if it is drawn. The kept
-    ones are multiplied by the scale, then by the weight. With ``rule.consensus`` only elements that have the
-    sign of the weighted sum are added; the sign of 0 is positive. The arithmetic is float32, from left to
+    An element of a task vector is kept if its magnitude exceeds the threshold, or if it is drawn. A kept
+    element is multiplied by the scale, then by the weight. With ``rule.consensus`` only elements that have
+    the sign of the weighted sum are added; the sign of 0 is positive. The arithmetic is float32, from left to
     right, without fused multiply-add; the result is rounded once to the dtype of ``out``.
 
     Args:
         out: the result; mutated. May be the tensors of ``base``, ``inner`` or ``outer`` themselves.
         base, inner, outer: of the same shapes; float32, bfloat16 or float16, also mixed.
         rule: weights, and whether signs are elected.
-        thresholds: float32 [2, 1], or [2, len(out)] for one a tensor, of inner and outer; everything is kept
-            without.
-        draws: random drops; thresholds are then not read.
-        scales: [2, len(out)], of inner and outer; 1 without.
+        thresholds: of inner and outer: float32 [2, 1], or [2, len(out)] with one per tensor. None keeps
+            every element.
+        draws: random drops, which replace the thresholds.
+        scales: of inner and outer: [2, len(out)]; 1 by default.
         names: parameter names, for error messages.
-        backend: "auto", "native" or "torch"; "triton" is PyTorch, too. All give the same bits in ``out`` and
-            in the counts.
+        backend: "auto", "native" or "torch"; "triton" runs the code of "torch". All give the same bits in
+            ``out`` and in the counts.
 
     Returns:
         Counts of the elements that only inner, only outer, both or neither keeps, the squared norms of the

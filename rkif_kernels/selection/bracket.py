@@ -26,8 +26,8 @@ def bracket(sample: Floats, quantile: float, run: int = 1) -> tuple[float, float
         sample: float32 [n], n > 0; values that are not positive, NaN included, count as zero.
         quantile: in [0, 1], of all scores.
         run: number of neighbouring scores that were sampled together. Neighbours are correlated, so the
-            variance of a quantile is larger than for independent scores; the factor is estimated from the
-            runs.
+            variance of a quantile is larger than for independent scores. The factor (the design effect) is
+            estimated from the runs.
 
     Returns:
         (lo, hi); 0 or infinity where the bracket extends beyond the sample.
@@ -36,7 +36,7 @@ def bracket(sample: Floats, quantile: float, run: int = 1) -> tuple[float, float
     ordered = np.sort(values)
     last = len(ordered) - 1
     center = quantile * last
-    width = half_width(quantile, len(ordered) * _likeness(values, ordered[round(center)], run))
+    width = half_width(quantile, len(ordered) * _design_effect(values, ordered[round(center)], run))
     low, high = math.floor(center - width), math.ceil(center + width)
     return float(ordered[low]) if low >= 0 else 0.0, float(ordered[high]) if high <= last else math.inf
 
@@ -46,10 +46,10 @@ def positive(values: Floats) -> Floats:
     return np.where(values > 0, values, np.float32(0))
 
 
-def _likeness(values: Floats, limit: np.float32, run: int) -> float:
+def _design_effect(values: Floats, limit: np.float32, run: int) -> float:
     """Factor, at least 1, by which correlated neighbours increase the variance of the share above ``limit``.
 
-    The design effect of cluster sampling (Kish, 1965, section 5.4), from the variance between the runs.
+    It is that of cluster sampling (Kish, 1965, section 5.4), estimated from the variance between the runs.
     """
     runs = values[: len(values) // run * run].reshape(-1, run)
     if run == 1 or len(runs) < 2:

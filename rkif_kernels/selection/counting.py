@@ -1,9 +1,9 @@
 """Exact order statistics from counts alone: for scores that are never in memory together.
 
-A float's bit pattern orders like its value, so the search narrows an interval of patterns ("keys"). Each pass
-counts all scores in a window of the interval, with one bin per key if the window is narrow enough. The bin
-that contains the k-th score is the next interval. Counts add up, so a pass may process chunks of a file on
-several machines, in any order. The memory is independent of the number of scores and of ties.
+Positive floats are ordered like their bit patterns ("keys"), so the search narrows an interval of keys. Each
+pass counts all scores in a window of the interval, with one bin per key if the window is narrow enough. The
+bin that contains the k-th score is the next interval. Counts add up, so a pass may process chunks of a file
+on several machines, in any order. The memory is independent of the number of scores and of ties.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Random drops that depend on the seed and on an element's tensor, side and place alone."""
+"""Random drops. They depend only on the seed, and on an element's tensor, task vector and position."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PER_COUNTER = 8  # float32 numbers that NumPy's Philox draws at each step of its
 class Draws:
     """An element is kept if its random number is below ``density``.
 
-    The numbers of a tensor and a side are a stream of NumPy's Philox generator, so a part of a tensor has the
-    same numbers wherever the tensor is cut.
+    The numbers of a tensor and a side (the inner or the outer task vector) are a stream of NumPy's Philox
+    generator. So an element has the same number, however its tensor is divided into parts.
 
     Attributes:
         density: probability to keep an element, in [0, 1).
         seed: in [0, 2^64).
         names: of the tensors.
-        starts: the element of each tensor at which its part starts.
+        starts: for each tensor, the index of the first element of its part.
     """
 
     density: float
@@ -39,15 +39,15 @@ class Draws:
         """The keys of Philox: [2 (inner, outer), tensors, 2 (seed, stream)]."""
         digests = [hashlib.sha256(name.encode()).digest() for name in self.names]
         streams = [int.from_bytes(digest[:7], "little") * 2 for digest in digests]
-        # From a seed of 2^63 on, NumPy makes float64 of the pair, so both sides have one key. It stays
-        # so, because the results of a seed must not change.
+        # For seeds from 2^63 on, NumPy converts the pair to float64, so both sides have the same key. This
+        # is kept, because the results of a seed must not change.
         keys = [
             [np.array([self.seed, stream + side]).astype(np.uint64) for stream in streams] for side in (0, 1)
         ]
         return np.array(keys)
 
     def keeps(self, side: int, index: int, start: int, numel: int) -> Tensor:
-        """Which of ``numel`` elements from ``start`` on in a tensor's part are kept: bool on the CPU."""
+        """Which of ``numel`` elements are kept, from ``start`` on in the part of a tensor: bool on CPU."""
         counter, skipped = divmod(self.starts[index] + start, PER_COUNTER)
         generator = np.random.Generator(np.random.Philox(key=self.keys[side, index], counter=counter))
         drawn = generator.random(skipped + numel, dtype=np.float32)[skipped:]

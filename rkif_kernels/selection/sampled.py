@@ -7,8 +7,8 @@ in the worst case by bisection of the bit pattern. So a bad sample costs a pass,
 
 :mod:`rkif_kernels.selection.counting` finds the same value, also for scores that are never in memory
 together. With the same bracket it takes 2.2 times as long for 2^26 scores, 2.4 times for 2^24 and 5 times for
-the 6.6 million of an adapter (medians of nine calls in turn, native backend, AMD EPYC, two threads), because
-it counts the scores that this search copies, and sums half a million bins.
+the 6.6 million of an adapter (medians of nine alternating calls, native backend, AMD EPYC, two threads),
+because it counts the scores that this search copies, and sums half a million bins.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ SMALL = 1 << 17  # scores up to which no sample is needed
 SAMPLE_SHIFT, SAMPLE_LEAST, SAMPLE_MOST = 8, 1 << 12, 1 << 20  # one score per 256, within limits
 SAMPLED_PASSES = 3  # maximum; then bisection, which is independent of the sample
 
-# Positive floats order like their bit patterns, so a key is the pattern; values that are not positive have
-# key 0.
+# Positive floats are ordered like their bit patterns, so the pattern is the key. Values that are not positive
+# have key 0.
 LOWEST, HIGHEST = -1, 0x7F800001  # open bounds: below zero's key, above infinity's
 
 

@@ -141,7 +141,7 @@ def test_only_a_few_launches_are_kept() -> None:
     kept = [[*lists(seed), *sides()] for seed in range(6)]
     for inputs in kept:
         check(plan, "torch", inputs)
-    assert len(plan._bound) == fusion_plan._PLACES
+    assert len(plan._bound) == fusion_plan._MAX_LAUNCHES
 
 
 @pytest.mark.parametrize("target", [0, 1, 2])

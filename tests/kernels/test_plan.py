@@ -12,7 +12,7 @@ from kernel_cases import BLOCK, CHUNK, NATIVE, assert_same_bits, normal, on
 from torch import Tensor
 
 from rkif_kernels import ImportancePlan, Smoothing, update_importance_
-from rkif_kernels.backends.triton.plan import _Places
+from rkif_kernels.backends.triton.plan import _RoleAddresses
 from rkif_kernels.backends.triton.table import StreamOrder
 from rkif_kernels.checks import ValidatedLists
 
@@ -115,7 +115,7 @@ def test_a_gradient_that_a_kernel_cannot_address_is_copied(backend: str) -> None
 def test_copies_keep_their_place() -> None:
     wide = torch.randn(20)
     views: list[list[Tensor | None]] = [[wide[start : start + 8 : 2]] for start in (1, 3, 5)]
-    places = _Places(views[0])
+    places = _RoleAddresses(views[0])
     addresses = [places.find(tensors) for tensors in views]
     assert addresses[0] == addresses[1] == addresses[2] != [wide[5:].data_ptr()]
 

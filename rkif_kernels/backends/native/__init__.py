@@ -1,4 +1,4 @@
-"""The production path on CPUs: one compiled pass over memory per operation. Arguments have been validated.
+"""Compiled kernels for CPUs: one pass over memory per operation. Callers have validated the arguments.
 
 It is built from ``kernels.cpp`` when the package is installed. Without a C++ compiler, the ``torch``
 backend is used, with the same bits.

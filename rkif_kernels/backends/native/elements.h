@@ -53,7 +53,7 @@ inline uint16_t to_bfloat16(float value) {
     return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-// Elements of one tensor from some offset on, of any dtype; none if the dtype is ABSENT.
+// The elements of a tensor from an offset on; none if the dtype is ABSENT.
 struct Row {
     char* at;
     int32_t dtype;
@@ -113,7 +113,7 @@ struct Bracket {
     float lo, hi;
 };
 
-// Undecided elements of one thread, in the order of processing, with the values that the decision needs.
+// Undecided elements of one thread, in the order of processing, with the values that a later decision needs.
 struct Undecided {
     float *inner_score, *outer_score, *base, *inner, *outer;
     int32_t* offset;  // from the start of the element's tile

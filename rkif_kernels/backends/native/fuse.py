@@ -18,10 +18,10 @@ from rkif_kernels.selection.sampled import SMALL, kth, sample_size
 from rkif_kernels.types import ROLES, FuseStats, FusionInputs, MergeRule
 
 INNER_S, OUTER_S = ROLES.index("INNER_S"), ROLES.index("OUTER_S")  # each followed by its U
-# Maximum of undecided elements per thread, of 24 bytes each. More occur if many scores are equal; then a
-# separate pass for the thresholds costs less.
+# Maximum of undecided elements per thread, of 24 bytes each. There are more if many scores are equal. Then a
+# separate pass for the thresholds takes less time.
 MAX_UNDECIDED = 1 << 22
-LIST_PADDING = 15  # elements after the gathered ones that the library may overwrite
+LIST_PADDING = 15  # elements that the library may overwrite after those that it gathers
 
 
 def fuse_(inputs: FusionInputs, thresholds: tuple[Tensor, Tensor], rule: MergeRule) -> FuseStats:
@@ -54,7 +54,7 @@ def select_and_fuse_(inputs: FusionInputs, k: int, rule: MergeRule) -> FuseStats
 def prepared_fusion(
     inputs: FusionInputs, k: int, rule: MergeRule
 ) -> Callable[[FusionInputs], FuseStats] | None:
-    """:func:`select_and_fuse_` for fixed addresses; None if it would copy tensors."""
+    """:func:`select_and_fuse_` for tensors with fixed addresses; None if it would copy some of them."""
     rows = [row for row in inputs.lists if row is not None]
     if inputs.numel <= SMALL or not all(same_tensors(all_contiguous(row), row) for row in rows):
         return None
@@ -74,7 +74,7 @@ def _fuse_in_two_steps(inputs: FusionInputs, k: int, rule: MergeRule) -> FuseSta
 
 
 def _fuse_in_one_pass(lists: Lists, inputs: FusionInputs, k: int, rule: MergeRule) -> FuseStats | None:
-    """Fuse with brackets; None if a bracket missed, and ``out`` then holds part of the result."""
+    """Fuse with brackets; None if that failed: ``out`` then holds a part of the result."""
     numel = inputs.numel
     quantile, size = k / (numel - 1), sample_size(numel)
     samples = [sample_lists(lists.part(slice(s, s + 2)), False, size) for s in (INNER_S, OUTER_S)]
@@ -87,9 +87,9 @@ def _fuse_in_one_pass(lists: Lists, inputs: FusionInputs, k: int, rule: MergeRul
 def _fuse_bracketed(
     lists: Lists, setup: _Call, brackets: list[tuple[float, float]], k: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Fuse, and return the thresholds; None if that failed, and ``out`` then holds part of the result."""
+    """Fuse, and return the thresholds; None if a bracket missed or too many elements were undecided."""
     ends = np.array(brackets, np.float32)
-    numbers = np.empty(5, np.int64)
+    numbers = np.empty(5, np.int64)  # of each side: scores < lo, scores <= lo; then of listed elements
     fusion = lists.call("rkif_begin", ends.ctypes.data, *setup.settings, MAX_UNDECIDED, numbers.ctypes.data)
     if fusion is None:
         return None

@@ -1,4 +1,4 @@
-// The tile functions, compiled for every supported instruction set and chosen at run time.
+// The functions of tile.h, compiled for every supported instruction set. The set is chosen at run time.
 #pragma once
 
 #include "elements.h"
@@ -17,7 +17,7 @@ struct Isa {
                            int order);
     void (*adamw_tile)(float* w, const float* g, float* m, float* v, int64_t size, AdamWConstants constants);
     int64_t (*bin_tile)(const float* scores, uint32_t low, int32_t shift, uint32_t bins, uint32_t* distances,
-                        uint32_t* inside, int64_t size, int64_t& below, int64_t& unfit);
+                        uint32_t* inside, int64_t size, int64_t& below, int64_t& invalid);
     void (*merge_tile)(const Row& out, const Row* in, int64_t size, const TaskVectorSide* sides,
                        const TaskVectorRule& rule, FuseCounts& counts, double* norms);
     void (*absolute_sums_tile)(const Row& start, const Row& end, int64_t size, float density, const float* draws,

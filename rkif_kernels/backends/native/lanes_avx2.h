@@ -48,7 +48,7 @@ TARGET inline F magnitude(F a) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
 }
-// The second operand where the first is NaN, or where both are zero.
+// The values, but 0 for negative values and NaN: max returns its second operand if the first is NaN.
 TARGET inline F not_negative(F a) {
     return {_mm256_max_ps(a.low, _mm256_setzero_ps()), _mm256_max_ps(a.high, _mm256_setzero_ps())};
 }

@@ -19,7 +19,7 @@ TARGET inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 TARGET inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 TARGET inline F div(F a, F b) { return _mm512_div_ps(a, b); }
 TARGET inline F magnitude(F a) { return _mm512_abs_ps(a); }
-// The second operand where the first is NaN, or where both are zero.
+// The values, but 0 for negative values and NaN: max returns its second operand if the first is NaN.
 TARGET inline F not_negative(F a) { return _mm512_max_ps(a, _mm512_setzero_ps()); }
 TARGET inline Mask greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 TARGET inline Mask at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }

@@ -44,7 +44,7 @@ ABI = 6  # of the signatures above; rkif_abi() in kernels.cpp
 def library() -> ctypes.CDLL | None:
     """The loaded library, whose calls release Python's global interpreter lock.
 
-    None if it was not built, cannot be loaded, or was built from another version.
+    None if it was not built, cannot be loaded, or was built from another version (with a warning).
     """
     folder = Path(__file__).parent
     paths = (folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES)

@@ -1,5 +1,5 @@
-// NumPy's random numbers of any place of a stream: Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as
-// 1, 2, 3", SC 2011), as numpy.random.Philox and Generator.random(dtype=float32) use it.
+// NumPy's random numbers, from any position of a stream: Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy
+// as 1, 2, 3", SC 2011), as numpy.random.Philox and Generator.random(dtype=float32) use it.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Threads that persist between calls, and the tiles that are distributed to them.
+// Threads that persist between calls, and the distribution of tiles to them.
 #pragma once
 
 #include <pthread.h>
@@ -30,9 +30,9 @@ class Pool {
         return *pool;
     }
 
-    // Call body(thread) on up to `threads` threads, including this one, and wait for all. Fewer threads take part if
+    // Call body(thread) on up to `threads` threads, including this one, and wait for all. There are fewer threads if
     // another call uses the pool or no thread can be started, so the body must loop until no work is left.
-    // After all have ended, throws an exception that a body has thrown.
+    // If a body throws an exception, it is thrown again after all bodies have ended.
     void run(int threads, const std::function<void(int)>& body) {
         if (threads <= 1) return body(0);  // without the lock, so that a larger call can use the threads
         std::unique_lock<std::mutex> only(in_use_, std::try_to_lock);
@@ -115,8 +115,8 @@ class Tiles {
         return {tensor, start, std::min(TILE, lists_.numels[tensor] - start)};
     }
 
-    // Call body(thread, tile, place) once for every tile. An idle thread takes the next few tiles, so a thread on a
-    // busy core takes fewer, and the others do not wait long for it.
+    // Call body(thread, tile, place) once for every tile. A thread takes the next few tiles whenever it is idle. So a
+    // thread on a busy core processes fewer tiles, and the others do not wait long for it.
     template <class Body>
     void for_each(int most_threads, Body body) const {
         std::atomic<int64_t> next{0};

@@ -12,7 +12,7 @@ from rkif_kernels.selection import sampled as order_statistics
 from rkif_kernels.selection.bracket import Floats
 from rkif_kernels.types import Scores
 
-LINE = 16  # neighbouring scores in a run of a sample: a cache line of float32
+LINE = 16  # number of neighbouring scores that are sampled together: a cache line of float32
 
 
 def score_thresholds(scores: Scores, *, ks: Sequence[int], per_tensor: bool) -> Tensor:
@@ -27,7 +27,11 @@ def count_scores_(counts: Tensor, scores: Scores, *, low: int, shift: int) -> No
 
 
 def sample_lists(scores: Lists, distance: bool, size: int) -> Floats:
-    """About ``size`` scores; ``scores`` has the roles S and U."""
+    """A sample of about ``size`` scores, or all scores if there are no more.
+
+    Args:
+        scores: the lists S and U.
+    """
     numel = scores.numel
     lines = 0 if numel <= size else -(-size // LINE)
     picked = np.empty(lines * LINE or numel, np.float32)

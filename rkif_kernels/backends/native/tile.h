@@ -344,23 +344,23 @@ TARGET void adamw_tile(float* __restrict w, const float* __restrict g, float* __
 constexpr int64_t FEW = 16;  // elements that are skipped together if none is in the window
 
 // Write the bins of the scores whose keys lie in the window to `inside`, which has space for one more, and return their
-// number. Add the number of keys below the window to `below`, and of invalid scores to `unfit`. The bit patterns of
-// positive floats order like their values; values that are not positive, NaN included, count as zero.
+// number. Add the number of keys below the window to `below`, and of invalid scores to `invalid`. Positive
+// floats are ordered like their bit patterns; values that are not positive, NaN included, count as zero.
 TARGET int64_t bin_tile(const float* __restrict scores, uint32_t low, int32_t shift, uint32_t bins,
                         uint32_t* __restrict distances, uint32_t* __restrict inside, int64_t size,
-                        int64_t& below, int64_t& unfit) {
+                        int64_t& below, int64_t& invalid) {
     // Distances wrap: for a key below the window the distance is at least 2^31.
     const uint64_t span = static_cast<uint64_t>(bins) << shift;
     const uint32_t width = static_cast<uint32_t>(span < (uint64_t{1} << 31) ? span : uint64_t{1} << 31);
-    int32_t under = 0, fit = 0;
+    int32_t under = 0, valid = 0;
     for (int64_t i = 0; i < size; ++i) {
         const uint32_t key = scores[i] > 0 ? as_bits(scores[i]) : 0;
         distances[i] = key - low;
         under += key < low;
-        fit += (scores[i] >= 0) & (scores[i] < __builtin_inff());
+        valid += (scores[i] >= 0) & (scores[i] < __builtin_inff());
     }
     below += under;
-    unfit += size - fit;
+    invalid += size - valid;
     int64_t found = 0;
     for (int64_t start = 0; start < size; start += FEW) {
         const int64_t end = start + FEW < size ? start + FEW : size;

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rkif_kernels.contiguous import as_contiguous
 
-# Elements. Six float32 streams of a block are 1.5 MiB, about the size of two cores' L2 caches. A block is two
-# of PyTorch's grains of 32,768 elements, so two cores can share it.
+# Number of elements. Six float32 streams of a block are 1.5 MiB, about the size of two cores' L2 caches. A
+# block is two of PyTorch's grains of 32,768 elements, so two cores can share it.
 BLOCK = 1 << 16
 
 

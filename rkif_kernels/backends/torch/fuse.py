@@ -40,7 +40,7 @@ def fuse_(inputs: FusionInputs, thresholds: tuple[Tensor, Tensor], rule: MergeRu
             tau_in.mul_(_choose(cases, inner_weights, scratch))
             tau_out.mul_(_choose(cases, outer_weights, scratch))
             fused = tau_in.add_(b).add_(tau_out)
-            # The update is that of the stored, rounded value; `b` may share its memory with the target.
+            # The update is measured after rounding, and before the store, because `b` may be the target.
             stored = scratch.float32(fused.to(target.dtype), 5)
             squared_norms[2] += _squared_norm(torch.sub(stored, b, out=scratch(4, size)), scratch)
             target.copy_(fused)

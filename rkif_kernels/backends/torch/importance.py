@@ -43,8 +43,8 @@ def update_block(
         importance.sub_(torch.mul(importance, importance, out=scratch(3, size)).div_(2))
     importance.abs_()
 
-    # If a term is not finite, the sum is not, so the mask is computed only then. A sum of finite terms may
-    # overflow too; the mask is exact in both cases.
+    # If a term is not finite, the sum is not finite, so the mask is computed only then. A sum of finite terms
+    # may also overflow; then the mask is empty.
     kept = None
     if not importance.sum().isfinite():
         kept = importance.isfinite().logical_not_()

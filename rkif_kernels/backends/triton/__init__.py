@@ -1,4 +1,4 @@
-"""Triton kernels and their launchers, one launch for a list of tensors. Arguments have been validated."""
+"""Triton kernels, with one launch for a whole list of tensors. Callers have validated the arguments."""
 
 from rkif_kernels.backends.torch.task_vectors import absolute_sums, merge_task_vectors_
 from rkif_kernels.backends.triton.adamw import adamw_

@@ -3,7 +3,7 @@
 A first sample of a few thousand scores of each group gives a window of keys around the order statistic. A
 second sample, of up to millions of scores, is only counted: below the window, and in the window's bins. The
 bracket consists of the bins in which the order statistic very probably lies. Each end of the window is
-counted separately, so that many ties there (mostly zeros) are decided exactly.
+counted separately, because many scores may tie there (mostly zeros).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from rkif_kernels.backends.triton.windows import (
 
 @triton.jit
 def _hashed(cells):
-    """32 pseudo-random bits per cell; equal distances could coincide with a pattern in the scores."""
+    """32 pseudo-random bits per cell, because equal distances could coincide with a pattern in the scores."""
     bits = cells.to(tl.uint32)
     bits = (bits ^ (bits >> 16)) * 0x7FEB352D
     bits = (bits ^ (bits >> 15)) * 0x846CA68B
@@ -79,7 +79,7 @@ def _cell_elements(firsts_ptr, first_tensor, span, stride, first_place, places, 
     """The sampled elements (tensors, offsets, mask) of ``span`` tensors.
 
     They are RUN neighbours from each cell of ``stride`` elements. A run starts at a hashed place in its cell,
-    at a multiple of RUN in its tensor: one access to memory.
+    rounded down to a multiple of RUN in its tensor, so that it takes one access to memory.
     """
     firsts_ptr += first_tensor
     start = tl.load(firsts_ptr)
@@ -122,8 +122,8 @@ def _sample_kernel(
 ):
     """Sample RUN neighbours of each cell; a group's last program stores its windows.
 
-    A window extends from the LOW_K-th to the HIGH_K-th sampled score. LOW_K -1 and HIGH_K FIRST_SAMPLED stand
-    for ends beyond the sample.
+    A window extends from the LOW_K-th to the HIGH_K-th sampled score. LOW_K = -1 and HIGH_K = FIRST_SAMPLED
+    mean that the window extends beyond the sample.
     """
     part, start, sampled = load_chunk(
         part_places_ptr, block_parts_ptr, block_starts_ptr, tl.program_id(0), BLOCK

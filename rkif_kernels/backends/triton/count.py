@@ -53,7 +53,7 @@ def _count_kernel(
     u_ptr = load_row(pointers_ptr, 1, tensor, n_tensors, DTYPES)
     below = tl.zeros((BLOCK // 4,), tl.int32)
     beyond = tl.zeros((BLOCK // 4,), tl.int32)
-    unfit = tl.zeros((BLOCK // 4,), tl.int32)
+    invalid = tl.zeros((BLOCK // 4,), tl.int32)
     for tile in range(TILES):
         first = start + tile * BLOCK
         offsets = first + tl.arange(0, BLOCK)
@@ -64,8 +64,8 @@ def _count_kernel(
                 score = load_raw_score(s_ptr, u_ptr, offsets, full, DTYPES[1] is not None, DISTANCE)
             else:
                 score = load_raw_score(s_ptr, u_ptr, offsets, mask, DTYPES[1] is not None, DISTANCE)
-            fit = (score >= 0) & (score < float("inf"))
-            unfit += lane_sums((mask & (fit == 0)).to(tl.int32), BLOCK)
+            valid = (score >= 0) & (score < float("inf"))
+            invalid += lane_sums((mask & (valid == 0)).to(tl.int32), BLOCK)
             score = tl.where(score > 0, score, 0.0)
             distance = score.to(tl.int32, bitcast=True) - low
             place = distance >> shift
@@ -75,7 +75,7 @@ def _count_kernel(
             beyond += lane_sums((mask & (place >= bins)).to(tl.int32), BLOCK)
     tl.atomic_add(counts_ptr, tl.sum(below).to(tl.int64), sem="relaxed")
     tl.atomic_add(counts_ptr + bins + 1, tl.sum(beyond).to(tl.int64), sem="relaxed")
-    tl.atomic_add(counts_ptr + bins + 2, tl.sum(unfit).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts_ptr + bins + 2, tl.sum(invalid).to(tl.int64), sem="relaxed")
 
 
 def count_scores_(

@@ -5,8 +5,8 @@ from functools import partial
 import triton
 import triton.language as tl
 
-# Decorator of launched kernels. By default Triton recompiles for sizes that are 1 or divisible by 16. Sizes
-# differ between models, and the specialisation makes no access wider.
+# Decorator of launched kernels. By default Triton compiles separate kernels for integers that are 1 or
+# divisible by 16. These integers differ between models, and the specialisation makes no access wider.
 kernel = partial(
     triton.jit,
     do_not_specialize=(
@@ -19,7 +19,7 @@ kernel = partial(
 
 @triton.jit
 def load_row(pointers_ptr, ROLE: tl.constexpr, tensor, n_tensors, DTYPES: tl.constexpr):
-    """The typed base pointer of ``tensor`` in a role; an unused pointer if the role's dtype is None."""
+    """The typed address of ``tensor`` in a role; an unused pointer if the role's dtype is None."""
     DTYPE: tl.constexpr = DTYPES[ROLE]
     if DTYPE is None:
         return pointers_ptr
@@ -57,8 +57,8 @@ def load_rows(pointers_ptr, tensor, n_tensors, DTYPES: tl.constexpr):
 def tile_mask(offsets, numel, FULL: tl.constexpr):
     """The mask of the elements of a block that are within the tensor.
 
-    A mask that depends on the size would narrow every access to one element, so that of a FULL block is
-    constant.
+    The mask of a FULL block is constant, because a mask that depends on the size would narrow every access to
+    one element.
     """
     if FULL:
         return tl.zeros_like(offsets) == 0
@@ -92,12 +92,13 @@ def load_score(s_ptr, u_ptr, offsets, mask, UNCERTAINTY: tl.constexpr, DISTANCE:
 
 @triton.jit
 def lane_sums(values, BLOCK: tl.constexpr):
-    """Sums of four neighbours ("lanes"). One thread holds all four, so threads exchange nothing."""
+    """Sums of four neighbours (a lane). One thread holds all four, so threads exchange no values."""
     return tl.sum(tl.reshape(values, (BLOCK // 4, 4)), axis=1)
 
 
 @triton.jit
 def squared_lanes(vector, BLOCK: tl.constexpr):
+    """Sums of squares of four neighbours, in float64."""
     wide = vector.to(tl.float64)
     return lane_sums(wide * wide, BLOCK)
 
@@ -146,9 +147,9 @@ def find_tensor(firsts_ptr, n_tensors, positions, mask):
 def round_to(value, DTYPES: tl.constexpr, ROLE: tl.constexpr, ROUND_BF16: tl.constexpr):
     """A float32 value rounded to nearest even in the dtype of a role.
 
-    Triton's interpreter truncates float32 to bfloat16, so with ROUND_BF16 the bits are rounded here: 0x7FFF
-    plus the lowest bit that is kept carries into the upper half exactly if the value is rounded up. Compiled
-    code uses an instruction.
+    Compiled code uses an instruction. Triton's interpreter truncates float32 to bfloat16, so with ROUND_BF16
+    the bits are rounded here: adding 0x7FFF and the lowest remaining bit carries into the upper half exactly
+    if the value is rounded up.
     """
     DTYPE: tl.constexpr = DTYPES[ROLE]
     if ROUND_BF16 and DTYPE == "bf16":

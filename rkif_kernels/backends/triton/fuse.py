@@ -225,7 +225,7 @@ def fuse_(
     device = thresholds[0].device
     counts = torch.zeros(4, dtype=torch.int64, device=device)
     with in_place(inputs.out, ALIGNMENT) as targets:
-        rows = aligned((targets, *inputs.lists[1:]))  # copies among them live until the last launch
+        rows = aligned((targets, *inputs.lists[1:]))  # keeps copies until the last launch
         grouped = tables(rows, config.chunk)
         # An even number of rows keeps each part aligned to 16 bytes; otherwise kernels would be recompiled.
         sizes = [table.programs + table.programs % 2 for table in grouped]

@@ -1,8 +1,8 @@
 """The groups of scores that have one threshold each: all scores together, or each tensor.
 
-The kernels read what they need of a group from a row of numbers, so the same compiled kernels find one
-threshold and hundreds. No program of a search has elements of two groups, and the last program of each group
-does what follows for its group.
+The kernels read the properties of a group from a row of numbers, so the same compiled kernels find one
+threshold or hundreds. No program of a search has elements of two groups. The last program of each group takes
+the next step of the search for its group.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from rkif_kernels.backends.triton.launch import Bracketing, LaunchConfig
 from rkif_kernels.backends.triton.table import Layout, Table, constant, keep_for_graph, layout_of
 from rkif_kernels.backends.triton.windows import padded
 
-# Offsets of the numbers of a group, an int64 row; see _Numbers.
+# Offsets of the numbers in the row of a group, int64; see _Numbers.
 K, SHARE, FIRST_STRIDE, FIRST_SAMPLED, LOW_K, HIGH_K = (tl.constexpr(place) for place in range(6))
 STRIDE, MARGIN, LIST_START, LIST_END, FIRST_ROW, PROGRAMS = (tl.constexpr(place) for place in range(6, 12))
 NUMBERS = tl.constexpr(17)
 
 COUNTED_BLOCKS = 16  # blocks of the second sample per program
-PIECE = 8  # chunks whose listed elements one program counts
+PIECE = 8  # number of chunks whose listed elements one program counts
 
 
 @triton.jit
@@ -40,23 +40,24 @@ def group_of(indices_ptr, tensor, groups_a_tensor):
 
 @triton.jit
 def number_of(groups_ptr, group, NUMBER: tl.constexpr):
+    """The number at an offset in the row of a group."""
     return tl.load(groups_ptr + group * NUMBERS + NUMBER)
 
 
 @dataclass
 class _Numbers:
-    """What the kernels read of a group.
+    """The row of numbers of a group.
 
     Attributes:
         k: of its order statistic, from 0.
-        share: k over the last k, in units of 2^-32.
+        share: k divided by its maximum, in units of 2^-32.
         first_stride, sampled: elements per cell of the first sample, and number of sampled scores.
-        low_k, high_k: the k of the window's ends in the first sample.
+        low_k, high_k: the positions of the window's ends in the sorted first sample.
         stride: elements per cell of the second sample.
         margin: half-width of the bracket, in scores of the second sample.
-        list_start, list_end: its part of the list of undecided elements.
-        first_row: index of its first program in the pass.
-        programs: number of its programs in each launch, by step.
+        list_start, list_end: the group's part of the list of undecided elements.
+        first_row: index of the group's first program in the pass.
+        programs: number of the group's programs in each launch, by step.
     """
 
     k: int
@@ -79,7 +80,7 @@ class _Numbers:
 
 
 class Part(NamedTuple):
-    """The elements of a group in one table, and the number of their chunks."""
+    """The elements of a group in one table: their number, and the number of their chunks."""
 
     group: int
     numel: int
@@ -87,11 +88,11 @@ class Part(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What the launches that distribute a part in their own ways have to do.
+    """The work on a part in the launches that do not take one chunk per program.
 
     Attributes:
-        whole: elements, if one program finds the threshold.
-        sampled, counted: elements of the first and of the second sample.
+        whole: number of elements, if one program finds the threshold; else 0.
+        sampled, counted: number of elements of the first and of the second sample.
         chunks: number of chunks that may have undecided elements.
     """
 
@@ -111,7 +112,7 @@ class Groups:
         capacity: of the list of undecided elements, for all groups together.
         rows: index of the first program of each table in the pass; at the end, the number of programs.
         run: number of neighbours in a run of the first sample.
-        firsts: for each table, the work on its first group in the tables before it.
+        firsts: for each table, the work on its first group in the previous tables.
         wholes, samples, counts, pieces: for each table, the distribution of :class:`Work` over programs.
     """
 
@@ -142,10 +143,10 @@ def find_groups(
         grouped: the tables with the scores.
         ks: ``k`` of each group, from 0.
         per_tensor: whether each tensor is a group, or all tensors are one.
-        sides: number of scores of each element.
+        sides: number of scores of each element: 1, or 2 for both learners.
         bracketing: sizes of the samples and of the lists.
         config: of the launches.
-        whole: maximum number of scores of a tensor whose own threshold one program finds.
+        whole: with ``per_tensor``, maximum number of scores of a tensor whose threshold one program finds.
     """
     parts = tuple(
         tuple(
@@ -156,7 +157,7 @@ def find_groups(
         else (Part(0, table.numel, table.programs),)
         for table in grouped
     )
-    # Single scores are the better sample. One group can afford their accesses, hundreds cannot.
+    # Single scores are a better sample than runs. But each costs an access, too many for hundreds of groups.
     run = bracketing.run if per_tensor else 1
     sizes = Work(max(whole, 1), config.block, config.block * COUNTED_BLOCKS, PIECE)
     plan = _planned(parts, tuple(ks), per_tensor, run, sides, bracketing, sizes)
@@ -211,11 +212,11 @@ def _planned(
     bracketing: Bracketing,
     sizes: Work,
 ) -> _Plan:
-    """The numbers of all groups, and the work on each table; kept, because rounds repeat the same search.
+    """The numbers of all groups, and the work on each table; cached, because rounds repeat the search.
 
     Args:
         parts: of each table.
-        sizes: work of a program.
+        sizes: maximum work of one program.
     """
     numels = [0] * len(ks)
     for part in chain.from_iterable(parts):
@@ -265,5 +266,5 @@ def _planned(
 
 
 def _quotient(size: int, part: int) -> int:
-    """Rounded up; ``triton.cdiv`` takes much longer."""
+    """``size / part``, rounded up; ``triton.cdiv`` takes much longer."""
     return -(-size // part)

@@ -40,7 +40,7 @@ def store_importance(
 ):
     """Smooth the importance of ``product``, w*g, into S and U of a block: roles ROLE and ROLE + 1.
 
-    Returns the number of elements with an importance that is not finite, in lanes.
+    Returns the number of elements whose importance is not finite, in lanes.
     """
     keep1, take1, keep2, take2 = smoothing
     if ORDER == "first":
@@ -163,7 +163,7 @@ def prepare_update(table: Table, order: Order, nonfinite: Tensor, config: Launch
 def update_arguments(
     table: Table, order: Order, nonfinite: Tensor, config: LaunchConfig
 ) -> dict[str, object]:
-    """The arguments for one table without the smoothing's factors; AdamW's kernel has the same ones."""
+    """The arguments for one table without ``smoothing``; the kernel of AdamW has them, too."""
     return {
         # Tensors
         **table.arguments,

@@ -1,4 +1,4 @@
-"""How kernels are launched, and how a sample brackets thresholds; what calls take is in launches.json."""
+"""Launch configurations, prepared launches, and brackets of thresholds; launches.json has the values."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class LaunchConfig:
 class PreparedLaunch:
     """A kernel with fixed arguments; a launch passes the other arguments without Triton's binder.
 
-    Binding some twenty arguments and looking up the compiled kernel take Triton longer than the rest of a
-    launch. The compiled kernel depends on dtypes, alignment and constants, which are fixed here, so that of
-    the first launch is reused.
+    Triton takes longer to bind some twenty arguments and to look up the compiled kernel than for the rest of
+    a launch. The compiled kernel depends on dtypes, alignment and constants. These are fixed here, so all
+    launches use the compiled kernel of the first.
 
     Args:
         kernel: a Triton kernel.
@@ -88,7 +88,7 @@ class Bracketing:
 
     Attributes:
         min_numel: minimum number of scores for a bracketed pass; fewer are read several times.
-        sample_stride: one run is sampled per this number of scores, or fewer runs, see ``max_samples``.
+        sample_stride: number of scores per sampled run; larger if ``max_samples`` limits the runs.
         max_samples: maximum number of runs.
         sigmas: half-width of a bracket, in standard deviations of a quantile of the sample.
         list_slack: capacity of the list, relative to the expected number of undecided elements.
@@ -116,7 +116,7 @@ class Bracketing:
         return min(max(math.ceil(self.list_slack * sides * width * numel), 1), numel)
 
     def sample_ks(self, fraction: float, sampled: int, numel: int, run: int = 1) -> tuple[int, int]:
-        """The k of the window's ends in the first sample; -1 or ``sampled`` for an end beyond it.
+        """The positions of the window's ends in the sorted first sample; -1 or ``sampled``: beyond it.
 
         The window contains the bracket in spite of the sampling errors of both samples.
 
@@ -137,13 +137,13 @@ class Bracketing:
         return -(-numel // self.stride(numel)) * self.run
 
     def _deviations(self, fraction: float, sampled: int, run: int) -> float:
-        """The standard deviations to which a quantile of a sample is trusted, in sampled scores."""
+        """``sigmas`` standard deviations of a quantile of a sample, in sampled scores."""
         effect = self.design_effect if run > 1 else 1.0
         return self.sigmas * math.sqrt(fraction * (1 - fraction) * sampled * effect)
 
 
 def capped_grid(programs: int, device: torch.device) -> int:
-    """``programs``, but at most four per multiprocessor; the kernels loop."""
+    """``programs``, but at most four per multiprocessor: such kernels loop over their work."""
     return max(1, min(programs, 4 * _multiprocessors(device)))
 
 

@@ -1,22 +1,22 @@
-"""Launch configurations are data: the rows of ``launches.json``, of which a call takes the most specific.
+"""The launch configurations of ``launches.json``. A call takes the most specific row that fits it.
 
-What the rows without a measurement have was chosen by counting bytes and registers:
+The rows without a measurement were chosen by counting bytes and registers:
 
-- 1024 float32 elements over 4 warps are two 16-byte accesses a thread and stream. Several tiles a program
-  make one set of atomics, and one entry of the chunk table, serve 8,192 elements: 13e9 parameters are then
-  1.6 million chunks and 19 MB of table.
-- Fusing holds seven streams in registers, and in a single pass masks and a list: with half the elements a
-  thread that is 125 of them, not 200, and more programs fit on a multiprocessor.
-- A run of the sample costs a sector of 32 bytes for each of four streams, and a bracket's width falls with
-  the square root of their number: one run of eight in 128 scores reads 3 % of all bytes and leaves 0.5 % of
-  64 Mi elements undecided, which cost as much again. Neighbours resemble each other, so eight are counted
-  as three.
+- 1024 float32 elements over 4 warps are two 16-byte accesses per thread and stream. With several tiles per
+  program, one set of atomics and one entry of the chunk table serve 8,192 elements. Then 13e9 parameters are
+  1.6 million chunks, with a table of 19 MB.
+- A fusion holds seven streams in registers. In a single pass, it also holds masks and a list. With half as
+  many elements per thread, it needs 125 registers instead of 200, so more programs fit on a multiprocessor.
+- A run of the sample reads a sector of 32 bytes of each of four streams. The width of a bracket falls with
+  the square root of the number of runs. With one run of eight per 128 scores, the sample is 3 % of all bytes,
+  and 0.5 % of 64 Mi elements are undecided, which costs about as much again. Neighbours are correlated, so
+  eight count as about three.
 - A program with all scores of a tensor holds 16 per thread. With 32, registers spill, or the program fills a
   multiprocessor.
-- Radix selection takes 17 launches for a fusion instead of 7, and reads scores four times; below 2^17
-  elements a sample would be most of them.
+- Radix selection takes 17 launches for a fusion instead of 7, and reads scores four times. It is used below
+  2^17 elements, where samples are a larger part of the scores.
 
-``python -m bench launches --write`` measures others and adds the rows of the GPU that it ran on.
+``python -m bench launches --write`` measures other configurations, and adds rows for the GPU that it runs on.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ANY = "*"
 
 
 class Call(NamedTuple):
-    """What a launch configuration is chosen by.
+    """The properties of a call that its launch configuration depends on.
 
     Attributes:
         op: "observe", "adamw", "threshold", "whole" (a threshold of a tensor by one program), "radix", "fuse"
@@ -59,14 +59,14 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A launch configuration, and the calls that it is for.
+    """A launch configuration, and the calls that it applies to.
 
     Attributes:
         op, architecture, triton, dtypes: as in :class:`Call`, or "*" for any.
-        numel_up_to: for so many elements at most; None for any number.
-        launch: how the kernels are launched. ``max_registers`` holds for those that pass over all elements.
-        bracketing: how thresholds are bracketed, where the operation does that.
-        measured: device, shape, ms, share of a copy's bandwidth, and commit; None where nobody measured.
+        numel_up_to: maximum number of elements; None for any number.
+        launch: how the kernels are launched. ``max_registers`` applies to passes over all elements.
+        bracketing: how thresholds are bracketed; None for operations without brackets.
+        measured: device, shape, ms, share of a copy's bandwidth, and commit; None without a measurement.
     """
 
     op: str
@@ -80,7 +80,7 @@ class Row:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What no two rows of a file share."""
+        """The key of a row, which is unique in a file."""
         return self.op, self.architecture, self.triton, self.dtypes, self.numel_up_to
 
     def fits(self, call: Call) -> bool:
@@ -90,17 +90,17 @@ class Row:
 
     @property
     def specificity(self) -> tuple[object, ...]:
-        """Of two rows that fit, the one with the larger value wins.
+        """The row with the largest value is the most specific.
 
-        The first of these that tells them apart decides: whether the operation is named, the architecture,
-        the version of Triton, the dtypes; and at last the smaller size.
+        Rows are compared by what they name, in this order: operation, architecture, version of Triton,
+        dtypes. Of rows that name the same, the one for the smaller size is more specific.
         """
         named = (name != ANY for name in (self.op, self.architecture, self.triton, self.dtypes))
         return *named, -float("inf") if self.numel_up_to is None else -self.numel_up_to
 
 
 def choose(found: Iterable[Row], call: Call) -> Row:
-    """The most specific row that fits; there is one for any call."""
+    """The most specific row that fits; at least one row fits any call."""
     return max((row for row in found if row.fits(call)), key=lambda row: row.specificity)
 
 
@@ -118,7 +118,7 @@ def read(file: Path) -> list[Row]:
 
 
 def write(file: Path, new: Iterable[Row]) -> None:
-    """Put rows into a file, in place of those with the same keys."""
+    """Write rows to a file, in place of those with the same keys."""
     lines = []
     for row in {row.key: row for row in (*read(file), *new)}.values():
         fields = asdict(row)
@@ -135,21 +135,21 @@ def chosen(op: str, roles: Sequence[Sequence[Tensor | None] | None], numel: int)
 
     Args:
         op: see :class:`Call`.
-        roles: the operation's lists; None for one that is missing. The first tensor of each counts.
+        roles: the operation's lists; None for a missing list. The first tensor of each gives its dtype.
         numel: elements of one list.
     """
     firsts = [next((t for t in role if t is not None), None) for role in roles if role is not None]
-    there = [tensor for tensor in firsts if tensor is not None]
-    return _chosen(op, there[0].device, tuple(tensor.dtype for tensor in there), numel)
+    present = [tensor for tensor in firsts if tensor is not None]
+    return _chosen(op, present[0].device, tuple(tensor.dtype for tensor in present), numel)
 
 
 def default(op: str) -> Row:
-    """The row for calls that nobody has measured."""
+    """The row for calls without a measured row."""
     return choose(rows(), Call(op, "", "", "", 2**63))
 
 
 def default_bracketing() -> Bracketing:
-    """How a fusion that nobody has measured brackets its thresholds."""
+    """The bracketing of a fusion without a measured row."""
     bracketing = default("fuse").bracketing
     assert bracketing is not None
     return bracketing
@@ -168,7 +168,7 @@ def _chosen(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], nume
 
 
 def architecture(device: torch.device) -> str:
-    """As rows name it; see :class:`Call`."""
+    """The name of a device's architecture in rows; see :class:`Call`."""
     if device.type != "cuda":
         return device.type
     if torch.version.hip is not None:
@@ -178,5 +178,5 @@ def architecture(device: torch.device) -> str:
 
 
 def triton_version() -> str:
-    """As rows name it: major and minor version."""
+    """The version of Triton in rows: major and minor version."""
     return ".".join(triton.__version__.split(".")[:2])

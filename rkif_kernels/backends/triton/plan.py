@@ -15,11 +15,11 @@ from rkif_kernels.backends.triton.launches import chosen
 from rkif_kernels.backends.triton.table import ALIGNMENT, StreamOrder, Table, build_tables
 from rkif_kernels.types import ImportanceInputs, Order, Smoothing
 
-# What replays of captured steps read: tables on the device, and host memory with the steps' addresses.
+# The memory that replays of captured steps read: tables on the device, and host memory with addresses.
 Captured = dict[tuple[int, tuple[tuple[int, ...], ...]], tuple[tuple[Table, ...], tuple[Tensor, ...]]]
 
 GRADIENTS = 1  # the gradients' row in a table
-SPARES = 4  # tables of new addresses that can be captured between two steps outside of captures
+SPARES = 4  # sets of new addresses that can be captured between two steps outside of captures
 
 
 class PreparedUpdate:
@@ -31,7 +31,8 @@ class PreparedUpdate:
     Args:
         inputs: validated. They fix all dtypes, and which tensors have a gradient.
         order, nonfinite: see :func:`rkif_kernels.ops.update_importance_`.
-        captured: by id of the tables and addresses; mutated. The plan keeps it when it prepares again.
+        captured: the memory of captured steps, by id of the tables and addresses; mutated. The plan passes it
+            on when it prepares again.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class PreparedUpdate:
         self._device, self._nonfinite, self._order = inputs.device, nonfinite, order
         self._on_gpu = self._device.type == "cuda"
         self._config = config or chosen("observe", inputs.lists, inputs.numel).launch
-        self._params, self._grads = _Places(inputs.params), _Places(inputs.grads)
+        self._params, self._grads = _RoleAddresses(inputs.params), _RoleAddresses(inputs.grads)
         states = [_addresses(row, inputs.params) for row in (inputs.sensitivity, inputs.uncertainty)]
         self._rows = [self._params.find(inputs.params), self._grads.find(inputs.grads), *states]
         self._tables = build_tables(
@@ -61,10 +62,10 @@ class PreparedUpdate:
         self._indices = [table.members for table in self._tables]
         self._streams = StreamOrder(self._device, [t for table in self._tables for t in table.memory])
         self._launches = self._prepare(self._tables)
-        # Pinned memory cannot be allocated during a capture, so sources for some tables are allocated before.
+        # Pinned memory cannot be allocated during a capture, so memory for some captures is allocated before.
         self._spares = self._pinned()
         self._captured = captured
-        self._stale = False  # whether gradients moved in a capture, which does not update these tables
+        self._stale = False  # whether gradients moved in a capture, which does not update the tables
 
     def launch(
         self,
@@ -76,7 +77,7 @@ class PreparedUpdate:
         """Update once, on the current stream.
 
         Args:
-            moved: the gradients' addresses if one has changed since the last launch.
+            moved: the gradients' addresses, if one has changed since the last launch.
         """
         self._streams.enter()
         launches, captured = self._launches, capturing(self._device)
@@ -109,7 +110,7 @@ class PreparedUpdate:
             table.pointers[GRADIENTS].copy_(source, non_blocking=True)
 
     def _pinned(self) -> list[tuple[Tensor, ...]]:
-        """Host memory for the addresses of all tables, several times."""
+        """Host memory for SPARES sets of the addresses of all tables."""
         shapes = ((SPARES, *table.pointers.shape) for table in self._tables)
         options = {"dtype": torch.int64, "device": "cpu", "pin_memory": self._on_gpu}
         return list(zip(*(torch.empty(shape, **options).unbind() for shape in shapes), strict=True))
@@ -133,14 +134,14 @@ class PreparedUpdate:
         return self._prepare(tables)
 
 
-class _Places:
+class _RoleAddresses:
     """The addresses of the tensors of one role, or of copies with fixed addresses.
 
     A tensor that is not contiguous, not aligned or negated is copied in every step, into memory that is
     allocated once.
 
     Args:
-        tensors: those of one step; the tensors of all steps are of the same kinds.
+        tensors: those of one step; in all steps, they have the same dtypes, shapes and strides.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
@@ -156,7 +157,7 @@ class _Places:
         """The addresses; 0 for None.
 
         Args:
-            addresses: those of the tensors; mutated.
+            addresses: those of the tensors, if known; mutated.
         """
         if addresses is None:
             addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

@@ -1,8 +1,8 @@
 """An exact order statistic by radix selection on the bit pattern: four histogram passes, no sorting.
 
-A positive float32 has 31 significant bits, and patterns order like values. The digits are 8, 8, 8 and 7 bits
-wide. Each pass counts one digit of the scores that share the digits found so far, and picks the next digit.
-The host does not wait for a result.
+A positive float32 has 31 significant bits, and patterns are ordered like values. The digits are 8, 8, 8 and 7
+bits wide. Each pass counts one digit of the scores that share the digits found so far, and picks the next
+digit. The host does not wait for a result.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ DIGITS = ((23, 8), (15, 8), (7, 8), (0, 7))
 
 @triton.jit
 def _count_digits(score, mask, prefix, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """The histogram of a digit of the scores whose higher bits equal the prefix."""
     key = score.to(tl.int32, bitcast=True)
     wanted = mask & ((key >> (SHIFT + BITS)) == prefix)
     digit = (key >> SHIFT) & ((1 << BITS) - 1)
@@ -114,7 +115,7 @@ def radix_threshold(scores: Scores, k: int, config: LaunchConfig | None = None) 
     lists = scores.sensitivity, scores.uncertainty
     config = config or chosen("radix", lists, scores.numel).launch
     device = scores.sensitivity[0].device
-    rows = aligned(lists)  # copies among them live until the last launch
+    rows = aligned(lists)  # keeps copies until the last launch
     grouped = tables(rows, config.chunk)
     start = constant(device, (k,), torch.int64)
     keep_for_graph(start, [[grouped[0].pointers]])

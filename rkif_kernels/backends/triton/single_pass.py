@@ -3,14 +3,14 @@
 A sample gives each learner a bracket (lo, hi] that very probably holds the order statistic, and few of the
 scores. One pass reads all elements. A score up to lo is not selected and a score above hi is, so almost every
 element is final when it is written. The pass marks the undecided elements and counts the scores below the
-brackets. The undecided elements are listed with their values. The counts and the list give the exact
+brackets. Then the undecided elements are listed with their values. The counts and the list give the exact
 thresholds, and the listed elements are fused again.
 
 The counts prove whether a bracket holds its order statistic. If one does not, or the list is too short
 (because of many ties at the threshold), the launches that search the list search all scores instead, and the
-one that fuses the list fuses all elements. The choice is made on the device. Nothing waits for it, so the
-whole can be captured in a CUDA graph. The second fusion reads the inputs again, so ``out`` must not be one of
-them.
+launch that fuses the list fuses all elements. The device makes this decision. The host does not wait for it,
+so the whole call can be captured in a CUDA graph. The second fusion reads the inputs again, so ``out`` must
+not be one of them.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ def _finish_kernel(
             entry += tl.num_programs(0).to(tl.int64) * BLOCK
     store_norms(partial_norms_ptr, rows + first_program + tl.program_id(0), norm_in, norm_out, norm_update)
     if last_program(fields_ptr, STEP, all_programs):
-        row = tl.where(failed, rows, 0)  # the pass's norms count unless all elements were fused again
+        row = tl.where(failed, rows, 0)  # the norms of the pass do not count if all elements were fused again
         total_in = tl.zeros((BLOCK,), tl.float64)
         total_out, total_update = total_in, total_in
         while row < rows + all_programs:
@@ -300,7 +300,7 @@ def select_and_fuse_(
         return fuse_(inputs, (inner, outer), rule, config)
     config = config or row.launch
     with in_place(inputs.out, ALIGNMENT) as targets:
-        rows = aligned((targets, *inputs.lists[1:]))  # copies among them live until the last launch
+        rows = aligned((targets, *inputs.lists[1:]))  # keeps copies until the last launch
         return BracketedFusion(tables(rows, config.chunk), k, rule, config, bracketing).launch()
 
 
@@ -312,13 +312,13 @@ def prepared_fusion(
     config: LaunchConfig | None = None,
     bracketing: Bracketing | None = None,
 ) -> Callable[[FusionInputs], FuseStats] | None:
-    """:func:`select_and_fuse_` for tensors that stay where they are; None where it makes copies of some."""
+    """:func:`select_and_fuse_` for tensors with fixed addresses; None if it would copy some of them."""
     row = chosen("fuse", inputs.lists, inputs.numel)
     config, bracketing = config or row.launch, bracketing or row.bracketing
     rows = aligned(inputs.lists)
     pairs = zip(rows, inputs.lists, strict=True)
-    stay = all(same_tensors(row, own) for row, own in pairs if own is not None)
-    if not stay or inputs.numel < bracketing.min_numel:
+    addressable = all(same_tensors(row, role) for row, role in pairs if role is not None)
+    if not addressable or inputs.numel < bracketing.min_numel:
         return None
     grouped = tables(rows, config.chunk)
     streams = StreamOrder(inputs.device, [memory for table in grouped for memory in table.memory])

@@ -1,7 +1,7 @@
 """Tables of addresses with which one launch processes a whole list of tensors.
 
-A table is a function of addresses, sizes and dtypes only, and is cached by them. While these do not change, a
-launch uploads nothing; a tensor with a new address needs a new table.
+A table depends only on addresses, sizes and dtypes, which are its key in a cache. While these do not change,
+a launch uploads nothing. A tensor with a new address needs a new table.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class StreamOrder:
 
 
 def aligned(roles: Sequence[Sequence[Tensor | None] | None]) -> Rows:
-    """The roles' tensors in a form that kernels can address; the caller keeps them until its last launch.
+    """The roles' tensors in a form that kernels can address. The caller keeps them until its last launch.
 
     Tensors that are not contiguous, or not aligned, are replaced by copies, so outputs must come from
     ``in_place`` with :data:`ALIGNMENT`. A role that is None gives a row of None.
@@ -209,7 +209,7 @@ def _tables(device: torch.device, *key: Any) -> tuple[tuple[Table, ...], StreamO
 def layout_of(device: torch.device, numels: tuple[int, ...], chunk: int) -> Layout:
     """The distribution of some elements of each tensor over programs, ``chunk`` of a tensor per program.
 
-    It is from a cache: a caller that is captured in a CUDA graph keeps it for the graph.
+    It comes from a cache, so a caller that is captured in a CUDA graph must keep it for the graph.
     """
     layout, order = _layout(device, numels, chunk)
     order.enter()
@@ -227,7 +227,7 @@ def _layout(device: torch.device, numels: tuple[int, ...], chunk: int) -> tuple[
 
 
 def _host(values: Sequence[object]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device="cpu")  # users may change the defaults
+    return torch.tensor(values, dtype=torch.int64, device="cpu")  # users may change PyTorch's defaults
 
 
 def constant(device: torch.device, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
@@ -253,7 +253,7 @@ _captured: WeakKeyDictionary[torch.UntypedStorage, dict[int, object]] = WeakKeyD
 def keep_for_graph(used: object, rows: Iterable[Iterable[Tensor | None] | None]) -> None:
     """If a CUDA graph is being captured, keep ``used`` until the memory of all tensors in ``rows`` is freed.
 
-    The caches may drop it earlier. Without this memory, the graph cannot be replayed any more.
+    The caches may drop it earlier. A graph whose tensors are freed cannot be replayed any more.
     """
     tensors = (tensor for row in rows for tensor in row or () if tensor is not None)
     first = next(tensors, None)

@@ -1,4 +1,4 @@
-"""Exact thresholds by one bracketed pass over the scores; one threshold for few scores by radix selection."""
+"""Exact thresholds by one bracketed pass over the scores, or by radix selection for few scores."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _bracketed_scores_kernel(
     group = group_of(indices_ptr, tensor, groups_a_tensor)
     own_ptr = fields_of(fields_ptr, group, SIDES)
     if searching(own_ptr, SIDES):
-        OTHER: tl.constexpr = 2 * SIDES - 2  # of one side, its own again, which is not read
+        OTHER: tl.constexpr = 2 * SIDES - 2  # for one side the same rows again, which are not read
         rows = (
             load_row(pointers_ptr, 0, tensor, n_tensors, DTYPES),
             load_row(pointers_ptr, 1, tensor, n_tensors, DTYPES),
@@ -205,7 +205,7 @@ def _thresholds(
         return [radix_threshold(scores, ks[0], config) for scores in sides]
     config = config or row.launch
     whole = whole or chosen("whole", lists, numel).launch
-    rows = aligned(lists)  # copies among them live until the last launch
+    rows = aligned(lists)  # keeps copies until the last launch
     grouped = tables(rows, config.chunk)
     groups = find_groups(grouped, ks, per_tensor, len(sides), bracketing, config, whole.block)
     undecided = Undecided.of(groups, len(sides), config)

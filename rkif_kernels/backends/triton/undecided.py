@@ -1,7 +1,7 @@
 """The elements that brackets leave undecided: bits from the pass, then a list in the order of the elements.
 
 The pass stores a word of bits per lane and a count per program. The last program of a group computes prefix
-sums of the counts, which give every program a fixed part of the list, independent of timing. One launch
+sums of the counts. They give every program a fixed part of the list, independent of timing. One launch
 gathers the undecided elements with their values; two more search the thresholds in the list. If the brackets
 of a group failed, the same launches search all its scores.
 """
@@ -114,12 +114,12 @@ def begin_searches(
     fields_ptr, thresholds_ptr, offsets_ptr, groups_ptr, padded_groups, group,
     SIDES: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """In a group's last program of the pass: compute its parts of the list, and start its searches.
+    """Compute the parts of a group's list, and start its searches; called by its last program of the pass.
 
-    A threshold is lo, or in the list, or, if the brackets failed, anywhere among the group's scores.
+    A threshold is lo, or a listed score. If the brackets failed, it is any score of the group.
 
     Args:
-        fields_ptr: those of the group.
+        fields_ptr: the fields of the group.
     """
     k = number_of(groups_ptr, group, K)
     row = number_of(groups_ptr, group, FIRST_ROW)
@@ -229,8 +229,8 @@ def _list_kernel(
 ):
     """Gather a chunk's undecided elements and count them; a group's last program narrows its windows.
 
-    An undecided element reads one sector of each of up to seven streams, and writes up to 36 bytes. Without a
-    fusion (FUSED), nothing is done for groups whose thresholds are found.
+    For an undecided element, one sector of each of up to seven streams is read, and up to 36 bytes are
+    written. Without a fusion (FUSED false), groups whose thresholds are found are skipped.
     """
     chunk = tl.program_id(0)
     tensor, start, numel = load_chunk(numels_ptr, chunk_tensors_ptr, chunk_starts_ptr, chunk, BLOCK)

@@ -1,4 +1,4 @@
-"""The thresholds of tensors that are so small that one program holds all their scores in registers."""
+"""The thresholds of small tensors, all of whose scores fit into the registers of one program."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _whole_kernel(
     for side in tl.static_range(SIDES):
         s_ptr = load_row(pointers_ptr, ROLE + 2 * side, tensor, n_tensors, DTYPES)
         u_ptr = load_row(pointers_ptr, ROLE + 2 * side + 1, tensor, n_tensors, DTYPES)
-        # Of full accesses the mask is the same; the rest has loads of its own, and fills up with zeros.
+        # Groups of eight elements share one mask, so their accesses are wide. The rest has separate loads.
         score = _score(s_ptr, u_ptr, offsets, full, DTYPES, ROLE + 2 * side, DISTANCE)
         score += _score(s_ptr, u_ptr, offsets, mask & (offsets >= even), DTYPES, ROLE + 2 * side, DISTANCE)
         keys = score.to(tl.int32, bitcast=True)

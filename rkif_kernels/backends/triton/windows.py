@@ -1,9 +1,9 @@
 """Order statistics by counting keys in narrowing windows; the state of a search is on the device.
 
-A score's key is the bit pattern of its float32 value; keys order like scores. The state of a search is the
-window of keys that contains its order statistic. A launch counts the keys of the window in equal bins. The
-last program of the launch picks the bin that contains the order statistic as the next window. Three launches
-with 2,048 bins resolve the 31 bits of any key.
+A score's key is the bit pattern of its float32 value; keys are ordered like scores. The state of a search is
+the window of keys that contains its order statistic. A launch counts the keys of the window in equal bins.
+The last program of the launch picks the bin that contains the order statistic as the next window. Three
+launches with 2,048 bins resolve the 31 bits of any key.
 
 No program waits for another. The last program is the one whose addition to an atomic counter shows that all
 others are done.
@@ -92,6 +92,7 @@ def load_search(fields_ptr, side):
 
 @triton.jit
 def store_search(fields_ptr, limit_ptr, side, low, shift, remaining):
+    """Store the state of a search, and the lowest score of its window as the threshold so far."""
     at = fields_ptr + SEARCHES + 4 * side
     tl.store(at, low)
     tl.store(at + 1, shift)
@@ -101,7 +102,7 @@ def store_search(fields_ptr, limit_ptr, side, low, shift, remaining):
 
 @triton.jit
 def add_to_bins(fields_ptr, side, score, mask):
-    """Count the scores in a search's window by one atomic addition each; they are few."""
+    """Count the scores in a search's window, by one atomic addition each, because they are few."""
     low, shift, remaining = load_search(fields_ptr, side)
     low = tl.where(remaining < 0, 0x7FFFFFFF, low)  # a finished search counts no key
     distance = score.to(tl.int32, bitcast=True) - low
