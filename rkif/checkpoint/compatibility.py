@@ -39,7 +39,7 @@ def compare_inputs(checkpoints: Mapping[str, Checkpoint], problems: list[str], n
 def _compare_tensors(
     base: Checkpoint, other: Checkpoint, argument: str, first: str, problems: list[str]
 ) -> None:
-    """Names and shapes must be those of ``base``, which messages call ``first``."""
+    """Check that names and shapes are those of ``base``; ``first`` is its name in messages."""
     missing = [name for name in base.tensors if name not in other.tensors]
     extra = [name for name in other.tensors if name not in base.tensors]
     if missing:
@@ -47,7 +47,7 @@ def _compare_tensors(
     if extra:
         tied = base.config.get("tie_word_embeddings") and any("head" in name for name in extra)
         hint = (
-            f"; {first} ties its head to the embedding (tie_word_embeddings): tie this one, too"
+            f"; {first} ties its head to the embedding (tie_word_embeddings): tie this one as well"
             if tied
             else ""
         )
@@ -62,7 +62,7 @@ def _compare_tensors(
 
 
 def _compare_importance(base: Checkpoint, importance: Checkpoint, argument: str, problems: list[str]) -> None:
-    """Every floating-point tensor of BASE must have scores of its shape; other tensors must have none."""
+    """Check that every floating-point tensor of BASE has scores of its shape, and no other tensor has any."""
     fused = {name: entry for name, entry in base.tensors.items() if entry.dtype in FUSED}
     missing = [name for name in fused if name not in importance.tensors]
     extra = [name for name in importance.tensors if name not in fused]
@@ -82,7 +82,7 @@ def _compare_importance(base: Checkpoint, importance: Checkpoint, argument: str,
 
 
 def _check_dtypes(checkpoints: Mapping[str, Checkpoint], problems: list[str]) -> None:
-    """Dtypes must be known. A tensor is floating-point in all inputs, or has one dtype in all."""
+    """Check that dtypes are known, and that a tensor is floating-point in all inputs or has one dtype."""
     first, base = next(iter(checkpoints.items()))
     for argument, checkpoint in checkpoints.items():
         if "quantization_config" in checkpoint.config:
@@ -127,7 +127,7 @@ def _compare_configs(
     problems: list[str],
     notes: list[str],
 ) -> None:
-    """Kind, settings and vocabulary must be those of ``base``, which messages call ``first``."""
+    """Check that kind, settings and vocabulary are those of ``base``; ``first`` is its name in messages."""
     if base.stem != other.stem:
         kinds = {"model": "a model", "adapter_model": "an adapter"}
         problems.append(f"{argument} is {kinds[other.stem]}, {first} {kinds[base.stem]}")

@@ -1,7 +1,7 @@
 """``--space delta``: adapters merged as weight updates B·A, as :func:`rkif.fuse_delta` does in memory.
 
-The factors of all adapters are in memory, and the updates of one module at a time. Every method sees updates
-in place of tensors. The fused updates are factorised to the adapter's rank: the output is an adapter again.
+The factors of all adapters are in memory, and the updates of one module at a time. Methods merge updates in
+place of tensors. The fused updates are factorised to the adapter's rank, so the output is an adapter again.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from rkif.lora import LoraModule, factorised, lora_modules, lora_scaling
 if TYPE_CHECKING:
     from rkif.checkpoint.methods import Method
 
-WORKING = 12  # most float32 tensors of a module's size beside the updates themselves
+WORKING = 12  # maximum number of float32 tensors of a module's size, in addition to the updates
 
 
 @dataclass(frozen=True)
 class UpdateSpace:
-    """The modules of an adapter, whose updates take the place of its tensors.
+    """The modules of an adapter, whose updates are merged in place of its tensors.
 
     Attributes:
-        modules: with factors, then the tensors without (modules_to_save).
-        tensors: the updates, as the layout of a scan; they are in no file.
+        modules: those with factors, then the tensors without (modules_to_save).
+        tensors: the updates as tensors of a layout; they are in no file.
     """
 
     modules: tuple[LoraModule, ...]
@@ -52,7 +52,10 @@ class UpdateSpace:
 
 
 def update_space(base: Checkpoint, argument: str, problems: list[str]) -> UpdateSpace | None:
-    """The modules of an adapter by its header and config; None if its updates cannot be formed."""
+    """The modules of an adapter, from its header and config.
+
+    None if updates cannot be computed; the reason is appended to ``problems``.
+    """
     if base.stem != "adapter_model" or not {"lora_alpha", "r"} <= base.config.keys():
         problems.append(
             f"--space delta: {argument} must be the folder of a LoRA adapter, with lora_alpha and r in its "
@@ -83,7 +86,8 @@ class FusedUpdates:
         params: tensor name -> fused tensor, flat.
         counts, squared_norms: by the name of a module's first tensor, as :meth:`Method.fuse` returns them.
         thresholds: as in a scan's result.
-        truncation: module -> share of the fused update's Frobenius norm that is lost at this rank.
+        truncation: module -> error of the factorised update, as a fraction of the fused update's Frobenius
+            norm.
     """
 
     params: dict[str, Tensor]

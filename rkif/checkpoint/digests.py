@@ -19,9 +19,9 @@ class Digests:
     """SHA-256 of tensors that arrive piece by piece, in order, in one or more roles.
 
     Args:
-        tensors: of the layout.
-        entries_of: a tensor's entries by role. A resumed fusion reads from there the
-            elements that were digested before the interruption.
+        tensors: the tensors of the layout.
+        entries_of: gives a tensor's entries by role. A resumed fusion reads the elements from them that were
+            digested before the interruption.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Digests:
         )
 
     def add(self, chunk: Chunk, rows: Sequence[Sequence[Tensor]]) -> list[dict[str, str]]:
-        """Take in a chunk, one row a role; returns by role the digests of the tensors that end in it."""
+        """Digest a chunk, one row per role; return, by role, the digests of the tensors that end in it."""
         finished: list[dict[str, str]] = [{} for _ in rows]
         for position, piece in enumerate(chunk):
             tensor = self._tensors[piece.tensor]

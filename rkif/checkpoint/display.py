@@ -34,7 +34,7 @@ class Bar:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,  # it would print an empty line
+            disable=not console.is_terminal,  # without a terminal it would print an empty line
         )
         self._task: TaskID | None = None
 
@@ -96,7 +96,7 @@ def summary_table(summary: Summary) -> Table:
     """The result, time, data volume and memory of the fusion; its digest is too long for a row."""
     report = summary.report
     total = max(sum(report["counts"].values()), 1)
-    complete = not summary.seconds  # before this call
+    complete = not summary.seconds  # it was complete before this call
     title = f"Fused into {summary.out}{', resumed' if summary.resumed else ''}"
     table = _table(f"{summary.out} is already complete" if complete else title)
     table.add_row("method", _settings(summary.method, summary.settings))
@@ -110,7 +110,7 @@ def summary_table(summary: Summary) -> Table:
     table.add_row("L2 norms", norms)
     if "truncation" in report:
         lost = max(report["truncation"].values())
-        table.add_row("lost at the rank", f"at most {lost:.2%} of an update's norm")
+        table.add_row("truncation", f"at most {lost:.2%} of an update's norm is lost at the adapter's rank")
     if complete:
         return table
     speed = summary.read / summary.seconds / 1e6

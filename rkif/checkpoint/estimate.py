@@ -19,7 +19,7 @@ from rkif.checkpoint.tiles import TILE, Tile
 
 
 def scanned_bytes(method: Method, checkpoints: Mapping[str, Checkpoint], size: int) -> int:
-    """Bytes that the scan reads of inputs of ``size`` bytes, if one pass is enough, as it usually is."""
+    """Bytes that a scan of inputs of ``size`` bytes reads in one pass, which is usually enough."""
     if method.needs_threshold:
         scores = [checkpoint for argument, checkpoint in checkpoints.items() if argument.startswith("--")]
         if scores:
@@ -29,7 +29,7 @@ def scanned_bytes(method: Method, checkpoints: Mapping[str, Checkpoint], size: i
 
 
 def estimate_seconds(request: Request, layout: OutputLayout, read: int, written: int) -> float:
-    """Seconds, from the time to fuse a random tile and to write a few MiB where the output will lie."""
+    """Estimated seconds, from the measured times of fusing a random tile and writing 8 MiB to OUT's disk."""
     models = request.method.models
     name = next(tensor.name for tensor in layout.tensors if tensor.fused)
     out, base, *ends = ([torch.rand(TILE, device=request.device)] for _ in range(2 + models))
@@ -40,7 +40,7 @@ def estimate_seconds(request: Request, layout: OutputLayout, read: int, written:
         start = time.perf_counter()
         request.method.fuse(tile, scores_of(request.method, tile), scan_result)
         durations.append(time.perf_counter() - start)
-    # Half as much again for the scores and their counts.
+    # 1.5: the scores and their counts take about half as long as the fusion.
     computing = min(durations) / TILE * layout.numel * 1.5
     block = bytes(8 << 20)
     rate = math.inf

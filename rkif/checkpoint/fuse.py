@@ -30,19 +30,19 @@ from rkif.checkpoint.tiles import Tile, tiles
 from rkif.checkpoint.workdir import Workdir, clear
 from rkif.distributed.process_group import ALONE, ProcessGroup
 
-UNRECORDED = 256 << 20  # most bytes that a scan reads before it is recorded: a kill repeats them
+UNRECORDED = 256 << 20  # bytes after which a scan is recorded: a kill makes it read at most these again
 
 
 def fuse_checkpoints(
     plan: Plan, progress: Progress | None = None, processes: ProcessGroup = ALONE
 ) -> Summary:
-    """Carry out the plan of :func:`rkif.checkpoint.preflight.preflight`.
+    """Execute the plan of :func:`rkif.checkpoint.preflight.preflight`.
 
     ``request.out`` appears in one step when everything is complete. Until then the work is in
-    ``OUT.partial``; an interrupted fusion is resumed from there, and ends with the same bytes.
+    ``OUT.partial``. An interrupted fusion is resumed from there, and its output has the same bytes.
 
     Several processes on one file system may share the work. All of them call this with the same request,
-    and the result has the same bytes. Any number of processes may resume an interrupted fusion.
+    and the output has the same bytes. Any number of processes may resume an interrupted fusion.
 
     Raises:
         ValueError: the inputs are not finite, or the output exists.
@@ -54,27 +54,27 @@ def fuse_checkpoints(
     request = plan.request
     if request.resume and (complete := _complete_output(plan)) is not None:
         return Summary.of(plan, complete, resumed=True)
-    # Each process has its own memory, but all must cut the work alike.
+    # Each process has its own amount of free memory, but all must use the same chunks.
     plan = plan.cut(int(processes.all_gather(torch.tensor([plan.slot])).min()))
-    # PyTorch's threads spin while they wait for the next small tile; streaming kernels have their own.
+    # PyTorch's threads spin while they wait for the next small tile. Streaming kernels need no small tiles.
     threads = torch.get_num_threads() if request.method.streams or plan.updates is not None else 1
     meter = ProgressMeter(progress or NullProgress())
     if plan.updates is not None and processes.size > 1:
-        raise ValueError("--space delta runs in one process: factorisations of several need not fit together")
+        raise ValueError("--space delta runs in one process: factorisations may differ between processes")
     workdir = Workdir(
         request.out, plan.journal_identity, plan.slot, resume=request.resume, processes=processes
     )
     inputs = InputDigests(input_files(plan) if processes.rank == 0 else [])
     with closing(inputs), _torch_threads(threads), workdir as work, processes.propagate_failure():
         if plan.updates is not None:
-            work.restart()  # the factors of two factorisations need not fit together
+            work.restart()  # A and B must be of the same factorisation, and two may differ
         resumed = bool(work.records)
         with closing(OutputWriter(plan, work, processes)) as output, closing(Loader(plan)) as loader:
             kind = _Fusion if plan.updates is None else _UpdateFusion
             fusion = kind(plan, work, loader, output, meter, processes)
             scan_result = fusion.scan()
             fusion.fuse(scan_result)
-        with processes.raise_on_any_failure():  # all chunks are on disk
+        with processes.raise_on_any_failure():  # wait until all chunks are on disk
             pass
         with processes.raise_on_any_failure():
             if processes.rank == 0:
@@ -83,7 +83,7 @@ def fuse_checkpoints(
                 write_provenance(plan, work.data, MANIFEST, inputs.result(), started)
                 _require_unchanged(plan)
         manifest = read_manifest(work.data)
-        with processes.raise_on_any_failure():  # all have read it
+        with processes.raise_on_any_failure():  # wait until all have read it
             pass
         if processes.rank == 0:
             work.publish(plan.layout.sizes)
@@ -130,7 +130,7 @@ def _torch_threads(count: int) -> Iterator[None]:
 
 
 class _Fusion:
-    """One process's share of a fusion: loaded chunks are scanned, then computed and handed to the writer."""
+    """The share of a fusion of one process: scan the loaded chunks, then fuse and write them."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class _Fusion:
         self._method, self._tensors = plan.request.method, plan.layout.tensors
         self._names = [tensor.name for tensor in self._tensors]
         self._share = share(plan.chunks, self._tensors, processes.rank, processes.size)
-        self.truncation: dict[str, float] = {}  # by module, where updates are factorised
+        self.truncation: dict[str, float] = {}  # by module; empty unless updates are factorised
 
     def scan(self) -> ScanResult:
         """Scan all elements for the method, from where an interrupted scan stopped."""
@@ -171,13 +171,13 @@ class _Fusion:
         return scan.result()
 
     def _resumed_scan(self) -> tuple[Scan, int | None]:
-        """The scan as it was recorded, and the chunk that comes next; None for the start of a pass."""
+        """The scan as it was recorded, and the index of the next chunk; None for the start of a pass."""
         scan, first = self._new_scan(), None
         if (recorded := self._work.recorded_scan()) is not None:
             state, position = recorded
             scan.restore(state)
             first = position["next"]
-        # A kill may have left the processes in different passes. Counts are summed by pass: all start over.
+        # A kill may have left the processes in different passes. Counts are summed by pass: all start again.
         if len(set(self._processes.all_gather(torch.tensor([scan.passes])).tolist())) > 1:
             return self._new_scan(), None
         return scan, first
@@ -188,7 +188,7 @@ class _Fusion:
         return make_scan(self._method, self._tensors, chunks, scanned, self._processes)
 
     def fuse(self, scan_result: ScanResult) -> None:
-        """Compute the remaining chunks; the writer writes and records them."""
+        """Fuse the remaining chunks; the writer writes and records them."""
         if scan_result.thresholds is not None:
             scan_result = scan_result._replace(
                 thresholds=scan_result.thresholds.to(self._plan.request.device)
@@ -206,7 +206,7 @@ class _Fusion:
     def _compute(
         self, chunk: LoadedChunk, targets: Sequence[Tensor], scan_result: ScanResult
     ) -> tuple[list[int], list[float]]:
-        """Fill a chunk's targets; returns counts and squared norms, named as the request has them."""
+        """Fill a chunk's targets; return counts and squared norms, in the order of the request's names."""
         request = self._plan.request
         counts, squared_norms = [0] * len(request.cases), [0.0] * len(request.norms)
         if chunk.index >= len(self._plan.fused_chunks):
@@ -214,7 +214,7 @@ class _Fusion:
             return counts, squared_norms
         for tile in self._tiles(chunk, self._plan.tile, targets):
             scores = scores_of(self._method, tile)
-            # Importance that no scan has seen is checked here; all else shows in the norms.
+            # Importance is checked here unless a scan has done it. Norms show all other invalid values.
             unseen = tile.importance is not None and not self._method.needs_threshold
             if unseen and not all(map(are_valid_scores, scores)):
                 raise self._invalid(tile)
@@ -227,6 +227,7 @@ class _Fusion:
         return counts, squared_norms
 
     def _copy(self, chunk: LoadedChunk, targets: Sequence[Tensor]) -> None:
+        """Copy tensors that are not fused from the base; the models must have the same values."""
         base, *others = chunk.tensors
         for position, piece in enumerate(self._plan.chunks[chunk.index]):
             first, *models = self._plan.request.checkpoints
@@ -270,7 +271,7 @@ class _UpdateFusion(_Fusion):
         for piece, target in zip(self._plan.chunks[chunk.index], targets, strict=True):
             name = self._tensors[piece.tensor].name
             target.copy_(result.params[name][piece.start : piece.stop])
-            if piece.start == 0 and name in result.counts:  # a module counts where its first tensor begins
+            if piece.start == 0 and name in result.counts:  # counted once: where the first tensor begins
                 counts = [a + b for a, b in zip(counts, result.counts[name], strict=True)]
                 norms = result.squared_norms[name]
                 squared_norms = [a + b for a, b in zip(squared_norms, norms, strict=True)]

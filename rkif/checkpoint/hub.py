@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 
 def require_repo_id(option: str, repo: str) -> None:
-    """Raise ValueError unless ``repo`` can be the name of a repository; names the option."""
+    """Raise ValueError, which names the option, unless ``repo`` can be the name of a repository."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -24,13 +24,13 @@ def push(folder: Path, repo: str, message: str) -> str:
         The address of the repository.
 
     Raises:
-        RuntimeError: the Hub cannot be reached, or it refuses; names the repository.
+        RuntimeError: the Hub cannot be reached, or refuses the upload; it names the repository.
     """
     api = HfApi()
     try:
         address = api.create_repo(repo, repo_type="model", exist_ok=True)
         api.upload_folder(repo_id=repo, repo_type="model", folder_path=folder, commit_message=message)
-    except Exception as error:  # the HTTP library's errors have no base class that outlives its versions
+    except Exception as error:  # the HTTP library's errors have another base class in each major version
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RuntimeError(f"{repo} was not uploaded: {reason}") from error
     return str(address)

@@ -13,7 +13,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from rkif.checkpoint.source import FUSED, Checkpoint, Entry
 
-ALIGNMENT = 64  # bytes: where a tensor's part begins in a buffer
+ALIGNMENT = 64  # bytes; each tensor's part begins at a multiple in a buffer
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class OutputTensor:
     """A tensor of the output, and its inputs.
 
     Attributes:
+        name: the tensor's name.
         target: its entry in the output.
-        inputs: the entries of base and models, then of the two importances where they are given.
+        inputs: the entries of base and models, then those of the two importances if they are given.
     """
 
     name: str
@@ -36,7 +37,7 @@ class OutputTensor:
 
     @property
     def widest(self) -> int:
-        """Bytes of an element, in the input or output where it is widest."""
+        """Maximum bytes of an element over all inputs and the output."""
         return max(entry.itemsize for entry in (self.target, *self.inputs))
 
 
@@ -62,8 +63,8 @@ class OutputLayout:
     """The output's files.
 
     Attributes:
-        headers: by file name, the bytes before the tensors' data.
-        sizes: by file name, in bytes.
+        headers: file name -> the bytes before the tensors' data.
+        sizes: file name -> size in bytes.
         tensors: in the order in which they are written.
         index: content of the index; None for a single file.
     """
@@ -87,8 +88,10 @@ def plan_layout(
     A tensor that is larger has a file of its own. The files have the names that loaders expect.
 
     Args:
+        base: gives names, dtypes and shapes.
         others: entries of the other inputs, by the same names; importances have none of copied tensors.
-        folder: of the targets.
+        folder: the folder of the targets.
+        max_shard_size: maximum bytes of a file.
     """
     split = split_state_dict_into_shards_factory(
         base.tensors,
@@ -137,10 +140,12 @@ def _header(base: Checkpoint, names: Sequence[str]) -> tuple[bytes, int]:
 
 
 def plan_chunks(tensors: Sequence[OutputTensor], slot: int, *, fused: bool) -> list[Chunk]:
-    """Cut the tensors into chunks of which no input and no output takes more than ``slot`` bytes.
+    """Cut the tensors into chunks, each of at most ``slot`` bytes in every input and in the output.
 
     Args:
-        fused: take the tensors that are fused, or those that are copied.
+        tensors: the tensors of the layout.
+        slot: bytes of a chunk's buffer.
+        fused: whether to take the tensors that are fused; otherwise those that are copied.
     """
     chunks: list[Chunk] = []
     pending: list[Piece] = []
@@ -165,18 +170,18 @@ def plan_chunks(tensors: Sequence[OutputTensor], slot: int, *, fused: bool) -> l
 
 
 def aligned(size: int) -> int:
-    """The next multiple of ALIGNMENT."""
+    """``size`` rounded up to a multiple of ALIGNMENT."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def runs(chunks: Sequence[Chunk]) -> list[range]:
-    """Ranges of chunks that hold whole tensors: all chunks of a cut tensor, or one chunk."""
+    """Ranges of chunks that have whole tensors: all chunks of a cut tensor, or one chunk."""
     starts = [index for index, pieces in enumerate(chunks) if pieces[0].start == 0]
     return [range(*ends) for ends in itertools.pairwise([*starts, len(chunks)])]
 
 
 def share(chunks: Sequence[Chunk], tensors: Sequence[OutputTensor], rank: int, ranks: int) -> range:
-    """The chunks that process ``rank`` of ``ranks`` works on: consecutive, and about as many bytes for each.
+    """The consecutive chunks that process ``rank`` of ``ranks`` works on. Shares have similar sizes.
 
     No tensor has chunks in two shares, because one process digests it from its first byte to its last.
     """

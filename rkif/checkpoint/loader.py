@@ -19,12 +19,12 @@ from rkif.checkpoint.source import Entry, TensorReader
 
 @dataclass(frozen=True)
 class LoadedChunk:
-    """A chunk's inputs on the device; valid until the next chunk is asked for.
+    """The inputs of a chunk on the device; valid until the next chunk is requested.
 
     Attributes:
-        index: of the chunk.
+        index: the chunk's index.
         tensors: by role (base, models, then the importances), then by piece of the chunk; flat.
-        digests: by role, the SHA-256 of each tensor that ends in this chunk; empty unless asked for.
+        digests: by role, the SHA-256 of each tensor that ends in this chunk; empty unless requested.
     """
 
     index: int
@@ -55,10 +55,10 @@ class Loader:
         self._reader.close()
 
     def load(self, indices: Iterable[int], digests: Digests | None = None) -> Iterator[LoadedChunk]:
-        """Yield the chunks in the order of ``indices``; ``digests`` takes in each, in the reading thread.
+        """Yield the chunks in the order of ``indices``; the reading thread adds each to ``digests``.
 
         Raises:
-            OSError: reading failed; the file is named.
+            OSError: reading failed; it names the file.
         """
         ahead: deque[tuple[int, Buffers, Future[list[dict[str, str]]]]] = deque()
         for position, index in enumerate(indices):
@@ -71,7 +71,7 @@ class Loader:
 
     def _read(self, index: int, buffers: Buffers, digests: Digests | None) -> list[dict[str, str]]:
         if self._stream is not None:
-            self._stream.synchronize()  # the last copy out of this memory
+            self._stream.synchronize()  # wait for the last copy out of this memory
         chunk = self._chunks[index]
         rows = self._split(index, buffers.host)
         for entries, row in zip(self._entries(index), rows, strict=True):
@@ -87,7 +87,7 @@ class Loader:
 
     def _split(self, index: int, buffers: Sequence[Tensor]) -> list[list[Tensor]]:
         chunk, entries = self._chunks[index], self._entries(index)
-        # Importances have no part in chunks that are copied: their buffers stay unused.
+        # Copied chunks have no importances, so zip leaves the buffers of these out.
         return [split(chunk, *pair) for pair in zip(entries, buffers, strict=False)]
 
     def _entries(self, index: int) -> list[list[Entry]]:

@@ -74,7 +74,8 @@ def write_manifest(folder: Path, tensors: Mapping[str, tuple[Entry, str]], heade
     """Write the manifest of a folder.
 
     Args:
-        tensors: entry and SHA-256 by name; all other digests are computed here.
+        folder: the folder.
+        tensors: name -> entry and SHA-256; all other digests are computed here.
         header: further content of the manifest, ready for JSON.
     """
     weights = {entry.file.name for entry, _ in tensors.values()}
@@ -88,7 +89,7 @@ def write_manifest(folder: Path, tensors: Mapping[str, tuple[Entry, str]], heade
     content = {
         **header,
         "content_sha256": content_digest(tensors),
-        "files": files,  # for files of weights, the digest of the header
+        "files": files,  # the digest of a file of weights is that of its header
         "tensors": {
             name: {"file": entry.file.name, "dtype": entry.dtype, "shape": entry.shape, "sha256": sha256}
             for name, (entry, sha256) in sorted(tensors.items())
@@ -98,7 +99,7 @@ def write_manifest(folder: Path, tensors: Mapping[str, tuple[Entry, str]], heade
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder.
+    """Read and check the manifest of a folder; without the key "manifest_sha256".
 
     Raises:
         ValueError: there is none, or it was changed.
@@ -110,7 +111,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = parse_json(text, path)
     validated(_Manifest, manifest, path)
     written = manifest.pop("manifest_sha256")
-    # The text is compared, too: other texts have the same content.
+    # The text is compared as well, because other texts can have the same content.
     if written != _content_sha256(manifest) or text != _text(manifest, written):
         raise ValueError(f"{path} is damaged: its digest is not that of its content")
     tensors = {name: (t["dtype"], t["shape"], t["sha256"]) for name, t in manifest["tensors"].items()}
@@ -123,9 +124,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, progress: Progress | None = None) -> list[str]:
-    """Read every byte of an output of ``rkif fuse``; returns a line for each difference from its manifest.
+    """Compare every byte of an output of ``rkif fuse`` with its manifest; returns a line per difference.
 
-    An added file is a difference: a loader may read it. Hidden files and folders are ignored.
+    An added file is a difference, because a loader may read it. Hidden files and folders are ignored.
     The provenance may be missing, but it must be that of this manifest. A signature is not checked.
 
     Raises:
@@ -163,7 +164,7 @@ def verify(folder: Path, progress: Progress | None = None) -> list[str]:
             problems += _changed_tensors(file, checkpoint.tensors, expected, progress)
     unknown = sorted(present - manifest["files"].keys() - {MANIFEST, PROVENANCE, SIGNATURE})
     problems += provenance_problems(folder, MANIFEST)
-    return problems + [f"{name} was not there" for name in unknown]
+    return problems + [f"{name} was added" for name in unknown]
 
 
 def _changed_tensors(

@@ -1,4 +1,4 @@
-"""Reads a merge from a YAML file of mergekit; what rkif does not have is refused by name."""
+"""Reads a merge from a YAML file of mergekit; an unsupported feature is an error that names it."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ _KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dty
 _BY_TENSOR = ("weight", "density")
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-# Lists of layers, as models name them; the first number in a tensor's name that follows one is its layer.
+# The number of a tensor's layer: it follows the name of a list of layers, as models name these.
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge as the file has it; its tensors are not known yet.
+    """A merge as the file describes it; the names of tensors are not known yet.
 
     Attributes:
-        file: of the merge, for messages.
+        file: the YAML file, for messages.
         method: one of METHODS.
-        base: gives the layout: base_model, or the first model.
-        models: to be merged, in their order; without base_model.
-        by_model: parameters of each model: "weight" and "density": numbers, gradients or lists of filters.
-        shared: the same of the whole merge, for models that have no value of their own.
-        scalars: "normalize", "rescale" and "lambda", where they are given.
-        dtype: of the output; None to keep that of the checkpoint.
+        base: the checkpoint that gives the layout: base_model, or the first model.
+        models: the models to merge, in their order; without base_model.
+        by_model: for each model its "weight" and "density": numbers, gradients or lists of filters.
+        shared: the same of the whole merge, for models without a value of their own.
+        scalars: "normalize", "rescale" and "lambda", if they are given.
+        dtype: dtype of the output; None to keep that of the checkpoint.
     """
 
     file: Path
@@ -105,7 +105,7 @@ class Merge:
         return TensorSettings(tuple(weights), tuple(densities))
 
     def _value(self, name: str, index: int, tensor: str, position: float) -> float | None:
-        """The value of the model's own parameter, else of the whole merge's; None if neither has one."""
+        """The value of a parameter for a model, else for the whole merge; None if neither has one."""
         for parameters in (self.by_model[index], self.shared):
             value = _evaluate(parameters[name], tensor, position) if name in parameters else None
             if value is not None:
@@ -117,12 +117,12 @@ def read_merge(file: Path) -> Merge:
     """Read a merge; model paths are relative to the current folder, as in mergekit.
 
     Raises:
-        ValueError: the file is no merge of mergekit, or has something that rkif does not support; names it.
+        ValueError: the file is not a merge of mergekit, or has a feature that rkif does not support.
         OSError: the file cannot be read.
     """
     content = load_yaml(file.read_bytes(), str(file))
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: a merge has keys such as merge_method and models")
+        raise ValueError(f"{file}: it must have keys such as merge_method and models")
     _require_keys(file, "", content, _KEYS)
     method = content.get("merge_method")
     if method not in METHODS:
@@ -191,7 +191,8 @@ def _numbers_of(
     for name in numbers:
         if name in parameters:
             _require_form(file, f"{where}{name}", parameters[name])
-    return {name: value for name, value in parameters.items() if name != "int8_mask"}  # of no result
+    # int8_mask changes no result.
+    return {name: value for name, value in parameters.items() if name != "int8_mask"}
 
 
 def _scalar(file: Path, name: str, value: Any) -> Any:
@@ -203,7 +204,7 @@ def _scalar(file: Path, name: str, value: Any) -> Any:
 
 
 def _require_form(file: Path, where: str, setting: Any) -> None:
-    """A number, a list of numbers (a gradient), or a list of values with filters."""
+    """Check that a setting is a number, a list of numbers (a gradient), or a list of values with filters."""
     if _is_number(setting) or _is_gradient(setting):
         return
     if not isinstance(setting, list) or not setting:
@@ -212,7 +213,9 @@ def _require_form(file: Path, where: str, setting: Any) -> None:
         )
     for index, one in enumerate(setting):
         if not isinstance(one, dict) or "value" not in one:
-            raise ValueError(f"{file}: {where}[{index}] must have a value, and perhaps a filter; got {one!r}")
+            raise ValueError(
+                f"{file}: {where}[{index}] must have a value, and may have a filter; got {one!r}"
+            )
         _require_keys(file, f"{where}[{index}].", one, ("filter", "value"))
         if not (_is_number(one["value"]) or _is_gradient(one["value"])):
             raise ValueError(
@@ -220,7 +223,7 @@ def _require_form(file: Path, where: str, setting: Any) -> None:
             )
         if not isinstance(one.get("filter", "*"), str):
             raise ValueError(
-                f"{file}: {where}[{index}].filter must be a part of names; got {one['filter']!r}"
+                f"{file}: {where}[{index}].filter must be a part of a tensor's name; got {one['filter']!r}"
             )
 
 
@@ -236,8 +239,8 @@ def _evaluate(setting: Any, tensor: str, position: float) -> float | None:
     """The value of a setting for one tensor; None if no filter matches.
 
     Args:
-        position: of the tensor's layer, from 0 for the first to 1 for the last. A gradient is interpolated
-            linearly between its values, which are at equal distances.
+        position: position of the tensor's layer, from 0 for the first to 1 for the last. A gradient is
+            interpolated linearly between its values, which have equal distances.
     """
     if _is_number(setting):
         return float(setting)
@@ -254,7 +257,7 @@ def _evaluate(setting: Any, tensor: str, position: float) -> float | None:
 
 
 def _positions(names: Iterable[str]) -> dict[str, float]:
-    """The position of each layer of a list, from 0 to 1, by tensor; 0 outside of layers, as in mergekit."""
+    """Tensor name -> position of its layer in the list of layers, from 0 to 1; 0 outside, as in mergekit."""
     found = {name: _LAYER.search(name) for name in names}
     counts: dict[str, int] = {}
     for name, match in found.items():

@@ -1,4 +1,4 @@
-"""Everything of an output beside its weights: index, companions of the base, model card and manifest."""
+"""The files of an output beside its weights: index, companions of the base, model card and manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rkif.files import fsync_file, write_text
 
 
 class _Totals(NamedTuple):
-    """Counts, squared norms, and SHA-256 by argument and tensor."""
+    """Sums over all chunks: counts, squared norms, and SHA-256 by argument and tensor."""
 
     counts: list[int]
     squared_norms: list[float]
@@ -41,9 +41,11 @@ def write_metadata(
     """Write the metadata files beside the finished weights in ``folder``; remove all other files.
 
     Args:
+        plan: the plan of the fusion.
+        folder: the folder of the weights.
         records: of all processes, as :class:`rkif.checkpoint.output.OutputWriter` makes them.
-        truncation: by module, what is lost at an adapter's rank; empty where nothing is factorised.
-        thresholds: float32 [models, 1] or [models, tensors]; None for a method that has none.
+        thresholds: float32 [models, 1] or [models, tensors]; None for a method without thresholds.
+        truncation: module -> error of its factorised update; empty unless updates are factorised.
     """
     base, method = plan.base, plan.request.method
     _remove_leftovers(plan, folder)
@@ -86,7 +88,7 @@ def _remove_leftovers(plan: Plan, folder: Path) -> None:
 
 
 def _sum(plan: Plan, records: Iterable[Mapping[str, Any]]) -> _Totals:
-    """The sum over the chunks, in their order, whichever process fused them."""
+    """The sum over the chunks in the order of their indices, so it does not depend on the processes."""
     counts, squared_norms = [0] * len(plan.request.cases), [0.0] * len(plan.request.norms)
     digests: dict[str, dict[str, str]] = {}
     by_chunk = {record["chunk"]: record for record in records if "chunk" in record}
@@ -99,10 +101,10 @@ def _sum(plan: Plan, records: Iterable[Mapping[str, Any]]) -> _Totals:
 
 
 def _report(plan: Plan, totals: _Totals, thresholds: Tensor | None) -> dict[str, Any]:
-    """A :class:`rkif.FusionReport` as JSON; norms to six digits, as the others depend on the chunks.
+    """A :class:`rkif.FusionReport` as JSON. Norms have six digits, because further ones depend on the chunks.
 
-    For any number of models but two, counts are by the number of models that select an element, thresholds by
-    model, and norms by the model's name.
+    Except for two models, counts are by the number of models that select an element, thresholds by model, and
+    norms by the model's name.
     """
     names = [tensor.name for tensor in (plan.updates or plan.layout).tensors]
     sides: list[Any] = [None] * plan.request.method.models

@@ -28,12 +28,12 @@ class OutputWriter:
     For each chunk: fill :meth:`targets`, then :meth:`submit`; at the end :meth:`finish` and :meth:`close`.
 
     Args:
-        plan: has the layout of the files; rank 0 allocates them here and writes their headers.
-        work: where the files grow.
-        processes: that share the work.
+        plan: gives the layout of the files; rank 0 allocates them at once and writes their headers.
+        work: the folder of the files.
+        processes: the processes that share the work.
 
     Raises:
-        OSError: not enough disk space for the files.
+        OSError: there is not enough disk space for the files.
     """
 
     def __init__(self, plan: Plan, work: Workdir, processes: ProcessGroup) -> None:
@@ -64,12 +64,12 @@ class OutputWriter:
         return split(chunk, self._entries(chunk), self._next_buffers.on_device[0])
 
     def submit(self, chunk: LoadedChunk, counts: Sequence[int], squared_norms: Sequence[float]) -> None:
-        """Write the targets of this chunk; its counts, norms and digests go into its record.
+        """Write the targets of this chunk, and record its counts, norms and digests.
 
-        Waits until the chunk before it is written, so that a kill loses at most one computed chunk.
+        Waits until the previous chunk is written, so that a kill loses at most one computed chunk.
 
         Raises:
-            OSError: writing the chunk before it failed; the file is named.
+            OSError: writing the previous chunk failed; it names the file.
         """
         buffers = self._next_buffers
         buffers.copy_to_host()
@@ -82,14 +82,14 @@ class OutputWriter:
         """Wait until everything that was submitted is on disk.
 
         Raises:
-            OSError: writing failed; the file is named.
+            OSError: writing failed; it names the file.
         """
         if self._writing is not None:
             self._writing.result()
 
     @cached_property
     def _buffers(self) -> list[Buffers]:
-        """Allocated for the first chunk, when the scan has freed its memory."""
+        """Buffers, allocated for the first chunk, when the scan has freed its memory."""
         return [Buffers(1, self._slot, self._device) for _ in range(IN_FLIGHT)]
 
     @property

@@ -27,16 +27,15 @@ MIB = 1 << 20
 # Memory beside the buffers: counts of both searches and their sums, a sample, scores that a selection in
 # memory collects, threads' stacks, tables of names and digests.
 OVERHEAD = 56 * MIB
-MAX_SLOT = 8 * MIB  # of one input: larger chunks are no faster
+MAX_SLOT = 8 * MIB  # for one input: larger chunks are not faster
 MIN_SLOT = MIB
-MOST_SLOTS = (
-    12  # of MAX_SLOT: more inputs have smaller buffers, so the memory does not grow with their number
-)
-SEARCH = 16 * MIB  # counts, their sums and a sample of each model beyond two, where thresholds are searched
-TILE_BUFFERS = 12  # most float32 values that a method holds for each element of a tile
+# Maximum number of buffers of MAX_SLOT. With more inputs, buffers are smaller, so memory does not grow.
+MOST_SLOTS = 12
+SEARCH = 16 * MIB  # counts, their sums and a sample of each model beyond two, if thresholds are searched
+TILE_BUFFERS = 12  # maximum number of float32 values that a method has for each element of a tile
 FACTORS = (
-    "the inputs are LoRA factors: {} merges A and B apart, so a weight or lambda of 0.5 gives a quarter of "
-    "the update B·A; --space delta merges the updates"
+    "the inputs are LoRA factors: {} merges A and B separately, so a weight or lambda of 0.5 gives a quarter "
+    "of the update B·A; --space delta merges the updates"
 )
 
 
@@ -45,17 +44,18 @@ class Plan:
     """The plan of a fusion.
 
     Attributes:
+        request: the request.
         checkpoints: the inputs by argument, in the order of their roles.
-        layout: of the output's files.
+        layout: the output's files.
         slot: bytes of a chunk's buffer for one input.
-        fused_chunks: of tensors that are fused.
-        copied_chunks: of tensors that are copied.
-        notes: for the user; they do not prevent the fusion.
+        fused_chunks: chunks of tensors that are fused.
+        copied_chunks: chunks of tensors that are copied.
+        notes: notes to the user; they do not prevent the fusion.
         updates: the modules of adapters whose updates are merged; None for tensors as they are named.
-        memory: most bytes of anonymous memory.
-        read, written: bytes; ``read`` counts all passes that are likely.
-        seconds: a rough estimate.
-        identity: digest of what determines the output.
+        memory: maximum bytes of anonymous memory.
+        read, written: bytes; ``read`` is an estimate, with one pass of a scan.
+        seconds: rough estimate of the duration.
+        identity: digest of the request and the inputs' headers.
     """
 
     request: Request
@@ -78,7 +78,7 @@ class Plan:
         return next(iter(self.checkpoints.values()))
 
     def cut(self, slot: int) -> Plan:
-        """The same work in chunks of another size."""
+        """The same plan with chunks of another size."""
         tensors = self.layout.tensors
         fused, copied = (plan_chunks(tensors, slot, fused=fused) for fused in (True, False))
         return replace(self, slot=slot, fused_chunks=fused, copied_chunks=copied)
@@ -95,12 +95,12 @@ class Plan:
 
     @property
     def tile(self) -> int:
-        """Most elements that are fused at a time: a chunk if the kernels stream, else what stays in cache."""
+        """Maximum number of elements fused at a time: a chunk if kernels stream, else what fits in cache."""
         return self.slot if self.request.method.streams or self.request.device.type != "cpu" else TILE
 
     @property
     def scan_tile(self) -> int:
-        """Most elements that are scanned at a time; counting streams, too."""
+        """Maximum number of elements scanned at a time; counting needs one pass over memory as well."""
         return self.slot if self.request.method.scope is not None else self.tile
 
     @property
@@ -120,7 +120,7 @@ def preflight(request: Request) -> Plan:
     """Compare the inputs' headers and configs, and plan the fusion; no weight is read.
 
     Raises:
-        PreflightError: the inputs cannot be fused as requested; it has all the reasons.
+        PreflightError: the inputs cannot be fused as requested; it has all reasons.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -201,7 +201,7 @@ def _open_inputs(request: Request, problems: list[str]) -> dict[str, Checkpoint]
 
 
 def _fit(request: Request, layout: OutputLayout, inputs: int, problems: list[str]) -> tuple[int, int]:
-    """Bytes of a chunk's buffer for one input, and of all memory with buffers of that size."""
+    """Bytes of a chunk's buffer for one input, and bytes of all memory with buffers of that size."""
     widest = max((tensor.widest for tensor in layout.tensors), default=4)
     narrowest = min((tensor.target.itemsize for tensor in layout.tensors if tensor.fused), default=4)
     buffers = (inputs + 1) * IN_FLIGHT
@@ -210,7 +210,7 @@ def _fit(request: Request, layout: OutputLayout, inputs: int, problems: list[str
     if request.method.needs_threshold:
         scratch += SEARCH * max(request.method.models - 2, 0)
     if request.device.type != "cpu" and not request.method.streams:
-        buffers += TILE_BUFFERS * 4 // narrowest  # a tile is a whole chunk there
+        buffers += TILE_BUFFERS * 4 // narrowest  # on a GPU, a tile is a whole chunk
     fixed = anonymous_memory() + OVERHEAD + scratch
     grain = ALIGNMENT * widest
     whole = sum(-(-tensor.target.numel * tensor.widest // grain) * grain for tensor in layout.tensors)

@@ -1,4 +1,4 @@
-"""Progress of the work, and its data volume and memory."""
+"""Progress of a fusion, and its data volume and memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Progress(Protocol):
     """Receives progress."""
 
     def stage(self, name: str, total: int) -> None:
-        """A stage begins that goes over ``total`` bytes."""
+        """Begin a stage that processes ``total`` bytes."""
 
     def advance(self, size: int) -> None:
-        """``size`` more bytes of the stage are done."""
+        """Add ``size`` processed bytes to the stage."""
 
 
 class NullProgress:
@@ -29,8 +29,8 @@ class ProgressMeter:
     """Forwards progress, and measures bytes and memory.
 
     Attributes:
-        read: bytes that are done, over all stages.
-        memory: most bytes of anonymous memory seen after a step.
+        read: bytes processed in all stages.
+        memory: maximum bytes of anonymous memory, measured after each step.
     """
 
     def __init__(self, progress: Progress) -> None:

@@ -1,7 +1,7 @@
 """``provenance.json``: how an output was made, as SLSA provenance v1.
 
-It holds times, so it differs between runs and is not in the manifest. It has the manifest's digest, which
-covers all bytes of the output.
+It contains times, so it differs between runs and is not in the manifest. It has the manifest's digest, which
+covers all other bytes of the output.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Input(NamedTuple):
 
 
 def input_files(plan: Plan) -> list[_Input]:
-    """The files that an output depends on: all weights, and the files copied from the base."""
+    """The files on which an output depends: all weights, and the files copied from the base."""
     files = []
     for argument, checkpoint in plan.checkpoints.items():
         copied = companions(checkpoint) if checkpoint is plan.base else ()
@@ -60,7 +60,7 @@ class InputDigests:
         self._digests = self._thread.submit(lambda: [file_sha256(file.path, self._advance) for file in files])
 
     def close(self) -> None:
-        """Stop; unfinished digests are discarded."""
+        """Stop the thread; unfinished digests are discarded."""
         self._closed = True
         self._thread.shutdown()
 
@@ -81,19 +81,21 @@ class InputDigests:
 
 
 def timestamp() -> str:
-    """The time in UTC, as SLSA writes it."""
+    """The current time in UTC, in the format of SLSA."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def write_provenance(
     plan: Plan, folder: Path, manifest: str, inputs: Sequence[dict[str, Any]], started: str
 ) -> None:
-    """Write ``provenance.json`` into the folder of an output that is complete otherwise.
+    """Write ``provenance.json`` to the folder of an output, after all other files.
 
     Args:
+        plan: the plan of the fusion.
+        folder: the output's folder.
         manifest: name of the manifest in ``folder``.
         inputs: from :meth:`InputDigests.result`.
-        started: when the process began, from :func:`timestamp`.
+        started: the time at which the fusion began, from :func:`timestamp`.
     """
     method = plan.request.method
     predicate = {
@@ -124,7 +126,7 @@ def write_provenance(
 
 
 def provenance_problems(folder: Path, manifest: str) -> list[str]:
-    """Why the provenance of an output is not that of its manifest; empty if it is, or if there is none."""
+    """The reason why a provenance does not fit the manifest; empty if it fits, or if there is none."""
     path = folder / PROVENANCE
     if not path.is_file():
         return []

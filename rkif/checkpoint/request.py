@@ -34,15 +34,15 @@ class Request:
 
     Attributes:
         base: folder in Hugging Face layout, or safetensors file; gives the output its layout and dtypes.
-        models: the others, as many as ``method.models``: INNER and OUTER, or any number.
-        out: the folder to be made; it must not exist.
+        models: the other checkpoints: INNER and OUTER, or ``method.models`` models.
+        out: the output's folder; it must not exist, or must be empty.
         method: from :func:`rkif.checkpoint.methods.make_method`.
-        inner_importance, outer_importance: folders or files with scores under the parameters' names; both or
+        inner_importance, outer_importance: folders or files with scores by the parameters' names; both or
             neither. Without them the scores are the magnitudes of the task vectors.
-        max_memory: bytes of anonymous memory that the process may use, including what it uses already. On a
-            GPU, also a bound on the buffers in the GPU's memory.
-        max_shard_size: most bytes of a file of the output.
-        device: the computing device.
+        max_memory: bytes of anonymous memory that the process may use, including those in use already. With a
+            GPU, this also bounds the buffers in the GPU's memory.
+        max_shard_size: maximum bytes of a file of the output.
+        device: the device that computes.
         resume: continue an interrupted fusion to the same folder.
         space: "factor" merges tensors as they are named, "delta" the weight updates B·A of LoRA adapters.
     """
@@ -67,7 +67,7 @@ class Request:
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
-        """What messages and metadata call the base and the models."""
+        """Names of the base and the models in messages and metadata."""
         if self.method.name == "wsm":
             return tuple(f"CHECKPOINT {number + 1}" for number in range(len(self.models) + 1))
         if len(self.models) == 2:
@@ -81,14 +81,14 @@ class Request:
 
     @property
     def inputs(self) -> dict[str, Path]:
-        """The paths by argument, in the order of their roles, without importances that are not given."""
+        """Argument -> path, in the order of their roles, without importances that are not given."""
         paths = (self.base, *self.models, self.inner_importance, self.outer_importance)
         arguments = (*self.checkpoints, *IMPORTANCES)
         return {argument: path for argument, path in zip(arguments, paths, strict=True) if path is not None}
 
     @property
     def cases(self) -> tuple[str, ...]:
-        """Names of the counts of a report: which models select an element, or how many."""
+        """Names of the counts of a report: the models that select an element, or their number."""
         if self.method.name == "wsm":
             return ("all",)
         return CASES if len(self.models) == 2 else tuple(map(str, range(len(self.models) + 1)))
@@ -101,7 +101,7 @@ class Request:
 
 
 def check_out(request: Request, problems: list[str]) -> None:
-    """Append the reasons why the output cannot be made at ``request.out``."""
+    """Append to ``problems`` the reasons why the output cannot be written to ``request.out``."""
     out = request.out
     finished = request.resume and (out / MANIFEST).exists()
     if out.is_symlink() or os.path.ismount(out):

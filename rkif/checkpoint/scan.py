@@ -27,10 +27,10 @@ class Scan(Protocol):
     """Passes over chunks: while ``next_pass()`` is not None, observe its chunks, then call ``end_pass()``."""
 
     def next_pass(self) -> range | None:
-        """Indices of the chunks of the next pass, perhaps none; None when the result is known."""
+        """Indices of the chunks of the next pass, which may be empty; None when the result is known."""
 
     def observe(self, tile: Tile, scores: Sequence[Scores]) -> bool:
-        """Take in a part of a chunk; returns whether its scores are finite and not negative."""
+        """Process a part of a chunk; return whether its scores are finite and not negative."""
 
     def end_pass(self) -> None:
         """End the pass; all its chunks have been observed."""
@@ -40,7 +40,7 @@ class Scan(Protocol):
         """Number of finished passes whose counts were summed over the processes; the same on all of them."""
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of what :meth:`restore` needs."""
+        """Copies of the state that :meth:`restore` needs."""
 
     def restore(self, state: dict[str, Tensor]) -> None: ...
 
@@ -58,12 +58,13 @@ def make_scan(
     """The scan that a method needs.
 
     Args:
-        tensors: of the output; a sample of their inputs is read where the threshold is global.
-        chunks: of the tensors that are fused.
-        share: the chunks that this process goes over.
+        method: the method.
+        tensors: the tensors of the output; for a global threshold, a sample of their inputs is read.
+        chunks: the chunks of the tensors that are fused.
+        share: indices of the chunks that this process scans.
         processes: their counts are summed at the end of a pass, or in :meth:`Scan.result`.
-        guess: gives the bounds of each model's threshold over some tensors, to save passes; None for tensors
-            that are in no file.
+        guess: estimates bounds of each model's threshold, to save passes; None for tensors that are in no
+            file.
     """
     if method.scope == "global" and method.needs_threshold:
         return GlobalThresholds(method, tensors, share, processes, guess)
@@ -75,7 +76,7 @@ def make_scan(
 
 
 class NoScan:
-    """For a method that needs no scan."""
+    """The scan of a method that needs none."""
 
     passes = 0
 
@@ -139,10 +140,10 @@ class TensorThresholds:
     """One threshold for each model and tensor.
 
     Whole tensors of a chunk are searched in memory; a tensor that is cut is searched by counting over its
-    chunks. Where everything or nothing is selected, of either scope, nothing is searched.
+    chunks. If everything or nothing is selected, under either scope, no search is needed.
     """
 
-    passes = 0  # one process scans a whole tensor: no pass ends with a sum
+    passes = 0  # one process scans a whole tensor, so no pass ends with a sum over processes
 
     def __init__(
         self,
@@ -174,7 +175,7 @@ class TensorThresholds:
         return self._chunks[self._runs[self._run].start][0].tensor
 
     def _ks(self, tensor: int) -> list[int]:
-        """By model; a negative k selects every element."""
+        """The k of each model; a negative k selects every element."""
         return self._method.threshold_ks(self._tensors[tensor].name, self._tensors[tensor].target.numel)
 
     def next_pass(self) -> range | None:
@@ -186,7 +187,7 @@ class TensorThresholds:
         indices = list(tile.tensors)
         by_model = zip(*map(self._ks, indices), strict=True)
         for side, (values, ks) in enumerate(zip(scores, by_model, strict=True)):
-            # A magnitude that is not finite shows in the norms of the fusion.
+            # A magnitude that is not finite is detected later, by the norms of the fusion.
             if tile.importance is not None and not are_valid_scores(values):
                 return False
             thresholds = rkif_kernels.kth_scores(values, ks=[max(k, 0) for k in ks], scope="tensor").cpu()
@@ -219,12 +220,12 @@ class TensorThresholds:
 
 
 def _limited(thresholds: Tensor, ks: Sequence[int]) -> Tensor:
-    """The thresholds; where k is negative, that which selects every element."""
+    """The thresholds; for a negative k, the threshold that selects every element."""
     return torch.where(torch.tensor(ks) < 0, EVERYTHING, thresholds)
 
 
 def are_valid_scores(scores: Scores) -> bool:
-    """Whether all are finite and not negative."""
+    """Whether all scores are finite and not negative."""
     counts = torch.zeros(4, dtype=torch.int64, device=scores.device)
     rkif_kernels.count_scores_(counts, scores, low=0, shift=0)
     return int(counts[-1]) == 0

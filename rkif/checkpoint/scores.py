@@ -1,4 +1,4 @@
-"""The scores that select elements: given importance, or magnitudes of the task vectors."""
+"""The scores that select elements: importance from files, or magnitudes of the task vectors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCKS, BLOCK = 1024, 1024  # blocks per sample, and consecutive elements per bl
 
 
 def scores_of(method: Method, tile: Tile) -> list[Scores]:
-    """The scores of a tile by model: the importance, or without it the task vectors' magnitudes."""
+    """The scores of a tile by model: the importance if it is given, else the task vectors' magnitudes."""
     if tile.importance is not None:
         return [Scores(row) for row in tile.importance]
     starts = [tile.base] * len(tile.models)
@@ -36,8 +36,10 @@ def invalid_element(
     """The error that names the first wrong element of a tensor.
 
     Args:
-        values, wrong: flat, of the same length: elements of the tensor, and which are wrong.
-        start: index of the first of them in the tensor.
+        argument, file, name: the input, its file, and the tensor's name.
+        values: elements of the tensor, flat.
+        wrong: bool, of the same length: the elements that are wrong.
+        start: index of the first element of ``values`` in the tensor.
     """
     index = int(wrong.nonzero()[0])
     return InvalidInputError(
@@ -47,9 +49,11 @@ def invalid_element(
 
 
 def invalid_input(tensors: Sequence[OutputTensor], tile: Tile, arguments: Iterable[str]) -> InvalidInputError:
-    """The error for a tile with a value that is not finite, or with negative importance: names the first.
+    """The error for a tile with a value that is not finite, or negative importance; it names the first one.
 
     Args:
+        tensors: the tensors of the layout.
+        tile: the tile.
         arguments: names of the inputs, in the order of their roles.
     """
     rows = [tile.base, *tile.models, *(tile.importance or ())]
@@ -82,9 +86,9 @@ def _differences(tile: Tile) -> list[list[Tensor]]:
 def guess_thresholds(
     method: Method, tensors: Sequence[OutputTensor], ks: Sequence[int]
 ) -> list[tuple[float, float]]:
-    """Lower and upper score for each model; its ``k``-th score very probably lies between them.
+    """Bounds of the ``k``-th score of each model, which hold with high probability.
 
-    A small sample is read. Tensors that are not fused are left out.
+    They come from a small sample, which is read from disk. Tensors that are not fused are left out.
     """
     fused = [index for index, tensor in enumerate(tensors) if tensor.fused and tensor.target.numel]
     ends = list(accumulate(tensors[index].target.numel for index in fused))

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: their tensors, and the files, offsets and bytes of these."""
+"""Checkpoints on disk: their tensors, with files, offsets and sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-# Safetensors' names for dtypes. The first three are fused; tensors of the others are copied.
+# Safetensors' names of dtypes. Tensors of the first three are fused; tensors of the others are copied.
 DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -28,12 +28,12 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 FUSED = ("F32", "BF16", "F16")
-BLOCK = 1 << 20  # elements that are read at a time to be digested
+BLOCK = 1 << 20  # number of elements that are read and digested at a time
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a file; ``offset`` is the position of its first byte in the file."""
+    """One tensor in a file. ``dtype`` is safetensors' name, ``offset`` the position of its first byte."""
 
     file: Path
     dtype: str
@@ -56,9 +56,9 @@ class Checkpoint:
 
     Attributes:
         path: as given: a folder in Hugging Face layout, or a safetensors file.
-        stem: of its files' names, "model" or "adapter_model".
-        tensors: entries by name, file by file in the order of the bytes.
-        metadata: of the first file's header.
+        stem: first part of its files' names: "model" or "adapter_model".
+        tensors: name -> entry, file by file in the order of the bytes.
+        metadata: metadata in the header of the first file.
         config: content of config.json or adapter_config.json; empty if there is none.
         headers: digest of the files' names, sizes and headers.
         files: the files of weights.
@@ -80,7 +80,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The hub's name of a cached snapshot, else the name of the folder or file."""
+        """The Hub's name of a cached snapshot, else the name of the folder or file."""
         parts = self.path.resolve().parts
         if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
             return parts[-3].removeprefix("models--").replace("--", "/")
@@ -88,17 +88,17 @@ class Checkpoint:
 
 
 class InvalidInputError(ValueError):
-    """The content of an input cannot be fused, so the finished work is useless."""
+    """The content of an input cannot be fused, so work that is finished already cannot be used."""
 
 
 def changes(files: Sequence[Path]) -> tuple[tuple[int, ...], ...]:
-    """For each file its inode, and when its content and its inode last changed, in nanoseconds."""
+    """For each file its inode, and the times of its last change in nanoseconds: content, and inode."""
     stats = [file.stat() for file in files]
     return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
 
 
 def open_checkpoint(path: Path, argument: str, problems: list[str]) -> Checkpoint | None:
-    """Read the headers of a checkpoint; None if it cannot be opened. The reasons go to ``problems``."""
+    """Read the headers of a checkpoint; None if it cannot be opened. Append the reasons to ``problems``."""
     if not path.exists():
         problems.append(f"{argument}: there is no {path}")
         return None
@@ -148,7 +148,7 @@ def open_checkpoint(path: Path, argument: str, problems: list[str]) -> Checkpoin
 def _weights_of(
     folder: Path, argument: str, problems: list[str]
 ) -> tuple[str, list[Path], dict[str, str] | None] | None:
-    """Stem, files and, for several files, the index's file name by tensor; None if there are no weights."""
+    """Stem, files and, if there is an index, its tensor -> file name; None if there are no weights."""
     for stem in ("model", "adapter_model"):
         if (folder / f"{stem}.safetensors").exists():  # before an index, as transformers and peft load it
             return stem, [folder / f"{stem}.safetensors"], None
@@ -233,7 +233,7 @@ class TensorReader:
         """Fill ``into`` with the bytes of the tensor from element ``start`` on.
 
         Raises:
-            OSError: reading failed, or the file ends too early; the file is named.
+            OSError: reading failed, or the file ends too early; it names the file.
         """
         if entry.file not in self._descriptors:
             self._descriptors[entry.file] = os.open(entry.file, os.O_RDONLY)

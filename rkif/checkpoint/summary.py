@@ -19,11 +19,11 @@ class Summary:
         method, settings, report: as in the manifest. ``report`` has the fields of :class:`rkif.FusionReport`,
             with None for thresholds that are infinite or that the method does not have.
         content_sha256: digest of the output's tensors.
-        seconds, cpu_seconds: that this process worked; 0 if the output was complete already.
+        seconds, cpu_seconds: wall time and CPU time of this process; 0 if the output was complete already.
         read, written: bytes.
-        memory: the most bytes of anonymous memory seen, including what Python and PyTorch take.
+        memory: maximum bytes of anonymous memory, including that of Python and PyTorch.
         resumed: whether an interrupted fusion was continued.
-        notes: for the user: those of the plan, and one for each pair of inputs that are identical.
+        notes: notes to the user: those of the plan, and one for each pair of identical inputs.
     """
 
     out: str

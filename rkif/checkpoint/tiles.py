@@ -9,19 +9,19 @@ from torch import Tensor
 
 from rkif.checkpoint.layout import Chunk, Piece
 
-TILE = 1 << 17  # elements that a CPU computes on at a time, so that they stay in cache
+TILE = 1 << 17  # number of elements that a CPU processes at a time, so that they stay in cache
 
 
 class Tile(NamedTuple):
-    """Parts of some tensors, on the computing device.
+    """Parts of some tensors, on the device that computes.
 
     Attributes:
-        tensors: their indices in the layout.
-        starts: the element of each tensor at which its part starts.
+        tensors: indices of the tensors in the layout.
+        starts: index of the first element of each part in its tensor.
         out, base: the parts, flat; ``out`` is empty in a scan.
-        models: by model, its parts: inner and outer, or any number.
-        importance: of the inner and of the outer learner; None to select by magnitude.
-        names: of the tensors.
+        models: the parts of each model: inner and outer, or any number of models.
+        importance: the parts of the inner and of the outer importance; None to select by magnitude.
+        names: names of the tensors.
     """
 
     tensors: Sequence[int]
@@ -52,8 +52,11 @@ def tiles(
     """Yield the parts of a chunk in groups of at most ``largest`` elements; larger parts are cut.
 
     Args:
+        chunk: the chunk.
         rows: inputs by role, then by piece of the chunk.
         targets: outputs by piece; None in a scan.
+        largest: maximum number of elements of a group.
+        names: names of all tensors of the layout.
         models: number of rows after the first that are models; the others are importances.
     """
     pending: list[tuple[int, Piece]] = []  # position in the chunk, and the part of its tensor

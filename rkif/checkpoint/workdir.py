@@ -22,18 +22,18 @@ from rkif.files import fsync_folder, remove_temporary, replace_tensors
 class Workdir:
     """``OUT.partial``, beside ``OUT``: the output's files in ``data/``, and a journal of finished chunks.
 
-    ``OUT`` itself does not exist until it is complete. As a context manager it holds a lock. If the block
-    fails, the folder stays and can be resumed; it is removed if no work was done, or if an input is invalid.
+    ``OUT`` itself does not exist until it is complete. The context manager holds a lock. If the block fails,
+    the folder is kept and can be resumed; it is removed if no work was done, or if an input is invalid.
 
-    Several processes may work in it, each on its own chunks. Rank 0 holds the lock, and makes and removes
-    what is shared. Each process has a journal and the state of its scan. Resuming reads all journals.
+    Several processes may work in it, each on its own chunks. Rank 0 holds the lock, and creates and removes
+    shared files. Each process has a journal and the state of its scan. Resuming reads all journals.
 
     Args:
-        out: the output's folder; its parents are made.
+        out: the output's folder; its parents are created.
         plan: digest of everything that determines the output; work with another digest is not resumed.
-        slot: bytes of a chunk's buffer, by which the work is cut.
-        resume: continue the work that is there.
-        processes: that share the work.
+        slot: bytes of a chunk's buffer, which determines the chunks.
+        resume: whether to continue an interrupted fusion.
+        processes: the processes that share the work.
 
     Raises:
         ValueError: ``out`` exists (on entering).
@@ -61,7 +61,7 @@ class Workdir:
         return self
 
     def _claim(self) -> None:
-        """Lock the folder, and read what an interrupted fusion left."""
+        """Lock the folder, and read the journals of an interrupted fusion."""
         for path in (self._path, *self._path.rglob("*")):
             if path.is_symlink():  # the weights would be written to a file elsewhere
                 raise RuntimeError(f"{path} is a link; remove {self._path}")
@@ -124,7 +124,7 @@ class Workdir:
             self.records += records
 
     def restart(self) -> None:
-        """Forget the recorded work: it is repeated from the beginning."""
+        """Discard the recorded work, which is repeated from the beginning."""
         for journal in self._journals():
             journal.unlink()
         self.records, self._has_journal = [], False
@@ -149,10 +149,10 @@ class Workdir:
         return self._path / f"scan{self._suffix}.safetensors"
 
     def allocate(self, sizes: dict[str, int]) -> None:
-        """Make the files in their full sizes, so that too little disk space raises before the work.
+        """Create the files in full size, so that too little disk space is an error before the work begins.
 
         Raises:
-            OSError: there is too little space; the file is named.
+            OSError: there is too little space; it names the file.
             RuntimeError: a file that chunks were written to is missing or has another size.
         """
         if any("chunk" in record for record in self.records):
@@ -176,7 +176,7 @@ class Workdir:
                 raise RuntimeError(f"{path} differs from what was written; remove {self._path}")
 
     def record(self, record: dict[str, Any]) -> None:
-        """Append a line to the journal, and sync it. What it describes must be on disk already."""
+        """Append a line to the journal, and flush it to disk. The chunk must be on disk already."""
         lines = [record] if self._has_journal else [self._plan, record]
         with self._journal.open("ab" if self._has_journal else "wb") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -186,14 +186,14 @@ class Workdir:
         self.records.append(record)
 
     def record_scan(self, state: dict[str, Tensor], position: dict[str, Any]) -> None:
-        """Save the state of the scan with its position, in one file, so that they agree after a kill."""
+        """Save the state and the position of the scan in one file, so that they agree after a kill."""
         text = {"position": json.dumps(position | {"ranks": self._processes.size})}
         replace_tensors(self._state, state, text)
         if not self._has_journal:
             self.record({"scanning": True})
 
     def recorded_scan(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """This process's last state and position; None if there is none for this number of processes."""
+        """The last recorded state and position; None if there is none for this number of processes."""
         if not self._has_journal or not self._state.exists():
             return None
         with safe_open(self._state, framework="pt") as file:
@@ -208,7 +208,7 @@ class Workdir:
             sizes: bytes of the files of weights, by name.
 
         Raises:
-            RuntimeError: one of them is missing or has another size.
+            RuntimeError: a file is missing or has another size.
         """
         self._require_written(sizes)
         for folder in (*(path for path in self.data.rglob("*") if path.is_dir()), self.data):
@@ -218,7 +218,7 @@ class Workdir:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the folder, the lock last, so that no other process starts in between."""
+        """Remove the folder; the lock last, so that no other process starts before the end."""
         for path in self._path.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -228,12 +228,12 @@ class Workdir:
 
 
 def partial_folder(out: Path) -> Path:
-    """The folder of the work on an output."""
+    """The folder in which an output is written until it is complete."""
     return out.with_name(out.name + ".partial")
 
 
 def recorded_slot(out: Path) -> int | None:
-    """The ``slot`` of the interrupted work on an output; None if there is no such work."""
+    """The ``slot`` of an interrupted fusion to ``out``; None if there is none."""
     try:
         with min(partial_folder(out).glob("journal*.jsonl")).open("rb") as file:
             return int(json.loads(file.readline())["slot"])
@@ -242,7 +242,7 @@ def recorded_slot(out: Path) -> int | None:
 
 
 def clear(out: Path) -> None:
-    """Remove the work folder that a kill after publication left beside a finished output."""
+    """Remove the work folder beside a finished output, which a kill after publication can leave."""
     partial = partial_folder(out)
     if partial.exists():
         with contextlib.suppress(Timeout), FileLock(partial / "lock", blocking=False):

@@ -1,4 +1,4 @@
-"""Reads YAML that a user wrote: settings of a run, merges of mergekit."""
+"""Reads YAML files of the user: settings of a run, merges of mergekit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def load_yaml(text: bytes, where: str) -> Any:
     """The content of YAML in UTF-8.
 
     Raises:
-        ValueError: it is not valid, or gives a key of a mapping twice; begins with ``where``.
+        ValueError: it is not valid, or gives a key of a mapping twice; it begins with ``where``.
     """
     try:
         return yaml.load(text.decode("utf-8"), _UniqueKeyLoader)

@@ -1,7 +1,7 @@
 """The command line: one module for each group of commands.
 
-Everything except typer is imported inside the commands' functions: the help, and the first line of every
-command, must not wait for PyTorch.
+Everything except typer is imported inside the commands' functions, so that help texts and the first line of
+every command appear before PyTorch is imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PANELS = ("Start", "Learn", "Inspect", "Fuse", "Sign and verify")
 
 
 class CommandGroups(TyperGroup):
-    """Lists the commands in groups. The help is plain text, which shows long names whole at any width."""
+    """Lists the commands in groups. The help is plain text, which does not cut long names at any width."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         for panel in PANELS:

@@ -44,15 +44,22 @@ def fuse_command(
     mergekit: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="YAML file of mergekit: has the inputs, the method and its settings."
+            metavar="FILE", help="YAML file of mergekit with the inputs, the method and its settings."
         ),
     ] = None,
     inner_importance: Annotated[
         Path | None,
-        typer.Option(help="Scores under the parameters' names.", show_default="magnitude of the task vector"),
+        typer.Option(
+            help="Scores of the inner learner, by parameter name.",
+            show_default="magnitude of the task vector",
+        ),
     ] = None,
     outer_importance: Annotated[
-        Path | None, typer.Option(help="Likewise.", show_default="magnitude of the task vector")
+        Path | None,
+        typer.Option(
+            help="Scores of the outer learner, by parameter name.",
+            show_default="magnitude of the task vector",
+        ),
     ] = None,
     density: Annotated[
         float | None,
@@ -95,14 +102,16 @@ def fuse_command(
     seed: Annotated[int | None, typer.Option(help="Seed of random drops (dare).", show_default="0")] = None,
     space: Annotated[
         str,
-        typer.Option(help="factor: tensors as they are named; delta: the updates B·A of LoRA adapters."),
+        typer.Option(help="factor: merge tensors as they are named; delta: updates B·A of LoRA adapters."),
     ] = "factor",
     max_memory: Annotated[
         str, typer.Option(help="Maximum anonymous memory of the process, including Python's own.")
     ] = "2GiB",
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of an output file.")] = "5GB",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; read no weight.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the inputs and show the plan, without reading weights.")
+    ] = False,
     resume: Resume = False,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the finished output to the Hugging Face Hub.")
@@ -190,7 +199,7 @@ def _fuse(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Plan and fuse, together with other processes if there are any; only rank 0 prints."""
+    """Plan and fuse, together with the other processes, if any; only rank 0 prints."""
     with importing():
         from rich.console import Console
 
@@ -227,7 +236,7 @@ def _fuse(
         console.print(f"note: {note}", markup=False)
     if not as_json:
         console.print(summary_table(summary))
-        # Not in the table, which would break it at 80 columns.
+        # Not in the table, which would wrap it at 80 columns.
         console.print(f"SHA-256 {summary.content_sha256}", highlight=False, soft_wrap=True)
     if not first:
         return
@@ -239,7 +248,7 @@ def _fuse(
 
 
 def _push(out: Path, repo: str, *, quiet: bool) -> str:
-    """Upload the finished output; returns its address."""
+    """Upload the finished output; return its address."""
     from rkif.checkpoint.hub import push
 
     announce(f"Uploading {out} to {repo}", quiet=quiet)
@@ -250,7 +259,7 @@ def _push(out: Path, repo: str, *, quiet: bool) -> str:
 
 
 def _require_no_others(checkpoints: list[Path] | None, options: dict[str, object]) -> None:
-    """Refuse what a file of mergekit has itself."""
+    """Refuse arguments and options whose values are in the file of mergekit."""
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
     if checkpoints:
         given.insert(0, str(checkpoints[0]))
@@ -275,7 +284,7 @@ def _device(name: str) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device must be auto, cpu or cuda; got {name!r}")
     if name == "cuda" and not cuda:
-        raise ValueError("--device cuda was requested, but PyTorch sees no CUDA device")
+        raise ValueError("--device cuda was requested, but PyTorch finds no CUDA device")
     if not cuda or name == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -1,4 +1,4 @@
-"""Commands that make runs: train on a sequence of tasks, the demo, tune; and the report of a run."""
+"""Commands that create runs (run, demo, tune), and the report of runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run_command(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Change a setting, such as training.steps=20; the value is YAML. May be given repeatedly.",
+            help="Change a setting, such as training.steps=20; the value is YAML. Can be repeated.",
         ),
     ] = None,
     quiet: Quiet = False,
@@ -33,10 +33,10 @@ def run_command(
         bool, typer.Option("--json", help="Print the content of metrics.json; progress goes to stderr.")
     ] = False,
 ) -> None:
-    """Train on a sequence of tasks, and measure all tasks after each.
+    """Train on a sequence of tasks, and evaluate all tasks after each.
 
-    The run's folder is runs/<name of the config> unless --out names another. A run is resumed with the same
-    --set as before, or with RUN/config.yaml, which has all settings.
+    The run's folder is runs/<name of the config> unless --out names another. Resume a run with the same --set
+    as before, or with RUN/config.yaml, which has all settings.
 
     \b
     Examples:
@@ -75,13 +75,13 @@ def report_command(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="The page that compares several runs.", show_default=COMPARISON),
+        typer.Option("--out", help="File of the page that compares runs.", show_default=COMPARISON),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a run's report, one HTML page in its folder; or a page that compares several runs.
+    """Write the report of a run, an HTML page in its folder, or a page that compares several runs.
 
-    A folder of runs is listed.
+    For one folder of runs, the runs are listed.
 
     \b
     Examples:

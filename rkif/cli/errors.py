@@ -1,7 +1,7 @@
-"""How a command ends: an error is one line that names the cause.
+"""The end of a command: exit status, and an error as one line that names the cause.
 
-The exit status is 0 for success, 1 for an error, 2 for a call with wrong options or arguments, and 130 after
-an interrupt.
+The exit status is 0 for success, 1 for an error, 2 for wrong options or arguments, and 130 after an
+interrupt.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from safetensors import SafetensorError
 from rkif.files import problem_in_words
 
 USAGE = 2
-INTERRUPTED = 130  # as shells count: 128 and the signal's number
+INTERRUPTED = 130  # as in shells: 128 + the signal's number
 DEBUG = "--debug"
 
 
 def exit_in_one_line(commands: typer.Typer) -> None:
-    """Run commands, and end the process; with --debug anywhere in the call, an error shows its traceback."""
+    """Run commands, and end the process; with --debug anywhere in the arguments, print tracebacks."""
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     try:
         status = commands(args=arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     except Exception as error:
-        # The exceptions of a wrong call are typer's or click's, depending on the version. Both have this.
+        # The exceptions of wrong arguments are typer's or click's, depending on the version. Both have this.
         usage = hasattr(error, "format_message")
         expected = (ValueError, TypeError, RuntimeError, OSError, ImportError, SafetensorError)
         if not usage and not isinstance(error, expected):
@@ -50,7 +50,7 @@ def _message(error: Exception) -> str:
 
 
 def _usage_message(error: Any) -> str:
-    """What is wrong with a call, and the command that shows its options."""
+    """The error in the arguments, and the command that shows the options."""
     message = error.format_message().strip().removesuffix(".")
     parameter, cause = getattr(error, "param", None), error.__cause__
     if parameter is not None:
@@ -58,7 +58,7 @@ def _usage_message(error: Any) -> str:
         name = longest if longest.startswith("-") else parameter.metavar or longest.upper()
         if message.startswith("Missing "):
             message = f"{name} is missing"
-        elif hasattr(cause, "errors"):  # pydantic's, of a value
+        elif hasattr(cause, "errors"):  # pydantic's error of a value
             message = f"{name} {problem_in_words(cause.errors()[0])}"
     if not message.startswith("-") and not message[:2].isupper():
         message = message[:1].lower() + message[1:]

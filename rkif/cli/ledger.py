@@ -1,4 +1,4 @@
-"""Commands on the ledger of a run: show and verify it, roll the run back, repeat a round."""
+"""Commands on the ledger of a run: show and verify it, roll the run back, reproduce a round."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 commands = typer.Typer()
 
 FILTERS = ("--task", "--module", "--verdict")
-# What the options of `rkif log` can be combined with, besides --json.
+# Option of `rkif log` -> options with which it can be combined, besides --json.
 COMBINED = {
     "--verify": ("--head",),
     "--head": ("--verify",),
@@ -41,7 +41,7 @@ def log_command(
         str | None,
         typer.Option(
             "--module",
-            help="Only parameters with these whole parts of a name, summed up: layers.1 is not layers.10.",
+            help="Only parameters whose names have these whole parts, summed: layers.1 is not layers.10.",
         ),
     ] = None,
     verdict: Annotated[
@@ -53,7 +53,7 @@ def log_command(
         typer.Option(
             "--explain",
             metavar="MODULE",
-            help="The rounds that changed it, and the learners that selected it; named as for --module.",
+            help="Rounds that changed a module, and learners that selected it; named as for --module.",
         ),
     ] = None,
     verify: Annotated[
@@ -64,7 +64,7 @@ def log_command(
         typer.Option(
             "--head",
             help="Print the number of records and the last hash, to store elsewhere; "
-            "with --verify compare the ledger with FILE.",
+            "with --verify, compare the ledger with FILE.",
         ),
     ] = False,
     test_result: Annotated[
@@ -74,10 +74,10 @@ def log_command(
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON: a line per record, or what another option prints.")
+        bool, typer.Option("--json", help="Print JSON: a line per record, or the result of another option.")
     ] = False,
 ) -> None:
-    """Show what every round of a run did, or verify the run against its ledger.
+    """Show the effect of every round of a run, or verify the run against its ledger.
 
     \b
     Examples:
@@ -138,7 +138,7 @@ def log_command(
 
 
 def _require_combination(given: list[str]) -> None:
-    """Refuse options of `rkif log` that one of the others would ignore."""
+    """Refuse combinations of options of `rkif log` in which one would be ignored."""
     for option, others in COMBINED.items():
         for other in given if option in given else ():
             if other != option and other not in others:

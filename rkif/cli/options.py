@@ -1,4 +1,4 @@
-"""Shared by the groups of commands: options, sizes in bytes, slow imports and the line shown before them."""
+"""Shared by the groups of commands: options, sizes in bytes, slow imports and the line before them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import typer
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the work in that folder, if there is any.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue interrupted work in the folder, if any.")]
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to stderr.")]
@@ -29,7 +29,7 @@ def parse_size(option: str, text: str) -> int:
     """The number of bytes in "500MB", "2GiB" or "4096B".
 
     Raises:
-        ValueError: the text is not a size, it has no unit, or the size is less than a byte; names the option.
+        ValueError: the text is not a size, has no unit, or is less than a byte; it names the option.
     """
     match = _SIZE.fullmatch(text)
     if match is None or (match[3] and not match[2]):
@@ -43,9 +43,9 @@ def parse_size(option: str, text: str) -> int:
 
 
 def announce(line: str, *, quiet: bool = False) -> None:
-    """Show on a terminal what begins, before imports that take a second. Logs and pipes get only the result.
+    """Print the first line of a command on a terminal, before slow imports. Logs and pipes do not get it.
 
-    Under torchrun only the first process shows it.
+    Under torchrun, only the first process prints it.
     """
     if not quiet and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
@@ -53,9 +53,9 @@ def announce(line: str, *, quiet: bool = False) -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import without the garbage collector, whose passes over PyTorch's modules take a fifth of the time.
+    """Import in the block without garbage collection, whose passes slow the import of PyTorch.
 
-    What was imported stays, so later passes leave it out.
+    ``gc.freeze`` excludes the imported objects from later passes.
     """
     gc.disable()
     try:

@@ -19,7 +19,7 @@ def plan_command(
     device_memory: Annotated[str, typer.Option("--device-memory", help="Memory of each device.")] = "80GiB",
     reserve: Annotated[
         str,
-        typer.Option(help="Memory for activations and everything else that the plan does not count."),
+        typer.Option(help="Memory for activations and all else that the plan does not count."),
     ] = "8GiB",
     dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32 or bfloat16.")] = "bfloat16",
     lora_r: Annotated[
@@ -36,9 +36,9 @@ def plan_command(
     ranks: Annotated[int, typer.Option(min=1, help="Number of devices for FSDP2.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Show how much device memory recurrent training needs, and the settings with which it fits.
+    """Show how much device memory recurrent training needs, and settings with which it fits.
 
-    Only the model's config.json is read. Fails if no settings fit.
+    Only the model's config.json is read. It is an error if no settings fit.
 
     \b
     Examples:
@@ -92,6 +92,6 @@ def plan_command(
     if chosen is None:
         least = min(one.bytes for one in budgets)
         raise ValueError(
-            f"nothing fits in {memory / 2**30:.4g} GiB a device; the least is {least / 2**30:.2f} GiB; "
-            "take more --ranks, another --optimizer, or adapters (--lora-r)"
+            f"nothing fits in {memory / 2**30:.4g} GiB per device; the minimum is {least / 2**30:.2f} GiB; "
+            "use more --ranks, another --optimizer, or adapters (--lora-r)"
         )

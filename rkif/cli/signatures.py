@@ -1,4 +1,4 @@
-"""``rkif sign`` and ``rkif verify``: runs and outputs of ``rkif fuse``, by key or by manifest."""
+"""``rkif sign`` and ``rkif verify``, for runs, outputs of ``rkif fuse``, and other folders."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _verify_signature(folder: Path, key: Path, *, as_json: bool) -> None:
 
 
 def _refuse(folder: Path, problems: list[str]) -> None:
-    """Raise ValueError if there are problems; a line on stderr for each."""
+    """Raise ValueError if there are problems; print all but the last to stderr, one line each."""
     for problem in problems[:-1]:
         print(f"- {problem}", file=sys.stderr)
     if problems:
@@ -140,7 +140,7 @@ def _refuse(folder: Path, problems: list[str]) -> None:
 
 
 def _checked_head(folder: Path) -> LedgerHead | None:
-    """The head of a ledger, after a run was checked against it; None for a folder without a ledger."""
+    """The head of a folder's ledger, after a run was checked against it; None without a ledger."""
     from rkif.continual.rundir.head import head_of
     from rkif.ledger.chain import LEDGER
 
@@ -150,9 +150,10 @@ def _checked_head(folder: Path) -> LedgerHead | None:
 
 
 def _checked_run(folder: Path) -> tuple[Counter[str], list[LedgerRecord]] | None:
-    """What was checked of a run, and its records; None for a folder that is not a run.
+    """Check a run: counts of what was checked, and its records. None for a folder that is not a run.
 
-    A folder with two of a run's files is a run: one that lacks the third must not pass as another folder.
+    A folder with two of three files of a run counts as a run, so that one with a missing file is not accepted
+    as another folder.
     """
     from rkif.continual.rundir.folder import RunReader
     from rkif.continual.rundir.state import CHECKPOINT
@@ -167,7 +168,7 @@ def _checked_run(folder: Path) -> tuple[Counter[str], list[LedgerRecord]] | None
 
 
 def _chain(path: Path) -> list[LedgerRecord]:
-    """The records of a ledger in an unbroken chain; at least one."""
+    """Check the chain of a ledger and return its records; there is at least one."""
     from rkif.ledger.chain import LedgerError, read_ledger
 
     records = list(read_ledger(path))
@@ -177,7 +178,7 @@ def _chain(path: Path) -> list[LedgerRecord]:
 
 
 def _ledger_problems(folder: Path, signed: Signed, head: LedgerHead) -> list[str]:
-    """How a ledger differs from the head that was signed."""
+    """The difference between a ledger and the signed head; empty if there is none."""
     from rkif.continual.rundir.head import require_head
     from rkif.ledger.chain import LEDGER, LedgerError
 

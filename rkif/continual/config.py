@@ -66,7 +66,8 @@ class TrainingSettings(Settings):
     """The inner learner: its length in ``steps`` or in ``epochs`` per task, and its AdamW.
 
     ``schedule`` of the learning rate: "linear" rises over ``warmup_steps`` and then falls to the end of each
-    task. "constant" rises in the first task only, and stays: warming up again forgets by itself.
+    task. "constant" rises in the first task only, and then stays constant, because each further warm-up
+    would cause forgetting.
     """
 
     steps: int | None = Field(None, ge=1)
@@ -76,7 +77,7 @@ class TrainingSettings(Settings):
     learning_rate: float = Field(3e-4, gt=0)
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["linear", "constant"] = "linear"
-    # Of both learners: torch.optim.AdamW, or rkif.optim.AdamW, whose step also updates the importance.
+    # For both learners: torch.optim.AdamW, or rkif.optim.AdamW, whose step also updates the importance.
     optimizer: Literal["adamw", "rkif_adamw"] = "adamw"
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -97,17 +98,17 @@ class OuterSettings(Settings):
 
 
 class MemorySettings(Settings):
-    """The share of each task's training records that the replay memory keeps, and its maximum per task."""
+    """The fraction of each task's training records in the replay memory, and their maximum number."""
 
     fraction: float = Field(0.02, gt=0, le=1)
     cap: int | None = Field(None, ge=1)
 
 
 class RoundsSettings(Settings):
-    """The recurrent loop; the steps of a round are settings of the fusion.
+    """The recurrent loop; the numbers of steps are settings of ``fusion``.
 
-    ``observe``: importance uses a gradient before the optimizer step, or after it. ``optimizers``: after a
-    fusion both learners keep their moments, or reset them.
+    ``observe``: whether importance is updated before the optimizer step, or after it with the new weights and
+    the old gradient. ``optimizers``: whether both learners keep or reset their moments after a fusion.
     """
 
     observe: Literal["before", "after"] = "before"
@@ -124,10 +125,10 @@ class RoundStateSettings(Settings):
 
 
 class DistillationSettings(Settings):
-    """Terms of the loss that keep the answers of the model as it was before the task.
+    """Terms of the loss that preserve the answers of the model before the task.
 
     ``memory``: weight of the divergence on memory records. ``inputs``: weight of the divergence on inputs of
-    the new task, posed as questions of earlier tasks. ``temperature``: of both distributions.
+    the new task, posed as questions of earlier tasks. ``temperature``: that of both distributions.
     See :mod:`rkif.continual.models.distillation`.
     """
 
@@ -144,7 +145,7 @@ class CheckpointMergeSettings(Settings):
     """The merge of a task's last checkpoints; see :mod:`rkif.continual.models.checkpoint_merge`.
 
     ``window``: share of the task's steps that the merged checkpoints span; 0 merges none. ``checkpoints``:
-    their number after the first. ``shape``: of the learning rate that the merge emulates.
+    their number after the first. ``shape``: decay of the learning rate that the merge emulates.
     """
 
     window: float = Field(0.0, ge=0, lt=1)
@@ -155,7 +156,8 @@ class CheckpointMergeSettings(Settings):
 class WeightAverageSettings(Settings):
     """The exponential moving average of the parameters; see :mod:`rkif.continual.models.weight_average`.
 
-    ``decay``: of the average, per inner step; 0: the parameters themselves are evaluated and published.
+    ``decay``: decay of the average per inner step; with 0, the parameters themselves are evaluated and
+    published.
     """
 
     decay: float = Field(0.0, ge=0, lt=1)
@@ -174,17 +176,17 @@ class OLoraSettings(Settings):
 
 
 class MerSettings(Settings):
-    """``every``: steps between interpolations. ``rate``: the share of their update that is kept."""
+    """``every``: steps between interpolations. ``rate``: share of the steps' update that is kept."""
 
     every: int = Field(8, ge=1)
     rate: float = Field(0.1, gt=0, le=1)
 
 
 class ForeverSettings(Settings):
-    """``day``: steps of the first day. ``epochs``: passes over the memory in each replay.
+    """``day``: steps of the first model day. ``epochs``: passes over the memory in each replay.
 
     ``pull``: factor of the squared distance to the weights before the task. ``gamma``: effect of the update
-    norm on the pull.
+    norm on the pull. See :mod:`rkif.continual.methods.forever`.
     """
 
     day: int = Field(24, ge=1)
@@ -194,7 +196,7 @@ class ForeverSettings(Settings):
 
 
 class AdaptiveSettings(Settings):
-    """``temperature``: of the softmax over the two learners' importance, scaled to [0, 1]."""
+    """``temperature``: that of the softmax over both learners' importance, which is scaled to [0, 1]."""
 
     temperature: float = Field(0.1, gt=0)
 
@@ -202,11 +204,11 @@ class AdaptiveSettings(Settings):
 class RunConfig(Settings):
     """All settings of a run: model, tasks, method, training and evaluation.
 
-    ``model``: a folder or a hub name. Relative paths start at the config file's folder. ``adapter: null``
-    trains all parameters. ``precision: bfloat16`` computes under autocast and stores frozen weights in
-    bfloat16; trained parameters stay float32. ``threads``: PyTorch's threads on a CPU. The thread count
-    affects the order of sums and so the last bits; set it to repeat a run exactly. ``metrics``:
-    ``module:function`` each; the module is importable or a file beside the config, see
+    ``model``: a folder or a name on the Hub. Relative paths start at the config file's folder. ``adapter:
+    null`` trains all parameters. ``precision: bfloat16`` computes under autocast and stores frozen weights in
+    bfloat16; trained parameters stay float32. ``threads``: PyTorch's threads on a CPU. Their number affects
+    the order of sums and so the last bits; set it to repeat a run exactly. ``metrics``: each is a
+    ``module:function``; the module is importable or a file beside the config, see
     :mod:`rkif.continual.user_metrics`. ``method``: a name in :data:`rkif.continual.methods.METHODS`.
     ``gate``: for the method recurrent_kif only. ``tracking``: an experiment tracker, see
     :mod:`rkif.continual.tracking`.
@@ -267,7 +269,7 @@ class RunConfig(Settings):
                 continue
             where, metric = f"gate.criteria.{index}", criterion.metric
             if metric not in names:
-                hint = did_you_mean(metric, names) or "; name tasks of lm-eval under evaluation.harness, too"
+                hint = did_you_mean(metric, names) or "; list tasks of lm-eval in evaluation.harness as well"
                 raise ValueError(
                     f"{where}.metric: must be {', '.join(names)} or module:function; got {metric!r}{hint}"
                 )
@@ -296,9 +298,9 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _encoder_chooses(self) -> RunConfig:
         if self.architecture == "encoder" and self.evaluation.scoring == "generation":
-            raise ValueError("evaluation.scoring: an encoder cannot generate; it takes the nearest label")
+            raise ValueError("evaluation.scoring: an encoder cannot generate; it chooses the nearest label")
         if self.architecture == "encoder" and self.evaluation.harness is not None:
-            raise ValueError("evaluation.harness: lm-eval needs a language model, and an encoder is none")
+            raise ValueError("evaluation.harness: lm-eval needs a language model, which an encoder is not")
         return self
 
     @field_validator("metrics", mode="before")
@@ -318,14 +320,14 @@ class RunConfig(Settings):
     def _fusion_settings(cls, value: dict[str, Any]) -> dict[str, Any]:
         try:
             if fusion_config(value).pack_inner:
-                raise ValueError("pack_inner: a run's report and ledger need every round's importance whole")
+                raise ValueError("pack_inner: report and ledger of a run need the scores that it discards")
         except TypeError as error:
             raise ValueError(str(error)) from error
         return value
 
 
 def fusion_config(settings: dict[str, Any]) -> FusionConfig:
-    """Make the fusion's settings from a mapping: a ``preset`` ("paper" or "release") and changes to it.
+    """The settings of a fusion from a mapping: a ``preset`` ("paper" or "release") and changes to it.
 
     Raises:
         ValueError, TypeError: unknown keys or values out of range.
@@ -388,7 +390,7 @@ def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The config as YAML with all defaults and the fusion's settings filled in: ``RUN/config.yaml``."""
+    """The config as YAML with all defaults, also those of the fusion, for ``RUN/config.yaml``."""
     content = config.model_dump(mode="json")
     fusion = stored_settings(fusion_config(config.fusion))
     if isinstance(fusion["rule"], dict):

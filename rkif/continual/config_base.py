@@ -9,14 +9,14 @@ from pydantic_core import PydanticKnownError
 
 
 class Settings(BaseModel):
-    """Unknown keys are errors: a misspelt setting must not silently leave its default in force."""
+    """Base class of settings. Unknown keys are errors, so that a misspelt setting is not ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     @field_validator("*", mode="before")
     @classmethod
     def _not_a_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false for numbers: pydantic would take them for 1 and 0."""
+        """Refuse true and false for numbers, because pydantic would convert them to 1 and 0."""
         if isinstance(value, bool) and info.field_name is not None:
             kinds = classes(cls.model_fields[info.field_name].annotation)
             if bool not in kinds and any(issubclass(kind, int | float) for kind in kinds):

@@ -1,4 +1,4 @@
-"""What is wrong with a config file, in one line."""
+"""The problems of a config file, in one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rkif.files import problem_in_words
 
 
 def settings_problems(error: ValidationError, model: type[BaseModel]) -> str:
-    """The problems of settings, each with its key; names that are known and close are suggested."""
+    """The problems of settings, each with its key. For an unknown name, a similar known one is suggested."""
     return "; ".join(_problem(problem, model) for problem in error.errors())
 
 
@@ -35,7 +35,7 @@ def _problem(problem: Any, model: type[BaseModel]) -> str:
 
 
 def _settings(model: type[BaseModel], parents: Sequence[str | int]) -> list[str]:
-    """The names of the settings below ``parents``; numbers among them are places in a list."""
+    """The names of the settings below ``parents``; numbers among these are indices of lists."""
     for parent in parents:
         if isinstance(parent, str):
             annotation = model.model_fields[parent].annotation

@@ -1,4 +1,4 @@
-"""The settings of what is measured: after each task, and by the gate."""
+"""The settings of evaluation: after each task, and by the gate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HarnessSettings(Settings):
     """Tasks of lm-eval, measured with the run's own tasks; see :mod:`rkif.continual.evaluation.harness`.
 
     ``include_path``: a folder with further tasks. ``limit``: maximum number of documents per task.
-    ``num_fewshot``: examples in a prompt, by default the task's own number. ``metrics``: task -> its metric,
+    ``num_fewshot``: number of examples in a prompt; by default that of the task. ``metrics``: task -> metric;
     by default the first that the task lists.
     """
 
@@ -44,7 +44,7 @@ class HarnessSettings(Settings):
 class EvaluationSettings(Settings):
     """The source of answers: the most likely label, or generated text. Both are scored by exact match.
 
-    ``batch_size`` holds for lm-eval, too. ``harness``: further tasks, which are not learned.
+    ``batch_size`` applies to lm-eval as well. ``harness``: further tasks, which are not learned.
     """
 
     scoring: Literal["likelihood", "generation"] = "likelihood"
@@ -61,10 +61,10 @@ class CriterionSettings(Settings):
     """A metric that a fusion must not make worse.
 
     ``metric`` is "memory_loss", "accuracy", a task of ``evaluation.harness``, or a ``module:function`` as
-    under ``metrics``. By default a lower loss is better, lm-eval decides for its tasks, and a higher value of
-    the others is better; ``higher_is_better`` overrides that. ``tolerance``: by how much one fusion may
-    worsen the value; for accuracy two records of a task by default. ``floor``: the worst acceptable value; a
-    ceiling where lower is better.
+    in ``metrics``. ``higher_is_better``: by default a lower loss is better, lm-eval decides for its tasks,
+    and a higher value of the others is better. ``tolerance``: by how much one fusion may worsen the value; by
+    default two records of a task for accuracy, and 0 for others. ``floor``: the worst acceptable value, which
+    is a ceiling if lower is better.
     """
 
     metric: str
@@ -96,10 +96,10 @@ class CriterionSettings(Settings):
 class GateSettings(Settings):
     """The gate that checks a round's fusion before it is kept; see :mod:`rkif.gate`.
 
-    ``records``: number of records measured from each earlier task. The loss uses memory records. Accuracy and
-    the user's metrics use training records that are set aside before the task is learned. Of a task of
-    lm-eval, the last documents are set aside. ``budget``: maximum number of records that all measurements of
-    a task may use.
+    ``records``: number of records of each earlier task that a measurement uses. The loss uses memory records.
+    Accuracy and the user's metrics use training records that are set aside before the task is learned. For a
+    task of lm-eval, the last documents are set aside. ``budget``: maximum number of records that all
+    measurements during a task may use.
     """
 
     criteria: list[CriterionSettings] = Field(min_length=1)
@@ -112,10 +112,10 @@ class GateSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _accuracy_tolerance(cls, value: Any) -> Any:
-        """One record of a task may change its answer by chance, so accuracy may fall by two of them."""
+        """By default accuracy may fall by two records of a task, because single answers change by chance."""
         records = value.get("records", GATE_RECORDS) if isinstance(value, dict) else None
         if not isinstance(records, int) or records < 1 or not isinstance(value.get("criteria"), list):
-            return value  # which is refused below
+            return value  # the validation of the fields refuses it
         criteria = [
             {"tolerance": 200 / records, **one} if _is_accuracy(one) else one for one in value["criteria"]
         ]

@@ -1,4 +1,4 @@
-"""Reads a config file: its YAML, changes to single settings, and the folder of the model."""
+"""Reads a config file: YAML, changes of single settings, and the location of the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rkif.continual.spelling import did_you_mean
 
 
 def read_settings(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """The settings in a file, with changes such as "training.steps=20"; they are not validated.
+    """The settings in a file, with changes such as "training.steps=20", before validation.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -37,9 +37,9 @@ def read_settings(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def locate_model(model: str, here: Path) -> str:
-    """The model's folder from the config's folder ``here``, or its name on the hub.
+    """The path of the model's folder, relative to the config's folder ``here``; or its name on the Hub.
 
-    It is a folder if it exists, is written as a path, or is in a folder that exists.
+    ``model`` is a folder if it exists, is written as a path, or is in a folder that exists.
     """
     path = here / Path(model).expanduser()
     written_as_path = model.startswith((".", "/", "~")) or model.count("/") > 1
@@ -48,7 +48,7 @@ def locate_model(model: str, here: Path) -> str:
 
 
 def require_model(model: str) -> None:
-    """Raise ValueError where :func:`locate_model` returned a folder that is missing."""
+    """Raise ValueError if :func:`locate_model` returned a folder that is missing."""
     path = Path(model)
     if path.is_absolute() and not path.exists():
         siblings = [one.name for one in path.parent.glob("*")]

@@ -220,7 +220,7 @@ def test_verify_finds_other_damage(output: Path, harm: str) -> None:
     else:
         file.write_bytes(content[:-5] if harm == "truncated" else content + b"x")
     (problem,) = verify(output)
-    wanted = {"missing": "is missing", "foreign": "was not there"}.get(harm, f"it had {len(content):,}")
+    wanted = {"missing": "is missing", "foreign": "was added"}.get(harm, f"it had {len(content):,}")
     assert wanted in problem
 
 
@@ -240,10 +240,10 @@ def test_verify_finds_other_damage(output: Path, harm: str) -> None:
 def test_verify_finds_an_added_file(output: Path, name: str) -> None:
     (output / name).parent.mkdir(exist_ok=True)
     (output / name).write_text("{}")
-    assert verify(output) == [f"{name} was not there"]
+    assert verify(output) == [f"{name} was added"]
     (output / name).unlink()
     (output / name).symlink_to("/dev/null")
-    assert verify(output) == [f"{name} was not there"]
+    assert verify(output) == [f"{name} was added"]
     (output / name).unlink()
     (output / ".gitattributes").write_text("*.safetensors filter=lfs\n")
     assert verify(output) == []

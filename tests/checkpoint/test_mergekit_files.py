@@ -318,7 +318,7 @@ def with_weight(value: Any) -> dict[str, Any]:
         ),
         (
             with_weight([1, "x"]),
-            "models[0].parameters.weight[0] must have a value, and perhaps a filter; got 1",
+            "models[0].parameters.weight[0] must have a value, and may have a filter; got 1",
         ),
         (with_weight([{"value": 1, "layer": 2}]), "models[0].parameters.weight[0].layer is not supported"),
         (with_weight([{"filter": "mlp", "value": 1}]), "models[0] (a) has no weight for "),

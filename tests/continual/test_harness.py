@@ -329,7 +329,7 @@ def test_the_missing_package_is_named_before_training(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gate": gate()}, "got 'lm_review'; name tasks of lm-eval under evaluation.harness, too"),
+        ({"gate": gate()}, "got 'lm_review'; list tasks of lm-eval in evaluation.harness as well"),
         (
             {"gate": gate(criteria=[{"metric": "lm_revew"}]), "evaluation": {"harness": {"tasks": NAMES}}},
             "accuracy, memory_loss, lm_review, lm_tense or module:function; got 'lm_revew'; did you mean",
@@ -342,7 +342,7 @@ def test_the_missing_package_is_named_before_training(
         ({"evaluation": {"harness": {"tasks": ["a"], "metrics": {"b": "acc"}}}}, "'b' is not among tasks"),
         (
             {"architecture": "encoder", "evaluation": {"harness": {"tasks": ["a"]}}},
-            "evaluation.harness: lm-eval needs a language model, and an encoder is none",
+            "evaluation.harness: lm-eval needs a language model, which an encoder is not",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Methods that merge checkpoints: Recurrent-KIF, and the methods it is compared with.
+"""Methods that merge checkpoints: Recurrent-KIF, and the methods with which it is compared.
 
 The others have mergekit's names, parameters and defaults. They merge any number of models that were
 fine-tuned from BASE, so all task vectors start from BASE. ``wsm`` averages checkpoints of one run.
@@ -58,11 +58,13 @@ def make_method(name: str, settings: Mapping[str, Any], models: int = 2) -> Meth
     """The method of that name, with its defaults for settings that are not given.
 
     Args:
+        name: a key of SETTINGS.
+        settings: values of its settings.
         models: number of models that are merged, without the first checkpoint, BASE.
 
     Raises:
-        TypeError, ValueError: the name is unknown, the method lacks a setting, rejects its value, or does not
-            merge so many models.
+        TypeError, ValueError: the name is unknown; a setting is unknown or its value invalid; or the method
+            does not merge this number of models.
     """
     require_choice("method", name, list(SETTINGS))
     for setting in settings:
@@ -95,7 +97,7 @@ def settings_of(method: Method) -> dict[str, Any]:
     names = SETTINGS[method.name]
     settings = {name: values["lambda_" if name == "lambda" else name] for name in names}
     if isinstance(method, CheckpointAverage):
-        settings["weight"] = method.weight  # what the shape amounts to
+        settings["weight"] = method.weight  # computed from the shape
     return settings
 
 

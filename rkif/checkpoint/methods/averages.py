@@ -25,7 +25,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class _Average:
-    """What averages have in common: they select nothing, so they need no scan."""
+    """Base class of averages: they have no thresholds, so they need no scan."""
 
     density: ClassVar[float] = 1.0
     scope: ClassVar[Scope | None] = None
@@ -39,7 +39,7 @@ class _Average:
         return None
 
     def threshold_ks(self, tensor: str, numel: int) -> list[int]:
-        raise AssertionError("an average selects nothing")
+        raise AssertionError("an average has no thresholds")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Linear(_Average):
         return average_tile(tile, tile.models, weights, normalize=self.normalize)
 
     def _weights(self, tensor: str) -> Sequence[float]:
-        """Of each model in one tensor."""
+        """The weight of each model in one tensor."""
         return self.weight
 
 
@@ -93,7 +93,7 @@ class CheckpointAverage(_Average):
 
     @cached_property
     def weight(self) -> tuple[float, ...]:
-        """Of each checkpoint, the first included."""
+        """The weight of each checkpoint, including the first."""
         shape, count = SHAPES[self.shape], self.models + 1
         rates = [1.0, *(shape(index / count) for index in range(1, count)), 0.0]
         return tuple(rates[index] - rates[index + 1] for index in range(count))
@@ -101,20 +101,23 @@ class CheckpointAverage(_Average):
     def fuse(self, tile: Tile, scores: Sequence[Scores], scan_result: ScanResult) -> FuseStats:
         weights = [self.weight for _ in tile.base]
         stats = average_tile(tile, (tile.base, *tile.models), weights, normalize=False)
-        return stats._replace(counts=stats.counts.sum()[None])  # no case but one: all
+        return stats._replace(counts=stats.counts.sum()[None])  # the only case: all
 
 
 def average_tile(
     tile: Tile, rows: Sequence[Sequence[Tensor]], weights: Sequence[Sequence[float]], *, normalize: bool
 ) -> FuseStats:
-    """Write the weighted sum of ``rows``, in float32, from left to right.
+    """Write the weighted sum of ``rows`` to the tile's ``out``, in float32, from left to right.
 
     Args:
-        weights: for each part of the tile, of the rows.
+        tile: the tile.
+        rows: the parts of each model that is averaged.
+        weights: for each part of the tile, the weights of the rows.
         normalize: divide by the sum of the weights.
     """
     counts = torch.zeros_like(case_counts([torch.ones(0, dtype=torch.bool)] * len(tile.models)))
-    counts[2 if len(tile.models) == 2 else -1] = sum(part.numel() for part in tile.base)  # all select all
+    # Every model selects every element.
+    counts[2 if len(tile.models) == 2 else -1] = sum(part.numel() for part in tile.base)
     squared_norms = torch.zeros(len(tile.models) + 1, dtype=torch.float64)
     for index, (out, base) in enumerate(zip(tile.out, tile.base, strict=True)):
         start = base.float()

@@ -1,4 +1,4 @@
-"""What the loop over chunks asks of a method."""
+"""The interface of a method for the loop over chunks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class ScanResult(NamedTuple):
     """The results of a scan.
 
     Attributes:
-        thresholds: float32 [models, 1] or [models, tensors]; None for a method without.
-        scales: float64 [models, tensors], factors of the task vectors after a part was dropped; None for 1.
+        thresholds: float32 [models, 1] or [models, tensors]; None for a method without thresholds.
+        scales: float64 [models, tensors]: factors that restore the L1 norms of task vectors after random
+            drops; None for 1.
     """
 
     thresholds: Tensor | None = None
@@ -28,16 +29,16 @@ class ScanResult(NamedTuple):
 
 
 class Method(Protocol):
-    """The interface of a method for the loop over chunks.
+    """A method that merges checkpoints chunk by chunk.
 
     Attributes:
         name: as on the command line.
-        models: number of models that it merges, BASE not counted.
+        models: number of models that it merges, without BASE.
         density: fraction of the elements that each model selects.
         scope: "global" or "tensor" for a method that selects by threshold, else None.
-        outer_from: where the last task vector starts.
+        outer_from: where the task vector of the last model starts: "base", or "inner", the model before it.
         needs_threshold: whether thresholds must be searched before the fusion.
-        streams: whether its kernels go over memory once, so that tiles may be as large as a chunk.
+        streams: whether its kernels make one pass over memory, so that tiles may be as large as a chunk.
         accepts_importance: whether it can select by importance.
         rescales: whether it multiplies task vectors by factors that depend on whole tensors.
     """
@@ -62,22 +63,22 @@ class Method(Protocol):
     def rescales(self) -> bool: ...
 
     def threshold_k(self, numel: int) -> int | None:
-        """The k of the threshold among ``numel`` scores, from 0; None for no search.
+        """The k of the threshold among ``numel`` scores, from 0; None if thresholds are not searched.
 
-        It is negative where every element is selected.
+        A negative k selects every element.
         """
 
     def threshold_ks(self, tensor: str, numel: int) -> list[int]:
-        """The k of each model's threshold in one tensor, where thresholds are searched.
+        """The k of each model's threshold in one tensor, if thresholds are searched.
 
-        It is negative where every element is selected.
+        A negative k selects every element.
         """
 
     def fuse(self, tile: Tile, scores: Sequence[Scores], scan_result: ScanResult) -> FuseStats:
-        """Write the tile's ``out``; a method that selects by threshold compares ``scores`` with it.
+        """Write the tile's ``out``. ``scores``, one for each model, are compared with the thresholds.
 
         Returns:
-            Counts as :func:`case_counts` makes them (of wsm one count, of all elements), and the squared
+            Counts as :func:`case_counts` makes them (for wsm one count, of all elements), and the squared
             norms of each task vector and of ``out - base``.
         """
 
@@ -89,7 +90,7 @@ def require_weights(weight: Sequence[float]) -> None:
 
 
 def case_counts(masks: Sequence[Tensor]) -> Tensor:
-    """How many elements are selected by which models.
+    """Count the elements by the models that select them.
 
     Args:
         masks: bool, one for each model.

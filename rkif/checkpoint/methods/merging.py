@@ -22,10 +22,10 @@ class MergeSettings(NamedTuple):
     """How the task vectors of one tensor are merged.
 
     Attributes:
-        weight: of each task vector.
-        factor: of the merged task vector.
+        weight: weight of each task vector.
+        factor: factor of the merged task vector.
         consensus: keep only elements that have the sign of the weighted sum (TIES).
-        normalize: divide an element by the weights of the task vectors that have that sign.
+        normalize: with consensus, divide an element by the weights of the task vectors that have that sign.
     """
 
     weight: Sequence[float]
@@ -40,12 +40,13 @@ def merge_tile(
     masks: Sequence[Sequence[Tensor]],
     scales: Tensor | None,
 ) -> FuseStats:
-    """Write the tile's ``out``.
+    """Merge the task vectors of a tile, and write its ``out``.
 
     Args:
-        settings: of each part of the tile.
+        tile: the tile.
+        settings: the settings of each part of the tile.
         masks: for each part and model, bool: the elements that are kept.
-        scales: [models, parts]; 1 without.
+        scales: float64 [models, parts]; None for 1.
     """
     models = len(tile.models)
     counts = None
@@ -80,7 +81,7 @@ def drawn(tile: Tile, part: int, densities: Sequence[float], seed: int) -> list[
     """The randomly kept elements of one part, for each model: bool.
 
     They depend only on the seed, the tensor's name, the element and the model's position. The first two
-    models have the draws of a merge of two; each further pair has streams of its own.
+    models have the same draws as in a merge of two; each further pair has another random stream.
     """
     name, start, numel = tile.names[part], tile.starts[part], tile.base[part].numel()
     found = []
@@ -97,7 +98,7 @@ def drawn(tile: Tile, part: int, densities: Sequence[float], seed: int) -> list[
 
 
 class _Weighted:
-    """The kept, scaled and weighted task vectors of one part; each is computed when it is asked for."""
+    """The kept, scaled and weighted task vectors of one part; each is computed during iteration."""
 
     def __init__(
         self,
@@ -112,7 +113,7 @@ class _Weighted:
         self._scales = [1.0] * len(ends) if scales is None else scales[:, part].float().tolist()
 
     def vectors(self) -> Iterator[Tensor]:
-        """The whole task vectors."""
+        """The complete task vectors, without masks, scales and weights."""
         for end in self._ends:
             yield end.float() - self._start
 

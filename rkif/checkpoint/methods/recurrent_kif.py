@@ -15,9 +15,9 @@ from rkif_kernels import FuseStats, OuterFrom, Scope, Scores, require_choice, re
 
 @dataclass(frozen=True)
 class RecurrentKIFMerge:
-    """``base + w_in*(inner - base) + w_out*(outer - inner)``, as :func:`rkif.fuse`.
+    """``base + w_in*(inner - base) + w_out*(outer - inner)``, with the settings of :func:`rkif.fuse`.
 
-    The weights of an element depend on which sides select it.
+    The weights of an element depend on which of the two models select it.
     """
 
     density: float = 0.2

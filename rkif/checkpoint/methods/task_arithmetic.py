@@ -26,27 +26,27 @@ from rkif_kernels import (
     require_fraction,
 )
 
-MIN_DIVISOR = 1e-8  # smaller sums of weights do not divide, as in mergekit
+MIN_DIVISOR = 1e-8  # no division by smaller sums of weights, as in mergekit
 
 
 @dataclass(frozen=True)
 class TaskArithmetic:
     """``base + lambda * sum_i w_i * tau_i`` of sparsified task vectors ``tau_i``; sign election is optional.
 
-    Ilharco et al. 2023 (task arithmetic), Yadav et al. 2023 (TIES), Yu et al. 2024 (DARE). By magnitude
-    ``floor(density * n)`` elements of each tensor are kept, at least one; elements tied with the largest
-    dropped one are dropped, too. At random each element is kept with probability ``density``.
+    Ilharco et al. 2023 (task arithmetic), Yadav et al. 2023 (TIES), Yu et al. 2024 (DARE). By magnitude,
+    ``floor(density * n)`` elements of n are kept, at least one; elements tied with the largest dropped one
+    are dropped as well. At random, each element is kept with probability ``density``.
 
     Attributes:
         name: as on the command line.
         sparsification: the criterion for dropping elements; None keeps all.
         consensus: keep only elements with the elected sign (TIES).
-        weight: of each task vector.
+        weight: weight of each task vector.
         density: fraction of the elements that is kept.
         normalize: divide by the sum of the weights; with ``consensus``, of those whose sign was elected.
         lambda_: factor of the merged task vector.
         rescale: restore each tensor's L1 norm after elements were dropped at random.
-        seed: of the random choice.
+        seed: seed of the random drops.
         scope: "global" or "tensor" for magnitudes, else None.
     """
 
@@ -80,7 +80,7 @@ class TaskArithmetic:
 
     @property
     def streams(self) -> bool:
-        """Two task vectors have a kernel of their own."""
+        """Whether there is a kernel that merges so many task vectors in one pass: it merges two."""
         return self.models == 2
 
     @property
@@ -128,17 +128,17 @@ class TaskArithmetic:
         )
 
     def _factor(self, weight: Sequence[float]) -> float:
-        """Of the merged task vector, with the division by the sum of all weights."""
+        """Factor of the merged task vector, including the division by the sum of all weights."""
         total = sum(weight)
         divides = self.normalize and not self.consensus and abs(total) >= MIN_DIVISOR
         return self.lambda_ / total if divides else self.lambda_
 
     def _weights(self, tensor: str) -> Sequence[float]:
-        """Of each task vector in one tensor."""
+        """The weight of each task vector in one tensor."""
         return self.weight
 
     def _densities(self, tensor: str) -> Sequence[float]:
-        """Of each task vector in one tensor."""
+        """The density of each task vector in one tensor."""
         return [self.density] * self.models
 
     def _fuse_any_number(self, tile: Tile, thresholds: Tensor | None, scales: Tensor | None) -> FuseStats:
@@ -154,7 +154,7 @@ class TaskArithmetic:
         return merging.merge_tile(tile, settings, masks, scales)
 
     def _kept(self, tile: Tile, part: int, thresholds: Tensor | None) -> list[Tensor]:
-        """For each model, which elements of one part are kept."""
+        """The kept elements of one part for each model: bool."""
         if self.sparsification == "random":
             return self._drawn(tile, part)
         if thresholds is None:

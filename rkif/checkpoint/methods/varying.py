@@ -1,4 +1,4 @@
-"""Methods whose weights and densities differ between tensors and models, as a file of mergekit gives them."""
+"""Methods whose weights and densities differ between tensors and models, as in a file of mergekit."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class VaryingTaskArithmetic(TaskArithmetic):
     """Task arithmetic with weights and densities by tensor.
 
     Attributes:
-        by_tensor: settings of every tensor, by its name.
-        settings: where they come from, and the settings for all tensors, ready for JSON.
+        by_tensor: tensor name -> its settings.
+        settings: the settings as the file gives them, ready for JSON.
     """
 
     by_tensor: Mapping[str, TensorSettings] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class VaryingTaskArithmetic(TaskArithmetic):
         )
 
     def threshold_ks(self, tensor: str, numel: int) -> list[int]:
-        """A density of 1 selects everything (k of -1), one of 0 nothing (k of the largest)."""
+        """A density of 1 selects everything (k = -1), a density of 0 nothing (the largest k)."""
         ends = {0: numel - 1, 1: -1}
         return [
             ends[int(density)] if density in ends else magnitude_k(numel, density)
@@ -63,7 +63,7 @@ class VaryingTaskArithmetic(TaskArithmetic):
 
 @dataclass(frozen=True)
 class VaryingLinear(Linear):
-    """The weighted mean, with weights by tensor; attributes as of :class:`VaryingTaskArithmetic`."""
+    """The weighted mean, with weights by tensor; attributes as in :class:`VaryingTaskArithmetic`."""
 
     by_tensor: Mapping[str, TensorSettings] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -84,7 +84,7 @@ def varying_method(
     """The same method with weights and densities by tensor.
 
     Raises:
-        TypeError: for a method without them.
+        TypeError: the method cannot have them.
     """
     if not isinstance(method, TaskArithmetic | Linear):
         raise TypeError(f"{method.name} has no weights by tensor")

@@ -15,10 +15,10 @@ RESULTS = {"keep": "PASSED", "damp": "WARNED", "undo": "FAILED", "stop": "FAILED
 
 
 def gate_statement(run: Path, records: Sequence[LedgerRecord], number: int) -> dict[str, Any]:
-    """A Statement about a round's record, and its parameters if they were kept, with the criteria as tests.
+    """A Statement about the record of a round and its parameters, with the criteria as tests.
 
-    A criterion that refused a step that was tried is in "failedTests" if the fusion was undone, and in
-    "warnedTests" if a smaller step was taken.
+    A criterion that objected to a step is in "failedTests" if the fusion was undone, and in "warnedTests" if
+    a smaller step was taken. After an undone fusion, the parameters are not a subject.
 
     Raises:
         ValueError: the run has no such round, or the gate did not check it.
@@ -32,7 +32,7 @@ def gate_statement(run: Path, records: Sequence[LedgerRecord], number: int) -> d
     refused = {_criterion(objection, criteria) for objection in objections}
     result = RESULTS[gate["verdict"]]
     subject = [resource(f"record {record['seq']} of the ledger", record["hash"])]
-    if result != "FAILED":  # after an undone fusion, the parameters are those of the round before
+    if result != "FAILED":  # after an undone fusion, the parameters are those of the previous round
         subject.append(resource(f"parameters after round {number}", record["parameters"]["after"]))
     return make_statement(
         subject,

@@ -33,7 +33,7 @@ class Share:
 
     Attributes:
         moved: L2 norm of their change.
-        counts: elements selected by inner only, outer only, both, neither.
+        counts: numbers of elements selected by inner only, outer only, both, neither.
         importance: mean score of an element, inner and outer.
     """
 
@@ -49,7 +49,7 @@ class Share:
 
 
 def verified_line(run: Path, checked: Mapping[str, int], records: Sequence[LedgerRecord]) -> str:
-    """The result of :func:`rkif.continual.rundir.verify.require_whole`."""
+    """The result of :func:`rkif.continual.rundir.verify.require_whole` as a line of text."""
     head = head_of(records)
     return (
         f"{run}: {checked['records']} records in an unbroken chain; {checked['tasks']} tasks' files and "
@@ -64,7 +64,7 @@ def select(
     verdict: str | None = None,
     module: str | None = None,
 ) -> list[LedgerRecord]:
-    """The records of a task, and of rounds with a verdict.
+    """The records of a task, or of rounds with a verdict, or all; ``module`` is only checked.
 
     Raises:
         ValueError: there is no such task or verdict, or no parameter is in ``module``.
@@ -98,10 +98,12 @@ def only_module(records: Sequence[LedgerRecord], module: str | None) -> Iterator
 def records_table(
     records: Sequence[LedgerRecord], module: str | None, valid: Sequence[LedgerRecord]
 ) -> Table:
-    """A row per record, but none for files. With ``module`` only rounds, and their effect on its parameters.
+    """A row per record, without records of states and measurements.
+
+    With ``module``, the rows are rounds, with their effect on the parameters of the module.
 
     Args:
-        records: those to show.
+        records: the records to show.
         module: parts of parameters' names.
         valid: all records that were not rolled back later.
 
@@ -139,11 +141,11 @@ def records_table(
 def explanation(records: Sequence[LedgerRecord], module: str) -> dict[str, Any]:
     """The effect of rounds on the parameters of a module, by round and by task, as JSON values.
 
-    A round in which they did not change is left out. In the sums over a task's rounds an element is counted
-    once a round.
+    Rounds in which they did not change are left out. In the sums over a task's rounds, an element is counted
+    once per round.
 
     Args:
-        records: without those that were rolled back later.
+        records: records that were not rolled back later.
         module: parts of parameters' names.
 
     Raises:
@@ -228,7 +230,7 @@ def explanation_tables(explained: dict[str, Any]) -> list[Table]:
 
 
 def print_tables(console: Console, *tables: Table) -> None:
-    """Print tables as wide as their cells: a narrow terminal breaks lines, and cuts no cell off.
+    """Print tables as wide as their cells, so that a narrow terminal breaks lines instead of cutting cells.
 
     A title is one line, so that the name in it can be copied.
     """
@@ -255,7 +257,7 @@ def _share_of(row: dict[str, Any]) -> Share:
 
 
 def _share(record: LedgerRecord, module: str | None) -> Share:
-    """The effect of a round on the parameters of ``module``; on all without it."""
+    """The effect of a round on the parameters of ``module``, or on all parameters if it is None."""
     if module is not None:
         require_module(module, record["modules"])
     values = [value for name, value in record["modules"].items() if not module or is_in_module(name, module)]
@@ -304,7 +306,7 @@ def _event(record: LedgerRecord) -> str:
 
 
 def _caption(module: str | None, rounds: Sequence[dict[str, Any]]) -> str:
-    """The meaning of the columns. ``rounds`` are records, or rows of an explanation."""
+    """The text below a table that explains its columns. ``rounds`` are records, or rows of an explanation."""
     of = "all parameters" if module is None else f"the parameters of {escape(repr(module))}"
     caption = (
         f"in, out, both, none: per cent of {of} that the inner learner alone selected, the outer alone, "

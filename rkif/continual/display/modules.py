@@ -9,12 +9,12 @@ from rkif.fuser.parameters import short_name
 
 
 def is_in_module(parameter: str, module: str) -> bool:
-    """Whether a parameter's name has the parts of ``module`` in a row: layers.10 is not in layers.1."""
+    """Whether the parts of ``module`` are consecutive parts of a name: layers.10 is not in layers.1."""
     return f".{module.strip('.')}." in f".{parameter}."
 
 
 def require_module(module: str, parameters: Iterable[str]) -> None:
-    """Raise ValueError if no parameter is in the module; without parameters nothing was fused."""
+    """Raise ValueError if no parameter is in the module. No parameters means that nothing was fused."""
     names = list(parameters)
     if any(is_in_module(name, module) for name in names):
         return
@@ -29,7 +29,7 @@ def require_module(module: str, parameters: Iterable[str]) -> None:
 
 
 def _runs(parts: list[str]) -> Iterable[str]:
-    """All runs of parts."""
+    """All sequences of consecutive parts."""
     for first in range(len(parts)):
         for last in range(first + 1, len(parts) + 1):
             yield ".".join(parts[first:last])

@@ -21,14 +21,14 @@ from rich.table import Table
 from rkif.continual.config import RunConfig
 from rkif.continual.tasks.records import Task
 
-MAX_TASK_COLUMNS = 6  # more do not fit a terminal's width
+MAX_TASK_COLUMNS = 6  # more do not fit the width of a terminal
 
 
 class RunProgress:
     """Shows a run on a console: a bar for the tasks, and a bar for the current activity.
 
     Args:
-        console: shows bars on a terminal, otherwise a line per measurement.
+        console: on a terminal it shows bars, otherwise a line per evaluation.
     """
 
     def __init__(self, console: Console) -> None:
@@ -47,7 +47,7 @@ class RunProgress:
             TextColumn("{task.fields[note]}"),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,  # it would print an empty line
+            disable=not self.console.is_terminal,  # without a terminal it would print an empty line
         )
         with self._bars:
             self._whole = self._bars.add_task(config.method, total=len(tasks), note="")
@@ -65,7 +65,7 @@ class RunProgress:
         self._bars.reset(self._part, description=what, total=None, note="")
 
     def task(self, index: int, steps: int, done: int) -> None:
-        """A task's training begins, or continues after ``done`` steps."""
+        """Show that the training of a task begins, or continues after ``done`` steps."""
         description = f"learning {self._tasks[index].name}"
         self._bars.update(self._whole, completed=index)
         self._bars.reset(self._part, description=description, total=steps, completed=done, note="")
@@ -80,7 +80,7 @@ class RunProgress:
         self._bars.update(self._part, advance=1)
 
     def measured(self, index: int, metrics: Mapping[str, Any]) -> None:
-        """All tasks were measured after task ``index``."""
+        """Print the metrics of all tasks after task ``index``."""
         self._bars.update(self._whole, completed=index + 1)
         column = [row[index] for row in metrics["accuracy"]]
         shown = "  ".join(f"{task.name} {value:.1f}" for task, value in zip(self._tasks, column, strict=True))
@@ -164,7 +164,7 @@ def _format_any(value: float, *, sign: bool = False) -> str:
 def comparison_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     """A table with a row per run over the same tasks: final accuracies, OP, BWT, FWT and samples.
 
-    Accuracies of single tasks are left out where there are more than ``MAX_TASK_COLUMNS``.
+    Accuracies of single tasks are left out if there are more than ``MAX_TASK_COLUMNS``.
     """
     tasks = runs[0]["tasks"]
     columns = [("method", [metrics["method"] for metrics in runs])]
@@ -189,7 +189,7 @@ def comparison_table(runs: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _marked(values: Sequence[float | None], *, sign: bool = False) -> list[str]:
-    """A column's numbers; the best, which is the largest, is bold and has a mark, unless all are equal."""
+    """The numbers of a column; the largest is bold and has a star, unless all are equal."""
     best = max((value for value in values if value is not None), default=None)
     shown = [format_number(value, sign=sign) for value in values]
     return [

@@ -16,9 +16,9 @@ from rkif.files import write_text
 
 
 def write_report(run: Path) -> Path:
-    """Write ``RUN/report.html`` from the files of a run. An unfinished run gives the tasks learned so far.
+    """Write ``RUN/report.html`` from the files of a run. For an unfinished run, it has the learned tasks.
 
-    The page of a training loop's ledger shows rounds only: the ledger has no accuracy.
+    For the ledger of a training loop, it has only rounds, because this ledger has no accuracy.
 
     Returns:
         The page's path.
@@ -67,7 +67,7 @@ def _curves(metrics: Mapping[str, Any]) -> str:
 
 
 def _matrix(name: str, tasks: Sequence[str], matrix: Any, initial: Sequence[float]) -> str:
-    """A row per task, a column per measurement; the shade goes from the least value to the greatest."""
+    """A row per task, a column per evaluation; shaded from the smallest value to the largest."""
     values = [value for row in [*matrix, initial] for value in row]
     low, high = min(values), max(values)
     rows = []

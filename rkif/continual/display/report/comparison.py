@@ -13,7 +13,7 @@ from rkif.continual.display.report.page import PAGE
 from rkif.continual.rundir.folder import RunReader
 from rkif.files import write_text
 
-# Heading -> the value of a run, and how it is written. The largest value of a column is the best.
+# Heading -> the value of a run, and its format. The largest value of a column is the best.
 _SCORES: dict[str, tuple[Callable[[RunFacts], float | None], Callable[[float | None], str]]] = {
     "OP": (lambda run: run.metrics["op"], format_number),
     "BWT": (lambda run: run.metrics["bwt"], lambda value: format_number(value, sign=True)),
@@ -23,19 +23,19 @@ _SCORES: dict[str, tuple[Callable[[RunFacts], float | None], Callable[[float | N
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
-    """Write a page that compares runs: their figures, forgetting curves, and final accuracy by task.
+    """Write a page that compares runs: their metrics, forgetting curves, and final accuracy by task.
 
     Curves and accuracies by task are shown if all runs learn the same tasks in the same order.
 
     Args:
         runs: at least two folders.
-        out: the page.
+        out: the page's path.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: a folder is no run, has measured nothing yet, or is damaged.
+        ValueError: a folder is not a run, has no results yet, or is damaged.
         ImportError: matplotlib is not installed.
         OSError: the page cannot be written.
     """
@@ -48,14 +48,14 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
         if harness[0] and all(list(rows) == list(harness[0]) for rows in harness):
             sections += [_harness(compared, len(tasks))]
     else:
-        sections.append("<p>The runs have other tasks or orders, so they are not compared by task.</p>")
+        sections.append("<p>The runs differ in tasks or order, so they are not compared by task.</p>")
     page = PAGE.replace("{{title}}", f"{len(compared)} runs").replace("{{body}}", "\n".join(sections))
     write_text(out, page)
     return out
 
 
 def _named(runs: Sequence[RunFacts]) -> list[RunFacts]:
-    """The runs with different names: the folder's, with a number where it repeats."""
+    """The runs with unique names: that of the folder, with a number if it repeats."""
     names = [run.name for run in runs]
     return [
         run._replace(name=f"{run.name} ({names[: place + 1].count(run.name)})")

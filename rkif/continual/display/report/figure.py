@@ -1,4 +1,4 @@
-"""The look of the report's plots: sizes, colours, dark mode, and SVG text."""
+"""The style of the report's plots: sizes, colours, dark mode, and SVG text."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ _RC: Any = {
     "legend.fontsize": 8.5,
     "legend.frameon": False,
     "axes.axisbelow": True,
-    # Constant ids and text as text: the same run gives the same page.
+    # Constant ids, and text that is not converted to paths: the same run gives the same page.
     "svg.hashsalt": "rkif",
     "svg.fonttype": "none",
 }
 
 WIDTH = 10.5  # inches
-LEFT, RIGHT = 2.05, 0.75  # margins of plots over rounds, for names and colour bars: all have the same axis
-_ABOVE, _BELOW = 0.35, 0.75  # for the tasks' names, and for tick labels and a legend
+LEFT, RIGHT = 2.05, 0.75  # margins for names and colour bars; the same for all plots over rounds
+_ABOVE, _BELOW = 0.35, 0.75  # margins for the tasks' names, and for tick labels and a legend
 
 
 @contextmanager
 def figure(height: float) -> Iterator[Figure]:
-    """A figure of :data:`WIDTH` and a height in inches, with the report's style while the block runs.
+    """A figure of :data:`WIDTH` and ``height`` inches; the report's style is active in the block.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -63,7 +63,7 @@ def figure(height: float) -> Iterator[Figure]:
 
 
 def round_panels(drawing: Figure, count: int, *, gap: float = 0.4) -> Sequence[Any]:
-    """Panels over the same rounds, one below the other, between the margins."""
+    """``count`` panels over the same rounds, one below the other, between the margins."""
     height = drawing.get_figheight()
     drawing.subplots_adjust(
         left=LEFT / WIDTH,
@@ -118,9 +118,9 @@ def plain(text: str) -> str:
 
 
 def svg(drawing: Figure) -> str:
-    """The figure as an SVG element whose colours follow the page; it scrolls where the page is narrow."""
+    """The figure as an SVG element with the colours of the page; on a narrow page it scrolls."""
     text = io.StringIO()
-    # No date: the same run gives the same page.
+    # Without a date, so that the same run gives the same page.
     drawing.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     element = text.getvalue()[text.getvalue().index("<svg") :]
     for colour, replacement in _STYLE.items():

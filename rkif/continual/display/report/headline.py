@@ -1,4 +1,4 @@
-"""The top of the report: what was trained, and how much of it was kept, in a sentence and in tiles."""
+"""The top of the report: what was trained, and how much of it was retained, as a sentence and tiles."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXPLANATIONS = {
     "bwt": "BWT: mean change of a task's accuracy since it was learned; below zero is forgetting.",
     "fwt": "FWT: mean accuracy just before a task is learned, minus that before training.",
 }
-# Retention of at least so much -> class and words of a tile.
+# Minimum retention, and class and text of the tile.
 _LEVELS = (
     (0.95, "good", "little forgetting"),
     (0.8, "fair", "some forgetting"),
@@ -26,12 +26,12 @@ _LEVELS = (
 
 
 class RunFacts(NamedTuple):
-    """What tables and headlines say of a run.
+    """The facts of a run for tables and headlines.
 
     Attributes:
-        name: of its folder.
+        name: name of its folder.
         model: the last part of the model's path or name.
-        ledger: its records, or what is wrong with it.
+        ledger: its records, or the error in it.
         metrics: the content of ``metrics.json``.
     """
 
@@ -42,7 +42,7 @@ class RunFacts(NamedTuple):
 
     @property
     def date(self) -> str:
-        """Of the ledger's last record; "" if it is unknown."""
+        """The date of the ledger's last record; "" if it is unknown."""
         records = [] if isinstance(self.ledger, LedgerError) else self.ledger
         times = [record["time"] for record in records if "time" in record]
         return str(times[-1])[:10] if times else ""
@@ -58,10 +58,10 @@ class RunFacts(NamedTuple):
 
     @property
     def retention(self) -> float | None:
-        """Accuracy at the end, summed over all learned tasks but the last, over that right after learning.
+        """Accuracy at the end divided by accuracy right after learning, both summed over tasks but the last.
 
-        The last task is left out as in BWT: nothing was learned after it. None if there is no earlier task,
-        if their accuracy was zero, or if the tasks were not learned one after another.
+        The last task is left out as in BWT, because nothing was learned after it. None if there is no earlier
+        task, if their accuracy was zero, or if the tasks were not learned one after another.
         """
         matrix = self.metrics["accuracy"][: self.learned - 1]
         right_after = sum(row[i] for i, row in enumerate(matrix))
@@ -71,7 +71,7 @@ class RunFacts(NamedTuple):
 
 
 def read_facts(reader: RunReader) -> RunFacts:
-    """The facts of a run that has measured something. A broken ledger is one of them.
+    """The facts of a run with results. A broken ledger is a fact, not an error.
 
     Raises:
         ValueError: nothing was measured yet, or a file is damaged.
@@ -79,7 +79,7 @@ def read_facts(reader: RunReader) -> RunFacts:
     metrics = reader.metrics()
     if not metrics.get("initial") or not metrics["accuracy"][0]:
         raise ValueError(f"{reader.path} has measured nothing yet")
-    # A page needs no valid config: only this line is read.
+    # The page does not need a valid config: only this line is read.
     model = re.search(r"^model: (.+)$", reader.config_text(), re.MULTILINE)
     name = Path(model[1].strip("'\"")).name if model else ""
     ledger: Sequence[LedgerRecord] | LedgerError
@@ -91,7 +91,7 @@ def read_facts(reader: RunReader) -> RunFacts:
 
 
 def headline(facts: RunFacts) -> str:
-    """The sentence that a decision needs, as plain text."""
+    """The main result of a run, as one sentence of plain text."""
     if facts.retention is None:
         return f"Mean accuracy over {facts.learned} tasks: {format_number(facts.metrics['op'])} %."
     matrix, before = facts.metrics["accuracy"], facts.learned - 1
@@ -105,7 +105,7 @@ def headline(facts: RunFacts) -> str:
 
 
 def summary(facts: RunFacts) -> str:
-    """The first section of a run's page."""
+    """The first section of the page of a run."""
     metrics = facts.metrics
     words = _words(facts.retention)
     tiles = tile(format_number(metrics["op"]), "OP")
@@ -125,7 +125,7 @@ def summary(facts: RunFacts) -> str:
 
 
 def tile(value: object, name: str, level: str = "", words: str = "") -> str:
-    """A tile with a value, its name, and perhaps a colour and the words that it stands for."""
+    """A tile with a value and its name; ``level`` is the class of its colour, ``words`` the meaning of it."""
     below = f"<br>{html.escape(words)}" if words else ""
     return f'<div class="{f"tile {level}".strip()}"><b>{value}</b>{html.escape(name)}{below}</div>'
 

@@ -23,7 +23,7 @@ LEVELS = {"keep": "good", "damp": "fair", "undo": "bad", "stop": "bad"}  # class
 
 
 def ledger_sections(ledger: Sequence[LedgerRecord] | LedgerError) -> list[str]:
-    """The sections as HTML. If there are no records or the chain is broken, the only section says so."""
+    """The sections as HTML. If there are no records or the chain is broken, one section with this error."""
     if isinstance(ledger, LedgerError):
         return [_section("Ledger", f'<p class="bad">The ledger is broken: {_text(ledger)}</p>')]
     if not ledger:
