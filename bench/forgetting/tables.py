@@ -14,6 +14,8 @@ from bench.forgetting.continual import MAIN, rows
 from bench.forgetting.instrument import CONFIGS
 from bench.forgetting.rates import ByRate
 from rkif.continual.display.progress import format_number
+from rkif.continual.methods import METHODS, Sequential
+from rkif.continual.methods.rounds import Rounds
 
 Row = Mapping[str, Any]
 Runs = dict[tuple[str, int], Row]  # (order, seed) -> row
@@ -257,20 +259,32 @@ def _gap_closed(runs: Runs, baseline: Runs, bound: Runs) -> str:
 def forward_passes(row: Row) -> float:
     """Forward passes of records per training sample; 1 without distillation.
 
-    With it, the model before the task answers every batch after the first task, too. With
-    ``distillation.inputs``, every record of these tasks is also a question of an earlier task; an encoder
-    whose prompts have no instruction embeds both as one text.
+    With it, the model before the task also answers the batches that have a divergence, all after the first
+    task: with ``distillation.inputs`` those of new records, with ``distillation.memory`` those of memory
+    records, unless their answers are kept. With ``inputs`` every new record is also a question of an earlier
+    task; an encoder whose prompts have no instruction embeds both as one text.
     """
     settings = row["settings"]
     distillation, training = settings.get("distillation", {}), settings["training"]
-    if not (distillation.get("memory") or distillation.get("inputs")):
-        return 1.0
-    records_of_task: int = training["steps"] * training["batch_size"]
+    on_inputs = bool(distillation.get("inputs"))
+    on_memory = bool(distillation.get("memory")) and distillation.get("answers") != "kept"
+    first: int = training["steps"] * training["batch_size"]
+    new = first * (len(row["tasks"]) - 1)
+    memory = row["samples"] - first - new
+    if _in_rounds(row):  # a batch has new records, or memory records
+        answered = new * on_inputs + memory * on_memory
+    else:
+        answered = (new + memory) * (on_inputs or on_memory)
     one_text = settings["architecture"] == "encoder" and "{instruction}" not in settings["text"]["prompt"]
-    asked_again = distillation["inputs"] and not one_text
-    questions = records_of_task * (len(row["tasks"]) - 1) if asked_again else 0
-    answered_twice = row["samples"] - records_of_task + questions
-    return float(1 + (questions + answered_twice) / row["samples"])
+    questions = new * on_inputs * (not one_text)
+    return float(1 + (answered + 2 * questions) / row["samples"])
+
+
+def _in_rounds(row: Row) -> bool:
+    """Whether a run's method takes steps on the memory apart from those on new records."""
+    variants = yaml.safe_load((CONFIGS / "variants.yaml").read_text(encoding="utf-8"))
+    method = variants.get(row["method"], {}).get("method", row["method"])
+    return issubclass(METHODS.get(method, Sequential), Rounds)
 
 
 def _perplexity(runs: Runs) -> str:

@@ -127,18 +127,30 @@ class RoundStateSettings(Settings):
 class DistillationSettings(Settings):
     """Terms of the loss that preserve the answers of the model before the task.
 
-    ``memory``: weight of the divergence on memory records. ``inputs``: weight of the divergence on inputs of
-    the new task, posed as questions of earlier tasks. ``temperature``: that of both distributions.
+    ``memory``: weight of the divergence on memory records. ``answers``: the model before the new task answers
+    these records, or their answers are kept from the end of their task. ``inputs``: weight of the divergence
+    on inputs of the new task, posed as questions of earlier tasks. ``temperature``: that of all distributions.
     See :mod:`rkif.continual.models.distillation`.
     """
 
     memory: float = Field(0.0, ge=0)
+    answers: Literal["before_task", "kept"] = "before_task"
     inputs: float = Field(0.0, ge=0)
     temperature: float = Field(1.0, gt=0)
 
     @property
     def used(self) -> bool:
         return self.memory > 0 or self.inputs > 0
+
+    @property
+    def keeps_answers(self) -> bool:
+        return self.memory > 0 and self.answers == "kept"
+
+    @model_validator(mode="after")
+    def _kept_of_memory(self) -> DistillationSettings:
+        if self.answers == "kept" and not self.memory:
+            raise ValueError("answers: kept needs distillation.memory above 0; it is 0")
+        return self
 
 
 class CheckpointMergeSettings(Settings):

@@ -157,6 +157,11 @@ class TaskSequence:
         )
         if held_out := self._held_out[index]:
             validation.add(task.name, task.instruction, held_out, fraction=1.0, seed=self._config.seed)
+        handed_on = method.task_state()
+        if self._config.distillation.keeps_answers:
+            kept = context.kept_answers
+            kept.add(self._model, self._objective, task.name, memory.by_task[task.name], self._config)
+            handed_on |= flatten({"kept_answers": kept.tensors()})
         trained = parameter_digest(self._parameters)
         with self._average.published():
             writer.publish_task(
@@ -165,6 +170,7 @@ class TaskSequence:
                 steps=context.steps,
                 memory=memory,
                 validation=validation,
+                handed_on=handed_on,
                 trained=trained,
             )
         writer.write_checkpoint(index + 1, 0, method.samples, self._state({}))

@@ -142,12 +142,14 @@ def test_resume_refuses_other_tasks(config: Callable[..., RunConfig], inputs: Pa
         go(settings, tmp_path / "run", resume=True)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.75])
+@pytest.mark.parametrize(
+    "changes", [{}, {"ema": {"decay": 0.75}, "distillation": {"memory": 1.0, "answers": "kept"}}]
+)
 def test_a_run_killed_many_times_resumes_to_the_same_bytes(
-    config: Callable[..., RunConfig], tmp_path: Path, decay: float
+    config: Callable[..., RunConfig], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     """Every resumed run is killed a little later; no step is lost or repeated."""
-    settings = config(tasks=config().tasks.model_dump() | {"order": TASKS[:2]}, ema={"decay": decay})
+    settings = config(tasks=config().tasks.model_dump() | {"order": TASKS[:2]}, **changes)
     go(settings, tmp_path / "straight")
     out = tmp_path / "killed"
     for attempt in range(60):

@@ -14,6 +14,7 @@ from rkif.continual.config import RunConfig
 from rkif.continual.evaluation.harness import Harness
 from rkif.continual.models.checkpoint_merge import CheckpointMerge
 from rkif.continual.models.distillation import DistillingObjective
+from rkif.continual.models.kept_answers import KeptAnswers
 from rkif.continual.models.learner import BatchLearner
 from rkif.continual.models.objective import Objective
 from rkif.continual.tasks.records import Item, Task
@@ -30,7 +31,8 @@ def _distilling(context: Context) -> DistillingObjective | None:
         return None
     parameters = trainable_parameters(context.model)
     earlier = context.tasks[: context.index]
-    return DistillingObjective(context.objective, settings, parameters, earlier)
+    kept = context.kept_answers if settings.keeps_answers else None
+    return DistillingObjective(context.objective, settings, parameters, earlier, kept)
 
 
 def _discard(content: Mapping[str, Any]) -> None:
@@ -69,6 +71,11 @@ class Context:
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     record: Callable[[Mapping[str, Any]], None] = _discard
     track: Callable[[Mapping[str, float]], None] = _discard
+
+    @property
+    def kept_answers(self) -> KeptAnswers:
+        """The answers to the memory's records that were kept after the earlier tasks."""
+        return KeptAnswers(section(self.previous_task_state, "kept_answers"), self.memory)
 
     @property
     def task(self) -> Task:

@@ -1,7 +1,8 @@
 """Distillation from the model as it was before a task: on the memory, and on the task's own inputs.
 
 On memory records this is the penalty of DER++ (Buzzega et al., NeurIPS 2020), with answers that are computed
-anew for each task. On inputs of the new task it is learning without forgetting (Li and Hoiem, ECCV 2016).
+anew for each task, or kept from the end of their task as there. On inputs of the new task it is learning
+without forgetting (Li and Hoiem, ECCV 2016).
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from rkif.continual.config import DistillationSettings
+from rkif.continual.models.kept_answers import KeptAnswers, chosen_logits
 from rkif.continual.models.objective import Answers, Batch, Objective
 from rkif.continual.models.scoring import evaluating
 from rkif.continual.tasks.records import Item, Task
 from rkif.fuser.parameters import parameter_copies
 from rkif.seeding import derive_seed
 
-WEIGHTS = "distillation_weights"  # key of a batch
+# Keys of a batch.
+WEIGHTS = "distillation_weights"
+KEPT_ITEMS, KEPT_LOGITS, KEPT_CHOICES = "kept_items", "kept_logits", "kept_choices"
 
 
 class DistillingObjective:
@@ -43,10 +47,11 @@ class DistillingObjective:
         settings: the weights of both terms, and the temperature.
         parameters: name -> trainable parameter. They are copied: the copy is the model before the task.
         earlier: the tasks learned before; at least one.
+        kept: the answers to memory records; None: the model before the task answers them.
 
     Attributes:
         tokenizer: that of ``objective``.
-        before: name -> trainable parameter before the task.
+        before: name -> trainable parameter before the task; empty if that model answers nothing.
     """
 
     def __init__(
@@ -55,20 +60,23 @@ class DistillingObjective:
         settings: DistillationSettings,
         parameters: Mapping[str, Tensor],
         earlier: Sequence[Task],
+        kept: KeptAnswers | None = None,
     ) -> None:
         self.tokenizer = objective.tokenizer
         self._objective = objective
         self._settings = settings
         self._names = {task.name for task in earlier}
         self._labelled = [task for task in earlier if task.labels]
-        self.before = parameter_copies(parameters)
+        self._kept = kept
+        self.before = parameter_copies(parameters if settings.inputs or kept is None else {})
 
     def collate(self, items: Sequence[Item]) -> Batch:
         """The batch of the items and of their questions, which follow them.
 
         Returns:
             The tensors of the objective's batch; and float32 [2, items + questions]: the weights of each
-            item's divergence and of its cross-entropy.
+            item's divergence and of its cross-entropy. With kept answers also the positions of the items that
+            have them, int64 [kept items], and what :meth:`KeptAnswers.of` returns for these.
         """
         settings = self._settings
         questions = self._questions(items) if settings.inputs else []
@@ -79,7 +87,12 @@ class DistillingObjective:
                 [1.0] * len(items) + [0.0] * len(questions),
             ]
         )
-        return {**self._objective.collate([*items, *questions]), WEIGHTS: weights}
+        batch = {**self._objective.collate([*items, *questions]), WEIGHTS: weights}
+        if self._kept is not None and any(known):
+            logits, choices = self._kept.of(item for item, old in zip(items, known, strict=True) if old)
+            batch |= {KEPT_ITEMS: torch.tensor(known).nonzero()[:, 0], KEPT_LOGITS: logits}
+            batch[KEPT_CHOICES] = choices
+        return batch
 
     def loss_terms(self, batch: Batch) -> int:
         return int(batch[WEIGHTS][1, self.term_items(batch)].sum())
@@ -88,13 +101,22 @@ class DistillingObjective:
         return self._objective.term_items(batch)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        inputs = {name: tensor for name, tensor in batch.items() if name != WEIGHTS}
+        own = (WEIGHTS, KEPT_ITEMS, KEPT_LOGITS, KEPT_CHOICES)
+        inputs = {name: tensor for name, tensor in batch.items() if name not in own}
         now = self._objective.answers(model, inputs)
-        with evaluating(model):
-            before = self._objective.answers(partial(_call, model, self.before), inputs).logits
-        distilled, trained = batch[WEIGHTS][:, self.term_items(inputs)]
+        terms, temperature = self.term_items(inputs), self._settings.temperature
+        distilled, trained = batch[WEIGHTS][:, terms]
         losses = cross_entropy(now.logits, now.targets, reduction="none")
-        distances = divergence(before, now.logits, self._settings.temperature)
+        distances = torch.zeros_like(losses)
+        if self.before and distilled.any():  # without a divergence, its answers would have the weight 0
+            with evaluating(model):
+                before = self._objective.answers(partial(_call, model, self.before), inputs).logits
+            distances = divergence(before, now.logits, temperature)
+        if KEPT_ITEMS in batch:
+            rows = torch.isin(terms, batch[KEPT_ITEMS])
+            logits = chosen_logits(now.logits[rows], batch[KEPT_LOGITS], batch[KEPT_CHOICES])
+            of_kept = divergence(batch[KEPT_LOGITS], logits, temperature)
+            distances = distances.masked_scatter(rows, of_kept)
         loss: Tensor = (trained * losses + distilled * distances).sum() / trained.sum()
         return loss
 

@@ -27,7 +27,6 @@ class LearnedTask(Protocol):
 
     samples: int
 
-    def task_state(self) -> dict[str, Tensor]: ...
     def rounds(self) -> dict[str, Tensor]: ...
     def importance(self) -> dict[str, Tensor]: ...
 
@@ -120,6 +119,7 @@ class RunWriter:
         steps: int,
         memory: ReplayMemory,
         validation: ReplayMemory,
+        handed_on: Mapping[str, Tensor],
         trained: str,
     ) -> None:
         """Write a learned task's folder with the parameters of the moment, and record it in the ledger.
@@ -129,6 +129,7 @@ class RunWriter:
             method: that learned it.
             steps: inner steps of the task.
             memory, validation: records of the learned tasks.
+            handed_on: the state for the next task, besides the parameters and the memory.
             trained: digest of the parameters that training continues from.
         """
         index, name = len(tasks) - 1, tasks[-1].name
@@ -138,7 +139,7 @@ class RunWriter:
             save_model=partial(self._save_model, tasks),
             tensors={
                 "importance": method.importance(),
-                "handed_on": method.task_state(),
+                "handed_on": handed_on,
                 "rounds": method.rounds(),
             },
             memory=memory,

@@ -1,0 +1,133 @@
+"""Distillation from answers that were kept at the end of a record's task, compared with its definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from run_inputs import TASKS, go, one_task
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rkif.continual.config import DistillationSettings, RunConfig
+from rkif.continual.methods import Replay
+from rkif.continual.models import kept_answers
+from rkif.continual.models.distillation import DistillingObjective
+from rkif.continual.models.kept_answers import KeptAnswers, chosen_logits
+from rkif.continual.rundir.folder import task_folder
+from rkif.fuser.parameters import parameter_copies, trainable_parameters
+
+Config = Callable[..., RunConfig]
+KEPT = {"memory": 1.0, "answers": "kept"}
+ARCHITECTURES = {
+    "llama": {"model": "model", "architecture": "causal", "target_modules": ["q_proj"]},
+    "t5": {"model": "t5", "architecture": "seq2seq", "target_modules": ["q"]},
+    "bert": {"model": "bert", "architecture": "encoder", "target_modules": ["query"]},
+}
+
+
+def test_choices_are_columns_that_the_term_has() -> None:
+    inf = torch.inf
+    logits = torch.tensor([[-inf, 1.0, -inf, 2.0], [3.0, -inf, 4.0, 5.0]])
+    kept = torch.tensor([[0.5, 0.1, -inf], [0.3, 0.2, 0.1]])
+    choices = torch.tensor([[1, 0, 0], [2, 0, 1]])
+    assert chosen_logits(logits, kept, choices).tolist() == [[2.0, 1.0, -inf], [5.0, 3.0, 4.0]]
+    whole = torch.tensor([[1.0, 2.0, 3.0]])
+    assert chosen_logits(whole, torch.zeros(1, 2), torch.tensor([[2, 1]])).tolist() == [[3.0, 2.0]]
+
+
+def started(config: Config, inputs: Path, name: str) -> tuple[Replay, KeptAnswers]:
+    """Replay at the start of its second task, and the model's answers to the memory at this point."""
+    folder, modules = str(inputs / ARCHITECTURES[name]["model"]), ARCHITECTURES[name]["target_modules"]
+    settings = config(
+        model=folder,
+        architecture=ARCHITECTURES[name]["architecture"],
+        adapter={"r": 4, "dropout": 0.0, "target_modules": modules},
+        method="replay",
+    )
+    method = one_task(settings, inputs, Replay)
+    for module in method.context.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    context = method.context
+    kept = KeptAnswers({}, context.memory)
+    kept.add(context.model, context.objective, TASKS[0], context.memory.by_task[TASKS[0]], settings)
+    return method, KeptAnswers(kept.tensors(), context.memory)
+
+
+@torch.no_grad()
+def set_values(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_answers_kept_give_the_loss_of_the_model_that_gave_them(
+    config: Config, inputs: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(kept_answers, "TOP", 10**6)
+    method, kept = started(config, inputs, name)
+    context, earlier = method.context, method.context.tasks[:1]
+    parameters = trainable_parameters(context.model)
+    answered = parameter_copies(parameters)
+    generator = torch.Generator().manual_seed(0)
+    learned = {key: value + torch.randn(value.shape, generator=generator) for key, value in answered.items()}
+    for inputs_weight in (0.0, 0.5):
+        set_values(parameters, answered)
+        settings = {"memory": 1e3, "inputs": inputs_weight, "temperature": 1.5}
+        asked = DistillingObjective(
+            context.objective, DistillationSettings.model_validate(settings), parameters, earlier
+        )
+        stored = DistillationSettings.model_validate(settings | {"answers": "kept"})
+        remembering = DistillingObjective(context.objective, stored, parameters, earlier, kept)
+        assert bool(remembering.before) == bool(inputs_weight)
+        set_values(parameters, learned)
+        items = method.batch(5)
+        assert {record.task for _, record in items} == set(TASKS[:2])
+        expected = asked.loss(context.model, asked.collate(items))
+        plain = context.objective.loss(context.model, context.objective.collate(items))
+        assert float(expected.detach()) > float(plain.detach()) + 1e-2
+        got = remembering.loss(context.model, remembering.collate(items))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+        new = [item for item in items if item[1].task != TASKS[0]]
+        if not inputs_weight:  # a batch without memory records
+            torch.testing.assert_close(
+                remembering.loss(context.model, remembering.collate(new)),
+                context.objective.loss(context.model, context.objective.collate(new)),
+            )
+
+
+def test_of_a_language_model_the_largest_logits_are_kept(
+    config: Config, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_answers, "TOP", 3)
+    method, kept = started(config, inputs, "llama")
+    context = method.context
+    items = context.memory.by_task[TASKS[0]]
+    batch = context.objective.collate(items)
+    with torch.no_grad():
+        logits = context.objective.answers(context.model.eval(), batch).logits
+    values, choices = kept.of(items)
+    expected = logits.topk(3)
+    torch.testing.assert_close(values, expected.values)
+    assert torch.equal(choices, expected.indices)
+    assert torch.equal(kept.of(items[1:2])[0], values[context.objective.term_items(batch) == 1])
+
+
+def test_a_run_hands_the_answers_on(config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    go(config(method="replay", distillation=KEPT), out)
+    for index, task in enumerate(TASKS):
+        state = load_file(task_folder(out, index, task) / "handed_on.safetensors")
+        assert {name for name in state if name.startswith("kept_answers.terms.")} == {
+            f"kept_answers.terms.{earlier}" for earlier in TASKS[: index + 1]
+        }
+        assert all(len(tensor) > 0 for tensor in state.values())
+
+
+def test_kept_answers_of_nothing_are_refused(config: Config) -> None:
+    with pytest.raises(ValidationError, match=r"answers: kept needs distillation\.memory above 0; it is 0"):
+        config(distillation={"answers": "kept", "inputs": 1.0})
