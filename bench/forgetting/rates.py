@@ -20,13 +20,23 @@ def first_order(by_rate: ByRate) -> str:
 
 
 def on_first_order(by_rate: ByRate, metric: str) -> dict[float, float]:
-    """Rate -> mean of a metric over the runs on the first order, ascending rates."""
+    """Rate -> mean of a metric over the runs on the first order, ascending rates.
+
+    The mean is over the seeds that every rate was run with on this order, if there are any.
+    """
     order = first_order(by_rate)
     values = {
-        rate: [row[metric] for (one, _), row in runs.items() if one == order and row[metric] is not None]
+        rate: {seed: row[metric] for (one, seed), row in runs.items() if one == order}
         for rate, runs in sorted(by_rate.items())
     }
-    return {rate: fmean(found) for rate, found in values.items() if found}
+    of_rates = [of_seed.keys() for of_seed in values.values() if of_seed]
+    common = set(of_rates[0]).intersection(*of_rates)
+    means = {}
+    for rate, of_seed in values.items():
+        chosen = [of_seed[seed] for seed in common or of_seed if of_seed[seed] is not None]
+        if of_seed and chosen:
+            means[rate] = fmean(chosen)
+    return means
 
 
 def best_rate(by_rate: ByRate) -> float:

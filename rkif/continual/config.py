@@ -129,7 +129,7 @@ class DistillationSettings(Settings):
 
     ``memory``: weight of the divergence on memory records. ``answers``: the model before the new task answers
     these records, or their answers are kept from the end of their task. ``inputs``: weight of the divergence
-    on inputs of the new task, posed as questions of earlier tasks. ``temperature``: that of all distributions.
+    on inputs of the new task, posed as questions of earlier tasks. ``temperature``: of all distributions.
     See :mod:`rkif.continual.models.distillation`.
     """
 
