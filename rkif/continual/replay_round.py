@@ -1,4 +1,4 @@
-"""``rkif reproduce``: train a round of a run again and compare the result with the ledger."""
+"""``rkif reproduce``: trains a round of a run again, and compares the result with the ledger."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Reproduction:
 
     Attributes:
         record: the ledger's record of the round.
-        start: the round whose state training started from.
+        start: the round after whose state training started.
         differences: key -> (value in the ledger, value now); empty if all bits are the same.
     """
 
@@ -38,15 +38,15 @@ class Reproduction:
 def reproduce(run: Path, number: int, progress: RunProgress) -> Reproduction:
     """Train again from the latest state before a round to its fusion, and compare the record.
 
-    It needs the run's model and data, and a machine that rounds the same way. Nothing is written.
+    It needs the run's model and data, and a machine with the same rounding. Nothing is written.
 
     Args:
         run: the run's folder.
-        number: the round in the ledger, from 1.
-        progress: where progress is shown.
+        number: number of the round in the ledger, from 1.
+        progress: shows the progress.
 
     Raises:
-        ValueError: no such run or round, or no earlier state of the round's task was kept.
+        ValueError: there is no such run or round, or no earlier state of the round's task was kept.
         LedgerError: the ledger's chain is broken.
     """
     reader = RunReader(run)

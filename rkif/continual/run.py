@@ -1,4 +1,4 @@
-"""``rkif run``: learn the tasks of a config, or continue a run."""
+"""``rkif run``: learns the tasks of a config, or continues a run."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from rkif.files import claimed
 
 
 def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProgress) -> dict[str, Any]:
-    """Learn the tasks of a config one after another, and measure all of them after each.
+    """Learn the tasks of a config one after another, and evaluate all of them after each.
 
-    A run that is killed and resumed ends with the same bits as an uninterrupted one: a step is a function of
-    the parameters, the method's state and the step's index; the checkpoint holds all three.
+    A run that is killed and resumed ends with the same bits as an uninterrupted one, because a step is a
+    function of the parameters, the method's state and the step's index, and the checkpoint has all three.
 
     Args:
         config: the settings.
         out: the run's folder; see :mod:`rkif.continual.rundir.folder` for its files.
-        resume: continue the run in ``out``, whose files are compared with the ledger first. A finished run is
-            only read.
-        progress: where progress is shown.
+        resume: whether to continue the run in ``out``, after comparing its files with the ledger. A finished
+            run is only read.
+        progress: shows the progress.
 
     Returns:
         The content of ``metrics.json``.
 
     Raises:
-        ValueError, OSError, ImportError: bad settings, tasks, model or folder; a message of one line.
+        ValueError, OSError, ImportError: settings, tasks, model or folder are invalid; one line of text.
         RuntimeError: another process uses the folder.
     """
     with _locked_folder(out):
@@ -61,7 +61,7 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
 
 @contextmanager
 def _locked_folder(out: Path) -> Iterator[None]:
-    """Lock the run's folder before anything is written; a new one without a record is removed at the end."""
+    """Lock the run's folder before anything is written; remove a new one that has no record at the end."""
     new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     with claimed(out):
@@ -77,14 +77,14 @@ def _locked_folder(out: Path) -> Iterator[None]:
 def open_run(
     config: RunConfig, out: Path, finished: int, progress: RunProgress, *, resume: bool = True
 ) -> Iterator[TaskSequence]:
-    """Load a run's tasks and its untrained model; progress is shown while the block runs.
+    """Context manager of a run with its tasks and its untrained model; progress is shown in the block.
 
     Args:
         config: the settings.
         out: the run's folder.
         finished: number of learned tasks; their training records are not read.
-        progress: where progress is shown.
-        resume: whether the folder may hold the run already.
+        progress: shows the progress.
+        resume: whether the folder may have the run already.
 
     Raises:
         ValueError, OSError, ImportError: as :func:`run`.
@@ -127,7 +127,7 @@ def _require_scorable(tasks: Sequence[Task], config: RunConfig) -> None:
 
 
 def _prepare_torch(config: RunConfig) -> None:
-    """Set PyTorch's threads, and deterministic algorithms on a GPU: a resumed run must give the same bits."""
+    """Set PyTorch's threads, and deterministic algorithms on a GPU, so that runs have reproducible bits."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if run_device(config).type == "cuda":

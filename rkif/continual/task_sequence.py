@@ -1,4 +1,4 @@
-"""The loop over a run's tasks: train on each, publish it, and measure all tasks after it."""
+"""The loop over a run's tasks: train on each, publish it, and evaluate all tasks after it."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class TaskSequence:
     Args:
         config: the run's settings.
         folder: the run's folder.
-        tasks: in the order of learning.
-        model: untrained; trained in place.
+        tasks: the tasks in the order of learning.
+        model: the untrained model; it is trained in place.
         objective: computes the model's loss and answers.
         metrics: the user's metrics by name.
         harness: measures the model on tasks of lm-eval.
-        progress: where progress is shown.
+        progress: shows the progress.
 
     Raises:
-        ValueError: the records that the gate sets aside would leave none to train on, or a task's records
-            differ from those at the start of the run.
+        ValueError: the gate would set aside all training records of a task, or a task's records differ from
+            those at the start of the run.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class TaskSequence:
         )
         self._table.require_same_data(self._tasks)
         self._track: Track = lambda values, step: None
-        self._steps = 0  # inner steps so far, over all tasks
+        self._steps = 0  # number of inner steps in all tasks so far
 
     def run(self, start: RunState) -> dict[str, Any]:
-        """Train from ``start`` to the end of the last task; returns the content of ``metrics.json``."""
+        """Train from ``start`` to the end of the last task; return the content of ``metrics.json``."""
         with tracked(self._config.tracking, self._folder.path, self._config.model_dump()) as self._track:
             return self._run(start)
 
@@ -180,7 +180,7 @@ class TaskSequence:
         return {**method, **flatten({"ema": self._average.tensors()})}
 
     def context(self, index: int, record: Callable[[Mapping[str, Any]], None]) -> Context:
-        """What a method needs to learn task ``index``; ``record`` takes its ledger records."""
+        """The inputs of a method for task ``index``; ``record`` appends its ledger records."""
         previous = (index - 1, self._tasks[index - 1].name)
         return Context(
             self._config,
@@ -200,7 +200,7 @@ class TaskSequence:
         )
 
     def method(self, context: Context, start: RunState) -> Sequential:
-        """The method in the state ``start``. The parameters are set apart, by :meth:`set_parameters`."""
+        """The method in the state ``start``. The parameters are not set: see :meth:`set_parameters`."""
         method = METHODS[self._config.method](context)
         if start.step:
             method.load_tensors(start.method)
@@ -222,7 +222,7 @@ class TaskSequence:
             self._parameters[name].copy_(value)
 
     def _add_column(self, index: int, writer: RunWriter) -> None:
-        """Measure all tasks after task ``index``, and write ``metrics.json``."""
+        """Evaluate all tasks after task ``index``, and write ``metrics.json``."""
         method = METHODS[self._config.method]
         column, harness = self._measure_all(f"after {self._tasks[index].name}")
         summaries = [self._folder.read_task(i, self._tasks[i].name) for i in range(index + 1)]

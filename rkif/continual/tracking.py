@@ -1,4 +1,4 @@
-"""A run's values in an experiment tracker: TensorBoard, Weights & Biases, Trackio or MLflow."""
+"""Sends the values of a run to an experiment tracker: TensorBoard, Weights & Biases, Trackio or MLflow."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def require_tracker(tracker: Tracker) -> None:
 def tracked(tracker: Tracker | None, run: Path, settings: Mapping[str, Any]) -> Iterator[Track]:
     """Yield a function that sends values to a tracker; without a tracker it does nothing.
 
-    A resumed run is a new one for the tracker. TensorBoard's files are in ``RUN/tensorboard``; the others
-    decide by their own settings where they store values.
+    A resumed run is a new run for the tracker. TensorBoard's files are in ``RUN/tensorboard``; the other
+    trackers have settings for the place where they store values.
 
     Args:
-        tracker: its name, after :func:`require_tracker`; None for none.
-        run: the run's folder, whose name is shown.
-        settings: of the run; stored with its values.
+        tracker: the tracker's name, after :func:`require_tracker`; None for none.
+        run: the run's folder; the tracker shows its name.
+        settings: the run's settings, which are stored with its values.
     """
     if tracker is None:
         yield lambda values, step: None
@@ -39,7 +39,7 @@ def tracked(tracker: Tracker | None, run: Path, settings: Mapping[str, Any]) -> 
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    PartialState()  # accelerate's trackers ask it for the rank
+    PartialState()  # accelerate's trackers read the rank from it
     names: dict[Tracker, dict[str, Any]] = {
         "tensorboard": {"run_name": "tensorboard", "logging_dir": run},
         "wandb": {"run_name": PROJECT, "name": run.name},
@@ -56,7 +56,7 @@ def tracked(tracker: Tracker | None, run: Path, settings: Mapping[str, Any]) -> 
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings of sections as "section.key"; what is not a number, a truth value or text becomes text."""
+    """Settings by "section.key"; values that are not numbers, booleans or text become text."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""``rkif tune``: search for the settings of Recurrent-KIF with the best OP on the dev split."""
+"""``rkif tune``: searches for the settings of Recurrent-KIF with the best OP on the dev split."""
 
 from __future__ import annotations
 
@@ -23,34 +23,35 @@ if TYPE_CHECKING:
 
 DENSITIES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 INNER_STEPS = (4, 8, 16, 32)
-OUTER_SHARES = (0.25, 0.5, 1.0)  # M as a share of Q
+OUTER_SHARES = (0.25, 0.5, 1.0)  # M / Q
 BEST = "best.yaml"  # in the study's folder
-OUTER_RATES = (0.25, 0.5, 1.0, 2.0)  # of the inner learning rate
+OUTER_RATES = (0.25, 0.5, 1.0, 2.0)  # outer learning rate / inner learning rate
 
 
 def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Console) -> Study:
     """Search density, Q, M and the outer learning rate with optuna's TPE sampler.
 
     ``out/best.yaml`` is a config with the best settings. They are chosen on the dev split, so their OP is
-    optimistic; the more trials, the more so.
+    optimistic, and more so with more trials.
 
-    A trial is a complete run. The first has the settings of the search space nearest to the config. Results
-    are kept in ``out/study.db``; a trial's folder is deleted when it ends. A failed trial counts. A trial
-    with settings that were tried before takes their result without a run. With ``resume`` the search
-    continues, and so does the interrupted trial.
+    A trial is a complete run. The first one has the settings of the search space nearest to the config.
+    Results are kept in ``out/study.db``; a trial's folder is deleted when it ends. Failed trials count. A
+    trial with the settings of an earlier one has the same result, without a run. With ``resume``, the search
+    and the interrupted trial continue.
 
     Args:
-        config: of method recurrent_kif; settings that are not searched stay.
+        config: settings with the method recurrent_kif; those that are not searched are kept.
         out: the study's folder.
         trials: number of trials, including those before an interruption.
-        resume: continue the study in ``out``.
-        console: each trial is shown here.
+        resume: whether to continue the study in ``out``.
+        console: shows the result of each trial.
 
     Returns:
         The study; its objective is OP.
 
     Raises:
-        ValueError: another method, a study that exists already or has another config, or no trial succeeded.
+        ValueError: the method is another, the study exists already or has another config, or all trials
+            failed.
         ImportError: optuna is not installed.
     """
     try:
@@ -80,7 +81,7 @@ def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Co
         )
     except SQLAlchemyError as error:
         raise ValueError(f"{out / 'study.db'} is damaged: {error}") from error
-    # With the seed alone a resumed sampler would draw the same settings as before the interruption.
+    # With a constant seed, a resumed sampler would draw the same settings as before the interruption.
     study.sampler = optuna.samplers.TPESampler(
         seed=derive_seed(config.seed, "tune", len(study.trials)) % 2**32
     )

@@ -1,4 +1,4 @@
-"""Metrics of the user's: functions of predictions and records that return a number."""
+"""User metrics: functions of predictions and records that return a number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Metric = Callable[[Sequence[str], Sequence[Record]], float]
 
 
 def metric_name(spec: str) -> str:
-    """A metric's name in tables: that of its function."""
+    """The name of a metric in tables: that of its function."""
     return spec.rpartition(":")[2]
 
 
@@ -40,11 +40,11 @@ def load_metric(spec: str) -> Metric:
             assert module_spec is not None
             assert module_spec.loader is not None
             module: Any = importlib.util.module_from_spec(module_spec)
-            sys.modules.setdefault(module_spec.name, module)  # dataclasses look up a class's module here
+            sys.modules.setdefault(module_spec.name, module)  # dataclasses need their module here
             module_spec.loader.exec_module(module)
         else:
             module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything
+    except Exception as error:  # the module may raise any exception
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(f"metrics: {spec!r} cannot be imported: {problem}") from error
     metric = getattr(module, function, None)
@@ -63,10 +63,10 @@ def evaluate_metric(
     """
     try:
         value: Any = metric(list(predictions), list(records))
-    except Exception as error:  # a user's function may raise anything
+    except Exception as error:  # the function may raise any exception
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(f"metric {name!r} failed on task {records[0].task!r}: {problem}") from error
-    if hasattr(value, "item") and getattr(value, "size", None) == 1:  # a number of numpy's
+    if hasattr(value, "item") and getattr(value, "size", None) == 1:  # a NumPy scalar
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, float | int) or not math.isfinite(value):
         raise ValueError(

@@ -165,7 +165,7 @@ def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("model", "nowhere/at-all", "model 'nowhere/at-all' cannot be loaded: there is no such folder, and "),
         ("adapter.target_modules", ["q_proj", "v_prj"], "target_modules: the model has no module 'v_prj'"),
         ("model", "../tinyy", "/../tinyy\n"),
-        ("architecture", "seq2seq", "it is of architecture 'causal', the config says 'seq2seq'"),
+        ("architecture", "seq2seq", "its architecture is 'causal', but that of the config is 'seq2seq'"),
         ("device", "cuda:17", "device 'cuda:17' cannot be used:"),
         ("device", "toaster", "device must be auto, cpu, cuda, or one GPU such as cuda:1; got 'toaster'\n"),
         ("text.max_length", 32, "max_length must hold"),
@@ -391,7 +391,7 @@ def test_labels_with_equal_tokens_are_refused(rkif: Rkif, settings: dict[str, An
     settings["tasks"] = {"folder": str(data), "order": ["parity"]}
     status, _, errors = rkif("run", write(tmp_path / "config.yaml", settings), "--out", tmp_path / "out")
     assert (status, errors.count("\n")) == (1, 1)
-    assert "label 'quux' is the same to the tokenizer as another: [1]" in errors
+    assert "label 'quux' has the same tokens as another label: [1]" in errors
 
 
 def test_a_full_disk_is_one_clear_line(

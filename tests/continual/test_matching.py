@@ -111,7 +111,7 @@ def test_an_answer_outside_the_labels_is_refused(settings: RunConfig, inputs: Pa
 
 
 def test_a_language_model_is_refused_as_an_encoder(settings: RunConfig, inputs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="architecture 'causal', the config says 'encoder'"):
+    with pytest.raises(ValueError, match="architecture is 'causal', but that of the config is 'encoder'"):
         go(settings.model_copy(update={"model": str(inputs / "model")}), tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The runs in a folder, as a table: ``rkif report`` and ``rkif log`` show it of a folder of runs."""
+"""The runs in a folder as a table, which ``rkif report`` and ``rkif log`` show for a folder of runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DEPTH = 2  # runs/NAME, or a folder of such folders
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The runs below a folder that is not a run itself, by name; at most two levels deep."""
+    """The runs at most two levels below a folder, by name; none if the folder is a run itself."""
     if any((folder / name).exists() for name in (METRICS, LEDGER)):
         return []
     configs = (path for level in range(1, _DEPTH + 1) for path in folder.glob("*/" * level + "config.yaml"))
@@ -32,7 +32,7 @@ def print_runs(folder: Path) -> bool:
 
 
 def run_list(runs: list[Path]) -> Table:
-    """A line for each run: method, learned tasks, OP, BWT and FWT, or why it cannot be read."""
+    """A line for each run: method, learned tasks, OP, BWT and FWT, or the error if it cannot be read."""
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("run", "method", "tasks"):
         table.add_column(heading, overflow="fold")

@@ -1,4 +1,4 @@
-"""What a gate decided, in words: the reason of a round, and a line on all rounds of a run."""
+"""The decisions of a gate as text: the reasons of a round, and a line on all rounds of a run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PARTICIPLES = {
 
 
 def reasons(record: LedgerRecord) -> list[str]:
-    """Why a round's whole step was not taken; empty if it was."""
+    """The reasons why a round's whole step was not taken; empty if it was."""
     gate = record["gate"]
     if gate is not None and gate["attempts"]:
         return list(gate["attempts"][0]["objections"])
     if record["applied"]:
         return []
     count = record.get("nonfinite", 0)
-    return [f"the importance of {count} elements is not finite"] if count else ["the round was given up"]
+    return [f"the importance of {count} elements is not finite"] if count else ["the round was rolled back"]
 
 
 def verdict_line(records: Sequence[LedgerRecord]) -> str | None:

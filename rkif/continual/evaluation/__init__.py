@@ -1,1 +1,1 @@
-"""Measurements of a run: accuracy and the metrics computed from it, the gate's criteria, round statistics."""
+"""Evaluation of a run: accuracy and the metrics computed from it, the gate's criteria, round statistics."""

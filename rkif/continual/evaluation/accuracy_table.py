@@ -20,18 +20,18 @@ Column = Mapping[str, Sequence[float]]
 class AccuracyTable:
     """A matrix for accuracy and for each of the user's metrics: a row per task, a column per task learned.
 
-    A task of lm-eval has one row of its own, which begins with the value before training.
+    A task of lm-eval has a separate row, which begins with the value before training.
 
     Args:
         config: the run's settings.
-        tasks: in the order of learning.
+        tasks: the tasks in the order of learning.
         metrics: names of the user's metrics.
         harness: tasks of lm-eval.
         trainable: number of trained parameters.
-        saved: what an earlier process of the run wrote; empty at the start of a run.
+        saved: the content that an earlier process of the run wrote; empty at the start of a run.
 
     Attributes:
-        content: JSON values, written to ``metrics.json`` as they are.
+        content: JSON values, the content of ``metrics.json``.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class AccuracyTable:
         return len(self.content["accuracy"][0])
 
     def require_same_data(self, tasks: Sequence[Task]) -> None:
-        """Raise ValueError where tasks, records, or lm-eval's requests are not those at the run's start."""
+        """Raise ValueError if tasks, records, or lm-eval's requests are not those at the run's start."""
         if (names := [task.name for task in tasks]) != self.content["tasks"]:
             raise ValueError(f"the tasks are {', '.join(names)}; this run began with {self.content['tasks']}")
         for task in tasks:
@@ -104,9 +104,9 @@ class AccuracyTable:
         Args:
             column: the values on every task.
             harness: the value of each task of lm-eval.
-            task_aware: a task-aware method answers each task with the model made for it. So only the task
-                just learned gets its value from ``column``; the others keep their last one.
-            steps, samples: inner steps and training samples of all tasks learned so far.
+            task_aware: whether the method answers each task with the model trained for it. If so, only the
+                task just learned gets its value from ``column``; the others keep their last value.
+            steps, samples: number of inner steps and training samples of all tasks learned so far.
         """
         learned = self.columns
         matrices = {ACCURACY: (self.content["accuracy"], self.content["initial"])}
@@ -124,7 +124,7 @@ class AccuracyTable:
             self.content["harness"][name]["values"].append(value)
 
     def summarise(self, *, sequential: bool) -> None:
-        """Compute OP from the complete matrix, and BWT and FWT where the tasks were learned in sequence."""
+        """Compute OP from the complete matrix, and BWT and FWT if the tasks were learned in sequence."""
         accuracy = self.content["accuracy"]
         self.content["op"] = overall_performance(accuracy)
         if sequential:
@@ -137,7 +137,7 @@ def measure(
     metrics: Iterable[str],
     evaluate: Callable[[Task], Mapping[str, float]],
 ) -> dict[str, list[float]]:
-    """A column of the table: ``evaluate`` gives accuracy and the user's metrics of one task."""
+    """A column of the table; ``evaluate`` computes accuracy and the user's metrics of one task."""
     column: dict[str, list[float]] = {ACCURACY: [], **{name: [] for name in metrics}}
     for task in tasks:
         for name, value in evaluate(task).items():
@@ -156,7 +156,7 @@ def _harness_row(task: HarnessTask) -> dict[str, Any]:
 
 
 def _digests(task: Task) -> dict[str, str]:
-    """SHA-256 of each split's records. A task that was learned may have no training records any more."""
+    """SHA-256 of each split's records. The training records of a learned task may not have been read."""
     splits = {"train": task.train, "dev": task.dev}
     return {
         split: hashlib.sha256(repr(records).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The criteria of a run's gate, measured on records of the earlier tasks."""
+"""The gate of a run: its criteria are measured on records of the earlier tasks."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ MEMORY_LOSS = "memory_loss"
 
 
 class GateStopped(RuntimeError):
-    """The gate's verdict was "stop": training ended, with the parameters from before the round."""
+    """The gate's verdict was "stop": training has ended, with the parameters of the round's start."""
 
 
 def hold_out(task: Task, config: RunConfig) -> tuple[Task, tuple[Record, ...]]:
-    """Split off the training records that the gate will measure the task on.
+    """Set aside training records on which the gate will evaluate the task.
 
     Returns:
         The task without these records, and the records.
@@ -65,17 +65,17 @@ def make_gate(
     """Make the gate for the rounds of a task.
 
     Args:
-        settings: the gate's.
-        config: the run's.
-        model: measured with its parameters at the time of the measurement.
+        settings: settings of the gate.
+        config: settings of the run.
+        model: the model, which is measured with its current parameters.
         objective: computes the model's loss and answers.
         tasks: all tasks of the run.
         memory: records of the earlier tasks that the outer learner trains on, for the memory loss.
-        validation: records of the earlier tasks that no learner saw, for accuracy and the user's metrics.
-        harness: has the tasks of lm-eval that criteria name.
+        validation: records of the earlier tasks that are not trained on, for accuracy and the user's metrics.
+        harness: measures the tasks of lm-eval that criteria name; None if they name none.
 
     Raises:
-        ValueError: a metric of the user's cannot be imported.
+        ValueError: a user metric cannot be imported.
     """
     tasks_by_name = {task.name: task for task in tasks}
     remembered = [item for items in memory.by_task.values() for item in items[: settings.records]]

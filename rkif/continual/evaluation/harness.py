@@ -22,22 +22,22 @@ from rkif.continual.config_evaluation import HarnessSettings
 from rkif.continual.models.scoring import evaluating
 from rkif.continual.spelling import did_you_mean
 
-# Of lm-eval's command line, so that a run's figures are those of the command.
+# The seeds of lm-eval's command line, so that a run's values are those of the command.
 PYTHON_SEED, OTHER_SEED = 0, 1234
 
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """A task of lm-eval, or a group with a score of its own.
+    """A task of lm-eval, or a group of tasks with a score.
 
     Attributes:
         name: lm-eval's name.
         metric: lm-eval's key of the value, a metric and a filter: "acc_norm,none".
         higher_is_better: whether the higher of two values is the better one.
         documents: name of each task of the group -> indices of the documents that the run reports.
-        held_out: likewise for the documents that the gate measures on, which are the last ones.
+        held_out: name of each task of the group -> indices of the gate's documents, which are the last ones.
         requests: SHA-256 of all requests to the model.
-        loaded: what lm-eval's TaskManager loaded.
+        loaded: the result of lm-eval's ``TaskManager.load``.
     """
 
     name: str
@@ -58,9 +58,9 @@ class Harness:
 
     Args:
         tasks: as :func:`load_harness` returns them.
-        model: measured with its parameters at the time of the measurement.
-        tokenizer: of the model; copied, because lm-eval may give it a padding token.
-        config: the run's.
+        model: the model, which is measured with its current parameters.
+        tokenizer: the model's tokenizer; it is copied, because lm-eval may add a padding token.
+        config: settings of the run.
 
     Attributes:
         tasks: the tasks by name.
@@ -87,8 +87,8 @@ class Harness:
         """The value of a task, in lm-eval's unit: an accuracy is in [0, 1].
 
         Args:
-            name: of the task.
-            held_out: measure on the gate's documents instead of the reported ones.
+            name: name of the task.
+            held_out: whether to measure on the gate's documents instead of the reported ones.
 
         Raises:
             ValueError: lm-eval fails, or the reported value is not finite.
@@ -124,7 +124,7 @@ def load_harness(config: RunConfig) -> list[HarnessTask]:
 
 
 def _task_manager(settings: HarnessSettings) -> Any:
-    """The tasks that lm-eval knows, among them all that the settings name."""
+    """The TaskManager of lm-eval, after a check that it has all tasks in the settings."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -138,7 +138,7 @@ def _task_manager(settings: HarnessSettings) -> Any:
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"evaluation.harness.include_path: no such folder: {folder}")
     with _calling("its tasks cannot be read"):
-        # To read all of lm-eval's own tasks takes many seconds.
+        # Reading all tasks of lm-eval takes many seconds.
         manager = TaskManager(include_path=folder, include_defaults=False)
         if not set(settings.tasks) <= set(manager.all_subtasks):
             manager = TaskManager(include_path=folder)
@@ -158,7 +158,7 @@ def _load_task(manager: Any, name: str, settings: HarnessSettings, held_out: int
         parts = loaded["tasks"]
         counts = {part: len(task.eval_docs) for part, task in parts.items()}
     for task in parts.values():
-        # As lm-eval does: no examples by default, and never any where the task says 0.
+        # As in lm-eval: no examples by default, and never any if the task's config has 0.
         shots = task.get_config("num_fewshot")
         if shots is None or (settings.num_fewshot is not None and shots != 0):
             task.set_config(key="num_fewshot", value=settings.num_fewshot or 0)
@@ -182,7 +182,7 @@ def _load_task(manager: Any, name: str, settings: HarnessSettings, held_out: int
 
 
 def _metric_keys(loaded: Any, name: str) -> list[str]:
-    """lm-eval's keys of a task's values, the main one first; empty for a name that only stands for tasks."""
+    """lm-eval's keys of a task's values, the main one first; empty for a group without a score."""
     task = next(iter(loaded["tasks"].values()))
     filters = [one["name"] for one in task.get_config("filter_list") or [{"name": "none"}]]
     if (group := loaded["groups"].get(name)) is not None:
@@ -193,7 +193,7 @@ def _metric_keys(loaded: Any, name: str) -> list[str]:
 
 
 def _chosen_metric(name: str, keys: Sequence[str], chosen: str | None) -> str:
-    """The key that the settings choose, by its metric or whole; by default the first."""
+    """The key that the settings choose, as a metric or as a whole key; by default the first."""
     for key in keys:
         if chosen is None or chosen in (key, key.partition(",")[0]):
             return key
@@ -205,7 +205,7 @@ def _chosen_metric(name: str, keys: Sequence[str], chosen: str | None) -> str:
 
 
 def _requests_sha256(name: str, parts: Mapping[str, Any], samples: Sequence[Mapping[str, range]]) -> str:
-    """Digest of the requests for these documents: it changes with data, prompts, examples and their order."""
+    """Digest of the requests for these documents. It depends on data, prompts, examples and their order."""
     digest = hashlib.sha256()
     with _calling(f"{name!r} has no requests"):
         for part, indices in [entry for one in samples for entry in one.items() if entry[1]]:
@@ -218,10 +218,12 @@ def _requests_sha256(name: str, parts: Mapping[str, Any], samples: Sequence[Mapp
 
 @contextmanager
 def _calling(problem: str) -> Iterator[None]:
-    """Call lm-eval with the seeds of its command; its bars and notes on stderr would break the run's bars.
+    """Context manager of a call of lm-eval: it sets the seeds of its command, and discards its stderr.
+
+    The progress bars of lm-eval would break those of the run.
 
     Raises:
-        ValueError: what was called raises; the message begins with ``problem``.
+        ValueError: the block raises an error; the message begins with ``problem``.
     """
     random.seed(PYTHON_SEED)
     np.random.seed(OTHER_SEED)  # noqa: NPY002 - tasks use the global generator
@@ -229,6 +231,6 @@ def _calling(problem: str) -> Iterator[None]:
     try:
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
             yield
-    except Exception as error:  # tasks have code of their own, which may raise anything
+    except Exception as error:  # the code of a task may raise any exception
         message = str(error).strip().partition("\n")[0]
         raise ValueError(f"evaluation.harness: {problem}: {type(error).__name__}: {message}") from error

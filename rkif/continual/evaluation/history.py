@@ -1,4 +1,4 @@
-"""Statistics of a task's rounds for each tensor; the source of a report's plots."""
+"""Statistics of a task's rounds by tensor, for the plots of a report."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rkif.ledger.records import selection
 
 
 class RoundHistory:
-    """One row per round, stored as tensors so that a checkpoint can hold them.
+    """One row per round, in tensors that a checkpoint can store.
 
-    After R rounds :meth:`tensors` has ``norms``, float64 [R, 3] (L2 of inner and outer task vectors and
-    of the update), and for each parameter ``importance.NAME``, float32 [R, 2] (mean score of both sides),
-    and ``counts.NAME``, int64 [R, 4] (elements selected by inner only, outer only, both, neither).
+    After R rounds :meth:`tensors` has ``norms``, float64 [R, 3] (L2 norms of the inner and outer task vectors
+    and of the update), and for each parameter ``importance.NAME``, float32 [R, 2] (mean inner and outer
+    score), and ``counts.NAME``, int64 [R, 4] (elements selected by inner only, outer only, both, neither).
     """
 
     def __init__(self) -> None:
@@ -26,8 +26,8 @@ class RoundHistory:
         """Add a round.
 
         Args:
-            inner, outer: name -> the learners' scores from before the fusion.
-            report: of the fusion.
+            inner, outer: name -> scores of the learner before the fusion.
+            report: the report of the fusion.
         """
         self._append("norms", torch.tensor(list(report.norms.values()), dtype=torch.float64))
         means, counts = selection(inner, outer, report)

@@ -7,7 +7,7 @@ training. Definitions: Lopez-Paz and Ranzato, "Gradient Episodic Memory for Cont
 
 Other code bases use the same names for other formulas. Some divide backward transfer by K instead of K - 1.
 Some define forward transfer as the mean accuracy right after learning, minus a constant or the accuracy of a
-separately trained model. Compare values only where the formula is the same.
+separately trained model. Only values of the same formula can be compared.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def overall_performance(a: Matrix) -> float:
         Percent.
 
     Raises:
-        ValueError: the matrix is empty or not square, a value is NaN or outside [0, 100], or one that is
-            needed is None.
+        ValueError: the matrix is empty or not square, a value is NaN or outside [0, 100], or a needed value
+            is None.
         TypeError: a value is not a number.
     """
     k = _checked_size(a)
@@ -68,7 +68,7 @@ def forward_transfer(a: Matrix, initial: Sequence[float | None]) -> float | None
         Percentage points; None for a single task, where it is undefined.
 
     Raises:
-        ValueError, TypeError: as `overall_performance`; also where `initial` has another length than `a`.
+        ValueError, TypeError: as `overall_performance`; or `initial` has another length than `a`.
     """
     k = _checked_size(a)
     if len(initial) != k:

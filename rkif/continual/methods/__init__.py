@@ -1,4 +1,4 @@
-"""The methods by which a model learns one task after another: one file each."""
+"""The methods of continual learning that ``rkif run`` compares: one file each."""
 
 from rkif.continual.methods.adaptive import Adaptive
 from rkif.continual.methods.average import Average

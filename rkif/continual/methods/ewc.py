@@ -38,7 +38,7 @@ class Ewc(Sequential):
 
     def finish(self) -> None:
         if self.context.index + 1 == len(self.context.tasks):
-            return  # no later task needs the penalty
+            return  # there is no later task
         squares = {name: torch.zeros_like(p) for name, p in self.inner.parameters.items()}
         for number in range(RECORDS):
             items = self.records(number, number + 1)

@@ -13,17 +13,17 @@ from rkif.fuser.parameters import parameter_copies
 from rkif.fuser.state_names import flatten, section
 from rkif.lora import factor_pairs
 
-DAYS = (1, 2, 4, 7, 15, 30)  # after which memories are reviewed; then each time after twice as many
+DAYS = (1, 2, 4, 7, 15, 30)  # days of the first replays; each later one has twice the day of the previous
 
 
 class Forever(Sequential):
-    """Plain fine-tuning, interrupted by passes over the memory, densely at first and then sparsely.
+    """Plain fine-tuning, interrupted by passes over the memory at growing intervals.
 
     The time of a task is the sum of the norms ``D`` of its updates. A day is the time of the first
     ``forever.day`` steps. After 1, 2, 4, 7, 15, 30, 60, ... days, ``forever.epochs`` passes over the memory
-    follow, with the loss ``cross-entropy + beta * |theta - anchor|^2``, where ``anchor`` is the parameters
+    follow, with the loss ``cross-entropy + beta * |theta - anchor|^2``. Here ``anchor`` is the parameters
     before the task, ``beta = pull * clip(1 + gamma * (r - 1), 0.5, 3)``, and ``r`` is the mean of ``D`` since
-    the last replay over its mean in the first day. The published value of ``gamma`` is not known to us.
+    the last replay, divided by its mean in the first day. The published value of ``gamma`` is not known.
     """
 
     def __init__(self, context: Context) -> None:
@@ -33,7 +33,7 @@ class Forever(Sequential):
         self._time = 0.0
         self._replays = 0
         self._since = (0.0, 0)  # time and steps since the last replay
-        self._beta: float | None = None  # while the memory is replayed
+        self._beta: float | None = None  # None unless the memory is being replayed
 
     def train_step(self, step: int) -> float:
         before = parameter_copies(self.inner.parameters)
@@ -87,17 +87,17 @@ class Forever(Sequential):
 
 
 def review_day(replays: int) -> int:
-    """The day of the next replay, after so many of them."""
+    """The day of the next replay after ``replays`` replays."""
     beyond = replays - len(DAYS) + 1
     return DAYS[replays] if beyond <= 0 else DAYS[-1] * 2**beyond
 
 
 @torch.no_grad()
 def update_norm(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
-    """The Euclidean norm of an update, where LoRA's factors count as their product.
+    """The Euclidean norm of an update, in which LoRA's factors are replaced by their product.
 
-    The norm of the factors' update would change if A were scaled and B divided by the same number. Factors of
-    rank r need 2r x 2r products only: ``B1 A1 - B0 A0 = [B1, B0] [A1; -A0]``.
+    The norm of the factors' update would change if A was multiplied and B divided by the same number. For
+    rank r, the norm of ``B1 A1 - B0 A0 = [B1, B0] [A1; -A0]`` needs only products of size 2r x 2r.
     """
     pairs = factor_pairs(before)
     squares = 0.0

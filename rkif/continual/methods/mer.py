@@ -16,7 +16,8 @@ from rkif.fuser.state_names import flatten, section
 class Mer(Replay):
     """Replay in every batch; after every ``mer.every`` steps ``theta = start + mer.rate * (theta - start)``.
 
-    ``start`` is the parameters after the previous interpolation. A task's last one may follow fewer steps.
+    ``start`` is the parameters after the previous interpolation. The last interpolation of a task may follow
+    fewer steps.
     """
 
     def __init__(self, context: Context) -> None:

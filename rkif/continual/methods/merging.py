@@ -1,4 +1,4 @@
-"""The recurrent loop with a merge of the two task vectors that uses no importance."""
+"""The recurrent loop with another merge of the two task vectors."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Merging(Rounds):
 
     @abstractmethod
     def merge(self, name: str, inner: Tensor, outer: Tensor) -> Tensor:
-        """The update of the parameter ``name``, of its shape.
+        """The update of the parameter ``name``: float32, of its shape.
 
         Args:
-            name: of the parameter.
+            name: name of the parameter.
             inner: the inner learner's task vector, float32.
             outer: the outer learner's task vector, float32.
         """

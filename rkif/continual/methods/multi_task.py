@@ -1,4 +1,4 @@
-"""All tasks at once: an upper bound for methods that see them one after another."""
+"""All tasks at once: an upper bound for methods that learn them one after another."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rkif.seeding import derive_seed, shuffled
 class MultiTask(Sequential):
     """Every step draws its records from all tasks.
 
-    It takes as many steps as the whole sequence, on as many records as the methods with a memory see. The
-    learning-rate schedule restarts with each task of the sequence, as for the other methods.
+    It takes as many steps as the whole sequence, on as many records as the methods with a memory. The
+    learning-rate schedule restarts with each task of the sequence, as in the other methods.
     """
 
     sequential = False
@@ -42,5 +42,5 @@ class MultiTask(Sequential):
         return items
 
     def _seed(self, *parts: str | int) -> int:
-        """A seed that does not depend on the task: one walk covers all of them."""
+        """A seed that does not depend on the task, because one walk covers all tasks."""
         return derive_seed(self.context.config.seed, "multi_task", *parts)

@@ -28,7 +28,7 @@ class OLora(Sequential):
         for name, parameter in self.inner.parameters.items():
             mask = torch.zeros_like(parameter)
             self._slice(name, mask).fill_(1)
-            # Before clipping, so that the gradient's norm does not include frozen slices.
+            # The mask acts before clipping, so that the gradient's norm does not include frozen slices.
             self._hooks.append(parameter.register_hook(partial(torch.mul, mask)))  # type: ignore[no-untyped-call]
 
     @staticmethod

@@ -8,7 +8,7 @@ from rkif.continual.methods.sequential import Sequential
 
 
 class PerTask(Sequential):
-    """Isolation: each task starts from the untrained parameters and is answered with its own parameters."""
+    """Each task starts from the untrained parameters, and is answered with the parameters trained on it."""
 
     task_aware = True
     sequential = False

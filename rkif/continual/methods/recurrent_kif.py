@@ -19,7 +19,7 @@ from rkif.ledger.records import movement, parameter_digest, report_values
 
 
 class RecurrentKIF(Rounds):
-    """Prunes and merges the two task vectors of a round by the importance each learner measured."""
+    """Prunes and merges the two task vectors of a round by the importance that each learner measures."""
 
     logs_rounds = True
 
@@ -44,7 +44,7 @@ class RecurrentKIF(Rounds):
         self._steps_observe = self.fuser is not None and all(
             learner.follow(self.fuser) for learner in (self.inner, self.outer)
         )
-        # With a gate: the optimizers' moments at the start of the round, restored when the gate undoes it.
+        # With a gate: the optimizers' moments at the start of the round, to restore if the gate undoes it.
         self.start: dict[str, Tensor] | None = None if gate is None else {}
 
     def begin_round(self) -> None:

@@ -9,7 +9,7 @@ from rkif.continual.methods.replay import Replay
 class ReplayEqualSteps(Replay):
     """Q + M optimizer steps per round on the records that :class:`Replay` uses in Q steps.
 
-    The batches are smaller, so the number of steps cannot explain a difference to Recurrent-KIF.
+    The batches are smaller, so a difference from Recurrent-KIF is not caused by the number of steps.
     """
 
     @staticmethod
@@ -17,8 +17,8 @@ class ReplayEqualSteps(Replay):
         fusion = fusion_config(config.fusion)
         if config.training.batch_size * fusion.inner_steps < fusion.inner_steps + fusion.outer_steps:
             raise ValueError(
-                "method replay_equal_steps spreads Q batches over Q + M steps: training.batch_size "
-                f"{config.training.batch_size} is too small for that"
+                "method replay_equal_steps divides the records of Q batches among Q + M steps: "
+                f"training.batch_size {config.training.batch_size} is too small for that"
             )
 
     def train_step(self, step: int) -> float:

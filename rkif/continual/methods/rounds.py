@@ -14,11 +14,11 @@ from rkif.fuser.state_names import flatten, section
 
 
 class Rounds(Sequential):
-    """A round is Q inner steps on the new task, M outer steps on the memory, and a subclass's merge.
+    """A round is Q inner steps on the new task, M outer steps on the memory, and the merge of a subclass.
 
-    The outer learner has a separate optimizer, kept through the rounds of a task, and the inner learner's
-    schedule. The last round of a task may have fewer inner steps. The first task has no memory: it is plain
-    fine-tuning.
+    The outer learner has a separate optimizer, which is kept for all rounds of a task, and the inner
+    learner's schedule. The last round of a task may have fewer inner steps. The first task has no memory, so
+    it is plain fine-tuning.
     """
 
     def __init__(self, context: Context) -> None:
@@ -35,22 +35,22 @@ class Rounds(Sequential):
         return fusion_config(self.context.config.fusion).inner_steps
 
     def begin_round(self) -> None:
-        """Called before the first inner step of a round."""
+        """Hook before the first inner step of a round."""
 
     @abstractmethod
     def observe(self) -> None:
-        """Called at each step of both learners when the gradient is clipped; see ``rounds.observe``."""
+        """Hook at each step of both learners after clipping: before or after the optimizer's step."""
 
     @abstractmethod
     def begin_outer(self) -> None:
-        """Called after the last inner step of a round."""
+        """Hook after the last inner step of a round."""
 
     @abstractmethod
     def end_round(self, steps: range) -> None:
-        """Called after the last outer step of a round: merge.
+        """Hook after the last outer step of a round, which merges.
 
         Args:
-            steps: the round's inner steps.
+            steps: indices of the round's inner steps.
         """
 
     def train_step(self, step: int) -> float:
@@ -97,9 +97,9 @@ class Rounds(Sequential):
             )
 
     def round_batches(self, steps: range) -> tuple[list[Item], list[Item]]:
-        """The records that the two learners saw in the round of these inner steps, in order.
+        """The records on which each learner trained in the round of these inner steps, in order.
 
-        Batches that an earlier process drew before the run was resumed are drawn again.
+        After a resume, batches that an earlier process has drawn are drawn again.
         """
         inner = [item for step in steps for item in self._inner_batches.get(step) or self.batch(step)]
         outer = [item for step in self.outer_steps(steps[-1]) for item in self._outer_batches[step]]

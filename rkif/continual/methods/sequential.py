@@ -25,7 +25,7 @@ from rkif.seeding import derive_seed, shuffled
 
 
 def _distilling(context: Context) -> DistillingObjective | None:
-    """The objective of the task with distillation; None without it, and for the first task."""
+    """The objective with distillation; None without distillation and for the first task."""
     settings = context.config.distillation
     if not settings.used or context.index == 0:
         return None
@@ -36,27 +36,27 @@ def _distilling(context: Context) -> DistillingObjective | None:
 
 
 def _discard(content: Mapping[str, Any]) -> None:
-    """The default of ``Context.record`` and ``track``: outside a run there is neither ledger nor tracker."""
+    """The default of ``Context.record`` and ``Context.track``: no ledger, and no tracker."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a method needs to learn one task.
+    """The inputs of a method for one task.
 
     Attributes:
         config: the run's settings.
-        model: with the parameters after the previous task; trained in place.
+        model: the model with the parameters after the previous task; it is trained in place.
         objective: computes the loss of a batch.
-        tasks: all tasks of the run. A task that was learned may have no training records.
-        index: the task to learn.
+        tasks: all tasks of the run. A learned task may have no training records.
+        index: index of the task to learn.
         memory: records of the earlier tasks; empty for the first task.
-        validation: records of the earlier tasks that the gate measures on; empty without a gate.
-        harness: has the tasks of lm-eval that the gate's criteria name.
-        previous_task_state: what :meth:`Sequential.task_state` returned after the previous task; empty for
+        validation: records of the earlier tasks for the gate; empty without a gate.
+        harness: measures the tasks of lm-eval that the gate's criteria name.
+        previous_task_state: the result of :meth:`Sequential.task_state` after the previous task; empty for
             the first task.
         initial: name -> trainable parameter before the first task.
-        record: takes a record for the run's ledger.
-        track: takes the values of a round, for an experiment tracker.
+        record: appends a record to the run's ledger.
+        track: sends the values of a round to an experiment tracker.
     """
 
     config: RunConfig
@@ -84,7 +84,7 @@ class Context:
 
     @property
     def steps(self) -> int:
-        """Inner optimizer steps for this task."""
+        """Number of inner optimizer steps for this task."""
         training = self.config.training
         if training.steps is not None:
             return training.steps
@@ -95,12 +95,12 @@ class Sequential:
     """One learner on the new task. Other methods override the hooks; see docs/adding-a-method.md.
 
     Attributes:
-        task_aware: each task is answered by the model as it was after learning that task.
-        sequential: the tasks are learned one after another; without that BWT and FWT are not defined.
-        needs_all_tasks: every task needs the training records of all tasks.
-        slices: the adapter has ``r`` ranks for each task.
-        logs_rounds: its rounds are recorded in the ledger, and their states are kept.
-        samples: number of records trained on in this task, memory records included.
+        task_aware: whether each task is answered by the model after learning that task.
+        sequential: whether tasks are learned one after another; otherwise BWT and FWT are not defined.
+        needs_all_tasks: whether every task needs the training records of all tasks.
+        slices: whether the adapter has ``r`` ranks for each task.
+        logs_rounds: whether rounds are recorded in the ledger, and states after them are kept.
+        samples: number of records trained on in this task, including memory records.
     """
 
     task_aware: ClassVar[bool] = False
@@ -118,7 +118,7 @@ class Sequential:
 
     @staticmethod
     def require(config: RunConfig) -> None:
-        """Raise ValueError for settings that the method cannot work with."""
+        """Raise ValueError for settings that the method does not support."""
 
     def learner(self, learning_rate: float) -> BatchLearner:
         """Make a learner over the model's trainable parameters."""
@@ -128,21 +128,21 @@ class Sequential:
 
     @property
     def period(self) -> int:
-        """Steps between checkpoints that may be merged; with rounds, only fused parameters are merged."""
+        """Steps between checkpoints that can be merged; with rounds, these are fused parameters only."""
         return 1
 
     def _checkpoint_merge(self) -> CheckpointMerge | None:
-        """The merge of the task's last checkpoints; None without it."""
+        """The merge of the task's last checkpoints; None if the settings have none."""
         settings = self.context.config.merge
         if not settings.window:
             return None
         return CheckpointMerge(settings, self.context.steps, self.period, self.inner.parameters)
 
     def begin(self) -> None:
-        """Called when the task begins; not when it is resumed."""
+        """Hook at the beginning of the task; it is not called when the task is resumed."""
 
     def train_step(self, step: int) -> float:
-        """Take inner step ``step`` (from 0) and the outer steps or merge after it; returns the inner loss."""
+        """Take inner step ``step`` (from 0), and outer steps and merge after it; return the inner loss."""
         items = self.batch(step)
         self.samples += len(items)
         return self.inner.step(
@@ -154,15 +154,15 @@ class Sequential:
         )
 
     def end_step(self, step: int) -> None:
-        """Called after :meth:`train_step`."""
+        """Hook after :meth:`train_step`."""
         if self.checkpoint_merge is not None:
             self.checkpoint_merge.add(step + 1)
 
     def before_clip(self) -> None:
-        """Called when an inner step's gradient is complete: the gradient of a penalty may be added."""
+        """Hook after the gradient of an inner step is accumulated; it may add the gradient of a penalty."""
 
     def before_step(self) -> None:
-        """Called when an inner step's gradient is clipped; it may be read."""
+        """Hook after the gradient of an inner step is clipped; it may read the gradient."""
 
     def batch(self, step: int) -> list[Item]:
         """The records of an inner step."""
@@ -208,14 +208,14 @@ class Sequential:
             self.checkpoint_merge.load_tensors(section(tensors, "checkpoint_merge"))
 
     def finish(self) -> None:
-        """Called after the last step of the task; may change the parameters."""
+        """Hook after the last step of the task; it may change the parameters."""
 
     def task_state(self) -> dict[str, Tensor]:
         """The method's state for the next task, besides the parameters and the memory."""
         return {}
 
     def rounds(self) -> dict[str, Tensor]:
-        """The tensors of the task's :class:`~rkif.continual.evaluation.history.RoundHistory`; or {}."""
+        """The tensors of the task's :class:`~rkif.continual.evaluation.history.RoundHistory`, if any."""
         return {}
 
     def importance(self) -> dict[str, Tensor]:

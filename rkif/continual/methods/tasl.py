@@ -1,4 +1,4 @@
-"""TaSL: skill units identified once a task, and merged when it ends (Feng et al., ACL 2024)."""
+"""TaSL: skill units are identified once per task, and merged at its end (Feng et al., ACL 2024)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from rkif.fuser.importance import Importance
 from rkif.fuser.parameters import parameter_copies
 from rkif.fuser.state_names import flatten, section
 
-SHARE = 0.2  # fraction of the units that count as important, on each side
-NEW = 0.3  # weight of the new task where both sides are important, and in the score history
+SHARE = 0.2  # fraction of the units that are important, for the new and for the earlier tasks
+NEW = 0.3  # weight of the new task for units important to both, and in the score history
 
 
 class Tasl(Sequential):
     """Plain fine-tuning; then each tensor is kept, restored, or mixed with its value before the task.
 
     A unit is a tensor. Its score is the mean of sensitivity times uncertainty, scaled to [0, 1] over the
-    units. The top fifth of the units is important. A unit important to the new task only keeps its new value;
-    one important to earlier tasks only is restored. A unit important to both becomes 0.3 new + 0.7 old, any
-    other the mean. The constants are those of the published code. There is no memory.
+    units. The top fifth of the units is important. A unit important only to the new task keeps its new value;
+    one important only to earlier tasks is restored. A unit important to both becomes 0.3 new + 0.7 old, and
+    any other the mean. The constants are those of the published code. There is no memory.
     """
 
     def __init__(self, context: Context) -> None:

@@ -13,7 +13,7 @@ from rkif_kernels import Scores, elect_signs
 class Ties(Merging):
     """Keep the fraction ``fusion.density`` of each task vector by magnitude, tensor by tensor; then merge.
 
-    Where the signs differ, the element of greater magnitude is taken; where they agree, the mean.
+    If signs differ, the element of greater magnitude is the result; if they agree, the mean.
     """
 
     def merge(self, name: str, inner: Tensor, outer: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def to_unit_interval(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Map scores linearly so that the least over all tensors becomes 0 and the greatest 1.
+    """Map scores linearly, so that the smallest of all tensors becomes 0 and the largest 1.
 
     Args:
         scores: name -> finite scores, any shapes; at least one.
 
     Returns:
-        New tensors of the same shapes. Where all scores are equal, all become 0.
+        New tensors of the same shapes. If all scores are equal, all become 0.
     """
     low = min(float(score.min()) for score in scores.values())
     high = max(float(score.max()) for score in scores.values())

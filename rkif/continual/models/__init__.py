@@ -1,1 +1,1 @@
-"""A run's model: loading it, its loss on records, its answers to questions, and the learners."""
+"""The model of a run: loading, the loss of records, answers to questions, and the learners."""

@@ -1,7 +1,7 @@
-"""The merge of a task's last checkpoints, in place of a decay of the learning rate.
+"""The merge of a task's last checkpoints, which replaces a decay of the learning rate.
 
-WSM (arXiv 2507.17634, theorem 3.1): a weighted mean of checkpoints equals training in which the weight of
-each step's update falls over the task. The weights are those of ``rkif fuse --method wsm``.
+WSM (arXiv 2507.17634, theorem 3.1): a weighted mean of checkpoints is equivalent to weights of the steps'
+updates that decrease over the task. The weights are those of ``rkif fuse --method wsm``.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from rkif.continual.config import CheckpointMergeSettings
 
 
 class CheckpointMerge:
-    """The weighted sum of a task's checkpoints, added up while the task is learned.
+    """The weighted sum of a task's checkpoints, accumulated while the task is learned.
 
     Args:
         settings: window, number and shape.
-        steps: of the task.
-        period: checkpoints are taken after multiples of so many steps, and at the task's end.
+        steps: number of steps of the task.
+        period: checkpoints are taken after multiples of this number of steps, and at the task's end.
         parameters: name -> trainable parameter. A float32 sum of each is kept.
 
     Attributes:
-        weights: number of steps taken -> weight of the checkpoint after them. The last is the task's end, the
-            first is ``window * steps`` before it, and the others are at equal distances, rounded up to a
-            multiple of the period.
+        weights: number of steps -> weight of the checkpoint after them. The last checkpoint is at the task's
+            end, the first is ``window * steps`` before it, and the others are equally spaced, rounded up to
+            a multiple of the period.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class CheckpointMerge:
 
     @torch.no_grad()
     def add(self, taken: int) -> None:
-        """Add the checkpoint after ``taken`` steps, if it is one of the window's."""
+        """Add the checkpoint after ``taken`` steps, if it has a weight."""
         weight = self.weights.get(taken)
         if weight is not None:
             for name, parameter in self._parameters.items():

@@ -21,7 +21,7 @@ def run_device(config: RunConfig) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(name)
-    except RuntimeError as error:  # its message lists two dozen kinds of devices
+    except RuntimeError as error:  # its message lists all kinds of devices
         raise ValueError(
             f"device must be auto, cpu, cuda, or one GPU such as cuda:1; got {name!r}"
         ) from error
@@ -35,6 +35,6 @@ def run_device(config: RunConfig) -> torch.device:
 
 
 def autocast(config: RunConfig) -> contextlib.AbstractContextManager[Any]:
-    """A context of the run's precision: autocast to bfloat16, or float32."""
+    """A context manager for the run's precision: autocast to bfloat16, or float32."""
     enabled = config.precision == "bfloat16"
     return torch.autocast(run_device(config).type, dtype=torch.bfloat16, enabled=enabled)

@@ -1,4 +1,4 @@
-"""Distillation from the model as it was before a task: on the memory, and on the task's own inputs.
+"""Distillation from the model before a task: on the memory, and on inputs of the new task.
 
 On memory records this is the penalty of DER++ (Buzzega et al., NeurIPS 2020), with answers that are computed
 anew for each task, or kept from the end of their task as there. On inputs of the new task it is learning
@@ -38,14 +38,14 @@ class DistillingObjective:
         cross-entropy + memory * KL_memory + inputs * KL_inputs
 
     ``KL_memory`` is KL(before || now) on records of earlier tasks, over the answers of their task. For
-    ``KL_inputs`` every record of the new task is also posed as a question of one earlier task, which its id
-    decides, and the divergence is over the answers of that task. Language models compare the distributions of
-    tokens, after the right answer of a memory record, or after a label that is drawn for the question.
+    ``KL_inputs``, every record of the new task is also posed as a question of one earlier task, which depends
+    on its id, and the divergence is over the answers of that task. Language models compare distributions of
+    tokens, at the positions of the right answer of a memory record, or of a label drawn for the question.
 
     Args:
         objective: computes the logits.
         settings: the weights of both terms, and the temperature.
-        parameters: name -> trainable parameter. They are copied: the copy is the model before the task.
+        parameters: name -> trainable parameter before the task; they are copied.
         earlier: the tasks learned before; at least one.
         kept: the answers to memory records; None: the model before the task answers them.
 
@@ -71,7 +71,7 @@ class DistillingObjective:
         self.before = parameter_copies(parameters if settings.inputs or kept is None else {})
 
     def collate(self, items: Sequence[Item]) -> Batch:
-        """The batch of the items and of their questions, which follow them.
+        """The batch of the items, followed by their questions.
 
         Returns:
             The tensors of the objective's batch; and float32 [2, items + questions]: the weights of each
@@ -142,7 +142,7 @@ def divergence(before: Tensor, now: Tensor, temperature: float) -> Tensor:
     """KL(softmax(before / T) || softmax(now / T)) * T^2 of each row (Hinton et al., 2015, section 2).
 
     Args:
-        before, now: logits [rows, choices]; -inf in both for what cannot be chosen.
+        before, now: logits [rows, choices]; -inf in both for choices that a row does not have.
         temperature: T, greater than 0.
 
     Returns:

@@ -15,7 +15,7 @@ from rkif.continual.models.scoring import in_batches
 from rkif.continual.tasks.records import Item, Task
 from rkif.continual.tasks.text import TextFormat, cut
 
-TEMPERATURE = 0.05  # of cosines, as sentence encoders are commonly trained with
+TEMPERATURE = 0.05  # divides cosines; common in the training of sentence encoders
 
 
 @dataclass
@@ -40,7 +40,7 @@ class LabelMatchingObjective:
     batch_size: int
 
     def collate(self, items: Sequence[Item]) -> Batch:
-        """Tokenize the questions and the labels of their tasks; a text that several questions share, once.
+        """Tokenize the questions and the labels of their tasks. A text that several questions share is once.
 
         Returns:
             ``input_ids`` and ``attention_mask``, int64 [texts, length]; ``text``, int64 [questions]: the row

@@ -38,10 +38,10 @@ class BatchLearner:
         self.reset()
 
     def follow(self, fuser: Fuser) -> bool:
-        """Make the optimizer's step update the importance of ``fuser``, where the optimizer supports it.
+        """Make the optimizer's step update the importance of ``fuser``, if the optimizer supports it.
 
         Returns:
-            Whether the optimizer does; otherwise the caller must call ``fuser.observe()`` before each step.
+            Whether it does; if not, the caller must call ``fuser.observe()`` before each step.
         """
         if not isinstance(self._optimizer, AdamW):
             return False
@@ -73,11 +73,11 @@ class BatchLearner:
         Args:
             items: the batch. Splitting it into micro-batches changes the gradient by rounding only.
             lr_fraction: the schedule's factor of the learning rate.
-            seed: for dropout. A step is a function of the parameters, the optimizer's state and the
+            seed: seed of dropout. A step is a function of the parameters, the optimizer's state and the
                 arguments, so a resumed run needs no generator state.
-            before_clip: called when the gradient is accumulated; a penalty may add its gradient.
-            before_step: called when the gradient is clipped.
-            after_step: called after the optimizer step; the gradient is still there.
+            before_clip: called after the gradient is accumulated; a penalty may add its gradient.
+            before_step: called after the gradient is clipped.
+            after_step: called after the optimizer step, before the gradient is cleared.
 
         Returns:
             The mean loss of the batch.
@@ -102,7 +102,7 @@ class BatchLearner:
         return total
 
     def gradient(self, items: Sequence[Item], *, seed: int) -> float:
-        """Accumulate the gradient of a batch's mean loss into ``grad``; returns the loss."""
+        """Accumulate the gradient of a batch's mean loss in ``grad``; return the loss."""
         size = self._config.training.micro_batch_size or len(items)
         objective = self._objective
         batches = [objective.collate(items[start : start + size]) for start in range(0, len(items), size)]

@@ -1,4 +1,4 @@
-"""Load a run's model and tokenizer, and add the adapter."""
+"""Loads the model and the tokenizer of a run, and adds the adapter."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def load_model(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> 
 
     Raises:
         ImportError: transformers or peft is not installed.
-        ValueError: the model cannot be loaded, or lacks the modules that the adapter is for.
+        ValueError: the model cannot be loaded, or lacks modules that the adapter's settings name.
     """
     transformers = require_transformers(adapter=config.adapter is not None)
     is_path = config.model.startswith((".", "/", "~")) or config.model.count("/") > 1
     if is_path and not Path(config.model).is_dir():
         raise ValueError(f"model: no such folder: {config.model}")
 
-    # The run shows its own progress.
+    # The run has its own progress bars.
     transformers.utils.logging.disable_progress_bar()
     if config.architecture == "encoder":
-        # It would warn about pooler weights that are missing; the pooler is not used.
+        # transformers would warn about missing weights of the pooler, which is not used.
         transformers.utils.logging.set_verbosity_error()
     kind = {
         "causal": transformers.AutoModelForCausalLM,
@@ -50,7 +50,7 @@ def load_model(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> 
         architecture = _architecture(transformers, config.model)
         if architecture != config.architecture:
             raise ValueError(
-                f"it is of architecture {architecture!r}, the config says {config.architecture!r}"
+                f"its architecture is {architecture!r}, but that of the config is {config.architecture!r}"
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         model: Any = kind.from_pretrained(config.model, dtype=frozen, attn_implementation=attention)
@@ -60,7 +60,7 @@ def load_model(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> 
         raise ValueError(f"model {config.model!r} cannot be loaded: {place}{_first_line(error)}") from error
     if config.architecture == "encoder":
         for name, parameter in model.named_parameters():
-            # Answers are found from token vectors: the pooler gets no gradient, and must not be fused.
+            # Answers are computed from token vectors: the pooler gets no gradient, and must not be fused.
             parameter.requires_grad_("pooler" not in name)
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and config.text.max_length > limit:
@@ -68,7 +68,7 @@ def load_model(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> 
                 f"text.max_length {config.text.max_length}: the model reads {limit} tokens at most"
             )
     with warnings.catch_warnings():
-        # These calls use names that transformers is renaming; all supported versions have the old ones.
+        # transformers is renaming these methods; all supported versions have the old names.
         warnings.simplefilter("ignore", FutureWarning)
         if config.training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -99,9 +99,9 @@ def _architecture(transformers: Any, model: str) -> str:
 
 
 def require_transformers(*, adapter: bool) -> Any:
-    """Import transformers, and peft where an adapter is trained.
+    """Import transformers, and peft if an adapter is trained.
 
-    peft is not imported without need: it imports bitsandbytes, which logs a warning on CPUs.
+    Otherwise peft is not imported, because it imports bitsandbytes, which logs a warning on CPUs.
 
     Raises:
         ImportError: one of them is not installed; the message says how to install them.
@@ -124,7 +124,7 @@ def _with_adapter(model: Any, config: RunConfig, slices: int) -> Any:
     assert config.adapter is not None
     targets = config.adapter.target_modules
     modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    # peft accepts a list of which only one module exists.
+    # peft accepts a list if only one of its modules exists.
     for target in targets if isinstance(targets, list) else []:
         if target.rpartition(".")[2] not in modules:
             raise ValueError(f"adapter.target_modules: the model has no module {target!r}")

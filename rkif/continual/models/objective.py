@@ -43,17 +43,17 @@ class Objective(Protocol):
         """The number of terms in the mean that :meth:`loss` computes."""
 
     def term_items(self, batch: Batch) -> Tensor:
-        """The item of each term, by its position in the batch: int64 [terms]."""
+        """The position of each term's item in the batch: int64 [terms]."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The mean loss of a batch on the model's device: a scalar to call ``backward`` on."""
+        """The mean loss of a batch on the model's device: a scalar with gradient."""
 
     def answers(self, model: Callable[..., Any], batch: Batch) -> Answers:
         """The logits whose mean cross-entropy is the loss of a batch.
 
         Args:
-            model: the model, or a function of its keyword arguments.
-            batch: on the model's device.
+            model: the model, or a function with its keyword arguments.
+            batch: tensors on the model's device.
         """
 
     def predict(self, model: nn.Module, task: Task) -> list[str]:
@@ -65,7 +65,7 @@ class Objective(Protocol):
 
 
 class GenerativeObjective:
-    """A language model generates the answer; cross-entropy over the answer's tokens and its EOS."""
+    """The objective of language models: cross-entropy over the tokens of the answer and EOS."""
 
     def __init__(self, collator: TextCollator, settings: EvaluationSettings) -> None:
         self.tokenizer = collator.tokenizer

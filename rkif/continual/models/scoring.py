@@ -1,6 +1,6 @@
 """Predictions of a language model, and their accuracy.
 
-Nothing here draws random numbers. Autocast is the caller's.
+No function draws random numbers. The caller enables autocast.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def label_scores(
 ) -> Tensor:
     """Compute log p(label | prompt), summed over the label's tokens and EOS.
 
-    A prompt runs through the model once; its keys and values (causal models) or its encoding (encoder-decoder
-    ones) are repeated for the labels, so peak memory grows with `batch_size * len(labels)`.
+    The model processes a prompt once. Its keys and values (causal models) or its encoding (encoder-decoder
+    models) are repeated for the labels, so peak memory grows with `batch_size * len(labels)`.
 
     Args:
         model: a Hugging Face language model, or a PEFT model around one.
-        collator: made for the model's tokenizer and kind. It cuts prompts so that the longest label fits.
+        collator: for the model's tokenizer and architecture. It cuts prompts so that the longest label fits.
         items: (instruction, record) pairs.
         labels: the answers to choose from.
         batch_size: records per batch. It changes the scores by rounding only.
@@ -61,7 +61,7 @@ def label_scores(
         if len(target) == 1:
             raise ValueError(f"label {label!r} has no tokens")
         if targets.count(target) > 1:
-            raise ValueError(f"label {label!r} is the same to the tokenizer as another: {target[:-1]}")
+            raise ValueError(f"label {label!r} has the same tokens as another label: {target[:-1]}")
     score = _seq2seq_scores if collator.seq2seq else _causal_scores
     reserve = max(map(len, targets))
 
@@ -86,7 +86,7 @@ def predict_by_generation(
 
     Args:
         model: a Hugging Face language model, or a PEFT model around one.
-        collator: made for the model's tokenizer and kind. Prompts are cut to leave room for `max_new_tokens`.
+        collator: for the model's tokenizer and architecture. It cuts prompts so that the answer fits.
         items: (instruction, record) pairs.
         batch_size: records per batch.
         max_new_tokens: maximum length of an answer.
@@ -129,7 +129,7 @@ def accuracy(predictions: Sequence[str], records: Sequence[Record]) -> float:
 def in_batches(
     model: nn.Module, items: Sequence[Item], batch_size: int, run: Callable[[Sequence[Item]], list[T]]
 ) -> list[T]:
-    """Call `run` on batches of items of similar length; returns the results in the order of the items."""
+    """Call `run` with batches of items of similar length; return the results in the order of the items."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     by_length = sorted(range(len(items)), key=lambda i: len(items[i][0]) + len(items[i][1].input))
@@ -143,12 +143,12 @@ def in_batches(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, without gradients; then each module's mode is restored."""
+    """Context manager: evaluation mode without gradients in the block; then each module's mode as before."""
     # A caller may train with some modules in evaluation mode.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # Not inference_mode: buffers that a model fills lazily could then not be used in training.
+        # Not inference_mode: buffers that a model fills in the block could not be used in training.
         with torch.no_grad():
             yield
     finally:
@@ -165,14 +165,14 @@ def _prompts(
 
 
 def _positions(mask: Tensor) -> Tensor:
-    # Count from each prompt's first token: padding on the left must not shift positions.
+    # Positions are counted from each prompt's first token, so that padding on the left does not shift them.
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def _cache(out: Any) -> dict[str, Any]:
-    """The keys and values of an output, by the name of the argument that takes them.
+    """The keys and values of an output, as the keyword argument of the next call.
 
-    transformers is renaming both from `past_key_values` to `cache`.
+    transformers is renaming output and argument from `past_key_values` to `cache`.
     """
     name = "cache" if "cache" in out else "past_key_values"
     return {name: out[name]}
@@ -208,7 +208,7 @@ def _seq2seq_scores(model: Any, prompts: dict[str, Tensor], targets: Sequence[li
     logits = model(
         encoder_outputs=(encoded.repeat_interleave(labels, 0),),
         attention_mask=mask.repeat_interleave(labels, 0),
-        labels=answers,  # from which the model makes the decoder's input
+        labels=answers,  # the model makes the decoder's input from them
     ).logits
     return _sum_log_probs(logits, answers).view(rows, labels)
 
@@ -218,7 +218,7 @@ def _sum_log_probs(logits: Tensor, answers: Tensor) -> Tensor:
 
     Args:
         logits: [n, length, vocabulary].
-        answers: int64 [n, length]; -100 where there is no token.
+        answers: int64 [n, length]; -100 at positions without a token.
     """
     log_probs = torch.log_softmax(logits.float(), -1)
     chosen = log_probs.gather(-1, answers.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -226,7 +226,7 @@ def _sum_log_probs(logits: Tensor, answers: Tensor) -> Tensor:
 
 
 def _greedy(model: Any, collator: TextCollator, prompts: dict[str, Tensor], max_new_tokens: int) -> Tensor:
-    """Greedy continuation, int64 [prompts, at most max_new_tokens]; arbitrary after a row's EOS."""
+    """Greedy continuation: int64 [prompts, at most max_new_tokens]; arbitrary tokens after a row's EOS."""
     step: dict[str, Any]
     mask = prompts["attention_mask"]
     if collator.seq2seq:

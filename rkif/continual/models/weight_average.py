@@ -1,7 +1,7 @@
 """The exponential moving average of the parameters, evaluated and published in their place.
 
-As SuRe (continual learning of language models by replay) evaluates a slow average of the weights. Training
-continues from the parameters themselves, so the average does not change what the next step does.
+SuRe (continual learning of language models by replay) evaluates such an average. Training continues from the
+parameters themselves, so the average does not change it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class WeightAverage:
     """average <- decay^n * average + (1 - decay^n) * parameters, after every n steps of every task.
 
     Args:
-        decay: per step, in [0, 1); 0 keeps no average.
-        parameters: name -> trainable parameter. A float32 average of each is kept; it begins as a copy.
+        decay: decay per step, in [0, 1); 0 keeps no average.
+        parameters: name -> trainable parameter. A float32 average of each is kept; at first it is a copy.
     """
 
     def __init__(self, decay: float, parameters: Mapping[str, Tensor]) -> None:
@@ -32,13 +32,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
-        """Take the parameters after another ``steps`` steps into the average."""
+        """Update the average with the parameters after another ``steps`` steps."""
         for name, average in self._averages.items():
             average.lerp_(self._parameters[name].float(), 1 - self._decay**steps)
 
     @contextmanager
     def published(self) -> Iterator[None]:
-        """The parameters have the average's values while the block runs; without an average their own."""
+        """Context manager: the parameters have the average's values in the block; unchanged without one."""
         trained = parameter_copies({name: self._parameters[name] for name in self._averages})
         self._set(self._averages)
         try:

@@ -1,4 +1,4 @@
-"""The model card of a learned task: what was trained, on what, and how to ask the model."""
+"""The model card of a learned task: model, tasks, method and prompt format."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _ARCHITECTURES = {
 
 
 def write_card(folder: Path, config: RunConfig, tasks: Sequence[Task]) -> None:
-    """Write README.md, in place of that of peft: the prompt format and the settings.
+    """Write README.md, which replaces that of peft.
 
     Args:
-        folder: of the learned task.
-        config: of the run.
+        folder: the folder of the learned task.
+        config: settings of the run.
         tasks: the learned tasks in their order; at least one.
     """
     base = Path(config.model).name if Path(config.model).is_dir() else config.model

@@ -2,16 +2,16 @@
 
 ::
 
-    RUN/config.yaml               the settings, defaults filled in
+    RUN/config.yaml               the settings, with all defaults
     RUN/metrics.json              the accuracy matrix, OP, BWT, FWT
     RUN/ledger.jsonl              a record of every round, see rkif.continual.rundir.recorder
     RUN/checkpoint.safetensors    the state to continue from, see rkif.continual.rundir.state
-    RUN/snapshots/                the same after rounds, see rkif.continual.rundir.round_states
+    RUN/snapshots/                states after rounds, see rkif.continual.rundir.round_states
     RUN/tasks/NN-name/            written after each task:
         adapter or model          as save_pretrained writes it, with the tokenizer
         task.json                 name, steps, samples
         memory.jsonl              the replay memory after the task
-        validation.jsonl          records that the gate measures on
+        validation.jsonl          records on which the gate evaluates the task
         importance.safetensors    the outer learner's importance
         rounds.safetensors        statistics of the task's rounds, see rkif.continual.evaluation.history
         handed_on.safetensors     the method's task state, for the next task
@@ -56,8 +56,8 @@ class RunReader:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the folder holds no run, or a link in the place of its files: what is written or deleted
-            under that name could be elsewhere.
+        ValueError: the folder is not a run, or has a link in place of a file, which could lead to a file
+            elsewhere.
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,7 +83,7 @@ class RunReader:
         """The ledger's records, oldest first; none if there is no ledger.
 
         Args:
-            torn: whether an unfinished last line is left out; by default it is an error.
+            torn: whether an unfinished last line is ignored; by default it is an error.
 
         Raises:
             LedgerError: the chain is broken, or a record is not one that a run writes.
@@ -136,14 +136,16 @@ class RunFolder:
     Args:
         path: the folder; created if it is missing.
         config: the run's settings.
-        resume: whether the folder may hold a run already.
+        resume: whether the folder may have a run already.
 
     Raises:
-        ValueError: the folder holds files of no run, or a run and ``resume`` is False, or other settings.
+        ValueError: the folder has files but is not a run; it has a run and ``resume`` is False; or the run
+            has other settings.
         OSError: the folder cannot be written.
 
     Attributes:
-        moved: a line for each folder of the settings that has moved since the run began.
+        path: the folder.
+        moved: a line for each folder in the settings that has moved since the run began.
     """
 
     def __init__(self, path: Path, config: RunConfig, *, resume: bool) -> None:
@@ -152,7 +154,7 @@ class RunFolder:
         settings = path / "config.yaml"
         text = dump_config(config)
         path.mkdir(parents=True, exist_ok=True)
-        # A folder with only the settings holds no run yet: the settings may still change.
+        # A folder with only the settings has no run yet, so the settings may still change.
         if {entry.name for entry in path.iterdir()} - {"config.yaml", "config.yaml.tmp"}:
             if not settings.exists():
                 raise ValueError(f"{path} is not empty and is not a run; choose another --out")
@@ -190,7 +192,7 @@ class RunFolder:
         return ReplayMemory.load(self.task(index, name) / "memory.jsonl")
 
     def read_validation(self, index: int, name: str) -> ReplayMemory:
-        """The records that the gate measures on, after a task; empty without a gate."""
+        """The records for the gate after a task; empty without a gate."""
         path = self.task(index, name) / "validation.jsonl"
         return ReplayMemory.load(path) if path.exists() else ReplayMemory()
 
@@ -210,13 +212,13 @@ class RunFolder:
         validation: ReplayMemory,
         summary: Mapping[str, Any],
     ) -> None:
-        """Write a task's folder; a folder that an interrupted run left is replaced.
+        """Write a task's folder; it replaces a folder of an interrupted run.
 
         Args:
-            index, name: of the task.
-            save_model: writes the model into a folder.
+            index, name: index and name of the task.
+            save_model: writes the model to a folder.
             tensors: name of a safetensors file without suffix -> its content; no file is written for {}.
-            memory, validation: after the task; no file is written for an empty ``validation``.
+            memory, validation: records after the task; no file is written for an empty ``validation``.
             summary: the content of ``task.json``.
         """
         final = self.task(index, name)
@@ -253,7 +255,7 @@ def metrics_sha256(metrics: Mapping[str, Any]) -> str:
 
 
 def _require_plain(run: Path) -> None:
-    """Raise ValueError where a run has a link, a folder in the place of a file, or the reverse."""
+    """Raise ValueError if a run has a link, a folder in place of a file, or a file in place of a folder."""
     for name in ("config.yaml", METRICS, LEDGER, CHECKPOINT):
         for path in (run / name, run / f"{name}.tmp", run / f"{name}.torn"):
             if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -273,7 +275,7 @@ def _read_json(path: Path, model: type[FileContent]) -> dict[str, Any]:
 
 
 def _require_rounds(tensors: Mapping[str, Tensor], first: Mapping[str, Tensor], file: Path) -> None:
-    """Raise ValueError unless a task's rounds are statistics of the tensors that ``first`` has."""
+    """Raise ValueError unless a task's rounds are valid statistics of the same tensors as ``first``."""
     if "norms" not in tensors:
         raise ValueError(f"{file} is damaged: it has no 'norms'")
     if set(tensors) != set(first):

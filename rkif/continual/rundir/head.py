@@ -1,4 +1,4 @@
-"""The head of a run's ledger, and the comparison with one that was noted earlier."""
+"""The head of a run's ledger, and its comparison with an earlier head."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from rkif.ledger.chain import LedgerError, LedgerRecord
 
 
 def head_of(records: Sequence[LedgerRecord]) -> LedgerHead:
-    """The head of a ledger with these records; at least one. Its origin has 16 digits of the first hash."""
+    """The head of a ledger with at least one record. Its origin has 16 digits of the first record's hash."""
     return LedgerHead(
         origin=f"rkif.ledger/{records[0]['hash'][:16]}", records=len(records), hash=records[-1]["hash"]
     )
 
 
 def require_head(records: Sequence[LedgerRecord], head: LedgerHead, ledger: Path, noted: object) -> None:
-    """Compare records with a head noted earlier, at the same or a smaller record count.
+    """Check that records continue an earlier head.
 
     Args:
-        records: in an unbroken chain; at least one.
-        ledger: their file, for messages.
-        noted: where the head was noted, for messages.
+        records: at least one record, in an unbroken chain.
+        head: the earlier head.
+        ledger: the file of the records, for messages.
+        noted: the source of the earlier head, for messages.
 
     Raises:
-        LedgerError: the ledger is another, was rewritten, or lacks records.
+        LedgerError: the ledger is that of another run, was rewritten, or lacks records.
     """
     origin = head_of(records).origin
     if origin != head.origin:

@@ -1,7 +1,7 @@
-"""The files that a run's ledger has digests of, compared with those on disk.
+"""Compares the files of a run with their digests in the ledger.
 
-A file's digest is in the ledger before the file gets its name. So after a kill the file of the last record
-may still be the one before it, or missing; a resumed run writes it again.
+A file's digest is written to the ledger before the file is renamed. So after a kill, the file of the last
+record may still be the previous one, or missing; a resumed run writes it again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rkif.ledger.records import FORMAT
 
 
 def recorded_files(run: Path, records: Sequence[LedgerRecord]) -> dict[Path, tuple[int, str]]:
-    """File path -> index of the last record that names it, and SHA-256. Rolled-back files are left out.
+    """File path -> index of the last record that names it, and SHA-256; without files rolled back later.
 
     Raises:
         LedgerError: the ledger was written by an earlier version of rkif.
@@ -51,7 +51,7 @@ def recorded_files(run: Path, records: Sequence[LedgerRecord]) -> dict[Path, tup
 
 
 def _possible_digests(run: Path, records: Sequence[LedgerRecord]) -> dict[Path, tuple[int, set[str]]]:
-    """As :func:`recorded_files`, with all SHA-256 that a file may have; "" where it may be missing."""
+    """As :func:`recorded_files`, with all SHA-256 that a file may have; "" if it may be missing."""
     recorded = recorded_files(run, records)
     pending = records[-1]["event"] in ("state", "measured")
     before = recorded_files(run, records[:-1]) if pending else recorded
@@ -63,17 +63,17 @@ def _possible_digests(run: Path, records: Sequence[LedgerRecord]) -> dict[Path, 
 
 
 def require_recorded(run: Path, records: Sequence[LedgerRecord], only: Collection[Path] = ()) -> set[Path]:
-    """Compare files with their digests, in the order of the records; returns all that have one.
+    """Compare files with their digests, in the order of the records; return the paths of all with a digest.
 
-    A state after a round may be missing: they are kept within a budget.
+    A state after a round may be missing, because states are kept within a budget.
 
     Args:
         run: the run's folder.
-        records: of its ledger; at least one.
-        only: compare these files alone, if there are any.
+        records: the records of its ledger; at least one.
+        only: the files to compare; all if empty.
 
     Raises:
-        LedgerError: a file is missing or another; names the record.
+        LedgerError: a file is missing or differs; it names the record.
     """
     possible = _possible_digests(run, records)
     for path, (seq, digests) in sorted(possible.items(), key=lambda entry: (entry[1][0], entry[0])):
@@ -91,7 +91,7 @@ def read_recorded_state(run: Path, records: Sequence[LedgerRecord], number: int)
     """Read the state after a round.
 
     Raises:
-        ValueError: it was not kept, or its file differs from the ledger.
+        ValueError: the state was not kept, or its file differs from the ledger.
     """
     round_states = RoundStates(run)
     state, path = round_states.read(number), round_states.path(number)

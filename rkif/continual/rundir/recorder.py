@@ -1,4 +1,4 @@
-"""The records that a run writes into its ledger.
+"""The records that a run writes to its ledger.
 
 Each record has an "event":
 
@@ -28,19 +28,20 @@ NOT_REPRODUCED = ("time", *CHAIN_KEYS)  # keys that differ when a round is train
 
 
 class Recorder:
-    """Writes records into a ledger; compares records that a resumed run makes a second time.
+    """Appends records to a ledger, and compares those that a resumed run repeats.
 
     A run resumes from a checkpoint. Rounds after the checkpoint may be in the ledger already. They are
     trained again, and each new record is compared with the one in the ledger instead of being appended.
 
     Args:
         path: the ledger's file.
-        position: number of records that the checkpoint accounts for; None for all.
+        position: number of records in the ledger at the checkpoint; None for all.
 
     Raises:
         LedgerError: the chain is broken, or the ledger has fewer records than ``position``.
 
     Attributes:
+        ledger: the ledger.
         position: number of records written or confirmed so far.
         rounds: number of rounds so far, without those that were rolled back.
     """
@@ -56,9 +57,9 @@ class Recorder:
             self._count(record)
 
     def record(self, content: Mapping[str, Any]) -> None:
-        """Append a record with the time, or confirm the record that the ledger has at this position.
+        """Append a record with the time, or compare it with the record that the ledger has at this position.
 
-        A round's record is given the round's number.
+        The record of a round gets the round's number.
 
         Raises:
             LedgerError: the record in the ledger differs from ``content``.
@@ -79,7 +80,7 @@ class Recorder:
         self.position += 1
 
     def skip_measured(self) -> None:
-        """Pass the record of ``metrics.json`` that an earlier process wrote together with the file."""
+        """Skip the record of ``metrics.json``, if an earlier process wrote it together with the file."""
         following = self.ledger.records[self.position : self.position + 1]
         self.position += sum(record["event"] == "measured" for record in following)
 

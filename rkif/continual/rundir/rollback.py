@@ -1,4 +1,4 @@
-"""``rkif rollback``: return a run to the state after an earlier round."""
+"""``rkif rollback``: returns a run to the state after an earlier round."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def rollback(run: Path, to: int) -> LedgerRecord:
     """Return a run to the state after a round: parameters, importance, memory, optimizers and metrics.
 
     ``rkif run --resume`` continues from there, with the same bits as the first time. Later task folders,
-    round states and columns of the metrics are deleted. The ledger keeps all records, and gets one of the
-    rollback. If the process is killed, the next rollback or resume completes the work.
+    round states and columns of the metrics are deleted. The ledger keeps all records, and a record of the
+    rollback is appended. If the process is killed, the next rollback or resume completes the rollback.
 
     Args:
         run: the run's folder.
@@ -38,7 +38,8 @@ def rollback(run: Path, to: int) -> LedgerRecord:
         The rollback's ledger record.
 
     Raises:
-        ValueError: no such run or round, its state was not kept, or the state differs from the ledger.
+        ValueError: there is no such run or round, its state was not kept, or the state differs from the
+            ledger.
         RuntimeError: another process uses the folder.
     """
     reader = RunReader(run)
@@ -60,7 +61,7 @@ def _rollback(reader: RunReader, to: int) -> LedgerRecord:
         find_round(records, to, run)
     state, metrics = _target(reader, records, to)
     require_recorded(run, records, [run / METRICS])
-    RoundStates(run).later_than(to)  # can be deleted
+    RoundStates(run).later_than(to)  # check that they can be deleted
     checkpoint = read_checkpoint(run)
     record = Ledger(run / LEDGER).append(
         {
@@ -86,7 +87,7 @@ def _files(checkpoint: RunState, metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _target(reader: RunReader, records: Sequence[LedgerRecord], to: int) -> tuple[RunState, dict[str, Any]]:
-    """The state to return to, and the metrics as they were then.
+    """The state to return to, and the metrics at that time.
 
     Raises:
         ValueError: one of them is missing, or damaged, or they are of different runs.
@@ -110,7 +111,7 @@ def _target(reader: RunReader, records: Sequence[LedgerRecord], to: int) -> tupl
 
 
 def finish_rollback(run: Path) -> None:
-    """Complete the rollback that the ledger's last record announces, if there is one.
+    """Complete an interrupted rollback, whose record is the last one of the ledger.
 
     Raises:
         ValueError: a file that is needed is damaged; nothing was changed.
@@ -136,5 +137,5 @@ def finish_rollback(run: Path) -> None:
     for index in range(state.task, len(metrics["tasks"])):
         shutil.rmtree(task_folder(run, index, metrics["tasks"][index]), ignore_errors=True)
     write_metrics(run, metrics)
-    # Last: as long as this checkpoint is missing, the next call repeats all steps.
+    # The last step: until the checkpoint is written, the next call repeats all steps.
     write_state(run / CHECKPOINT, state)

@@ -10,14 +10,14 @@ from rkif.continual.rundir.state import RunState, read_state, state_bytes, write
 
 
 class RoundStates:
-    """Run states on disk, each under the number of the round it follows; 0 is before the first round.
+    """Run states on disk, by the number of the round before them; 0 is the state before the first round.
 
-    When the files exceed ``budget`` bytes, :func:`next_to_drop` chooses which to delete: states of recent
-    rounds are kept densely, older ones sparsely. A state larger than the budget by itself is not written.
+    If the files exceed ``budget`` bytes, :func:`next_to_drop` chooses which to delete, so that the gaps
+    between states grow with their age. A state larger than the budget is not written.
 
     Args:
         run: the run's folder. The states are in ``run/snapshots``, which the first state creates.
-        budget: bytes. With 0 no state is written; states that were kept can be read.
+        budget: bytes. With 0, no state is written; states that were kept can be read.
     """
 
     def __init__(self, run: Path, budget: int = 0) -> None:
@@ -28,9 +28,10 @@ class RoundStates:
         """Write the state after round ``number``, replacing an earlier one of that round.
 
         Args:
-            number: of the round.
+            number: number of the round.
             state: the state.
-            record: takes the file's SHA-256 before the file gets its name; not called if none is written.
+            record: called with the file's SHA-256 before the file is renamed; not called if no file is
+                written.
         """
         if state_bytes(state) > self.budget:
             return
@@ -80,8 +81,8 @@ class RoundStates:
 def next_to_drop(numbers: Sequence[int]) -> int:
     """The round whose state to delete, chosen from ascending rounds.
 
-    It is the one with the smallest gap between its neighbours relative to its age, and the earlier of two
-    equal ones. The newest is deleted only if it is the only one. So the gaps grow with age.
+    Its neighbours have the smallest distance relative to its age; of two equal ones, it is the earlier. The
+    newest is deleted only if it is the only one. So the gaps grow with age.
     """
     if len(numbers) == 1:
         return numbers[0]

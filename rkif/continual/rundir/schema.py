@@ -1,4 +1,4 @@
-"""The keys and types of a run's files: all content is validated here before use."""
+"""The keys and types in a run's files. All content is validated before use."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Record(BaseModel):
 
 
 class End(BaseModel):
-    """Digest of the parameters after what is recorded."""
+    """Digest of the parameters after the recorded event."""
 
     model_config = Record.model_config
 
@@ -131,7 +131,7 @@ class End(BaseModel):
 
 
 class TaskEnd(End):
-    """Digests of the published parameters and, where those are an average, of the trained ones."""
+    """Digests of the published parameters and, if those are an average, of the trained ones."""
 
     trained: Sha256 | None = None
 
@@ -143,7 +143,7 @@ class Change(End):
 
 
 class Begin(Record):
-    """``format``: of the run's files; earlier ledgers have none. A training loop's ledger has no tasks."""
+    """``format``: version of the run's files; older ledgers have none. A training loop has no tasks."""
 
     format: int | None = None
     method: str
@@ -155,7 +155,7 @@ class Begin(Record):
 
 
 class RoundData(FileContent):
-    """The ids of the records that each learner saw."""
+    """The ids of the records on which each learner trained."""
 
     inner: list[str]
     outer: list[str]
@@ -222,7 +222,7 @@ class Rollback(Record):
     to: Count
     task: TaskName | None
     finished: Count
-    files: dict[FileName, Sha256] | None = None  # earlier ledgers have none
+    files: dict[FileName, Sha256] | None = None  # older ledgers have none
     parameters: Change
 
 
@@ -249,10 +249,10 @@ RECORDS: dict[str, type[Record]] = {
 
 
 def require_records(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Check that these are a run's records, in an order that a run can have.
+    """Check that records are valid for a run, in their content and their order.
 
     Raises:
-        LedgerError: names the first bad record and its key.
+        LedgerError: a record is not; it names the first one and its key.
     """
     following: list[str | None] = []
     modules: list[str] = []

@@ -1,4 +1,4 @@
-"""The settings of a run that is resumed, compared with those that it began with."""
+"""Compares the settings of a resumed run with those at its start."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from rkif.files import read_text
 
 
 def require_same_settings(path: Path, config: RunConfig) -> list[str]:
-    """Compare a run's settings file with the settings now: all metrics of a run must have the same.
+    """Check that the settings are those of the run's file, because all results of a run must have the same.
 
     Folders may have moved: those of the model, the tasks, lm-eval's further tasks and the user's metrics. The
     tasks' records and lm-eval's requests are compared with their digests elsewhere; the model is not.
 
+    Args:
+        path: the file of the run's settings.
+        config: the settings of the resumed run.
+
     Returns:
-        A line for each place that differs: what the run began with, and what it is now.
+        A line for each path that differs, with the path at the start of the run and the current one.
 
     Raises:
         ValueError: other settings differ.
@@ -42,7 +46,7 @@ def _require_same_lines(path: Path, stored: str, given: str) -> None:
 
 
 def _without_places(config: RunConfig) -> RunConfig:
-    """The settings with names instead of absolute paths; the folder of the tasks is left out."""
+    """The settings with names instead of absolute paths, and without the folder of the tasks."""
     gate = config.gate
     if gate is not None:
         criteria = [one.model_copy(update={"metric": _name(one.metric)}) for one in gate.criteria]

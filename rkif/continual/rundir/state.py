@@ -1,4 +1,4 @@
-"""A run's state between two steps, on disk."""
+"""The state of a run between two steps, on disk."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ POSITION = ("task", "step", "samples", "ledger_records")
 
 @dataclass(frozen=True)
 class RunState:
-    """The position of a run, and the state that its next step depends on.
+    """The position of a run, and the state on which its next step depends.
 
     Attributes:
         task: index of the current task.
-        step: inner steps taken on it.
-        samples: records trained on in this task.
-        ledger_records: number of ledger records written by then.
+        step: number of inner steps taken on it.
+        samples: number of records trained on in this task.
+        ledger_records: number of ledger records written at that time.
         parameters: name -> trainable parameter.
         method: the method's state between two steps.
     """
@@ -45,7 +45,7 @@ class RunState:
 
 
 def read_checkpoint(run: Path) -> RunState | None:
-    """Read a run's checkpoint; None where the run has not written one.
+    """Read a run's checkpoint; None if there is none yet.
 
     Raises:
         ValueError: the file is damaged.
@@ -59,8 +59,8 @@ def write_state(path: Path, state: RunState, record: Callable[[str], object] | N
 
     Args:
         path: the file.
-        state: is stored with equal tensors once.
-        record: takes the file's SHA-256 before the file gets its name.
+        state: the state; equal tensors are stored once.
+        record: called with the file's SHA-256 before the file is renamed.
     """
     stored, metadata = _stored(state)
     written = None if record is None else lambda temporary: record(file_sha256(temporary))
@@ -76,11 +76,11 @@ def state_sha256(state: RunState) -> str:
 def _stored(state: RunState) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a state's file.
 
-    Of equal tensors the first is stored. Many are equal: after a round the base equals the parameters, and
-    cleared importance is zero.
+    Of equal tensors, only the first is stored. Many are equal: after a round the base equals the parameters,
+    and cleared importance is zero.
     """
     tensors = flatten({"parameters": state.parameters, "method": state.method})
-    # As a tensor: safetensors writes several entries of metadata in an order that changes from file to file.
+    # A tensor, because safetensors writes several entries of metadata in an order that varies between files.
     tensors["position"] = torch.tensor([getattr(state, name) for name in POSITION])
     stored: dict[str, Tensor] = {}
     first: dict[Any, str] = {}
@@ -101,7 +101,7 @@ def state_bytes(state: RunState) -> int:
 
 
 def read_state(path: Path) -> RunState:
-    """Read a file of :func:`write_state`.
+    """Read a file that :func:`write_state` wrote.
 
     Raises:
         ValueError: the file is damaged.

@@ -1,4 +1,4 @@
-"""Check a run's files against its ledger: ``rkif log --verify``, and before a run is resumed."""
+"""Checks a run's files against its ledger, for ``rkif log --verify`` and before a run is resumed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from rkif.ledger.records import FORMAT, not_rolled_back
 
 
 def verify(run: Path) -> Counter[str]:
-    """Check the ledger's chain, what records state of settings and parameters, and every file's digest.
+    """Check the ledger's chain, the settings and parameters in its records, and the digest of every file.
 
-    Records are checked in order, so the error names the first bad one. A ledger that was rewritten as a whole
-    passes. To exclude that, store the hash of the last record elsewhere and compare it.
+    Records are checked in order, so the error names the first bad one. A ledger that was rewritten completely
+    passes. To detect that, store the hash of the last record elsewhere and compare it.
 
     Args:
         run: the run's folder.
@@ -32,14 +32,14 @@ def verify(run: Path) -> Counter[str]:
 
     Raises:
         ValueError: there is no run.
-        LedgerError: names the first bad record and what it disagrees with.
+        LedgerError: a check failed; it names the first bad record and the reason.
     """
     reader = RunReader(run)
     return require_whole(reader, reader.ledger())
 
 
 def require_whole(reader: RunReader, records: Sequence[LedgerRecord]) -> Counter[str]:
-    """:func:`verify` for records already read. A run without records has only its settings file."""
+    """:func:`verify` for records that were read already; a run without records may only have its settings."""
     run, path = reader.path, reader.path / LEDGER
     if not records:
         _require_no_other(run, set(), None)
@@ -96,9 +96,9 @@ def require_whole(reader: RunReader, records: Sequence[LedgerRecord]) -> Counter
 
 
 def _require_stated_settings(run: Path, records: Sequence[LedgerRecord]) -> None:
-    """Raise LedgerError unless the method and the seed that records state are those of the settings.
+    """Raise LedgerError unless the method and the seed in the records are those of the settings.
 
-    The records also have the settings' digest, which was compared before. So what a run wrote agrees.
+    The digest of the settings in the records was compared before, so records that a run wrote pass.
     """
     file = run / "config.yaml"
     settings = read_settings(file)
@@ -116,19 +116,19 @@ def _require_stated_settings(run: Path, records: Sequence[LedgerRecord]) -> None
 
 
 def _kept_parameters(records: Sequence[LedgerRecord]) -> str:
-    """Digest of the parameters that the rollback in the last of these records returns to."""
+    """Digest of the parameters to which the rollback in the last of these records returns."""
     kept = [r for r in not_rolled_back(records) if r["event"] != "rollback" and "parameters" in r]
     return _parameters_after(kept[-1])
 
 
 def _parameters_after(record: LedgerRecord) -> str:
-    """Digest of the parameters that training continues from."""
+    """Digest of the parameters from which training continues after a record."""
     parameters = record["parameters"]
     return str(parameters.get("trained", parameters["after"]))
 
 
 def _is_temporary(path: Path) -> bool:
-    """Whether a kill may have left this: names of rkif end in .tmp, names of safetensors begin with it."""
+    """Whether a name is temporary: those of rkif end in .tmp, those of safetensors begin with it."""
     return path.suffix == ".tmp" or TEMPORARY.fullmatch(path.name) is not None
 
 

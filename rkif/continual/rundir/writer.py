@@ -32,15 +32,15 @@ class LearnedTask(Protocol):
 
 
 class RunWriter:
-    """Writes one run's output.
+    """Writes the output of a run.
 
     Args:
         folder: the run's folder.
         config: the run's settings.
         parameters: name -> trainable parameter of the run's model.
-        model: the model, or what has its ``save_pretrained``.
-        tokenizer: saved beside the model.
-        ledger_records: ledger records that the state to continue from accounts for.
+        model: the model, or an object with its ``save_pretrained``.
+        tokenizer: the tokenizer, saved beside the model.
+        ledger_records: number of ledger records at the state from which the run continues.
 
     Raises:
         LedgerError: the ledger's chain is broken, or it has fewer records than ``ledger_records``.
@@ -66,12 +66,12 @@ class RunWriter:
 
     @property
     def torn_bytes(self) -> int:
-        """Bytes of an unfinished last line that were moved out of the ledger."""
+        """Number of bytes of an unfinished last line that was moved out of the ledger."""
         return self._recorder.ledger.torn
 
     @property
     def rounds(self) -> int:
-        """Rounds recorded so far, without those that were rolled back."""
+        """Number of recorded rounds, without those that were rolled back."""
         return self._recorder.rounds
 
     def record(self, content: Mapping[str, Any]) -> None:
@@ -83,7 +83,7 @@ class RunWriter:
         self.record(begin_record(self._config.method, tasks, parameter_digest(self._parameters)))
 
     def write_checkpoint(self, task: int, step: int, samples: int, method: dict[str, Tensor]) -> None:
-        """Write the state that a resumed run continues from."""
+        """Write the state from which a resumed run continues."""
         write_state(
             self.folder.path / CHECKPOINT,
             self._state(task, step, samples, method),
@@ -98,7 +98,7 @@ class RunWriter:
         self.folder.write_metrics(metrics)
 
     def skip_measured(self) -> None:
-        """Pass the record of ``metrics.json`` that an earlier process wrote together with the file."""
+        """Skip the record of ``metrics.json``, if an earlier process wrote it together with the file."""
         self._recorder.skip_measured()
 
     def write_round_state(self, task: int, step: int, samples: int, method: dict[str, Tensor]) -> None:
@@ -122,15 +122,15 @@ class RunWriter:
         handed_on: Mapping[str, Tensor],
         trained: str,
     ) -> None:
-        """Write a learned task's folder with the parameters of the moment, and record it in the ledger.
+        """Write a learned task's folder with the current parameters, and record it in the ledger.
 
         Args:
-            tasks: the learned tasks in their order; the last is the one to publish.
-            method: that learned it.
-            steps: inner steps of the task.
+            tasks: the learned tasks in their order; the last one is published.
+            method: the method that learned it.
+            steps: number of inner steps of the task.
             memory, validation: records of the learned tasks.
-            handed_on: the state for the next task, besides the parameters and the memory.
-            trained: digest of the parameters that training continues from.
+            handed_on: the state for the next task, in addition to the parameters and the memory.
+            trained: digest of the parameters from which training continues.
         """
         index, name = len(tasks) - 1, tasks[-1].name
         self.folder.publish_task(
@@ -159,18 +159,18 @@ class RunWriter:
         )
 
     def _published(self, trained: str) -> dict[str, str]:
-        """The digest of the published parameters, and of the trained ones where they are others."""
+        """The digest of the published parameters, and of the trained ones if they differ."""
         published = parameter_digest(self._parameters)
         return {"after": published} | ({"trained": trained} if trained != published else {})
 
     def _save_model(self, tasks: Sequence[Task], folder: Path) -> None:
-        """Adapter or model, with the tokenizer, as ``from_pretrained`` reads them, and its card."""
+        """Save adapter or model with the tokenizer, as ``from_pretrained`` reads them, and the model card."""
         self._model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
         write_card(folder, self._config, tasks)
         settings = folder / "adapter_config.json"
         if settings.exists():
-            # peft keeps names of modules in sets, whose order changes from process to process.
+            # peft writes names of modules from sets, whose order changes from process to process.
             content = json.loads(settings.read_text(encoding="utf-8"))
             for key in ("target_modules", "exclude_modules"):
                 if isinstance(content.get(key), list):
@@ -179,5 +179,5 @@ class RunWriter:
 
     def _state(self, task: int, step: int, samples: int, method: dict[str, Tensor]) -> RunState:
         parameters = {name: parameter.detach() for name, parameter in self._parameters.items()}
-        # The state accounts for its own record, too.
+        # The number includes the record of this state.
         return RunState(task, step, samples, self._recorder.position + 1, parameters, method)

@@ -1,1 +1,1 @@
-"""Records and tasks, read from files; tokens and batches made from them; the replay memory."""
+"""Records and tasks from files, their conversion to tokens and batches, and the replay memory."""

@@ -1,4 +1,4 @@
-"""JSON lines, read with errors that name the file and the line."""
+"""Reads JSON lines, with errors that name the file and the line."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pydantic import BaseModel, ConfigDict
 
 
 class DataContent(BaseModel):
-    """An object of a file that users write: nothing is converted, unknown keys are ignored."""
+    """An object in a file of the user: no value is converted, and unknown keys are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
 
 class TaskLine(DataContent):
-    """The keys that every line must have; records of tasks outside the sequence are not checked further."""
+    """The key that every line must have; records of tasks outside the sequence are not checked further."""
 
     task: str
 
@@ -48,7 +48,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def json_object(text: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object; raise ValueError, naming `where`, for anything else."""
+    """Parse a JSON object; for anything else, raise ValueError that names `where`."""
     try:
         value = json.loads(text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A sequence of tasks, read from a folder of JSON lines."""
+"""Reads a sequence of tasks from a folder of JSON lines."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def load_tasks(
 ) -> list[Task]:
     """Read the tasks of one order.
 
-    The folder holds `tasks.json`, `{"tasks": {name: {"instruction": str, "labels": [str, ...]}}, "orders":
-    {name: [task, ...]}}` (labels and orders may be left out, other keys are ignored), and
-    `train.jsonl` and `dev.jsonl`, either of them also as `.jsonl.gz`, with one
-    `{"task", "id", "input", "output"}` per line. Records of other tasks are ignored.
+    The folder has `tasks.json`, `{"tasks": {name: {"instruction": str, "labels": [str, ...]}}, "orders":
+    {name: [task, ...]}}` (labels and orders are optional, other keys are ignored), and `train.jsonl` and
+    `dev.jsonl`, or `.jsonl.gz`, with one `{"task", "id", "input", "output"}` per line. Records of other tasks
+    are ignored.
 
     Args:
-        folder: of the files.
+        folder: the folder of the files.
         order: the name of an order, or the names of the tasks in the order in which they are learned.
-        train_limit: maximum number of training records per task; None for all. The subset is even over the
-            labels, keeps the file's order, and depends on the seed, the task and the split only.
-        dev_limit: the same for the dev records.
+        train_limit: maximum number of training records per task; None for all. The subset is balanced over
+            the labels, keeps the file's order, and depends only on the seed, the task and the split.
+        dev_limit: maximum number of dev records per task, likewise.
         seed: the seed of the two subsets.
-        finished: number of tasks at the start of the order that were learned. Their training records are not
-            read, and need not exist.
+        finished: number of tasks at the start of the order that were learned already. Their training records
+            are not read, and need not exist.
 
     Returns:
         The tasks, in order.
 
     Raises:
         FileNotFoundError: the folder or one of the files is missing.
-        ValueError: an argument or a file is wrong; the message names the file and the line.
+        ValueError: an argument or a file is invalid; the message names the file and the line.
     """
     for split, limit in (("train", train_limit), ("dev", dev_limit)):
         if limit is not None and limit < 1:
@@ -144,7 +144,7 @@ def _read_records(
     tasks: Mapping[str, tuple[str, tuple[str, ...]]],
     train: Mapping[str, Sequence[Record]],
 ) -> dict[str, tuple[Record, ...]]:
-    """Read the records of `tasks`; raise where one has the same input as a training record in `train`."""
+    """Read the records of `tasks`; raise if one has the same input as a training record in `train`."""
     trained = {(record.task, record.input): record.id for records in train.values() for record in records}
     records_by_id: dict[str, dict[str, Record]] = {name: {} for name in tasks}
     for where, row in json_lines(path):
@@ -161,7 +161,7 @@ def _read_records(
             )
         if record.id in records_by_id[task]:
             raise ValueError(f"{where}: id {record.id!r} appears twice in task {task!r}")
-        # Compare texts, not ids: published files number the records of each split from 0.
+        # Texts are compared, not ids, because published files number the records of each split from 0.
         if (task, record.input) in trained:
             raise ValueError(
                 f"{where}: same input as training record {trained[task, record.input]!r} of {task!r}"

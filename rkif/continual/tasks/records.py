@@ -1,4 +1,4 @@
-"""Records and tasks, and subsets of records that are even over the outputs."""
+"""Records and tasks, and subsets of records that are balanced over the outputs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Item = tuple[str, Record]
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a sequence. `labels` is empty where the answers are free text."""
+    """One task of a sequence. `labels` is empty if the answers are free text."""
 
     name: str
     instruction: str
@@ -53,19 +53,19 @@ class Task:
 
 
 def stratified_subset(records: Sequence[Record], n: int, seed: int) -> tuple[Record, ...]:
-    """Choose n records, as evenly over their outputs as possible.
+    """Choose n records, balanced over their outputs as far as possible.
 
     Records are drawn round-robin over the outputs, in random order, until there are n. So an output with
-    enough records gives `n // classes` or one more; others replace the records that a rare output lacks. With
-    more outputs than n, n random outputs give one record each. A larger n gives a superset.
+    enough records gives `n // classes` or one more; if an output has too few, the others give more. With more
+    outputs than n, n random outputs give one record each. A larger n gives a superset.
 
     Args:
         records: the records to choose from.
-        n: number to choose; all records if there are fewer.
-        seed: of the choice, which also depends on the outputs and their order. No global state is used.
+        n: number of records to choose; all records if there are fewer.
+        seed: seed of the choice, which also depends on the outputs and their order. No global state is used.
 
     Returns:
-        The chosen records in the order they had in `records`.
+        The chosen records in their order in `records`.
     """
     rng = random.Random(seed)
     groups: dict[str, list[int]] = {}

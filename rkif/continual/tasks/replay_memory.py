@@ -1,4 +1,4 @@
-"""The replay memory: a few records of every earlier task, kept in place of the task's data."""
+"""The replay memory: a few records of every earlier task, which are kept instead of all its data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _MemoryLine(RecordLine):
 class ReplayMemory:
     """A small sample of each earlier task, and an endless walk over it that can start at any step.
 
-    Two memories are equal if they hold the same items in the same order.
+    Two memories are equal if they have the same items in the same order.
     """
 
     def __init__(self) -> None:
@@ -42,15 +42,15 @@ class ReplayMemory:
     ) -> None:
         """Keep `n = max(1, floor(fraction * len(records)))` records of a task, at most `cap`.
 
-        The product uses the decimal value of `fraction`: 0.29 of 100 records is 29, where floats give 28. The
-        sample is even over the outputs, see `stratified_subset`. It depends on the records, n, the seed and
-        the task's name only.
+        The product uses the decimal value of `fraction`: 0.29 of 100 records is 29; with floats it would be
+        28. The sample is balanced over the outputs, see `stratified_subset`. It depends only on the records,
+        n, the seed and the task's name.
 
         Args:
             task: the task's name.
             instruction: the start of its prompts; stored with the records.
             records: the task's training records.
-            fraction: of the records to keep, in (0, 1]. The paper uses 2 %.
+            fraction: fraction of the records to keep, in (0, 1]. The paper uses 2 %.
             cap: maximum number of records to keep; None for no maximum.
             seed: the run's seed.
 
@@ -88,31 +88,31 @@ class ReplayMemory:
 
     @property
     def by_task(self) -> dict[str, tuple[Item, ...]]:
-        """Task -> every (instruction, record) kept of it, in order of addition."""
+        """Task -> its (instruction, record) pairs; tasks in order of addition."""
         return dict(self._tasks)
 
     @property
     def ids(self) -> dict[str, tuple[str, ...]]:
-        """The ids of the records kept of each task."""
+        """Task -> ids of its records."""
         return {task: tuple(record.id for _, record in items) for task, items in self._tasks.items()}
 
     @property
     def items(self) -> tuple[Item, ...]:
-        """Every (instruction, record), task by task in order of addition."""
+        """All (instruction, record) pairs, task by task in order of addition."""
         return tuple(item for items in self._tasks.values() for item in items)
 
     def batch(self, step: int, size: int, *, seed: int) -> list[Item]:
         """The batch of one step of the walk over the memory.
 
         The walk is an endless sequence of epochs. Each epoch passes once over the memory, reshuffled, with
-        the tasks interleaved evenly: among its first p items, a task with the share w of the memory has
-        floor(p * w) or ceil(p * w). Batch `step` is the items [step * size, (step + 1) * size) of the walk.
+        the tasks interleaved evenly: among its first p items, a task with the fraction w of the memory has
+        floor(p * w) or ceil(p * w). Batch `step` has the items [step * size, (step + 1) * size) of the walk.
         It is a function of the memory's content and of the arguments, so a run resumes from its step counter
-        alone. Of W processes, process r takes the batch of ``step * W + r``.
+        alone. With W processes, process r uses the batch of ``step * W + r``.
 
         Args:
             step: the batch's index, from 0.
-            size: number of items; may exceed the memory's.
+            size: number of items; may exceed that of the memory.
             seed: the run's seed.
 
         Returns:
@@ -166,11 +166,11 @@ class ReplayMemory:
 
 @lru_cache(maxsize=4)
 def _epoch_order(sizes: tuple[int, ...], epoch: int, seed: int) -> tuple[int, ...]:
-    """The order of one epoch over tasks of the given sizes, as positions in the memory's items.
+    """The order of one epoch over tasks of the given sizes, as indices of the memory's items.
 
-    Positions p count from 1. Item j of a task with m of the N items may come as soon as p * m / N > j, and
-    comes at p = ceil((j + 1) * N / m) at the latest; the earliest deadline goes first. That all deadlines can
-    be met is Tijdeman's theorem (The chairman assignment problem, 1980).
+    Positions p count from 1. Item j (from 0) of a task with m of the N items is available if p * m / N > j,
+    and its deadline is p = ceil((j + 1) * N / m). At each position, the available item with the earliest
+    deadline is chosen. By Tijdeman's theorem (The chairman assignment problem, 1980), all deadlines are met.
     """
     rng = random.Random(derive_seed(seed, "replay", epoch))
     total, start = sum(sizes), 0

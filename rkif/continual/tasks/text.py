@@ -1,4 +1,4 @@
-"""From records to token tensors, for training and for prediction."""
+"""Converts records to token tensors, for training and for prediction."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ class TextFormat:
 
 
 class TextCollator:
-    """Makes batches from (instruction, record) pairs, for one tokenizer and one kind of model.
+    """Makes batches of (instruction, record) pairs, for one tokenizer and one architecture.
 
     Args:
         tokenizer: a Hugging Face tokenizer. It must have an EOS token, which ends every target. EOS also pads
-            where the tokenizer has no padding token.
-        seq2seq: True for encoder-decoder models (T5), where prompt and target are separate sequences; False
-            for causal ones, where the target follows the prompt.
+            if the tokenizer has no padding token.
+        seq2seq: True for encoder-decoder models (T5), for which prompt and target are separate sequences;
+            False for causal models, for which the target follows the prompt.
         max_length: maximum number of tokens of a sequence: prompt and target for causal models, the prompt
-            for encoder-decoder ones. The middle of a longer prompt is cut: its head and its last 16 tokens
-            stay. Targets are never cut.
+            for encoder-decoder models. The middle of a longer prompt is removed; its beginning and its last
+            16 tokens are kept. Targets are never cut.
         text: the templates.
 
     Raises:
@@ -67,7 +67,7 @@ class TextCollator:
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._before, self._after = _special_tokens(tokenizer)
         if not seq2seq:
-            # An EOS between question and answer would tell the model to stop there.
+            # An EOS between question and answer would mark the end of the text for the model.
             self._after = []
 
     def prompt(self, instruction: str, record_input: str, *, reserve: int = 0) -> list[int]:
@@ -76,11 +76,11 @@ class TextCollator:
         Args:
             instruction: fills {instruction}.
             record_input: fills {input}.
-            reserve: tokens of `max_length` that a causal model's target will need.
+            reserve: number of tokens of `max_length` that the target of a causal model needs.
 
         Returns:
-            Token ids, with the special tokens the tokenizer puts around a text (in front of it only, for
-            causal models), cut to `max_length` (less `reserve`, for causal models).
+            Token ids, with the special tokens that the tokenizer adds before and after a text (only before it
+            for causal models), cut to `max_length` (minus `reserve` for causal models).
 
         Raises:
             ValueError: the target leaves no room for 17 tokens of the prompt, or the prompt has no tokens.
@@ -116,10 +116,10 @@ class TextCollator:
             items: (instruction, record) pairs.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, int64, on the CPU, padded on the right. Causal: all of
-            shape [len(items), length], the sequence being prompt and target. Encoder-decoder: the prompts'
-            [len(items), length] and, for the labels, the targets' [len(items), target length]. Labels are
-            -100 on prompts and padding.
+            `input_ids`, `attention_mask` and `labels`, int64, on the CPU, padded on the right. For causal
+            models all are [len(items), length], with prompt and target in one sequence. For encoder-decoder
+            models the first two are [len(items), length], of the prompts, and the labels are [len(items),
+            target length]. Labels are -100 for prompts and padding.
 
         Raises:
             ValueError: there are no items, or a target leaves too little of `max_length`.
@@ -132,7 +132,7 @@ class TextCollator:
         if self.seq2seq:
             return {**self._padded(prompts, "right"), "labels": pad(targets, IGNORED, "right")}
         pairs = list(zip(prompts, targets, strict=True))
-        # By position, not by token: where EOS also pads, the EOS of the answer must still be learned.
+        # Padding is ignored by position, not by token: EOS may pad, but the EOS of the answer is learned.
         labels = pad([[IGNORED] * len(prompt) + target for prompt, target in pairs], IGNORED, "right")
         return {**self._padded([prompt + target for prompt, target in pairs], "right"), "labels": labels}
 
@@ -143,8 +143,8 @@ class TextCollator:
 
         Args:
             items: (instruction, record) pairs.
-            side: of the padding. Generation with a causal model needs it on the left.
-            reserve: tokens of `max_length` kept free for the longest answer of a causal model.
+            side: side of the padding. Generation with a causal model needs it on the left.
+            reserve: number of tokens of `max_length` for the longest answer of a causal model.
 
         Returns:
             `input_ids` and `attention_mask`, int64 [len(items), length], on the CPU.
@@ -163,7 +163,7 @@ class TextCollator:
 
 
 def cut(tokens: list[int], room: int) -> list[int]:
-    """At most `room` tokens (more than 16): the middle of a longer list is cut, the last 16 stay."""
+    """At most `room` tokens (more than 16): the middle of a longer list is removed, the last 16 are kept."""
     return tokens if len(tokens) <= room else tokens[: room - _TAIL] + tokens[-_TAIL:]
 
 
@@ -186,7 +186,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids a tokenizer adds before and after a text. No attribute has them: a sample is tokenized."""
+    """The ids that a tokenizer adds before and after a text, found by tokenizing a sample."""
     plain = _encode(tokenizer, "Answer:")
     full = list(tokenizer("Answer:")["input_ids"])
     for start in range(len(full) - len(plain) + 1):

@@ -1,4 +1,4 @@
-"""The report's HTML template, style included."""
+"""The report's HTML template, with its style."""
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">

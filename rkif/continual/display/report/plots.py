@@ -33,7 +33,7 @@ RoundStatistics = Mapping[str, Mapping[str, Tensor]]
 """Task -> statistics of its rounds, see rkif.continual.evaluation.history; only tasks with rounds."""
 
 SIDES = ("inner", "outer")
-_MAX_NAMES = 60  # of tensors beside a map
+_MAX_NAMES = 60  # maximum number of tensors' names beside a map
 
 
 class Accuracy(NamedTuple):
@@ -89,7 +89,7 @@ def _task_curves(
         count: number of tasks that the runs learn.
         runs: names of the lines.
         draw: draws a line; takes the index of the task, the panel, the run and its colour.
-        learned: the panels' tasks are those that the runs learn; they have one scale.
+        learned: whether the panels' tasks are those that the runs learn; then all have one scale.
     """
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns)
@@ -219,7 +219,7 @@ def gate_values(rounds: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _map(values: Tensor, names: Sequence[str], tasks: Sequence[str], *, label: str, title: str = "") -> str:
-    """Positive values on a logarithmic scale, [names, rounds]; others are blank."""
+    """A map of positive values [names, rounds] on a logarithmic scale; other values are blank."""
     with figure(min(14.0, 1.1 + 0.19 * len(names))) as drawing:
         (panel,) = round_panels(drawing, 1)
         shown = values.where(values > 0, torch.nan).log10().numpy()
