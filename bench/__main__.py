@@ -12,13 +12,13 @@ from bench.training.commands import app as training
 from rkif.cli.errors import exit_in_one_line
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for wing in (kernels, training, forgetting, checkpoints, fuzzing):
-    app.add_typer(wing)
+for part in (kernels, training, forgetting, checkpoints, fuzzing):
+    app.add_typer(part)
 
 
 @app.command("docs")
 def docs_command() -> None:
-    """Write what is generated in README.md and the docs: tables of results, API, notebook."""
+    """Write the generated parts of README.md and the docs: tables of results, API reference, notebook."""
     from bench.docs import generated
 
     for file, text in generated():

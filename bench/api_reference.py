@@ -36,7 +36,7 @@ def api_reference() -> str:
 
 
 def _public_names(module: ModuleType) -> list[str]:
-    """Those of ``__all__``, or else what the module defines without a leading underscore."""
+    """The names in ``__all__``, or else those that the module defines without a leading underscore."""
     if hasattr(module, "__all__"):
         return list(module.__all__)
     own = [name for name, value in vars(module).items() if inspect.getmodule(value) is module]
@@ -63,7 +63,7 @@ def _entry(path: str, value: Any) -> Iterator[str]:
 
 
 def _signature(name: str, value: Any) -> str:
-    """The call with the annotations as they are written in the source, or nothing where it has none."""
+    """The call with the annotations of the source, as a code block; empty for an exception."""
     if inspect.isclass(value) and issubclass(value, BaseException):
         return ""
     signature = inspect.signature(value)
@@ -89,7 +89,7 @@ def _default(value: Any) -> str:
 
 
 def markdown(docstring: str) -> str:
-    """A docstring in the form of the project as Markdown: sections become lists, indented blocks code."""
+    """Convert a docstring to Markdown: sections become lists, and indented blocks become code."""
     parts = []
     for block in re.split(r"\n\s*\n", docstring):
         heading, _, rest = block.partition("\n")

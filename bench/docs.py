@@ -1,4 +1,4 @@
-"""What is generated in README.md and the docs: the tables of the committed results, and whole pages."""
+"""The generated parts of README.md and the docs: tables of the committed results, and whole pages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = (README, *sorted(DOCS.rglob("*.md")))  # every page that may have tables
 
 
 def generated() -> Iterator[tuple[Path, str]]:
-    """The files that have generated parts, and their text."""
+    """Yield each file that may have generated parts, and its text."""
     for file in FILES:
         yield file, with_tables(file.read_text(encoding="utf-8"))
     yield DOCS / "reference" / "api.md", api_reference()

@@ -2,18 +2,19 @@
 # The tests and measurements that need a GPU: bench/gpu.sh [tests] [speed] [continual]; all three by default.
 #
 #   tests     all tests with compiled kernels, sweeps of random inputs and edge cases, compute-sanitizer
-#   speed     the suite, the goals, the 13B profile, launch configurations, ncu, checkpoints on disk, training steps
-#   continual the long suite on SmolLM2-135M-Instruct, the standard one with all parameters (models/smollm2, data/cl15)
+#   speed     the suite, the 13B profile, launch configurations, ncu, checkpoints on disk, training steps
+#   continual the long suite on SmolLM2-135M-Instruct, and the standard suite with all its parameters; they need
+#             models/smollm2 and data/cl15
 #
 #   OUT=folder     for rows and logs (default bench/results/gpu)
 #   PYTHON=python3 with torch, triton and rkif's dev dependencies
-#   SECONDS_EACH   time limit of a part in seconds (540); late stages are cut short or skipped, and reported so
-#   DEVICE=cpu     a trial run of the same stages, small, on the CPU; its figures are not results
+#   SECONDS_EACH   time limit of a part in seconds (540); stages that exceed it are cut short or skipped, and reported
+#   DEVICE=cpu     a small trial run of the same stages on the CPU; its figures are not results
 #
 # Every stage has its own time limit, and a failed stage does not stop the others. Output goes to OUT/log.txt, rows
 # to bench/results, copies of the rows to OUT. The fastest launch configurations go to
 # rkif_kernels/backends/triton/launches.json, a copy to OUT. The exit status is 0 if the tests, the sweeps and the
-# sanitizer pass; the goals are printed, not enforced.
+# sanitizer pass. The goals are printed, and do not affect it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results/gpu}
@@ -145,7 +146,7 @@ speed() {
     if [ -z "$NCU" ]; then
         skip ncu "no ncu found"
     else
-        # The number of launches covers one whole call of each operation; then ncu ends the process.
+        # The number of launches is enough for one whole call of each operation. Then ncu ends the process.
         for what in observe:2 threshold:10 fuse:30; do
             TAIL=60 stage "ncu-${what%:*}" 40 "$NCU" --target-processes all --clock-control none --kill yes \
                 --kernel-name 'regex:^_.*_kernel$' --launch-count "${what#*:}" --section SpeedOfLight \
@@ -167,7 +168,7 @@ continual() {
         skip continual "no $NEEDED or no data/cl15"
         return
     fi
-    # Each continues an interrupted run when it is started again in the same folder.
+    # Started again in the same folder, both continue interrupted runs.
     stage continual 370 bash -c "bench continual ${LONG[*]}"
     stage continual-full 170 bash -c "bench continual ${FULL[*]}"
 }

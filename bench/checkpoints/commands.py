@@ -1,4 +1,4 @@
-"""``python -m bench``: the command that measures fusing on disk."""
+"""``python -m bench``: the command that measures fusions on disk."""
 
 from __future__ import annotations
 

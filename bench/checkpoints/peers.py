@@ -47,7 +47,7 @@ SELECTS = {
     "peft ties": "20 % of each tensor by magnitude, by topk; majority sign; tensors in memory",
 }
 
-# What `rkif fuse` imports; `rkif --help` would not import PyTorch, as that of mergekit does.
+# The imports of `rkif fuse`. `rkif --help` imports no PyTorch, but `mergekit-yaml --help` does.
 START = """
 from rkif.cli.options import importing
 with importing():
@@ -115,10 +115,10 @@ def compare(
     """Run all commands in turn, ``rounds`` times, and write a row for each.
 
     Args:
-        folder: of the checkpoints, which are made if they are missing, and of temporary outputs.
+        folder: for the checkpoints, which are made if they are missing, and for temporary outputs.
         layers: number of layers of the checkpoints; 12 are 220 million parameters, 96 are 1.3 billion.
         peers: Python of an environment with mergekit and peft; None leaves them out.
-        device: of rkif; the other tools compute on the CPU.
+        device: the device of rkif; the other tools compute on the CPU.
     """
     folder = folder / f"{layers}-layers"
     make(folder, layers)

@@ -26,7 +26,7 @@ def device_name(device: torch.device) -> str:
 def commit() -> str:
     """The checkout's commit, with "-dirty" if files outside of bench/results differ from it.
 
-    For a copy without history, the commit is the value of RKIF_COMMIT.
+    In a copy without history, it is the value of the environment variable RKIF_COMMIT.
     """
     described = _git("describe", "--always", "--abbrev=12", "--exclude=*")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)bench/results")

@@ -127,7 +127,7 @@ def transposed(
     labels: Mapping[str, str],
     show: Callable[[str, float], str],
 ) -> str:
-    """Markdown of a file of rows: a caption, and a table with a column per row and a line per figure.
+    """A file of rows as Markdown: a caption, and a table with a column per row and a line per figure.
 
     Args:
         path: the rows, all measured in one call.

@@ -34,7 +34,7 @@ def seconds(run: Run, device: torch.device) -> float:
 
 
 def captured(run: Run) -> Run | None:
-    """The replay of ``run`` as a CUDA graph; None if it waits for the GPU and cannot be captured."""
+    """Capture ``run`` in a CUDA graph; returns its replay, or None if it waits for the GPU."""
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())

@@ -1,4 +1,4 @@
-"""``python -m bench``: the commands that measure forgetting, and those that make models for them."""
+"""``python -m bench``: the commands that measure forgetting, and those that prepare models and tasks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def minilm_command(
 def held_out_command(
     folder: Annotated[Path, typer.Option("--tasks", help="Folder of tasks.")] = Path("data/cl15"),
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("data/cl15-held-out"),
-    share: Annotated[float, typer.Option("--share", help="Of the training records of each task.")] = 0.2,
+    share: Annotated[
+        float, typer.Option("--share", help="Fraction of the training records of each task.")
+    ] = 0.2,
 ) -> None:
     """Set training records aside as dev records, for a smaller error of each accuracy."""
     from bench.forgetting.held_out import hold_out
@@ -95,7 +97,8 @@ def continual_command(
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Number of runs at a time.")] = 1,
     untimed: Annotated[
-        bool, typer.Option("--untimed", help="Leave times out of the rows: the machine does other work.")
+        bool,
+        typer.Option("--untimed", help="Write no times into the rows: for a machine that does other work."),
     ] = False,
     out: Annotated[Path, typer.Option("--out", help="Folder for the runs.")] = Path("runs/continual"),
 ) -> None:
@@ -120,7 +123,7 @@ def continual_command(
 def rates_command(
     out: Annotated[Path, typer.Option("--out", help="A PNG file.")] = Path("docs/results/rates.png"),
 ) -> None:
-    """Draw OP and BWT by learning rate, of the methods that ran at several."""
+    """Draw OP and BWT by learning rate, for methods that ran at several rates."""
     from bench.forgetting.rates import draw
     from bench.forgetting.tables import tuned_suites
 
@@ -142,7 +145,7 @@ def ledger_command(
 
 @app.command("delta")
 def delta_command(config: MiniLM = None) -> None:
-    """Compare fusing adapters as updates, B·A, with fusing them as factors."""
+    """Compare the fusion of adapters as updates B·A with their fusion as factors."""
     from bench.forgetting import delta
     from bench.forgetting.instrument import DEFAULT, write_rows
 

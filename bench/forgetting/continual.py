@@ -34,7 +34,7 @@ SUITES = ORDERS | {f"paper-{tasks}": orders for tasks, orders in ORDERS.items()}
 # Every method except the ablation "adaptive", and Recurrent-KIF's presets.
 MAIN = (*(name for name in METHODS if name != "adaptive"), "recurrent_kif_paper", "recurrent_kif_release")
 
-# Timed: all steps on the new task and on the memory; within them, the calls of the fuser.
+# The timed methods: all steps on the new task and on the memory, and the calls of the fuser within them.
 TIMED: tuple[tuple[type, str, str], ...] = (
     (RecurrentKIF, "observe", "fuser"),
     (RecurrentKIF, "begin_outer", "fuser"),
@@ -42,7 +42,7 @@ TIMED: tuple[tuple[type, str, str], ...] = (
     (RecurrentKIF, "train_step", "steps"),
 )
 
-# Settings that are not stored in a row's "settings": they have their own fields, or are paths of the machine.
+# Settings that are not in a row's "settings", because they have separate fields or are paths of the machine.
 NAMED: Any = {"model": True, "method": True, "seed": True, "tasks": {"folder", "order"}}
 
 
@@ -52,7 +52,7 @@ class Job:
 
     Attributes:
         rate: factor of the learning rates of both learners, besides the variant's factors.
-        timed: whether the row has times. They would be wrong where the machine does other work.
+        timed: whether the row has times. They would be wrong on a machine that does other work.
     """
 
     config: Path
@@ -90,17 +90,17 @@ class Job:
 def compare(jobs: Sequence[Job], processes: int, console: Console) -> None:
     """Run the jobs, each in a separate process, and write a row for each.
 
-    Call it again after an interruption: jobs with a row are skipped, and unfinished runs are resumed. Time
-    and memory of a resumed run are left out of its row, because they were measured for a part only.
+    After an interruption, call it again: jobs with a row are skipped, and unfinished runs are resumed. The
+    row of a resumed run has no time and no memory, because they were measured for a part of the run only.
 
     Raises:
-        ValueError: settings are wrong (raised before any run), or runs failed (raised after all others).
+        ValueError: settings are invalid (raised before any run), or runs failed (raised after all others).
     """
     for job in jobs:
         job.settings()
     todo = [job for job in jobs if not _has_row(job)]
     console.print(f"{len(jobs) - len(todo)} of {len(jobs)} runs have been done")
-    # A server makes the imports once, and forks itself for every job.
+    # A server process imports everything once, and forks itself for every job.
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(processes, mp_context=server, max_tasks_per_child=1) as pool:
@@ -165,8 +165,7 @@ def _row(
         "commit": commit(),
         "config": job.config.stem,
         "peak_mib": None if wall is None else round(peak / 2**20),
-        # The share of observing, fusing and recording the round in the time of the steps on the new task
-        # and on the memory.
+        # The time of observing, fusing and recording a round, as a share of the time of all steps.
         "rkif_share": round(spent["fuser"] / (spent["fuser"] + spent["steps"]), 5)
         if spent["fuser"] and wall
         else None,
@@ -209,7 +208,7 @@ def _has_row(job: Job) -> bool:
 
 
 def _settings(row: Mapping[str, Any], config: RunConfig) -> RunConfig:
-    """The settings of a row's run. Settings newer than the row have their defaults."""
+    """The settings of a row's run. Settings that are newer than the row have their defaults."""
     stored = row["settings"]
     named = config.model_dump(include={"model", "method", "seed"})
     where = config.tasks.model_dump(include={"folder", "order"})

@@ -1,4 +1,4 @@
-"""Fusion in factor space compared with delta-weight space: the runs, and every fusion of a run."""
+"""Fusion in factor space compared with fusion in delta-weight space: whole runs, and single fusions."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SPACES = {
 }
 OF_RUNS = {"op": "OP", "bwt": "BWT"}
 OF_ROUNDS = {
-    "distance": "distance between the two updates / length of this one",
+    "distance": "distance to the other space's update / length of this update",
     "cosine": "cosine of the two updates",
-    "truncation": "beyond the rank",
+    "truncation": "share lost at the adapter's rank",
 }
 
 
 def measure(path: Path) -> Iterator[store.Row]:
-    """Run a config once for every space, and yield a row each with the means over its rounds."""
+    """Run a config once in every space, and yield a row for each, with the means over its rounds."""
     config = instrument.recurrent_kif(load_config(path))
     assert config.adapter is not None
     compare = partial(_compare, scaling=config.adapter.alpha / config.adapter.r)
@@ -66,7 +66,7 @@ def _caption(row: store.Row) -> str:
 
 
 def _compare(space: str, fuser: Fuser, sides: Sides, _: FusionReport, *, scaling: float) -> dict[str, float]:
-    """Put the fusion in ``space`` in place of the fuser's; compare it with the fusion in the other space."""
+    """Replace the fuser's result by the fusion in ``space``, and compare it with that in the other space."""
     settings: dict[str, Any] = {"density": fuser.config.density, "rule": fuser.config.rule}
     delta = rkif.fuse_delta(*sides, scaling=scaling, **settings)
     fused: dict[str, Callable[[], Mapping[str, Tensor]]] = {

@@ -1,4 +1,4 @@
-"""Tasks with more dev records: a share of the training records is set aside for evaluation."""
+"""Tasks with more dev records: a fraction of the training records is set aside for evaluation."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from rkif.continual.tasks.records import Record
 def hold_out(folder: Path, out: Path, share: float) -> dict[str, tuple[int, int]]:
     """Write the tasks of ``folder`` to ``out`` with the last training records of each task as dev records.
 
-    The standard error of an accuracy falls with the root of the number of records. The set-aside records are
-    evaluated, never trained on, and are the same for every order and seed.
+    The standard error of an accuracy falls with the square root of the number of records. The set-aside
+    records are evaluated, never trained on, and are the same for every order and seed.
 
     Args:
         folder: tasks in the layout of docs/guide/experiments.md.
         out: a folder that does not exist.
-        share: of each task's training records, between 0 and 1; rounded down.
+        share: fraction of each task's training records, between 0 and 1; their number is rounded down.
 
     Returns:
         Task -> its numbers of training and dev records.
 
     Raises:
         FileExistsError: ``out`` exists.
-        ValueError: ``share`` is out of range, or the tasks are not valid; also where a record that is set
-            aside has the input of one that stays.
+        ValueError: ``share`` is out of range; the tasks are invalid; or a record that is set aside has the
+            same input as a training record that is not.
     """
     if not 0 < share < 1:
         raise ValueError(f"--share must be between 0 and 1, got {share}")

@@ -1,4 +1,4 @@
-"""Instrumented runs: without output, in a temporary folder, with methods of a class replaced."""
+"""Instrumented runs: without output, in a temporary folder, and with replaced methods of a class."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def silent_run(config: RunConfig) -> Iterator[tuple[dict[str, Any], Path]]:
 
 
 def row(path: Path, config: RunConfig, **measured: Any) -> dict[str, Any]:
-    """A row of a run: the config's file, the model, what was measured, the commit."""
+    """A row of a run: the name of the config, the model, the measured values, the commit."""
     return {"config": path.stem, "model": Path(config.model).name, **measured, "commit": commit()}
 
 
@@ -107,17 +107,17 @@ def replaced(kind: type, **methods: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def seconds_by_part(timed: Sequence[tuple[type, str, str]]) -> Iterator[dict[str, float]]:
-    """Time methods while the block runs; a method's time is without that of timed methods that it calls.
+    """Time methods while the block runs. The time of a method excludes that of timed methods that it calls.
 
     Args:
-        timed: classes, names of their methods, and the part that a method's seconds are added to. A method of
-            an object whose ``has_memory`` is false is not timed: without replay memory there are no rounds.
+        timed: class, name of its method, and name of the part that the method's seconds are added to. Methods
+            of objects whose ``has_memory`` is false are not timed: without replay memory there are no rounds.
 
     Yields:
         Part -> seconds so far.
     """
     spent = {part: 0.0 for _, _, part in timed}
-    nested: list[float] = []  # for each call under way, the seconds of timed calls inside it
+    nested: list[float] = []  # for each call in progress, the seconds of timed calls inside it
     with ExitStack() as stack:
         for kind, name, part in timed:
             stack.enter_context(replaced(kind, **{name: _timing(getattr(kind, name), spent, part, nested)}))

@@ -22,7 +22,8 @@ from rkif.continual.rundir.round_states import RoundStates
 from rkif.gate import Gatekeeper
 
 RESULTS = store.RESULTS / "ledger.jsonl"
-# Method -> the part that its time belongs to. One method makes a record or state, another writes it.
+# The timed methods, and the part that their time belongs to. One method makes a record or state, another
+# writes it.
 TIMED: tuple[tuple[type, str, str], ...] = (
     (RecurrentKIF, "train_step", "steps"),
     (RecurrentKIF, "_round_record", "ledger"),
@@ -84,7 +85,7 @@ def markdown() -> str:
 
 
 def _settings(path: Path, gate: dict[str, Any] | None) -> RunConfig:
-    """The config with its first two tasks, and few evaluation records because evaluation is not timed."""
+    """The config with its first two tasks, and with few dev records, because evaluation is not timed."""
     config = few_dev_records(load_config(path))
     order = json.loads((Path(config.tasks.folder) / "tasks.json").read_text())["orders"]
     tasks = config.tasks.model_dump() | {"order": order[config.tasks.order][:2]}

@@ -13,8 +13,8 @@ from pathlib import Path
 def convert(out: Path) -> None:
     """Write model and tokenizer to ``out`` (90 MB, float32).
 
-    The encoder's dropout is set to 0: it takes a quarter of a step's time on a CPU, and adapters that are
-    trained for so few steps need none.
+    The encoder's dropout is set to 0. It takes a quarter of a step's time on a CPU, and adapters that are
+    trained for so few steps do not need it.
 
     Raises:
         ImportError: the wheel is not installed.

@@ -1,4 +1,4 @@
-"""General ability before and after a run: a language model's perplexity on plain English text."""
+"""Perplexity of a language model on plain English text before and after a run: its general ability."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def perplexities(config: RunConfig, run: Path, tasks: Sequence[str]) -> tuple[fl
 
 
 def plain_text(model: str) -> list[int]:
-    """Tokens of English prose that no task has: the reference of Python, which every interpreter carries.
+    """Tokens of English prose that is in no task: the reference of Python, a part of its standard library.
 
-    It changes a little between versions of Python.
+    It differs slightly between versions of Python.
     """
     from pydoc_data import topics
 

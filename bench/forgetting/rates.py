@@ -1,4 +1,4 @@
-"""OP and BWT of the methods by learning rate; the rate that each method is compared at."""
+"""OP and BWT of the methods by learning rate, and the rate at which each method is compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ByRate = Mapping[float, Runs]  # factor of the config's learning rates -> runs
 
 
 def first_order(by_rate: ByRate) -> str:
-    """The order that the rate is chosen on."""
+    """The order on which the rate is chosen."""
     return min(order for runs in by_rate.values() for order, _ in runs)
 
 
@@ -40,7 +40,7 @@ def on_first_order(by_rate: ByRate, metric: str) -> dict[float, float]:
 
 
 def best_rate(by_rate: ByRate) -> float:
-    """The rate with the highest OP on the first order; of equal ones the lowest."""
+    """The rate with the highest OP on the first order; the lowest if several are equal."""
     means = on_first_order(by_rate, "op")
     return max(means, key=lambda rate: means[rate])
 

@@ -1,4 +1,4 @@
-"""Rows of ``bench/results/continual.jsonl`` as Markdown: means over orders and seeds, paired differences."""
+"""Rows of ``bench/results/continual.jsonl`` as Markdown: means over orders and seeds, and differences."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SUITES = ("standard-minilm", "long-minilm")  # of the summary
 BASELINE = "replay"
 BOUND = "multi_task"
 ABLATED = "recurrent_kif"  # FusionConfig(), which is the release preset
-SHOWN = tuple(name for name in MAIN if name != "recurrent_kif_release")  # the same runs as the default's
+SHOWN = tuple(name for name in MAIN if name != "recurrent_kif_release")  # the runs of "recurrent_kif"
 
 
 def summary() -> str:
@@ -59,7 +59,7 @@ def everything() -> str:
 
 
 def tuned() -> str:
-    """Baselines with other settings than in the main table."""
+    """Baselines with settings that differ from those of the main table."""
     parts = []
     for group in _groups().values():
         names = [name for name in group if name not in MAIN and not _ablates(group[name])]
@@ -69,7 +69,7 @@ def tuned() -> str:
 
 
 def ablations() -> str:
-    """Changes to the release preset, compared on the orders and seeds that both were run on, at one rate."""
+    """Changes to the release preset, compared at one rate, on the orders and seeds that both have."""
     parts = []
     for methods in by_rate().values():
         group = _at_best_rates(methods)
@@ -82,7 +82,7 @@ def ablations() -> str:
         lines = ["| " + " | ".join(headings) + " |", "| --- |" + " ---: |" * (len(headings) - 1)]
         for name in (ABLATED, *names):
             runs = group[name]
-            preset = methods[ABLATED].get(_rate(runs), {})  # a change of the rate is not the one compared
+            preset = methods[ABLATED].get(_rate(runs), {})  # at the same rate
             cells = [name, *([f"x {_rate(runs):g}"] if several else [])]
             cells += [_mean(runs, "op"), _mean(runs, "bwt", sign=True)]
             cells += [_difference(runs, preset), _difference(runs, preset, "bwt")]
@@ -92,7 +92,7 @@ def ablations() -> str:
 
 
 def _ablates(runs: Runs) -> bool:
-    """Whether a variant is one of Recurrent-KIF, not of a baseline."""
+    """Whether the runs are of a variant of Recurrent-KIF, not of a baseline."""
     variants = yaml.safe_load((CONFIGS / "variants.yaml").read_text(encoding="utf-8"))
     (name,) = {row["method"] for row in runs.values()}
     return variants.get(name, {}).get("method") in ("recurrent_kif", "adaptive")
@@ -156,7 +156,7 @@ def _at_best_rates(methods: Mapping[str, ByRate]) -> dict[str, Runs]:
 
 
 def _rate(runs: Runs) -> float:
-    """The factor of the learning rates of these runs, which have the same."""
+    """The factor of the learning rates, which is the same for all these runs."""
     (rate,) = {row["rate"] for row in runs.values()}
     return float(rate)
 
@@ -235,7 +235,7 @@ def _mean(runs: Runs, key: str, *, sign: bool = False) -> str:
 
 
 def _difference(runs: Runs, baseline: Runs, metric: str = "op") -> str:
-    """The mean difference over the orders and seeds that both were run on, and its standard error."""
+    """The mean difference over the orders and seeds that both have, and its standard error."""
     pairs = [
         runs[key][metric] - baseline[key][metric]
         for key in runs
@@ -248,7 +248,7 @@ def _difference(runs: Runs, baseline: Runs, metric: str = "op") -> str:
 
 
 def _gap_closed(runs: Runs, baseline: Runs, bound: Runs) -> str:
-    """The share of the OP between the baseline and multi-task training, over the runs that all three have."""
+    """The share of the OP gap between baseline and multi-task training, over the runs that all three have."""
     keys = runs.keys() & baseline.keys() & bound.keys()
     gap = sum(bound[key]["op"] - baseline[key]["op"] for key in keys)
     if runs is baseline or runs is bound or gap <= 0:
@@ -259,10 +259,11 @@ def _gap_closed(runs: Runs, baseline: Runs, bound: Runs) -> str:
 def forward_passes(row: Row) -> float:
     """Forward passes of records per training sample; 1 without distillation.
 
-    With it, the model before the task also answers the batches that have a divergence, all after the first
-    task: with ``distillation.inputs`` those of new records, with ``distillation.memory`` those of memory
-    records, unless their answers are kept. With ``inputs`` every new record is also a question of an earlier
-    task; an encoder whose prompts have no instruction embeds both as one text.
+    With distillation, the model before the task also answers the batches that have a divergence, all of them
+    after the first task. With ``distillation.inputs`` these are batches with new records. With
+    ``distillation.memory`` they are batches with memory records, unless their answers are kept. With ``inputs``,
+    every new record is also a question of an earlier task. If the prompts have no instruction, an encoder
+    embeds both as one text.
     """
     settings = row["settings"]
     distillation, training = settings.get("distillation", {}), settings["training"]

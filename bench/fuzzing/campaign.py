@@ -1,4 +1,4 @@
-"""A campaign: cases of each kind in turn until the time is over, and a summary."""
+"""A fuzzing campaign: cases of each kind until the time is over, and a summary."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ KINDS: dict[str, Callable[[int, Subjects], Outcome]] = {
 def campaign(
     seconds: float, seed: int, kind: str, cases: int | None, *, write: bool, console: Console
 ) -> list[str]:
-    """Run cases of each kind in turn, with the seeds from ``seed`` on.
+    """Run cases of all kinds, with the seeds from ``seed`` on; the kinds get equal time.
 
     Args:
-        seconds: after which no case begins.
+        seconds: time after which no case begins.
         kind: one of :data:`KINDS`, or "" for all.
-        cases: maximum of each kind.
+        cases: maximum number of cases of each kind.
         write: whether the summary replaces the committed one.
 
     Returns:
@@ -55,7 +55,7 @@ def campaign(
                 open_ = [name for name in chosen if cases is None or done[name] < cases]
                 if not open_:
                     break
-                name = min(open_, key=spent.__getitem__)  # the kinds get equal time
+                name = min(open_, key=spent.__getitem__)  # the kind with the least time so far
                 case = seed + done[name]
                 started = time.monotonic()
                 where, wrong, killed = chosen[name](case, subjects)
@@ -64,7 +64,7 @@ def campaign(
                 kills[name] += killed
                 if wrong is not None or cases == 1:
                     console.print(
-                        f"{name} {case}: {where}: {wrong or 'as it should be'}", highlight=False, markup=False
+                        f"{name} {case}: {where}: {wrong or 'no finding'}", highlight=False, markup=False
                     )
                 if wrong is not None:
                     findings[name].append(f"{name}, seed {case}: {where}: {wrong}")

@@ -1,4 +1,4 @@
-"""The three kinds of cases."""
+"""The three kinds of cases: damaged files, killed commands, and random calls."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
     Attributes:
         where: a description of the case.
         wrong: the defect; None if there is none.
-        kills: processes that were killed.
+        kills: number of processes that were killed.
     """
 
     where: str
@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
 
 
 def _unseen(done: str) -> bool:
-    """Whether this is damage that verification does not report, as the docs say.
+    """Whether verification does not report this damage, as documented.
 
     docs/guide/ledger.md: `report.html` is not recorded, a state may be missing, and files added to the folder
     of a run itself are not reported. docs/guide/signatures.md: `provenance.json` is not in the manifest.
@@ -61,7 +61,7 @@ def _unseen(done: str) -> bool:
 
 
 def mutation(seed: int, subjects: Subjects) -> Outcome:
-    """Damage a run or a fused output; every command must then work correctly, or refuse in one line."""
+    """Damage a run or a fused output. Every command must then work correctly, or fail with one line."""
     choose = random.Random(seed)
     original = choose.choice([subjects.run, subjects.run, subjects.fused])
     done = None
@@ -95,14 +95,14 @@ def _problem(name: str, wrong: str | None, copy: Path) -> str | None:
 
 
 def kill(seed: int, subjects: Subjects) -> Outcome:
-    """Kill a command, perhaps several times; the documented continuation must give the same results."""
+    """Kill a command, perhaps several times. The documented continuation must give the same results."""
     choose = random.Random(seed)
     kind = choose.choice(["run", "run", "fuse", "rollback"])
     out = subjects.copy_of(subjects.run) if kind == "rollback" else subjects.place_for(kind)
     resume = subjects.fuse_command if kind == "fuse" else subjects.run_command
     killed = ["rollback", out, "--to", "1"] if kind == "rollback" else resume(out, "--resume")
     seconds = {"run": subjects.run_seconds, "fuse": subjects.fuse_seconds, "rollback": 0.3}[kind]
-    # A command that ends before its time has not been killed.
+    # A command that ends before its moment is not killed.
     moments = [seconds * choose.random() for _ in range(choose.randint(1, 3))]
     kills = sum(command(*killed, kill_after=moment).status == -signal.SIGKILL for moment in moments)
     where = f"{kind} killed {kills} times"
@@ -119,7 +119,7 @@ def kill(seed: int, subjects: Subjects) -> Outcome:
 
 
 def call(seed: int, _: Subjects) -> Outcome:
-    """A call of ``rkif.fuse``, or rounds of a ``Fuser``: the reference's result, or a refusal by name."""
+    """A call of ``rkif.fuse``, or rounds of a ``Fuser``: the reference's result, or a clear error."""
     choose = random.Random(seed)
     return (fuser_call if choose.random() < 0.3 else _fuse_call)(choose, seed)
 
@@ -193,7 +193,7 @@ def _refused(choose: random.Random, *given: dict[str, Tensor]) -> str | None:
         spoiled += [-1 - tensor, torch.full_like(tensor, torch.nan)]
     out = {key: torch.zeros_like(value) for key, value in given[0].items()}
     changed: list[dict[str, Any]] = [dict(row) for row in given]
-    # An empty tensor without its last element is itself.
+    # An empty tensor has no last element to remove.
     changed[place][name] = choose.choice(spoiled if tensor.numel() else [None, "tensor"])
     try:
         rkif.fuse(*changed, out=out)
@@ -233,10 +233,10 @@ def fuser_call(choose: random.Random, seed: int) -> Outcome:
 
 
 def _round(choose: random.Random, model: nn.Module, fuser: rkif.Fuser) -> str | None:
-    """A round; what is wrong with its end, if anything is.
+    """Run a round; returns the defect of its result, or None.
 
-    ``rkif.fuse`` must give the same result and counts for the parameters that had a gradient. The others keep
-    their values, or the round is refused.
+    For the parameters that had a gradient, ``rkif.fuse`` must give the same result and counts. The others
+    must keep their values, or the round is refused.
     """
     names, config = list(fuser.parameters), fuser.config
     always = choose.choice(names)  # a step without any gradient is an error
@@ -265,7 +265,7 @@ def _round(choose: random.Random, model: nn.Module, fuser: rkif.Fuser) -> str | 
 
 
 def _refused_round(model: nn.Module, fuser: rkif.Fuser, missing: str, outer: dict[str, Tensor]) -> str | None:
-    """Fuse a round that had no gradient of a parameter: an error that names it changes nothing."""
+    """Fuse a round without a gradient of a parameter: an error must name it, and nothing may change."""
     try:
         fuser.fuse()
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Commands of rkif in forked processes, in which everything is imported already."""
+"""Commands of rkif in forked processes, in which the imports are already made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-PATIENCE = 60.0  # seconds; no command takes a tenth of it
+PATIENCE = 60.0  # seconds; a command takes less than a tenth of it
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Ended:
 
     @property
     def complaint(self) -> str | None:
-        """Why this end is not clean: a traceback, an unknown status, not exactly one line; else None."""
+        """The defect of this end (a traceback, an unknown status, not one line of errors), or None."""
         if self.status is None:
             return f"it did not end within {PATIENCE:.0f} s"
         if "Traceback" in self.errors or "Traceback" in self.output:
@@ -67,7 +67,7 @@ def start(arguments: list[str], output: Path, errors: Path) -> int:
 
 
 def command(*arguments: object, kill_after: float | None = None) -> Ended:
-    """Run a command to its end, or kill it after some seconds: then the status is -9 if it still ran."""
+    """Run a command to its end, or kill it after ``kill_after`` seconds; the status of a killed one is -9."""
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder) / "out", Path(folder) / "err"
         began = time.monotonic()
@@ -87,7 +87,7 @@ def command(*arguments: object, kill_after: float | None = None) -> Ended:
 
 
 def import_everything() -> None:
-    """Import what commands import, and let PyTorch use one thread: a fork has no others."""
+    """Import what the commands import, and limit PyTorch to one thread, because a fork has no others."""
     import importlib
 
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 10**400, 1e308, "", "x" * 3000, "../../victim", "/etc/passwd", "a\0b", "\ud800",
     [], {}, [[]],
 )  # fmt: skip
-# Files that a loader would take. Names with other letter cases count, too.
+# Files that a loader would read, also under names with other letter cases.
 ADDED = (
     "chat_template.jinja", "tokenizer.model", "modeling_x.py", "pytorch_model.bin", "Model.SafeTensors",
     "vocab.TXT",
@@ -20,7 +20,7 @@ ADDED = (
 
 
 def mutate(folder: Path, choose: random.Random) -> str | None:
-    """Damage one file, or add one; returns what was done, or None if this damage does not apply."""
+    """Damage one file, or add one. Returns a description, or None if the damage does not apply."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     path = choose.choice(files)
     before = path.read_bytes()

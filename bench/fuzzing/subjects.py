@@ -1,4 +1,4 @@
-"""The inputs of the cases: a small finished run, and a small fused output with its own inputs."""
+"""The inputs of the cases: a small finished run, and a small output of rkif fuse with its inputs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ VICTIM = "another's file"
 
 
 class Subjects:
-    """Makes both once, and gives each case a copy.
+    """Makes the run and the fused output once, and copies them for each case.
 
     Args:
-        folder: for everything that is made.
+        folder: for all files.
 
     Attributes:
-        config: of the run.
-        run, fused: the originals.
-        run_seconds, fuse_seconds: time that making them took.
+        config: the config of the run.
+        run, fused: the folders of the originals.
+        run_seconds, fuse_seconds: the time of the commands that made them.
 
     Raises:
-        RuntimeError: one of the commands failed.
+        RuntimeError: one of these commands failed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -98,9 +98,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def results(folder: Path) -> dict[str, object]:
-    """What two runs with the same settings agree on: all but times, and the hashes that follow from them.
+    """The content that is equal in two runs with the same settings: all but times, and hashes over them.
 
-    peft lists modules in another order in each process; rkif sorts them.
+    peft lists modules in a varying order; rkif sorts them.
     """
     values: dict[str, object] = {}
     for name, content in contents(folder).items():

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time for targets that need not be present, and checks of the machine code.
+"""Ahead-of-time compilation for GPUs that need not be present, and checks of the machine code.
 
 A memory-bound kernel needs wide accesses, no register spills, and few instructions per element. The compiler
 decides all three, so they are checked on a machine without a GPU.
@@ -31,7 +31,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# First Triton version for a target: earlier ones contract multiply-adds although contraction is disabled.
+# First version of Triton for a target. Earlier versions contract multiply-adds although contraction is
+# disabled.
 SINCE = {"sm_100": (3, 7)}
 # Number of cases that one process compiles in sequence and disassembles together.
 GROUP = 18
@@ -196,7 +197,7 @@ def compile_cases(cases: Sequence[Case], target: str) -> list[Compiled]:
 
 
 def _compile(case: Case, target: str) -> Any:
-    # A launch finds this by itself: PyTorch aligns its memory, and the tables in it, to 16 bytes.
+    # A launch finds this alignment itself: PyTorch aligns all memory, including the tables, to 16 bytes.
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(case.function.arg_names)
@@ -269,7 +270,7 @@ def _elements(case: Case, loop: Loop) -> float:
 
 
 def _over_limits(case: Case, row: Row) -> Iterator[str]:
-    """The limits of its case that a row exceeds. Figures that are unknown for a target pass."""
+    """Yield each limit of the case that the row exceeds. Figures that are unknown for a target pass."""
     limits = case.limits
     if limits is None:
         return

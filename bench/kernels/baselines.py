@@ -1,4 +1,4 @@
-"""Baselines in PyTorch: the released arithmetic, transcribed and accelerated, and other selections.
+"""Baselines in PyTorch: the released arithmetic, as it is and accelerated, and other selection algorithms.
 
 The release observes and fuses tensor by tensor, with a temporary for every step of a formula, a test for
 NaN per tensor (on a GPU: a synchronisation) and a quantile of the concatenated scores. :func:`observe` and

@@ -67,7 +67,7 @@ def _milliseconds(call: Callable[..., Any], *arguments: Any) -> float:
 
 @contextmanager
 def _busy(core: int) -> Iterator[None]:
-    """Keep a core busy, from before the block until after it."""
+    """Keep a core busy during the block."""
     code = f"import os; os.sched_setaffinity(0, [{core}]); print(flush=True)\nwhile True: pass"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

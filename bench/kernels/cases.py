@@ -77,14 +77,14 @@ class Case:
 
     Attributes:
         kernel: its name; the key in :data:`LIMITS` if it has limits.
-        variant: name of the case among the kernel's cases.
+        variant: name of the case; unique for the kernel.
         function: the Triton function.
         constants: its constexpr arguments.
         loads, stores: dtypes of the streams of its bulk path, each read or written once; empty for kernels
             that access few elements.
-        op: the operation in ``launches.json`` whose launch configurations it has.
+        op: the operation in ``launches.json`` whose launch configurations it uses.
         config: its launch configuration.
-        divides: whether it has quotients or roots; their correct rounding uses fused multiply-adds.
+        divides: whether it has quotients or roots, whose correct rounding uses fused multiply-adds.
         index: type of arguments that are numbers of elements: Triton passes values below 2^31 as i32.
     """
 
@@ -178,7 +178,7 @@ def cases(target: str) -> Iterator[Case]:
         }
         for config in {usual: None} | others:
             label = "" if config == usual else f", {config.label}"
-            # The limit of registers is for kernels that pass over all elements.
+            # The register limit applies only to kernels that pass over all elements.
             held = config if case.loads else replace(config, max_registers=None)
             yield replace(case, variant=case.variant + label, config=held)
 
@@ -219,7 +219,7 @@ def _cases(target: str) -> Iterator[Case]:
     for dtype in PARAMETERS:
         distances = {"DISTANCES": (True, True)}
         case = _fuse_case(_fuse_kernel, dtype, dtype)
-        # The scores read the streams of the parameters again, from the cache.
+        # The scores read the parameters again, from the cache.
         yield replace(
             case,
             variant=f"{dtype}, magnitudes",

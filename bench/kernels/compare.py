@@ -23,9 +23,9 @@ Case = tuple[str, str, str, str]
 
 
 def compare(ref: str, selection: Selection, rounds: int) -> Table:
-    """Measure both in turn, ``rounds`` times; the table shows medians of the rounds' medians.
+    """Measure both in turn, ``rounds`` times, with the benchmarks of this checkout.
 
-    The benchmarks of this checkout measure both.
+    The table shows medians of the rounds' medians.
 
     Raises:
         ValueError: ``ref`` is not a commit.

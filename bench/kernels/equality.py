@@ -55,13 +55,13 @@ def exact_threshold(scores: Scores, k: int, got: Tensor) -> Tensor:
     """
     if sum(tensor.numel() for tensor in scores.sensitivity) <= SORTED:
         return reference.score_thresholds(scores, ks=[k], per_tensor=False)
-    below, up_to = rank_range(scores, got)
+    below, up_to = k_range(scores, got)
     assert below <= k < up_to, f"{got.item()!r} is the k-th for k from {below} to {up_to - 1}, not {k}"
     return got.reshape(1)
 
 
-def rank_range(scores: Scores, value: Tensor) -> tuple[int, int]:
-    """How many scores are below ``value``, and how many are not above it."""
+def k_range(scores: Scores, value: Tensor) -> tuple[int, int]:
+    """The numbers of scores below ``value`` and not above it: the smallest k of ``value``, and the end."""
     assert scores.uncertainty is not None
     below = up_to = 0
     for s, u in chunks(scores.sensitivity, scores.uncertainty):

@@ -1,7 +1,7 @@
-"""What the kernels are to reach on a GPU, and whether the rows say that they do.
+"""The goals of the kernels on a GPU, and whether the measured rows reach them.
 
-The floor of a call is the time in which a copy moves the least bytes of the call, at the speed that copies
-had in the same session. No kernel is faster on inputs beyond the cache.
+The floor of a call is the time in which a copy moves the minimum bytes of the call, at the speed of copies in
+the same session. No kernel is faster on inputs that are larger than the cache.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from rich.table import Table
 from bench.common.rows import Row
 from bench.kernels.shapes import LORA_R8
 
-LARGE = 2**26  # elements from which neither launches nor caches matter
+LARGE = 2**26  # number of elements from which launches and caches are negligible
 OURS = "rkif.triton"
 
 
 @dataclass(frozen=True)
 class Goal:
-    """The longest time that a call may take.
+    """The maximum time of a call.
 
     Attributes:
         op: the operation.
-        adapter: whether the call is on the 13B adapter in float32; else on :data:`LARGE` elements and more.
-        floors: at most so many times the floor; None for a goal in microseconds.
-        microseconds: at most so long; None for a goal in floors.
+        adapter: whether the call is on the 13B adapter in float32; else on :data:`LARGE` or more elements.
+        floors: the maximum as a multiple of the floor; None if it is in microseconds.
+        microseconds: the maximum in microseconds; None if it is a multiple of the floor.
     """
 
     op: str
@@ -44,7 +44,7 @@ class Goal:
         return op == self.op and numel >= LARGE
 
     def ratio(self, microseconds: float, floor: float) -> float:
-        """The time by the longest one allowed; ``floor`` in microseconds."""
+        """The time divided by the maximum; ``floor`` in microseconds."""
         return microseconds / (self.floors * floor if self.floors else self.microseconds or 0)
 
     def verdict(self, microseconds: float, floor: float) -> str:
@@ -60,7 +60,7 @@ GOALS = (
 
 
 def table(measured: Sequence[Row]) -> Table:
-    """Each goal with the row that is furthest from it."""
+    """A table of each goal with the row that is furthest from it."""
     out = Table(title="goals", caption="floor: the time of a copy of the least bytes, in the same session")
     for heading in ("call", "goal", "floor, us", "measured, us", "verdict", "row furthest from it"):
         out.add_column(heading)
@@ -83,5 +83,5 @@ def _concerned(goal: Goal, row: Row) -> bool:
 
 
 def _times(row: Row) -> tuple[float, float]:
-    """Of a row: what the call took, and its floor, in microseconds."""
+    """The measured time and the floor of a row, in microseconds."""
     return row["ms_median"] * 1e3, row["bytes_min"] / row["copy_gbps"] / 1e3

@@ -1,7 +1,7 @@
 """The host's cost of a call with a driver that launches nothing: time, launches, compilations.
 
-An adapter's tensors are so small that a GPU would wait for the host. Warm calls are measured, of
-:class:`rkif.Fuser` where it has the operation. Fusions of all sizes take the path of a large model.
+The tensors of an adapter are so small that a GPU would wait for the host. Warm calls are measured: of
+:class:`rkif.Fuser`, if it has the operation. Fusions of all sizes take the path of a large model.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from rkif_kernels.backends.triton.launch import LaunchConfig
 from rkif_kernels.backends.triton.launches import default_bracketing
 
 TENSORS = (1, 160, 640)
-SMALLEST = 64  # elements; smaller tensors would be searched by one program each
-SHAPE = (8, 16)  # small, so that PyTorch's operations, which a GPU would run, take the CPU little time
+SMALLEST = 64  # number of elements; one program each finds the thresholds of smaller tensors
+SHAPE = (8, 16)  # small, so that the operations of PyTorch, which a GPU would run, take little CPU time
 WEIGHTS = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.0, 0.0))
 ROUNDS, WARM_UP = 41, 3
 # Maximum number of launches of a warm call.
@@ -162,7 +162,7 @@ class Case:
 
 
 def problems(rows: Sequence[Row]) -> list[str]:
-    """Violated limits of launches and compilations, which hold on any machine: one line each."""
+    """One line for each violated limit of launches or compilations; the limits hold on any machine."""
     lines = []
     for row in rows:
         what = f"{row.call}, {row.tensors} tensors"

@@ -28,7 +28,7 @@ class Implementation:
         exact: whether its results must have the bits of the reference.
         same: whether it computes the same operation; if not, results are not compared.
         largest: maximum number of elements.
-        captures: whether a capture in a CUDA graph is tried; False if it is known to wait for the GPU.
+        captures: whether a capture in a CUDA graph is tried; False if the implementation waits for the GPU.
         adapters_only: whether it is measured on adapters only.
         obstacle: why it cannot run here, or "".
     """

@@ -1,6 +1,6 @@
-"""The kernels under other launch configurations than those they have: blocks, warps, brackets.
+"""Measurements of the kernels with other launch configurations: blocks, warps, brackets.
 
-The fastest is what ``launches.json`` gets for the GPU, the version of Triton and the size.
+The fastest becomes a row of ``launches.json`` for the GPU, the version of Triton and the size.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ PROGRAMS = (
     (2048, 4, 8),
     (256, 32, 2),
 )
-# With the fastest program: how many scores one run is sampled from, and how long the list may be.
+# Tried with the fastest program: numbers of scores per sampled run, and relative lengths of the list.
 STRIDES, SLACKS = (64, 256), (1.5, 3.0)
-# Shape -> for how many elements at most its result stands.
+# Shape -> maximum number of elements that its result applies to; None for any number.
 SIZES = {"llama-2-13b-lora-r8": 2**24, "one-64Mi": None}
 DTYPE = DTYPES["float32"]
 BUDGET = Budget(round_s=0.005, total_s=0.3, rounds=(5, 50))
-GAIN = 0.98  # what is slower than this share of the default's time is chance, not gain
+GAIN = 0.98  # a faster configuration takes less than this share of the default's time; the rest may be noise
 
 
 class Timed(NamedTuple):
-    """A launch configuration that was tried, and what was measured."""
+    """A launch configuration, and the row of its measurement."""
 
     launch: launches.Row
     row: rows.Row
@@ -62,10 +62,10 @@ def file() -> Path:
 def measure(
     device: torch.device, shapes: Sequence[str], console: Console, *, into: Path | None = None
 ) -> None:
-    """Time every operation in every way, once its result is the reference's, and write rows.
+    """Time every operation with every configuration, after comparing its result with the reference.
 
     Args:
-        into: a file like ``launches.json``, which gets the fastest configuration of each operation and shape.
+        into: a file like ``launches.json``, to which the fastest configurations are written.
 
     Raises:
         RuntimeError: Triton kernels do not run on the device.
@@ -96,13 +96,13 @@ def measure(
 
 
 def fastest(timings: Sequence[Timed]) -> Timed:
-    """The default, which comes first, unless another is faster by more than chance."""
+    """The default, which is the first, unless another one is faster by more than noise."""
     best = min(timings, key=_milliseconds)
     return best if _milliseconds(best) < GAIN * _milliseconds(timings[0]) else timings[0]
 
 
 def markdown() -> str:
-    """What calls are launched with, and what was measured of it."""
+    """The launch configurations of calls and their measurements, as a table."""
     lines = [
         "| operation | GPU | triton | dtypes | parameters | block x tiles, warps | sample, list | measured |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -117,7 +117,7 @@ def markdown() -> str:
 
 
 def _programs(usual: launches.Row) -> Iterator[launches.Row]:
-    """The default, then other programs."""
+    """Yield the default, then configurations with other programs."""
     yield usual
     for block, tiles, num_warps in PROGRAMS:
         config = LaunchConfig(block, tiles, num_warps, usual.launch.max_registers)
@@ -126,7 +126,7 @@ def _programs(usual: launches.Row) -> Iterator[launches.Row]:
 
 
 def _brackets(best: launches.Row) -> Iterator[launches.Row]:
-    """The fastest program with other brackets."""
+    """Yield the fastest program with other brackets."""
     if best.bracketing is not None:
         for stride in STRIDES:
             yield replace(best, bracketing=replace(best.bracketing, sample_stride=stride))

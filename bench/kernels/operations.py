@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.kernels.baselines import QUANTILE_LIMIT, all_scores
-from bench.kernels.equality import chunks, exact_threshold, rank_range, require_close, require_same_bits
+from bench.kernels.equality import chunks, exact_threshold, k_range, require_close, require_same_bits
 from bench.kernels.shapes import Shape, ShapeSet
 from rkif_kernels import FusionInputs, ImportanceInputs, MergeRule, Scores, Smoothing, order_statistic_k
 from rkif_kernels.backends import reference
@@ -142,8 +142,8 @@ class Threshold(Operation):
             expected = exact_threshold(self.scores, k, got)
             require_same_bits("threshold", got.reshape(1).to(expected), expected)
         else:
-            # torch.quantile interpolates at a float32 position, which may be off by one.
-            below, up_to = rank_range(self.scores, got)
+            # torch.quantile interpolates at a float32 position, which may be wrong by one.
+            below, up_to = k_range(self.scores, got)
             assert below - 2 <= k <= up_to, f"quantile between k {below} and {up_to}; expected near {k}"
 
 

@@ -108,6 +108,7 @@ class Gpu:
 H100 = Gpu("H100 SXM", bandwidth=3.35e12, multiprocessors=132, clock=1.98e9)
 
 
+# A sentence for tables.
 ASSUMPTIONS = (
     f"A model, with a copy at {H100.copy / 1e12:.2f} TB/s and {H100.launch * 1e6:.0f} us a launch, "
     "which are assumptions."
@@ -251,7 +252,7 @@ class Call:
     """A call whose time is predicted: an operation in float32, with S and U, on a set of shapes.
 
     Attributes:
-        launches: counts it; its name is that of the operation.
+        launches: function that lists the launches; its name is that of the operation.
     """
 
     launches: Callable[[ShapeSet, Mapping[str, float]], list[Launch]]
@@ -263,7 +264,7 @@ class Call:
 
     @property
     def least(self) -> int:
-        """Bytes an element that it has to move."""
+        """Minimum bytes per element."""
         return bytes_per_element(self.op, DTYPES["float32"])
 
     @property

@@ -1,4 +1,4 @@
-"""The calls of the kernels beside what bounds them: bytes, instructions, launches, and what was measured.
+"""The calls of the kernels, with what bounds their time (bytes, instructions, launches) and measured times.
 
 Bytes and instructions are those of :mod:`bench.kernels.prediction`; ``bench host`` counts the launches.
 """
@@ -37,10 +37,10 @@ def host_file() -> Path:
 
 
 def write_counts(compiled: Iterable[Row]) -> None:
-    """Keep those of the compiled kernels' rows that the predictions are made of.
+    """Write the rows of the compiled kernels that the predictions use.
 
     Raises:
-        ValueError: they are not all there, for any version of Triton among the rows.
+        ValueError: one of them is missing, for a version of Triton among the rows.
     """
     kept = [row | {"commit": commit()} for row in compiled if _is_counted(row)]
     for version, rates in _rates(kept).items():
@@ -52,9 +52,9 @@ def write_counts(compiled: Iterable[Row]) -> None:
 
 
 def write_host(measured: Iterable[Row]) -> None:
-    """Write the numbers of launches that ``bench host`` has counted; times depend on the machine's load."""
-    about = {"device": device_name(torch.device("cpu")), "versions": rows.versions(), "commit": commit()}
-    rows.write_all(host_file(), [{name: row[name] for name in COUNTED} | about for row in measured])
+    """Write the numbers of launches that ``bench host`` counted, but no times: they depend on the load."""
+    conditions = {"device": device_name(torch.device("cpu")), "versions": rows.versions(), "commit": commit()}
+    rows.write_all(host_file(), [{name: row[name] for name in COUNTED} | conditions for row in measured])
 
 
 def markdown() -> str:
@@ -103,7 +103,7 @@ def _line(
 
 
 def _measurements(call: Call, measured: Iterable[Row]) -> list[str]:
-    """Of every GPU."""
+    """The measurements of a call, for each GPU."""
     return [
         f"{row['ms_median'] * 1e3:.0f} µs, {1 / row['share']:.2f}x the floor, {row['device']}"
         for row in measured

@@ -102,7 +102,7 @@ SHAPES: dict[str, ShapeSet | Stack] = {
         ShapeSet("one-2Gi", ((2**31 + 12_345,),), note="more elements than int32 can count"),
         LLAMA_32_1B,
         LLAMA_2_13B,
-        ShapeSet("smoke", ((3, 5), (1000,), (70, 31), (1,)), note="to try the suite out"),
+        ShapeSet("smoke", ((3, 5), (1000,), (70, 31), (1,)), note="to try out the suite"),
     )
 }
 QUICK = ("llama-2-13b-lora-r8", "one-16Mi")

@@ -1,7 +1,7 @@
 """Random inputs and edge cases for every operation and backend, compared bit for bit with the reference.
 
-The tests use fixed inputs; the sweep uses new ones until its time is over. The seed alone determines a case,
-so ``python -m bench sweep --seed SEED --cases 1`` repeats a mismatch.
+The tests use fixed inputs. The sweep uses new inputs until its time is over. The seed alone determines a
+case, so ``python -m bench sweep --seed SEED --cases 1`` repeats a mismatch.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def sweep(
 
 @contextmanager
 def _bracketing(seed: int) -> Iterator[None]:
-    """Use the brackets of a seed, which may miss. All sizes use them, so each case has a bracketed pass."""
+    """Use brackets that the seed determines, which may miss. Inputs of all sizes use them."""
     from rkif_kernels.backends.triton import both_thresholds as both
     from rkif_kernels.backends.triton import score_thresholds as threshold
     from rkif_kernels.backends.triton import select_and_fuse_ as fuse
@@ -125,7 +125,7 @@ def _bracketing(seed: int) -> Iterator[None]:
         run=choose.choice([1, 8]),
         first_samples=choose.choice([64, 2048]),
     )
-    # Larger tensors are bracketed if each has a threshold of its own.
+    # If each tensor has a threshold of its own, those larger than this block are bracketed.
     whole = LaunchConfig(block=choose.choice([32, 1024, 8192]), tiles=1, num_warps=4)
     with (
         patch.dict(cast(Any, fuse).__kwdefaults__, bracketing=bracketing),
@@ -314,7 +314,7 @@ def _check_fuse(
 
 
 def _expected_thresholds(case: Case, scores: Scores) -> Tensor:
-    """The result that :func:`rkif_kernels.score_thresholds` must have, by the reference's search."""
+    """The expected result of :func:`rkif_kernels.score_thresholds`, found by the reference."""
     sizes = [tensor.numel() for tensor in scores.sensitivity]
     per_tensor = case.scope == "tensor"
     groups = sizes if per_tensor else [sum(sizes)]

@@ -98,7 +98,7 @@ def markdown() -> str:
 
 
 def summary() -> str:
-    """The README's table: the first device with rows, float32, an adapter and one large tensor."""
+    """The README's table: of the first device with rows, in float32, an adapter and one large tensor."""
     measured = next(filter(None, (list(rows.read(rows.results_file(device))) for device in DEVICES)), [])
     lines, heading = [], ""
     for (device, op, shape, dtype), group in grouped(measured).items():
@@ -190,6 +190,7 @@ def _plain(name: str) -> str:
 
 
 def _ends(names: Sequence[str]) -> Sequence[str]:
+    """The first and the last name."""
     return (*names[:1], *names[-1:])
 
 

@@ -1,4 +1,4 @@
-"""Versions of Triton other than the installed one, each in its own folder at the front of PYTHONPATH."""
+"""Other versions of Triton than the installed one, each in its own folder at the front of PYTHONPATH."""
 
 from __future__ import annotations
 

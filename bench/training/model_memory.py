@@ -15,7 +15,7 @@ RESERVE = 8
 GIB = 2**30
 
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-# The keys of config.json that decide the number of parameters: Llama 3.2 1B, Llama 2 7B and 13B.
+# The keys of config.json that determine the number of parameters, of Llama 3.2 1B, Llama 2 7B and 13B.
 CONFIGS = {
     "1B": {
         "hidden_size": 2048,

@@ -1,4 +1,4 @@
-"""The time that Recurrent-KIF adds to training steps: rounds with several optimizers, with and without it."""
+"""The time that Recurrent-KIF adds to training steps: rounds with several optimizers."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _peak(trained: str, method: str, device: torch.device, batches: Batches) -> 
 class _Training:
     """A model with an inner and an outer optimizer for each method, and rounds of their steps.
 
-    The methods share the moments, so that all fit into memory. The values do not change a step's time.
+    The methods share the moments, so that all fit into memory. Their values do not affect the time of a step.
     """
 
     def __init__(self, trained: str, device: torch.device, batches: Batches) -> None:

@@ -39,7 +39,7 @@ class Cluster:
     latency: float
 
 
-SHARE = 0.8  # assumed share of both rates: the kernels' goal, and what NCCL's tests report for links
+SHARE = 0.8  # assumed share of both rates: a goal of the kernels, and a typical result of NCCL's tests
 CLUSTERS = (
     Cluster("13B, 8 x H100 SXM, NVLink", 13_015_864_320, 8, 3.35e12, 450e9, 5e-6),
     Cluster("70B, 64 x H100 SXM, 8 a node, 400 Gb/s a GPU", 68_976_648_192, 64, 3.35e12, 50e9, 20e-6),

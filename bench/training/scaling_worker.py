@@ -1,4 +1,4 @@
-"""A process of ``python -m bench scaling``: fuses shards, and counts the bytes passed to collectives."""
+"""A process of ``python -m bench scaling``: it fuses shards, and counts the bytes passed to collectives."""
 
 from __future__ import annotations
 

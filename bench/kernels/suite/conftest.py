@@ -75,7 +75,8 @@ def operations(
         if key not in kept:
             kept.clear()
             memory.release(device)
-            # With a second gradient and copies of the state, other operations need as much as a fusion.
+            # With a second gradient and copies of the state, other operations need as much memory as a
+            # fusion.
             each = max(bytes_per_element(op, DTYPES[dtype]), bytes_per_element("fuse", DTYPES[dtype]))
             try:
                 shapes = fitted(shape, bytes_for_inputs // each)
@@ -115,4 +116,4 @@ def measured(
         rows.write(option("--rows") or rows.results_file(operation.device.type), row)
 
     yield run
-    torch.compiler.reset()  # beyond a number of shapes torch.compile silently stops compiling
+    torch.compiler.reset()  # after a number of shapes, torch.compile would silently stop compiling
