@@ -261,9 +261,9 @@ def forward_passes(row: Row) -> float:
 
     With distillation, the model before the task also answers the batches that have a divergence, all of them
     after the first task. With ``distillation.inputs`` these are batches with new records. With
-    ``distillation.memory`` they are batches with memory records, unless their answers are kept. With ``inputs``,
-    every new record is also a question of an earlier task. If the prompts have no instruction, an encoder
-    embeds both as one text.
+    ``distillation.memory`` they are batches with memory records, unless their answers are kept. With
+    ``inputs``, every new record is also a question of an earlier task. If the prompts have no instruction, an
+    encoder embeds both as one text.
     """
     settings = row["settings"]
     distillation, training = settings.get("distillation", {}), settings["training"]
