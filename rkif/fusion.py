@@ -115,8 +115,8 @@ def fuse(
 
         ``result = base + w_in*(inner - base) + w_out*(outer - inner)``
 
-    with the weights that ``rule`` gives to the four cases. Parameters are fused as they are named: for LoRA
-    that is factor space, A and B apart.
+    with the weights that ``rule`` gives to the four cases. Each named parameter is fused separately: for LoRA
+    A and B, so in factor space.
 
     Args:
         base: name -> parameter before the round; any shapes; float32, bfloat16 or float16.
@@ -248,7 +248,7 @@ def report_of(
     They are read from the device, in one copy, when one of them is first used.
 
     Args:
-        names: of the parameters; keys of the thresholds under scope="tensor".
+        names: names of the parameters; keys of the thresholds under scope="tensor".
         numel: parameters that took part.
         missing: see :class:`FusionReport`.
     """
@@ -305,7 +305,7 @@ def common_names(arguments: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
             parts = [f"lacks {missing[0]!r}"] if missing else []
             parts += [f"has {extra[0]!r}, which base lacks"] if extra else []
             count = len(missing) + len(extra)
-            more = f" ({count} names differ in all)" if count > 1 else ""
+            more = f" ({count} names differ in total)" if count > 1 else ""
             raise ValueError(f"{argument} {' and '.join(parts)}{more}")
     return names
 

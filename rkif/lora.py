@@ -168,10 +168,10 @@ def lora_scaling(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, f
     """Module -> the factor of its B·A in peft: alpha / r; rsLoRA (Kalajdzievski, 2023): alpha / sqrt(r).
 
     Args:
-        config: of an adapter_config.json, or ``LoraConfig(...).to_dict()``: lora_alpha, r, use_rslora,
-            alpha_pattern and rank_pattern, whose keys are regular expressions for modules' names in the
-            model that was adapted, or for the ends of these names.
-        names: of the adapter's tensors.
+        config: the content of an adapter_config.json, or ``LoraConfig(...).to_dict()``: lora_alpha, r,
+            use_rslora, alpha_pattern and rank_pattern. The keys of both patterns are regular expressions for
+            modules' names in the adapted model, or for the ends of these names.
+        names: names of the adapter's tensors.
 
     Raises:
         ValueError: DoRA, whose updates depend on the weights they are added to.
@@ -207,7 +207,7 @@ def lora_modules(
     """The modules with factors, then the tensors without.
 
     Args:
-        names: of the tensors to take.
+        names: names of the tensors.
         base: name -> tensor; only shapes are read.
         scaling: see :func:`fuse_delta`.
 

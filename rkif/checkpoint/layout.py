@@ -85,7 +85,7 @@ def plan_layout(
 ) -> OutputLayout:
     """Distribute the tensors of ``base`` over files of at most ``max_shard_size`` bytes.
 
-    A tensor that is larger has a file of its own. The files have the names that loaders expect.
+    A larger tensor has a separate file. The files have the names that loaders expect.
 
     Args:
         base: gives names, dtypes and shapes.

@@ -51,7 +51,7 @@ class Plan:
         fused_chunks: chunks of tensors that are fused.
         copied_chunks: chunks of tensors that are copied.
         notes: notes to the user; they do not prevent the fusion.
-        updates: the modules of adapters whose updates are merged; None for tensors as they are named.
+        updates: the modules of adapters whose updates are merged; None if the tensors are merged.
         memory: maximum bytes of anonymous memory.
         read, written: bytes; ``read`` is an estimate, with one pass of a scan.
         seconds: rough estimate of the duration.

@@ -44,7 +44,7 @@ class Request:
         max_shard_size: maximum bytes of a file of the output.
         device: the device that computes.
         resume: continue an interrupted fusion to the same folder.
-        space: "factor" merges tensors as they are named, "delta" the weight updates B·A of LoRA adapters.
+        space: "factor" merges each tensor, "delta" the weight updates B·A of LoRA adapters.
     """
 
     base: Path

@@ -86,7 +86,7 @@ class Workdir:
     ) -> None:
         if self._processes.rank > 0:
             return
-        # The folder is of no use if no work was recorded, or if an input is invalid, in whichever process.
+        # The folder is removed if no work was recorded, or if any process has found an invalid input.
         invalid = isinstance(error, InvalidInputError) or (
             isinstance(error, RankFailedError) and f" failed: {InvalidInputError.__name__}: " in str(error)
         )

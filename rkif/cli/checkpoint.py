@@ -102,7 +102,7 @@ def fuse_command(
     seed: Annotated[int | None, typer.Option(help="Seed of random drops (dare).", show_default="0")] = None,
     space: Annotated[
         str,
-        typer.Option(help="factor: merge tensors as they are named; delta: updates B·A of LoRA adapters."),
+        typer.Option(help="factor: merge each tensor; delta: merge the updates B·A of LoRA adapters."),
     ] = "factor",
     max_memory: Annotated[
         str, typer.Option(help="Maximum anonymous memory of the process, including Python's own.")

@@ -127,10 +127,10 @@ class RoundStateSettings(Settings):
 class DistillationSettings(Settings):
     """Terms of the loss that preserve the answers of the model before the task.
 
-    ``memory``: weight of the divergence on memory records. ``answers``: the model before the new task answers
-    these records, or their answers are kept from the end of their task. ``inputs``: weight of the divergence
-    on inputs of the new task, posed as questions of earlier tasks. ``temperature``: of all distributions.
-    See :mod:`rkif.continual.models.distillation`.
+    ``memory``: weight of the divergence on memory records. ``answers``: whether their answers are computed by
+    the model before the new task, or kept from the end of their own task. ``inputs``: weight of the
+    divergence on inputs of the new task, posed as questions of earlier tasks. ``temperature``: that of all
+    distributions. See :mod:`rkif.continual.models.distillation`.
     """
 
     memory: float = Field(0.0, ge=0)

@@ -106,7 +106,7 @@ def write_tasks(folder: Path, *, train: int, dev: int, seed: int) -> None:
     Args:
         folder: created if it is missing.
         train, dev: numbers of records per task; no sentence is in both splits.
-        seed: of the sentences.
+        seed: seed of the sentences.
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = {

@@ -19,7 +19,7 @@ class ObservedSteps:
     the device at each replay. Which parameters have a gradient is recorded during the capture.
 
     Args:
-        device: of the parameters.
+        device: device of the parameters.
 
     Attributes:
         counts: learner -> observed steps of the round.
@@ -37,7 +37,9 @@ class ObservedSteps:
         """Count a step.
 
         Args:
-            gradients: of the parameters with these names; None for a missing one.
+            learner: the learner that was observed.
+            names: names of all parameters.
+            gradients: their gradients; None for a missing one.
         """
         if capturing(self._replayed.device):
             self._replayed[list(self.counts).index(learner)].add_(1)

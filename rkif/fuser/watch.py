@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from rkif.fuser.parameters import require_separate_memory
 from rkif_kernels import Description, describe
 
-_CAUSES = "an assignment, load_state_dict(assign=True), resize_token_embeddings() or the like"
+_CAUSES = "for example by an assignment, load_state_dict(assign=True) or resize_token_embeddings()"
 
 
 class ParameterWatch:
@@ -156,8 +156,8 @@ class ParameterWatch:
             )
         if held.get(key) is None:
             return (
-                f"parameter {name!r} of the model was removed from its layer after the Fuser was made (del, "
-                "pruning, spectral_norm() or the like); make a new Fuser"
+                f"parameter {name!r} of the model was removed from its layer after the Fuser was made (for "
+                "example by del, pruning or spectral_norm()); make a new Fuser"
             )
         return (
             f"parameter {name!r} of the model was replaced after the Fuser was made ({_CAUSES}); the Fuser "

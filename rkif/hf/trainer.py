@@ -158,7 +158,7 @@ class RKIFMixin(Trainer):  # type: ignore[misc]
         own_choice = type(self).create_outer_optimizer is not RKIFMixin.create_outer_optimizer
         if self.optimizer is not None and not own_choice:
             raise ValueError(
-                "optimizers=(optimizer, ...) does not say how to build the outer learner's optimizer: pass "
+                "optimizers=(optimizer, ...) does not define the outer learner's optimizer: pass "
                 "optimizer_cls_and_kwargs instead, or override create_outer_optimizer"
             )
 

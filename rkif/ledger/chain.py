@@ -161,7 +161,7 @@ def read_ledger(path: Path, *, torn: bool = False) -> Iterator[LedgerRecord]:
         if not isinstance(record, dict) or any(key not in record for key in CHAIN_KEYS):
             raise LedgerError(f"{where} lacks one of the keys {', '.join(CHAIN_KEYS)}")
         if (type(record["seq"]), record["seq"]) != (int, seq):  # True and 1.0 equal 1
-            raise LedgerError(f"{where} says that it is record {record['seq']!r}")
+            raise LedgerError(f"{where} has seq {record['seq']!r}")
         if record["previous"] != previous:
             raise LedgerError(f"{where} does not follow the record before it")
         stated = record["hash"]

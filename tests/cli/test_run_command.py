@@ -108,7 +108,7 @@ def test_a_second_run_needs_resume_and_the_same_settings(
     write(config, settings | {"seed": 7})
     status, _, errors = rkif("run", config, "--out", out, "--resume")
     assert status == 1
-    assert "has `seed: 42` where the config now says `seed: 7`" in errors
+    assert "has `seed: 42`, but the config now has `seed: 7`" in errors
 
 
 def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:

@@ -74,12 +74,12 @@ def test_every_flipped_bit_is_found_and_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda lines: lines[1:], "record 0 says that it is record 1"),
-        (lambda lines: [lines[0], lines[2]], "record 1 says that it is record 2"),
-        (lambda lines: [lines[1], lines[0], lines[2]], "record 0 says that it is record 1"),
-        (lambda lines: [*lines, lines[2]], "record 3 says that it is record 2"),
-        (lambda lines: [lines[0], b"[]", lines[2]], "record 1 lacks its place"),
-        (lambda lines: [lines[0], b"{}", lines[2]], "record 1 lacks its place"),
+        (lambda lines: lines[1:], "record 0 has seq 1"),
+        (lambda lines: [lines[0], lines[2]], "record 1 has seq 2"),
+        (lambda lines: [lines[1], lines[0], lines[2]], "record 0 has seq 1"),
+        (lambda lines: [*lines, lines[2]], "record 3 has seq 2"),
+        (lambda lines: [lines[0], b"[]", lines[2]], "record 1 lacks one of the keys"),
+        (lambda lines: [lines[0], b"{}", lines[2]], "record 1 lacks one of the keys"),
         (lambda lines: [lines[0], b"", lines[2]], "record 1 is not JSON"),
         (lambda lines: [lines[0], lines[1].replace(b":", b": ", 1), lines[2]], "record 1 was rewritten"),
     ],
@@ -183,7 +183,7 @@ def test_a_place_in_the_chain_is_an_integer(tmp_path: Path, value: Any) -> None:
     second["seq"] = value
     second["hash"] = digest(second)
     path.write_bytes(canonical(first) + b"\n" + canonical(second) + b"\n")
-    with pytest.raises(LedgerError, match=f"record 1 says that it is record {value}"):
+    with pytest.raises(LedgerError, match=f"record 1 has seq {value}"):
         list(read_ledger(path))
 
 

@@ -296,7 +296,7 @@ def without_last_task(run: Path) -> None:
     ("harm", "message"),
     [
         (lambda run: change(run / "ledger.jsonl", lambda r: r.update(seed=9), 3), "record 3 was changed"),
-        (lambda run: drop_lines(run / "ledger.jsonl", slice(1, None)), "record 0 says that it is record 1"),
+        (lambda run: drop_lines(run / "ledger.jsonl", slice(1, None)), "record 0 has seq 1"),
         (lambda run: drop_lines(run / "ledger.jsonl", slice(0, -2)), "record 32 is missing: the checkpoint"),
         (
             lambda run: drop_lines(run / "ledger.jsonl", slice(0, -1)),

@@ -166,8 +166,8 @@ HEAD = {"rkif_memory": 1, "records": 1}
             [HEAD, {k: v for k, v in LINE.items() if k != "instruction"}],
             r"m\.jsonl:2 is damaged, or of another version of rkif: it lacks 'instruction'",
         ),
-        ([HEAD], r"m\.jsonl:1: 0 records, but the first line says 1"),
-        ([HEAD, LINE, {**LINE, "id": "2"}], r"m\.jsonl:3: 2 records, but the first line says 1"),
+        ([HEAD], r"m\.jsonl:1: 0 records; the first line has 1"),
+        ([HEAD, LINE, {**LINE, "id": "2"}], r"m\.jsonl:3: 2 records; the first line has 1"),
     ],
 )
 def test_load_refuses_damaged_files(tmp_path: Path, lines: list[Any], message: str) -> None:

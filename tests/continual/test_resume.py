@@ -247,10 +247,10 @@ def test_a_run_that_was_moved_with_its_model_and_tasks_resumes_to_the_same_bytes
     shutil.copytree(inputs, tmp_path / "elsewhere")
     tasks = config().tasks.model_dump() | {"folder": str(tmp_path / "elsewhere" / "tasks")}
     moved = config(model=str(tmp_path / "elsewhere" / "model"), tasks=tasks)
-    with pytest.raises(ValueError, match="has `seed: 3` where the config now says `seed: 4`"):
+    with pytest.raises(ValueError, match="has `seed: 3`, but the config now has `seed: 4`"):
         go(moved.model_copy(update={"seed": 4}), tmp_path / "run", resume=True)
     other = moved.model_copy(update={"model": str(tmp_path / "elsewhere" / "bert")})
-    with pytest.raises(ValueError, match="has `model: model` where the config now says `model: bert`"):
+    with pytest.raises(ValueError, match="has `model: model`, but the config now has `model: bert`"):
         go(other, tmp_path / "run", resume=True)
     go(moved, tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == began

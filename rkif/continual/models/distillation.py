@@ -1,7 +1,7 @@
 """Distillation from the model before a task: on the memory, and on inputs of the new task.
 
 On memory records this is the penalty of DER++ (Buzzega et al., NeurIPS 2020), with answers that are computed
-anew for each task, or kept from the end of their task as there. On inputs of the new task it is learning
+again for each task, or kept from the end of their task as in DER++. On inputs of the new task it is learning
 without forgetting (Li and Hoiem, ECCV 2016).
 """
 
@@ -47,11 +47,11 @@ class DistillingObjective:
         settings: the weights of both terms, and the temperature.
         parameters: name -> trainable parameter before the task; they are copied.
         earlier: the tasks learned before; at least one.
-        kept: the answers to memory records; None: the model before the task answers them.
+        kept: the answers to memory records; None to compute them with the model before the task.
 
     Attributes:
         tokenizer: that of ``objective``.
-        before: name -> trainable parameter before the task; empty if that model answers nothing.
+        before: name -> trainable parameter before the task; empty if that model is not used.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class DistillingObjective:
 
         Returns:
             The tensors of the objective's batch; and float32 [2, items + questions]: the weights of each
-            item's divergence and of its cross-entropy. With kept answers also the positions of the items that
-            have them, int64 [kept items], and what :meth:`KeptAnswers.of` returns for these.
+            item's divergence and of its cross-entropy. With kept answers also int64 [kept items], the
+            positions of the items that have them, and the result of :meth:`KeptAnswers.of` for these.
         """
         settings = self._settings
         questions = self._questions(items) if settings.inputs else []

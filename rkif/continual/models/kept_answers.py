@@ -15,7 +15,7 @@ from rkif.continual.tasks.records import Item
 from rkif.continual.tasks.replay_memory import ReplayMemory
 from rkif.fuser.state_names import flatten, section
 
-TOP = 32  # choices that are kept of a term: those of the largest logits
+TOP = 32  # maximum number of choices that are kept of a term: those with the largest logits
 
 
 class KeptAnswers:
@@ -24,8 +24,8 @@ class KeptAnswers:
     An encoder's choices are the labels of the record's task. A language model's are tokens.
 
     Args:
-        tensors: what :meth:`tensors` returned after the previous task; empty before the first.
-        memory: has the records of the tasks in ``tensors``.
+        tensors: the result of :meth:`tensors` after the previous task; empty before the first.
+        memory: the records of the tasks in ``tensors``.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], memory: ReplayMemory) -> None:
@@ -63,7 +63,7 @@ class KeptAnswers:
         self._tensors |= flatten(kept)
 
     def of(self, items: Iterable[Item]) -> tuple[Tensor, Tensor]:
-        """The answers to memory records, one after another.
+        """The answers to memory records, concatenated.
 
         Returns:
             Logits, float32, and choices, int64, both [terms, choices]. A term with fewer choices than another
@@ -88,11 +88,11 @@ def chosen_logits(logits: Tensor, kept: Tensor, choices: Tensor) -> Tensor:
 
     Args:
         logits: [terms, columns]; the choices of a term are its columns above -inf, counted from 0.
-        kept: [terms, k]; -inf where a term has fewer choices.
+        kept: [terms, k]; -inf if a term has fewer choices.
         choices: int64 [terms, k].
 
     Returns:
-        [terms, k]; -inf where ``kept`` is.
+        [terms, k]; -inf at the positions where ``kept`` is -inf.
     """
     unavailable = (logits == -torch.inf).to(torch.uint8)
     columns = choices

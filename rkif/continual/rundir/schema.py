@@ -190,7 +190,7 @@ class GateVerdict(FileContent):
         if self.verdict in ("damp", "undo", "stop") and not self.attempts:
             raise ValueError("attempts: the list is empty")
         if any(set(self.before) - set(attempt.figures) for attempt in self.attempts):
-            raise ValueError("attempts: one lacks a figure of 'before'")
+            raise ValueError("attempts: one lacks a value of 'before'")
         return self
 
 

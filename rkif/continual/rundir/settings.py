@@ -42,7 +42,7 @@ def require_same_settings(path: Path, config: RunConfig) -> list[str]:
 def _require_same_lines(path: Path, stored: str, given: str) -> None:
     for old, new in zip([*stored.splitlines(), ""], [*given.splitlines(), ""], strict=False):
         if old != new:
-            raise ValueError(f"{path} has `{old.strip()}` where the config now says `{new.strip()}`")
+            raise ValueError(f"{path} has `{old.strip()}`, but the config now has `{new.strip()}`")
 
 
 def _without_places(config: RunConfig) -> RunConfig:

@@ -110,8 +110,8 @@ def _require_stated_settings(run: Path, records: Sequence[LedgerRecord]) -> None
             if record.get(key) != value:
                 where = f"{run / LEDGER}: record {record['seq']}"
                 raise LedgerError(
-                    f"{where} is forged: its {key} is {record.get(key)!r}, and {file}, whose digest it has, "
-                    f"says {value!r}"
+                    f"{where} is forged: its {key} is {record.get(key)!r}, and that of {file} is {value!r}, "
+                    "although it has the digest of this file"
                 )
 
 

@@ -37,7 +37,7 @@ def load_tasks(
         order: the name of an order, or the names of the tasks in the order in which they are learned.
         train_limit: maximum number of training records per task; None for all. The subset is balanced over
             the labels, keeps the file's order, and depends only on the seed, the task and the split.
-        dev_limit: maximum number of dev records per task, likewise.
+        dev_limit: maximum number of dev records per task; None for all.
         seed: the seed of the two subsets.
         finished: number of tasks at the start of the order that were learned already. Their training records
             are not read, and need not exist.

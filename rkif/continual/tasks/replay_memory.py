@@ -160,7 +160,7 @@ class ReplayMemory:
         memory = cls()
         memory._tasks = {task: tuple(items) for task, items in items_of_task.items()}
         if len(memory) != head.get("records"):
-            raise ValueError(f"{where}: {len(memory)} records, but the first line says {head.get('records')}")
+            raise ValueError(f"{where}: {len(memory)} records; the first line has {head.get('records')}")
         return memory
 
 

@@ -16,7 +16,7 @@ IGNORED = -100
 """The label that cross-entropy ignores."""
 
 _TAIL = 16
-"""Tokens kept at the end of a cut prompt, where "Answer:" or the like is."""
+"""Number of tokens that are kept at the end of a cut prompt, such as "Answer:"."""
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def _digests(records: Sequence[LedgerRecord]) -> str:
     return _section(
         "Ledger",
         "<p>SHA-256 digests of the run's settings and results. <code>rkif log RUN --verify</code> checks the "
-        "chain and every file. Compare the last hash with a stored copy to see whether the ledger was "
+        "chain and every file. Compare the last hash with a stored copy to check whether the ledger was "
         "rewritten."
         f'</p><div class="scroll"><table class="text">{rows}</table></div>',
     )
