@@ -1,4 +1,4 @@
-"""Fixtures. Kernels run compiled on a GPU, and in Triton's interpreter elsewhere."""
+"""Fixtures. Kernels run compiled if there is a GPU, otherwise in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ settings.load_profile("rkif")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `pytest -n`, tests that share something slow run on one worker, so that it is made once.
+    """With `pytest -n`, tests that share a slow fixture run on one worker, so that it is made once.
 
     ``--dist loadgroup`` would do it, but does not with pytest 9.2 (seen with pytest-xdist 3.8.0).
     """

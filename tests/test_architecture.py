@@ -97,7 +97,7 @@ def test_only_the_triton_backend_imports_triton() -> None:
             assert source.startswith("rkif_kernels.backends.triton."), f"{source} imports {target}"
 
 
-def test_the_wings_of_bench_do_not_import_each_other() -> None:
+def test_the_parts_of_bench_do_not_import_each_other() -> None:
     for source, target in ARROWS:
         wings = {".".join(name.split(".")[:2]) for name in (source, target)} & WINGS
         shared = source in ("bench.__main__", "bench.docs")

@@ -29,7 +29,7 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subjects]:
     torch.set_num_threads(threads)
 
 
-def test_some_cases_of_each_kind(subjects: Subjects) -> None:
+def test_cases_of_each_kind_have_no_findings(subjects: Subjects) -> None:
     for kind, count in ((cases.mutation, 4), (cases.call, 60), (cases.kill, 2)):
         for seed in range(count):
             assert kind(seed, subjects)[1] is None, (kind, seed)
@@ -107,7 +107,7 @@ def test_a_missing_parameter_that_is_fused_is_a_finding(monkeypatch: pytest.Monk
         (Ended(-11, "", "", 0.1), "status -11"),
     ],
 )
-def test_ends_that_are_not_clean(ended: Ended, complaint: str) -> None:
+def test_an_unclean_end_is_named(ended: Ended, complaint: str) -> None:
     assert str(ended.complaint).startswith(complaint)
 
 

@@ -1,4 +1,4 @@
-"""The sweep of random inputs, and bench/gpu.sh, which runs it and everything else that needs a GPU."""
+"""The sweep of random inputs, and bench/gpu.sh, which runs the sweep and all else that needs a GPU."""
 
 from __future__ import annotations
 

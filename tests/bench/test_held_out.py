@@ -34,7 +34,7 @@ def test_the_last_training_records_become_dev_records(folder: Path, tmp_path: Pa
         assert (after.instruction, after.labels) == (before.instruction, before.labels)
 
 
-def test_records_with_equal_inputs_are_not_parted(folder: Path, tmp_path: Path) -> None:
+def test_records_with_equal_inputs_are_not_separated(folder: Path, tmp_path: Path) -> None:
     lines = (folder / "train.jsonl").read_text().splitlines()
     of_task = [index for index, line in enumerate(lines) if json.loads(line)["task"] == "review"]
     first, last = (json.loads(lines[index]) for index in (of_task[0], of_task[-1]))

@@ -1,4 +1,4 @@
-"""``bench launches --write``: the fastest configuration is written, read back, shown as measured."""
+"""``bench launches --write``: the fastest configuration is written, used, and shown with its measurement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Rows of a GPU that is not there, from which calls are launched."""
+    """A copy of launches.json that calls use, on a machine that is taken for a GPU."""
     copy = tmp_path / "launches.json"
     copy.write_text(FILE.read_text())
     monkeypatch.setattr(launches, "FILE", copy)
@@ -37,7 +37,7 @@ def forget() -> None:
 
 
 def sweep_with(times: dict[str, list[float]], file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sweep with these milliseconds for the configurations of each operation, one after another."""
+    """Run the sweep; the configurations of each operation take these milliseconds, in sequence."""
     monkeypatch.setattr(sweep, "available", lambda _: ["triton"])
     monkeypatch.setattr(sweep, "copy_gbps", lambda _: 10.0)
     monkeypatch.setattr(sweep, "plan", lambda *_, **__: (1, 1))
@@ -59,7 +59,10 @@ def found(op: str, numel: int) -> Row:
 def test_the_fastest_is_written_and_launched_from_then_on(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A program of 32 tiles has no room in the bits of a bracketed pass. Then brackets: strides, slacks."""
+    """The other programs are timed, then the fastest with other brackets: strides, slacks.
+
+    Programs of 32 tiles are only for "observe": the bits of a bracketed pass have no room for them.
+    """
     times = {
         "observe": [1.0, 0.9, 0.7],
         "threshold": [1.0, 0.8, 0.75, 0.77, 0.9, 0.9],
@@ -80,9 +83,7 @@ def test_the_fastest_is_written_and_launched_from_then_on(
     assert default("observe").measured is None
 
 
-def test_the_table_says_what_was_measured_and_what_was_not(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_table_shows_which_rows_were_measured(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sweep.markdown()
     assert before.count("| not measured |") == len(read(file)) == len(before.splitlines()) - 2
     assert (
@@ -104,7 +105,7 @@ def test_the_table_says_what_was_measured_and_what_was_not(
     ]
 
 
-def test_what_is_wrong_is_not_timed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_is_not_timed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(_: torch.device) -> object:
         return lambda launch, w, g, s, u, **betas: s[1].zero_()
 

@@ -1,4 +1,4 @@
-"""What the benchmarks count, compare and record; a wrong result is never timed."""
+"""The counts, comparisons and rows of the benchmarks; a wrong result is never timed."""
 
 from __future__ import annotations
 
@@ -265,8 +265,8 @@ def test_the_readme_table_compares_the_best_implementation(
     assert "peft" not in text
 
 
-def said_of_goals(found: list[dict[str, Any]]) -> list[list[str]]:
-    """The cells of the table of goals, without the name of the row."""
+def goal_cells(found: list[dict[str, Any]]) -> list[list[str]]:
+    """The cells of the table of goals, without the names of the rows."""
     console = Console(width=200, record=True)
     console.print(goals.table(found))
     lines = [line for line in console.export_text().splitlines() if "│" in line]
@@ -275,7 +275,7 @@ def said_of_goals(found: list[dict[str, Any]]) -> list[list[str]]:
 
 def test_goals_without_rows() -> None:
     others = [make_row(op="observe", implementation="eager", numel=goals.LARGE), make_row(op="fuse")]
-    assert said_of_goals(others) == [
+    assert goal_cells(others) == [
         ["observe, 64 Mi and more", "at most 1.25x the floor", "-", "not measured", "-"],
         ["fuse, 64 Mi and more", "at most 1.15x the floor", "-", "not measured", "-"],
         ["observe, 13B adapter", "at most 1.25x the floor", "-", "not measured", "-"],
@@ -283,8 +283,8 @@ def test_goals_without_rows() -> None:
     ]
 
 
-def test_goals_are_held_against_the_floor() -> None:
-    """Copies move 10 GB/s, so that 10,000 bytes have a floor of 1 us. The row furthest from a goal counts."""
+def test_times_are_compared_with_the_goals() -> None:
+    """Copies move 10 GB/s, so the floor of 10,000 bytes is 1 us. The row furthest from a goal decides."""
     large = {"numel": goals.LARGE, "implementation": goals.OURS}
     adapter = {"shape": LORA_R8.name, "implementation": goals.OURS}
     found = [
@@ -296,7 +296,7 @@ def test_goals_are_held_against_the_floor() -> None:
         make_row(op="fuse", **adapter, seconds=[150e-6], bytes_min=1_000_000),
         make_row(op="fuse", **adapter, dtype="bfloat16", seconds=[9.0]),
     ]
-    assert [cells[2:] for cells in said_of_goals(found)] == [
+    assert [cells[2:] for cells in goal_cells(found)] == [
         ["1000.0", "1240.0", "reached"],
         ["500.0", "600.0", "NOT REACHED"],
         ["100.0", "126.0", "NOT REACHED"],
@@ -388,7 +388,7 @@ def test_errors_name_their_cause(arguments: list[str], message: str) -> None:
     assert message in str(result.exception)
 
 
-def test_scores_between_a_quantile_and_its_order_statistic_may_go_either_way() -> None:
+def test_scores_between_a_quantile_and_its_order_statistic_may_differ() -> None:
     """Only these scores may: an eager fusion with another density is wrong."""
     operation = Fuse(SMALL, DTYPES["float32"], CPU)
     operation.check(baselines.fuse, exact=False)

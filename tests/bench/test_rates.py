@@ -1,4 +1,4 @@
-"""Methods at several learning rates: the chosen rate, and the tables and the picture of all."""
+"""Methods at several learning rates: the chosen rate, the tables, and the figure."""
 
 from __future__ import annotations
 

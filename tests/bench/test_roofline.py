@@ -1,4 +1,4 @@
-"""The table of calls beside what bounds them, from rows made by hand."""
+"""The table of calls and their bounds, from rows made by hand."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_every_operation_is_there_for_the_adapter_and_a_large_tensor() -> None:
     assert cells("adamw", "67,108,864")[2:6] == ["44", "44.0", "60 / 60", "not counted"]
 
 
-def test_what_was_measured_is_shown_with_its_gpu(results: Path) -> None:
+def test_a_measurement_is_shown_with_its_gpu(results: Path) -> None:
     roofline.write_counts(compiled())
     measured = rows.row(
         op="fuse", shape="one-64Mi", dtype="float32", implementation=OURS, numel=2**26, tensors=1,
@@ -74,7 +74,7 @@ def test_what_was_measured_is_shown_with_its_gpu(results: Path) -> None:
     assert cells("observe", "67,108,864")[-1] == "not measured"
 
 
-def test_rows_that_are_not_enough_are_not_written() -> None:
+def test_incomplete_rows_are_not_written() -> None:
     with pytest.raises(ValueError, match=r"--write: no bracketed fuse among the rows of triton 3\.6\.0"):
         roofline.write_counts([row for row in compiled() if row["kernel"] != "bracketed fuse"])
     with pytest.raises(ValueError, match="--write needs --target sm_90"):

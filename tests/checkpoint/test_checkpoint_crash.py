@@ -50,7 +50,7 @@ for line in sys.stdin:
 
 
 class Killed(BaseException):
-    """Stands for the death of the process: nothing catches it, and nothing is cleaned up."""
+    """Simulates a kill of the process: nothing catches it, and nothing is cleaned up."""
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,7 @@ def test_a_link_in_the_work_folder_is_not_followed(triple: Triple, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_work_begins_without_what_a_kill_left(tmp_path: Path) -> None:
+def test_files_left_by_a_kill_are_removed_before_work_begins(tmp_path: Path) -> None:
     left = tmp_path / "out.partial" / ".tmpAbCdEf"  # a name that safetensors gives
     left.parent.mkdir()
     left.write_bytes(b"half a scan")
@@ -291,7 +291,7 @@ def test_work_begins_without_what_a_kill_left(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_reported_before_the_fusion(triple: Triple, tmp_path: Path) -> None:
-    """A limit on the size of files stands for a full disk: the system refuses to allocate space."""
+    """A limit on the size of files simulates a full disk: the system refuses to allocate space."""
     inputs = [str(triple.path(name)) for name in ("base", "inner", "outer")]
     limited = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"

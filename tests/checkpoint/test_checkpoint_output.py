@@ -250,7 +250,7 @@ def test_verify_finds_an_added_file(output: Path, name: str) -> None:
 
 
 def remade(manifest: dict[str, Any]) -> str:
-    """A changed manifest with a valid digest, as a forger would write it."""
+    """A changed manifest with a valid digest, as in a forgery."""
     manifest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return json.dumps({**manifest, "manifest_sha256": digest}, indent=1) + "\n"

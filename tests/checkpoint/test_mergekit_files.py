@@ -93,7 +93,7 @@ def test_scalars_have_the_bytes_of_the_options(rkif: Rkif, models: Path) -> None
 
 
 def test_the_default_density_is_that_of_mergekit(rkif: Rkif, models: Path) -> None:
-    """There everything is kept."""
+    """In mergekit, everything is kept by default."""
     content = {
         "merge_method": "ties",
         "base_model": "base",
@@ -114,7 +114,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("chunks")
 def test_gradients_and_filters(rkif: Rkif, models: Path) -> None:
-    """Weights by layer and by name, worked out by hand."""
+    """Weights by layer and by name, computed by hand."""
     content = {
         "merge_method": "task_arithmetic",
         "base_model": "base",
@@ -203,7 +203,7 @@ def test_all_elements_are_kept_where_only_weights_vary(rkif: Rkif, models: Path)
 def test_a_single_layer_takes_the_last_value_of_a_gradient(
     rkif: Rkif, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in mergekit; layers of each list are counted apart, and numbers of experts are no layers."""
+    """As in mergekit. The layers of each list are counted separately. Numbers of experts are no layers."""
     monkeypatch.chdir(tmp_path)
     weights = {
         "encoder.block.0.layer.1.w": 8.0,
@@ -470,10 +470,10 @@ def test_mergekit_computes_in_the_dtype_of_the_checkpoints(
 @pytest.mark.parametrize("program", ["rkif", pytest.param("mergekit", marks=WITH_MERGEKIT)])
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 @pytest.mark.parametrize("rescale", [True, False])
-def test_random_drops_have_the_same_law(
+def test_random_drops_have_the_same_distribution(
     rkif: Rkif, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, method: str, rescale: bool
 ) -> None:
-    """What holds of both programs below density 1, where each draws numbers of its own.
+    """Properties of both programs below density 1, where each draws its own random numbers.
 
     The task vector v has n elements, normally distributed; d is the density. Bounds are five standard errors.
 

@@ -92,7 +92,7 @@ def test_recurrent_kif_has_the_bits_of_fuse_delta(
     assert (out / "adapter_config.json").read_bytes() == (adapters[0] / "adapter_config.json").read_bytes()
 
 
-def test_half_of_an_update_is_half_of_it(rkif: Rkif, adapters: list[Path]) -> None:
+def test_lambda_of_one_half_halves_the_updates(rkif: Rkif, adapters: list[Path]) -> None:
     """From an adapter with B = 0, as training starts; in factor space half of both factors is a quarter."""
     start = {name: torch.zeros_like(t) if "lora" in name else t for name, t in adapter(0).items()}
     save(adapters[0], start)
@@ -190,7 +190,7 @@ def test_an_interrupted_merge_starts_again(
         ({}, ["--space", "sum"], "space must be one of factor, delta; got 'sum'"),
     ],
 )
-def test_what_has_no_updates_is_refused(
+def test_unsupported_requests_are_refused(
     rkif: Rkif, adapters: list[Path], change: dict[str, Any], options: list[str], error: str
 ) -> None:
     for folder in adapters[:3]:

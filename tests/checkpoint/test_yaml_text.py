@@ -1,4 +1,4 @@
-"""YAML of a user: a key that is given twice, and keys that are no text."""
+"""YAML of a user: a key that is given twice, and keys that are not text."""
 
 from __future__ import annotations
 

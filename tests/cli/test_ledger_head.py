@@ -1,4 +1,4 @@
-"""Heads of ledgers that are stored elsewhere, and what they reveal."""
+"""Heads of ledgers that are stored elsewhere, and the changes that they detect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_head_is_a_checkpoint_of_three_lines(rkif: Rkif, run: Path) -> None:
     assert (status, output) == (0, f"{origin}\n{len(lines)}\n{root}\n\n")
 
 
-def test_a_noted_head_is_found_in_the_ledger_and_in_a_longer_one(
+def test_a_stored_head_is_found_in_the_ledger_and_in_a_longer_one(
     rkif: Rkif, run: Path, tmp_path: Path
 ) -> None:
     noted, ledger = tmp_path / "head", run / "ledger.jsonl"
@@ -38,7 +38,7 @@ def test_a_noted_head_is_found_in_the_ledger_and_in_a_longer_one(
     assert rkif("log", run, "--verify", "--head", noted)[0] == 0
 
 
-def test_a_ledger_that_was_rewritten_whole_is_found_with_a_noted_head(
+def test_a_completely_rewritten_ledger_is_detected_by_a_stored_head(
     rkif: Rkif, run: Path, tmp_path: Path
 ) -> None:
     noted, ledger = tmp_path / "head", run / "ledger.jsonl"
@@ -81,7 +81,7 @@ def test_a_file_without_a_head_is_one_clear_line(
     assert errors == f"rkif: error: {tmp_path / 'head'} holds no head: {message}\n"
 
 
-def test_the_noted_head_and_its_options_belong_together(rkif: Rkif, original: Path, tmp_path: Path) -> None:
+def test_a_stored_head_needs_its_options(rkif: Rkif, original: Path, tmp_path: Path) -> None:
     for arguments in (["--verify", "--head"], [tmp_path / "head"], [tmp_path / "head", "--head"]):
         assert "rkif log RUN --verify --head FILE" in refused(rkif, "log", original, *arguments)
     missing = refused(rkif, "log", original, "--verify", "--head", tmp_path / "head")

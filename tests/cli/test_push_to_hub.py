@@ -83,7 +83,7 @@ def test_a_failed_upload_keeps_the_output_and_can_be_repeated(
 
 
 def test_without_a_network_the_error_is_one_line(rkif: Rkif, command: list[object], tmp_path: Path) -> None:
-    """HF_HUB_OFFLINE stands for a missing network, with the real client."""
+    """HF_HUB_OFFLINE simulates a missing network, with the real client."""
     status, _, errors = rkif(*command)
     assert status == 1
     assert errors.startswith("rkif: error: --push-to-hub: user/fused was not uploaded: ")

@@ -1,4 +1,4 @@
-"""Signatures of runs, outputs and other folders, which OpenSSF Model Signing verifies, too."""
+"""Signatures of runs, outputs and other folders; OpenSSF Model Signing verifies them, too."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rkif.attest.keys import SigningKey, VerifyingKey
 
 
 def model_signing(*arguments: object) -> tuple[int, str]:
-    """Status and output of the command line of OpenSSF Model Signing."""
+    """Run the command line of OpenSSF Model Signing; returns its status and output."""
     pytest.importorskip("model_signing")
     done = subprocess.run(
         [sys.executable, "-m", "model_signing", *map(str, arguments)], capture_output=True, text=True
@@ -38,7 +38,9 @@ def signed_statement(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("curve", ["SECP256R1", "SECP384R1", "SECP521R1"])
-def test_model_signing_accepts_our_signature(rkif: Rkif, folder: Path, tmp_path: Path, curve: str) -> None:
+def test_model_signing_accepts_a_signature_of_rkif(
+    rkif: Rkif, folder: Path, tmp_path: Path, curve: str
+) -> None:
     key, public = write_keys(tmp_path, curve=curve)
     assert rkif("sign", folder, "--key", key) == (0, f"{folder / 'model.sig'}: 5 files are signed\n", "")
     check = ("verify", "key", folder, "--public_key", public, "--signature", folder / "model.sig")
@@ -46,7 +48,7 @@ def test_model_signing_accepts_our_signature(rkif: Rkif, folder: Path, tmp_path:
     assert rkif("verify", folder, "--key", public)[0] == 0
 
 
-def test_we_accept_the_signature_of_model_signing_and_find_changes(
+def test_rkif_accepts_a_signature_of_model_signing_and_finds_changes(
     rkif: Rkif, folder: Path, keys: tuple[Path, Path]
 ) -> None:
     signed = model_signing(
@@ -369,7 +371,7 @@ def test_keys_that_cannot_be_used_are_one_clear_line(
     assert "holds no public key" in refused(rkif, "verify", folder, "--key", private)
 
 
-def test_only_what_is_whole_is_signed(
+def test_a_damaged_folder_is_not_signed(
     rkif: Rkif, run: Path, folder: Path, keys: tuple[Path, Path], tmp_path: Path
 ) -> None:
     (run / "metrics.json").write_text((run / "metrics.json").read_text() + " ")

@@ -1,4 +1,4 @@
-"""The command line's entry point, and what it does before it imports PyTorch."""
+"""The entry point of the command line, and its work before it imports PyTorch."""
 
 from __future__ import annotations
 

@@ -487,7 +487,7 @@ def test_the_norm_of_an_update_is_that_of_the_factors_product() -> None:
     assert update_norm(**rescaled) == pytest.approx(expected, rel=1e-5)
 
 
-def test_forever_reviews_after_1_2_4_7_15_30_60_days(
+def test_forever_replays_after_1_2_4_7_15_30_60_days(
     config: Config, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert [review_day(index) for index in range(8)] == [1, 2, 4, 7, 15, 30, 60, 120]

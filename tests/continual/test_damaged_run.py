@@ -1,4 +1,4 @@
-"""Every command refuses a run with damaged or hostile files in one line, and changes nothing."""
+"""Every command refuses a run with damaged or malicious files with one line, and changes nothing."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def test_a_folder_in_the_place_of_a_file_is_named(rkif: Rkif, run: Path, name: s
     ],
 )
 def test_a_link_to_elsewhere_is_named(rkif: Rkif, run: Path, name: str) -> None:
-    """Commands must neither write nor delete there, and what was added there must be found."""
+    """Commands must neither write nor delete there, and must find files that were added there."""
     elsewhere = run.parent / "elsewhere"
     if (run / name).exists():
         (run / name).rename(elsewhere)

@@ -55,7 +55,7 @@ def test_demo_compares_the_methods_and_can_be_resumed(tmp_path: Path) -> None:
 
 
 def test_libraries_write_nothing_during_the_demo(tmp_path: Path) -> None:
-    """In a process of its own, because libraries also write warnings to its standard error."""
+    """In a separate process, because libraries also write warnings to its standard error."""
     program = (
         "import rkif.demo; from rkif.cli import main; "
         "rkif.demo.CONFIG = rkif.demo.CONFIG.replace('steps: 160', 'steps: 2'); main()"

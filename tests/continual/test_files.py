@@ -16,7 +16,7 @@ from rkif.ledger.chain import Ledger
 
 @pytest.fixture
 def small_disk() -> Iterator[None]:
-    """Limits files to 100 bytes, so that writing fails as on a full disk."""
+    """Limit files to 100 bytes, so that writing fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     yield

@@ -262,7 +262,7 @@ PARTS = ("task", "step", "samples", "ledger_records", "inner.", "fuser.outer_imp
 
 
 def other_state(run: Path, part: str) -> None:
-    """Change the position in the state after round 4 by one, or a tensor of the method."""
+    """Change the state after round 4: its position by one, or a tensor of the method."""
     state = RoundStates(run).read(4)
     if hasattr(state, part):
         state = replace(state, **{part: getattr(state, part) + 1})

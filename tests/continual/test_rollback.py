@@ -42,7 +42,7 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunCo
 
 
 def without_ledger(found: dict[str, bytes]) -> dict[str, bytes]:
-    """Files without the ledger, which records the rollback, and without the record count of checkpoints."""
+    """The files, without the ledger, which records the rollback, and without checkpoints' record count."""
     dropped = ("ledger.jsonl", "checkpoint.safetensors")
     return {
         name: content

@@ -106,7 +106,7 @@ def test_an_encoder_runs_once_for_all_labels() -> None:
 
 
 @both
-def test_half_precision_models_are_summed_in_fp32(kind: str) -> None:
+def test_half_precision_scores_are_summed_in_float32(kind: str) -> None:
     model, collator = setup(kind)
     exact = label_scores(model, collator, items(), LABELS, batch_size=4)
     with torch.autocast("cpu", torch.bfloat16):

@@ -13,7 +13,7 @@ from torchrun import start_program
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Final parameters: adapters on one and two processes, all parameters on one and three, and shards."""
+    """Final parameters on one and on several processes: of adapters, all parameters, and shards."""
     folder = tmp_path_factory.mktemp("ends")
     for ranks, kind in ((1, "ddp"), (2, "ddp"), (1, "full"), (3, "full"), (3, "fsdp")):
         done = start_program(hf_ranks_program.__file__, ranks, kind, folder, torchrun=kind == "fsdp")

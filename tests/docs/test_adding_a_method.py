@@ -1,4 +1,4 @@
-"""The methods of docs/adding-a-method.md learn a sequence, resume to the bit, and pass the page's test."""
+"""The methods of docs/adding-a-method.md learn a sequence, resume with the same bits, and pass its test."""
 
 from __future__ import annotations
 

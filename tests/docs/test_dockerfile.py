@@ -27,7 +27,7 @@ def test_both_stages_have_one_supported_python() -> None:
     assert f"Programming Language :: Python :: {number}" in PROJECT["classifiers"]
 
 
-def test_what_is_copied_exists() -> None:
+def test_copied_paths_exist() -> None:
     """From the repository, or from the environment that an earlier instruction makes."""
     made = re.findall(r"python -m venv (\S+)", "\n".join(instructions("RUN")))
     stages = re.findall(r"^FROM \S+ AS (\S+)$", TEXT, flags=re.MULTILINE)

@@ -62,7 +62,7 @@ def fuser_of(parameter: torch.nn.Parameter) -> rkif.Fuser:
 
 
 def test_rounds_of_captured_steps_are_those_of_other_steps(capture: Captures) -> None:
-    """In the second round every step is replayed: no Python has run, and the fusion knows of the steps."""
+    """In the second round every step is replayed, without Python; the fusion still counts the steps."""
     parameter = torch.nn.Parameter(torch.empty(64))
     results = []
     for captured in (False, True):

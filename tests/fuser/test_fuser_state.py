@@ -148,7 +148,7 @@ def test_a_state_with_a_similar_name_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_raises_an_error(tmp_path: Path) -> None:
-    """A limit on the size of files stands for a full disk."""
+    """A limit on the size of files simulates a full disk."""
     fuser = Fuser(nn.Linear(300, 300))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -76,7 +76,7 @@ def zero(**changes: Any) -> FusionConfig:
 @pytest.mark.parametrize("rule", ["paper", "release"])
 @pytest.mark.parametrize("observing", [False, True], ids=["observe()", "observing optimizer"])
 def test_a_missing_parameter_takes_no_part(scope: Any, rule: str, observing: bool) -> None:
-    """Its round is the round of a model in which it is frozen, although it was important before."""
+    """The round equals that of a model in which the parameter is frozen, although it was important before."""
     loop = Loop(zero(scope=scope, rule=rule), observing=observing)
     loop.train()
     loop.fuser.fuse()
@@ -105,7 +105,7 @@ def test_a_missing_parameter_takes_no_part(scope: Any, rule: str, observing: boo
 
 
 def test_a_gradient_of_one_learner_is_enough() -> None:
-    """The importance for the other learner is what it was, updated with zeros."""
+    """The importance of the other learner is updated with zeros."""
     loops = [Loop(FusionConfig(density=0.3, missing=missing)) for missing in ("zero", "raise")]
     for loop in loops:
         loop.train(inner=EXPERT[:1], outer=EXPERT[1:])
@@ -119,7 +119,7 @@ def test_a_gradient_of_one_learner_is_enough() -> None:
 
 
 @pytest.mark.parametrize("missing", [None, "raise"])
-def test_by_default_it_is_an_error_that_says_what_to_do(missing: Any) -> None:
+def test_by_default_a_missing_parameter_is_an_error_that_names_the_setting(missing: Any) -> None:
     loop = Loop(FusionConfig(missing=missing))
     loop.train(inner=EXPERT, outer=EXPERT)
     message = (
@@ -142,7 +142,7 @@ def test_values_that_something_else_has_changed_are_kept() -> None:
 
 
 def test_a_float32_master_keeps_what_rounding_took() -> None:
-    """The second round leaves the master of the missing parameters as the first has left it."""
+    """The second round does not change the master of the missing parameters."""
     loop = Loop(zero(), dtype=torch.bfloat16)
     loop.train()
     loop.fuser.fuse()
@@ -156,7 +156,7 @@ def test_a_float32_master_keeps_what_rounding_took() -> None:
         assert torch.equal(after[f"base.{name}"], before[f"base.{name}"])
 
 
-def test_a_resumed_round_still_misses_it() -> None:
+def test_a_resumed_round_has_the_same_missing_parameters() -> None:
     loop = Loop(zero())
     loop.train(inner=EXPERT, outer=EXPERT)
     resumed = Loop(zero())
@@ -168,7 +168,7 @@ def test_a_resumed_round_still_misses_it() -> None:
 
 
 @pytest.mark.parametrize(("limit", "factor"), [(1e9, 0.0), (0.0, 1.0)])
-def test_a_gate_judges_the_rest(limit: float, factor: float) -> None:
+def test_a_gate_decides_about_the_other_parameters(limit: float, factor: float) -> None:
     gate = Gate([Criterion("one", lambda: 1.0, floor=limit, tolerance=None)])
     loop = Loop(zero(), gate=gate)
     start = loop.weights()
@@ -179,7 +179,7 @@ def test_a_gate_judges_the_rest(limit: float, factor: float) -> None:
     assert all(torch.equal(loop.weights()[name], start[name]) for name in EXPERT)
 
 
-def test_records_count_no_element_of_it(tmp_path: Path) -> None:
+def test_records_count_no_element_of_a_missing_parameter(tmp_path: Path) -> None:
     loop = Loop(zero(), ledger=tmp_path)
     history = RoundHistory()
     for without in ((), EXPERT):
@@ -221,7 +221,7 @@ def test_settings_are_validated() -> None:
         zero(pack_inner=True)
 
 
-def test_a_config_of_a_run_has_it_only_if_it_is_set(config: Any) -> None:
+def test_a_config_of_a_run_has_the_setting_only_if_it_is_set(config: Any) -> None:
     """Runs that are older than the setting are resumed with the same text."""
     configs = [config(fusion=fusion) for fusion in ({}, {"missing": "zero"})]
     first, second = (yaml.safe_load(dump_config(one))["fusion"] for one in configs)

@@ -1,4 +1,4 @@
-"""A report reads its figures from the device when they are first used, and is a plain report in all else."""
+"""A report reads its figures from the device when they are first used; otherwise it is a plain report."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def fused(seed: int = 0, scope: Any = "global") -> rkif.FusionReport:
     return rkif.fuse(**arguments, scope=scope).report
 
 
-def test_the_reads_are_noticed() -> None:
+def test_reads_of_the_device_are_recorded() -> None:
     values = torch.arange(3)
     with device_reads() as reads:
         assert int(values[1]) == 1
@@ -155,7 +155,7 @@ def test_several_threads_may_use_an_unread_report() -> None:
 
 
 @pytest.mark.gpu
-def test_a_fusion_is_not_waited_for() -> None:
+def test_fuse_does_not_wait_for_the_device() -> None:
     parameter = torch.nn.Parameter(torch.rand(1 << 20, device="cuda"))
     fuser = rkif.Fuser([("p", parameter)])
     parameter.grad = torch.ones_like(parameter)

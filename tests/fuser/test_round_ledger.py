@@ -1,4 +1,4 @@
-"""The ledger of a training loop: the records that `rkif run` writes, as far as a fuser knows them."""
+"""The ledger of a training loop: the records of `rkif run`, except for what a fuser does not know."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_record_has_what_the_round_did(tmp_path: Path, scope: str) -> None:
     assert moved**0.5 == pytest.approx(report.norms["update"], rel=1e-5)
 
 
-def test_the_commands_read_it(tmp_path: Path, rkif: Rkif) -> None:
+def test_the_commands_read_the_ledger_of_a_loop(tmp_path: Path, rkif: Rkif) -> None:
     folder = tmp_path / "ledger"
     loop(folder).run(range(2 * ROUND))
     status, shown, _ = rkif("log", folder)
@@ -149,7 +149,7 @@ def test_a_resumed_loop_continues_the_chain(tmp_path: Path) -> None:
     verify(tmp_path / "killed")
 
 
-def test_a_round_that_is_given_up_or_refused_is_recorded(tmp_path: Path) -> None:
+def test_a_discarded_or_skipped_round_is_recorded(tmp_path: Path) -> None:
     made = loop(tmp_path, nonfinite="skip")
     made.run(range(2))
     made.fuser.rollback()
@@ -271,7 +271,7 @@ def test_a_record_that_cannot_be_written_is_written_before_the_next(
     assert records(tmp_path)[1]["parameters"]["after"] == parameter_digest(plain.fuser.parameters)
 
 
-def test_what_a_kill_at_the_start_leaves_is_no_obstacle(tmp_path: Path) -> None:
+def test_files_left_by_a_kill_at_the_start_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "config.yaml.tmp").write_text("{")
     loop(tmp_path).run(range(ROUND))
     verify(tmp_path)

@@ -1,4 +1,4 @@
-"""A fuser notices that its model no longer holds what it follows, and a step without gradients."""
+"""A fuser detects that its model no longer has its parameters, and that a step has no gradients."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def expand(model: nn.Module) -> None:
     ],
 )
 @pytest.mark.parametrize(("events", "call"), [(3, "begin_outer"), (6, "fuse")])
-def test_memory_that_is_freed_or_shared_is_named(
+def test_a_parameter_whose_memory_is_freed_or_shared_is_named(
     spoil: Callable[[nn.Module], None], message: str, events: int, call: str
 ) -> None:
     loop = Loop(FusionConfig())
@@ -225,7 +225,7 @@ def test_memory_that_is_freed_or_shared_is_named(
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.compile, lambda model: model.named_parameters()])
-def test_what_replaces_nothing_is_no_error(wrap: Callable[[Any], Any]) -> None:
+def test_changes_in_place_are_no_error(wrap: Callable[[Any], Any]) -> None:
     model = make_model()
     fuser = Fuser(wrap(model), FusionConfig())
     for _ in range(2):
@@ -239,7 +239,7 @@ def test_what_replaces_nothing_is_no_error(wrap: Callable[[Any], Any]) -> None:
     assert fuser.round == 2
 
 
-def test_a_model_that_is_gone_is_not_missed() -> None:
+def test_a_deleted_model_is_no_error() -> None:
     fuser = Fuser(nn.Sequential(nn.Linear(2, 2)), FusionConfig())
     for parameter in fuser.parameters.values():
         parameter.grad = torch.ones_like(parameter)

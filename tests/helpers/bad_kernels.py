@@ -1,4 +1,4 @@
-"""Kernels that the ahead-of-time check must refuse; as a script, prints the problems of each."""
+"""Kernels that the ahead-of-time check must refuse; run as a script, it prints the problems of each."""
 
 from __future__ import annotations
 

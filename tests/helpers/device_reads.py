@@ -1,4 +1,4 @@
-"""Notices when values of tensors are read by the host, also of CPU tensors."""
+"""Records when the host reads values of tensors, also of CPU tensors."""
 
 from __future__ import annotations
 

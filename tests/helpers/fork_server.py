@@ -1,8 +1,9 @@
 """Runs a test program on several processes, repeatedly: `fork_server.py PROGRAM`.
 
 It replaces torchrun. Every process is a fork of this one, in which the program's imports are already made,
-because imports take longer than most test programs. A fork ends as multiprocessing ends it: its threads are
-joined and its output is written, but the interpreter is not cleared, which takes a second.
+because imports take longer than most test programs. A fork ends as a process of multiprocessing
+does: its threads are joined and its output is written, but the interpreter is not cleared, which would take a
+second.
 
 A line of standard input is a run, in JSON: the number of "ranks", "arguments", "out" and "err", files for the
 output, and "patience", the seconds that the others have to end by themselves when a rank has failed. The

@@ -1,7 +1,7 @@
 """The program of the tests of the trainer on several processes: `hf_ranks_program.py KIND FOLDER`.
 
 On a CPU, accelerate wraps every model in DDP. For "fsdp" this is prevented, and the model is sharded
-beforehand, as transformers' own loading does it.
+beforehand, as transformers does when it loads a model.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def positive(sizes: Sequence[int], dtype: torch.dtype, seed: int) -> list[Tensor
     return [tensor.abs() for tensor in normal(sizes, dtype, seed)]
 
 
-def hostile(n: int) -> dict[str, Tensor]:
+def adversarial(n: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     values = torch.rand(n, generator=generator)
     mostly_zero = torch.where(values > 0.95, values, 0.0)

@@ -160,7 +160,7 @@ def one_task(settings: RunConfig, inputs: Path, method: type[M] = RecurrentKIF, 
 
 
 def rewrite_ledger(path: Path, edit: Callable[[dict[str, Any]], Any], seq: int | None = None) -> None:
-    """Change one record or all, and compute the chain again, as a forger would."""
+    """Change one record or all, and compute the chain again, as in a forgery."""
     records = list(read_ledger(path))
     path.unlink()
     ledger = Ledger(path)

@@ -1,4 +1,4 @@
-"""Simulated captures of CUDA graphs: what is called within one executes at once."""
+"""Simulated captures of CUDA graphs: calls in a capture are executed at once."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def _environment() -> dict[str, str]:
 
 @functools.cache
 def _server(program: str) -> subprocess.Popen[str]:
-    """The server ends with this process, which closes its standard input."""
+    """Start a server; it ends with this process, because its standard input is then closed."""
     return subprocess.Popen(
         [sys.executable, fork_server.__file__, str(Path(program))],
         stdin=subprocess.PIPE,

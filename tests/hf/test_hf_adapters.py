@@ -1,4 +1,4 @@
-"""Every type of PEFT adapter in a Trainer with a memory: it trains, and what is saved is what was trained."""
+"""Every type of PEFT adapter in a Trainer with a memory: it trains, and its saved form equals it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of transformers' Trainer, held side by side: `RKIFTrainer` in its place changes nothing of it.
+"""`RKIFTrainer` behaves as transformers' Trainer does: both are compared.
 
 The tests of transformers and trl are not part of their wheels. So each case here trains the installed
 version's Trainer and `RKIFTrainer` on the same data. Without a memory everything is equal: weights, logs,
@@ -33,7 +33,7 @@ class Stream(IterableDataset[Any]):
 
 
 class Events(TrainerCallback):
-    """Every event with the step, the flags of `control` and the names of what was logged; no round's log."""
+    """Every event with the step, the flags of `control` and the logged names, without the logs of rounds."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []

@@ -110,7 +110,7 @@ def test_a_gate_of_another_type_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, kind=RKIFTrainer, model=lora_llama(), gate=lambda: True)
 
 
-def test_a_gate_that_evaluates_costs_the_trainer_nothing(tmp_path: Path) -> None:
+def test_a_gate_that_evaluates_changes_nothing_else_in_the_trainer(tmp_path: Path) -> None:
     """Logs, evaluations, early stopping and the best model are those of a gate that measures by itself."""
     measured: list[float] = []
 

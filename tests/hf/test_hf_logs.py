@@ -1,4 +1,4 @@
-"""What a Trainer logs of a round, which callbacks hear of it, and what the model card says."""
+"""What a Trainer logs of a round, which callbacks are called, and the content of the model card."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_every_round_is_logged(tmp_path: Any) -> None:
 
 
 def test_logs_of_steps_are_those_of_the_trainer(tmp_path: Any) -> None:
-    """A round's log takes no step's log away, and adds nothing to it."""
+    """The log of a round neither removes a log of a step nor adds to it."""
     run = trainer(tmp_path, **STEPS)
     run.train()
     logs = [log for log in run.state.log_history if "loss" in log]
@@ -124,7 +124,7 @@ def test_the_figures_of_a_gate_are_logged(tmp_path: Any, floor: float, factor: f
     }
 
 
-def test_a_stop_says_so(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stop_is_logged_as_a_warning(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
     run = trainer(tmp_path, gate=gate(floor=2.0, otherwise="stop"), **STEPS)
     with caplog.at_level(logging.WARNING, logger="rkif"):
         run.train()
@@ -134,7 +134,7 @@ def test_a_stop_says_so(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None
     assert caplog.messages == [said]
 
 
-def test_other_verdicts_are_said_at_a_lower_level(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_verdicts_are_logged_at_a_lower_level(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="rkif"):
         trainer(tmp_path, gate=gate(floor=2.0), max_steps=3).train()
         trainer(tmp_path, gate=gate(), max_steps=3).train()
@@ -143,43 +143,43 @@ def test_other_verdicts_are_said_at_a_lower_level(tmp_path: Any, caplog: pytest.
 
 
 class Listener(TrainerCallback):
-    """Hears of fusions, and asks for what a callback may ask for at the end of a step."""
+    """Records fusions and logs of rounds; saves after each fusion, and stops after the second."""
 
     def __init__(self) -> None:
-        self.heard: list[Any] = []
+        self.calls: list[Any] = []
 
     def on_fusion(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self.heard.append((state.global_step, given["report"], weights(given["model"])))
+        self.calls.append((state.global_step, given["report"], weights(given["model"])))
         control.should_save = True
-        control.should_training_stop = len(self.heard) == 2
+        control.should_training_stop = len(self.calls) == 2
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, **_: Any) -> None:
-        self.heard += [state.global_step] if "rkif/round" in logs else []
+        self.calls += [state.global_step] if "rkif/round" in logs else []
 
 
-def test_callbacks_hear_of_every_fusion(tmp_path: Any) -> None:
+def test_callbacks_are_called_after_every_fusion(tmp_path: Any) -> None:
     """After the fusion, also where nothing is logged; callbacks without the event are not called."""
 
-    class Deaf(TrainerCallback):
+    class WithoutEvent(TrainerCallback):
         pass
 
     listener = Listener()
-    run = trainer(tmp_path, callbacks=[Deaf(), listener], logging_strategy="no")
+    run = trainer(tmp_path, callbacks=[WithoutEvent(), listener], logging_strategy="no")
     run.train()
-    assert [step for step, _, _ in listener.heard] == [3, 6]
+    assert [step for step, _, _ in listener.calls] == [3, 6]
     assert run.state.global_step == 6
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
-    assert listener.heard[-1][1] == run.fuser.last_report
+    assert listener.calls[-1][1] == run.fuser.last_report
     base = run.fuser.base()
-    assert all(torch.equal(base[name], value) for name, value in listener.heard[-1][2].items())
+    assert all(torch.equal(base[name], value) for name, value in listener.calls[-1][2].items())
 
 
-def test_a_round_is_logged_before_callbacks_hear_of_it(tmp_path: Any) -> None:
+def test_a_round_is_logged_before_callbacks_are_called(tmp_path: Any) -> None:
     listener = Listener()
     run = trainer(tmp_path, callbacks=[listener], max_steps=3, **STEPS)
     run.train()
-    assert listener.heard[0] == 3
-    assert listener.heard[1][0] == 3
+    assert listener.calls[0] == 3
+    assert listener.calls[1][0] == 3
 
 
 class Order(TrainerCallback):
@@ -272,7 +272,7 @@ def sft(folder: Path, memory: Any, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("evaluates", [False, True], ids=["alone", "with a gate that evaluates"])
-def test_running_figures_of_trl_are_those_of_the_new_data(tmp_path: Path, evaluates: bool) -> None:
+def test_running_metrics_of_trl_are_those_of_the_new_data(tmp_path: Path, evaluates: bool) -> None:
     """Tokens, entropy and accuracy of a log are those of its own step, also after a round."""
     memory = Dataset.from_dict({"text": ["w1 w1 w1 w1 w1 w1 w1 w1 w1 w1"] * 4})
     seen: list[float] = []

@@ -219,7 +219,7 @@ SEVERAL = {
 }
 
 
-def test_a_ledger_without_a_memory_is_not_silent(tmp_path: Any) -> None:
+def test_a_ledger_without_a_memory_is_an_error_or_a_warning(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="memory_dataset is empty, so there is no fusion for the ledger"):
         trainer(tmp_path, memory_dataset=[], ledger=tmp_path / "ledger")
     with pytest.warns(UserWarning, match="without a memory_dataset there are no fusions"):

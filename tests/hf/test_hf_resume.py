@@ -74,7 +74,7 @@ def test_every_checkpoint_holds_the_round(whole: Any) -> None:
         assert not list((folder / f"checkpoint-{step}").glob("*.tmp"))
 
 
-def test_what_a_killed_save_left_is_removed(tmp_path: Path) -> None:
+def test_files_of_a_killed_save_are_removed(tmp_path: Path) -> None:
     left = tmp_path / "checkpoint-1" / ".tmpAbCdEf"  # a name that safetensors gives
     left.parent.mkdir()
     left.write_bytes(b"half a state")

@@ -1,4 +1,4 @@
-"""A hyperparameter search with a memory: every trial trains as a trainer of its own would."""
+"""A hyperparameter search with a memory: every trial trains as a separate trainer does."""
 
 from __future__ import annotations
 

@@ -251,7 +251,7 @@ def test_a_refused_fusion_is_reported(tmp_path: Any) -> None:
 
 
 class SeldomTrainer(InOrderTrainer):
-    """Has no gradient of the parameters in `unused` in some steps, as a router leaves an expert out."""
+    """Has no gradient of the parameters in `unused` in some steps, as if a router left out an expert."""
 
     unused: dict[int, str]
     calls = 0

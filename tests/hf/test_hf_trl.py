@@ -1,4 +1,4 @@
-"""Trainers of trl with the mixin beside the same trainers without it, on tiny models."""
+"""Trainers of trl with the mixin, compared with the same trainers without it, on tiny models."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def test_a_fusion_of_the_adapter_is_counted_launch_by_launch() -> None:
     assert prediction._iterations(1.28, 1) == pytest.approx(1.28, rel=1e-4)  # of one lane: its mean
 
 
-def test_the_predictions_are_held_against_the_goals() -> None:
+def test_predictions_are_compared_with_the_goals() -> None:
     rates = {"observe": 20.0, "bracketed scores": 26.0, "bracketed fuse": 77.0, "adamw": 60.0}
     columns = {str(column.header): list(column.cells) for column in prediction.table(rates).columns}
     assert columns["call"] == [

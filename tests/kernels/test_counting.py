@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import CHUNK, SIZES, hostile, implementations, on, positive, scores_on
+from kernel_cases import CHUNK, SIZES, adversarial, implementations, on, positive, scores_on
 
 import rkif_kernels
 from rkif_kernels import Scores
@@ -31,12 +31,12 @@ def search(scores: list[torch.Tensor], k: int, guess: tuple[float, float] | None
     return found.value, passes
 
 
-@pytest.mark.parametrize("name", hostile(4).keys())
+@pytest.mark.parametrize("name", adversarial(4).keys())
 @pytest.mark.parametrize(
     "guess", [None, (0.2, 0.3), (0.0, 0.0), (1e30, torch.inf), (0.0, torch.inf)], ids=str
 )
 def test_search_is_exact_for_any_guess(name: str, guess: tuple[float, float] | None) -> None:
-    scores = hostile(700)[name]
+    scores = adversarial(700)[name]
     ordered = scores.sort().values
     for k in (0, 1, 350, 559, 698, 699):
         value, passes = search([scores[:300], scores[300:]], k, guess)

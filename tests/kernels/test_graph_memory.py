@@ -1,4 +1,4 @@
-"""What a CUDA graph reads is kept while it can be replayed. Here a capture executes at once."""
+"""The memory that a CUDA graph reads is kept while it can be replayed. Simulated captures execute at once."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_no_two_kinds_have_equal_descriptions(compiled: bool) -> None:
 
 
 @pytest.mark.parametrize("entry", [torch.eye(3).to_sparse(), 3])
-def test_what_has_no_address_equals_nothing(compiled: bool, entry: Any) -> None:
+def test_a_list_without_addresses_equals_no_other(compiled: bool, entry: Any) -> None:
     tensors = [FLAT, entry]
     assert describe(tensors) != describe(tensors)
     assert describe(tensors).kinds != describe(tensors).kinds
@@ -82,7 +82,7 @@ def test_tensors_may_have_many_dimensions(compiled: bool) -> None:
     assert describe(tensors) != describe([*tensors[:-1], torch.zeros((1,) * 59)])
 
 
-def test_the_order_and_the_places_of_missing_tensors_count(compiled: bool) -> None:
+def test_the_order_and_the_positions_of_missing_tensors_count(compiled: bool) -> None:
     one, other = torch.zeros(3), torch.zeros(4)
     lists: list[list[Any]] = [
         [one, other], [other, one], [one, None], [None, one], [one], [one, one], [None, None], [None], [],
@@ -143,7 +143,7 @@ def test_plain_tensors_are_described_without_python(monkeypatch: pytest.MonkeyPa
 
 
 class Clears(TorchFunctionMode):
-    """Empties a list when the negation of one of its tensors is asked for, as another thread could."""
+    """Empties a list when `is_neg` of one of its tensors is called, as another thread could do."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()

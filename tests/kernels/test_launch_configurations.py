@@ -1,4 +1,4 @@
-"""Which launch configuration a call takes: the most specific row, looked up when a call is prepared."""
+"""The launch configuration of a call: the most specific row, looked up when the call is prepared."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ANY = Row("*", "*", "*", "*", None, STREAM)
 MEASURED = {"device": "H100", "shape": "one-64Mi", "ms": 0.5, "share": 0.95, "commit": "abc"}
 
 
-def test_what_nobody_has_measured_is_launched_as_counting_chose() -> None:
+def test_calls_without_a_measured_row_have_the_default_configuration() -> None:
     for op in ("observe", "adamw", "radix", "count", "valid"):
         assert default(op).launch == STREAM
     for op in ("threshold", "merge"):
@@ -37,7 +37,7 @@ def test_what_nobody_has_measured_is_launched_as_counting_chose() -> None:
     assert all(default(op).measured is None for op in ("observe", "threshold", "fuse", "merge"))
 
 
-def test_rows_that_can_be_told_apart_and_say_what_they_were_measured_on() -> None:
+def test_rows_have_unique_keys_and_complete_measurements() -> None:
     rows = read(FILE)
     assert max(Counter(row.key for row in rows).values()) == 1
     for row in rows:
@@ -72,7 +72,7 @@ def test_the_most_specific_row_wins(more: Row, less: Row) -> None:
         Call("observe", "sm_90", "3.6", "float32", 100),
     ],
 )
-def test_a_row_is_for_what_it_names(other: Call) -> None:
+def test_a_row_fits_only_the_calls_that_it_names(other: Call) -> None:
     row = Row("observe", "sm_90", "3.6", "float32", 99, NARROW, measured=MEASURED)
     assert choose([row, ANY], Call("observe", "sm_90", "3.6", "float32", 99)) == row
     assert choose([row, ANY], other) == ANY
@@ -80,7 +80,7 @@ def test_a_row_is_for_what_it_names(other: Call) -> None:
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the rows, from which calls are launched."""
+    """A copy of launches.json, which calls use."""
     copy = tmp_path / "launches.json"
     copy.write_text(FILE.read_text())
     monkeypatch.setattr(launches, "FILE", copy)
@@ -90,7 +90,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def keep(file: Path, row: Row) -> None:
-    """Write a row, from which calls are launched then."""
+    """Write a row, which calls use from then on."""
     write(file, [row])
     forget()
 
@@ -117,7 +117,7 @@ def test_rows_are_read_as_they_were_written_and_replaced_by_key(file: Path) -> N
 
 
 def test_a_call_is_launched_by_the_row_for_its_size(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And whatever the row, the bits are those of the reference."""
+    """With any row, the bits are those of the reference."""
     small = LaunchConfig(64, 2, 2)
     keep(file, measured_here("observe", small, 300))
     chunks: list[int] = []
@@ -142,7 +142,7 @@ def test_dtypes_are_named_in_the_order_of_the_lists(file: Path) -> None:
     assert chosen("observe", (s, None, w), 3) == default("observe")
 
 
-def test_a_plan_looks_its_launch_configuration_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_looks_up_its_launch_configuration_once(monkeypatch: pytest.MonkeyPatch) -> None:
     w, g, s = ([torch.ones(5, device=DEVICE)] for _ in range(3))
     bad = torch.zeros((), dtype=torch.int64, device=DEVICE)
     asked: list[str] = []
@@ -154,9 +154,7 @@ def test_a_plan_looks_its_launch_configuration_up_once(monkeypatch: pytest.Monke
     assert s[0].tolist() == [1.0] * 5
 
 
-def test_few_scores_are_selected_as_the_row_of_radix_selection_says(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_radix_selection_uses_its_row(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(file, measured_here("radix", LaunchConfig(64, 2, 2), 300))
     chunks: list[Any] = []
     tables = radix.tables

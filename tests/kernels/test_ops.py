@@ -101,7 +101,7 @@ def test_an_empty_tensor_has_a_threshold_that_selects_nothing(backend: str) -> N
         rkif_kernels.score_thresholds(Scores([torch.ones(0)]), density=0.5)
 
 
-def awkward(kind: str, values: Tensor) -> Tensor:
+def irregular(kind: str, values: Tensor) -> Tensor:
     """The same 2-D values in memory that is not contiguous or not aligned."""
     if kind == "transposed":
         return values.t().contiguous().t()
@@ -120,19 +120,19 @@ def test_any_memory_layout_gives_the_same_values(backend: str, kind: str) -> Non
         if key in ("thresholds", "weights"):
             shaped[key] = value
         elif isinstance(value, Scores):
-            shaped[key] = Scores([awkward(kind, value.sensitivity[0].view(4, 6))])
+            shaped[key] = Scores([irregular(kind, value.sensitivity[0].view(4, 6))])
         else:
-            shaped[key] = [awkward(kind, value[0].view(4, 6))]
+            shaped[key] = [irregular(kind, value[0].view(4, 6))]
     rkif_kernels.fuse_(**plain, backend=backend)
     rkif_kernels.fuse_(**shaped, backend=backend)
     assert torch.equal(shaped["out"][0], plain["out"][0].view(4, 6))
 
     update, expected = update_arguments(24), update_arguments(24)
     for key in ("params", "grads"):
-        update[key] = [awkward(kind, update[key][0].view(4, 6))]
+        update[key] = [irregular(kind, update[key][0].view(4, 6))]
     for key in ("sensitivity", "uncertainty"):
         tensor = update[key][0].view(4, 6)
-        update[key] = [awkward(kind, tensor) if kind == "misaligned" else tensor]
+        update[key] = [irregular(kind, tensor) if kind == "misaligned" else tensor]
     rkif_kernels.update_importance_(**update, backend=backend)
     rkif_kernels.update_importance_(**expected, backend=backend)
     for key in ("sensitivity", "uncertainty"):

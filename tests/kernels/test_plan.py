@@ -1,4 +1,4 @@
-"""A prepared update equals the operation, also if tensors move, appear or disappear between steps."""
+"""A prepared update equals the operation, also if tensors move, become None or return between steps."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_gradient_that_a_kernel_cannot_address_is_copied(backend: str) -> None
         wide.add_(1)  # a copy that is not repeated would be stale
 
 
-def test_copies_keep_their_place() -> None:
+def test_copies_keep_their_addresses() -> None:
     wide = torch.randn(20)
     views: list[list[Tensor | None]] = [[wide[start : start + 8 : 2]] for start in (1, 3, 5)]
     places = _RoleAddresses(views[0])

@@ -15,9 +15,9 @@ from kernel_cases import (
     SIZES,
     STATE_DTYPES,
     Guarded,
+    adversarial,
     assert_same_bits,
     check_thresholds,
-    hostile,
     normal,
     on,
     positive,
@@ -176,9 +176,9 @@ def test_thresholds_of_each_tensor(implementation: Any) -> None:
         check_thresholds(implementation, scores, [pick(ks_of_interest(n)) for n in sizes], per_tensor=True)
 
 
-@pytest.mark.parametrize("name", hostile(4).keys())
-def test_threshold_of_hostile_scores(implementation: Any, name: str) -> None:
-    scores = hostile(2 * CHUNK + 9)[name]
+@pytest.mark.parametrize("name", adversarial(4).keys())
+def test_threshold_of_adversarial_scores(implementation: Any, name: str) -> None:
+    scores = adversarial(2 * CHUNK + 9)[name]
     for k in ks_of_interest(scores.numel()):
         check_thresholds(implementation, Scores([scores]), [k], per_tensor=False)
 
@@ -189,16 +189,16 @@ def test_threshold_of_other_dtypes(implementation: Any, dtype: torch.dtype) -> N
     check_thresholds(implementation, scores, [100], per_tensor=False)
 
 
-@pytest.mark.parametrize("name", hostile(4).keys())
+@pytest.mark.parametrize("name", adversarial(4).keys())
 def test_a_useless_sample_ends_in_bisection(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """With useless samples the blocked search becomes a bisection, which must end."""
+    """With useless samples the search in blocks becomes a bisection, which must end."""
     for setting, value in {"SHORT": 4, "SMALL": 4, "SAMPLED_PASSES": 0}.items():
         monkeypatch.setattr(f"rkif_kernels.selection.sampled.{setting}", value)
     passes = []
     reader = torch_backend.select._BlockReader
     split = reader.split
     monkeypatch.setattr(reader, "split", lambda *a: passes.append(a) or split(*a))
-    scores = hostile(300)[name]
+    scores = adversarial(300)[name]
     for k in ks_of_interest(300):
         passes.clear()
         found = torch_backend.score_thresholds(Scores([scores]), ks=[k], per_tensor=False)

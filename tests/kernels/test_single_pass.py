@@ -15,8 +15,8 @@ from kernel_cases import (
     CONFIG,
     SIZES,
     Guarded,
+    adversarial,
     assert_same_bits,
-    hostile,
     normal,
     on,
     positive,
@@ -170,10 +170,10 @@ def test_a_list_that_is_too_short_causes_the_fallback(
     assert [int(flag) for flag in fell_back] == [failed]
 
 
-@pytest.mark.parametrize("inner_name", hostile(4).keys())
-def test_single_pass_of_hostile_scores(inner_name: str) -> None:
+@pytest.mark.parametrize("inner_name", adversarial(4).keys())
+def test_single_pass_of_adversarial_scores(inner_name: str) -> None:
     n = 2 * CHUNK + 9
-    cases = hostile(n)
+    cases = adversarial(n)
     names = list(cases)
     other = cases[names[(names.index(inner_name) + 5) % len(names)]]
     for k in (0, n // 3, int(0.8 * (n - 1)), n - 1):
@@ -235,10 +235,10 @@ def test_thresholds_without_fusion_in_one_pass(
         assert other.item() == expected.item()
 
 
-@pytest.mark.parametrize("name", hostile(4).keys())
-def test_thresholds_without_fusion_of_hostile_scores(name: str) -> None:
+@pytest.mark.parametrize("name", adversarial(4).keys())
+def test_thresholds_without_fusion_of_adversarial_scores(name: str) -> None:
     n = 2 * CHUNK + 9
-    scores = Scores([hostile(n)[name]])
+    scores = Scores([adversarial(n)[name]])
     for k in (0, n // 3, int(0.8 * (n - 1)), n - 1):
         (expected,) = reference.score_thresholds(scores, ks=[k], per_tensor=False)
         (found,) = thresholds.score_thresholds(

@@ -85,7 +85,7 @@ def test_native_has_the_bits_of_torch(dtypes: str, rule: str, selection: str) ->
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=NATIVE)])
-def test_the_formula(backend: Any) -> None:
+def test_a_merge_is_that_computed_by_hand(backend: Any) -> None:
     base, inner = [torch.tensor([1.0, 1, 1, 1, 1])], [torch.tensor([2.0, 3, 1, -1, 1.5])]
     outer = [torch.tensor([3.0, -3, 0, -3, 1])]
     out = [torch.empty(5)]
@@ -104,7 +104,7 @@ def test_the_formula(backend: Any) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=NATIVE)])
 @pytest.mark.usefixtures("instructions")
-def test_what_is_drawn_is_numpys_stream(backend: Any) -> None:
+def test_random_numbers_are_those_of_numpy(backend: Any) -> None:
     chosen = draws()
     zeros = [torch.zeros(size) for size in SIZES]
     ones = [torch.ones(size) for size in SIZES]
@@ -123,7 +123,7 @@ def test_what_is_drawn_is_numpys_stream(backend: Any) -> None:
             assert sums[1, side, index] == kept.sum()
 
 
-def test_both_sides_and_all_tensors_are_drawn_apart() -> None:
+def test_sides_and_tensors_are_drawn_independently() -> None:
     chosen = draws(0.5)
     streams = [chosen.keeps(side, index, 0, 10_000) for side in range(2) for index in range(2)]
     for index, one in enumerate(streams):
@@ -141,7 +141,7 @@ def test_the_result_may_overwrite_an_input() -> None:
             assert_same_bits(inputs[role], expected)
 
 
-def test_what_does_not_fit_together_is_refused() -> None:
+def test_tensors_that_do_not_fit_together_are_refused() -> None:
     out, base, inner, outer = parameters()
     rule = RULES["sum"]
     with pytest.raises(ValueError, match="inner has 5 tensors, out has 6"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import CHUNK, CONFIG, assert_same_bits, hostile, normal, on, positive, scores_on
+from kernel_cases import CHUNK, CONFIG, adversarial, assert_same_bits, normal, on, positive, scores_on
 from torch import Tensor
 
 import rkif_kernels
@@ -82,10 +82,10 @@ def test_good_brackets_are_searched_only_in_the_list(fell_back: list[list[int]])
 
 
 @pytest.mark.parametrize("shift", range(4))
-def test_hostile_tensors_side_by_side(shift: int) -> None:
-    """One call has all kinds of scores, so the groups take every way to their thresholds."""
+def test_adversarial_tensors_in_one_call(shift: int) -> None:
+    """One call has all kinds of scores, so its groups use every branch of the search."""
     n = CHUNK + 9
-    kinds = list(hostile(n).values())
+    kinds = list(adversarial(n).values())
     ks = [(0, n // 3, int(0.8 * (n - 1)), n - 1)[(shift + index) % 4] for index in range(len(kinds))]
     check([Scores(kinds)], ks)
 

@@ -1,7 +1,8 @@
 """Accesses outside the tensors of a launch, those of its pointer table included.
 
 ttsem alone knows only the tensors among a launch's arguments, but rkif's kernels reach tensors by addresses
-in a table. Memory is that of the CPU tensors, so that aliases are aliases, as on a GPU.
+in a table. Kernels access the memory of the CPU tensors themselves, so tensors that share memory
+behave as on a GPU.
 """
 
 from __future__ import annotations

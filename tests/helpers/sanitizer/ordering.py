@@ -1,4 +1,4 @@
-"""Races between the programs of a launch, with the order that atomics give.
+"""Races between the programs of a launch, given the order that atomics establish.
 
 Programs run in any order and at the same time. Two accesses of the same bytes by two programs race, unless
 both are loads, both are atomic, or one precedes the other. Only atomics order programs: if an atomic of

@@ -1,4 +1,4 @@
-"""The pytest plugin: executes every launch by ttsem, with all checks.
+"""The pytest plugin: it executes every launch by ttsem, with all checks.
 
 Tensors are on the CPU, as for Triton's interpreter. Kernels are those that are compiled for a GPU.
 """
