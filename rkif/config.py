@@ -76,7 +76,7 @@ _SWITCHES = ("clear_inner", "clear_outer", "refresh_outer", "pack_inner", "offlo
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """How importance is measured, what is kept, and how the two task vectors are merged.
+    """Settings of a round: the measure of importance, the selection, the merge, and the use of memory.
 
     The defaults are the preset :meth:`release`. On the dev split of the long benchmark (15 tasks, three
     orders, an encoder of 22.7 M parameters with LoRA, 32 steps per task), its final accuracy and its backward
@@ -85,13 +85,14 @@ class FusionConfig:
     bench/results/continual.jsonl, the tables in docs/results/continual.md.
 
     Attributes:
-        density: fraction of the parameters each learner selects, in [0, 1].
+        density: fraction of the elements that each learner selects, in [0, 1].
         rule: "paper", "release" or a :class:`MergeWeights`.
         scope: one threshold over all parameters ("global") or one for each tensor ("tensor").
-        importance: score by S ("sensitivity") or S*U ("sensitivity_uncertainty").
+        importance: the score of an element: its smoothed sensitivity S ("sensitivity"), or S times its
+            uncertainty U ("sensitivity_uncertainty").
         order: sensitivity of first order |w*g|, second order (w*g)^2, or mixed |w*g - (w*g)^2/2|.
-        beta1, beta2: smoothing of S and of U, in [0, 1].
-        inner_steps, outer_steps: Q and M, optimizer steps of the two learners in a round.
+        beta1, beta2: factors of exponential smoothing of S and of U, in [0, 1].
+        inner_steps, outer_steps: Q and M, numbers of optimizer steps of the two learners in a round.
         clear_inner, clear_outer: whether a learner's importance starts from zero in the next round.
         refresh_outer: whether every round updates the outer importance. False: it is updated until the
             fuser's first fusion and constant after it (an ablation: static importance; not together with

@@ -28,12 +28,12 @@ class FusionReport:
     fusion. Later fusions do not change them.
 
     Attributes:
-        numel: parameters that took part.
+        numel: number of elements that took part.
         thresholds: (inner, outer); each a float, or a dict by parameter name under scope="tensor".
-            A parameter is selected where its score is greater.
-        counts: parameters selected by "inner_only", "outer_only", "both" and "neither".
+            An element is selected if its score is greater.
+        counts: number of elements selected by "inner_only", "outer_only", "both" and "neither".
         norms: L2 norms of the "inner" and "outer" task vectors and of the "update", result - base.
-        nonfinite: elements whose importance was not finite in some step of the round.
+        nonfinite: number of elements whose importance was not finite in some step of the round.
         missing: names of parameters that took no part, because they had no gradient in the round.
         applied: False if the fusion was skipped: thresholds and the task vectors' norms are NaN then, counts
             and update zero. Also False if the gate undid it.
@@ -115,22 +115,23 @@ def fuse(
 
         ``result = base + w_in*(inner - base) + w_out*(outer - inner)``
 
-    with the weights that ``rule`` gives to the four cases. Each named parameter is fused separately: for LoRA
-    A and B, so in factor space.
+    with the weights of ``rule`` for the four cases: an element is selected by the inner learner only, by the
+    outer learner only, by both, or by neither. Each named parameter is fused separately, so LoRA's A and B
+    are fused in factor space.
 
     Args:
         base: name -> parameter before the round; any shapes; float32, bfloat16 or float16.
-        inner: the same after the inner learner.
-        outer: the same after the outer learner, which started from the inner learner's result.
+        inner: name -> parameter after the inner learner.
+        outer: name -> parameter after the outer learner, which started from the inner learner's result.
         inner_importance, outer_importance: name -> non-negative scores of the parameter's shape; both or
             neither. Without them the scores are the magnitudes of the task vectors, ``|inner - base|`` and
             ``|outer - inner|`` (``|outer - base|`` with ``outer_from="base"``), as in ``rkif fuse``.
-        density: fraction each learner selects, in [0, 1].
+        density: fraction of the elements that each learner selects, in [0, 1].
         rule: "paper", "release" or a :class:`rkif.MergeWeights`.
         scope: one threshold over all parameters ("global") or one for each ("tensor").
-        outer_from: "base" where the outer learner started from ``base`` too: its task vector is then
+        outer_from: "base" if the outer learner started from ``base`` too: its task vector is then
             ``outer - base``.
-        out: name -> tensor to write the result to; may be ``base``, ``inner`` or ``outer`` themselves.
+        out: name -> tensor that the result is written to, in place; may be ``base``, ``inner`` or ``outer``.
             Without it, new tensors with the dtypes of ``base`` are allocated.
         backend: "auto", "triton", "native" or "torch"; all give the same bits.
 
@@ -139,10 +140,10 @@ def fuse(
         when thresholds, counts or norms of the report are first used.
 
     Raises:
-        TypeError, ValueError: names the argument, the parameter and the value: not mappings, different names,
-            shapes or devices, unsupported dtypes, no parameters, density outside [0, 1], unknown rule or
-            scope, one importance alone, negative or NaN importance, parameters that are not finite where no
-            importance is given, outputs that share memory. Nothing has been written then.
+        TypeError, ValueError: arguments are not mappings, or differ in names, shapes or devices; unsupported
+            dtypes; no parameters; density outside [0, 1]; unknown rule or scope; one importance alone;
+            negative or NaN importance; parameters that are not finite, without importance; outputs that
+            share memory. The message names argument, parameter and value. Nothing has been written then.
     """
     weights = merge_weights(rule)
     arguments: dict[str, Mapping[str, Tensor]] = {"base": base, "inner": inner, "outer": outer}

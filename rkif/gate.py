@@ -72,7 +72,12 @@ class Criterion:
             ) from None
 
     def objection(self, before: float, after: float) -> str | None:
-        """Why ``after`` is not acceptable, or None if it is. A value that is not finite never is."""
+        """The reason why a value after a fusion is not acceptable; None if it is acceptable.
+
+        Args:
+            before: the value before the fusion.
+            after: the value after it. If it is not finite, it is not acceptable.
+        """
         if not math.isfinite(after):
             return f"{self.name} is not {'a number' if math.isnan(after) else 'finite'}"
         sign = 1.0 if self.higher_is_better else -1.0
@@ -94,12 +99,12 @@ def without_values(objection: str) -> str:
 
 @dataclass(frozen=True)
 class Gate:
-    """Which fusions to check, and what to do with one that fails.
+    """The fusions to check, the criteria, and the consequence if a fusion fails.
 
     Attributes:
-        criteria: a fusion passes if all of them accept it.
+        criteria: the metrics; a fusion passes if all of them accept it.
         ladder: fractions of the step to try, in this order, if the whole step fails; each in (0, 1) and
-            smaller than the one before.
+            smaller than the previous one.
         otherwise: what to do if every fraction fails. "undo": the parameters return to the round's base, and
             training continues. "stop": the same, and training ends.
         every: check every n-th round.
@@ -142,7 +147,7 @@ class Gate:
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """Everything that a verdict depends on, except how the values are measured."""
+        """Everything on which a verdict depends, except the measurement of the values."""
         settings = [replace(criterion, evaluate=float) for criterion in self.criteria]
         return settings, self.ladder, self.otherwise, self.every, self.budget
 

@@ -106,9 +106,9 @@ def fuse_delta(
         density, rule, scope, outer_from: see :func:`rkif.fuse`.
 
     Raises:
-        TypeError, ValueError: names, shapes or dtypes that do not fit together, factors that are no
-            matrices (convolutions), a DoRA magnitude, no module with factors, or one without scaling; NaN
-            or infinity in a tensor, or in a fused update.
+        TypeError, ValueError: names, shapes or dtypes do not fit together; a factor is not a matrix
+            (convolutions); a DoRA magnitude; no module with factors, or one without scaling; NaN or infinity
+            in a tensor or in a fused update.
     """
     names = common_names({"base": base, "inner": inner, "outer": outer})
     require_fraction("density", density)
@@ -165,7 +165,7 @@ def fuse_delta(
 
 
 def lora_scaling(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
-    """Module -> the factor of its B·A in peft: alpha / r; rsLoRA (Kalajdzievski, 2023): alpha / sqrt(r).
+    """Module -> factor of B·A in peft: alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski, 2023).
 
     Args:
         config: the content of an adapter_config.json, or ``LoraConfig(...).to_dict()``: lora_alpha, r,
@@ -174,7 +174,7 @@ def lora_scaling(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, f
         names: names of the adapter's tensors.
 
     Raises:
-        ValueError: DoRA, whose updates depend on the weights they are added to.
+        ValueError: a DoRA adapter: its updates depend on the weights to which they are added.
     """
     if config.get("use_dora"):
         raise ValueError(_NO_DORA)

@@ -37,8 +37,8 @@ class AdamW(torch.optim.Optimizer):
 
     With a fuser, ``optimizer.step()`` replaces ``fuser.observe(); optimizer.step()``. The importance is
     that of the weights before the step, bit for bit; the gradients must be final (accumulated, unscaled,
-    clipped). Both share one pass over memory: it moves 44 bytes per float32 element instead of 24 + 28. Give
-    the inner and the outer optimizer the same fuser. Its phase determines the learner. ::
+    clipped). Importance and step share one pass over memory, which moves 44 bytes per float32 element instead
+    of 24 + 28. Give the inner and the outer optimizer the same fuser. Its phase determines the learner. ::
 
         fuser = rkif.Fuser(model, config)
         optimizer = rkif.optim.AdamW(model.parameters(), lr=1e-4, fuser=fuser)
