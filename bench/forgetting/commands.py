@@ -98,7 +98,7 @@ def continual_command(
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Number of runs at a time.")] = 1,
     untimed: Annotated[
         bool,
-        typer.Option("--untimed", help="Write no times into the rows: for a machine that does other work."),
+        typer.Option("--untimed", help="Leave the wall time out of the rows: the machine does other work."),
     ] = False,
     out: Annotated[Path, typer.Option("--out", help="Folder for the runs.")] = Path("runs/continual"),
 ) -> None:

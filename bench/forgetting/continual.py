@@ -52,7 +52,7 @@ class Job:
 
     Attributes:
         rate: factor of the learning rates of both learners, besides the variant's factors.
-        timed: whether the row has times. They would be wrong on a machine that does other work.
+        timed: whether the row has the wall time. It would be wrong where the machine does other work.
     """
 
     config: Path
@@ -90,8 +90,8 @@ class Job:
 def compare(jobs: Sequence[Job], processes: int, console: Console) -> None:
     """Run the jobs, each in a separate process, and write a row for each.
 
-    After an interruption, call it again: jobs with a row are skipped, and unfinished runs are resumed. The
-    row of a resumed run has no time and no memory, because they were measured for a part of the run only.
+    Call it again after an interruption: jobs with a row are skipped, and unfinished runs are resumed. Times
+    and memory of a resumed run are left out of its row, because they were measured for a part only.
 
     Raises:
         ValueError: settings are invalid (raised before any run), or runs failed (raised after all others).
@@ -129,22 +129,19 @@ def compare(jobs: Sequence[Job], processes: int, console: Console) -> None:
 def _run(job: Job) -> dict[str, Any]:
     config = job.settings()
     resumed = job.folder.exists()
-    started = time.monotonic()
+    started, started_cpu = time.monotonic(), time.process_time()
     with seconds_by_part(TIMED) as spent, open(os.devnull, "w") as nowhere:
         metrics = run(config, job.folder, resume=resumed, progress=RunProgress(Console(file=nowhere)))
-    wall = None if resumed or not job.timed else time.monotonic() - started
-    row = _row(job, config, metrics, wall, spent)
+    cost = {} if resumed else _cost(config, spent, time.process_time() - started_cpu)
+    cost |= {"wall_s": None if resumed or not job.timed else round(time.monotonic() - started, 1)}
+    row = _row(job, config, metrics) | cost
     if config.architecture == "causal":
         before, after = perplexities(config, job.folder, metrics["tasks"])
         row["perplexity"] = [round(before, 3), round(after, 3)]
     return row
 
 
-def _row(
-    job: Job, config: RunConfig, metrics: Mapping[str, Any], wall: float | None, spent: Mapping[str, float]
-) -> dict[str, Any]:
-    on = run_device(config)
-    peak = torch.cuda.max_memory_allocated(on) if on.type == "cuda" else _peak_of_process()
+def _row(job: Job, config: RunConfig, metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "suite": job.suite,
         "order": job.order,
@@ -157,24 +154,26 @@ def _row(
         },
         "samples": metrics["samples"],
         "steps": metrics["steps"],
-        "wall_s": wall if wall is None else round(wall, 1),
         "model": Path(config.model).name,
         "trainable": metrics["trainable"],
         "split": metrics["split"],
-        "device": device_name(on),
+        "device": device_name(run_device(config)),
         "commit": commit(),
         "config": job.config.stem,
-        "peak_mib": None if wall is None else round(peak / 2**20),
-        # The time of observing, fusing and recording a round, as a share of the time of all steps.
-        "rkif_share": round(spent["fuser"] / (spent["fuser"] + spent["steps"]), 5)
-        if spent["fuser"] and wall
-        else None,
         "tasks": metrics["tasks"],
         "records": metrics["records"],
         "initial": metrics["initial"],
         "accuracy": metrics["accuracy"],
         "settings": config.model_dump(mode="json", exclude=NAMED),
     }
+
+
+def _cost(config: RunConfig, spent: Mapping[str, float], cpu_s: float) -> dict[str, Any]:
+    """CPU time in seconds, peak memory, and the share of observing, fusing and recording in the steps."""
+    on = run_device(config)
+    peak = torch.cuda.max_memory_allocated(on) if on.type == "cuda" else _peak_of_process()
+    share = round(spent["fuser"] / (spent["fuser"] + spent["steps"]), 5) if spent["fuser"] else None
+    return {"cpu_s": round(cpu_s, 1), "peak_mib": round(peak / 2**20), "rkif_share": share}
 
 
 def _peak_of_process() -> int:

@@ -25,7 +25,8 @@ SUITES = ("standard-minilm", "long-minilm")  # of the summary
 BASELINE = "replay"
 BOUND = "multi_task"
 ABLATED = "recurrent_kif"  # FusionConfig(), which is the release preset
-SHOWN = tuple(name for name in MAIN if name != "recurrent_kif_release")  # the runs of "recurrent_kif"
+MINUTES = {"wall_s": "minutes", "cpu_s": "CPU minutes"}  # key of a row -> heading
+SHOWN = tuple(name for name in MAIN if name != "recurrent_kif_release")  # the same runs as the default's
 
 
 def summary() -> str:
@@ -169,7 +170,9 @@ def _table(group: Mapping[str, Runs], methods: Sequence[str], *, cost: bool = Fa
     headings += ["samples", *(["forward passes per sample"] if distilled else []), "runs"]
     generates = any("perplexity" in row for runs in group.values() for row in runs.values())
     headings += ["perplexity"] if generates else []
-    headings += ["minutes", "peak MiB", "in rkif"] if cost else []
+    measured = [row for runs in group.values() for row in runs.values()]
+    minutes = [name for key, name in MINUTES.items() if any(row.get(key) for row in measured)]
+    headings += [*minutes, "peak MiB", "in rkif"] if cost else []
     lines = ["| " + " | ".join(headings) + " |", "| --- |" + " ---: |" * (len(headings) - 1)]
     for method in methods:
         if method not in group:
@@ -186,11 +189,12 @@ def _table(group: Mapping[str, Runs], methods: Sequence[str], *, cost: bool = Fa
         cells += [str(len(runs))]
         cells += [_perplexity(runs)] if generates else []
         if cost:
-            walls = [row["wall_s"] / 60 for row in runs.values() if row["wall_s"]]
+            for key in (key for key, name in MINUTES.items() if name in minutes):
+                times = [row[key] / 60 for row in runs.values() if row.get(key)]
+                cells += [format_number(median(times) if times else None)]
             peaks = [row["peak_mib"] for row in runs.values() if row.get("peak_mib")]
             shares = [row["rkif_share"] for row in runs.values() if row.get("rkif_share")]
             cells += [
-                format_number(median(walls) if walls else None),
                 f"{median(peaks):,.0f}" if peaks else "-",
                 f"{100 * median(shares):.1f}%" if shares else "-",
             ]
@@ -276,8 +280,9 @@ def forward_passes(row: Row) -> float:
         answered = new * on_inputs + memory * on_memory
     else:
         answered = (new + memory) * (on_inputs or on_memory)
-    one_text = settings["architecture"] == "encoder" and "{instruction}" not in settings["text"]["prompt"]
-    questions = new * on_inputs * (not one_text)
+    prompt = settings["text"]["prompt"] if on_inputs else ""
+    apart = on_inputs and not (settings["architecture"] == "encoder" and "{instruction}" not in prompt)
+    questions = new if apart else 0
     return float(1 + (answered + 2 * questions) / row["samples"])
 
 

@@ -88,6 +88,7 @@ def test_a_suite_writes_rows_and_repeats_no_run(job: Job, tmp_path: Path) -> Non
     assert 0 < fused["rkif_share"] < 1
     assert plain["rkif_share"] is None
     assert fused["peak_mib"] > 100
+    assert fused["cpu_s"] > 0
     before = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*")) if path.is_file()]
     compare([job, other], 1, shown)
     assert "2 of 2 runs have been done" in shown.file.getvalue()
@@ -97,7 +98,10 @@ def test_a_suite_writes_rows_and_repeats_no_run(job: Job, tmp_path: Path) -> Non
     job.config.write_text(job.config.read_text().replace("steps: 7", "steps: 5"))
     again = Job(job.config, job.suite, job.order, "sequential", 2, tmp_path / "again", timed=False)
     compare([again], 1, shown)
-    assert (plain["wall_s"] > 0, continual.rows()[1]["wall_s"]) == (True, None)
+    untimed = continual.rows()[1]
+    assert (plain["wall_s"] > 0, untimed["wall_s"]) == (True, None)
+    assert untimed["cpu_s"] > 0
+    assert untimed["peak_mib"] > 100
     assert [(row["method"], row["steps"]) for row in continual.rows()] == [
         ("recurrent_kif", fused["steps"]),
         ("sequential", 5 * len(fused["tasks"])),
