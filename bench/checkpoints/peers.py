@@ -166,7 +166,7 @@ def _table(found: Sequence[Row]) -> str:
     ours = rows["rkif recurrent_kif"]
     versions_ = ", ".join(f"{name} {version}" for name, version in ours["versions"].items())
     peers = "".join(f"; {peer}" for peer in sorted({row["peer"] for row in found if row["peer"]}))
-    rounds = "one round" if ours["rounds"] == 1 else f"medians of {ours['rounds']} rounds in turn"
+    rounds = "one round" if ours["rounds"] == 1 else f"medians of {ours['rounds']} alternating rounds"
     lines = [
         f"{ours['device']}; commit {ours['commit']}; {versions_}{peers}. {ours['parameters']:,} parameters, "
         f"bf16, in files of 200 MB; {rounds}, with a warm cache.",

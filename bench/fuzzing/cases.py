@@ -32,7 +32,7 @@ COMMANDS = (
 
 
 class Outcome(NamedTuple):
-    """What a case did.
+    """The result of a case.
 
     Attributes:
         where: a description of the case.
@@ -108,7 +108,7 @@ def kill(seed: int, subjects: Subjects) -> Outcome:
     where = f"{kind} killed {kills} times"
     ended = command(*resume(out, "--resume"))
     checked = command("verify", out) if kind == "fuse" else command("log", out, "--verify")
-    for step, one in (("to go on", ended), ("to verify", checked)):
+    for step, one in (("to continue", ended), ("to verify", checked)):
         if one.complaint or one.status != 0:
             return Outcome(where, f"{step}: {one.complaint or one.errors[-200:]}", kills)
     found, wanted = results(out), results(subjects.fused if kind == "fuse" else subjects.run)

@@ -57,7 +57,7 @@ LIMITS = {
     "adamw": Limits(84, 2),
     "fuse": Limits(71, 6),
     "bracketed fuse": Limits(100, 4),  # the goal for float32, on sm_90
-    "finish": Limits(69, 4),  # as many programs as it is launched with
+    "finish": Limits(69, 4),  # the number of programs per multiprocessor that are launched
     "histogram": Limits(107, 7, barriers_in_loop=6, atomics_in_loop=16),
     "bracketed scores": Limits(33, 9),
     "both bracketed scores": Limits(60, 5),

@@ -109,10 +109,10 @@ class Case:
             parameter.grad = gradient
 
     def measure(self, counter: Counter, seen: dict[str, int], rounds: int) -> list[Row]:
-        turns = iter(range(10**9))
+        moves = iter(range(10**9))
         calls: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
             "observe": (lambda: None, self.fuser.observe),
-            "observe_moved": (lambda: self._set(next(turns) % 2), self.fuser.observe),
+            "observe_moved": (lambda: self._set(next(moves) % 2), self.fuser.observe),
             "threshold": (lambda: None, lambda: rkif_kernels.score_thresholds(self._scores, density=0.2)),
             "tensor_thresholds": (
                 lambda: None,
@@ -127,14 +127,14 @@ class Case:
             first = call not in seen
             before = len(counter.compilations)
             seconds: list[float] = []
-            for turn in range(WARM_UP + rounds):
+            for repetition in range(WARM_UP + rounds):
                 prepare()
                 counter.launches.clear()
                 start = time.perf_counter()
                 run()
-                if turn >= WARM_UP:
+                if repetition >= WARM_UP:
                     seconds.append(time.perf_counter() - start)
-                elif first and turn == 0:
+                elif first and repetition == 0:
                     before = len(counter.compilations)
             seen[call] = 1
             microseconds = round(statistics.median(seconds) * 1e6, 1)

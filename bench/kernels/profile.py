@@ -64,7 +64,7 @@ class Part:
                 device=device,
                 parameters_per_s=round(self.numel / taken),
                 peak_bytes=self.peak,
-                peak_is="allocated in all" if device.type == "cuda" else "resident, beyond the inputs",
+                peak_is="allocated in total" if device.type == "cuda" else "resident, beyond the inputs",
                 breakdown_ms={name: round(value * 1e3, 3) for name, value in self.breakdown.items()},
             )
             for step, taken in self.taken.items()
@@ -202,12 +202,12 @@ def _profile(part: Part, group: _Group, several: bool) -> None:
         part.breakdown = part.breakdown or _kernels(steps)
         return
     thresholds = group.fuse().thresholds
-    apart: dict[str, Callable[[], Any]] = {
+    separate: dict[str, Callable[[], Any]] = {
         "observe": group.observe,
         "thresholds": group.thresholds,
         "fuse, thresholds given": lambda: group.merge(thresholds),
     }
-    for name, run in apart.items():
+    for name, run in separate.items():
         part.breakdown[name] += seconds(run, group.device)
 
 

@@ -27,12 +27,12 @@ HEADER = (
 
 
 def counts_file() -> Path:
-    """What ``bench aot --write`` writes."""
+    """The file that ``bench aot --write`` writes."""
     return rows.RESULTS / "aot.jsonl"
 
 
 def host_file() -> Path:
-    """What ``bench host --write`` writes."""
+    """The file that ``bench host --write`` writes."""
     return rows.RESULTS / "host.jsonl"
 
 

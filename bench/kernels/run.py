@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Selection:
-    """What to measure; an empty choice means the default of the device."""
+    """The measurements to make; an empty field means the default of the device."""
 
     device: str = "auto"
     ops: tuple[str, ...] = ()

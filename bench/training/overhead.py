@@ -182,7 +182,7 @@ def markdown() -> str:
         row = here[0]
         lines = [
             f"{row['model']}, batches of {row['batch']} times {row['length']} tokens, float32 under bfloat16 "
-            f"autocast, two AdamW; medians of {row['rounds']} rounds in turn, on {device}, "
+            f"autocast, two AdamW; medians of {row['rounds']} alternating rounds, on {device}, "
             f"torch {row['torch']}, at {store.commit_of(row)}.",
             "",
             "| trained | parameters | step | ms per step | over AdamW | over fused AdamW | peak, GiB |",

@@ -23,7 +23,7 @@ size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "nu
 model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **size)).to(device)
 for layer in model.model.layers:
     fully_shard(layer, mesh=mesh)
-fully_shard(model, mesh=mesh)  # the root too: a model is sharded as a whole, or not at all
+fully_shard(model, mesh=mesh)  # the root too: rkif refuses a mix of sharded and plain parameters
 
 
 def encode(texts):

@@ -1,4 +1,4 @@
-"""Two fine-tuned models on disk are fused into one: `rkif fuse`, in bounded memory.
+"""`rkif fuse`: two fine-tuned models on disk are fused into one, in bounded memory.
 
 python docs/examples/fuse_checkpoints.py
 """
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 torch.manual_seed(0)
 size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 LlamaForCausalLM(LlamaConfig(vocab_size=256, **size)).save_pretrained("base")
-for name in ("law", "medicine"):  # in place of two fine-tunes of the same base
+for name in ("law", "medicine"):  # noise instead of two trainings of the same base
     model = AutoModelForCausalLM.from_pretrained("base")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -26,7 +26,7 @@ def rkif(*words):
     subprocess.run([sys.executable, "-m", "rkif", *words], check=True)
 
 
-# Both were fine-tuned from `base`: --outer-from base. Each selects its largest 20 % of changes.
+# Both models start from `base`: --outer-from base. Of each, the largest 20 % of the changes are selected.
 command = ["fuse", "base", "law", "medicine", "--outer-from", "base", "--density", "0.2", "--out", "fused"]
 rkif(*command, "--dry-run")  # compares the checkpoints and prints the plan
 rkif(*command, "--max-memory", "1GiB")

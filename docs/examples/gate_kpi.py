@@ -1,4 +1,4 @@
-"""A gate on a KPI of your own: a fusion that costs too much is damped or undone, and recorded.
+"""A gate on your own KPI: a fusion that makes it too much worse is damped or undone, and recorded.
 
 python docs/examples/gate_kpi.py && rkif log out/ledger
 """
@@ -42,11 +42,11 @@ def train(dataset, **settings):
 
 train(old_task)
 print(f"after the old task: {cost():.0f} euro")
-# One fusion may add 20 euro, and the sum may not exceed 60. Else half of the step is tried, then none.
+# One fusion may add 20 euro, and the cost may not exceed 60. Otherwise half of the step is tried, then none.
 kpi = rkif.Criterion("euro per 1,000 requests", cost, higher_is_better=False, tolerance=20, floor=60)
 trainer = train(
     new_task,
-    memory_dataset=old_task[:2],  # the gate guards what the memory does not hold
+    memory_dataset=old_task[:2],  # the gate also measures samples that are not in it
     fusion=rkif.FusionConfig.paper(),
     outer_learning_rate=3e-3,
     gate=rkif.Gate([kpi], ladder=(0.5,), otherwise="undo"),

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rkif.demo import write_inputs
 
-# A small model and small tasks, in place of your own.
+# A small model and small tasks. Replace them by your own.
 write_inputs(Path("inputs"), train=40, dev=10, seed=0)
 order = list(json.loads(Path("inputs/tasks/tasks.json").read_text())["tasks"])[:2]
 Path("config.yaml").write_text(f"""
@@ -36,8 +36,8 @@ tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
 answer = model.generate(**tokens, max_new_tokens=4, do_sample=False)[0, tokens["input_ids"].shape[1] :]
 print(f"{prompt!r} -> {tokenizer.decode(answer)!r}")
 
-# What vLLM requires of an adapter: LoRA without DoRA, biases and modules_to_save; keys of PEFT's form; and a
-# rank of at most --max-lora-rank (16 by default).
+# vLLM requires LoRA without DoRA, biases and modules_to_save, with the names of PEFT, and with a rank of at
+# most --max-lora-rank (16 by default).
 config = PeftConfig.from_pretrained(adapter).to_dict()
 features = {name: config[name] for name in ("peft_type", "use_dora", "bias", "modules_to_save")}
 assert features == {"peft_type": "LORA", "use_dora": False, "bias": "none", "modules_to_save": None}

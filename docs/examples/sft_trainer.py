@@ -45,7 +45,7 @@ trainer = RKIFSFTTrainer(
     processing_class=tokenizer,
     peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
     train_dataset=chats([("sky?", "blue"), ("grass?", "green"), ("snow?", "white")]),
-    memory_dataset=chats([("France?", "Paris"), ("Peru?", "Lima")]),  # prepared as the training data is
+    memory_dataset=chats([("France?", "Paris"), ("Peru?", "Lima")]),  # prepared like the training data
     fusion=rkif.FusionConfig.paper(),
     outer_learning_rate=1e-2,
 )

@@ -59,7 +59,7 @@ class CountingSearches:
         self._begin()
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of what :meth:`restore` needs."""
+        """Copies of the state of the searches, for :meth:`restore`."""
         searches = [search.state() for search in self._searches]
         counts = {f"counts.{index}": counts.cpu().clone() for index, counts in enumerate(self._counts)}
         return {"searches": torch.tensor(searches), **counts}

@@ -63,7 +63,7 @@ class CountingSearch:
         self.window = _window(self._low, self._high, self._bins)
 
     def state(self) -> list[int]:
-        """What :meth:`restored` needs."""
+        """The state of the search, for :meth:`restored`."""
         return [self.k, self._low, self._high, *self.window]
 
     @classmethod

@@ -245,7 +245,7 @@ def _constant(
     return made, StreamOrder(device, [made])
 
 
-# What CUDA graphs read at each replay, by the memory of the tensors that they were captured with. The keys of
+# Memory of tensors -> objects that CUDA graphs captured with these tensors read at each replay. The keys of
 # the inner dicts are ids, so repeated captures of the same tensors add nothing.
 _captured: WeakKeyDictionary[torch.UntypedStorage, dict[int, object]] = WeakKeyDictionary()
 
