@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A gradient scaler halves its scale at each overflow. With so many in one round, the scale is not the cause.
+# A gradient scaler halves its scale at each overflow. After so many overflows, the scale is not the cause.
 MAX_SKIPPED = 16
 NAMED = 5  # maximum number of parameters that a warning names
 _SAID = {  # log level and text of the gate's verdicts that change a fusion

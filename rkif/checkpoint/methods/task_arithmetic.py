@@ -80,7 +80,7 @@ class TaskArithmetic:
 
     @property
     def streams(self) -> bool:
-        """Whether there is a kernel that merges so many task vectors in one pass: it merges two."""
+        """Whether a kernel merges all task vectors in one pass over memory: that of two models."""
         return self.models == 2
 
     @property
