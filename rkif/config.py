@@ -52,10 +52,12 @@ class MergeWeights:
 
 
 # "paper": Recurrent-KIF (Feng et al., ACL 2025). The task vector of the learner that selects, the sum of both
-# if both select, nothing elsewhere. "release": its published code, which prunes nothing.
+# if both select, nothing elsewhere. "release": its published code, which prunes nothing. "sum": the sum of
+# both, without the vector of a learner that does not select where the other does.
 RULES = {
     "paper": MergeWeights(inner_only=(1, 0), outer_only=(0, 1), both=(1, 1), neither=(0, 0)),
     "release": MergeWeights(inner_only=(1, 0), outer_only=(0, 1), both=(0.4, 0.6), neither=(0.5, 0.5)),
+    "sum": MergeWeights(inner_only=(1, 0), outer_only=(0, 1), both=(1, 1), neither=(1, 1)),
 }
 
 
@@ -86,7 +88,7 @@ class FusionConfig:
 
     Attributes:
         density: fraction of the elements that each learner selects, in [0, 1].
-        rule: "paper", "release" or a :class:`MergeWeights`.
+        rule: "paper", "release", "sum" or a :class:`MergeWeights`.
         scope: one threshold over all parameters ("global") or one for each tensor ("tensor").
         importance: the score of an element: its smoothed sensitivity S ("sensitivity"), or S times its
             uncertainty U ("sensitivity_uncertainty").
@@ -178,6 +180,16 @@ class FusionConfig:
     def release(**changes: Any) -> FusionConfig:
         """The released code's method: sensitivity times uncertainty, betas 0.85, rule "release"."""
         return _preset(changes, importance="sensitivity_uncertainty", beta=0.85, rule="release")
+
+    @staticmethod
+    def rkif(**changes: Any) -> FusionConfig:
+        """The released code's measure with rule "sum", for training with distillation from earlier answers.
+
+        The rounds of "release" average both task vectors where no learner selects, which lowers the
+        effective learning rate. Those of "sum" add them, and distillation preserves the earlier answers. In
+        a config of ``rkif run``, ``fusion: {preset: rkif}`` also turns both terms of the distillation on.
+        """
+        return _preset(changes, importance="sensitivity_uncertainty", beta=0.85, rule="sum")
 
 
 def stored_settings(config: FusionConfig) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def fuse(
             neither. Without them the scores are the magnitudes of the task vectors, ``|inner - base|`` and
             ``|outer - inner|`` (``|outer - base|`` with ``outer_from="base"``), as in ``rkif fuse``.
         density: fraction of the elements that each learner selects, in [0, 1].
-        rule: "paper", "release" or a :class:`rkif.MergeWeights`.
+        rule: "paper", "release", "sum" or a :class:`rkif.MergeWeights`.
         scope: one threshold over all parameters ("global") or one for each ("tensor").
         outer_from: "base" if the outer learner started from ``base`` too: its task vector is then
             ``outer - base``.

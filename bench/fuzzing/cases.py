@@ -152,7 +152,7 @@ def _fuse_call(choose: random.Random, seed: int) -> Outcome:
     base, inner, outer, inner_scores, outer_scores = params(), params(), params(), scores(), scores()
     density = choose.choice([0.0, 1.0, 0.2, choose.random(), 1e-9])
     scope: Scope = choose.choice(["global", "tensor"])
-    rule = choose.choice(["paper", "release"])
+    rule = choose.choice(["paper", "release", "sum"])
     where = f"fuse of {shapes}, {dtypes}, density {density}, {scope}, {rule}"
     if choose.random() < 0.3:
         return Outcome(where, _refused(choose, base, inner, outer, inner_scores, outer_scores))
@@ -216,7 +216,7 @@ def fuser_call(choose: random.Random, seed: int) -> Outcome:
     torch.manual_seed(seed)
     config = rkif.FusionConfig(
         density=choose.choice([0.0, 0.2, 0.5, 1.0]),
-        rule=choose.choice(["paper", "release"]),
+        rule=choose.choice(["paper", "release", "sum"]),
         scope=choose.choice(["global", "tensor"]),
         importance=choose.choice(["sensitivity", "sensitivity_uncertainty"]),
         beta1=choose.choice([0.0, 0.5, 0.85, 1.0]),

@@ -67,7 +67,7 @@ def fuse_command(
     ] = None,
     rule: Annotated[
         str | None,
-        typer.Option(help="Merge weights: paper or release (recurrent_kif).", show_default="paper"),
+        typer.Option(help="Merge weights: paper, release or sum (recurrent_kif).", show_default="paper"),
     ] = None,
     scope: Annotated[
         str | None,

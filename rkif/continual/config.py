@@ -30,6 +30,11 @@ from rkif.continual.tracking import Tracker
 from rkif.continual.user_metrics import locate, metric_name
 from rkif_kernels import require_choice
 
+# The settings of a fusion that `preset` names.
+PRESETS = {"paper": FusionConfig.paper, "release": FusionConfig.release, "rkif": FusionConfig.rkif}
+# The distillation of a run with the preset "rkif", where its config does not say otherwise.
+RKIF_DISTILLATION = {"memory": 1.0, "inputs": 1.0}
+
 
 class AdapterSettings(Settings):
     """LoRA (Hu et al., 2021), through peft."""
@@ -222,6 +227,7 @@ class RunConfig(Settings):
     the order of sums and so the last bits; set it to repeat a run exactly. ``metrics``: each is a
     ``module:function``; the module is importable or a file beside the config, see
     :mod:`rkif.continual.user_metrics`. ``method``: a name in :data:`rkif.continual.methods.METHODS`.
+    ``fusion``: with ``preset: rkif``, the method recurrent_kif distils as :data:`RKIF_DISTILLATION` says.
     ``gate``: for the method recurrent_kif only. ``tracking``: an experiment tracker, see
     :mod:`rkif.continual.tracking`.
     """
@@ -265,6 +271,17 @@ class RunConfig(Settings):
             *names, last = map(repr, METHODS)
             raise PydanticKnownError("literal_error", {"expected": f"{', '.join(names)} or {last}"})
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _distillation_of_preset(cls, values: Any) -> Any:
+        given = values if isinstance(values, dict) else {}
+        fusion, distillation = given.get("fusion"), given.get("distillation") or {}
+        recurrent = given.get("method", cls.model_fields["method"].default) == "recurrent_kif"
+        preset = fusion.get("preset") if isinstance(fusion, dict) else None
+        if recurrent and preset == "rkif" and isinstance(distillation, dict):
+            return {**given, "distillation": RKIF_DISTILLATION | distillation}
+        return values
 
     @model_validator(mode="after")
     def _gated(self) -> RunConfig:
@@ -339,7 +356,7 @@ class RunConfig(Settings):
 
 
 def fusion_config(settings: dict[str, Any]) -> FusionConfig:
-    """The settings of a fusion from a mapping: a ``preset`` ("paper" or "release") and changes to it.
+    """The settings of a fusion from a mapping: the ``preset`` (a name in :data:`PRESETS`) and changes to it.
 
     Raises:
         ValueError, TypeError: unknown keys or values out of range.
@@ -365,8 +382,8 @@ def fusion_config(settings: dict[str, Any]) -> FusionConfig:
         changes["rule"] = MergeWeights(**rule)
     if preset is None:
         return FusionConfig(**changes)
-    require_choice("preset", preset, ["paper", "release"])
-    return FusionConfig.paper(**changes) if preset == "paper" else FusionConfig.release(**changes)
+    require_choice("preset", preset, list(PRESETS))
+    return PRESETS[preset](**changes)
 
 
 def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from bench.forgetting import continual
 from bench.forgetting import tables as continual_tables
 from bench.forgetting.continual import MAIN, SUITES, Job, compare
 from bench.forgetting.instrument import CONFIGS, seconds_by_part
-from rkif.config import FusionConfig
+from rkif.config import FusionConfig, merge_weights
 from rkif.continual.config import RunConfig, fusion_config, load_config
 from rkif.continual.methods import METHODS
 
@@ -34,6 +35,16 @@ def test_a_config_accepts_every_method_and_the_results_describe_it() -> None:
     page = (Path(__file__).parents[2] / "docs" / "results" / "continual.md").read_text(encoding="utf-8")
     described = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
     assert described == list(METHODS)
+
+
+def test_the_variant_rkif_is_the_preset() -> None:
+    """Its rows were measured with these settings written out."""
+    settings = Job(CONFIGS / "standard-minilm.yaml", "standard", "standard-1", "rkif", 1, Path()).settings()
+    preset = load_config(CONFIGS / "standard-minilm.yaml", ["fusion.preset=rkif", "method=recurrent_kif"])
+    assert fusion_config(settings.fusion).rule != "sum"
+    assert merge_weights(fusion_config(settings.fusion).rule) == merge_weights("sum")
+    assert replace(fusion_config(settings.fusion), rule="sum") == fusion_config(preset.fusion)
+    assert settings.distillation == preset.distillation
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*-*.yaml")), ids=lambda path: path.stem)

@@ -147,7 +147,7 @@ def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("fusion.density", 2, "fusion: density must be in [0, 1]; got 2"),
         ("fusion.denstiy", 0.2, "fusion: a fusion setting must be one of preset, density"),
         ("fusion.denstiy", 0.2, "got 'denstiy'; did you mean 'density'?"),
-        ("fusion.preset", "papers", "fusion: preset must be one of paper, release; got 'papers'"),
+        ("fusion.preset", "papers", "fusion: preset must be one of paper, release, rkif; got 'papers'"),
         (
             "fusion.rule",
             {"both": [1, 1]},

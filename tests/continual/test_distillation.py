@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from run_inputs import TASKS, go, one_task
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -152,6 +153,21 @@ def test_questions_are_new_inputs_of_earlier_tasks(config: Config, inputs: Path)
     assert all(instruction == instructions[record.task] for instruction, record in questions)
     weights = distilling.collate([*old, *new[:3]])[WEIGHTS]
     assert weights.tolist() == [[0.0] * 7 + [0.5] * 3, [1.0] * 7 + [0.0] * 3]
+
+
+def test_the_preset_rkif_distils_unless_the_config_says_otherwise(config: Config) -> None:
+    fusion = {"preset": "rkif", "inner_steps": 3}
+    both = DistillationSettings(memory=1.0, inputs=1.0)
+    assert config(fusion=fusion).distillation == both
+    assert config(fusion=fusion, distillation={"temperature": 2.0}).distillation.inputs == 1.0
+    assert config(fusion=fusion, distillation={"memory": 0.0}).distillation.memory == 0.0
+    written = config(fusion=fusion, distillation={"memory": 0.0, "inputs": 0.0})
+    assert not written.distillation.used
+    assert RunConfig.model_validate(written.model_dump()) == written
+    assert not config(fusion=fusion, method="replay").distillation.used
+    assert not config(fusion={"preset": "release"}).distillation.used
+    with pytest.raises(ValidationError, match="distillation"):
+        config(fusion=fusion, distillation=[1.0])
 
 
 @pytest.mark.parametrize("weights", [{"memory": 50.0}, {"inputs": 50.0}])

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from pydantic import ValidationError
 from run_inputs import TASKS, go, one_task
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rkif.continual.config import DistillationSettings, RunConfig
 from rkif.continual.methods import Replay
 from rkif.continual.models import kept_answers
 from rkif.continual.models.distillation import DistillingObjective
 from rkif.continual.models.kept_answers import KeptAnswers, chosen_logits
+from rkif.continual.models.objective import Answers, Objective
 from rkif.continual.rundir.folder import task_folder
+from rkif.continual.tasks.records import Item
 from rkif.fuser.parameters import parameter_copies, trainable_parameters
 
 Config = Callable[..., RunConfig]
@@ -62,6 +65,32 @@ def started(config: Config, inputs: Path, name: str) -> tuple[Replay, KeptAnswer
 def set_values(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         parameter.copy_(values[name])
+
+
+def test_a_masked_vocabulary_gives_the_kept_logits_back(config: Config, inputs: Path) -> None:
+    method, _ = started(config, inputs, "llama")
+    context = method.context
+    masked = nn.Module()
+    masked.register_parameter("weight", nn.Parameter(torch.zeros(1)))
+    row = torch.tensor([[-torch.inf, 3.0, -torch.inf, 5.0, 4.0]])
+
+    class Masked:
+        """An objective whose every answer has one term, and some tokens of probability zero."""
+
+        def collate(self, items: Sequence[Item]) -> dict[str, Tensor]:
+            return {"rows": torch.arange(len(items))}
+
+        def term_items(self, batch: dict[str, Tensor]) -> Tensor:
+            return batch["rows"]
+
+        def answers(self, _: nn.Module, batch: dict[str, Tensor]) -> Answers:
+            return Answers(row.repeat(len(batch["rows"]), 1), batch["rows"])
+
+    kept, items = KeptAnswers({}, context.memory), context.memory.by_task[TASKS[0]]
+    kept.add(masked, cast(Objective, Masked()), TASKS[0], items, context.config)
+    logits, choices = KeptAnswers(kept.tensors(), context.memory).of(items[:1])
+    assert logits.tolist() == [[5.0, 4.0, 3.0, -torch.inf, -torch.inf]]
+    assert chosen_logits(row, logits, choices).tolist() == logits.tolist()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -9,6 +9,7 @@ import torch
 from fuser_loop import make_model
 
 from rkif import Fuser, FusionConfig
+from rkif.config import merge_weights
 
 
 def test_a_config_of_another_type_is_refused() -> None:
@@ -46,7 +47,10 @@ def test_presets_have_the_documented_settings() -> None:
     assert (paper.importance, paper.beta1, paper.rule) == ("sensitivity", 0.55, "paper")
     assert (release.importance, release.beta1, release.beta2) == ("sensitivity_uncertainty", 0.85, 0.85)
     assert release.rule == "release"
-    for preset in (paper, release):
+    rkif = FusionConfig.rkif()
+    assert rkif == FusionConfig.release(rule="sum")
+    assert merge_weights("sum").cases == ((1, 0), (0, 1), (1, 1), (1, 1))
+    for preset in (paper, release, rkif):
         assert (preset.density, preset.inner_steps, preset.outer_steps) == (0.2, 8, 4)
         assert preset.clear_inner
         assert not preset.clear_outer

@@ -273,7 +273,7 @@ def setting(**values: Any) -> Any:
         (setting(base=[1]), TypeError, "base must map names to tensors; got list"),
         (setting(density=1.5), ValueError, "density must be in .*; got 1.5"),
         (setting(density=-0.1), ValueError, "density must be in .*; got -0.1"),
-        (setting(rule="mean"), ValueError, "rule must be one of paper, release; got 'mean'"),
+        (setting(rule="mean"), ValueError, "rule must be one of paper, release, sum; got 'mean'"),
         (setting(scope="layer"), ValueError, "scope must be one of global, tensor; got 'layer'"),
         (setting(outer_from="x"), ValueError, "outer_from must be one of inner, base; got 'x'"),
         (setting(out={"layer.weight": torch.ones(7, 5)}), ValueError, "out lacks 'layer.bias'"),

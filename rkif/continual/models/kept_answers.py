@@ -49,7 +49,9 @@ class KeptAnswers:
             batch = {name: tensor.to(device) for name, tensor in objective.collate(chunk).items()}
             with autocast(config):
                 all_logits = objective.answers(model, batch).logits.float()
-            logits, choices = all_logits.topk(min(TOP, all_logits.shape[-1]), -1)
+            logits, columns = all_logits.topk(min(TOP, all_logits.shape[-1]), -1)
+            available = (all_logits > -torch.inf).cumsum(-1)
+            choices = (available.gather(-1, columns) - 1).clamp_min(0)
             counts = torch.bincount(objective.term_items(batch), minlength=len(chunk)).tolist()
             parts = (torch.split(tensor.cpu(), counts) for tensor in (logits, choices))
             return list(zip(*parts, strict=True))
