@@ -281,13 +281,13 @@ def forward_passes(row: Row) -> float:
     else:
         answered = (new + memory) * (on_inputs or on_memory)
     prompt = settings["text"]["prompt"] if on_inputs else ""
-    apart = on_inputs and not (settings["architecture"] == "encoder" and "{instruction}" not in prompt)
-    questions = new if apart else 0
+    separate = on_inputs and not (settings["architecture"] == "encoder" and "{instruction}" not in prompt)
+    questions = new if separate else 0
     return float(1 + (answered + 2 * questions) / row["samples"])
 
 
 def _in_rounds(row: Row) -> bool:
-    """Whether a run's method takes steps on the memory apart from those on new records."""
+    """Whether a run's method takes separate steps on the memory and on new records."""
     variants = yaml.safe_load((CONFIGS / "variants.yaml").read_text(encoding="utf-8"))
     method = variants.get(row["method"], {}).get("method", row["method"])
     return issubclass(METHODS.get(method, Sequential), Rounds)
