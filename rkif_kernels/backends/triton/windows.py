@@ -24,7 +24,8 @@ LARGEST_KEY = tl.constexpr(0x7F800000)  # of infinity
 
 # Offsets of the fields of a group of scores in the workspace:
 # 0: counts of the four cases.
-# COUNTS, four per side: number of scores below lo, up to lo, in the bracket; one unused.
+# COUNTS, four per side (the scores of one learner): number of scores below lo, up to lo, in the bracket; one
+#     unused.
 # BRACKETS, two per side: keys of lo and hi.
 # SEARCHES, four per side: first key of the window, log2 of the keys per bin, number of the window's keys
 #     before the order statistic (-1 once it is found); one unused.
@@ -91,13 +92,13 @@ def load_search(fields_ptr, side):
 
 
 @triton.jit
-def store_search(fields_ptr, limit_ptr, side, low, shift, remaining):
+def store_search(fields_ptr, threshold_ptr, side, low, shift, remaining):
     """Store the state of a search, and the lowest score of its window as the threshold so far."""
     at = fields_ptr + SEARCHES + 4 * side
     tl.store(at, low)
     tl.store(at + 1, shift)
     tl.store(at + 2, remaining)
-    tl.store(limit_ptr, low.to(tl.int32).to(tl.float32, bitcast=True))
+    tl.store(threshold_ptr, low.to(tl.int32).to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -113,7 +114,7 @@ def add_to_bins(fields_ptr, side, score, mask):
 
 
 @triton.jit
-def narrow_search(fields_ptr, limit_ptr, side):
+def narrow_search(fields_ptr, threshold_ptr, side):
     """Narrow the window to the bin that contains the order statistic; called by the last program only."""
     low, shift, remaining = load_search(fields_ptr, side)
     if remaining >= 0:
@@ -126,14 +127,14 @@ def narrow_search(fields_ptr, limit_ptr, side):
         tl.store(at, tl.zeros_like(counts))
         key = low.to(tl.int64) + (found.to(tl.int64) << shift.to(tl.int64))
         left = tl.where(shift == 0, -1, remaining - before)
-        store_search(fields_ptr, limit_ptr, side, key, tl.maximum(shift - BITS, 0), left)
+        store_search(fields_ptr, threshold_ptr, side, key, tl.maximum(shift - BITS, 0), left)
 
 
 @triton.jit
-def narrow_searches(fields_ptr, limits_ptr, padded_groups, SIDES: tl.constexpr):
+def narrow_searches(fields_ptr, thresholds_ptr, padded_groups, SIDES: tl.constexpr):
     """:func:`narrow_search` of each side. The loop is not unrolled, because registers would spill."""
     for side in range(SIDES):
-        narrow_search(fields_ptr, limits_ptr + side * padded_groups, side)
+        narrow_search(fields_ptr, thresholds_ptr + side * padded_groups, side)
 
 
 @triton.jit
