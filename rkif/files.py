@@ -69,18 +69,33 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def parse_json(text: str | bytes, where: object) -> Any:
+def parse_json(text: str | bytes, where: object, *, own: bool = True) -> Any:
     """The value of a JSON text.
+
+    Args:
+        text: the text; bytes are decoded.
+        where: the file, for messages.
+        own: whether rkif wrote the text. If so, the message calls invalid content damage.
 
     Raises:
         ValueError: the text is not JSON, or is nested too deeply; it names ``where``.
     """
+    problem = f"{where} is damaged" if own else f"{where}: not valid JSON"
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise ValueError(f"{where} is damaged: it is nested too deeply") from error
+        raise ValueError(f"{problem}: it is nested too deeply") from error
     except ValueError as error:
-        raise ValueError(f"{where} is damaged: {error}") from error
+        raise ValueError(f"{problem}: {error}") from error
+
+
+def require_object(content: Any, where: object, *, own: bool = True) -> dict[str, Any]:
+    """Return the value of a JSON text; raise ValueError, as :func:`parse_json`, unless it is an object."""
+    if isinstance(content, dict):
+        return content
+    if own:
+        raise ValueError(f"{where} is damaged: it does not hold an object")
+    raise ValueError(f"{where}: expected a JSON object, got {type(content).__name__}")
 
 
 def require_inside(name: str) -> str:
@@ -105,10 +120,8 @@ def validated(model: type[M], content: Any, where: object, *, own: bool = True) 
     """
     from pydantic import ValidationError
 
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} is damaged: it does not hold an object")
     try:
-        return model.model_validate(content)
+        return model.model_validate(require_object(content, where, own=own))
     except ValidationError as error:
         problem = error.errors()[0]
         missing = problem["type"] == "missing"

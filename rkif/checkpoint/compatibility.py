@@ -5,10 +5,10 @@ Differences that prevent a fusion are appended to ``problems``. Each message nam
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 from rkif.checkpoint.source import DTYPES, FUSED, Checkpoint
+from rkif.files import parse_json
 
 SHOWN = 5  # names in a message
 
@@ -165,7 +165,7 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
     if checkpoint.folder is None or not file.exists():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes(), file)
         vocabulary = content["model"]["vocab"]
         added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
         return {**vocabulary, **added} if isinstance(vocabulary, dict) else added

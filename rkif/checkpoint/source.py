@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import struct
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from rkif.files import parse_json
 
 # Safetensors' names of dtypes. Tensors of the first three are fused; tensors of the others are copied.
 DTYPES = {
@@ -155,7 +156,7 @@ def _weights_of(
         index = folder / f"{stem}.safetensors.index.json"
         if index.exists():
             try:
-                weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                weight_map = dict(parse_json(index.read_bytes(), "its text")["weight_map"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 problems.append(f"{argument}: {index} is not an index: {_reason(error)}")
                 return None
@@ -190,7 +191,7 @@ def _read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str], str]:
     with file.open("rb") as handle:
         (size,) = struct.unpack("<Q", handle.read(8))
         header = handle.read(size)
-    fields = json.loads(header)
+    fields = parse_json(header, "its header")
     metadata = fields.pop("__metadata__", {})
     entries = {
         name: Entry(
@@ -210,7 +211,7 @@ def _config(path: Path, stem: str, problems: list[str]) -> dict[str, Any]:
     if not path.is_dir() or not file.exists():
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_bytes(), "its text")
         if not isinstance(config, dict):
             raise ValueError(f"it must hold a JSON object; got {type(config).__name__}")
     except (OSError, ValueError) as error:

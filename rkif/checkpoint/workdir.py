@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rkif.checkpoint.source import InvalidInputError
 from rkif.distributed.process_group import ALONE, ProcessGroup, RankFailedError
-from rkif.files import fsync_folder, remove_temporary, replace_tensors
+from rkif.files import fsync_folder, parse_json, remove_temporary, replace_tensors
 
 
 class Workdir:
@@ -105,9 +105,9 @@ class Workdir:
             content = journal.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]  # a kill may have cut off the last line
             try:
-                plan, *records = [json.loads(line) for line in whole.splitlines()] or [None]
+                plan, *records = [parse_json(line, journal) for line in whole.splitlines()] or [None]
             except ValueError as error:
-                raise RuntimeError(f"{journal} is damaged ({error}); remove {self._path}") from error
+                raise RuntimeError(f"{error}; remove {self._path}") from error
             if not records:
                 continue
             if not resume:
@@ -198,7 +198,7 @@ class Workdir:
             return None
         with safe_open(self._state, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a mapping)
-            position = json.loads(file.metadata()["position"])
+            position = parse_json(file.metadata()["position"], self._state)
         return (state, position) if position["ranks"] == self._processes.size else None
 
     def publish(self, sizes: dict[str, int]) -> None:
@@ -236,7 +236,7 @@ def recorded_slot(out: Path) -> int | None:
     """The ``slot`` of an interrupted fusion to ``out``; None if there is none."""
     try:
         with min(partial_folder(out).glob("journal*.jsonl")).open("rb") as file:
-            return int(json.loads(file.readline())["slot"])
+            return int(parse_json(file.readline(), out)["slot"])
     except (OSError, ValueError, KeyError, TypeError):  # a ValueError if there is no journal
         return None
 

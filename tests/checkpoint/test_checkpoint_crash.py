@@ -225,9 +225,10 @@ def test_a_chunk_with_an_incomplete_record_is_repeated(
     (tmp_path / "out.partial" / "data" / "model.safetensors").unlink()
     with pytest.raises(RuntimeError, match=r"model.safetensors differs from what was written; remove"):
         triple.fuse(out=out, resume=True)
-    journal.write_text('{"plan"\n{}\n')
-    with pytest.raises(RuntimeError, match="is damaged"):
-        triple.fuse(out=out, resume=True)
+    for damaged in ('{"plan"', "[" * 100_000):
+        journal.write_text(f"{damaged}\n{{}}\n")
+        with pytest.raises(RuntimeError, match=r"journal\.jsonl is damaged: .*; remove .*out\.partial"):
+            triple.fuse(out=out, resume=True)
 
 
 def test_a_complete_output_is_not_overwritten(triple: Triple, tmp_path: Path) -> None:

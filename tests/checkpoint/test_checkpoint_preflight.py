@@ -17,6 +17,8 @@ from rkif.checkpoint.preflight import preflight
 from rkif.checkpoint.request import PreflightError, Request
 from rkif.checkpoint.source import TensorReader, open_checkpoint
 
+NESTED = "[" * 100_000
+
 
 @pytest.fixture(autouse=True)
 def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +126,8 @@ def test_tokenizers_with_other_token_ids_are_refused(folders: Path) -> None:
         (folders / name / "tokenizer.json").write_text(json.dumps(content))
     (problem,) = problems(folders)
     assert problem == "INNER: its tokenizer has other ids for 2 tokens: 'a' is 1, in BASE 0"
+    (folders / "outer" / "tokenizer.json").write_text(NESTED)  # an unreadable tokenizer is not compared
+    assert problems(folders) == [problem]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +142,8 @@ def test_tokenizers_with_other_token_ids_are_refused(folders: Path) -> None:
         ("quantised", "INNER is quantised .*"),
         ("no object", ".*config.json cannot be read: it must hold a JSON object; got list"),
         ("an adapter", "INNER is an adapter, BASE a model"),
+        ("nested index", "INNER: .*index.json is not an index: its text is damaged: it is nested too deeply"),
+        ("nested config", ".*config.json cannot be read: its text is damaged: it is nested too deeply"),
     ],
 )
 def test_unusable_inputs_are_refused(folders: Path, harm: str, wanted: str) -> None:
@@ -161,6 +167,10 @@ def test_unusable_inputs_are_refused(folders: Path, harm: str, wanted: str) -> N
             (inner / "pytorch_model.bin").touch()
         if harm == "an adapter":
             split_folder(inner, noisy(tensors(), 1), 1, stem="adapter_model")
+    elif harm == "nested index":
+        index.write_text(NESTED)
+    elif harm == "nested config":
+        (inner / "config.json").write_text(NESTED)
     elif harm == "no object":
         (inner / "config.json").write_text("[1]")
     elif harm == "quantised":

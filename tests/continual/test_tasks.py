@@ -82,6 +82,7 @@ ROW = {"task": "news", "id": "n9", "input": "z", "output": "world"}
     ("files", "message"),
     [
         ({"train": ['{"task": "news"', *TRAIN]}, r"train\.jsonl:1: not valid JSON"),
+        ({"train": ["[" * 100_000, *TRAIN]}, r"train\.jsonl:1: not valid JSON: it is nested too deeply"),
         ({"dev": [*DEV, "[1]"]}, r"dev\.jsonl:3: expected a JSON object, got list"),
         ({"train": [*TRAIN, {"id": "x"}]}, r"train\.jsonl:4: it lacks 'task'"),
         ({"train": [*TRAIN, {**ROW, "id": 9}]}, r"train\.jsonl:4: id: Input should be a valid string, got 9"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+
+from rkif.files import parse_json, require_object
 
 
 class DataContent(BaseModel):
@@ -42,17 +43,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield f"{path}:{number}", json_object(line, f"{path}:{number}")
+                    where = f"{path}:{number}"
+                    yield where, require_object(parse_json(line, where, own=False), where, own=False)
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{path}: an incomplete gzip file: {error}") from error
-
-
-def json_object(text: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object; for anything else, raise ValueError that names `where`."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
-    return value

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from rkif.continual.spelling import did_you_mean
-from rkif.continual.tasks.json_lines import DataContent, RecordLine, TaskLine, json_lines, json_object
+from rkif.continual.tasks.json_lines import DataContent, RecordLine, TaskLine, json_lines
 from rkif.continual.tasks.records import Record, Task, require_task_name, stratified_subset
-from rkif.files import validated
+from rkif.files import parse_json, validated
 from rkif.seeding import derive_seed
 
 
@@ -101,7 +101,7 @@ class _Table(DataContent):
 def _read_table(path: Path) -> _Table:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    return validated(_Table, json_object(path.read_bytes(), str(path)), path, own=False)
+    return validated(_Table, parse_json(path.read_bytes(), path, own=False), path, own=False)
 
 
 def _resolve_order(order: str | Sequence[str], table: _Table, path: Path) -> list[str]:
