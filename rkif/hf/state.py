@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rkif.files import load_tensors, read_text, remove_temporary, replace_file, replace_tensors, write_text
+from rkif.files import (
+    load_tensors,
+    named_in_errors,
+    parse_json,
+    read_text,
+    remove_temporary,
+    replace_file,
+    replace_tensors,
+    require_object,
+    write_text,
+)
 from rkif.fuser import state as fuser_state
 from rkif.fuser.state_names import flatten, section
 
@@ -52,7 +62,8 @@ def load(rounds: TrainerRounds, folder: Path) -> None:
     """Restore the state that :func:`save` wrote; the same processes must call it.
 
     Raises:
-        ValueError: the checkpoint has no such state, or that of other parameters or settings.
+        ValueError: the checkpoint has no such state, a damaged one, or that of other parameters or settings.
+        OSError: a file cannot be read; it names the file.
     """
     _require_same_settings(rounds, folder)
     if rounds.fuser.sharded and (folder / SHARDS).is_dir():
@@ -63,11 +74,30 @@ def load(rounds: TrainerRounds, folder: Path) -> None:
             f"cannot resume from {folder} with a memory: it lacks {' and '.join(missing)}, as "
             "checkpoints of a trainer without a memory or with save_only_model do"
         )
+    outer = _read_outer(folder / OUTER_FILE)
     rounds.fuser.load_state_dict(load_tensors(folder / FUSER_FILE))
-    outer = torch.load(folder / OUTER_FILE, map_location="cpu", weights_only=True)
     rounds.optimizer.load_state_dict(outer["optimizer"])
     rounds.lr_fraction, rounds.memory_position = outer["lr_fraction"], outer["memory_position"]
     rounds.start = outer["start"]
+
+
+def _read_outer(path: Path) -> dict[str, Any]:
+    """The content of ``OUTER_FILE``.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        with named_in_errors(path):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: content[key] for key in ("optimizer", "lr_fraction", "memory_position", "start")}
+    except OSError:
+        raise
+    except Exception as error:  # pickle raises errors of many classes
+        raise ValueError(
+            f"{path} is damaged: it cannot be read as the state of the outer optimizer"
+        ) from error
 
 
 def _settings(rounds: TrainerRounds) -> dict[str, Any]:
@@ -83,11 +113,11 @@ def _settings(rounds: TrainerRounds) -> dict[str, Any]:
 
 
 def _require_same_settings(rounds: TrainerRounds, folder: Path) -> None:
-    """Raise ValueError if the checkpoint's settings differ; older checkpoints have none."""
+    """Raise ValueError if the checkpoint's settings differ or are damaged; older checkpoints have none."""
     path = folder / SETTINGS_FILE
     if not path.is_file():
         return
-    now, saved = _settings(rounds), json.loads(read_text(path))
+    now, saved = _settings(rounds), require_object(parse_json(read_text(path), path), path)
     digests = now.pop("memory digest"), saved.pop("memory digest", None)
     if different := [name for name in now if name in saved and saved[name] != now[name]]:
         then, here = (", ".join(f"{name}={row[name]!r}" for name in different) for row in (saved, now))

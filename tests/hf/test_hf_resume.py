@@ -173,6 +173,27 @@ def test_refuses_a_checkpoint_without_the_round(tmp_path: Path, saved_by: str) -
         trainer(tmp_path, kind=RKIFTrainer, **STEPS).train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("rkif_settings.json", lambda content: content[:-9]),
+        ("rkif_settings.json", lambda content: b"[]"),
+        ("rkif_settings.json", lambda content: b"[" * 100_000),
+        ("rkif_outer.pt", lambda content: b""),
+        ("rkif_outer.pt", lambda content: content[:300]),
+        ("rkif_outer.pt", lambda content: b"plain text"),
+    ],
+    ids=["cut", "list", "nested", "empty", "cut", "text"],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, whole: Any, name: str, harm: Any) -> None:
+    checkpoint = tmp_path / "checkpoint-5"
+    shutil.copytree(whole[0] / "checkpoint-5", checkpoint)
+    (checkpoint / name).write_bytes(harm((checkpoint / name).read_bytes()))
+    run = dropout_run(tmp_path)
+    with pytest.raises(ValueError, match=rf"checkpoint-5/{name} is damaged: "):
+        run.train(resume_from_checkpoint=str(checkpoint))
+
+
 OTHER: dict[str, tuple[dict[str, Any], str, str]] = {
     "density": ({"fusion": replace(FUSION, density=0.5)}, "density=0.2", "density=0.5"),
     "rule": ({"fusion": replace(FUSION, rule="release")}, "rule='paper'", "rule='release'"),
