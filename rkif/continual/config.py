@@ -418,11 +418,14 @@ def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
     return config.model_copy(update=changed)
 
 
-def dump_config(config: RunConfig) -> str:
-    """The config as YAML with all defaults, also those of the fusion, for ``RUN/config.yaml``."""
+def dump_config(config: RunConfig, *, width: float = 80) -> str:
+    """The config as YAML with all defaults, also those of the fusion, for ``RUN/config.yaml``.
+
+    Longer lines are wrapped at spaces.
+    """
     content = config.model_dump(mode="json")
     fusion = stored_settings(fusion_config(config.fusion))
     if isinstance(fusion["rule"], dict):
         fusion["rule"] = {case: list(pair) for case, pair in fusion["rule"].items()}
     content["fusion"] = fusion | {"state_dtype": str(fusion["state_dtype"]).removeprefix("torch.")}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=width)

@@ -20,6 +20,7 @@ from run_inputs import TASKS, assert_same_files, files, go
 
 from rkif.continual.config import RunConfig
 from rkif.continual.display.progress import RunProgress
+from rkif.continual.rundir.settings import require_same_settings
 from rkif.continual.rundir.verify import verify
 from rkif.continual.rundir.writer import RunWriter
 
@@ -244,14 +245,19 @@ def test_a_run_that_was_moved_with_its_model_and_tasks_resumes_to_the_same_bytes
         with pytest.raises(Killed):
             go(config(), tmp_path / "run")
     began = (tmp_path / "run" / "config.yaml").read_bytes()
-    shutil.copytree(inputs, tmp_path / "elsewhere")
-    tasks = config().tasks.model_dump() | {"folder": str(tmp_path / "elsewhere" / "tasks")}
-    moved = config(model=str(tmp_path / "elsewhere" / "model"), tasks=tasks)
+    elsewhere = tmp_path / f"a folder whose name is wrapped over lines in YAML,{' and so on' * 9}"
+    shutil.copytree(inputs, elsewhere)
+    tasks = config().tasks.model_dump() | {"folder": str(elsewhere / "tasks")}
+    moved = config(model=str(elsewhere / "model"), tasks=tasks)
     with pytest.raises(ValueError, match="has `seed: 3`, but the config now has `seed: 4`"):
         go(moved.model_copy(update={"seed": 4}), tmp_path / "run", resume=True)
-    other = moved.model_copy(update={"model": str(tmp_path / "elsewhere" / "bert")})
+    other = moved.model_copy(update={"model": str(elsewhere / "bert")})
     with pytest.raises(ValueError, match="has `model: model`, but the config now has `model: bert`"):
         go(other, tmp_path / "run", resume=True)
+    assert require_same_settings(tmp_path / "run" / "config.yaml", moved) == [
+        f"`model: {inputs}/model` is now `model: {elsewhere}/model`",
+        f"`folder: {inputs}/tasks` is now `folder: {elsewhere}/tasks`",
+    ]
     go(moved, tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == began
     verify(tmp_path / "run")
@@ -259,7 +265,7 @@ def test_a_run_that_was_moved_with_its_model_and_tasks_resumes_to_the_same_bytes
     assert metrics[0] == metrics[1]
     ends = [files(tmp_path / name / "tasks" / "03-place") for name in ("straight", "run")]
     assert ends[0]["adapter_model.safetensors"] == ends[1]["adapter_model.safetensors"]
-    dev = tmp_path / "elsewhere" / "tasks" / "dev.jsonl"
+    dev = elsewhere / "tasks" / "dev.jsonl"
     dev.write_text(dev.read_text().replace("Answer:", "answer:"))
     with pytest.raises(ValueError, match="the dev records of task 'review' have changed"):
         go(moved, tmp_path / "run", resume=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import yaml
@@ -34,9 +35,14 @@ def require_same_settings(path: Path, config: RunConfig) -> list[str]:
     except (yaml.YAMLError, ValueError, RecursionError):
         _require_same_lines(path, stored, given)
         return []
-    _require_same_lines(path, dump_config(_without_places(began)), dump_config(_without_places(config)))
-    lines = zip(dump_config(began).splitlines(), given.splitlines(), strict=True)
+    _require_same_lines(path, _one_line_each(_without_places(began)), _one_line_each(_without_places(config)))
+    lines = zip(_one_line_each(began).splitlines(), _one_line_each(config).splitlines(), strict=False)
     return [f"`{old.strip(' -')}` is now `{new.strip(' -')}`" for old, new in lines if old != new]
+
+
+def _one_line_each(config: RunConfig) -> str:
+    """The settings, each on one line of any length, so that those of two configs can be paired."""
+    return dump_config(config, width=math.inf)
 
 
 def _require_same_lines(path: Path, stored: str, given: str) -> None:
