@@ -29,17 +29,20 @@ def parse_size(option: str, text: str) -> int:
     """The number of bytes in "500MB", "2GiB" or "4096B".
 
     Raises:
-        ValueError: the text is not a size, has no unit, or is less than a byte; it names the option.
+        ValueError: the text is not a size, has no unit, or is less than a byte or not less than 8 EiB; it
+            names the option.
     """
     match = _SIZE.fullmatch(text)
     if match is None or (match[3] and not match[2]):
         raise ValueError(f"{option} must be a size such as 2GiB or 500MB; got {text!r}")
     if not match[2] and not match[4]:
         raise ValueError(f"{option} needs a unit, such as 2GiB or 500MB; got {text!r}")
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS.index(match[2].lower() or " "))
-    if size <= 0:
+    size = float(match[1]) * (1024 if match[3] else 1000) ** _POWERS.index(match[2].lower() or " ")
+    if size < 1:
         raise ValueError(f"{option} must be at least one byte; got {text!r}")
-    return size
+    if size >= 2**63:  # the first size that PyTorch cannot count
+        raise ValueError(f"{option} must be less than 8EiB; got {text!r}")
+    return int(size)
 
 
 def announce(line: str, *, quiet: bool = False) -> None:

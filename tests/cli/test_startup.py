@@ -159,6 +159,12 @@ def test_a_size_of_zero_is_refused(text: str) -> None:
         parse_size("--max-memory", text)
 
 
+@pytest.mark.parametrize("text", ["8EiB", "10E", "9" * 400 + "GB"])
+def test_a_size_beyond_64_bits_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="--max-memory must be less than 8EiB; got"):
+        parse_size("--max-memory", text)
+
+
 def test_version_is_printed(rkif: Rkif) -> None:
     for option in ("--version", "-V"):
         status, out, _ = rkif(option)
