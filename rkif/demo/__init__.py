@@ -45,16 +45,19 @@ def demo(out: Path, *, resume: bool, console: Console) -> list[dict[str, Any]]:
         ValueError: ``out`` holds a demo and ``resume`` is False, or holds other files.
         OSError, ImportError: the folder cannot be written, or transformers is not installed.
     """
-    config_path = out / "config.yaml"
-    if config_path.exists():
+    config_path, begun = out / "config.yaml", out / "inputs.partial"
+    if config_path.exists() or begun.exists():
         if not resume:
             raise ValueError(f"{out} holds a demo; continue with --resume, or choose another --out")
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and is not a demo; choose another --out")
-    else:
+    if not config_path.exists():
         require_transformers(adapter=False)
+        out.mkdir(parents=True, exist_ok=True)
+        begun.touch()  # so that a killed demo is told from other files; --resume writes its inputs again
         write_inputs(out, train=600, dev=100, seed=0)
         write_text(config_path, CONFIG)
+    begun.unlink(missing_ok=True)
     console.print(
         f"{len(COMPARED)} methods learn four small tasks, one after another. "
         f"All files are in {escape(str(out))}\n"

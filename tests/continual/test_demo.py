@@ -18,7 +18,7 @@ import rkif.demo
 from rkif.continual.config import RunConfig, load_config
 from rkif.continual.display.progress import comparison_table
 from rkif.continual.tasks.load import load_tasks
-from rkif.demo import demo, write_inputs
+from rkif.demo import COMPARED, demo, write_inputs
 from rkif.demo.sentences import TASKS
 
 
@@ -28,10 +28,23 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short")
-def test_demo_compares_the_methods_and_can_be_resumed(tmp_path: Path) -> None:
+def test_demo_compares_the_methods_and_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     console = Console(file=io.StringIO(), width=120)
     out = tmp_path / "out"
-    runs = demo(out, resume=False, console=console)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rkif.demo, "write_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            demo(out, resume=False, console=console)
+    with pytest.raises(ValueError, match="holds a demo; continue with --resume"):
+        demo(out, resume=False, console=console)
+    runs = demo(out, resume=True, console=console)
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "tasks", "model", *COMPARED}
     assert [metrics["method"] for metrics in runs] == ["sequential", "replay", "recurrent_kif"]
     _, _, shown = console.file.getvalue().partition("accuracy in % at the end")
     assert "\x1b" not in shown
