@@ -26,6 +26,7 @@ from rkif.fuser.round_fusion import (
     learner_thresholds,
     require_complete,
     require_inner_phase,
+    require_no_capture,
     skip_round,
 )
 from rkif.fuser.round_ledger import RoundLedger, recorded
@@ -248,8 +249,10 @@ class Fuser:
         The outer importance keeps this round's steps, as after a fusion, unless the config clears it.
 
         Raises:
-            RuntimeError, ValueError, OSError: an adapter is merged, or the ledger cannot record the round.
+            RuntimeError, ValueError, OSError: an adapter is merged, a CUDA graph is being captured, or the
+                ledger cannot record the round.
         """
+        require_no_capture(self, "rollback")
         self._watch.require_unmerged()
         restore(self._shards, self._base)
         self._end_round()

@@ -38,7 +38,7 @@ def require_inner_phase(fuser: Fuser) -> None:
         RuntimeError, ValueError: see :meth:`rkif.Fuser.begin_outer`.
     """
     with fuser._shards.processes.raise_on_any_failure():
-        _require_no_capture(fuser, "begin_outer")
+        require_no_capture(fuser, "begin_outer")
         if fuser.phase == "outer":
             raise RuntimeError(
                 "the outer phase of this round has begun already, by begin_outer() or outer(); end the round "
@@ -61,7 +61,7 @@ def require_complete(fuser: Fuser) -> int:
     """
     shards = fuser._shards
     with shards.processes.raise_on_any_failure():
-        _require_no_capture(fuser, "fuse")
+        require_no_capture(fuser, "fuse")
         if fuser.phase != "outer":
             raise RuntimeError(
                 "fuse() was called in the inner phase; call begin_outer() first, or use `with outer()`"
@@ -90,7 +90,8 @@ def require_complete(fuser: Fuser) -> int:
     return nonfinite
 
 
-def _require_no_capture(fuser: Fuser, method: str) -> None:
+def require_no_capture(fuser: Fuser, method: str) -> None:
+    """Raise RuntimeError, which names the method, if a CUDA graph is being captured."""
     if capturing(fuser._nonfinite.device):
         raise RuntimeError(
             f"{method}() was called while a CUDA graph is captured: it changes the fuser's phase, and a "

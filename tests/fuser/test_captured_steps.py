@@ -86,7 +86,7 @@ def test_rounds_of_captured_steps_are_those_of_other_steps(capture: Captures) ->
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("method", ["begin_outer", "fuse"])
+@pytest.mark.parametrize("method", ["begin_outer", "fuse", "rollback"])
 def test_a_phase_does_not_end_in_a_capture(capture: Captures, method: str) -> None:
     parameter = torch.nn.Parameter(torch.empty(64))
     fuser = fuser_of(parameter)
