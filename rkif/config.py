@@ -15,6 +15,7 @@ from rkif_kernels import (
     require_choice,
     require_fraction,
     require_weights,
+    require_whole_number,
 )
 
 Importance = Literal["sensitivity", "sensitivity_uncertainty"]
@@ -146,9 +147,7 @@ class FusionConfig:
         if self.missing is not None:
             require_choice("missing", self.missing, get_args(Missing))
         for name in ("inner_steps", "outer_steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+            require_whole_number(name, getattr(self, name), minimum=1)
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")

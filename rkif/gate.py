@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rkif_kernels import require_choice
+from rkif_kernels import require_choice, require_number, require_whole_number
 
 Verdict = Literal["keep", "damp", "undo", "stop", "unchecked"]
 
@@ -21,7 +21,9 @@ Verdict = Literal["keep", "damp", "undo", "stop", "unchecked"]
 class Criterion:
     """A metric that a fusion must not make worse: the loss on the memory, or a metric on held-out records.
 
-    A value after a fusion that is not finite is never acceptable.
+    A value after a fusion that is not finite is never acceptable. If the value before it is NaN, no
+    worsening can be measured: the fusion is acceptable only if ``tolerance`` is None. An infinite value
+    before it is compared like other numbers, so a fusion that makes it finite may be an improvement.
 
     Attributes:
         name: its name in reports.
@@ -33,7 +35,8 @@ class Criterion:
         samples: number of records that one measurement uses, for the gate's budget.
 
     Raises:
-        ValueError, TypeError: a setting outside its range, or neither floor nor tolerance is given.
+        ValueError, TypeError: a setting is outside its range, or neither floor nor tolerance is given; the
+            message names the setting and the criterion.
     """
 
     name: str
@@ -50,12 +53,11 @@ class Criterion:
             raise ValueError(
                 f"criterion {self.name!r} has neither floor nor tolerance: every value would pass"
             )
-        if self.floor is not None and not math.isfinite(self.floor):
-            raise ValueError(f"floor of criterion {self.name!r} must be finite; got {self.floor}")
-        if self.tolerance is not None and not 0 <= self.tolerance < math.inf:
-            raise ValueError(f"tolerance of criterion {self.name!r} must be at least 0; got {self.tolerance}")
-        if self.samples < 0:
-            raise ValueError(f"samples of criterion {self.name!r} must be at least 0; got {self.samples}")
+        if self.floor is not None:
+            require_number(f"floor of criterion {self.name!r}", self.floor)
+        if self.tolerance is not None:
+            require_number(f"tolerance of criterion {self.name!r}", self.tolerance, minimum=0)
+        require_whole_number(f"samples of criterion {self.name!r}", self.samples, minimum=0)
 
     def measure(self) -> float:
         """The value now.
@@ -75,7 +77,7 @@ class Criterion:
         """The reason why a value after a fusion is not acceptable; None if it is acceptable.
 
         Args:
-            before: the value before the fusion.
+            before: the value before the fusion. If it is NaN, a tolerance cannot be kept.
             after: the value after it. If it is not finite, it is not acceptable.
         """
         if not math.isfinite(after):
@@ -85,6 +87,8 @@ class Criterion:
             side = "below" if self.higher_is_better else "above"
             return f"{self.name} {after:.6g} is {side} {self.floor:.6g}"
         worse = sign * (before - after)
+        if self.tolerance is not None and math.isnan(before):
+            return f"{self.name} was not a number before the fusion"
         if self.tolerance is not None and worse > self.tolerance:
             return f"{self.name} went from {before:.6g} to {after:.6g}; tolerated: {self.tolerance:.6g}"
         return None
@@ -124,8 +128,13 @@ class Gate:
     def __post_init__(self) -> None:
         if not isinstance(self.criteria, Sequence):
             raise TypeError(f"criteria must be a list of Criterion; got {type(self.criteria).__name__}")
+        for index, criterion in enumerate(self.criteria):
+            if not isinstance(criterion, Criterion):
+                raise TypeError(f"criteria[{index}] must be a Criterion; got {criterion!r}")
         if not isinstance(self.ladder, Sequence):
             raise TypeError(f"ladder must be a tuple of numbers; got {self.ladder!r}")
+        for index, fraction in enumerate(self.ladder):
+            require_number(f"ladder[{index}]", fraction)
         names = [criterion.name for criterion in self.criteria]
         if not names:
             raise ValueError("a gate needs at least one criterion")
@@ -136,10 +145,9 @@ class Gate:
         if any(not 0 < second < first for first, second in pairwise(steps)):
             raise ValueError(f"ladder must fall from below 1 to above 0; got {self.ladder}")
         require_choice("otherwise", self.otherwise, ["undo", "stop"])
-        if self.every < 1:
-            raise ValueError(f"every must be at least 1; got {self.every}")
-        if self.budget is not None and self.budget < 0:
-            raise ValueError(f"budget must be at least 0; got {self.budget}")
+        require_whole_number("every", self.every, minimum=1)
+        if self.budget is not None:
+            require_whole_number("budget", self.budget, minimum=0)
 
     @property
     def names(self) -> list[str]:

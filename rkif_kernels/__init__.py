@@ -18,7 +18,9 @@ from rkif_kernels.checks import (
     require_choice,
     require_disjoint,
     require_fraction,
+    require_number,
     require_weights,
+    require_whole_number,
 )
 from rkif_kernels.ops import (
     FusionPlan,
@@ -108,7 +110,9 @@ __all__ = [
     "require_choice",
     "require_disjoint",
     "require_fraction",
+    "require_number",
     "require_weights",
+    "require_whole_number",
     "sample_scores",
     "score_thresholds",
     "select_and_fuse_",

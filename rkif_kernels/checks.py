@@ -177,6 +177,26 @@ def require_fraction(argument: str, value: Any) -> None:
         raise ValueError(f"{argument} must be in [0, 1]; got {value!r}")
 
 
+def require_number(argument: str, value: Any, *, minimum: float = -math.inf) -> None:
+    """Raise TypeError unless ``value`` is a number, ValueError unless it is finite, at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{argument} must be a number; got {value!r}")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise ValueError(f"{argument} must be finite; got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{argument} must be at least {minimum}; got {value!r}")
+
+
+def require_whole_number(argument: str, value: Any, *, minimum: int) -> None:
+    """Raise ValueError unless ``value`` is an int of at least ``minimum``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{argument} must be a whole number of at least {minimum}; got {value!r}")
+
+
 def require_weights(argument: str, pair: Any) -> None:
     """Raise ValueError unless ``pair`` is two numbers that are finite in float32."""
     try:

@@ -88,6 +88,12 @@ def load_state(fuser: Fuser, state: Mapping[str, Tensor]) -> None:
     thresholds = state["inner_thresholds"].to(fuser._nonfinite.device) if packed else None
     if thresholds is not None and thresholds.shape != (thresholds_a_side,):
         raise ValueError(f"state['inner_thresholds'] must have {thresholds_a_side} elements")
+    if fuser._gatekeeper is not None:
+        counters, known = state["gate.counters"], state["gate.known"]
+        if counters.shape != (2,) or counters.is_floating_point() or int(counters.min()) < 0:
+            raise ValueError(f"state['gate.counters'] must be two whole numbers; got {counters!r}")
+        if known.dim() != 1:
+            raise ValueError(f"state['gate.known'] must have one dimension; got shape {tuple(known.shape)}")
 
     parts = {name: to_local_like(state[name], _parameter_of(fuser, name)) for name in expected}
     if fuser._gatekeeper is not None:

@@ -59,6 +59,10 @@ def judged(figures: dict[float, float], **settings: Any) -> tuple[Any, Scripted]
         ({0: 5, 1: math.nan, 0.5: math.nan, 0.25: 5}, {}, "damp", 0.25),
         ({0: 5, 1: math.nan}, {"tolerance": None, "floor": -9, "ladder": ()}, "undo", 0.0),
         ({0: math.inf, 1: 4}, {"higher_is_better": False}, "keep", 1.0),
+        ({0: -math.inf, 1: 4, 0.5: 4, 0.25: 4}, {"higher_is_better": False}, "undo", 0.0),
+        ({0: math.nan, 1: 5, 0.5: 5, 0.25: 5}, {}, "undo", 0.0),
+        ({0: math.nan, 1: 5, 0.5: 5, 0.25: 5}, {"floor": 3}, "undo", 0.0),
+        ({0: math.nan, 1: 5}, {"tolerance": None, "floor": 3}, "keep", 1.0),
     ],
 )
 def test_the_verdict_follows_from_the_values(
@@ -104,6 +108,7 @@ def test_objections_of_one_kind_are_equal_without_their_values() -> None:
     loss = Criterion("loss", float, higher_is_better=False, floor=2)
     assert without_values(str(loss.objection(3, 3))) == "loss above ceiling 2"
     assert without_values(str(loss.objection(0, math.nan))) == "loss is not a number"
+    assert without_values(str(loss.objection(math.nan, 0))) == "loss was not a number before the fusion"
 
 
 def test_a_value_that_is_not_finite_is_refused_on_both_sides() -> None:
@@ -157,17 +162,45 @@ def test_every_and_budget_limit_the_measurements() -> None:
             "tolerance of criterion 'x' must be at least 0; got -1",
         ),
         (lambda: Criterion("x", float, floor=math.nan), "floor of criterion 'x' must be finite"),
+        (lambda: Criterion("x", float, tolerance=10**400), "tolerance of criterion 'x' must be finite"),
+        (lambda: Criterion("x", float, samples=1.5), "samples of criterion 'x' must be a whole number"),
         (lambda: Gate([]), "at least one criterion"),
         (lambda: Gate([Criterion("x", float)] * 2), "two criteria are named 'x'"),
         (lambda: Gate([Criterion("x", float)], ladder=(0.5, 0.5)), "ladder must fall"),
         (lambda: Gate([Criterion("x", float)], ladder=(1.0,)), "ladder must fall"),
         (lambda: Gate([Criterion("x", float)], ladder=(0.5, 0.0)), "ladder must fall"),
-        (lambda: Gate([Criterion("x", float)], every=0), "every must be at least 1"),
+        (lambda: Gate([Criterion("x", float)], every=0), "every must be a whole number of at least 1; got 0"),
+        (lambda: Gate([Criterion("x", float)], every=1.5), "every must be a whole number .*; got 1.5"),
+        (lambda: Gate([Criterion("x", float)], every=True), "every must be a whole number .*; got True"),
+        (lambda: Gate([Criterion("x", float)], budget=-1), "budget must be a whole number of at least 0"),
+        (lambda: Gate([Criterion("x", float)], budget="x"), "budget must be a whole number .*; got 'x'"),
         (lambda: Gate([Criterion("x", float)], otherwise="shrug"), "otherwise must be"),
     ],
 )
 def test_invalid_settings_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Criterion("x", float, floor="a"), "floor of criterion 'x' must be a number; got 'a'"),
+        (
+            lambda: Criterion("x", float, tolerance="a"),
+            "tolerance of criterion 'x' must be a number; got 'a'",
+        ),
+        (lambda: Gate([Criterion("x", float), 7]), r"criteria\[1\] must be a Criterion; got 7"),
+        (lambda: Gate([Criterion("x", float)], ladder=0.5), "ladder must be a tuple of numbers; got 0.5"),
+        (lambda: Gate([Criterion("x", float)], ladder="ab"), r"ladder\[0\] must be a number; got 'a'"),
+        (
+            lambda: Gate([Criterion("x", float)], ladder=(0.5, "a")),
+            r"ladder\[1\] must be a number; got 'a'",
+        ),
+    ],
+)
+def test_settings_of_another_type_are_refused_by_name(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         make()
 
 
@@ -282,6 +315,14 @@ def test_a_gate_resumes_from_its_state() -> None:
     assert calls[0] - before == counted[0] > 0
     with pytest.raises(ValueError, match="the state lacks 'gate"):
         made()[1].load_state_dict({k: v for k, v in state.items() if not k.startswith("gate.")})
+    for name, wrong in (
+        ("counters", torch.tensor([1, 2, 3])),
+        ("counters", torch.tensor([1.0, 2.0])),
+        ("counters", torch.tensor([1, -2])),
+        ("known", torch.zeros(1, 1)),
+    ):
+        with pytest.raises(ValueError, match=rf"state\['gate\.{name}'\] must "):
+            made()[1].load_state_dict(state | {f"gate.{name}": wrong})
     with pytest.raises(ValueError, match="that this fuser does not have"):
         rkif.Fuser(made()[0], CONFIG).load_state_dict(state)
 
