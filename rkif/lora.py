@@ -21,6 +21,7 @@ from rkif.config import MergeWeights, merge_weights
 from rkif.fusion import FusionReport, common_names, report_of, require_finite
 from rkif_kernels import (
     CASES,
+    Arguments,
     CountingSearch,
     CountingSearches,
     FuseStats,
@@ -31,6 +32,8 @@ from rkif_kernels import (
     order_statistic_k,
     require_choice,
     require_fraction,
+    require_number,
+    require_whole_number,
 )
 
 _A = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?A(?P<rest>(\..+)?)$")
@@ -106,28 +109,24 @@ def fuse_delta(
         density, rule, scope, outer_from: see :func:`rkif.fuse`.
 
     Raises:
-        TypeError, ValueError: names, shapes or dtypes do not fit together; a factor is not a matrix
-            (convolutions); a DoRA magnitude; no module with factors, or one without scaling; NaN or infinity
-            in a tensor or in a fused update.
+        TypeError, ValueError: names, shapes, dtypes or devices do not fit together; a value is not a tensor;
+            a factor is not a matrix (convolutions); a DoRA magnitude; no module with factors, or one without
+            scaling; NaN or infinity in a tensor or in a fused update.
     """
     names = common_names({"base": base, "inner": inner, "outer": outer})
     require_fraction("density", density)
     require_choice("scope", scope, ["global", "tensor"])
     require_choice("outer_from", outer_from, ["inner", "base"])
     weights = merge_weights(rule).cases
-    modules = lora_modules(names, base, scaling)
     sets = {"base": base, "inner": inner, "outer": outer}
-    for argument in ("inner", "outer"):
-        for name in names:
-            if sets[argument][name].shape != base[name].shape:
-                raise ValueError(
-                    f"{argument}[{name!r}] has shape {tuple(sets[argument][name].shape)}, "
-                    f"base has {tuple(base[name].shape)}"
-                )
+    arguments = Arguments(names)
+    for argument, tensors in sets.items():
+        arguments.add(argument, [tensors[name] for name in names])
+    modules = lora_modules(names, base, scaling)
     for argument, tensors in sets.items():
         require_finite(argument, names, [tensors[name] for name in names])
     triples = _Triples(modules, base, inner, outer, outer_from)
-    device = base[names[0]].device
+    device = arguments.device
     thresholds = _thresholds(triples, density=density, scope=scope, device=device)
     counts = torch.zeros(len(CASES), dtype=torch.int64, device=device)
     squared_norms = torch.zeros(3, dtype=torch.float64, device=device)
@@ -175,6 +174,7 @@ def lora_scaling(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, f
 
     Raises:
         ValueError: a DoRA adapter: its updates depend on the weights to which they are added.
+        TypeError, ValueError: lora_alpha or r of a module is missing or out of range.
     """
     if config.get("use_dora"):
         raise ValueError(_NO_DORA)
@@ -182,8 +182,10 @@ def lora_scaling(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, f
     for match in filter(None, map(_A.match, names)):
         module = match["module"]
         inside = module.removeprefix("base_model.model.")  # the name that peft matches patterns with
-        alpha = _of_pattern(config.get("alpha_pattern"), inside, config["lora_alpha"])
-        rank = _of_pattern(config.get("rank_pattern"), inside, config["r"])
+        alpha = _of_pattern(config.get("alpha_pattern"), inside, config.get("lora_alpha"))
+        rank = _of_pattern(config.get("rank_pattern"), inside, config.get("r"))
+        require_number(f"config: lora_alpha of {module!r}", alpha)
+        require_whole_number(f"config: r of {module!r}", rank, minimum=1)
         found[module] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     return found
 
@@ -194,7 +196,7 @@ _NO_DORA = (
 )
 
 
-def _of_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+def _of_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -291,7 +293,8 @@ def _thresholds(triples: _Triples, *, density: float, scope: Scope, device: torc
                     if size
                     else torch.full((1,), torch.inf, device=device)
                 )
-        return [torch.cat(side) if scope == "tensor" else side[0] for side in found]
+        # Under scope="global" all thresholds are equal, but for the infinite ones of empty modules.
+        return [torch.cat(side) if scope == "tensor" else min(side) for side in found]
     k = order_statistic_k(sum(triples.sizes), density)
     searches = CountingSearches(CountingSearch(k) for _ in range(2))
     while not searches.done:

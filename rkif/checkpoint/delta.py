@@ -66,7 +66,7 @@ def update_space(base: Checkpoint, argument: str, problems: list[str]) -> Update
     shapes = {name: torch.empty(entry.shape, device="meta") for name, entry in fused.items()}
     try:
         modules = lora_modules(list(fused), shapes, lora_scaling(base.config, list(fused)))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         problems.append(f"--space delta: {argument}: {error}")
         return None
     tensors = []

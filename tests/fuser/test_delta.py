@@ -197,6 +197,52 @@ def test_refuses_inconsistent_inputs() -> None:
         rkif.fuse_delta(tensors, adapter(0, rank=3), tensors, scaling=1.0)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(2, 9, dtype=torch.int64), "has dtype int64; supported: float32, bfloat16, float16"),
+        (7, "must be a tensor; got int"),
+    ],
+)
+@pytest.mark.parametrize("argument", ["base", "inner", "outer"])
+def test_refuses_values_that_are_no_float_tensors(argument: str, value: Any, message: str) -> None:
+    sets = {name: adapter(0) for name in ("base", "inner", "outer")}
+    sets[argument]["model.q.lora_A.weight"] = value
+    with pytest.raises(TypeError, match=rf"{argument}\['model\.q\.lora_A\.weight'\] {message}"):
+        rkif.fuse_delta(**sets, scaling=1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({}, TypeError, "config: lora_alpha of 'model.q' must be a number; got None"),
+        (
+            {"lora_alpha": 8},
+            ValueError,
+            "config: r of 'model.q' must be a whole number of at least 1; got None",
+        ),
+        ({"lora_alpha": "8", "r": 2}, TypeError, "config: lora_alpha of 'model.q' must be a number; got '8'"),
+        ({"lora_alpha": 8, "r": 0}, ValueError, "config: r of 'model.q' must be a whole number .*; got 0"),
+    ],
+)
+def test_a_scaling_that_is_not_in_the_config_is_named(
+    config: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        rkif.lora_scaling(config, list(adapter(0)))
+
+
+@pytest.mark.parametrize("density", [0, 0.5, 1])
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_an_empty_module_changes_no_other(scope: Any, density: float) -> None:
+    empty = {"model.empty.lora_A.weight": torch.ones(2, 0), "model.empty.lora_B.weight": torch.ones(3, 2)}
+    settings = {"scaling": 1.0, "scope": scope, "density": density}
+    alone = rkif.fuse_delta(*(adapter(seed) for seed in range(3)), **settings)
+    found = rkif.fuse_delta(*(empty | adapter(seed) for seed in range(3)), **settings)
+    assert found.report.counts == alone.report.counts
+    assert all(torch.equal(found.params[name], tensor) for name, tensor in alone.params.items())
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_refuses_nonfinite_values(value: float) -> None:
     base, inner = adapter(0), adapter(1)
