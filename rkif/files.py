@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 M = TypeVar("M", bound="BaseModel")
+STATUS = Path("/proc/self/status")  # of this process, on Linux
 # safetensors writes to a file with such a name and renames it. A killed process can leave the file.
 TEMPORARY = re.compile(r"\.tmp[0-9A-Za-z]{6}")
 
@@ -240,11 +241,23 @@ def named_in_errors(path: Path) -> Iterator[None]:
 
 def fsync_file(path: Path) -> None:
     """Give a file the default mode and flush it to disk; safetensors lets only the owner read its files."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    path.chmod(0o666 & ~_umask())
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    """The umask of the process, which ``os.umask`` reads only by changing it for all threads.
+
+    Without /proc, a file that another thread creates at that moment is private, and never writable by others.
+    """
+    if STATUS.exists():
+        for line in STATUS.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def fsync_folder(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rkif import files
 from rkif.continual.rundir.state import RunState, write_state
 from rkif.files import parse_json, remove_temporary, write_text
 from rkif.ledger.chain import Ledger
@@ -46,6 +48,20 @@ def test_a_link_under_the_temporary_name_is_not_followed(tmp_path: Path) -> None
     assert (tmp_path / "victim").read_text() == "another's file"
     assert (tmp_path / "file").read_text() == "mine"
     assert not (tmp_path / "file").is_symlink()
+
+
+@pytest.mark.parametrize("status", [files.STATUS, Path("absent")])
+def test_a_file_of_tensors_has_the_mode_of_other_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Path
+) -> None:
+    """Other threads may create files meanwhile: the umask is not changed on Linux, and never opened."""
+    monkeypatch.setattr(files, "STATUS", status)
+    masks, umask = [], os.umask
+    monkeypatch.setattr(os, "umask", lambda mask: masks.append(mask) or umask(mask))
+    files.replace_tensors(tmp_path / "tensors", {"w": torch.zeros(1)})
+    (tmp_path / "other").touch()
+    assert (tmp_path / "tensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert masks[:1] == ([] if status.exists() else [0o077])
 
 
 def test_only_temporary_files_of_safetensors_are_deleted(tmp_path: Path) -> None:
