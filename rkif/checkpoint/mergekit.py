@@ -152,12 +152,13 @@ def read_merge(file: Path) -> Merge:
     ]
     shared = _numbers_of(file, "parameters.", content.get("parameters") or {}, method, scalar_names)
     scalars = {name: _scalar(file, name, shared.pop(name)) for name in scalar_names if name in shared}
-    dtypes = [content[key] for key in ("dtype", "out_dtype") if content.get(key) is not None]
-    for dtype in dtypes:
-        if dtype not in _DTYPES:
-            raise ValueError(f"{file}: dtype {dtype!r} is not supported; {', '.join(_DTYPES)} are")
+    dtypes = {key: content[key] for key in ("dtype", "out_dtype") if content.get(key) is not None}
+    for key, value in dtypes.items():
+        if value not in list(_DTYPES):  # a value of YAML may not be hashable
+            raise ValueError(f"{file}: {key} {value!r} is not supported; {', '.join(_DTYPES)} are")
+    dtype = dtypes.get("out_dtype", dtypes.get("dtype"))
     paths, parameters = zip(*by_model, strict=True)
-    return Merge(file, method, path, paths, parameters, shared, scalars, dtypes[-1] if dtypes else None)
+    return Merge(file, method, path, paths, parameters, shared, scalars, dtype)
 
 
 def _require_keys(file: Path, where: str, content: Mapping[Any, Any], known: Sequence[str]) -> None:

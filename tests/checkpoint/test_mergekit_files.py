@@ -311,7 +311,9 @@ def with_weight(value: Any) -> dict[str, Any]:
             "the output would be bfloat16, but base is float32; dtypes are not converted",
         ),
         (changed(dtype="float32", out_dtype="float16"), "the output would be float16, but base is float32"),
-        (changed(dtype="int8"), "dtype 'int8' is not supported"),
+        (changed(dtype="int8"), "merge.yml: dtype 'int8' is not supported; float32, bfloat16, float16 are"),
+        (changed(dtype=["float32"]), "merge.yml: dtype ['float32'] is not supported"),
+        (changed(out_dtype={"a": 1}), "merge.yml: out_dtype {'a': 1} is not supported"),
         (
             with_weight("1"),
             "models[0].parameters.weight must be a number, a list of numbers or a list of filters",
