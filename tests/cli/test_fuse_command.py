@@ -166,6 +166,8 @@ def test_a_dry_run_writes_nothing(rkif: Rkif, triple: Triple, json_: bool) -> No
         (["--density", "2"], "density must be in [0, 1]; got 2.0"),
         (["--method", "merge"], "--method must be one of recurrent_kif, linear"),
         (["--method", "dare_tiess"], "; got 'dare_tiess'; did you mean 'dare_ties'?"),
+        (["--method", "dare"], "; got 'dare'; did you mean 'dare_linear' or 'dare_ties'?\n"),
+        (["--method", "x"], "; got 'x'\n"),
         (["--method", "linear", "--density", "0.5"], "density is not a setting of linear"),
         (["--max-memory", "much"], "--max-memory must be a size such as 2GiB or 500MB; got 'much'"),
         (["--max-memory", "1MiB"], "--max-memory: 1 MiB is too little"),
