@@ -91,7 +91,8 @@ class TrainingSettings(Settings):
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSettings:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either steps or epochs")
+            got = "neither" if self.steps is None else f"steps {self.steps} and epochs {self.epochs}"
+            raise ValueError(f"give either steps or epochs; got {got}")
         return self
 
 
