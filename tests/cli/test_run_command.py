@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -140,7 +141,8 @@ def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ),
         ("memory.fraction", 2, "memory.fraction: must be less than or equal to 1; got 2\n"),
         ("training.learning_rate", "fast", "training.learning_rate: must be a number; got 'fast'\n"),
-        ("training.epochs", 3, "training: give either steps or epochs"),
+        ("training.epochs", 3, "training: give either steps or epochs; got steps 2 and epochs 3.0\n"),
+        ("training", {"batch_size": 2}, "training: give either steps or epochs; got neither\n"),
         ("training.steps", 0, "training.steps: must be greater than or equal to 1; got 0\n"),
         ("method", "magic", "method: must be 'sequential', 'replay', 'replay_equal_steps', "),
         ("method", "recurent_kif", "; got 'recurent_kif'; did you mean 'recurrent_kif'?"),
@@ -208,6 +210,32 @@ def test_a_misspelt_model_folder_is_named_before_the_tasks_are_read(
     assert status == 1
     folder = tmp_path / "models" / "tinny"
     assert errors == f"rkif: error: model: no such folder: {folder}; did you mean 'tiny'?\n"
+
+
+def test_a_name_that_the_hub_does_not_answer_is_one_line(
+    rkif: Rkif,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import transformers
+
+    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)  # the library's default
+
+    def unreachable(*_: Any) -> None:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("We couldn't connect to the hub.\nCheck your connection.")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
+    config = write(tmp_path / "config.yaml", settings | {"model": "someone/some-model"})
+    status, _, errors = rkif("run", config, "--out", tmp_path / "out", "--quiet")
+    assert (status, errors) == (
+        1,
+        "rkif: error: model 'someone/some-model' cannot be loaded: there is no such folder, and as a name on "
+        "the hub: We couldn't connect to the hub.\n",
+    )
+    assert "Retrying" not in caplog.text
 
 
 def test_set_changes_settings_of_the_config(rkif: Rkif, settings: dict[str, Any], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ def load_model(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> 
 
     # The run has its own progress bars.
     transformers.utils.logging.disable_progress_bar()
+    # The hub's client warns of every attempt to reach it. The error after the last one has the cause.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if config.architecture == "encoder":
         # transformers would warn about missing weights of the pooler, which is not used.
         transformers.utils.logging.set_verbosity_error()
