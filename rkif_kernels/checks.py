@@ -51,9 +51,11 @@ class Arguments:
 
         Raises:
             TypeError: an entry is not a dense tensor, or its dtype is not one of ``dtypes``.
-            ValueError: lengths, shapes or devices differ.
+            ValueError: lengths, shapes or devices differ; or there is not one name per tensor.
         """
         if self._first is None:
+            if self._names is not None and len(self._names) != len(tensors):
+                raise ValueError(f"names has {len(self._names)} names, {argument} has {len(tensors)} tensors")
             self._first = (argument, tensors)
         first_name, first = self._first
         if len(tensors) != len(first):
@@ -191,20 +193,35 @@ def require_number(argument: str, value: Any, *, minimum: float = -math.inf) -> 
         raise ValueError(f"{argument} must be at least {minimum}; got {value!r}")
 
 
-def require_whole_number(argument: str, value: Any, *, minimum: int) -> None:
-    """Raise ValueError unless ``value`` is an int of at least ``minimum``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{argument} must be a whole number of at least {minimum}; got {value!r}")
+def require_whole_number(argument: str, value: Any, *, minimum: int, bits: int | None = None) -> None:
+    """Raise ValueError unless ``value`` is an int of at least ``minimum``, and below ``2^bits`` if given."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < minimum or (bits is not None and value >> bits):
+        limit = "" if bits is None else f" and below 2^{bits}"
+        raise ValueError(f"{argument} must be a whole number of at least {minimum}{limit}; got {value!r}")
+
+
+def require_float32(argument: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a number that is finite in float32."""
+    if not _is_finite(value):
+        raise ValueError(f"{argument} must be a number that is finite in float32; got {value!r}")
 
 
 def require_weights(argument: str, pair: Any) -> None:
     """Raise ValueError unless ``pair`` is two numbers that are finite in float32."""
     try:
-        valid = len(pair) == 2 and all(math.isfinite(float32(weight)) for weight in pair)
-    except (TypeError, ValueError, OverflowError):
+        valid = len(pair) == 2 and all(map(_is_finite, pair))
+    except TypeError:
         valid = False
     if not valid:
         raise ValueError(f"{argument} must be two finite numbers (inner, outer); got {pair!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value) and math.isfinite(float32(value))  # the first refuses text
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def require_disjoint(

@@ -129,16 +129,11 @@ def select_and_fuse_(
     require_fusion(inputs, rule, names)
     require_selection(density, scope)
     with profiled("rkif.fuse", inputs.device):
-        return select_and_fuse(inputs, rule, density, scope, names, backend)
+        return select_and_fuse(inputs, rule, density, scope, backend)
 
 
 def select_and_fuse(
-    inputs: FusionInputs,
-    rule: MergeRule,
-    density: float,
-    scope: Scope,
-    names: Sequence[str] | None,
-    backend: Backend,
+    inputs: FusionInputs, rule: MergeRule, density: float, scope: Scope, backend: Backend
 ) -> FuseStats:
     """:func:`select_and_fuse_` with arguments that have been checked."""
     module = implementation(inputs.device, backend)
@@ -147,7 +142,7 @@ def select_and_fuse(
             stats: FuseStats = module.select_and_fuse_(inputs, order_statistic_k(inputs.numel, density), rule)
         return stats
     sides = (inputs.inner_scores, inputs.outer_scores)
-    inner, outer = thresholds_of(sides, density, scope, names, backend)
+    inner, outer = thresholds_of(sides, density, scope, backend)
     return _fuse(inputs, (inner, outer), rule, backend)
 
 

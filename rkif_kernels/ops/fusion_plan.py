@@ -75,8 +75,6 @@ class FusionPlan:
 
     def fuse(self, inputs: FusionInputs) -> FuseStats:
         """Select and fuse once; lists and result as for :func:`rkif_kernels.select_and_fuse_`."""
-        if not isinstance(inputs.out, Views):  # descriptions do not tell whether inference mode made a tensor
-            require_writable(Arguments(self._names), "out", inputs.out)
         # The flat tensor determines its views, so one address is compared instead of hundreds.
         locations = [None if row is None else _location(row) for row in inputs.lists]
         key = locations, (inputs.inner_scores.distance, inputs.outer_scores.distance)
@@ -85,6 +83,9 @@ class FusionPlan:
             if bound is None:
                 bound = self._bind(inputs, key)
                 self._bound = [bound, *self._bound][:_MAX_LAUNCHES]
+            elif not isinstance(inputs.out, Views):
+                # Descriptions do not tell whether inference mode made a tensor.
+                require_writable(Arguments(self._names), "out", inputs.out)
             with torch.no_grad(), on_device(inputs.device), profiled("rkif.fuse", inputs.device):
                 stats = (bound.launch or self._unprepared)(inputs)
         torch.autograd.graph.increment_version(inputs.out)
@@ -102,7 +103,7 @@ class FusionPlan:
 
     def _unprepared(self, inputs: FusionInputs) -> FuseStats:
         """The fusion of lists for which the backend prepares nothing."""
-        return select_and_fuse(inputs, self._rule, self._density, self._scope, self._names, self._backend)
+        return select_and_fuse(inputs, self._rule, self._density, self._scope, self._backend)
 
 
 class _Bound(NamedTuple):

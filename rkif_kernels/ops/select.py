@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from rkif_kernels.backends.choose import implementation, on_device
-from rkif_kernels.checks import Arguments, ValidatedLists, require_choice, require_fraction
+from rkif_kernels.checks import (
+    Arguments,
+    ValidatedLists,
+    require_choice,
+    require_fraction,
+    require_whole_number,
+)
 from rkif_kernels.profiling import profiled
 from rkif_kernels.selection import sampled as order_statistics
 from rkif_kernels.types import Backend, Scope, Scores
@@ -95,14 +101,13 @@ def sample_scores(scores: Scores, step: int, *, names: Sequence[str] | None = No
     """Every ``step``-th score, counted through all tensors.
 
     Returns:
-        float32 on the scores' device; negative and NaN scores are not replaced.
+        float32 on the scores' device, empty without tensors; negative and NaN scores are not replaced.
 
     Raises:
-        TypeError, ValueError: for tensors that do not fit together, or a step below 1.
+        TypeError, ValueError: for tensors that do not fit together, or a step that is not a positive integer.
     """
     _require_scores(scores, names)
-    if step < 1:
-        raise ValueError(f"step must be at least 1; got {step!r}")
+    require_whole_number("step", step, minimum=1)
     with torch.no_grad():
         return order_statistics.sample_scores(scores, step)
 
@@ -145,14 +150,12 @@ def score_thresholds(
     _require_scores(scores, names)
     require_fraction("density", density)
     require_choice("scope", scope, get_args(Scope))
-    (found,) = thresholds_of([scores], density, scope, names, backend)
+    (found,) = thresholds_of([scores], density, scope, backend)
     return found
 
 
-def thresholds_of(
-    sides: Sequence[Scores], density: float, scope: Scope, names: Sequence[str] | None, backend: Backend
-) -> list[Tensor]:
-    """:func:`score_thresholds` of one or two scores of the same tensors; density and scope were checked."""
+def thresholds_of(sides: Sequence[Scores], density: float, scope: Scope, backend: Backend) -> list[Tensor]:
+    """:func:`score_thresholds` of one or two scores of the same tensors; all arguments were checked."""
     device = sides[0].device
     per_tensor = scope == "tensor"
     sizes = [tensor.numel() for tensor in sides[0].sensitivity]
@@ -169,7 +172,7 @@ def thresholds_of(
         order_statistic_k(numel, density)
         for numel in ([sizes[index] for index in filled] if per_tensor else [sum(sizes)])
     ]
-    found = _kth_scores([scores.subset(filled) for scores in sides], ks, scope, names, backend)
+    found = _kth_scores([scores.subset(filled) for scores in sides], ks, scope, None, backend)
     if per_tensor and len(filled) < len(sizes):
         # Indexing would upload an index tensor, which a capture of a CUDA graph forbids.
         rests = [iter(torch.split(limits, 1)) for limits in found]

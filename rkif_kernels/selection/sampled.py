@@ -74,7 +74,7 @@ def score_thresholds(scores: Scores, *, ks: Sequence[int], per_tensor: bool, rea
 
 def sample_scores(scores: Scores, step: int) -> Tensor:
     """Every ``step``-th score in float32, counted through all tensors; read by PyTorch."""
-    picked, offset = [], 0
+    picked, offset = [torch.empty(0, dtype=torch.float32, device=scores.device)], 0
     for index, s in enumerate(scores.sensitivity):
         picked.append(scores.values(index, slice(offset, None, step)))
         offset = (offset - s.numel()) % step

@@ -144,8 +144,14 @@ def test_a_sample_takes_every_nth_score_over_all_tensors(step: int, product: boo
     u = [torch.full_like(t, 2) for t in s] if product else None
     whole = torch.arange(20.0) * (2 if product else 1)
     assert torch.equal(rkif_kernels.sample_scores(Scores(s, u), step), whole[::step])
-    with pytest.raises(ValueError, match="step must be at least 1"):
+    with pytest.raises(ValueError, match="step must be a whole number of at least 1; got 0"):
         rkif_kernels.sample_scores(Scores(s, u), 0)
+
+
+def test_a_sample_of_no_tensors_is_empty() -> None:
+    sample = rkif_kernels.sample_scores(Scores([]), 1)
+    assert sample.dtype == torch.float32
+    assert sample.tolist() == []
 
 
 @pytest.mark.parametrize("uncertain", [False, True])

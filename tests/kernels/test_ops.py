@@ -190,6 +190,7 @@ def test_update_importance_refuses_invalid_arguments(
             ValueError,
             "weights for 'neither' must be two finite",
         ),
+        ({"weights": (("1", "0"), *WEIGHTS[1:])}, ValueError, "weights for 'inner_only' must be two finite"),
         ({"outer_from": "outer"}, ValueError, "outer_from must be one of inner, base; got 'outer'"),
     ],
 )
@@ -215,6 +216,18 @@ def test_fuse_refuses_invalid_arguments(change: dict[str, Any], error: type[Exce
 def test_thresholds_refuse_an_invalid_density(density: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         rkif_kernels.score_thresholds(Scores([torch.ones(3)]), density=density)
+
+
+def test_thresholds_refuse_too_few_names() -> None:
+    scores = Scores([torch.ones(3), torch.ones(3, dtype=torch.float64)])
+    with pytest.raises(ValueError, match="names has 1 names, sensitivity has 2 tensors"):
+        rkif_kernels.score_thresholds(scores, density=0.5, names=["a"])
+
+
+def test_names_include_those_of_empty_tensors() -> None:
+    scores = Scores([torch.arange(3.0), torch.ones(0), torch.arange(2.0)])
+    found = rkif_kernels.score_thresholds(scores, density=0.5, scope="tensor", names=["a", "b", "c"])
+    assert found.tolist() == [1.0, math.inf, 0.0]
 
 
 def test_outputs_that_share_memory_are_refused() -> None:
