@@ -14,7 +14,7 @@ from rkif.distributed.shards import to_local, to_local_like
 from rkif.fuser import Fuser
 from rkif.fuser.importance import Importance
 from rkif.fuser.no_compile import uncompiled
-from rkif_kernels import PARAMETER_DTYPES, STATE_DTYPES, AdamWConstants, adamw_, adamw_constants
+from rkif_kernels import PARAMETER_DTYPES, STATE_DTYPES, adamw_, adamw_constants
 
 # The other keys of torch.optim.AdamW's groups, so that each optimizer loads the other's state.
 _OFF = {"amsgrad": False, "maximize": False, "capturable": False, "differentiable": False}
@@ -26,7 +26,6 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class _Call(NamedTuple):
     """What parameters need to have in common to be stepped by one operation."""
 
-    constants: AdamWConstants
     device: torch.device
     group: int
     step: int
@@ -228,8 +227,10 @@ class AdamW(torch.optim.Optimizer):
                     )
                 state = self.state.get(parameter)
                 step = 1 + int(state["step"]) if state else 1
-                constants = adamw_constants(**settings, step=step)
-                calls[_Call(constants, parameter.device, index, step)].append(parameter)
+                call = _Call(parameter.device, index, step)
+                if call not in calls:
+                    adamw_constants(**settings, step=step)  # refuses settings before anything is written
+                calls[call].append(parameter)
         return calls
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
 
 def float32(value: float) -> float:
     """``value`` rounded to float32 once, as all constants of all backends are.

@@ -16,9 +16,10 @@ from rkif_kernels.checks import (
     Arguments,
     ValidatedLists,
     require_disjoint,
+    require_whole_number,
     require_writable,
 )
-from rkif_kernels.numerics import float32
+from rkif_kernels.numerics import FLOAT32_MAX, float32
 from rkif_kernels.ops.importance import require_smoothing
 from rkif_kernels.types import AdamWConstants, AdamWInputs, Backend, Order, Smoothing
 
@@ -66,7 +67,7 @@ def adamw_(
         sensitivity: S, as ``exp_avg``; mutated. None: no importance is updated.
         uncertainty: U, as ``exp_avg``; mutated. None if only the sensitivity is used.
         lr, betas, eps, weight_decay: the step's settings; ``lr``, ``eps`` and ``weight_decay`` not negative,
-            ``betas`` in [0, 1).
+            ``betas`` in [0, 1). The constants of the formulas must be finite in float32.
         step: number of this step, counted from 1.
         beta1, beta2, order, nonfinite: the importance's, see :func:`update_importance_`. ``nonfinite`` is
             needed with ``sensitivity``.
@@ -97,18 +98,22 @@ def adamw_constants(
     """The constants of a step.
 
     Raises:
-        ValueError: a setting is not a number, or out of its range.
+        ValueError: a setting is not a number, or out of its range; or float32 cannot hold a constant.
     """
     for argument, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
-        if not _is_number(value) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"{argument} must be a finite non-negative number, not a tensor; got {value!r}")
-    for index, beta in enumerate(betas):
+        if not _is_number(value) or not 0 <= value <= FLOAT32_MAX:
+            raise ValueError(
+                f"{argument} must be a non-negative number, finite in float32, not a tensor; got {value!r}"
+            )
+    try:
+        b1, b2 = betas
+    except (TypeError, ValueError):
+        raise ValueError(f"betas must be two numbers in [0, 1); got {betas!r}") from None
+    for index, beta in enumerate((b1, b2)):
         if not _is_number(beta) or not 0 <= beta < 1:
             raise ValueError(f"betas[{index}] must be a number in [0, 1), not a tensor; got {beta!r}")
-    if step < 1:
-        raise ValueError(f"step must be at least 1; got {step!r}")
-    b1, b2 = betas
-    return AdamWConstants(
+    require_whole_number("step", step, minimum=1, bits=63)
+    constants = AdamWConstants(
         decay=float32(1 - lr * weight_decay),
         take1=float32(1 - b1),
         keep2=float32(b2),
@@ -117,11 +122,17 @@ def adamw_constants(
         eps=float32(eps),
         step_size=float32(lr / (1 - b1**step)),
     )
+    if not all(map(math.isfinite, constants)):
+        raise ValueError(
+            "lr, betas and weight_decay must give constants that are finite in float32; "
+            f"got lr={lr!r}, betas={betas!r} and weight_decay={weight_decay!r}"
+        )
+    return constants
 
 
 def _is_number(value: Any) -> bool:
     # Reading a tensor waits for the device, and its value could change between this check and the step.
-    return isinstance(value, numbers.Real)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _validate(inputs: AdamWInputs, names: Sequence[str] | None) -> None:

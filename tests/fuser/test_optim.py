@@ -285,7 +285,8 @@ def test_a_step_skipped_by_a_gradient_scaler_is_not_observed(overflow: bool) -> 
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"lr": -1.0}, ValueError, "lr must be a finite non-negative number"),
+        ({"lr": -1.0}, ValueError, "lr must be a non-negative number"),
+        ({"lr": 1e300}, ValueError, "lr must be a non-negative number, finite in float32"),
         ({"lr": torch.tensor(0.1)}, ValueError, "not a tensor"),
         ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\]"),
         ({"state_dtype": torch.float16}, ValueError, "state_dtype must be"),
