@@ -99,7 +99,9 @@ def fuse_command(
     rescale: Annotated[
         bool | None, typer.Option(help="Restore L1 norms after random drops.", show_default="for dare")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of random drops (dare).", show_default="0")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of random drops (dare), below 2^63.", show_default="0")
+    ] = None,
     space: Annotated[
         str,
         typer.Option(help="factor: merge each tensor; delta: merge the updates B·A of LoRA adapters."),

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from rkif_kernels.backends.choose import implementation, on_device
-from rkif_kernels.checks import Arguments, require_disjoint, require_writable
+from rkif_kernels.checks import (
+    Arguments,
+    require_disjoint,
+    require_float32,
+    require_weights,
+    require_writable,
+)
 from rkif_kernels.profiling import profiled
 from rkif_kernels.selection.draws import Draws
 from rkif_kernels.types import Backend, FuseStats, TaskVectorInputs, TaskVectorRule
@@ -37,10 +43,10 @@ def merge_task_vectors_(
     Args:
         out: the result; mutated. May be the tensors of ``base``, ``inner`` or ``outer`` themselves.
         base, inner, outer: of the same shapes; float32, bfloat16 or float16, also mixed.
-        rule: weights, and whether signs are elected.
+        rule: weights and factor, finite in float32, and whether signs are elected.
         thresholds: of inner and outer: float32 [2, 1], or [2, len(out)] with one per tensor. None keeps
             every element.
-        draws: random drops, which replace the thresholds.
+        draws: random drops of the tensors of ``out``, in order, which replace the thresholds.
         scales: of inner and outer: [2, len(out)]; 1 by default.
         names: parameter names, for error messages.
         backend: "auto", "native" or "torch"; "triton" runs the code of "torch". All give the same bits in
@@ -51,8 +57,9 @@ def merge_task_vectors_(
         two task vectors and of ``out - base``, and the thresholds.
 
     Raises:
-        TypeError, ValueError: for tensors that do not fit together, or outputs that overlap each other or
-            another parameter's input; nothing has been written.
+        TypeError, ValueError: for tensors that do not fit together, a rule or draws that are not as
+            described, or outputs that overlap each other or another parameter's input; nothing has been
+            written.
     """
     arguments = Arguments(names)
     inputs = TaskVectorInputs(out, base, inner, outer)
@@ -62,6 +69,10 @@ def merge_task_vectors_(
         arguments.add(argument, tensors)
     require_disjoint(arguments, out, read)
     require_writable(arguments, "out", out)
+    require_weights("rule.weight", rule.weight)
+    require_float32("rule.factor", rule.factor)
+    if draws is not None:
+        _require_draws(draws, "out", out)
     limits = _rows("thresholds", thresholds, -torch.inf, len(out))
     factors = _rows("scales", scales, 1.0, len(out))
     device = inputs.device
@@ -85,21 +96,27 @@ def absolute_sums(
 
     Args:
         base, inner, outer, names, backend: as for :func:`merge_task_vectors_`.
-        draws: the random drops.
+        draws: the random drops of the tensors of ``base``, in order.
 
     Returns:
         float64 [2 (all, drawn), 2 (inner, outer), len(base)] on the CPU. The last bits depend on the backend.
 
     Raises:
-        TypeError, ValueError: for tensors that do not fit together.
+        TypeError, ValueError: for tensors that do not fit together, or not one draw per tensor.
     """
     arguments = Arguments(names)
     for argument, tensors in {"base": base, "inner": inner, "outer": outer}.items():
         arguments.add(argument, tensors)
+    _require_draws(draws, "base", base)
     device = arguments.device
     with torch.no_grad(), on_device(device):
         sums: Tensor = implementation(device, backend).absolute_sums(base, inner, outer, draws)
     return sums
+
+
+def _require_draws(draws: Draws, argument: str, tensors: Sequence[Tensor]) -> None:
+    if len(draws.names) != len(tensors):
+        raise ValueError(f"draws has {len(draws.names)} names, {argument} has {len(tensors)} tensors")
 
 
 def _rows(argument: str, rows: Tensor | None, default: float, tensors: int) -> Tensor:

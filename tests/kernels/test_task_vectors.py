@@ -154,3 +154,49 @@ def test_tensors_that_do_not_fit_together_are_refused() -> None:
         merge_task_vectors_([out[2]] * 2, [base[2]] * 2, [inner[2]] * 2, [outer[2]] * 2, rule)
     with pytest.raises(ValueError, match="outer has 5 tensors, base has 6"):
         absolute_sums(base, inner, outer[1:], draws())
+    few = Draws(0.5, 0, ["a"], [0])
+    with pytest.raises(ValueError, match="draws has 1 names, out has 6 tensors"):
+        merge_task_vectors_(out, base, inner, outer, rule, draws=few)
+    with pytest.raises(ValueError, match="draws has 1 names, base has 6 tensors"):
+        absolute_sums(base, inner, outer, few)
+    assert all(part.isnan().all() for part in out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"density": 1.5}, r"density must be in \[0, 1\]; got 1.5"),
+        ({"seed": -1}, r"seed must be a whole number of at least 0 and below 2\^63; got -1"),
+        ({"seed": 2**63}, "seed must be .* got 9223372036854775808"),
+        ({"seed": 2**64}, "seed must be .* got 18446744073709551616"),
+        ({"seed": 1.0}, "seed must be .* got 1.0"),
+        ({"starts": [0]}, "starts has 1 indices, names has 2 names"),
+        ({"starts": [0, -5]}, r"starts\['b'\] must be a whole number of at least 0 and below 2\^62; got -5"),
+        ({"starts": [2**62, 0]}, r"starts\['a'\] must be"),
+        ({"starts": [0.5, 0]}, r"starts\['a'\] must be .* got 0.5"),
+    ],
+    ids=str,
+)
+def test_invalid_draws_are_refused(changes: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"density": 0.5, "seed": 0, "names": ["a", "b"], "starts": [0, 5]}
+    with pytest.raises(ValueError, match=message):
+        Draws(**given | changes)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (TaskVectorRule((float("nan"), 1.0)), r"rule.weight must be two finite numbers .* got \(nan, 1.0\)"),
+        (TaskVectorRule((1e39, 1.0)), "rule.weight must be"),
+        (TaskVectorRule((1.0,)), "rule.weight must be"),  # type: ignore[arg-type]
+        (TaskVectorRule(("1", "2")), "rule.weight must be"),  # type: ignore[arg-type]
+        (TaskVectorRule(1.0), "rule.weight must be"),  # type: ignore[arg-type]
+        (TaskVectorRule((1.0, 1.0), float("inf")), "rule.factor must be a number that is finite in float32"),
+        (TaskVectorRule((1.0, 1.0), 10**400), "rule.factor must be"),
+    ],
+)
+def test_invalid_rules_are_refused(rule: TaskVectorRule, message: str) -> None:
+    out, *inputs = parameters()
+    with pytest.raises(ValueError, match=message):
+        merge_task_vectors_(out, *inputs, rule)
+    assert all(part.isnan().all() for part in out)

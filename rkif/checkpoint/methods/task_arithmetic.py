@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,7 +22,9 @@ from rkif_kernels import (
     Scores,
     TaskVectorRule,
     require_choice,
+    require_float32,
     require_fraction,
+    require_whole_number,
 )
 
 MIN_DIVISOR = 1e-8  # no division by smaller sums of weights, as in mergekit
@@ -46,7 +47,7 @@ class TaskArithmetic:
         normalize: divide by the sum of the weights; with ``consensus``, of those whose sign was elected.
         lambda_: factor of the merged task vector.
         rescale: restore each tensor's L1 norm after elements were dropped at random.
-        seed: seed of the random drops.
+        seed: seed of the random drops, in [0, 2^63).
         scope: "global" or "tensor" for magnitudes, else None.
     """
 
@@ -67,12 +68,10 @@ class TaskArithmetic:
     def __post_init__(self) -> None:
         require_weights(self.weight)
         require_fraction("density", self.density)
-        if not math.isfinite(self.lambda_):
-            raise ValueError(f"lambda must be a finite number; got {self.lambda_!r}")
+        require_float32("lambda", self.lambda_)
         if self.scope is not None:
             require_choice("scope", self.scope, get_args(Scope))
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must be in [0, 2^64); got {self.seed}")
+        require_whole_number("seed", self.seed, minimum=0, bits=63)
 
     @property
     def models(self) -> int:
