@@ -55,6 +55,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "delta": delta.markdown,
     "learning_rates": continual_tables.learning_rates,
     "paper_regime": continual_tables.paper_regime,
+    "paper_summary": continual_tables.paper_summary,
     "fuzz": fuzzing.markdown,
     "task_vector_angles": task_vector_angles.markdown,
     "kernels": kernels.summary,

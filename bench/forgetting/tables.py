@@ -22,6 +22,7 @@ Runs = dict[tuple[str, int], Row]  # (order, seed) -> row
 
 SUMMARY = ("sequential", "replay", "replay_equal_steps", "average", "recurrent_kif", "recurrent_kif_paper")
 SUITES = ("standard-minilm", "long-minilm")  # of the summary
+PAPER_SUMMARY = ("sequential", "replay", "replay_distill_both", "recurrent_kif", "rkif", "multi_task")
 BASELINE = "replay"
 BOUND = "multi_task"
 ABLATED = "recurrent_kif"  # FusionConfig(), which is the release preset
@@ -52,6 +53,21 @@ def summary() -> str:
         lines.append("| " + " | ".join(cells) + " |")
     model = next(iter(next(iter(groups[0].values())).values()))["model"]
     return f"{model}, {'; '.join(settings)}.\n\n" + "\n".join(lines) + "\n"
+
+
+def paper_summary() -> str:
+    """The README's tables of the suites with the paper's number of steps."""
+    parts = []
+    for group in _groups(paper=True).values():
+        headings = ["method", "OP", "BWT", "OP against replay", "BWT against replay", "runs"]
+        lines = ["| " + " | ".join(headings) + " |", "| --- |" + " ---: |" * (len(headings) - 1)]
+        for method in (name for name in PAPER_SUMMARY if name in group):
+            runs, baseline = group[method], group.get(BASELINE, {})
+            cells = [method, _mean(runs, "op"), _mean(runs, "bwt", sign=True)]
+            cells += [_difference(runs, baseline), _difference(runs, baseline, "bwt"), str(len(runs))]
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append(f"{_heading(group)}\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
 
 
 def everything() -> str:

@@ -118,6 +118,22 @@ def test_suites_of_the_papers_length_have_a_table_of_their_own() -> None:
 
 
 @pytest.mark.usefixtures("measured")
+def test_the_summary_of_these_suites_has_differences_over_the_runs_of_both_methods() -> None:
+    assert tables.paper_summary() == ""
+    more = [
+        at(1.0, "replay", "s-1", 60.0, config="paper-s-m"),
+        at(1.0, "replay", "s-2", 70.0, config="paper-s-m"),
+        at(1.0, "rkif", "s-1", 64.0, config="paper-s-m"),
+        at(1.0, "ewc", "s-1", 64.0, config="paper-s-m"),  # not in the summary
+    ]
+    continual.RESULTS.write_text("".join(json.dumps(item) + "\n" for item in more))
+    text = tables.paper_summary()
+    assert "| replay | 65.0 ± 7.1 | +5.0 ± 7.1 | - | - | 2 |" in text
+    assert "| rkif | 64.0 | +4.0 | +4.0 | +4.0 | 1 |" in text
+    assert "ewc" not in text
+
+
+@pytest.mark.usefixtures("measured")
 def test_the_table_shows_each_rate_of_the_first_order() -> None:
     text = tables.learning_rates()
     assert text.startswith("s-m, s-1: OP / BWT at multiples of the learning rate 0.002.\n\n")
