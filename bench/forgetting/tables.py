@@ -285,12 +285,14 @@ def forward_passes(row: Row) -> float:
     ``inputs``, every new record is also a question of an earlier task. If the prompts have no instruction, an
     encoder embeds both as one text.
     """
-    settings = row["settings"]
+    settings, tasks = row["settings"], len(row["tasks"])
     distillation, training = settings.get("distillation", {}), settings["training"]
     on_inputs = bool(distillation.get("inputs"))
     on_memory = bool(distillation.get("memory")) and distillation.get("answers") != "kept"
-    first: int = training["steps"] * training["batch_size"]
-    new = first * (len(row["tasks"]) - 1)
+    if not (on_inputs or on_memory):
+        return 1.0
+    first: int = row["steps"] // tasks * training["batch_size"]
+    new = first * (tasks - 1)
     memory = row["samples"] - first - new
     if _in_rounds(row):  # a batch has new records, or memory records
         answered = new * on_inputs + memory * on_memory

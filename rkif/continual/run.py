@@ -95,6 +95,8 @@ def open_run(
     method.require(config)
     if config.distillation.used and (method.task_aware or method.needs_all_tasks):
         raise ValueError(f"distillation: method {config.method} does not learn one task after another")
+    if config.distillation.memory and not method.replays:
+        raise ValueError(f"distillation.memory: method {config.method} does not train on memory records")
     if config.tracking is not None:
         require_tracker(config.tracking)
     metrics = {metric_name(spec): load_metric(spec) for spec in config.metrics}

@@ -15,6 +15,7 @@ from rkif.continual.evaluation.criteria import hold_out
 from rkif.continual.evaluation.evaluate import evaluate
 from rkif.continual.evaluation.harness import Harness
 from rkif.continual.methods import METHODS, Context, Sequential
+from rkif.continual.models.kept_answers import KeptAnswers
 from rkif.continual.models.objective import Objective
 from rkif.continual.models.weight_average import WeightAverage
 from rkif.continual.rundir.folder import RunFolder
@@ -27,6 +28,8 @@ from rkif.continual.user_metrics import Metric
 from rkif.fuser.parameters import parameter_copies, trainable_parameters
 from rkif.fuser.state_names import flatten, section
 from rkif.ledger.records import parameter_digest
+
+KEPT_ANSWERS = "kept_answers"  # section of the tensors that a task hands on
 
 
 class TaskSequence:
@@ -157,20 +160,24 @@ class TaskSequence:
         )
         if held_out := self._held_out[index]:
             validation.add(task.name, task.instruction, held_out, fraction=1.0, seed=self._config.seed)
-        handed_on = method.task_state()
+        kept = KeptAnswers(context.kept_answers, memory)
         if self._config.distillation.keeps_answers:
-            kept = context.kept_answers
             kept.add(self._model, self._objective, task.name, memory.by_task[task.name], self._config)
-            handed_on |= flatten({"kept_answers": kept.tensors()})
-        trained = parameter_digest(self._parameters)
+        # Copies: tensors of a method may be the parameters, which have the average's values when published.
+        tensors = {
+            "importance": parameter_copies(method.importance()),
+            "handed_on": parameter_copies({**method.task_state(), **flatten({KEPT_ANSWERS: kept.tensors()})}),
+            "rounds": method.rounds(),
+        }
+        trained = parameter_digest(self._parameters) if self._config.ema.decay else None
         with self._average.published():
             writer.publish_task(
                 self._tasks[: index + 1],
-                method,
                 steps=context.steps,
+                samples=method.samples,
+                tensors=tensors,
                 memory=memory,
                 validation=validation,
-                handed_on=handed_on,
                 trained=trained,
             )
         writer.write_checkpoint(index + 1, 0, method.samples, self._state({}))
@@ -182,6 +189,8 @@ class TaskSequence:
     def context(self, index: int, record: Callable[[Mapping[str, Any]], None]) -> Context:
         """The inputs of a method for task ``index``; ``record`` appends its ledger records."""
         previous = (index - 1, self._tasks[index - 1].name)
+        handed_on = self._folder.read_task_state(*previous) if index else {}
+        kept = section(handed_on, KEPT_ANSWERS)
         return Context(
             self._config,
             self._model,
@@ -191,7 +200,10 @@ class TaskSequence:
             memory=self._folder.read_memory(*previous) if index else ReplayMemory(),
             validation=self._folder.read_validation(*previous) if index else ReplayMemory(),
             harness=self._harness,
-            previous_task_state=self._folder.read_task_state(*previous) if index else {},
+            previous_task_state={
+                name: tensor for name, tensor in handed_on.items() if not name.startswith(f"{KEPT_ANSWERS}.")
+            },
+            kept_answers=kept,
             initial=self._initial,
             record=record,
             track=lambda values: self._track(

@@ -22,7 +22,7 @@ def at(rate: float, method: str, order: str, op: float, seed: int = 1, **more: A
         "adapter": {"r": 4},
         "distillation": more.pop("distillation", {"memory": 0, "inputs": 0}),
     }
-    return row(method, order, seed, op, rate=rate, settings=settings, **more)
+    return row(method, order, seed, op, rate=rate, steps=20, settings=settings, **more)
 
 
 ROWS = [

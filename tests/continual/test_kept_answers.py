@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -9,15 +10,15 @@ from typing import cast
 import pytest
 import torch
 from pydantic import ValidationError
-from run_inputs import TASKS, go, one_task
+from run_inputs import TASKS, go, one_task, read_parameters
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rkif.continual.config import DistillationSettings, RunConfig
 from rkif.continual.methods import Replay
 from rkif.continual.models import kept_answers
-from rkif.continual.models.distillation import DistillingObjective
-from rkif.continual.models.kept_answers import KeptAnswers, chosen_logits
+from rkif.continual.models.distillation import DistillingObjective, divergence
+from rkif.continual.models.kept_answers import KeptAnswers, chosen_logits, with_others
 from rkif.continual.models.objective import Answers, Objective
 from rkif.continual.rundir.folder import task_folder
 from rkif.continual.tasks.records import Item
@@ -35,11 +36,39 @@ ARCHITECTURES = {
 def test_choices_are_columns_that_the_term_has() -> None:
     inf = torch.inf
     logits = torch.tensor([[-inf, 1.0, -inf, 2.0], [3.0, -inf, 4.0, 5.0]])
-    kept = torch.tensor([[0.5, 0.1, -inf], [0.3, 0.2, 0.1]])
+    kept = torch.tensor([[-inf, 0.5, 0.1, -inf], [-inf, 0.3, 0.2, 0.1]])
     choices = torch.tensor([[1, 0, 0], [2, 0, 1]])
-    assert chosen_logits(logits, kept, choices).tolist() == [[2.0, 1.0, -inf], [5.0, 3.0, 4.0]]
-    whole = torch.tensor([[1.0, 2.0, 3.0]])
-    assert chosen_logits(whole, torch.zeros(1, 2), torch.tensor([[2, 1]])).tolist() == [[3.0, 2.0]]
+    assert chosen_logits(logits, kept, choices, 1.0).tolist() == [
+        [-inf, 2.0, 1.0, -inf],
+        [-inf, 5.0, 3.0, 4.0],
+    ]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_other_choices_are_one_choice_with_their_mass(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0, -1.0]], requires_grad=True)
+    got = chosen_logits(logits, torch.zeros(1, 3), torch.tensor([[2, 1]]), temperature)
+    probabilities = (logits / temperature).softmax(1)[0]
+    torch.testing.assert_close(
+        (got / temperature).softmax(1)[0], torch.stack([probabilities[[0, 3]].sum(), *probabilities[[2, 1]]])
+    )
+    # All mass moves to a choice that was not kept.
+    moved = torch.tensor([[30.0, 2.0, 3.0, -1.0]])
+    after = chosen_logits(moved, got, torch.tensor([[2, 1]]), temperature)
+    assert float(divergence(got, after, temperature).detach()) > 5
+    got.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_the_gradient_is_finite_if_no_choice_is_left() -> None:
+    logits = torch.tensor([[1.0, -torch.inf, 3.0]], requires_grad=True)
+    kept = with_others(logits.detach(), torch.tensor([[2, 0]]), 1.0)
+    assert kept.tolist() == [[-torch.inf, 3.0, 1.0]]
+    got = chosen_logits(logits, kept, torch.tensor([[1, 0]]), 1.0)
+    divergence(kept + torch.tensor([[0.0, 1.0, 0.0]]), got, 1.0).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
 
 
 def started(config: Config, inputs: Path, name: str) -> tuple[Replay, KeptAnswers]:
@@ -89,8 +118,8 @@ def test_a_masked_vocabulary_gives_the_kept_logits_back(config: Config, inputs: 
     kept, items = KeptAnswers({}, context.memory), context.memory.by_task[TASKS[0]]
     kept.add(masked, cast(Objective, Masked()), TASKS[0], items, context.config)
     logits, choices = KeptAnswers(kept.tensors(), context.memory).of(items[:1])
-    assert logits.tolist() == [[5.0, 4.0, 3.0, -torch.inf, -torch.inf]]
-    assert chosen_logits(row, logits, choices).tolist() == logits.tolist()
+    assert logits.tolist() == [[-torch.inf, 5.0, 4.0, 3.0, -torch.inf, -torch.inf]]
+    assert chosen_logits(row, logits, choices, 1.0).tolist() == logits.tolist()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -141,9 +170,45 @@ def test_of_a_language_model_the_largest_logits_are_kept(
         logits = context.objective.answers(context.model.eval(), batch).logits
     values, choices = kept.of(items)
     expected = logits.topk(3)
-    torch.testing.assert_close(values, expected.values)
+    torch.testing.assert_close(values[:, 1:], expected.values)
+    torch.testing.assert_close(values.logsumexp(1), logits.logsumexp(1))
     assert torch.equal(choices, expected.indices)
     assert torch.equal(kept.of(items[1:2])[0], values[context.objective.term_items(batch) == 1])
+
+
+def test_the_earlier_model_does_not_answer_what_is_kept(
+    config: Config, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, kept = started(config, inputs, "llama")
+    context = method.context
+    settings = DistillationSettings.model_validate(KEPT | {"inputs": 1.0})
+    parameters = trainable_parameters(context.model)
+    objective = DistillingObjective(context.objective, settings, parameters, context.tasks[:1], kept)
+    passes: list[int] = []
+    answers = context.objective.answers
+    monkeypatch.setattr(
+        context.objective, "answers", lambda *given: passes.append(len(passes)) or answers(*given)
+    )
+    memory = list(context.memory.items[:2])
+    objective.loss(context.model, objective.collate(memory))
+    assert len(passes) == 1
+    objective.loss(context.model, objective.collate([*memory, *method.records(0, 2)]))
+    assert len(passes) == 3
+
+
+def test_a_run_learns_from_the_kept_answers(config: Config, tmp_path: Path) -> None:
+    for answers in ("kept", "before_task"):
+        go(config(method="replay", distillation=KEPT | {"answers": answers}), tmp_path / answers)
+    go(config(method="replay"), tmp_path / "without")
+    ends = [read_parameters(tmp_path / name) for name in ("kept", "before_task", "without")]
+    for one, other in itertools.combinations(ends, 2):
+        assert any(not torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("method", ["sequential", "ewc", "tasl"])
+def test_methods_without_memory_steps_are_refused(config: Config, tmp_path: Path, method: str) -> None:
+    with pytest.raises(ValueError, match=rf"distillation\.memory: method {method} does not train on memory"):
+        go(config(method=method, distillation=KEPT), tmp_path / "run")
 
 
 def test_a_run_hands_the_answers_on(config: Config, tmp_path: Path) -> None:

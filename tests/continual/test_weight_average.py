@@ -12,12 +12,14 @@ from pydantic import ValidationError
 from run_inputs import TASKS, go, read_parameters, rewrite_ledger
 from safetensors.torch import load_file
 
+from rkif.continual import task_sequence
 from rkif.continual.config import RunConfig
 from rkif.continual.models.weight_average import WeightAverage
 from rkif.continual.rundir.folder import task_folder
 from rkif.continual.rundir.rollback import rollback
 from rkif.continual.rundir.state import read_checkpoint
 from rkif.continual.rundir.verify import verify
+from rkif.fuser.parameters import parameter_copies, trainable_parameters
 from rkif.ledger.chain import LedgerError, read_ledger
 
 Config = Callable[..., RunConfig]
@@ -108,6 +110,59 @@ def test_the_first_rounds_of_a_task_begin_where_training_ended(config: Config, t
     rewrite_ledger(run / "ledger.jsonl", lambda record: record["parameters"].pop("trained"), ends[0]["seq"])
     with pytest.raises(LedgerError, match="begins with other parameters than the record before it"):
         verify(run)
+
+
+def test_only_an_average_has_trained_parameters_beside_the_published(config: Config, tmp_path: Path) -> None:
+    go(config(method="sequential"), tmp_path)
+    (*_, end) = (record for record in read_ledger(tmp_path / "ledger.jsonl") if record["event"] == "task")
+    forged = {"after": "0" * 64, "trained": end["parameters"]["after"]}
+    rewrite_ledger(tmp_path / "ledger.jsonl", lambda record: record.update(parameters=forged), end["seq"])
+    with pytest.raises(LedgerError, match=r"is forged: it has trained parameters .* says ema\.decay 0"):
+        verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "updates"), [("replay", [1] * 7), ("recurrent_kif", [3, 3, 1]), ("mer", [4, 3])]
+)
+def test_the_average_takes_the_parameters_at_the_ends_of_periods(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, updates: list[int]
+) -> None:
+    taken: list[int] = []
+    update = WeightAverage.update
+
+    def counted(average: WeightAverage, steps: int) -> None:
+        taken.append(steps)
+        update(average, steps)
+
+    monkeypatch.setattr(WeightAverage, "update", counted)
+    go(config(method=method, mer={"every": 4}, ema={"decay": DECAY}), tmp_path)
+    assert taken == updates * len(TASKS)
+
+
+def test_the_published_parameters_are_evaluated(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated: list[dict[str, torch.Tensor]] = []
+
+    def evaluate(model: torch.nn.Module, *arguments: object) -> dict[str, float]:
+        evaluated.append(parameter_copies(trainable_parameters(model)))
+        return {"accuracy": 50.0}
+
+    monkeypatch.setattr(task_sequence, "evaluate", evaluate)
+    go(config(method="replay", ema={"decay": DECAY}), tmp_path)
+    for index, task in enumerate(TASKS):
+        published = load_file(task_folder(tmp_path, index, task) / "adapter_model.safetensors")
+        for values in evaluated[(index + 1) * len(TASKS) : (index + 2) * len(TASKS)]:
+            pairs = zip(sorted(values.items()), sorted(published.items()), strict=True)
+            assert all(torch.equal(value, saved) for (_, value), (_, saved) in pairs)
+
+
+@pytest.mark.parametrize("method", ["per_task", "tasl"])
+def test_methods_that_an_average_would_falsify_are_refused(
+    config: Config, tmp_path: Path, method: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"ema\.decay: method {method}"):
+        go(config(method=method, ema={"decay": DECAY}), tmp_path / "run")
 
 
 def test_two_averages_are_refused(config: Config) -> None:

@@ -26,6 +26,8 @@ class Forever(Sequential):
     the last replay, divided by its mean in the first day. The published value of ``gamma`` is not known.
     """
 
+    replays = True
+
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self._anchor = parameter_copies(self.inner.parameters)

@@ -24,6 +24,10 @@ class Mer(Replay):
         super().__init__(context)
         self._start = parameter_copies(self.inner.parameters)
 
+    @property
+    def period(self) -> int:
+        return self.context.config.mer.every
+
     def train_step(self, step: int) -> float:
         loss = super().train_step(step)
         settings = self.context.config.mer

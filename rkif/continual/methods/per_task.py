@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from rkif.continual.config import RunConfig
 from rkif.continual.methods.sequential import Sequential
 
 
@@ -12,6 +13,11 @@ class PerTask(Sequential):
 
     task_aware = True
     sequential = False
+
+    @staticmethod
+    def require(config: RunConfig) -> None:
+        if config.ema.decay:
+            raise ValueError("ema.decay: method per_task starts each task anew; an average would mix tasks")
 
     @torch.no_grad()
     def begin(self) -> None:

@@ -16,6 +16,8 @@ class Replay(Sequential):
     inner steps, distributed evenly. So both methods train on equally many samples of the same memory.
     """
 
+    replays = True
+
     def batch(self, step: int) -> list[Item]:
         steps = self.context.steps
         return super().batch(step) + self.remembered(

@@ -21,6 +21,8 @@ class Rounds(Sequential):
     it is plain fine-tuning.
     """
 
+    replays = True
+
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.fusion = fusion_config(context.config.fusion)

@@ -31,7 +31,7 @@ def _distilling(context: Context) -> DistillingObjective | None:
         return None
     parameters = trainable_parameters(context.model)
     earlier = context.tasks[: context.index]
-    kept = context.kept_answers if settings.keeps_answers else None
+    kept = KeptAnswers(context.kept_answers, context.memory) if settings.keeps_answers else None
     return DistillingObjective(context.objective, settings, parameters, earlier, kept)
 
 
@@ -54,6 +54,8 @@ class Context:
         harness: measures the tasks of lm-eval that the gate's criteria name.
         previous_task_state: the result of :meth:`Sequential.task_state` after the previous task; empty for
             the first task.
+        kept_answers: the result of :meth:`KeptAnswers.tensors` after the previous task; empty unless
+            answers are kept.
         initial: name -> trainable parameter before the first task.
         record: appends a record to the run's ledger.
         track: sends the values of a round to an experiment tracker.
@@ -68,14 +70,10 @@ class Context:
     validation: ReplayMemory = field(default_factory=ReplayMemory)
     harness: Harness | None = None
     previous_task_state: Mapping[str, Tensor] = field(default_factory=dict)
+    kept_answers: Mapping[str, Tensor] = field(default_factory=dict)
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     record: Callable[[Mapping[str, Any]], None] = _discard
     track: Callable[[Mapping[str, float]], None] = _discard
-
-    @property
-    def kept_answers(self) -> KeptAnswers:
-        """The answers to the memory's records that were kept after the earlier tasks."""
-        return KeptAnswers(section(self.previous_task_state, "kept_answers"), self.memory)
 
     @property
     def task(self) -> Task:
@@ -100,6 +98,7 @@ class Sequential:
         needs_all_tasks: whether every task needs the training records of all tasks.
         slices: whether the adapter has ``r`` ranks for each task.
         logs_rounds: whether rounds are recorded in the ledger, and states after them are kept.
+        replays: whether it trains on memory records.
         samples: number of records trained on in this task, including memory records.
     """
 
@@ -108,6 +107,7 @@ class Sequential:
     needs_all_tasks: ClassVar[bool] = False
     slices: ClassVar[bool] = False
     logs_rounds: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -128,7 +128,7 @@ class Sequential:
 
     @property
     def period(self) -> int:
-        """Steps between checkpoints that can be merged; with rounds, these are fused parameters only."""
+        """Steps between parameters that can be merged or averaged, such as those after a fusion."""
         return 1
 
     def _checkpoint_merge(self) -> CheckpointMerge | None:

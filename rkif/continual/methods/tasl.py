@@ -9,6 +9,7 @@ from torch import Tensor
 
 import rkif_kernels
 from rkif.config import FusionConfig
+from rkif.continual.config import RunConfig
 from rkif.continual.methods.sequential import Context, Sequential
 from rkif.continual.methods.unit_interval import to_unit_interval
 from rkif.fuser.importance import Importance
@@ -27,6 +28,11 @@ class Tasl(Sequential):
     one important only to earlier tasks is restored. A unit important to both becomes 0.3 new + 0.7 old, and
     any other the mean. The constants are those of the published code. There is no memory.
     """
+
+    @staticmethod
+    def require(config: RunConfig) -> None:
+        if config.ema.decay:
+            raise ValueError("ema.decay: method tasl merges at the end of a task; an average undoes that")
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

@@ -1,7 +1,7 @@
 """Distillation from the model before a task: on the memory, and on inputs of the new task.
 
-On memory records this is the penalty of DER++ (Buzzega et al., NeurIPS 2020), with answers that are computed
-again for each task, or kept from the end of their task as in DER++. On inputs of the new task it is learning
+On memory records this is a penalty like that of DER++ (Buzzega et al., NeurIPS 2020), with answers that are
+computed again for each task, or kept from the end of their task. On inputs of the new task it is learning
 without forgetting (Li and Hoiem, ECCV 2016).
 """
 
@@ -108,13 +108,14 @@ class DistillingObjective:
         distilled, trained = batch[WEIGHTS][:, terms]
         losses = cross_entropy(now.logits, now.targets, reduction="none")
         distances = torch.zeros_like(losses)
-        if self.before and distilled.any():  # without a divergence, its answers would have the weight 0
+        asked = distilled if KEPT_ITEMS not in batch else distilled[~torch.isin(terms, batch[KEPT_ITEMS])]
+        if self.before and asked.any():  # without a divergence, its answers would have the weight 0
             with evaluating(model):
                 before = self._objective.answers(partial(_call, model, self.before), inputs).logits
             distances = divergence(before, now.logits, temperature)
         if KEPT_ITEMS in batch:
             rows = torch.isin(terms, batch[KEPT_ITEMS])
-            logits = chosen_logits(now.logits[rows], batch[KEPT_LOGITS], batch[KEPT_CHOICES])
+            logits = chosen_logits(now.logits[rows], batch[KEPT_LOGITS], batch[KEPT_CHOICES], temperature)
             of_kept = divergence(batch[KEPT_LOGITS], logits, temperature)
             distances = distances.masked_scatter(rows, of_kept)
         loss: Tensor = (trained * losses + distilled * distances).sum() / trained.sum()

@@ -1,4 +1,8 @@
-"""The answers to memory records, kept from the end of their task (DER++, Buzzega et al., NeurIPS 2020)."""
+"""The answers to memory records, kept from the end of their task.
+
+After DER++ (Buzzega et al., NeurIPS 2020), which keeps the logits of the moment a record is stored, and
+compares them by their squared difference. Here they are those at the end of the task, in a divergence.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,11 @@ TOP = 32  # maximum number of choices that are kept of a term: those with the la
 
 
 class KeptAnswers:
-    """The largest logits of each term of a memory record's answer.
+    """The largest logits of each term of a memory record's answer, and the mass of all other choices.
 
-    An encoder's choices are the labels of the record's task. A language model's are tokens.
+    An encoder's choices are the labels of the record's task. A language model's are tokens. The other choices
+    are kept as one further choice, with the logit ``T * logsumexp(logits / T)`` for the temperature T. So a
+    divergence from kept answers is at most the one from all answers, and not less than 0.
 
     Args:
         tensors: the result of :meth:`tensors` after the previous task; empty before the first.
@@ -49,7 +55,8 @@ class KeptAnswers:
             batch = {name: tensor.to(device) for name, tensor in objective.collate(chunk).items()}
             with autocast(config):
                 all_logits = objective.answers(model, batch).logits.float()
-            logits, columns = all_logits.topk(min(TOP, all_logits.shape[-1]), -1)
+            columns = all_logits.topk(min(TOP, all_logits.shape[-1]), -1).indices
+            logits = with_others(all_logits, columns, config.distillation.temperature)
             available = (all_logits > -torch.inf).cumsum(-1)
             choices = (available.gather(-1, columns) - 1).clamp_min(0)
             counts = torch.bincount(objective.term_items(batch), minlength=len(chunk)).tolist()
@@ -68,36 +75,53 @@ class KeptAnswers:
         """The answers to memory records, concatenated.
 
         Returns:
-            Logits, float32, and choices, int64, both [terms, choices]. A term with fewer choices than another
-            has the logit -inf and the choice 0 in the further columns.
+            Logits, float32 [terms, 1 + k], the first of which is that of all other choices, and choices,
+            int64 [terms, k]. A term with fewer choices than another has the logit -inf and the choice 0 in
+            the further columns.
         """
         answers = [self._answers[record.task, record.id] for _, record in items]
-        width = max(logits.shape[1] for logits, _ in answers)
+        width = max(choices.shape[1] for _, choices in answers)
 
-        def padded(parts: Iterable[Tensor], value: float) -> Tensor:
-            pad = torch.nn.functional.pad
-            return torch.cat([pad(part, (0, width - part.shape[1]), value=value) for part in parts])
+        def padded(part: Tensor, columns: int, value: float) -> Tensor:
+            return torch.nn.functional.pad(part, (0, columns - part.shape[1]), value=value)
 
-        return padded((logits for logits, _ in answers), -torch.inf), padded((c for _, c in answers), 0)
+        logits = torch.cat([padded(part, 1 + width, -torch.inf) for part, _ in answers])
+        return logits, torch.cat([padded(part, width, 0) for _, part in answers])
 
     def tensors(self) -> dict[str, Tensor]:
-        """ "terms.TASK": int64 [records], in the memory's order; "logits.TASK", "choices.TASK" [terms, k]."""
+        """The number of terms of each record, and the logits and choices of all terms, in the memory's order.
+
+        Returns:
+            "terms.TASK", int64 [records]; "logits.TASK", float32 [terms, 1 + k]; "choices.TASK", int64
+            [terms, k].
+        """
         return self._tensors
 
 
-def chosen_logits(logits: Tensor, kept: Tensor, choices: Tensor) -> Tensor:
+def chosen_logits(logits: Tensor, kept: Tensor, choices: Tensor, temperature: float) -> Tensor:
     """The logits of the kept choices.
 
     Args:
         logits: [terms, columns]; the choices of a term are its columns above -inf, counted from 0.
-        kept: [terms, k]; -inf if a term has fewer choices.
+        kept: [terms, 1 + k]; -inf if a term has fewer choices.
         choices: int64 [terms, k].
+        temperature: that of the distillation.
 
     Returns:
-        [terms, k]; -inf at the positions where ``kept`` is -inf.
+        [terms, 1 + k]; -inf at the positions where ``kept`` is -inf.
     """
     unavailable = (logits == -torch.inf).to(torch.uint8)
     columns = choices
     if unavailable.any():
         columns = unavailable.argsort(dim=-1, stable=True).gather(-1, choices)
-    return logits.gather(-1, columns).masked_fill(kept == -torch.inf, -torch.inf)
+    return with_others(logits, columns, temperature).masked_fill(kept == -torch.inf, -torch.inf)
+
+
+def with_others(logits: Tensor, columns: Tensor, temperature: float) -> Tensor:
+    """The logits of columns [terms, k] behind that of all other columns as one choice: [terms, 1 + k]."""
+    # Not -inf: the gradient of the logsumexp of nothing is NaN.
+    nothing = torch.finfo(torch.float32).min / 2
+    others = logits.float().scatter(-1, columns, nothing).clamp_min(nothing)
+    mass = temperature * torch.logsumexp(others / temperature, -1, keepdim=True)
+    mass = mass.masked_fill(mass <= nothing / 2, -torch.inf)
+    return torch.cat([mass, logits.float().gather(-1, columns)], -1)

@@ -83,6 +83,7 @@ class LabelMatchingObjective:
     def answers(self, model: Callable[..., Any], batch: Batch) -> Answers:
         texts = _embed(model, batch["input_ids"], batch["attention_mask"])
         labels = _embed(model, batch["label_ids"], batch["label_mask"])
+        # The rows of the questions. Unlike that of index_select, its backward is deterministic on a GPU.
         scores = embedding(batch["text"], texts @ labels.T / TEMPERATURE)
         return Answers(scores.masked_fill(~batch["allowed"], -torch.inf), batch["target"])
 

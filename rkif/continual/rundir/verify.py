@@ -102,10 +102,16 @@ def _require_stated_settings(run: Path, records: Sequence[LedgerRecord]) -> None
     """
     file = run / "config.yaml"
     settings = read_settings(file)
+    averages = bool((settings.get("ema") or {}).get("decay"))
     seed, method = settings.get("seed"), settings.get("method", METHOD)  # a training loop's have neither
     for record in records:
         stated = {} if record["event"] == "rollback" else {"seed": seed}
         stated |= {"method": method} if record["event"] == "begin" else {}
+        if not averages and "trained" in record.get("parameters", {}):
+            raise LedgerError(
+                f"{run / LEDGER}: record {record['seq']} is forged: it has trained parameters beside the "
+                f"published ones, and {file}, whose digest it has, says ema.decay 0"
+            )
         for key, value in stated.items():
             if record.get(key) != value:
                 where = f"{run / LEDGER}: record {record['seq']}"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -20,15 +20,6 @@ from rkif.continual.tasks.records import Task
 from rkif.continual.tasks.replay_memory import ReplayMemory
 from rkif.ledger.chain import LEDGER
 from rkif.ledger.records import begin_record, parameter_digest
-
-
-class LearnedTask(Protocol):
-    """The published results of a learned task: part of :class:`rkif.continual.methods.Sequential`."""
-
-    samples: int
-
-    def rounds(self) -> dict[str, Tensor]: ...
-    def importance(self) -> dict[str, Tensor]: ...
 
 
 class RunWriter:
@@ -114,54 +105,45 @@ class RunWriter:
     def publish_task(
         self,
         tasks: Sequence[Task],
-        method: LearnedTask,
         *,
         steps: int,
+        samples: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
         memory: ReplayMemory,
         validation: ReplayMemory,
-        handed_on: Mapping[str, Tensor],
-        trained: str,
+        trained: str | None,
     ) -> None:
         """Write a learned task's folder with the current parameters, and record it in the ledger.
 
         Args:
             tasks: the learned tasks in their order; the last one is published.
-            method: the method that learned it.
-            steps: number of inner steps of the task.
+            steps, samples: number of inner steps of the task, and of records trained on.
+            tensors: file name without suffix -> the tensors of the file; see :class:`RunFolder`.
             memory, validation: records of the learned tasks.
-            handed_on: the state for the next task, in addition to the parameters and the memory.
-            trained: digest of the parameters from which training continues.
+            trained: digest of the parameters from which training continues, if an average is published.
         """
         index, name = len(tasks) - 1, tasks[-1].name
         self.folder.publish_task(
             index,
             name,
             save_model=partial(self._save_model, tasks),
-            tensors={
-                "importance": method.importance(),
-                "handed_on": handed_on,
-                "rounds": method.rounds(),
-            },
+            tensors=tensors,
             memory=memory,
             validation=validation,
-            summary={"task": name, "steps": steps, "samples": method.samples},
+            summary={"task": name, "steps": steps, "samples": samples},
         )
         self.record(
             {
                 "event": "task",
                 "task": name,
                 "steps": steps,
-                "samples": method.samples,
+                "samples": samples,
                 "memory": {task: list(ids) for task, ids in memory.ids.items()},
                 "files": self.folder.digests(index, name),
-                "parameters": self._published(trained),
+                "parameters": {"after": parameter_digest(self._parameters)}
+                | ({} if trained is None else {"trained": trained}),
             }
         )
-
-    def _published(self, trained: str) -> dict[str, str]:
-        """The digest of the published parameters, and of the trained ones if they differ."""
-        published = parameter_digest(self._parameters)
-        return {"after": published} | ({"trained": trained} if trained != published else {})
 
     def _save_model(self, tasks: Sequence[Task], folder: Path) -> None:
         """Save adapter or model with the tokenizer, as ``from_pretrained`` reads them, and the model card."""
