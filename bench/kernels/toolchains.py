@@ -59,7 +59,11 @@ def _installed(version: str) -> Path:
             subprocess.run(
                 [sys.executable, "-m", "pip", "install", *options, f"triton=={version}"], check=True
             )
-            target.rename(folder)
+            try:
+                target.rename(folder)
+            except OSError:
+                if not folder.exists():  # otherwise another process has installed it meanwhile
+                    raise
     return folder
 
 

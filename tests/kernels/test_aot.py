@@ -174,6 +174,22 @@ def test_another_triton_version_replaces_the_installed_one(
     assert installations == ["triton==3.6.0"]
 
 
+def test_two_processes_may_install_a_triton_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of the process that is ready first is kept."""
+    folder = tmp_path / "rkif" / f"triton-3.6.0-py{sys.version_info.major}{sys.version_info.minor}"
+
+    def pip(command: list[str], check: bool) -> None:
+        for target in (Path(command[command.index("--target") + 1]), folder):
+            target.mkdir()
+            (target / "triton.py").write_text(str(target))
+
+    monkeypatch.setattr(toolchains.subprocess, "run", pip)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert toolchains.environment("3.6.0")["PYTHONPATH"].split(os.pathsep)[0] == str(folder)
+    assert (folder / "triton.py").read_text() == str(folder)
+    assert list(folder.parent.iterdir()) == [folder]
+
+
 @pytest.fixture(scope="module")
 def problems() -> dict[tuple[str, str], str]:
     """(kernel, target) -> problems, from another process, because Triton interprets in this one."""
