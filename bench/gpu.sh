@@ -6,10 +6,10 @@
 #   continual the long suite on SmolLM2-135M-Instruct, and the standard suite with all its parameters; they need
 #             models/smollm2 and data/cl15
 #
-#   OUT=folder     for rows and logs (default bench/results/gpu)
+#   OUT=folder     for rows and logs (default bench/results/gpu; of a trial run: a new folder in /tmp)
 #   PYTHON=python3 with torch, triton and rkif's dev dependencies
 #   SECONDS_EACH   time limit of a part in seconds (540); stages that exceed it are cut short or skipped, and reported
-#   DEVICE=cpu     a small trial run of the same stages on the CPU; its figures are not results
+#   DEVICE=cpu     a small trial run of the same stages on the CPU; its figures are not results, so its rows go to OUT only
 #
 # Every stage has its own time limit, and a failed stage does not stop the others. Output goes to OUT/log.txt, rows
 # to bench/results, copies of the rows to OUT. The fastest launch configurations go to
@@ -17,12 +17,18 @@
 # sanitizer pass. The goals are printed, and do not affect it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-OUT=${OUT:-bench/results/gpu}
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 SECONDS_EACH=${SECONDS_EACH:-540}
-RESULTS=bench/results
+if [ "$DEVICE" = cuda ]; then
+    OUT=${OUT:-bench/results/gpu}
+    RESULTS=bench/results
+else
+    OUT=${OUT:-$(mktemp -d)}
+    RESULTS=$OUT
+fi
 mkdir -p "$OUT"
+export RKIF_BENCH_RESULTS=$RESULTS
 unset TRITON_INTERPRET
 declare -A STATUS
 STAGES=()

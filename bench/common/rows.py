@@ -1,4 +1,7 @@
-"""The store of measurements: files of JSON lines in ``bench/results``, one line per measurement."""
+"""The store of measurements: files of JSON lines in ``bench/results``, one line per measurement.
+
+The environment variable ``RKIF_BENCH_RESULTS`` names another folder.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +20,8 @@ import torch
 
 from bench.common.machine import commit, device_name
 
-RESULTS = Path(__file__).parents[1] / "results"
+# A trial run sets the variable, so that the committed rows stay.
+RESULTS = Path(os.environ.get("RKIF_BENCH_RESULTS") or Path(__file__).parents[1] / "results")
 KEY = ("op", "shape", "dtype", "implementation", "device")
 
 Row = dict[str, Any]

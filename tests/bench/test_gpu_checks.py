@@ -90,18 +90,21 @@ echo "$*" >> "$CALLS"
 """
 
 
-def run_gpu_script(folder: Path, *parts: str, fails: str) -> tuple[int, list[str], str]:
+def run_gpu_script(
+    folder: Path, *parts: str, fails: str, stub: str = STUB, **variables: str
+) -> tuple[int, list[str], str]:
     """Run bench/gpu.sh with stub programs that record their arguments; returns exit status, calls, output."""
-    for name in ("bench/results", "models/smollm2", "data/cl15", "bin"):
+    for name in ("bench/results", "models/smollm2", "models/minilm", "data/cl15", "bin"):
         (folder / name).mkdir(parents=True)
     (folder / "bench" / "results" / "gpu.jsonl").touch()
     script = shutil.copy(Path(rows.__file__).parents[1] / "gpu.sh", folder / "bench")
     for name in ("python3", "compute-sanitizer", "ncu", "nvidia-smi"):
-        (folder / "bin" / name).write_text(STUB)
+        (folder / "bin" / name).write_text(stub)
         (folder / "bin" / name).chmod(0o755)
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "CALLS": str(folder / "calls"), "FAILS": fails}
-    environment.pop("DEVICE", None)
+    environment = {name: value for name, value in environment.items() if name not in ("DEVICE", "OUT")}
+    environment |= variables
     done = subprocess.run(
         ["bash", script, *parts], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
@@ -154,6 +157,28 @@ def test_every_command_of_the_gpu_script_exists(tmp_path: Path) -> None:
 def test_the_gpu_script_fails_if_a_check_fails(tmp_path: Path, part: str, fails: str, code: int) -> None:
     found, _, said = run_gpu_script(tmp_path, part, fails=fails)
     assert found == code, said
+
+
+def test_a_trial_run_leaves_the_committed_rows(tmp_path: Path) -> None:
+    """Every call of bench writes a row, at the place that ``bench.common.rows`` chooses."""
+    writes = 'echo row >> "${RKIF_BENCH_RESULTS:-bench/results}/$3.jsonl"\n'
+    calls = STUB.replace("[[", writes + "[[")
+    for device in ("cpu", "cuda"):
+        folder, out = tmp_path / device, tmp_path / f"rows of {device}"
+        run_gpu_script(folder, "speed", fails="none", stub=calls, DEVICE=device, OUT=str(out))
+        committed = {path.name for path in (folder / "bench" / "results").iterdir()}
+        assert (committed == {"gpu.jsonl"}) == (device == "cpu")
+        assert (out / "overhead.jsonl").exists()
+
+
+def test_rows_go_to_the_folder_of_the_environment(tmp_path: Path) -> None:
+    program = "from bench.common import rows; print(rows.results_file('cpu'))"
+    for variables, folder in (({}, rows.RESULTS), ({"RKIF_BENCH_RESULTS": str(tmp_path)}, tmp_path)):
+        environment = {**os.environ, **variables}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == str(folder / "cpu.jsonl")
 
 
 def test_the_gpu_script_names_missing_packages_first(tmp_path: Path) -> None:
