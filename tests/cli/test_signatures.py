@@ -364,7 +364,7 @@ def test_keys_that_cannot_be_used_are_one_clear_line(
         assert errors.count("\n") == 1
         assert message in errors
         assert not (tmp_path / "model.sig").exists()
-    assert "key.pem was not there" in refused(rkif, "sign", folder, "--key", folder / "key.pem")
+    assert "key.pem was added" in refused(rkif, "sign", folder, "--key", folder / "key.pem")
     assert "so it would be published" in refused(rkif, "sign", tmp_path, "--key", private)
     (folder / "key.pem").unlink()
     assert rkif("sign", folder, "--key", private)[0] == 0
