@@ -248,8 +248,8 @@ class RunConfig(Settings):
     distillation: DistillationSettings = DistillationSettings()
     merge: CheckpointMergeSettings = CheckpointMergeSettings()
     ema: WeightAverageSettings = WeightAverageSettings()
-    rounds: RoundsSettings = RoundsSettings()
     gate: GateSettings | None = None
+    rounds: RoundsSettings = RoundsSettings()
     snapshots: RoundStateSettings = RoundStateSettings()
     ewc: EwcSettings = EwcSettings()
     o_lora: OLoraSettings = OLoraSettings()
