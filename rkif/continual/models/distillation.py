@@ -27,7 +27,7 @@ from rkif.seeding import derive_seed
 
 # Keys of a batch.
 WEIGHTS = "distillation_weights"
-KEPT_ITEMS, KEPT_LOGITS, KEPT_CHOICES = "kept_items", "kept_logits", "kept_choices"
+KEPT, KEPT_LOGITS, KEPT_CHOICES = "kept", "kept_logits", "kept_choices"
 
 
 class DistillingObjective:
@@ -75,8 +75,8 @@ class DistillingObjective:
 
         Returns:
             The tensors of the objective's batch; and float32 [2, items + questions]: the weights of each
-            item's divergence and of its cross-entropy. With kept answers also int64 [kept items], the
-            positions of the items that have them, and the result of :meth:`KeptAnswers.of` for these.
+            item's divergence and of its cross-entropy. With kept answers also bool
+            [items + questions], whether an item has them, and the result of :meth:`KeptAnswers.of` for these.
         """
         settings = self._settings
         questions = self._questions(items) if settings.inputs else []
@@ -90,8 +90,8 @@ class DistillingObjective:
         batch = {**self._objective.collate([*items, *questions]), WEIGHTS: weights}
         if self._kept is not None and any(known):
             logits, choices = self._kept.of(item for item, old in zip(items, known, strict=True) if old)
-            batch |= {KEPT_ITEMS: torch.tensor(known).nonzero()[:, 0], KEPT_LOGITS: logits}
-            batch[KEPT_CHOICES] = choices
+            kept = torch.tensor([*known, *[False] * len(questions)])
+            batch |= {KEPT: kept, KEPT_LOGITS: logits, KEPT_CHOICES: choices}
         return batch
 
     def loss_terms(self, batch: Batch) -> int:
@@ -101,23 +101,21 @@ class DistillingObjective:
         return self._objective.term_items(batch)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        own = (WEIGHTS, KEPT_ITEMS, KEPT_LOGITS, KEPT_CHOICES)
+        own = (WEIGHTS, KEPT, KEPT_LOGITS, KEPT_CHOICES)
         inputs = {name: tensor for name, tensor in batch.items() if name not in own}
         now = self._objective.answers(model, inputs)
         terms, temperature = self.term_items(inputs), self._settings.temperature
         distilled, trained = batch[WEIGHTS][:, terms]
         losses = cross_entropy(now.logits, now.targets, reduction="none")
         distances = torch.zeros_like(losses)
-        asked = distilled if KEPT_ITEMS not in batch else distilled[~torch.isin(terms, batch[KEPT_ITEMS])]
-        if self.before and asked.any():  # without a divergence, its answers would have the weight 0
+        kept = batch[KEPT][terms] if KEPT in batch else torch.zeros_like(terms, dtype=torch.bool)
+        if self.before and distilled[~kept].any():  # other answers would have the weight 0
             with evaluating(model):
                 before = self._objective.answers(partial(_call, model, self.before), inputs).logits
             distances = divergence(before, now.logits, temperature)
-        if KEPT_ITEMS in batch:
-            rows = torch.isin(terms, batch[KEPT_ITEMS])
-            logits = chosen_logits(now.logits[rows], batch[KEPT_LOGITS], batch[KEPT_CHOICES], temperature)
-            of_kept = divergence(batch[KEPT_LOGITS], logits, temperature)
-            distances = distances.masked_scatter(rows, of_kept)
+        if KEPT in batch:
+            logits = chosen_logits(now.logits[kept], batch[KEPT_LOGITS], batch[KEPT_CHOICES], temperature)
+            distances = distances.masked_scatter(kept, divergence(batch[KEPT_LOGITS], logits, temperature))
         loss: Tensor = (trained * losses + distilled * distances).sum() / trained.sum()
         return loss
 
