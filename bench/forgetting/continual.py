@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,9 @@ class Job:
         Raises:
             ValueError: no method and no variant has that name.
         """
-        variants: dict[str, Any] = yaml.safe_load((CONFIGS / "variants.yaml").read_text(encoding="utf-8"))
-        if self.method not in METHODS and self.method not in variants:
+        if self.method not in METHODS and self.method not in variants():
             raise ValueError(f"no such method or variant: {self.method!r}; see {CONFIGS / 'variants.yaml'}")
-        changes = variants.get(self.method, {"method": self.method})
+        changes = variants().get(self.method, {"method": self.method})
         base = load_config(self.config).model_dump()
         base["tasks"]["order"] = self.order
         base["training"]["learning_rate"] *= self.rate
@@ -85,6 +85,13 @@ class Job:
         """The run's folder; different settings have different folders."""
         settings = hashlib.sha256(dump_config(self.settings()).encode()).hexdigest()[:8]
         return self.out / self.config.stem / self.order / f"{self.method}-{self.seed}-{settings}"
+
+
+@cache
+def variants() -> dict[str, Any]:
+    """Name of a variant -> its changes to a config."""
+    content: dict[str, Any] = yaml.safe_load((CONFIGS / "variants.yaml").read_text(encoding="utf-8"))
+    return content
 
 
 def compare(jobs: Sequence[Job], processes: int, console: Console) -> None:

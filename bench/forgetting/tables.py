@@ -7,11 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median, stdev
 from typing import Any
 
-import yaml
-
 from bench.forgetting import rates
-from bench.forgetting.continual import MAIN, rows
-from bench.forgetting.instrument import CONFIGS
+from bench.forgetting.continual import MAIN, rows, variants
 from bench.forgetting.rates import ByRate
 from rkif.continual.display.progress import format_number
 from rkif.continual.methods import METHODS, Sequential
@@ -44,15 +41,15 @@ def summary() -> str:
         error = f"standard error of one run's OP {max(map(_standard_error, every)):.1f}"
         settings.append(f"{tasks} tasks of {training['steps']} steps ({records}, {error})")
         headings += [f"OP, {tasks} tasks", f"BWT, {tasks} tasks", f"runs, {tasks} tasks"]
-    lines = ["| " + " | ".join(headings) + " |", "| --- |" + " ---: |" * (len(headings) - 1)]
+    lines = []
     for method in SUMMARY:
         cells = [method]
         for group in groups:
             runs = group.get(method, {})
             cells += [_mean(runs, "op"), _mean(runs, "bwt", sign=True), str(len(runs)) if runs else "-"]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     model = next(iter(next(iter(groups[0].values())).values()))["model"]
-    return f"{model}, {'; '.join(settings)}.\n\n" + "\n".join(lines) + "\n"
+    return f"{model}, {'; '.join(settings)}.\n\n{_markdown(headings, lines)}"
 
 
 def paper_summary() -> str:
@@ -60,13 +57,13 @@ def paper_summary() -> str:
     parts = []
     for group in _groups(paper=True).values():
         headings = ["method", "OP", "BWT", "OP against replay", "BWT against replay", "runs"]
-        lines = ["| " + " | ".join(headings) + " |", "| --- |" + " ---: |" * (len(headings) - 1)]
+        lines = []
         for method in (name for name in PAPER_SUMMARY if name in group):
             runs, baseline = group[method], group.get(BASELINE, {})
             cells = [method, _mean(runs, "op"), _mean(runs, "bwt", sign=True)]
             cells += [_difference(runs, baseline), _difference(runs, baseline, "bwt"), str(len(runs))]
-            lines.append("| " + " | ".join(cells) + " |")
-        parts.append(f"{_heading(group)}\n\n" + "\n".join(lines) + "\n")
+            lines.append(cells)
+        parts.append(f"{_heading(group)}\n\n{_markdown(headings, lines)}")
     return "\n".join(parts)
 
 
@@ -96,23 +93,22 @@ def ablations() -> str:
         several = len({_rate(group[name]) for name in (ABLATED, *names)}) > 1
         headings = ["change", *(["rate"] if several else []), "OP", "BWT", "OP against the preset"]
         headings += ["BWT against the preset", "samples", "runs"]
-        lines = ["| " + " | ".join(headings) + " |", "| --- |" + " ---: |" * (len(headings) - 1)]
+        lines = []
         for name in (ABLATED, *names):
             runs = group[name]
             preset = methods[ABLATED].get(_rate(runs), {})  # at the same rate
             cells = [name, *([f"x {_rate(runs):g}"] if several else [])]
             cells += [_mean(runs, "op"), _mean(runs, "bwt", sign=True)]
             cells += [_difference(runs, preset), _difference(runs, preset, "bwt")]
-            lines.append("| " + " | ".join([*cells, _samples(runs), str(len(runs))]) + " |")
-        parts.append(f"{_heading(group)}\n\n" + "\n".join(lines) + "\n")
+            lines.append([*cells, _samples(runs), str(len(runs))])
+        parts.append(f"{_heading(group)}\n\n{_markdown(headings, lines)}")
     return "\n".join(parts)
 
 
 def _ablates(runs: Runs) -> bool:
     """Whether the runs are of a variant of Recurrent-KIF, not of a baseline."""
-    variants = yaml.safe_load((CONFIGS / "variants.yaml").read_text(encoding="utf-8"))
     (name,) = {row["method"] for row in runs.values()}
-    return variants.get(name, {}).get("method") in ("recurrent_kif", "adaptive")
+    return variants().get(name, {}).get("method") in ("recurrent_kif", "adaptive")
 
 
 def by_rate() -> dict[tuple[str, ...], dict[str, ByRate]]:
@@ -179,17 +175,17 @@ def _rate(runs: Runs) -> float:
 
 
 def _table(group: Mapping[str, Runs], methods: Sequence[str], *, cost: bool = False) -> str:
-    several = any(row["rate"] != 1 for runs in group.values() for row in runs.values())
+    measured = [row for runs in group.values() for row in runs.values()]
+    several = any(row["rate"] != 1 for row in measured)
     headings = ["method", *(["rate"] if several else []), "OP", "BWT", "FWT", "OP against replay", "BWT"]
     headings += ["gap closed"] if BOUND in group else []
-    distilled = any(forward_passes(row) > 1 for runs in group.values() for row in runs.values())
+    distilled = any(forward_passes(row) > 1 for row in measured)
     headings += ["samples", *(["forward passes per sample"] if distilled else []), "runs"]
-    generates = any("perplexity" in row for runs in group.values() for row in runs.values())
+    generates = any("perplexity" in row for row in measured)
     headings += ["perplexity"] if generates else []
-    measured = [row for runs in group.values() for row in runs.values()]
     minutes = [name for key, name in MINUTES.items() if any(row.get(key) for row in measured)]
     headings += [*minutes, "peak MiB", "in rkif"] if cost else []
-    lines = ["| " + " | ".join(headings) + " |", "| --- |" + " ---: |" * (len(headings) - 1)]
+    lines = []
     for method in methods:
         if method not in group:
             continue
@@ -214,8 +210,15 @@ def _table(group: Mapping[str, Runs], methods: Sequence[str], *, cost: bool = Fa
                 f"{median(peaks):,.0f}" if peaks else "-",
                 f"{100 * median(shares):.1f}%" if shares else "-",
             ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return f"{_heading(group)}\n\n" + "\n".join(lines) + "\n"
+        lines.append(cells)
+    return f"{_heading(group)}\n\n{_markdown(headings, lines)}"
+
+
+def _markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose columns after the first have numbers."""
+    rule = "| --- |" + " ---: |" * (len(headings) - 1)
+    first, *others = ("| " + " | ".join(cells) + " |" for cells in (headings, *lines))
+    return "\n".join([first, rule, *others]) + "\n"
 
 
 def _heading(group: Mapping[str, Runs]) -> str:
@@ -306,8 +309,7 @@ def forward_passes(row: Row) -> float:
 
 def _in_rounds(row: Row) -> bool:
     """Whether a run's method takes separate steps on the memory and on new records."""
-    variants = yaml.safe_load((CONFIGS / "variants.yaml").read_text(encoding="utf-8"))
-    method = variants.get(row["method"], {}).get("method", row["method"])
+    method = variants().get(row["method"], {}).get("method", row["method"])
     return issubclass(METHODS.get(method, Sequential), Rounds)
 
 
