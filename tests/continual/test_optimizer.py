@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from run_inputs import one_task
+from run_inputs import one_task, parameters_of
 from torch import Tensor
 
 from rkif.continual.config import RunConfig
@@ -24,10 +24,6 @@ TRAINING: dict[str, Any] = {"steps": 7, "batch_size": 4, "learning_rate": 1e-2, 
 def assert_same_bits(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert got.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
-
-
-def parameters_of(method: Sequential) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in method.inner.parameters.items()}
 
 
 def state_of(method: RecurrentKIF) -> dict[str, Tensor]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rkif.checkpoint.fuse import fuse_checkpoints
+from rkif.checkpoint.manifest import verify
 from rkif.checkpoint.methods import make_method
 from rkif.checkpoint.preflight import preflight
 from rkif.checkpoint.provenance import PROVENANCE
 from rkif.checkpoint.request import Request
 from rkif.checkpoint.summary import Summary
 
+Rkif = Callable[..., tuple[int, str, str]]
 Tensors = dict[str, Tensor]
 
 
@@ -145,3 +148,18 @@ def files_of(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != PROVENANCE
     }
+
+
+def merge(rkif: Rkif, folder: Path, content: dict[str, Any], *options: object) -> Tensors:
+    """The tensors that ``rkif fuse`` merges in a folder by a file of mergekit."""
+    (folder / "merge.yml").write_text(yaml.safe_dump(content))
+    out = folder / "out"
+    status, _, errors = rkif("fuse", "--mergekit", "merge.yml", "--out", out, *options)
+    assert (status, errors) == (0, "")
+    assert verify(out) == []
+    return load_folder(out)
+
+
+def loaded(folder: Path, names: Sequence[str]) -> list[dict[str, Tensor]]:
+    """The tensors of several checkpoints in a folder."""
+    return [load_folder(folder / name) for name in names]

@@ -29,6 +29,7 @@ from rkif.continual.rundir.state import read_checkpoint
 from rkif.continual.tasks.load import load_tasks
 from rkif.continual.tasks.replay_memory import ReplayMemory
 from rkif.demo import write_inputs
+from rkif.fuser.parameters import parameter_copies
 from rkif.ledger.chain import Ledger, read_ledger
 
 M = TypeVar("M", bound=Sequential)
@@ -148,6 +149,11 @@ def read_parameters(folder: Path) -> dict[str, torch.Tensor]:
     checkpoint = read_checkpoint(folder)
     assert checkpoint is not None
     return checkpoint.parameters
+
+
+def parameters_of(method: Sequential) -> dict[str, torch.Tensor]:
+    """Name -> copy of a method's current trainable parameter."""
+    return parameter_copies(method.inner.parameters)
 
 
 def one_task(settings: RunConfig, inputs: Path, method: type[M] = RecurrentKIF, **more: Any) -> M:
