@@ -234,7 +234,7 @@ def _heading(group: Mapping[str, Runs]) -> str:
     commits = sorted({row["commit"].removesuffix("-dirty")[:7] for row in rows_of_group})
     return (
         f"{row['model']}, {len(row['tasks'])} tasks ({', '.join(orders)}), {steps} steps of "
-        f"{training['batch_size']} a task, {trained}, "
+        f"{training['batch_size']} a task, {trained}, {row['settings']['precision']}, "
         f"seed{many} {', '.join(map(str, seeds))}, {sum(row['records'])} {row['split']} records, "
         f"on {row['device']}, at {', '.join(commits)}. The number of records alone gives one run's OP a "
         f"standard error of about {error:.1f} points."

@@ -91,28 +91,45 @@ class Compiled:
     problems: tuple[str, ...]
 
 
-def check(
-    console: Console, targets: Sequence[str] = (), kernels: Sequence[str] = ()
-) -> tuple[list[Row], bool]:
-    """Compile kernels for the targets (by default all kernels for all targets) and print tables.
+class Selection(NamedTuple):
+    """What is compiled: kernels by name, and cases whose dtypes are all among ``dtypes``. Empty: all."""
+
+    kernels: Sequence[str] = ()
+    dtypes: Sequence[str] = ()
+
+    def cases(self, target: str) -> list[Case]:
+        return [
+            case
+            for case in cases(target)
+            if (not self.kernels or case.kernel in self.kernels)
+            and (not self.dtypes or case.dtypes <= set(self.dtypes))
+        ]
+
+
+def check(console: Console, targets: Sequence[str], selection: Selection) -> tuple[list[Row], bool]:
+    """Compile the selected kernels for the targets (none: all) and print tables.
 
     Returns:
         The rows, and whether there are no problems.
 
     Raises:
-        ValueError: a target or a kernel is unknown.
+        ValueError: a target, a kernel or a dtype is unknown.
     """
-    if unknown := set(targets) - set(TARGETS):
-        raise ValueError(f"--target must be one of {', '.join(TARGETS)}; got {', '.join(sorted(unknown))}")
-    known = {case.kernel: None for case in cases(PREDICTED)}
-    if unknown := set(kernels) - set(known):
-        raise ValueError(f"--kernel must be one of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    named = list(dict.fromkeys(case.kernel for case in cases(PREDICTED)))
+    options = (
+        ("--target", targets, TARGETS),
+        ("--kernel", selection.kernels, named),
+        ("--dtype", selection.dtypes, BYTES),
+    )
+    for option, given, known in options:
+        if unknown := set(given) - set(known):
+            raise ValueError(f"{option} must be one of {', '.join(known)}; got {', '.join(sorted(unknown))}")
     compiled = []
     for target in targets or TARGETS:
         if _version() < SINCE.get(target, (0, 0)):
             console.print(f"{target} is skipped: triton {triton.__version__} contracts multiply-adds for it")
         else:
-            compiled += _compile_all(target, kernels)
+            compiled += _compile_all(target, selection)
     console.print(_table(compiled))
     failures = [
         f"{made.row.kernel} {made.row.variant} on {made.row.target}: {problem}"
@@ -156,20 +173,16 @@ def _table(compiled: Sequence[Compiled]) -> Table:
     return table
 
 
-def _compile_all(target: str, kernels: Sequence[str]) -> list[Compiled]:
-    firsts = range(0, len(_selected(target, kernels)), GROUP)
+def _compile_all(target: str, selection: Selection) -> list[Compiled]:
+    firsts = range(0, len(selection.cases(target)), GROUP)
     with ProcessPoolExecutor() as pool:
-        groups = pool.map(compile_group, firsts, itertools.repeat(target), itertools.repeat(kernels))
+        groups = pool.map(compile_group, firsts, itertools.repeat(target), itertools.repeat(selection))
         return list(itertools.chain.from_iterable(groups))
 
 
-def compile_group(first: int, target: str, kernels: Sequence[str]) -> list[Compiled]:
+def compile_group(first: int, target: str, selection: Selection) -> list[Compiled]:
     """:func:`compile_cases` for another process: Triton's functions cannot be pickled, an index can."""
-    return compile_cases(_selected(target, kernels)[first : first + GROUP], target)
-
-
-def _selected(target: str, kernels: Sequence[str]) -> list[Case]:
-    return [case for case in cases(target) if not kernels or case.kernel in kernels]
+    return compile_cases(selection.cases(target)[first : first + GROUP], target)
 
 
 def _widths(accesses: Counter[int]) -> str:

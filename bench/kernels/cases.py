@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -102,6 +103,11 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.kernel} {self.variant}"
+
+    @property
+    def dtypes(self) -> set[str]:
+        """The dtypes that the variant names."""
+        return set(re.findall(rf"\b({'|'.join(BYTES)})\b", self.variant))
 
     @property
     def bytes_per_element(self) -> int:

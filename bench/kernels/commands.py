@@ -46,17 +46,22 @@ def aot_command(
     kernel: Annotated[
         list[str] | None, typer.Option("--kernel", help="Name of a kernel; repeatable.", show_default="all")
     ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option("--dtype", help="Only variants with these dtypes; repeatable.", show_default="all"),
+    ] = None,
     write: Keep = False,
 ) -> None:
     """Compile every kernel for GPUs that need not be present; fails if a kernel exceeds its limits."""
-    from bench.kernels.aot import check
+    from bench.kernels.aot import Selection, check
     from bench.kernels.roofline import write_counts
     from bench.kernels.toolchains import check_under
 
     if triton:
-        rows, passed = check_under(triton, target or [], kernel or [])
+        rows, passed = check_under(triton, target or [], kernel or [], dtype or [])
     else:
-        compiled, passed = check(Console(width=200), target or [], kernel or [])
+        selection = Selection(kernel or [], dtype or [])
+        compiled, passed = check(Console(width=200), target or [], selection)
         rows = [row._asdict() for row in compiled]
     _write_json(json_file, rows)
     if not passed:

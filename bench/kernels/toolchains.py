@@ -14,7 +14,7 @@ from typing import Any
 
 
 def check_under(
-    versions: Sequence[str], targets: Sequence[str], kernels: Sequence[str] = ()
+    versions: Sequence[str], targets: Sequence[str], kernels: Sequence[str] = (), dtypes: Sequence[str] = ()
 ) -> tuple[list[dict[str, Any]], bool]:
     """Run ``bench aot`` under each version of Triton, in separate processes.
 
@@ -27,8 +27,8 @@ def check_under(
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder) / "rows.json"
             command = [sys.executable, "-m", "bench", "aot", "--json", str(rows)]
-            command += [part for target in targets for part in ("--target", target)]
-            command += [part for kernel in kernels for part in ("--kernel", kernel)]
+            for option, values in (("--target", targets), ("--kernel", kernels), ("--dtype", dtypes)):
+                command += [part for value in values for part in (option, value)]
             done = subprocess.run(command, env=environment(version), check=False)
             passed &= done.returncode == 0
             collected += json.loads(rows.read_text(encoding="utf-8")) if rows.exists() else []

@@ -12,7 +12,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.kernels import prediction, toolchains
+from rich.console import Console
+
+from bench.kernels import aot, prediction, toolchains
+from bench.kernels.aot import Selection
+from bench.kernels.cases import cases
 from bench.kernels.machine_code import Loop, bulk_loop, parse
 from bench.kernels.prediction import Launch, blocks_per_sm, predicted_share
 from bench.kernels.shapes import LORA_R8, ShapeSet
@@ -150,6 +154,33 @@ def test_a_threshold_of_each_tensor_is_counted_launch_by_launch() -> None:
     assert launches["sample"].moved == 2 * 256 * 2 * 32 + 2 * 2048 * 8 + bins
     assert launches["count sample"].moved == 2 * 128 * 2 * 32 + 2 * bins
     assert launches["bracketed scores"].moved == 2 * (1 << 14) * (8 + 1 / 8)
+
+
+def test_selected_dtypes_leave_out_only_variants_with_others() -> None:
+    every = list(cases("sm_90"))
+    chosen = Selection((), ("fp32",)).cases("sm_90")
+    left = [case for case in every if case not in chosen]
+    assert left
+    assert all("bf16" in case.variant or "fp16" in case.variant for case in left)
+    assert not any("bf16" in case.variant or "fp16" in case.variant for case in chosen)
+    assert {case.kernel for case in chosen} == {case.kernel for case in every}
+    assert Selection().cases("sm_90") == every
+    bracketed = Selection(("bracketed fuse",), ("fp32", "bf16")).cases("sm_90")
+    assert {case.kernel for case in bracketed} == {"bracketed fuse"}
+    assert any("bf16" in case.variant for case in bracketed)
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel", "dtype", "message"),
+    [
+        ("sm_70", "fuse", "fp32", "--target must be one of sm_80, sm_90, sm_100, gfx942; got sm_70"),
+        ("sm_90", "sort", "fp32", "--kernel must be one of observe, fuse, .*; got sort"),
+        ("sm_90", "fuse", "fp8", "--dtype must be one of fp32, bf16, fp16; got fp8"),
+    ],
+)
+def test_an_unknown_selection_is_refused(target: str, kernel: str, dtype: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        aot.check(Console(), [target], Selection([kernel], [dtype]))
 
 
 def test_another_triton_version_replaces_the_installed_one(
