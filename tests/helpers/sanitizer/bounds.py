@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
-from ttsem import harness
-from ttsem.memory import Memory
+
+from sanitizer.speed import FastMemory
 
 
-class BoundedMemory(Memory):
+class BoundedMemory(FastMemory):
     """The memory of some tensors; any other access is a fault.
 
     Args:
@@ -44,9 +44,12 @@ class BoundedMemory(Memory):
 
 
 def own_bytes(tensor: torch.Tensor) -> tuple[int, Any]:
-    """Address and elements of a tensor, not of its storage: an access outside a view is a fault."""
+    """Address and size of a tensor, not of its storage: an access outside a view is a fault.
+
+    The size is that of an array without memory of its own; kernels access the tensor itself.
+    """
     assert tensor.is_contiguous()
-    return int(tensor.data_ptr()), harness._to_numpy(tensor.detach().reshape(-1))
+    return int(tensor.data_ptr()), np.broadcast_to(np.zeros((), f"u{tensor.itemsize}"), tensor.numel())
 
 
 def extents(record: Any) -> list[tuple[int, int]]:

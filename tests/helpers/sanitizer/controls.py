@@ -11,12 +11,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from ttsem.memory import Memory, MemoryFault
 from ttsem.sanitize import KernelFault
 
 from rkif_kernels.backends.triton.elements import kernel, load_chunk, load_row
 from rkif_kernels.backends.triton.table import aligned, tables
 from sanitizer import plugin
 from sanitizer.ordering import Clocks
+from sanitizer.speed import FastMemory
 
 BLOCK = 16
 SIZES = [BLOCK, 5]
@@ -175,6 +177,33 @@ def test_launches_have_different_orders() -> None:
 @triton.jit
 def _arrive(count_ptr, order_ptr):
     tl.store(order_ptr + tl.program_id(0), tl.atomic_add(count_ptr, 1, sem="relaxed"))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fast_accesses_have_the_results_of_ttsem(seed: int) -> None:
+    """Of masked lanes with equal addresses, in one buffer or two; sums wrap around."""
+    random = np.random.default_rng(seed)
+    dtype = np.dtype(random.choice(["i4", "i8", "u4"]))
+    stored = [random.integers(0, 100, size, dtype=dtype) for size in (9, 4)]
+    memories = Memory(), FastMemory()
+    for memory in memories:
+        for base, array in zip((1 << 20, 1 << 10), stored, strict=True):
+            memory.register(base, array.copy())
+    which, index = random.integers(0, 2, 12) * (seed % 2), random.integers(0, 4, 12)
+    addresses = np.where(which, 1 << 10, 1 << 20) + index * dtype.itemsize
+    mask = random.random(12) < 0.7
+    added = random.integers(0, np.iinfo(dtype).max, 12, dtype=dtype)
+    slow, fast = (memory.atomic("add", addresses, added, mask) for memory in memories)
+    assert fast.dtype == slow.dtype
+    assert np.array_equal(fast, slow)
+    for one, other in zip(*(memory.buffers().values() for memory in memories), strict=True):
+        assert np.array_equal(one, other)
+    for lanes in (mask, np.arange(12) == 5, np.zeros(12, bool), None):
+        read, expected = (memory.load(addresses, lanes, 7, dtype) for memory in memories[::-1])
+        assert np.array_equal(read, expected)
+    for beside in (-dtype.itemsize, 9 * dtype.itemsize, 9 * dtype.itemsize - 1):
+        with pytest.raises(MemoryFault):
+            memories[1].load(np.array([1 << 20, (1 << 20) + beside]), None, None, dtype)
 
 
 class Programs:

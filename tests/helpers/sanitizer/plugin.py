@@ -25,6 +25,18 @@ from sanitizer.unwritten import FillEmpty, WrittenMemory
 
 ALL_TESTS = "tests/kernels"
 SESSION = pytest.StashKey[Any]()
+# Modules and tests that launch no Triton kernel in this process, or are about the host's side of calls: other
+# tests make the same launches.
+NOT_OF_KERNELS = (
+    *(f"test_{module}.py" for module in ("aot", "host", "memory_bound", "native", "reference")),
+    *(f"test_{module}.py" for module in ("library", "profiling", "task_vectors")),
+    "::test_import_needs_neither_triton_nor_transformers_nor_peft",
+    "::test_launches_do_not_grow_with_the_number_of_tensors",
+    "::test_nothing_is_uploaded_for_tensors_that_stay_where_they_are",
+    # Here, "auto" chooses Triton for CPU tensors, without Triton's interpreter.
+    "::test_an_explicit_backend_that_cannot_run_is_an_error",
+    "::test_auto_chooses_the_backend_by_device",
+)
 
 launches: collections.Counter[str] = collections.Counter()
 _orders = itertools.count()
@@ -81,11 +93,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the cases of other backends, which launch no kernel."""
+    """Deselect tests that are not of kernels, and the cases of other backends."""
 
     def without_triton(item: pytest.Item) -> bool:
         _, _, parameters = item.name.rstrip("]").partition("[")
-        return not {"native", "torch"}.isdisjoint(parameters.split("-"))
+        other_backend = not {"native", "torch"}.isdisjoint(parameters.split("-"))
+        return other_backend or any(name in item.nodeid for name in NOT_OF_KERNELS)
 
     config.hook.pytest_deselected(items=[item for item in items if without_triton(item)])
     items[:] = [item for item in items if not without_triton(item)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from ttsem.memory import Memory
@@ -36,21 +35,26 @@ class WrittenMemory(Memory):
     """Memory in which a load or an atomic of the pattern is a fault."""
 
     def load(self, addrs: Any, mask: Any, other: Any, dtype: Any) -> Any:
-        self._require_written(addrs, mask, np.dtype(dtype))
-        return super().load(addrs, mask, other, dtype)
+        values = super().load(addrs, mask, other, dtype)
+        _require_written(values, mask)
+        return values
 
     def atomic(self, kind: Any, addrs: Any, values: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-        self._require_written(addrs, mask, np.asarray(values).dtype)
-        return super().atomic(kind, addrs, values, mask, *args, **kwargs)
+        old = super().atomic(kind, addrs, values, mask, *args, **kwargs)
+        _require_written(old, mask)
+        return old
 
-    def _require_written(self, addrs: Any, mask: Any, dtype: np.dtype[Any]) -> None:
-        live = np.ones(np.shape(addrs), bool) if mask is None else np.broadcast_to(mask, np.shape(addrs))
-        addresses = np.asarray(addrs, dtype=np.int64)[live].reshape(-1)
-        if not addresses.size or dtype.itemsize not in INTS:
-            return
-        bits = self._read(addresses, dtype).view(f"u{dtype.itemsize}")
-        unwritten = bits == FLOAT_PATTERNS[dtype.itemsize]
-        if dtype.kind in "iu":
-            unwritten |= bits == INT_PATTERNS[dtype.itemsize]
-        if unwritten.any():
-            raise Poison(f"{int(unwritten.sum())} elements are read that nothing has written")
+
+def _require_written(values: Any, mask: Any) -> None:
+    """Refuse the pattern in values that were read; ``mask`` selects the lanes that read."""
+    width = values.dtype.itemsize
+    if width not in INTS:
+        return
+    bits = values.view(f"u{width}")
+    unwritten = bits == FLOAT_PATTERNS[width]
+    if values.dtype.kind in "iu":
+        unwritten |= bits == INT_PATTERNS[width]
+    if mask is not None:
+        unwritten &= mask
+    if unwritten.any():
+        raise Poison(f"{int(unwritten.sum())} elements are read that nothing has written")
