@@ -179,9 +179,9 @@ def test_tables_are_means_and_paired_differences(tmp_path: Path, monkeypatch: py
     assert "| replay | 62.0 ± 2.8 | +2.0 ± 2.8 | +1.0 ± 0.0 | - | - | 1,000 | 2 | 1.5 | 512 | - |" in text
     release = "| recurrent_kif | 64.0 ± 1.4 | +4.0 ± 1.4 | +1.0 ± 0.0 | +2.0 ± 1.0 | +2.0 ± 1.0 | 1,000 | 2 |"
     assert f"{release} 1.5 | 512 | 1.2% |" in text
-    heading = "m, 2 tasks (s-1, s-2), 3 steps of 2 a task, LoRA of rank 4, seed 1, 200 dev records, on d, at"
-    assert f"{heading} 0123456." in text
-    assert "m, 2 tasks (s-1), 3 steps of 2 a task, all parameters, seed 1, 200 dev records" in text
+    heading = "m, 2 tasks (s-1, s-2), 3 steps of 2 a task, LoRA of rank 4, float32, seed 1, 200 dev records"
+    assert f"{heading}, on d, at 0123456." in text
+    assert "m, 2 tasks (s-1), 3 steps of 2 a task, all parameters, float32, seed 1, 200 dev records" in text
     # sqrt(2 * 60 * 40 / 100) / 2
     assert "about 3.5 points" in text
     assert "| density_0 | 60.5 | +0.5 | -2.5 | -2.5 | 1,000 | 1 |" in continual_tables.ablations()

@@ -31,13 +31,16 @@ exit 3
 NOTHING = "#!/bin/sh\n"
 
 
-def run_script(folder: Path, part: str, fails: str) -> tuple[int, str]:
-    """Run a copy of .ci/run with stub programs; returns exit status and output."""
+def run_script(folder: Path, part: str, fails: str, **more: str) -> tuple[int, str]:
+    """Run a copy of .ci/run with stub programs; returns exit status and output. Errors go to a file."""
     for name in (".ci", ".venv/bin", "bin", "started"):
         (folder / name).mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()
-    script = shutil.copy(Path(__file__).parents[2] / ".ci" / "run", folder / ".ci")
-    for name, text in {"python": PYTHON, "ruff": RUFF, "pip": NOTHING, "mypy": NOTHING}.items():
+    root = Path(__file__).parents[2]
+    script = shutil.copy(root / ".ci" / "run", folder / ".ci")
+    shutil.copy(root / "README.md", folder)
+    stubs = {"python": PYTHON, "ruff": RUFF} | dict.fromkeys(("pip", "mypy", "chromium"), NOTHING) | more
+    for name, text in stubs.items():
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
     environment = os.environ | {
@@ -49,7 +52,17 @@ def run_script(folder: Path, part: str, fails: str) -> tuple[int, str]:
     done = subprocess.run(
         ["bash", script, part], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
+    (folder / "errors").write_text(done.stderr)
     return done.returncode, done.stdout
+
+
+def test_each_half_of_the_readmes_command_runs_once(tmp_path: Path) -> None:
+    """The half before && installs, the other runs the tests."""
+    calls = "#!/bin/sh\necho $(basename $0) $* >&2\n"
+    code, _ = run_script(tmp_path / "all", "test", fails="", pip=calls, pytest=calls)
+    assert code == 0
+    said = (tmp_path / "all" / "errors").read_text().splitlines()
+    assert said == ["pip install -e .[dev] -q", "pytest -n logical"]
 
 
 def is_running(process: int) -> bool:

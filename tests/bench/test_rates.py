@@ -20,6 +20,7 @@ def at(rate: float, method: str, order: str, op: float, seed: int = 1, **more: A
         "text": {"prompt": "{instruction} {input}"},
         "training": {"steps": 10, "batch_size": 8, "learning_rate": 2e-3 * rate},
         "adapter": {"r": 4},
+        "precision": "float32",
         "distillation": more.pop("distillation", {"memory": 0, "inputs": 0}),
     }
     return row(method, order, seed, op, rate=rate, steps=20, settings=settings, **more)

@@ -76,12 +76,29 @@ def reviews_config(reviews: Path, second: str, gate: dict[str, Any] | None, **mo
     )
 
 
+@pytest.fixture(scope="module")
+def mislabelled(reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The metrics of a run without a gate whose second task has wrong labels, with those of lm-eval."""
+    folder = tmp_path_factory.mktemp("free")
+    return go(reviews_config(reviews, "mislabelled", None, **harness(reviews, folder)), folder / "run")
+
+
+def harness(reviews: Path, folder: Path) -> dict[str, Any]:
+    """Settings to evaluate the reviews as a task of lm-eval; empty if it is not installed."""
+    if find_spec("lm_eval") is None:
+        return {}
+    path = write_harness_task(folder / "lm_eval", reviews / "tasks", "review")
+    return {"evaluation": {"harness": {"tasks": ["lm_review"], "include_path": str(path)}}}
+
+
 def rounds(run: Path) -> list[dict[str, Any]]:
     return [record for record in read_ledger(run / "ledger.jsonl") if record["event"] == "round"]
 
 
-def test_wrong_labels_do_not_reduce_accuracy(reviews: Path, tmp_path: Path) -> None:
-    before, after = go(reviews_config(reviews, "mislabelled", None), tmp_path / "free")["accuracy"][0]
+def test_wrong_labels_do_not_reduce_accuracy(
+    reviews: Path, mislabelled: dict[str, Any], tmp_path: Path
+) -> None:
+    before, after = mislabelled["accuracy"][0]
     assert before >= 95
     assert after <= 75, "the memory alone makes up for it: the test shows nothing"
 
@@ -100,23 +117,22 @@ def test_wrong_labels_do_not_reduce_accuracy(reviews: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
-def test_rounds_are_undone_where_a_task_of_lm_eval_falls(reviews: Path, tmp_path: Path) -> None:
-    folder = write_harness_task(tmp_path / "lm_eval", reviews / "tasks", "review")
-    evaluation = {"harness": {"tasks": ["lm_review"], "include_path": str(folder)}}
+def test_rounds_are_undone_where_a_task_of_lm_eval_falls(
+    reviews: Path, mislabelled: dict[str, Any], tmp_path: Path
+) -> None:
     criterion = {"metric": "lm_review", "floor": 0.8, "tolerance": 0.02}
-    ends = {}
-    for name, gate in (("free", None), ("gated", {"criteria": [criterion], "records": 40})):
-        config = reviews_config(reviews, "mislabelled", gate, evaluation=evaluation)
-        row = go(config, tmp_path / name)["harness"]["lm_review"]
-        ends[name] = row["values"][1:], row["documents"]
-    (before, after), documents = ends["free"]
+    gate = {"criteria": [criterion], "records": 40}
+    gated = go(reviews_config(reviews, "mislabelled", gate, **harness(reviews, tmp_path)), tmp_path / "gated")
+    free = mislabelled["harness"]["lm_review"]
+    _, before, after = free["values"]
     assert before >= 0.95
     assert after <= 0.75, "the memory alone makes up for it: the test shows nothing"
-    assert documents == 50
-    (before, after), documents = ends["gated"]
+    assert free["documents"] == 50
+    row = gated["harness"]["lm_review"]
+    _, before, after = row["values"]
     assert before >= 0.9
     assert after >= 0.7
-    assert documents == 10
+    assert row["documents"] == 10
     records = rounds(tmp_path / "gated")
     refused = [record["gate"] for record in records if record["gate"]["verdict"] == "undo"]
     assert refused

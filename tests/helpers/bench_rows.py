@@ -6,7 +6,11 @@ from typing import Any
 
 
 def continual_row(method: str, order: str, seed: int, op: float, **more: Any) -> dict[str, Any]:
-    settings = {"training": {"steps": 3, "batch_size": 2}, "adapter": more.pop("adapter", {"r": 4})}
+    settings = {
+        "training": {"steps": 3, "batch_size": 2},
+        "adapter": more.pop("adapter", {"r": 4}),
+        "precision": "float32",
+    }
     return {
         "suite": "s",
         "order": order,
