@@ -10,12 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from disk_states import disk_states
 from run_inputs import TASKS, assert_same_files, files, go
 
 from rkif.continual.config import RunConfig
@@ -55,32 +55,27 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, events: int) -> list[int]:
     return count
 
 
-def test_a_run_killed_at_any_event_resumes_to_the_same_bytes(
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(
     config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     settings = config(tasks=config().tasks.model_dump() | {"order": TASKS[:2]})
-    with pytest.MonkeyPatch.context() as patch:
-        count = kill_after(patch, -1)
+    calls = [(os, "replace"), (os, "write"), (RunProgress, "advance")]
+    with disk_states(tmp_path / "straight", tmp_path / "states", calls) as states:
         go(settings, tmp_path / "straight")
-    expected = files(tmp_path / "straight")
-    assert count[0] > 40
-    for event in range(1, count[0] + 1):
-        out = tmp_path / f"{event}"
-        with pytest.MonkeyPatch.context() as patch:
-            kill_after(patch, event)
-            with pytest.raises(Killed):
-                go(settings, out)
-        if (out / "ledger.jsonl").exists():
-            verify(out)  # the files left by a kill are valid
-        go(settings, out, resume=True)
-        assert_same_files(files(out), expected, f"killed at event {event}")
-        shutil.rmtree(out)
+    assert len(states) > 40
+    for state in states:
+        ledger = state / "ledger.jsonl"
+        if ledger.exists() and ledger.stat().st_size:
+            verify(state)  # the files left by a kill are valid
+        go(settings, state, resume=True)
+        assert_same_files(files(state), files(tmp_path / "straight"), f"killed at {state.name}")
+        shutil.rmtree(state)
 
 
 def test_a_run_killed_while_republishing_a_task_resumes(
     config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """The ledger has the task, but no later checkpoint exists; the task's folder is complete at any event."""
+    """The ledger has the task, but no later checkpoint exists; the task's folder is always complete."""
     training = config().training.model_dump() | {"steps": 4}  # a full round and a tail
     tasks = config().tasks.model_dump() | {"order": TASKS[:2]}
     settings = config(tasks=tasks, training=training, checkpoint_every=100)
@@ -93,27 +88,13 @@ def test_a_run_killed_while_republishing_a_task_resumes(
         patch.setattr(RunWriter, "write_checkpoint", dying)
         with pytest.raises(Killed):
             go(settings, tmp_path / "once")
-    for removal in range(100):
-        out = shutil.copytree(tmp_path / "once", tmp_path / f"{removal}")
-        with pytest.MonkeyPatch.context() as patch:
-            left = [removal]
-
-            def removing(*args: Any, call: Any, left: list[int] = left, **more: Any) -> Any:
-                left[0] -= 1
-                if left[0] == -1:
-                    raise Killed
-                return call(*args, **more)
-
-            for module, name in ((shutil, "rmtree"), (os, "unlink"), (os, "replace")):
-                patch.setattr(module, name, partial(removing, call=getattr(module, name)))
-            try:
-                go(settings, out, resume=True)
-                break
-            except Killed:
-                pass
-        go(settings, out, resume=True)
-        assert_same_files(files(out), files(tmp_path / "straight"), f"killed at event {removal}")
-    assert 3 < removal < 99
+    calls = [(shutil, "rmtree"), (os, "unlink"), (os, "replace")]
+    with disk_states(tmp_path / "once", tmp_path / "states", calls) as states:
+        go(settings, tmp_path / "once", resume=True)
+    assert len(states) > 10
+    for state in states:
+        go(settings, state, resume=True)
+        assert_same_files(files(state), files(tmp_path / "straight"), f"killed at {state.name}")
 
 
 @pytest.mark.parametrize("kept", ["metrics.json", "checkpoint.safetensors", "tasks/01-review/task.json"])
