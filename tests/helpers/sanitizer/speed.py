@@ -111,15 +111,20 @@ def _specialize_a_launch_once() -> None:
 
 
 def _compile_once() -> None:
-    compiled: dict[str, Any] = {}
-    compile_asm = harness._compile_asm
+    """Compile each specialization once, and only to the stage that ttsem executes, not to machine code."""
+    mlir.enable_generic_printing()
+    compiled: dict[str, str] = {}
 
-    def cached(fn: Any, args: Any, kwargs: Any, target: Any) -> Any:
-        options, signature, constexprs, attrs = harness._specialize(fn, args, kwargs, target)
-        source = harness._source_class(fn)(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
-        key = source.hash() + options.hash()
+    def ir_for_launch(record: Any, stage: str, target: Any) -> str:
+        options, signature, constexprs, attrs = harness._specialize(
+            record.fn, record.args, record.kwargs, target
+        )
+        source = harness._source_class(record.fn)(
+            fn=record.fn, signature=signature, constexprs=constexprs, attrs=attrs
+        )
+        key = f"{stage} {source.hash()} {options.hash()}"
         if key not in compiled:
-            compiled[key] = compile_asm(fn, args, kwargs, target)
+            compiled[key] = mlir.to_generic(harness._stage_text(record, stage, target))
         return compiled[key]
 
-    harness._compile_asm = cached
+    harness.ir_for_launch = ir_for_launch
