@@ -160,6 +160,21 @@ def test_a_row_is_identified_by_settings_data_and_model(job: Job, tmp_path: Path
     assert continual._has_row(job) == (change == "none")
 
 
+def test_runs_of_a_busy_machine_have_their_cpu_time_in_a_column_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        row("replay", "s-1", 1, 60.0, cpu_s=120.0),
+        row("recurrent_kif", "s-1", 1, 63.0, cpu_s=150.0, wall_s=None),
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows))
+    monkeypatch.setattr(continual, "RESULTS", tmp_path / "rows.jsonl")
+    text = continual_tables.everything()
+    assert "| runs | minutes | CPU minutes | peak MiB | in rkif |" in text
+    assert "| 1 | 1.5 | 2.0 | 512 | - |" in text
+    assert "| 1 | - | 2.5 | 512 | - |" in text
+
+
 def test_tables_are_means_and_paired_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         row("replay", "s-1", 1, 60.0),

@@ -270,6 +270,17 @@ def test_a_folder_of_runs_is_listed(config: Callable[..., RunConfig], tmp_path: 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_page_shows_the_digests_of_an_average_and_of_the_trained_parameters(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    go(config(ema={"decay": 0.75}, method="sequential"), tmp_path)
+    text = write_report(tmp_path).read_text()
+    digests = [r["parameters"] for r in read_ledger(tmp_path / "ledger.jsonl") if "parameters" in r][-1]
+    assert digests["after"] != digests["trained"]
+    assert f"<th>parameters</th><td>{digests['after']}</td>" in text
+    assert f"<th>trained parameters</th><td>{digests['trained']}</td>" in text
+
+
 def test_the_page_shows_the_gate_and_the_ledger_check(
     config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,10 +94,13 @@ def _digests(records: Sequence[LedgerRecord]) -> str:
     begin = records[0]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(begin["versions"].items()))
     returned = sum(record["event"] == "rollback" for record in records)
+    digests = [record["parameters"] for record in records if "parameters" in record][-1]
     facts = {
         "records": f"{len(records)}, in an unbroken chain" + (f"; {returned} rollbacks" if returned else ""),
         "last hash": records[-1]["hash"],
-        "parameters": [r["parameters"] for r in records if "parameters" in r][-1]["after"],
+        "parameters": digests["after"],
+        # Of a moving average that is published, the parameters from which training continues.
+        **({"trained parameters": digests["trained"]} if "trained" in digests else {}),
         "settings": begin["config"],
         "versions": versions,
         "begun": begin["time"],
