@@ -43,6 +43,9 @@ class DistillingObjective:
     each over the answers of its task. Language models compare distributions of tokens, at the positions of
     the right answer of a memory record, or of a label drawn for the question.
 
+    With ``settings.per_task`` both weights are multiplied by the number of earlier tasks. A batch has the
+    fewer records and questions of each of them, the more there are; so each keeps its weight.
+
     Args:
         objective: computes the logits.
         settings: the weights of both terms, and the temperature.
@@ -80,11 +83,13 @@ class DistillingObjective:
             [items + questions], whether an item has them, and the result of :meth:`KeptAnswers.of` for these.
         """
         settings = self._settings
+        factor = len(self._names) if settings.per_task else 1
         questions = self._questions(items) if settings.inputs else []
         known = [record.task in self._names for _, record in items]
         weights = torch.tensor(
             [
-                [settings.memory * old for old in known] + [settings.inputs] * len(questions),
+                [factor * settings.memory * old for old in known]
+                + [factor * settings.inputs] * len(questions),
                 [1.0] * len(items) + [0.0] * len(questions),
             ]
         )
