@@ -135,15 +135,14 @@ class DistillationSettings(Settings):
 
     ``memory``: weight of the divergence on memory records. ``answers``: whether their answers are computed by
     the model before the new task, or kept from the end of their own task. ``inputs``: weight of the
-    divergences on inputs of the new task, posed as questions of earlier tasks. ``questions``: maximum number
-    of earlier tasks for each input. ``per_task``: whether both weights are multiplied by the number of
-    earlier tasks. ``temperature``: that of all distributions. See :mod:`rkif.continual.models.distillation`.
+    divergence on inputs of the new task, posed as questions of earlier tasks. ``per_task``: whether both
+    weights are multiplied by the number of earlier tasks. ``temperature``: that of all distributions. See
+    :mod:`rkif.continual.models.distillation`.
     """
 
     memory: float = Field(0.0, ge=0)
     answers: Literal["before_task", "kept"] = "before_task"
     inputs: float = Field(0.0, ge=0)
-    questions: int = Field(1, ge=1)
     per_task: bool = False
     temperature: float = Field(1.0, gt=0)
 

@@ -38,13 +38,12 @@ class DistillingObjective:
         cross-entropy + memory * KL_memory + inputs * KL_inputs
 
     ``KL_memory`` is KL(before || now) on records of earlier tasks, over the answers of their task. For
-    ``KL_inputs``, every record of the new task is also posed as a question of earlier tasks, which depend on
-    its id: as many as ``settings.questions``, or all. It is the sum of the divergences of these questions,
-    each over the answers of its task. Language models compare distributions of tokens, at the positions of
-    the right answer of a memory record, or of a label drawn for the question.
+    ``KL_inputs``, every record of the new task is also posed as a question of one earlier task, which depends
+    on its id, and the divergence is over the answers of that task. Language models compare distributions of
+    tokens, at the positions of the right answer of a memory record, or of a label drawn for the question.
 
-    With ``settings.per_task`` both weights are multiplied by the number of earlier tasks. A batch has the
-    fewer records and questions of each of them, the more there are; so each keeps its weight.
+    With ``settings.per_task`` both weights are multiplied by the number of earlier tasks. The more there are,
+    the fewer records and questions of each are in a batch; so each task keeps its weight.
 
     Args:
         objective: computes the logits.
@@ -83,13 +82,14 @@ class DistillingObjective:
             [items + questions], whether an item has them, and the result of :meth:`KeptAnswers.of` for these.
         """
         settings = self._settings
-        factor = len(self._names) if settings.per_task else 1
+        of_memory, of_inputs = settings.memory, settings.inputs
+        if settings.per_task:
+            of_memory, of_inputs = of_memory * len(self._names), of_inputs * len(self._labelled)
         questions = self._questions(items) if settings.inputs else []
         known = [record.task in self._names for _, record in items]
         weights = torch.tensor(
             [
-                [factor * settings.memory * old for old in known]
-                + [factor * settings.inputs] * len(questions),
+                [of_memory * old for old in known] + [of_inputs] * len(questions),
                 [1.0] * len(items) + [0.0] * len(questions),
             ]
         )
@@ -133,14 +133,12 @@ class DistillingObjective:
 
     def _questions(self, items: Sequence[Item]) -> list[Item]:
         """The new task's inputs as questions of earlier tasks, with answers drawn from their labels."""
-        questions, tasks = [], self._labelled
+        questions = []
         for _, record in items:
-            if record.task in self._names:
-                continue
-            drawn = derive_seed("question", record.task, record.id)
-            for number in range(min(self._settings.questions, len(tasks))):
-                task = tasks[(drawn + number) % len(tasks)]
-                label = task.labels[drawn // len(tasks) % len(task.labels)]
+            if self._labelled and record.task not in self._names:
+                drawn = derive_seed("question", record.task, record.id)
+                task = self._labelled[drawn % len(self._labelled)]
+                label = task.labels[drawn // len(self._labelled) % len(task.labels)]
                 questions.append((task.instruction, replace(record, task=task.name, output=label)))
         return questions
 
