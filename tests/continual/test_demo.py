@@ -70,7 +70,8 @@ def test_demo_compares_the_methods_and_can_be_resumed(
 def test_libraries_write_nothing_during_the_demo(tmp_path: Path) -> None:
     """In a separate process, because libraries also write warnings to its standard error."""
     program = (
-        "import rkif.demo; from rkif.cli import main; "
+        "import rkif.demo; from rkif.cli import main; write = rkif.demo.write_inputs; "
+        "rkif.demo.write_inputs = lambda out, **_: write(out, train=60, dev=10, seed=0); "
         "rkif.demo.CONFIG = rkif.demo.CONFIG.replace('steps: 160', 'steps: 2'); main()"
     )
     command = [sys.executable, "-c", program, "demo", "--out", str(tmp_path / "out")]
