@@ -19,7 +19,15 @@ Runs = dict[tuple[str, int], Row]  # (order, seed) -> row
 
 SUMMARY = ("sequential", "replay", "replay_equal_steps", "average", "recurrent_kif", "recurrent_kif_paper")
 SUITES = ("standard-minilm", "long-minilm")  # of the summary
-PAPER_SUMMARY = ("sequential", "replay", "replay_distill_both", "recurrent_kif", "rkif", "multi_task")
+PAPER_SUMMARY = (
+    "sequential",
+    "replay",
+    "replay_distill_both",
+    "recurrent_kif",
+    "rkif",
+    "rkif_weights_1",
+    "multi_task",
+)
 BASELINE = "replay"
 BOUND = "multi_task"
 ABLATED = "recurrent_kif"  # FusionConfig(), which is the release preset

@@ -33,7 +33,7 @@ from rkif_kernels import require_choice
 # The settings of a fusion that `preset` names.
 PRESETS = {"paper": FusionConfig.paper, "release": FusionConfig.release, "rkif": FusionConfig.rkif}
 # The distillation of a run with the preset "rkif", where its config does not say otherwise.
-RKIF_DISTILLATION = {"memory": 1.0, "inputs": 1.0}
+RKIF_DISTILLATION = {"memory": 4.0, "inputs": 4.0}
 
 
 class AdapterSettings(Settings):
@@ -135,15 +135,13 @@ class DistillationSettings(Settings):
 
     ``memory``: weight of the divergence on memory records. ``answers``: whether their answers are computed by
     the model before the new task, or kept from the end of their own task. ``inputs``: weight of the
-    divergence on inputs of the new task, posed as questions of earlier tasks. ``per_task``: whether both
-    weights are multiplied by the number of earlier tasks. ``temperature``: that of all distributions. See
-    :mod:`rkif.continual.models.distillation`.
+    divergence on inputs of the new task, posed as questions of earlier tasks. ``temperature``: that of all
+    distributions. See :mod:`rkif.continual.models.distillation`.
     """
 
     memory: float = Field(0.0, ge=0)
     answers: Literal["before_task", "kept"] = "before_task"
     inputs: float = Field(0.0, ge=0)
-    per_task: bool = False
     temperature: float = Field(1.0, gt=0)
 
     @property

@@ -37,14 +37,21 @@ def test_a_config_accepts_every_method_and_the_results_describe_it() -> None:
     assert described == list(METHODS)
 
 
-def test_the_variant_rkif_is_the_preset() -> None:
-    """Its rows were measured with these settings written out."""
-    settings = Job(CONFIGS / "standard-minilm.yaml", "standard", "standard-1", "rkif", 1, Path()).settings()
-    preset = load_config(CONFIGS / "standard-minilm.yaml", ["fusion.preset=rkif", "method=recurrent_kif"])
-    assert fusion_config(settings.fusion).rule != "sum"
-    assert merge_weights(fusion_config(settings.fusion).rule) == merge_weights("sum")
-    assert replace(fusion_config(settings.fusion), rule="sum") == fusion_config(preset.fusion)
-    assert settings.distillation == preset.distillation
+def test_ablations_of_the_preset_rkif_change_one_part() -> None:
+    """Those with their settings written out, too."""
+
+    def of(variant: str) -> RunConfig:
+        return Job(CONFIGS / "standard-minilm.yaml", "standard", "standard-1", variant, 1, Path()).settings()
+
+    preset, fixed = of("rkif"), of("rkif_weights_1")
+    assert merge_weights(fusion_config(fixed.fusion).rule) == merge_weights("sum")
+    assert replace(fusion_config(fixed.fusion), rule="sum") == fusion_config(preset.fusion)
+    for name, whole in (("rkif", preset), ("rkif_weights_1", fixed)):
+        without = of(f"{name}_no_identification")
+        assert without.distillation == whole.distillation
+        rule = fusion_config(without.fusion).rule
+        assert set(merge_weights(rule).cases) == {(1.0, 1.0)}
+        assert replace(fusion_config(without.fusion), rule="sum") == fusion_config(preset.fusion)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*-*.yaml")), ids=lambda path: path.stem)

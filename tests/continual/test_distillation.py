@@ -155,24 +155,11 @@ def test_questions_are_new_inputs_of_earlier_tasks(config: Config, inputs: Path)
     assert weights.tolist() == [[0.0] * 7 + [0.5] * 3, [1.0] * 7 + [0.0] * 3]
 
 
-@pytest.mark.parametrize(("earlier", "factor"), [(1, 1.0), (2, 2.0)])
-def test_each_earlier_task_can_keep_its_weight(
-    config: Config, inputs: Path, earlier: int, factor: float
-) -> None:
-    tasks = load_tasks(inputs / "tasks", TASKS)
-    _, objective = load_model(config(), tasks)
-    settings = DistillationSettings(memory=0.25, inputs=0.5, per_task=True)
-    distilling = DistillingObjective(objective, settings, {}, tasks[:earlier])
-    items = [(task.instruction, task.train[0]) for task in (tasks[0], tasks[2])]
-    weights = distilling.collate(items)[WEIGHTS]
-    assert weights.tolist() == [[0.25 * factor, 0.0, 0.5 * factor], [1.0, 1.0, 0.0]]
-
-
 def test_the_preset_rkif_distils_unless_the_config_says_otherwise(config: Config) -> None:
     fusion = {"preset": "rkif", "inner_steps": 3}
-    both = DistillationSettings(memory=1.0, inputs=1.0)
+    both = DistillationSettings(memory=4.0, inputs=4.0)
     assert config(fusion=fusion).distillation == both
-    assert config(fusion=fusion, distillation={"temperature": 2.0}).distillation.inputs == 1.0
+    assert config(fusion=fusion, distillation={"temperature": 2.0}).distillation.inputs == 4.0
     assert config(fusion=fusion, distillation={"memory": 0.0}).distillation.memory == 0.0
     written = config(fusion=fusion, distillation={"memory": 0.0, "inputs": 0.0})
     assert not written.distillation.used

@@ -42,9 +42,6 @@ class DistillingObjective:
     on its id, and the divergence is over the answers of that task. Language models compare distributions of
     tokens, at the positions of the right answer of a memory record, or of a label drawn for the question.
 
-    With ``settings.per_task`` both weights are multiplied by the number of earlier tasks. The more there are,
-    the fewer records and questions of each are in a batch; so each task keeps its weight.
-
     Args:
         objective: computes the logits.
         settings: the weights of both terms, and the temperature.
@@ -82,14 +79,11 @@ class DistillingObjective:
             [items + questions], whether an item has them, and the result of :meth:`KeptAnswers.of` for these.
         """
         settings = self._settings
-        of_memory, of_inputs = settings.memory, settings.inputs
-        if settings.per_task:
-            of_memory, of_inputs = of_memory * len(self._names), of_inputs * len(self._labelled)
         questions = self._questions(items) if settings.inputs else []
         known = [record.task in self._names for _, record in items]
         weights = torch.tensor(
             [
-                [of_memory * old for old in known] + [of_inputs] * len(questions),
+                [settings.memory * old for old in known] + [settings.inputs] * len(questions),
                 [1.0] * len(items) + [0.0] * len(questions),
             ]
         )
