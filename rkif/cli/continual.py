@@ -49,6 +49,7 @@ def run_command(
     from rich.console import Console
 
     from rkif.continual.config import load_config
+    from rkif.continual.display.preset import preset_changes
     from rkif.continual.display.progress import RunProgress, run_tables
     from rkif.continual.display.verdicts import verdict_line
     from rkif.continual.run import run
@@ -57,6 +58,8 @@ def run_command(
 
     console = Console(quiet=quiet, stderr=as_json)
     settings = load_config(config, changes or ())
+    if line := preset_changes(settings):
+        console.print(line, markup=False, highlight=False)
     metrics = run(settings, folder, resume=resume, progress=RunProgress(console))
     if as_json:
         print(json.dumps(metrics))

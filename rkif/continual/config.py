@@ -269,6 +269,8 @@ class RunConfig(Settings):
         from rkif.continual.methods import METHODS  # here, because every method imports this module
 
         if value not in METHODS:
+            if value in PRESETS:
+                raise ValueError(f"{value!r} is a preset of recurrent_kif; set fusion.preset={value}")
             *names, last = map(repr, METHODS)
             raise PydanticKnownError("literal_error", {"expected": f"{', '.join(names)} or {last}"})
         return value

@@ -94,7 +94,7 @@ def open_run(
     method = METHODS[config.method]
     method.require(config)
     if config.distillation.used and (method.task_aware or method.needs_all_tasks):
-        raise ValueError(f"distillation: method {config.method} does not learn one task after another")
+        raise ValueError(f"distillation: method {config.method} has no model that learns task after task")
     if config.distillation.memory and not method.replays:
         raise ValueError(f"distillation.memory: method {config.method} does not train on memory records")
     if config.tracking is not None:

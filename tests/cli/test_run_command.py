@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from rkif.cli import main
 from rkif.continual.config import RunConfig, dump_config, load_config
+from rkif.continual.display.preset import preset_changes
 from rkif.demo import CONFIG, write_inputs
 
 Rkif = Callable[..., tuple[int, str, str]]
@@ -95,6 +96,22 @@ def test_duplicate_keys_and_invalid_yaml_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"fusion": {"preset": "rkif"}}, ""),
+        ({"fusion": {"rule": "sum"}}, ""),
+        (
+            {"fusion": {"preset": "rkif", "rule": "release"}, "distillation": {"memory": 0.0}},
+            "Preset rkif, changed: fusion.rule release (preset: sum), distillation.memory 0.0 (preset: 4.0)",
+        ),
+        ({"fusion": {"preset": "paper"}, "distillation": {"memory": 2.0}}, ""),
+    ],
+)
+def test_a_changed_preset_is_said(settings: dict[str, Any], changes: dict[str, Any], line: str) -> None:
+    assert preset_changes(RunConfig.model_validate(settings | changes)) == line
+
+
 def test_a_second_run_needs_resume_and_the_same_settings(
     rkif: Rkif, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -145,6 +162,11 @@ def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("training", {"batch_size": 2}, "training: give either steps or epochs; got neither\n"),
         ("training.steps", 0, "training.steps: must be greater than or equal to 1; got 0\n"),
         ("method", "magic", "method: must be 'sequential', 'replay', 'replay_equal_steps', "),
+        (
+            "method",
+            "rkif",
+            "method: 'rkif' is a preset of recurrent_kif; set fusion.preset=rkif",
+        ),
         ("method", "recurent_kif", "; got 'recurent_kif'; did you mean 'recurrent_kif'?"),
         ("fusion.density", 2, "fusion: density must be in [0, 1]; got 2"),
         ("fusion.denstiy", 0.2, "fusion: a fusion setting must be one of preset, density"),
@@ -165,9 +187,13 @@ def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("tasks.dev_limit", False, "tasks.dev_limit: must be a number; got False\n"),
         ("fusion.density", True, "fusion: density must be like 0.2; got True\n"),
         ("model", "nowhere/at-all", "model 'nowhere/at-all' cannot be loaded: there is no such folder, and "),
-        ("adapter.target_modules", ["q_proj", "v_prj"], "target_modules: the model has no module 'v_prj'"),
+        (
+            "adapter.target_modules",
+            ["q_proj", "v_prj"],
+            "no module 'v_prj'; its linear layers are down",
+        ),
         ("model", "../tinyy", "/../tinyy\n"),
-        ("architecture", "seq2seq", "its architecture is 'causal', but that of the config is 'seq2seq'"),
+        ("architecture", "seq2seq", "but that of the config is 'seq2seq'; set architecture: causal"),
         ("device", "cuda:17", "device 'cuda:17' cannot be used:"),
         ("device", "toaster", "device must be auto, cpu, cuda, or one GPU such as cuda:1; got 'toaster'\n"),
         ("text.max_length", 32, "max_length must hold"),

@@ -226,7 +226,7 @@ def test_the_first_task_is_not_distilled(config: Config, tmp_path: Path) -> None
 )
 def test_methods_without_a_sequence_are_refused(config: Config, tmp_path: Path, method: str) -> None:
     with pytest.raises(
-        ValueError, match=f"distillation: method {method} does not learn one task after another"
+        ValueError, match=f"distillation: method {method} has no model that learns task after task"
     ):
         go(config(method=method, distillation={"inputs": 1.0}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -235,6 +235,11 @@ def test_runs_are_compared(config: Callable[..., RunConfig], tmp_path: Path) -> 
         assert f"{metrics['op']:.1f}" in text
         assert f"{metrics['samples']:,}" in text
     assert (tmp_path / "page.html").read_text().count("<svg") == 1
+    settings = (
+        (tmp_path / "page.html").read_text().partition("Differing settings")[2].partition("</table>")[0]
+    )
+    assert "<tr><th>method</th><td>replay</td><td>sequential</td></tr>" in settings
+    assert settings.count("<tr>") == 2
     best = max(expected.values(), key=lambda metrics: metrics["op"])["op"]
     assert f"<td class=best>{best:.1f}</td>" in (tmp_path / "page.html").read_text()
     # The same folder's name, and other orders.
@@ -246,6 +251,8 @@ def test_runs_are_compared(config: Callable[..., RunConfig], tmp_path: Path) -> 
     assert "not compared by task" in (tmp_path / "page.html").read_text()
     refused = CliRunner().invoke(app, ["report", runs[0], "--out", str(tmp_path / "one.html")])
     assert "--out names the page that compares" in str(refused.exception)
+    refused = CliRunner().invoke(app, ["report", *runs, "--out", str(tmp_path / "nowhere" / "page.html")])
+    assert str(refused.exception) == f"no such folder: {tmp_path / 'nowhere'}"
     refused = CliRunner().invoke(app, ["report", runs[0], str(tmp_path)])
     assert "is not a run" in str(refused.exception)
     assert not (tmp_path / "one.html").exists()

@@ -53,7 +53,8 @@ def load_model(config: RunConfig, tasks: Sequence[Task], *, slices: int = 1) -> 
         architecture = _architecture(transformers, config.model)
         if architecture != config.architecture:
             raise ValueError(
-                f"its architecture is {architecture!r}, but that of the config is {config.architecture!r}"
+                f"its architecture is {architecture!r}, but that of the config is {config.architecture!r}; "
+                f"set architecture: {architecture}"
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         model: Any = kind.from_pretrained(config.model, dtype=frozen, attn_implementation=attention)
@@ -104,8 +105,6 @@ def _architecture(transformers: Any, model: str) -> str:
 def require_transformers(*, adapter: bool) -> Any:
     """Import transformers, and peft if an adapter is trained.
 
-    Otherwise peft is not imported, because it imports bitsandbytes, which logs a warning on CPUs.
-
     Raises:
         ImportError: one of them is not installed; the message says how to install them.
     """
@@ -113,6 +112,8 @@ def require_transformers(*, adapter: bool) -> Any:
         import transformers
 
         if adapter:
+            # peft imports bitsandbytes, if installed, which warns of a missing CPU kernel for 4-bit weights.
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
             import peft  # noqa: F401
     except ImportError as error:
         raise ImportError(
@@ -130,7 +131,13 @@ def _with_adapter(model: Any, config: RunConfig, slices: int) -> Any:
     # peft accepts a list if only one of its modules exists.
     for target in targets if isinstance(targets, list) else []:
         if target.rpartition(".")[2] not in modules:
-            raise ValueError(f"adapter.target_modules: the model has no module {target!r}")
+            layers = {
+                name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, nn.Linear)
+            }
+            raise ValueError(
+                f"adapter.target_modules: the model has no module {target!r}; its linear layers are "
+                f"{', '.join(sorted(layers))}"
+            )
     settings = peft.LoraConfig(
         r=config.adapter.r * slices,
         lora_alpha=config.adapter.alpha * slices,  # keeps the scale alpha / r

@@ -11,7 +11,7 @@ from rkif.continual.display.report import plots
 from rkif.continual.display.report.headline import EXPLANATIONS, RunFacts, read_facts
 from rkif.continual.display.report.page import PAGE
 from rkif.continual.rundir.folder import RunReader
-from rkif.files import write_text
+from rkif.files import require_folder, write_text
 
 # Heading -> the value of a run, and its format. The largest value of a column is the best.
 _SCORES: dict[str, tuple[Callable[[RunFacts], float | None], Callable[[float | None], str]]] = {
@@ -21,9 +21,12 @@ _SCORES: dict[str, tuple[Callable[[RunFacts], float | None], Callable[[float | N
     "kept": (lambda run: run.retention, lambda value: "-" if value is None else f"{100 * value:.0f} %"),
 }
 
+# Settings that tell where inputs are. The table of scores has the model's name.
+_PLACES = ("model", "tasks.folder")
+
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
-    """Write a page that compares runs: their metrics, forgetting curves, and final accuracy by task.
+    """Write a page that compares runs: metrics, differing settings, forgetting curves, accuracy by task.
 
     Curves and accuracies by task are shown if all runs learn the same tasks in the same order.
 
@@ -39,8 +42,9 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
         ImportError: matplotlib is not installed.
         OSError: the page cannot be written.
     """
+    require_folder(out.parent)
     compared = _named([read_facts(RunReader(run)) for run in runs])
-    sections = [_headline(compared), _scores(compared)]
+    sections = [_headline(compared), _scores(compared), _settings(compared)]
     tasks = compared[0].metrics["tasks"]
     if all(run.metrics["tasks"] == tasks for run in compared):
         sections += [_curves(compared, tasks), _final(compared, tasks)]
@@ -99,6 +103,21 @@ def _scores(runs: Sequence[RunFacts]) -> str:
         f'<section><div class="scroll"><table><tr><th>run</th>{head}</tr>{"".join(rows)}</table></div>'
         f'<p class="note">{notes}</p></section>'
     )
+
+
+def _settings(runs: Sequence[RunFacts]) -> str:
+    """A row per setting that is not the same in all runs, a column per run."""
+    rows = []
+    for name in dict.fromkeys(name for run in runs for name in run.settings):
+        values = ["null" if (value := run.settings.get(name)) is None else str(value) for run in runs]
+        if len(set(values)) > 1 and name not in _PLACES:
+            cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
+            rows.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
+    if not rows:
+        return ""
+    head = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
+    table = f'<table class="text"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
+    return f'<section><h2>Differing settings</h2><div class="scroll">{table}</div></section>'
 
 
 def _curves(runs: Sequence[RunFacts], tasks: Sequence[str]) -> str:

@@ -1,0 +1,26 @@
+"""What a config changes of the preset that it names."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from rkif.continual.config import PRESETS, RKIF_DISTILLATION, RunConfig, fusion_config
+
+
+def preset_changes(config: RunConfig) -> str:
+    """A line with the settings that replace those of the preset; "" without a preset, or without changes.
+
+    A copied example has explicit values, which silently replace those of a preset that is added to it.
+    """
+    name = config.fusion.get("preset")
+    if name is None:
+        return ""
+    given, preset = asdict(fusion_config(config.fusion)), asdict(PRESETS[name]())
+    pairs = {f"fusion.{key}": (given[key], value) for key, value in preset.items()}
+    if name == "rkif" and config.method == "recurrent_kif":
+        distillation = config.distillation.model_dump()
+        pairs |= {
+            f"distillation.{key}": (distillation[key], value) for key, value in RKIF_DISTILLATION.items()
+        }
+    changes = [f"{key} {new} (preset: {old})" for key, (new, old) in pairs.items() if new != old]
+    return f"Preset {name}, changed: {', '.join(changes)}" if changes else ""
