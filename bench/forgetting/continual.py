@@ -74,7 +74,7 @@ class Job:
         if self.method not in METHODS and self.method not in variants():
             raise ValueError(f"no such method or variant: {self.method!r}; see {CONFIGS / 'variants.yaml'}")
         changes = variants().get(self.method, {"method": self.method})
-        base = load_config(self.config).model_dump(exclude_unset=True)
+        base = load_config(self.config).model_dump()
         base["tasks"]["order"] = self.order
         base["training"]["learning_rate"] *= self.rate
         base["outer"]["learning_rate"] *= self.rate

@@ -99,8 +99,8 @@ def ablations() -> str:
         if not names or ABLATED not in group:
             continue
         several = len({_rate(group[name]) for name in (ABLATED, *names)}) > 1
-        headings = ["change", *(["rate"] if several else []), "OP", "BWT", "OP against the preset"]
-        headings += ["BWT against the preset", "samples", "runs"]
+        headings = ["change", *(["rate"] if several else []), "OP", "BWT", "OP against release"]
+        headings += ["BWT against release", "samples", "runs"]
         lines = []
         for name in (ABLATED, *names):
             runs = group[name]

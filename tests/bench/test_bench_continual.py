@@ -44,6 +44,18 @@ def test_ablations_of_the_preset_rkif_change_one_part() -> None:
         return Job(CONFIGS / "standard-minilm.yaml", "standard", "standard-1", variant, 1, Path()).settings()
 
     preset, fixed = of("rkif"), of("rkif_weights_1")
+    named = load_config(CONFIGS / "standard-minilm.yaml", ["method=recurrent_kif", "fusion.preset=rkif"])
+    assert (fusion_config(preset.fusion), preset.distillation) == (FusionConfig.rkif(), named.distillation)
+    weights = {
+        "rkif_no_memory_distillation": (0.0, 4.0),
+        "rkif_no_inputs_distillation": (4.0, 0.0),
+        "rkif_no_distillation": (0.0, 0.0),
+        "rkif_weights_1": (1.0, 1.0),
+    }
+    for name, expected in weights.items():
+        assert (of(name).distillation.memory, of(name).distillation.inputs) == expected
+        if name != "rkif_weights_1":
+            assert of(name).fusion == preset.fusion
     assert merge_weights(fusion_config(fixed.fusion).rule) == merge_weights("sum")
     assert replace(fusion_config(fixed.fusion), rule="sum") == fusion_config(preset.fusion)
     for name, whole in (("rkif", preset), ("rkif_weights_1", fixed)):
@@ -64,6 +76,16 @@ def test_every_committed_config_and_variant_is_valid(path: Path) -> None:
         assert (settings.tasks.order, settings.seed) == ("standard-3", 7), method
         if method in presets:
             assert fusion_config(settings.fusion) == presets[method]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*-*.yaml")), ids=lambda path: path.stem)
+def test_every_committed_row_has_the_settings_that_its_name_has_now(path: Path) -> None:
+    """A variant that is changed needs another name, or new runs."""
+    for found in continual.rows():
+        if found.get("config") == path.stem:
+            names = (found[key] for key in ("suite", "order", "method", "seed"))
+            job = Job(path, *names, Path(), found["rate"])
+            assert continual._settings(found, job.settings()) == job.settings(), found["method"]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*-*.yaml")), ids=lambda path: path.stem)

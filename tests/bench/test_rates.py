@@ -161,7 +161,7 @@ def test_an_ablation_is_compared_with_the_preset_at_its_own_rate(measured: Path)
     ]
     continual.RESULTS.write_text("".join(json.dumps(item) + "\n" for item in runs))
     text = tables.ablations()
-    assert "| change | rate | OP | BWT | OP against the preset | BWT against the preset | samples |" in text
+    assert "| change | rate | OP | BWT | OP against release | BWT against release | samples |" in text
     assert "| recurrent_kif | x 2 | 64.0 | +4.0 | - | - | 1,000 | 1 |" in text
     assert "| density_0 | x 1 | 61.0 | +1.0 | +1.0 | +1.0 | 1,000 | 1 |" in text
     assert "| density_0.5 | x 0.5 | 59.0 | -1.0 | - | - | 1,000 | 1 |" in text

@@ -284,8 +284,8 @@ def test_the_page_shows_the_digests_of_an_average_and_of_the_trained_parameters(
     text = write_report(tmp_path).read_text()
     digests = [r["parameters"] for r in read_ledger(tmp_path / "ledger.jsonl") if "parameters" in r][-1]
     assert digests["after"] != digests["trained"]
-    assert f"<th>parameters</th><td>{digests['after']}</td>" in text
-    assert f"<th>trained parameters</th><td>{digests['trained']}</td>" in text
+    assert f"<th>parameters</th><td>{digests['trained']}</td>" in text
+    assert f"<th>published average</th><td>{digests['after']}</td>" in text
 
 
 def test_the_page_shows_the_gate_and_the_ledger_check(

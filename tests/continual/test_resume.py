@@ -23,6 +23,7 @@ from rkif.continual.display.progress import RunProgress
 from rkif.continual.rundir.settings import require_same_settings
 from rkif.continual.rundir.verify import verify
 from rkif.continual.rundir.writer import RunWriter
+from rkif.ledger.chain import LedgerError
 
 
 class Killed(BaseException):
@@ -55,7 +56,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, events: int) -> list[int]:
     return count
 
 
-def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(
+def test_a_run_killed_at_any_event_resumes_to_the_same_bytes(
     config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     settings = config(tasks=config().tasks.model_dump() | {"order": TASKS[:2]})
@@ -65,7 +66,10 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(
     assert len(states) > 40
     for state in states:
         ledger = state / "ledger.jsonl"
-        if ledger.exists() and ledger.stat().st_size:
+        if ledger.exists() and ledger.stat().st_size == 0:
+            with pytest.raises(LedgerError, match="holds no record"):
+                verify(state)
+        elif ledger.exists():
             verify(state)  # the files left by a kill are valid
         go(settings, state, resume=True)
         assert_same_files(files(state), files(tmp_path / "straight"), f"killed at {state.name}")

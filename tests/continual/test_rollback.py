@@ -115,7 +115,7 @@ def test_an_unfinished_run_can_be_rolled_back_twice(
     assert_same_end(tmp_path, original)
 
 
-def test_a_rollback_killed_at_any_moment_is_completed(whole: tuple[RunConfig, Path], tmp_path: Path) -> None:
+def test_a_rollback_killed_at_any_event_is_completed(whole: tuple[RunConfig, Path], tmp_path: Path) -> None:
     """The next resume completes the rollback."""
     config, original = whole
     run = shutil.copytree(original, tmp_path / "run")
@@ -123,9 +123,12 @@ def test_a_rollback_killed_at_any_moment_is_completed(whole: tuple[RunConfig, Pa
     with disk_states(run, tmp_path / "states", calls) as states:
         rollback(run, 2)
     assert len(states) > 5
+    verify(states[-1])
+    unfinished = 0
     for state in states:
         last = list(read_ledger(state / "ledger.jsonl"))[-1]
         if last["event"] == "rollback" and state is not states[-1]:
+            unfinished += 1
             with pytest.raises(
                 ValueError, match=f"record {last['seq']} is of a rollback that was not completed"
             ):
@@ -133,6 +136,7 @@ def test_a_rollback_killed_at_any_moment_is_completed(whole: tuple[RunConfig, Pa
         go(config, state, resume=True)
         assert_same_end(state, original)
         verify(state)
+    assert unfinished > 0
 
 
 def test_rounds_without_a_valid_state_are_refused(

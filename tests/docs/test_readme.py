@@ -165,6 +165,6 @@ def test_the_config_page_lists_all_settings_with_their_defaults() -> None:
     required = {
         "model": "some/model",
         "tasks": {"folder": "my-tasks", "order": ["first", "second"]},
-        "training": {"epochs": 1},
+        "training": {"steps": 100},
     }
     assert documented == yaml.safe_load(dump_config(RunConfig.model_validate(required)))

@@ -1,4 +1,4 @@
-"""Copies of a folder as a kill at any moment would leave it."""
+"""Copies of a folder as kills at several moments would leave it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 @contextmanager
 def disk_states(folder: Path, copies: Path, calls: Sequence[tuple[Any, str]]) -> Iterator[list[Path]]:
-    """Copy ``folder`` before and after every call of the functions, which (object, name) tell.
+    """Copy ``folder`` before and after every call of the functions, each given as (object, name).
 
     SIGKILL runs no handler, so what it leaves are the files of that moment. A resumed process knows nothing
     else, so states with the same files are copied once.
@@ -23,12 +23,13 @@ def disk_states(folder: Path, copies: Path, calls: Sequence[tuple[Any, str]]) ->
         exist yet.
     """
     states: list[Path] = []
-    latest: list[tuple[str, bytes | None]] | None = None
+    latest: tuple[bool, list[tuple[str, bytes | None]]] | None = None
 
     def copy() -> None:
         nonlocal latest
         paths = sorted(folder.rglob("*"))
-        content = [(str(path), path.read_bytes() if path.is_file() else None) for path in paths]
+        files = [(str(path), path.read_bytes() if path.is_file() else None) for path in paths]
+        content = folder.exists(), files
         if content == latest:
             return
         latest = content

@@ -95,12 +95,17 @@ def _digests(records: Sequence[LedgerRecord]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(begin["versions"].items()))
     returned = sum(record["event"] == "rollback" for record in records)
     digests = [record["parameters"] for record in records if "parameters" in record][-1]
+    averages = [
+        record["parameters"]["after"]
+        for record in not_rolled_back(records)
+        if "trained" in record.get("parameters", {})
+    ]
     facts = {
         "records": f"{len(records)}, in an unbroken chain" + (f"; {returned} rollbacks" if returned else ""),
         "last hash": records[-1]["hash"],
-        "parameters": digests["after"],
-        # Of a moving average that is published, the parameters from which training continues.
-        **({"trained parameters": digests["trained"]} if "trained" in digests else {}),
+        "parameters": digests.get("trained", digests["after"]),
+        # With a moving average, the parameters are those from which training continues.
+        **({"published average": averages[-1]} if averages else {}),
         "settings": begin["config"],
         "versions": versions,
         "begun": begin["time"],
