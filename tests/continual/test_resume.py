@@ -30,7 +30,7 @@ class Killed(BaseException):
     """Not an Exception, so that no handler catches it."""
 
 
-def kill_after(monkeypatch: pytest.MonkeyPatch, events: int) -> list[int]:
+def kill_after(monkeypatch: pytest.MonkeyPatch, events: int) -> None:
     """Raise Killed at an event: before and after every rename, and at every training step."""
     count = [0]
     rename = os.replace
@@ -53,7 +53,6 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, events: int) -> list[int]:
         tick()
 
     monkeypatch.setattr(RunProgress, "advance", dying_advance)
-    return count
 
 
 def test_a_run_killed_at_any_event_resumes_to_the_same_bytes(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from rkif.continual.display.progress import format_number
 from rkif.continual.display.report import plots
@@ -107,9 +110,9 @@ def _scores(runs: Sequence[RunFacts]) -> str:
 
 def _settings(runs: Sequence[RunFacts]) -> str:
     """A row per setting that is not the same in all runs, a column per run."""
-    rows = []
-    for name in dict.fromkeys(name for run in runs for name in run.settings):
-        values = ["null" if (value := run.settings.get(name)) is None else str(value) for run in runs]
+    rows, settings = [], [_flat_settings(run.config) for run in runs]
+    for name in dict.fromkeys(name for own in settings for name in own):
+        values = ["null" if (value := own.get(name)) is None else str(value) for own in settings]
         if len(set(values)) > 1 and name not in _PLACES:
             cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
             rows.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
@@ -118,6 +121,23 @@ def _settings(runs: Sequence[RunFacts]) -> str:
     head = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
     table = f'<table class="text"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
     return f'<section><h2>Differing settings</h2><div class="scroll">{table}</div></section>'
+
+
+def _flat_settings(text: str) -> dict[str, Any]:
+    """Dotted name -> value of each setting of a config; empty if it is damaged."""
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+
+    def flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if not isinstance(value, dict) or not value:
+            yield name, value
+            return
+        for key, part in value.items():
+            yield from flat(part, f"{name}.{key}" if name else str(key))
+
+    return dict(flat(content, ""))
 
 
 def _curves(runs: Sequence[RunFacts], tasks: Sequence[str]) -> str:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import yaml
 
 from rkif.continual.display.progress import format_number
 from rkif.continual.rundir.folder import RunReader
@@ -35,14 +33,14 @@ class RunFacts(NamedTuple):
         model: the last part of the model's path or name.
         ledger: its records, or the error in it.
         metrics: the content of ``metrics.json``.
-        settings: dotted name -> value of each setting; empty if the config is damaged.
+        config: the text of ``config.yaml``.
     """
 
     name: str
     model: str
     ledger: Sequence[LedgerRecord] | LedgerError
     metrics: Mapping[str, Any]
-    settings: Mapping[str, Any]
+    config: str
 
     @property
     def date(self) -> str:
@@ -84,30 +82,15 @@ def read_facts(reader: RunReader) -> RunFacts:
     if not metrics.get("initial") or not metrics["accuracy"][0]:
         raise ValueError(f"{reader.path} has measured nothing yet")
     # The page does not need a valid config: only this line is read.
-    model = re.search(r"^model: (.+)$", reader.config_text(), re.MULTILINE)
+    config = reader.config_text()
+    model = re.search(r"^model: (.+)$", config, re.MULTILINE)
     name = Path(model[1].strip("'\"")).name if model else ""
     ledger: Sequence[LedgerRecord] | LedgerError
     try:
         ledger = reader.records()
     except LedgerError as error:
         ledger = error
-    return RunFacts(reader.path.resolve().name, name, ledger, metrics, _settings(reader.config_text()))
-
-
-def _settings(text: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
-
-    def flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-        if not isinstance(value, dict) or not value:
-            yield name, value
-            return
-        for key, part in value.items():
-            yield from flat(part, f"{name}.{key}" if name else str(key))
-
-    return dict(flat(content, ""))
+    return RunFacts(reader.path.resolve().name, name, ledger, metrics, config)
 
 
 def headline(facts: RunFacts) -> str:
