@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from typing import Any
 
 import pytest
+from command import Rkif
 from hypothesis import HealthCheck, settings
 from kernel_cases import BLOCK, implementations
 
@@ -30,7 +31,6 @@ if interpreting() and find_spec("triton"):
 
     replace_builtins_once()
 
-Rkif = Callable[..., tuple[int, str, str]]
 
 # A time limit per example would fail on a busy machine. CI repeats the same examples.
 settings.register_profile(

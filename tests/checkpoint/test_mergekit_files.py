@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from checkpoint_files import Rkif, files_of, loaded, merge
+from checkpoint_files import files_of, loaded, merge
+from command import Rkif
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from checkpoint_files import Rkif, load_folder, loaded, merge
+from checkpoint_files import load_folder, loaded, merge
+from command import Rkif
 from torch import Tensor
 
 # Python of an environment with mergekit; this environment if it has mergekit.

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 from checkpoint_files import Triple, files_of, split_folder
-
-Rkif = Callable[..., tuple[int, str, str]]
+from command import Rkif
 
 
 def sha256(path: Path) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import fuse_ranks_program
 import pytest
 import torch
 from checkpoint_files import Triple, files_of, floats, load_folder, noisy, same
+from command import Rkif
 from safetensors.torch import save_file
 from torch import Tensor
 from torchrun import start_program
@@ -28,7 +29,6 @@ from rkif.checkpoint.preflight import preflight
 from rkif.checkpoint.request import Request
 from rkif.checkpoint.workdir import Workdir
 
-Rkif = Callable[..., tuple[int, str, str]]
 MERGES = [name for name in SETTINGS if name not in ("recurrent_kif", "linear", "wsm")]
 
 

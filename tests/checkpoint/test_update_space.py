@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoint_files import files_of, load_folder, same
+from command import Rkif
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,7 +18,6 @@ from rkif.checkpoint import preflight as planning
 from rkif.checkpoint.manifest import read_manifest, verify
 from rkif.checkpoint.workdir import Workdir
 
-Rkif = Callable[..., tuple[int, str, str]]
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "alpha_pattern": {"v": 3}}
 SHAPES = {"q": (6, 9), "v": (12, 5)}
 

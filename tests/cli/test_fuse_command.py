@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from checkpoint_files import Triple
+from command import Rkif
 from safetensors.torch import load_file, save_file
-
-Rkif = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture

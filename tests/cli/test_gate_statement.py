@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attestations import Rkif, refused
+from attestations import refused
+from command import Rkif
 from run_inputs import rewrite_ledger
 
 

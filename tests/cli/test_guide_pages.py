@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from attestations import Rkif
+from command import Rkif
 
 from rkif.continual.rundir.schema import RECORDS, GateVerdict, Module, Record
 from rkif.ledger.chain import CHAIN_KEYS

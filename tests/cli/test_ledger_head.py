@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 
 import pytest
-from attestations import Rkif, refused
+from attestations import refused
+from command import Rkif
 from run_inputs import rewrite_ledger
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoint_files import Triple
-
-Rkif = Callable[..., tuple[int, str, str]]
+from command import Rkif
 
 
 class Hub:

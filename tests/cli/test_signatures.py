@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attestations import Rkif, refused, write_keys
+from attestations import refused, write_keys
+from command import Rkif
 from run_inputs import rewrite_ledger
 
 from rkif.attest.keys import SigningKey, VerifyingKey

@@ -7,10 +7,10 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command import Rkif
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -18,7 +18,6 @@ import rkif
 from rkif.cli import app, main
 from rkif.cli.options import parse_size
 
-Rkif = Callable[..., tuple[int, str, str]]
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 
 # Runs a command line, and fails if it made one of the slow imports.

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import Rkif
 from run_inputs import go, make_config, rewrite_ledger
 
 from rkif.continual.config import RunConfig
 from rkif.continual.rundir.rollback import rollback
 from rkif.ledger.chain import read_ledger
 
-Rkif = Callable[..., tuple[int, str, str]]
 Edit = Callable[[dict[str, Any]], Any]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command import Rkif
 from pydantic import ValidationError
 from run_inputs import assert_same_files, files, go, make_config, read_parameters, write_harness_task
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -28,7 +29,6 @@ needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install '.[lm-eval]'"
 )
 NAMES = ["lm_review", "lm_tense"]
-Rkif = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import copy
 import errno
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import Rkif
 from fuser_loop import Loop, make_model
 from run_inputs import rewrite_ledger
 
@@ -21,7 +21,6 @@ from rkif.continual.rundir.verify import verify
 from rkif.ledger.chain import LedgerError
 from rkif.ledger.records import parameter_digest
 
-Rkif = Callable[..., tuple[int, str, str]]
 ROUND = 7  # events
 
 

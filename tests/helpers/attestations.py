@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-Rkif = Callable[..., tuple[int, str, str]]
+from command import Rkif
 
 
 def write_keys(folder: Path, name: str = "key", curve: str = "SECP256R1") -> tuple[Path, Path]:

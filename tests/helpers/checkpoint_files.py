@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from command import Rkif
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from rkif.checkpoint.provenance import PROVENANCE
 from rkif.checkpoint.request import Request
 from rkif.checkpoint.summary import Summary
 
-Rkif = Callable[..., tuple[int, str, str]]
 Tensors = dict[str, Tensor]
 
 

@@ -1,71 +1,20 @@
-"""``rkif run`` as a user sees it: what it prints, what it refuses, and the exit status."""
+"""``rkif run``: bad settings are refused in one line; changes of settings, and configs that a run records."""
 
 from __future__ import annotations
 
 import json
 import logging
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import yaml
-from safetensors import SafetensorError
+from command import Rkif
+from config_files import changed, write
 
-from rkif.cli import main
 from rkif.continual.config import RunConfig, dump_config, load_config
 from rkif.continual.display.preset import preset_changes
-from rkif.demo import CONFIG, write_inputs
-
-Rkif = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder, train=20, dev=4, seed=1)
-    return folder
-
-
-@pytest.fixture
-def settings(inputs: Path) -> dict[str, Any]:
-    return {
-        "model": str(inputs / "model"),
-        "adapter": {"r": 2, "target_modules": ["q_proj"]},
-        "tasks": {"folder": str(inputs / "tasks"), "order": ["review", "tense"]},
-        "text": {"max_length": 64},
-        "training": {"steps": 2, "batch_size": 2},
-        "outer": {"batch_size": 2},
-        "threads": 1,
-    }
-
-
-def write(path: Path, content: Any) -> Path:
-    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
-    return path
-
-
-def test_run_prints_a_table_and_the_folder(rkif: Rkif, settings: dict[str, Any], tmp_path: Path) -> None:
-    config = write(tmp_path / "config.yaml", settings)
-    status, out, _ = rkif("run", config, "--out", tmp_path / "out")
-    assert status == 0
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    for text in ("review", "tense", f"OP {metrics['op']:.1f}", "dev split", str(tmp_path / "out")):
-        assert text in out.replace("\n", "")
-    assert "recurrent_kif after tense:" in out
-    assert out.splitlines()[0].strip()
-
-
-def test_a_run_ends_with_the_verdicts_of_its_gate(
-    rkif: Rkif, settings: dict[str, Any], tmp_path: Path
-) -> None:
-    settings["gate"] = {"criteria": [{"metric": "memory_loss", "floor": -1, "tolerance": None}]}
-    status, out, _ = rkif("run", write(tmp_path / "config.yaml", settings), "--out", tmp_path / "out")
-    assert status == 0
-    assert "gate: 1 undone; most often: memory_loss above ceiling -1\n" in out
 
 
 @pytest.mark.parametrize(
@@ -110,33 +59,6 @@ def test_duplicate_keys_and_invalid_yaml_are_refused(
 )
 def test_a_changed_preset_is_said(settings: dict[str, Any], changes: dict[str, Any], line: str) -> None:
     assert preset_changes(RunConfig.model_validate(settings | changes)) == line
-
-
-def test_a_second_run_needs_resume_and_the_same_settings(
-    rkif: Rkif, settings: dict[str, Any], tmp_path: Path
-) -> None:
-    config = write(tmp_path / "config.yaml", settings)
-    out = tmp_path / "out"
-    assert rkif("run", config, "--out", out)[0] == 0
-    status, _, errors = rkif("run", config, "--out", out)
-    assert (status, errors.count("\n")) == (1, 1)
-    assert "holds a run; continue with --resume" in errors
-    assert rkif("run", config, "--out", out, "--resume")[0] == 0
-    assert rkif("run", out / "config.yaml", "--out", out, "--resume")[0] == 0  # the recorded config is valid
-    write(config, settings | {"seed": 7})
-    status, _, errors = rkif("run", config, "--out", out, "--resume")
-    assert status == 1
-    assert "has `seed: 42`, but the config now has `seed: 7`" in errors
-
-
-def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    settings = json.loads(json.dumps(settings))
-    *parents, last = path.split(".")
-    inner = settings
-    for parent in parents:
-        inner = inner.setdefault(parent, {})
-    inner[last] = value
-    return settings
 
 
 @pytest.mark.parametrize(
@@ -277,23 +199,6 @@ def test_set_changes_settings_of_the_config(rkif: Rkif, settings: dict[str, Any]
     assert (status, output, errors) == (0, "", "")
 
 
-def test_quiet_commands_print_nothing(
-    rkif: Rkif, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr("rkif.demo.CONFIG", CONFIG.replace("steps: 160", "steps: 2"))
-    config, run = write(tmp_path / "config.yaml", settings), tmp_path / "run"
-    model = settings["model"]
-    for call in (
-        ("run", config, "--out", run),
-        ("reproduce", run, "--round", 1),
-        ("tune", config, "--out", tmp_path / "tune", "--trials", 1),
-        ("fuse", model, model, model, "--out", tmp_path / "fused"),
-        ("demo", "--out", tmp_path / "demo"),
-    ):
-        assert rkif(*call, "--quiet") == (0, "", ""), call
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -323,94 +228,6 @@ def test_a_missing_config_is_named(rkif: Rkif, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ({"output": "superb"}, "output 'superb' is not a label of 'review'; labels: ['good', 'bad']"),
-        ({"output": None}, "output: Input should be a valid string, got None"),
-        ({"id": "review-0"}, "id 'review-0' appears twice in task 'review'"),
-        (
-            {"task": "reviewy"},
-            "task 'reviewy' is not in tasks.json; known tasks: review, topic, tense, place",
-        ),
-    ],
-)
-def test_bad_records_are_named_with_file_and_line(
-    rkif: Rkif, settings: dict[str, Any], inputs: Path, tmp_path: Path, line: dict[str, Any], message: str
-) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for name in ("tasks.json", "dev.jsonl"):
-        (data / name).write_text((inputs / "tasks" / name).read_text())
-    record = {"task": "review", "id": "new", "input": "a new one", "output": "good"}
-    train = (inputs / "tasks" / "train.jsonl").read_text() + json.dumps(record | line) + "\n"
-    (data / "train.jsonl").write_text(train)
-    config = write(tmp_path / "config.yaml", changed(settings, "tasks.folder", str(data)))
-    status, _, errors = rkif("run", config, "--out", tmp_path / "out")
-    assert (status, errors.count("\n")) == (1, 1)
-    assert f"{data / 'train.jsonl'}:{len(train.splitlines())}: {message}" in errors
-
-
-def test_an_empty_task_is_named(rkif: Rkif, settings: dict[str, Any], inputs: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for name in ("tasks.json", "dev.jsonl", "train.jsonl"):
-        lines = (inputs / "tasks" / name).read_text().splitlines(keepends=True)
-        keep = lines if name != "train.jsonl" else [line for line in lines if '"tense"' not in line]
-        (data / name).write_text("".join(keep))
-    config = write(tmp_path / "config.yaml", changed(settings, "tasks.folder", str(data)))
-    status, _, errors = rkif("run", config, "--out", tmp_path / "out")
-    assert status == 1
-    assert "task 'tense' has no train records in" in errors
-    assert not (tmp_path / "out").exists()
-
-
-def test_free_text_tasks_need_generation(
-    rkif: Rkif, settings: dict[str, Any], inputs: Path, tmp_path: Path
-) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for name in ("dev.jsonl", "train.jsonl"):
-        (data / name).write_text((inputs / "tasks" / name).read_text())
-    table = json.loads((inputs / "tasks" / "tasks.json").read_text())
-    del table["tasks"]["tense"]["labels"]
-    (data / "tasks.json").write_text(json.dumps(table))
-    settings = changed(settings, "tasks.folder", str(data))
-    status, _, errors = rkif("run", write(tmp_path / "config.yaml", settings), "--out", tmp_path / "out")
-    assert status == 1
-    assert "task 'tense' has no labels; its evaluation needs scoring: generation" in errors
-    settings = changed(settings, "evaluation", {"scoring": "generation", "max_new_tokens": 2})
-    assert rkif("run", write(tmp_path / "config.yaml", settings), "--out", tmp_path / "out")[0] == 0
-
-
-def test_a_folder_that_cannot_be_written_is_named(
-    rkif: Rkif, settings: dict[str, Any], tmp_path: Path
-) -> None:
-    config = write(tmp_path / "config.yaml", settings)
-    occupied = write(tmp_path / "file", "not a folder")
-    for out in (occupied, occupied / "below"):
-        status, _, errors = rkif("run", config, "--out", out)
-        assert (status, errors.count("\n")) == (1, 1)
-        assert str(occupied) in errors
-    (tmp_path / "full").mkdir()
-    write(tmp_path / "full" / "something", "else")
-    status, _, errors = rkif("run", config, "--out", tmp_path / "full")
-    assert status == 1
-    assert "is not empty and is not a run" in errors
-
-
-@pytest.mark.parametrize("damage", ["checkpoint.safetensors", "metrics.json"])
-def test_a_damaged_run_is_named(rkif: Rkif, settings: dict[str, Any], tmp_path: Path, damage: str) -> None:
-    config = write(tmp_path / "config.yaml", settings)
-    out = tmp_path / "out"
-    assert rkif("run", config, "--out", out)[0] == 0
-    content = (out / damage).read_bytes()
-    (out / damage).write_bytes(content[: len(content) // 2])
-    status, _, errors = rkif("run", config, "--out", out, "--resume")
-    assert (status, errors.count("\n")) == (1, 1)
-    assert f"{out / damage} is damaged" in errors
-
-
 def test_settings_can_be_corrected_before_training_begins(
     rkif: Rkif, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -418,69 +235,6 @@ def test_settings_can_be_corrected_before_training_begins(
     assert rkif("run", config, "--out", tmp_path / "out")[0] == 1
     write(config, settings)
     assert rkif("run", config, "--out", tmp_path / "out")[0] == 0
-
-
-def test_resume_refuses_changed_data(
-    rkif: Rkif, settings: dict[str, Any], inputs: Path, tmp_path: Path
-) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(inputs / "tasks", data)
-    config = write(tmp_path / "config.yaml", changed(settings, "tasks.folder", str(data)))
-    assert rkif("run", config, "--out", tmp_path / "out")[0] == 0
-    dev = (data / "dev.jsonl").read_text()
-    (data / "dev.jsonl").write_text(dev.replace("Answer:", "answer:"))
-    status, _, errors = rkif("run", config, "--out", tmp_path / "out", "--resume")
-    assert status == 1
-    assert "the dev records of task 'review' have changed since this run began" in errors
-
-
-def test_labels_with_equal_tokens_are_refused(rkif: Rkif, settings: dict[str, Any], tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    table = {"tasks": {"parity": {"instruction": "Even?\n", "labels": ["quux", "zork"]}}}
-    (data / "tasks.json").write_text(json.dumps(table))
-    for split in ("train", "dev"):
-        row = {"task": "parity", "id": "1", "input": f"{split}\nAnswer:", "output": "quux"}
-        (data / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-    settings["tasks"] = {"folder": str(data), "order": ["parity"]}
-    status, _, errors = rkif("run", write(tmp_path / "config.yaml", settings), "--out", tmp_path / "out")
-    assert (status, errors.count("\n")) == (1, 1)
-    assert "label 'quux' has the same tokens as another label: [1]" in errors
-
-
-def test_a_full_disk_is_one_clear_line(
-    rkif: Rkif, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_file = safetensors.torch.save_file
-
-    def full(tensors: Any, path: Any, *arguments: Any, **more: Any) -> None:
-        if Path(path).name == "checkpoint.safetensors.tmp":
-            raise SafetensorError("No space left on device (os error 28)")
-        save_file(tensors, path, *arguments, **more)
-
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    config = write(tmp_path / "config.yaml", settings)
-    status, _, errors = rkif("run", config, "--out", tmp_path / "out")
-    path = tmp_path / "out" / "checkpoint.safetensors.tmp"
-    assert (status, errors) == (1, f"rkif: error: No space left on device (os error 28): {path}\n")
-    monkeypatch.undo()
-    monkeypatch.setattr(sys, "argv", ["rkif", "run", str(config), "--out", str(tmp_path / "out"), "--resume"])
-    with pytest.raises(SystemExit) as done:
-        main()
-    assert not done.value.code
-
-
-def test_without_transformers_the_install_command_is_shown(
-    rkif: Rkif, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    status, _, errors = rkif("run", write(tmp_path / "config.yaml", settings), "--out", tmp_path / "out")
-    assert status == 1
-    assert 'pip install ".[hf]" in the source folder of rkif' in errors
-    status, _, errors = rkif("demo", "--out", tmp_path / "demo")
-    assert status == 1
-    assert 'pip install ".[hf]" in the source folder of rkif' in errors
-    assert not (tmp_path / "demo").exists()
 
 
 def test_a_recorded_config_loads_unchanged(settings: dict[str, Any], tmp_path: Path) -> None:
