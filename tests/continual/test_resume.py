@@ -235,15 +235,30 @@ def test_a_run_that_was_moved_with_its_model_and_tasks_resumes_to_the_same_bytes
     moved = config(model=str(elsewhere / "model"), tasks=tasks)
     with pytest.raises(ValueError, match="has `seed: 3`, but the config now has `seed: 4`"):
         go(moved.model_copy(update={"seed": 4}), tmp_path / "run", resume=True)
+    training = moved.training.model_copy(update={"batch_size": 2})
+    with pytest.raises(ValueError, match=r"has `training\.batch_size: 4`, but the config now"):
+        go(moved.model_copy(update={"training": training}), tmp_path / "run", resume=True)
     other = moved.model_copy(update={"model": str(elsewhere / "bert")})
     with pytest.raises(ValueError, match="has `model: model`, but the config now has `model: bert`"):
         go(other, tmp_path / "run", resume=True)
     assert require_same_settings(tmp_path / "run" / "config.yaml", moved) == [
         f"`model: {inputs}/model` is now `model: {elsewhere}/model`",
-        f"`folder: {inputs}/tasks` is now `folder: {elsewhere}/tasks`",
+        f"`tasks.folder: {inputs}/tasks` is now `tasks.folder: {elsewhere}/tasks`",
     ]
+    recorded = tmp_path / "run" / "config.yaml"
+    recorded.write_text("")
+    with pytest.raises(ValueError, match="is damaged: it has no settings"):
+        require_same_settings(recorded, moved)
+    settings = yaml.safe_load(began)
+    del settings["ema"]  # as in a file that is older than this setting
+    recorded.write_text(yaml.safe_dump(settings))
+    assert len(require_same_settings(recorded, moved)) == 2
+    recorded.write_text(yaml.safe_dump(settings | {"distilation": 1}))
+    with pytest.raises(ValueError, match="has `distilation: 1`, but the config now has no `distilation`"):
+        require_same_settings(recorded, moved)
+    recorded.write_bytes(began)
     go(moved, tmp_path / "run", resume=True)
-    assert (tmp_path / "run" / "config.yaml").read_bytes() == began
+    assert recorded.read_bytes() == began
     verify(tmp_path / "run")
     metrics = [(tmp_path / name / "metrics.json").read_bytes() for name in ("straight", "run")]
     assert metrics[0] == metrics[1]

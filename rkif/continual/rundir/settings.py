@@ -1,9 +1,11 @@
-"""Compares the settings of a resumed run with those at its start."""
+"""Settings of runs by dotted name: compares a resumed run with its start, and runs with each other."""
 
 from __future__ import annotations
 
-import math
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -25,52 +27,78 @@ def require_same_settings(path: Path, config: RunConfig) -> list[str]:
         A line for each path that differs, with the path at the start of the run and the current one.
 
     Raises:
-        ValueError: other settings differ.
+        ValueError: other settings differ, or the file is damaged.
     """
     stored, given = read_text(path), dump_config(config)
     if stored == given:
         return []
+    began, now = flat_settings(_with_defaults(stored)), flat_settings(given)
+    if not began:
+        raise ValueError(f"{path} is damaged: it has no settings")
+    if refused := _differences(without_places(began), without_places(now)):
+        old, new = refused[0]
+        raise ValueError(f"{path} has {old}, but the config now has {new}")
+    return [f"{old} is now {new}" for old, new in _differences(began, now)]
+
+
+def flat_settings(text: str) -> dict[str, Any]:
+    """Dotted name -> value of each setting of a config; empty if it is damaged."""
     try:
-        began = RunConfig.model_validate(yaml.safe_load(stored))
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
-        _require_same_lines(path, stored, given)
-        return []
-    _require_same_lines(path, _one_line_each(_without_places(began)), _one_line_each(_without_places(config)))
-    lines = zip(_one_line_each(began).splitlines(), _one_line_each(config).splitlines(), strict=False)
-    return [f"`{old.strip(' -')}` is now `{new.strip(' -')}`" for old, new in lines if old != new]
+        return {}
+
+    def flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if not isinstance(value, dict) or not value:
+            yield name, value
+            return
+        for key, part in value.items():
+            yield from flat(part, f"{name}.{key}" if name else str(key))
+
+    return dict(flat(content, "")) if isinstance(content, dict) else {}
 
 
-def _one_line_each(config: RunConfig) -> str:
-    """The settings, each on one line of any length, so that those of two configs can be paired."""
-    return dump_config(config, width=math.inf)
-
-
-def _require_same_lines(path: Path, stored: str, given: str) -> None:
-    for old, new in zip([*stored.splitlines(), ""], [*given.splitlines(), ""], strict=False):
-        if old != new:
-            raise ValueError(f"{path} has `{old.strip()}`, but the config now has `{new.strip()}`")
-
-
-def _without_places(config: RunConfig) -> RunConfig:
-    """The settings with names instead of absolute paths, and without the folder of the tasks."""
-    gate = config.gate
-    if gate is not None:
-        criteria = [one.model_copy(update={"metric": _name(one.metric)}) for one in gate.criteria]
-        gate = gate.model_copy(update={"criteria": criteria})
-    evaluation = config.evaluation
-    if (harness := evaluation.harness) is not None and harness.include_path is not None:
-        harness = harness.model_copy(update={"include_path": ""})
-        evaluation = evaluation.model_copy(update={"harness": harness})
-    places = {
-        "model": _name(config.model),
-        "tasks": config.tasks.model_copy(update={"folder": ""}),
-        "metrics": [_name(spec) for spec in config.metrics],
-        "gate": gate,
-        "evaluation": evaluation,
+def without_places(settings: dict[str, Any]) -> dict[str, Any]:
+    """The flat settings with names instead of absolute paths, and without the folders of tasks."""
+    folders = ("tasks.folder", "evaluation.harness.include_path")
+    return {
+        name: _named(value) if name in ("model", "metrics", "gate.criteria") else value
+        for name, value in settings.items()
+        if name not in folders
     }
-    return config.model_copy(update=places)
 
 
-def _name(place: str) -> str:
-    """The last part of an absolute path."""
-    return Path(place).name if place.startswith("/") else place
+def shown_value(value: Any) -> str:
+    """The value of a setting in messages and tables, as in YAML."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def _with_defaults(text: str) -> str:
+    """The config with the settings that are newer than the file, or ``text`` if it is no longer valid."""
+    try:
+        return dump_config(RunConfig.model_validate(yaml.safe_load(text)))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+
+
+def _differences(began: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str]]:
+    """The settings that differ, as "`name: value`" at the start of the run and now."""
+
+    def shown(settings: dict[str, Any], name: str) -> str:
+        return f"`{name}: {shown_value(settings[name])}`" if name in settings else f"no `{name}`"
+
+    names = dict.fromkeys([*began, *now])
+    return [
+        (shown(began, name), shown(now, name))
+        for name in names
+        if (name in began, began.get(name)) != (name in now, now.get(name))
+    ]
+
+
+def _named(value: Any) -> Any:
+    """The value with the last part of each absolute path."""
+    if isinstance(value, list):
+        return [_named(one) for one in value]
+    if isinstance(value, dict):
+        return value | {"metric": _named(value.get("metric"))}
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from rkif.continual.display.progress import format_number
 from rkif.continual.display.report import plots
 from rkif.continual.display.report.headline import EXPLANATIONS, RunFacts, read_facts
 from rkif.continual.display.report.page import PAGE
 from rkif.continual.rundir.folder import RunReader
+from rkif.continual.rundir.settings import flat_settings, shown_value, without_places
 from rkif.files import require_folder, write_text
 
 # Heading -> the value of a run, and its format. The largest value of a column is the best.
@@ -23,9 +21,6 @@ _SCORES: dict[str, tuple[Callable[[RunFacts], float | None], Callable[[float | N
     "FWT": (lambda run: run.metrics["fwt"], lambda value: format_number(value, sign=True)),
     "kept": (lambda run: run.retention, lambda value: "-" if value is None else f"{100 * value:.0f} %"),
 }
-
-# Settings that tell where inputs are. The table of scores has the model's name.
-_PLACES = ("model", "tasks.folder")
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
@@ -110,10 +105,10 @@ def _scores(runs: Sequence[RunFacts]) -> str:
 
 def _settings(runs: Sequence[RunFacts]) -> str:
     """A row per setting that is not the same in all runs, a column per run."""
-    rows, settings = [], [_flat_settings(run.config) for run in runs]
+    rows, settings = [], [without_places(flat_settings(run.config)) for run in runs]
     for name in dict.fromkeys(name for own in settings for name in own):
-        values = ["null" if (value := own.get(name)) is None else str(value) for own in settings]
-        if len(set(values)) > 1 and name not in _PLACES:
+        values = [shown_value(own.get(name)) for own in settings]
+        if len(set(values)) > 1:
             cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
             rows.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
     if not rows:
@@ -121,23 +116,6 @@ def _settings(runs: Sequence[RunFacts]) -> str:
     head = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
     table = f'<table class="text"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
     return f'<section><h2>Differing settings</h2><div class="scroll">{table}</div></section>'
-
-
-def _flat_settings(text: str) -> dict[str, Any]:
-    """Dotted name -> value of each setting of a config; empty if it is damaged."""
-    try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
-
-    def flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-        if not isinstance(value, dict) or not value:
-            yield name, value
-            return
-        for key, part in value.items():
-            yield from flat(part, f"{name}.{key}" if name else str(key))
-
-    return dict(flat(content, ""))
 
 
 def _curves(runs: Sequence[RunFacts], tasks: Sequence[str]) -> str:
