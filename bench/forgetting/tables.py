@@ -293,8 +293,8 @@ def forward_passes(row: Row) -> float:
     With distillation, the model before the task also answers the batches that have a divergence, all of them
     after the first task. With ``distillation.inputs`` these are batches with new records. With
     ``distillation.memory`` they are batches with memory records, unless their answers are kept. With
-    ``inputs``, every new record is also a question of an earlier task. If the prompts have no instruction, an
-    encoder embeds both as one text.
+    ``inputs``, every new record is also a question of earlier tasks. If the prompts have no instruction, an
+    encoder embeds all as one text.
     """
     settings, tasks = row["settings"], len(row["tasks"])
     distillation, training = settings.get("distillation", {}), settings["training"]
@@ -311,7 +311,9 @@ def forward_passes(row: Row) -> float:
         answered = (new + memory) * (on_inputs or on_memory)
     prompt = settings["text"]["prompt"] if on_inputs else ""
     separate = on_inputs and not (settings["architecture"] == "encoder" and "{instruction}" not in prompt)
-    questions = new if separate else 0
+    most = distillation.get("questions", 1)
+    asked = [earlier if most is None else min(most, earlier) for earlier in range(tasks)]
+    questions = first * sum(asked) if separate else 0
     return float(1 + (answered + 2 * questions) / row["samples"])
 
 

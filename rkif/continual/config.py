@@ -135,13 +135,15 @@ class DistillationSettings(Settings):
 
     ``memory``: weight of the divergence on memory records. ``answers``: whether their answers are computed by
     the model before the new task, or kept from the end of their own task. ``inputs``: weight of the
-    divergence on inputs of the new task, posed as questions of earlier tasks. ``temperature``: that of all
-    distributions. See :mod:`rkif.continual.models.distillation`.
+    divergences on inputs of the new task, posed as questions of earlier tasks. ``questions``: maximum number
+    of earlier tasks for each input; None for no maximum. ``temperature``: that of all distributions. See
+    :mod:`rkif.continual.models.distillation`.
     """
 
     memory: float = Field(0.0, ge=0)
     answers: Literal["before_task", "kept"] = "before_task"
     inputs: float = Field(0.0, ge=0)
+    questions: int | None = Field(1, ge=1)
     temperature: float = Field(1.0, gt=0)
 
     @property

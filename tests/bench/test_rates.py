@@ -94,6 +94,15 @@ def test_forward_passes_are_those_of_the_batches_with_a_divergence(
     assert tables.forward_passes(run) == pytest.approx(1 + answered / 220)
 
 
+@pytest.mark.parametrize("most", [5, None])
+def test_an_input_that_is_a_question_of_several_tasks_has_as_many_passes(most: int | None) -> None:
+    """80 samples of each of three tasks: questions of none, one and two earlier tasks."""
+    distillation = {"memory": 0.0, "inputs": 1.0, "questions": most}
+    run = at(1.0, "recurrent_kif", "s-1", 66.0, distillation=distillation, samples=240)
+    run |= {"tasks": ["a", "b", "c"], "steps": 30}
+    assert tables.forward_passes(run) == pytest.approx(1 + (160 + 2 * (80 + 160)) / 240)
+
+
 def test_rates_are_compared_over_the_seeds_that_all_have() -> None:
     runs = {
         1.0: {("s-1", 1): at(1.0, "replay", "s-1", 60.0), ("s-1", 2): at(1.0, "replay", "s-1", 90.0)},

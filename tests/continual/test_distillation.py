@@ -155,6 +155,21 @@ def test_questions_are_new_inputs_of_earlier_tasks(config: Config, inputs: Path)
     assert weights.tolist() == [[0.0] * 7 + [0.5] * 3, [1.0] * 7 + [0.0] * 3]
 
 
+def test_an_input_is_a_question_of_as_many_earlier_tasks_as_there_are(config: Config, inputs: Path) -> None:
+    tasks = load_tasks(inputs / "tasks", TASKS)
+    _, objective = load_model(config(), tasks)
+    item = (tasks[2].instruction, tasks[2].train[0])
+    for asked, earlier, expected in ((1, 2, 1), (2, 2, 2), (9, 2, 2), (9, 1, 1), (None, 2, 2)):
+        settings = DistillationSettings.model_validate({"inputs": 0.5, "questions": asked})
+        distilling = DistillingObjective(objective, settings, {}, tasks[:earlier])
+        questions = [record for _, record in distilling._questions([item])]
+        assert len({record.task for record in questions}) == len(questions) == expected
+        assert all(record.output in tasks[TASKS.index(record.task)].labels for record in questions)
+        # The divergences of all questions are added, each with the weight of the settings.
+        weights = distilling.collate([item])[WEIGHTS]
+        assert weights.tolist() == [[0.0] + [0.5] * expected, [1.0] + [0.0] * expected]
+
+
 def test_the_preset_rkif_distils_unless_the_config_says_otherwise(config: Config) -> None:
     fusion = {"preset": "rkif", "inner_steps": 3}
     both = DistillationSettings(memory=4.0, inputs=4.0)

@@ -38,9 +38,10 @@ class DistillingObjective:
         cross-entropy + memory * KL_memory + inputs * KL_inputs
 
     ``KL_memory`` is KL(before || now) on records of earlier tasks, over the answers of their task. For
-    ``KL_inputs``, every record of the new task is also posed as a question of one earlier task, which depends
-    on its id, and the divergence is over the answers of that task. Language models compare distributions of
-    tokens, at the positions of the right answer of a memory record, or of a label drawn for the question.
+    ``KL_inputs``, every record of the new task is also posed as a question of earlier tasks, which depend on
+    its id: as many as ``settings.questions``, or all. It is the sum of the divergences of these questions,
+    each over the answers of its task. Language models compare distributions of tokens, at the positions of
+    the right answer of a memory record, or of a label drawn for the question.
 
     Args:
         objective: computes the logits.
@@ -127,12 +128,14 @@ class DistillingObjective:
 
     def _questions(self, items: Sequence[Item]) -> list[Item]:
         """The new task's inputs as questions of earlier tasks, with answers drawn from their labels."""
-        questions = []
+        questions, tasks, asked = [], self._labelled, self._settings.questions
         for _, record in items:
-            if self._labelled and record.task not in self._names:
-                drawn = derive_seed("question", record.task, record.id)
-                task = self._labelled[drawn % len(self._labelled)]
-                label = task.labels[drawn // len(self._labelled) % len(task.labels)]
+            if record.task in self._names:
+                continue
+            drawn = derive_seed("question", record.task, record.id)
+            for number in range(len(tasks) if asked is None else min(asked, len(tasks))):
+                task = tasks[(drawn + number) % len(tasks)]
+                label = task.labels[drawn // len(tasks) % len(task.labels)]
                 questions.append((task.instruction, replace(record, task=task.name, output=label)))
         return questions
 
