@@ -22,7 +22,7 @@ from rkif.continual.rundir.folder import RunFolder
 from rkif.continual.rundir.state import RunState
 from rkif.continual.rundir.writer import RunWriter
 from rkif.continual.tasks.records import Task
-from rkif.continual.tasks.replay_memory import ReplayMemory
+from rkif.continual.tasks.replay_memory import ReplayMemory, memory_size
 from rkif.continual.tracking import Track, tracked
 from rkif.continual.user_metrics import Metric
 from rkif.fuser.parameters import parameter_copies, trainable_parameters
@@ -106,6 +106,7 @@ class TaskSequence:
             )
         if not start.ledger_records:
             writer.record_begin([task.name for task in self._tasks])
+            self._warn_of_small_memories()
         if not self._table.begun:
             column, harness = self._measure_all("before training")
             self._table.set_initial(column, harness)
@@ -276,3 +277,14 @@ class TaskSequence:
                 harness[name] = self._harness.measure(name)
                 self._progress.evaluated()
         return column, harness
+
+    def _warn_of_small_memories(self) -> None:
+        """Warn if the memory has fewer records than labels of a task; that of the last task is not used."""
+        if not METHODS[self._config.method].replays:
+            return
+        fraction, cap = self._config.memory.fraction, self._config.memory.cap
+        sizes = [(task, memory_size(len(task.train), fraction, cap)) for task in self._tasks[:-1]]
+        small = [f"{task.name} ({n} for {len(task.labels)})" for task, n in sizes if n < len(task.labels)]
+        if small:
+            limits = f"memory.fraction {fraction}" + ("" if cap is None else f" and memory.cap {cap}")
+            self._progress.warn(f"{limits}: the memory has fewer records than labels of {', '.join(small)}")

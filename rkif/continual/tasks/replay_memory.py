@@ -21,6 +21,15 @@ class _MemoryLine(RecordLine):
     instruction: str
 
 
+def memory_size(records: int, fraction: float, cap: int | None = None) -> int:
+    """The number of records to keep of a task: at most `cap`, and `max(1, floor(fraction * records))`.
+
+    The product uses the decimal value of `fraction`: 0.29 of 100 records is 29; with floats it would be 28.
+    """
+    size = max(1, int(Fraction(str(fraction)) * records))
+    return size if cap is None else min(size, cap)
+
+
 class ReplayMemory:
     """A small sample of each earlier task, and an endless walk over it that can start at any step.
 
@@ -40,11 +49,10 @@ class ReplayMemory:
         cap: int | None = None,
         seed: int,
     ) -> None:
-        """Keep `n = max(1, floor(fraction * len(records)))` records of a task, at most `cap`.
+        """Keep :func:`memory_size` records of a task.
 
-        The product uses the decimal value of `fraction`: 0.29 of 100 records is 29; with floats it would be
-        28. The sample is balanced over the outputs, see `stratified_subset`. It depends only on the records,
-        n, the seed and the task's name.
+        The sample is balanced over the outputs, see `stratified_subset`. It depends only on the records,
+        their number, the seed and the task's name.
 
         Args:
             task: the task's name.
@@ -69,10 +77,8 @@ class ReplayMemory:
             raise ValueError(f"fraction must be in (0, 1], got {fraction}")
         if cap is not None and cap < 1:
             raise ValueError(f"cap must be at least 1, got {cap}")
-        n = max(1, int(Fraction(str(fraction)) * len(records)))
-        kept = stratified_subset(
-            records, n if cap is None else min(n, cap), derive_seed(seed, "memory", task)
-        )
+        size = memory_size(len(records), fraction, cap)
+        kept = stratified_subset(records, size, derive_seed(seed, "memory", task))
         self._tasks[task] = tuple((instruction, record) for record in kept)
 
     def __len__(self) -> int:

@@ -28,6 +28,23 @@ def test_run_prints_a_table_and_the_folder(rkif: Rkif, settings: dict[str, Any],
     assert out.splitlines()[0].strip()
 
 
+def test_a_memory_with_fewer_records_than_labels_is_said(
+    rkif: Rkif, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = write(tmp_path / "config.yaml", settings)
+    small = "warning: memory.fraction 0.02: the memory has fewer records than labels of review (1 for 2)\n"
+    for changes, said in (((), True), (("memory.fraction=0.1",), False), (("method=sequential",), False)):
+        out = tmp_path / str(changes)
+        status, output, _ = rkif("run", config, "--out", out, *(f"--set={change}" for change in changes))
+        assert status == 0
+        assert (small in output) == said
+    capped = ("--set=memory.fraction=0.1", "--set=memory.cap=1")
+    assert (
+        "memory.fraction 0.1 and memory.cap 1: the"
+        in rkif("run", config, "--out", tmp_path / "c", *capped)[1]
+    )
+
+
 def test_a_run_ends_with_the_verdicts_of_its_gate(
     rkif: Rkif, settings: dict[str, Any], tmp_path: Path
 ) -> None:
