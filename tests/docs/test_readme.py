@@ -14,6 +14,7 @@ import yaml
 from bench.docs import FILES, README, generated, with_tables
 from bench.forgetting.continual import RESULTS
 from rkif.continual.config import RunConfig, dump_config
+from rkif.continual.tasks.load import load_tasks
 
 TEXT = README.read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
@@ -58,19 +59,34 @@ def test_the_documented_gate_and_ledger_are_valid(tmp_path: Path, monkeypatch: p
         assert names["fuser"].round == 0
     assert (tmp_path / "ledgers" / "task-3" / "ledger.jsonl").exists()
     (gate,) = documented_yaml("guide/ledger.md")
-    harness = documented_yaml("guide/experiments.md")[1]
+    _, _, harness, _ = documented_yaml("guide/experiments.md")
     settings = RunConfig.model_validate(run_config() | harness | gate).gate
     assert settings is not None
     assert [one.name for one in settings.criteria] == ["accuracy", "memory_loss", "revenue", "hellaswag"]
 
 
 def test_the_documented_tasks_of_lm_eval_are_valid() -> None:
-    settings = RunConfig.model_validate(run_config() | documented_yaml("guide/experiments.md")[1])
+    _, _, harness_and_gate, _ = documented_yaml("guide/experiments.md")
+    settings = RunConfig.model_validate(run_config() | harness_and_gate)
     assert settings.gate is not None
     assert settings.gate.criteria[0].of_harness
     harness = RunConfig.model_validate(run_config() | documented_yaml("reference/config.md")[1])
     assert harness.evaluation.harness is not None
     assert harness.evaluation.harness.metrics == {"hellaswag": "acc_norm"}
+
+
+def test_the_documented_tasks_and_encoder_are_valid(tmp_path: Path) -> None:
+    run, encoder, _, _ = documented_yaml("guide/experiments.md")
+    assert RunConfig.model_validate(run | encoder).architecture == "encoder"
+    text = (README.parent / "docs" / "guide" / "experiments.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL)
+    (record,) = re.findall(r"line per record: `(.*?)`", text)
+    (tmp_path / "tasks.json").write_text(table)
+    for split in ("train", "dev"):
+        own = json.loads(record) | {"input": split}
+        lines = [own, own | {"task": "reviews", "output": "good"}]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [task.name for task in load_tasks(tmp_path, "second")] == ["reviews", "news"]
 
 
 def test_both_commands_are_single_lines_that_install_first() -> None:
