@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,7 @@ def test_before_the_first_step_the_gradient_is_that_of_the_cross_entropy(
 def test_questions_are_new_inputs_of_earlier_tasks(config: Config, inputs: Path) -> None:
     tasks = load_tasks(inputs / "tasks", TASKS)
     _, objective = load_model(config(), tasks)
-    distilling = DistillingObjective(objective, DistillationSettings(inputs=0.5), {}, tasks[:2])
+    distilling = DistillingObjective(objective, DistillationSettings(inputs=0.5), {}, tasks[:2], tasks[2])
     new: list[Item] = [(tasks[2].instruction, record) for record in tasks[2].train]
     old: list[Item] = [(tasks[0].instruction, record) for record in tasks[0].train[:4]]
     questions = distilling._questions([*old, *new])
@@ -161,13 +162,33 @@ def test_an_input_is_a_question_of_as_many_earlier_tasks_as_there_are(config: Co
     item = (tasks[2].instruction, tasks[2].train[0])
     for asked, earlier, expected in ((1, 2, 1), (2, 2, 2), (9, 2, 2), (9, 1, 1), (None, 2, 2)):
         settings = DistillationSettings.model_validate({"inputs": 0.5, "questions": asked})
-        distilling = DistillingObjective(objective, settings, {}, tasks[:earlier])
+        distilling = DistillingObjective(objective, settings, {}, tasks[:earlier], tasks[2])
         questions = [record for _, record in distilling._questions([item])]
         assert len({record.task for record in questions}) == len(questions) == expected
         assert all(record.output in tasks[TASKS.index(record.task)].labels for record in questions)
         # The divergences of all questions are added, each with the weight of the settings.
         weights = distilling.collate([item])[WEIGHTS]
         assert weights.tolist() == [[0.0] + [0.5] * expected, [1.0] + [0.0] * expected]
+
+
+@pytest.mark.parametrize(
+    ("labels", "asked"),
+    [(("good", "bad"), []), (("bad", "so so", "good"), []), (("bad", "so so"), [TASKS[0]]), ((), [TASKS[0]])],
+)
+def test_earlier_tasks_with_two_labels_of_the_new_task_are_not_asked(
+    config: Config, inputs: Path, labels: tuple[str, ...], asked: list[str]
+) -> None:
+    review, new = load_tasks(inputs / "tasks", [TASKS[0], TASKS[2]])
+    assert review.labels == ("good", "bad")
+    _, objective = load_model(config(), [review, new])
+    settings = DistillationSettings(inputs=0.5)
+    distilling = DistillingObjective(objective, settings, {}, [review], replace(new, labels=labels))
+    item = (new.instruction, new.train[0])
+    assert [record.task for _, record in distilling._questions([item])] == asked
+    assert distilling.collate([item])[WEIGHTS].tolist() == [
+        [0.0] + [0.5] * len(asked),
+        [1.0] + [0.0] * len(asked),
+    ]
 
 
 def test_the_preset_rkif_distils_unless_the_config_says_otherwise(config: Config) -> None:

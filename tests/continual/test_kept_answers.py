@@ -137,10 +137,14 @@ def test_all_answers_kept_give_the_loss_of_the_model_that_gave_them(
         set_values(parameters, answered)
         settings = {"memory": 1e3, "inputs": inputs_weight, "temperature": 1.5}
         asked = DistillingObjective(
-            context.objective, DistillationSettings.model_validate(settings), parameters, earlier
+            context.objective,
+            DistillationSettings.model_validate(settings),
+            parameters,
+            earlier,
+            context.task,
         )
         stored = DistillationSettings.model_validate(settings | {"answers": "kept"})
-        remembering = DistillingObjective(context.objective, stored, parameters, earlier, kept)
+        remembering = DistillingObjective(context.objective, stored, parameters, earlier, context.task, kept)
         assert bool(remembering.before) == bool(inputs_weight)
         set_values(parameters, learned)
         items = method.batch(5)
@@ -183,7 +187,8 @@ def test_the_earlier_model_does_not_answer_what_is_kept(
     context = method.context
     settings = DistillationSettings.model_validate(KEPT | {"inputs": 1.0})
     parameters = trainable_parameters(context.model)
-    objective = DistillingObjective(context.objective, settings, parameters, context.tasks[:1], kept)
+    earlier = context.tasks[:1]
+    objective = DistillingObjective(context.objective, settings, parameters, earlier, context.task, kept)
     passes: list[int] = []
     answers = context.objective.answers
     monkeypatch.setattr(

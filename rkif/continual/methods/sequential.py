@@ -32,7 +32,7 @@ def _distilling(context: Context) -> DistillingObjective | None:
     parameters = trainable_parameters(context.model)
     earlier = context.tasks[: context.index]
     kept = KeptAnswers(context.kept_answers, context.memory) if settings.keeps_answers else None
-    return DistillingObjective(context.objective, settings, parameters, earlier, kept)
+    return DistillingObjective(context.objective, settings, parameters, earlier, context.task, kept)
 
 
 def _discard(content: Mapping[str, Any]) -> None:

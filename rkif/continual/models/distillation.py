@@ -40,14 +40,17 @@ class DistillingObjective:
     ``KL_memory`` is KL(before || now) on records of earlier tasks, over the answers of their task. For
     ``KL_inputs``, every record of the new task is also posed as a question of earlier tasks, which depend on
     its id: as many as ``settings.questions``, or all. It is the sum of the divergences of these questions,
-    each over the answers of its task. Language models compare distributions of tokens, at the positions of
-    the right answer of a memory record, or of a label drawn for the question.
+    each over the answers of its task. Earlier tasks that share two labels with the new task are not asked:
+    the record's own answer decides between these labels, and the divergence would preserve the earlier
+    decision. Language models compare distributions of tokens, at the positions of the right answer of a
+    memory record, or of a label drawn for the question.
 
     Args:
         objective: computes the logits.
         settings: the weights of both terms, and the temperature.
         parameters: name -> trainable parameter before the task; they are copied.
         earlier: the tasks learned before; at least one.
+        new: the task that is learned.
         kept: the answers to memory records; None to compute them with the model before the task.
 
     Attributes:
@@ -61,13 +64,14 @@ class DistillingObjective:
         settings: DistillationSettings,
         parameters: Mapping[str, Tensor],
         earlier: Sequence[Task],
+        new: Task,
         kept: KeptAnswers | None = None,
     ) -> None:
         self.tokenizer = objective.tokenizer
         self._objective = objective
         self._settings = settings
         self._names = {task.name for task in earlier}
-        self._labelled = [task for task in earlier if task.labels]
+        self._asked = [task for task in earlier if task.labels and not _compete(task, new)]
         self._kept = kept
         self.before = parameter_copies(parameters if settings.inputs or kept is None else {})
 
@@ -128,12 +132,12 @@ class DistillingObjective:
 
     def _questions(self, items: Sequence[Item]) -> list[Item]:
         """The new task's inputs as questions of earlier tasks, with answers drawn from their labels."""
-        questions, tasks, asked = [], self._labelled, self._settings.questions
+        questions, tasks, most = [], self._asked, self._settings.questions
         for _, record in items:
             if record.task in self._names:
                 continue
             drawn = derive_seed("question", record.task, record.id)
-            for number in range(len(tasks) if asked is None else min(asked, len(tasks))):
+            for number in range(len(tasks) if most is None else min(most, len(tasks))):
                 task = tasks[(drawn + number) % len(tasks)]
                 label = task.labels[drawn // len(tasks) % len(task.labels)]
                 questions.append((task.instruction, replace(record, task=task.name, output=label)))
@@ -153,6 +157,11 @@ def divergence(before: Tensor, now: Tensor, temperature: float) -> Tensor:
     old = torch.log_softmax(before.float() / temperature, -1)
     new = torch.log_softmax(now.float() / temperature, -1)
     return torch.where(old > -torch.inf, old.exp() * (old - new), 0.0).sum(-1) * temperature**2
+
+
+def _compete(earlier: Task, new: Task) -> bool:
+    """Whether the answers to the new task also decide between labels of the earlier task."""
+    return len(set(earlier.labels) & set(new.labels)) >= 2
 
 
 def _call(model: nn.Module, parameters: Mapping[str, Tensor], **inputs: Tensor) -> Any:
