@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,17 @@ def test_the_merge_of_the_page_takes_the_larger_change() -> None:
 
 
 def test_the_page_lists_every_hook_and_attribute() -> None:
-    """The page has exactly the hooks and class attributes of the base class."""
-    from rkif.continual.methods.sequential import Sequential
+    """The page has exactly the hooks and class attributes of the base class, and the inputs of a context."""
+    from rkif.continual.methods.sequential import Context, Sequential
 
     text = PAGE.read_text(encoding="utf-8")
     hooks = set(re.findall(r"`(\w+)\(\w*\)`", text.split("| hook |")[1].split("\n\n")[0]))
     attributes = set(re.findall(r"`(\w+)`", text.split("Class attributes")[1].split("\n\n")[0])) - {"r"}
     public = {name for name in vars(Sequential) if not name.startswith("_")}
-    helpers = {"learner", "records", "lr_fraction", "seed", "rounds", "importance"}
+    helpers = {"learner", "records", "lr_fraction", "seed"}
     assert hooks | attributes == public - helpers
+
+    table = text.split("| attribute |")[1].split("\n\n")[0]
+    inputs = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    derived = {name for name, value in vars(Context).items() if isinstance(value, property)}
+    assert inputs == {field.name for field in fields(Context)} | derived
