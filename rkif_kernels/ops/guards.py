@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 _compiled: Any
 try:
-    from rkif_kernels.ops import _describe as _compiled
+    import rkif_kernels.ops._describe as _compiled
 except ImportError:  # there was no C++ compiler
     _compiled = None
 # None for versions of PyTorch with an older DLPack.
