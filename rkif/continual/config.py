@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,22 +17,17 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-from rkif.config import FusionConfig, MergeWeights, stored_settings
+from rkif.config import stored_settings
 from rkif.continual.config_base import Settings
 from rkif.continual.config_errors import settings_problems
 from rkif.continual.config_evaluation import GATE_METRICS, EvaluationSettings, GateSettings, require_function
 from rkif.continual.config_file import locate_model, read_settings
+from rkif.continual.config_fusion import PRESETS, RKIF_DISTILLATION, fusion_config
 from rkif.continual.spelling import did_you_mean
 from rkif.continual.tasks.records import require_task_name
 from rkif.continual.tasks.text import TextFormat
 from rkif.continual.tracking import Tracker
 from rkif.continual.user_metrics import locate, metric_name
-from rkif_kernels import require_choice
-
-# The settings of a fusion that `preset` names.
-PRESETS = {"paper": FusionConfig.paper, "release": FusionConfig.release, "rkif": FusionConfig.rkif}
-# The distillation of a run with the preset "rkif", where its config does not say otherwise.
-RKIF_DISTILLATION = {"memory": 4.0, "inputs": 4.0}
 
 
 class AdapterSettings(Settings):
@@ -230,8 +224,8 @@ class RunConfig(Settings):
     the order of sums and so the last bits; set it to repeat a run exactly. ``metrics``: each is a
     ``module:function``; the module is importable or a file beside the config, see
     :mod:`rkif.continual.user_metrics`. ``method``: a name in :data:`rkif.continual.methods.METHODS`.
-    ``fusion``: with ``preset: rkif``, the method recurrent_kif distils as :data:`RKIF_DISTILLATION` says.
-    ``gate``: for the method recurrent_kif only. ``tracking``: an experiment tracker, see
+    ``fusion``: see :mod:`rkif.continual.config_fusion`; with ``preset: rkif``, the method recurrent_kif
+    distils, too. ``gate``: for the method recurrent_kif only. ``tracking``: an experiment tracker, see
     :mod:`rkif.continual.tracking`.
     """
 
@@ -358,37 +352,6 @@ class RunConfig(Settings):
         except TypeError as error:
             raise ValueError(str(error)) from error
         return value
-
-
-def fusion_config(settings: dict[str, Any]) -> FusionConfig:
-    """The settings of a fusion from a mapping: the ``preset`` (a name in :data:`PRESETS`) and changes to it.
-
-    Raises:
-        ValueError, TypeError: unknown keys or values out of range.
-    """
-    changes = dict(settings)
-    preset = changes.pop("preset", None)
-    known = [field.name for field in fields(FusionConfig)]
-    for key in changes:
-        if key not in known:
-            names = ", ".join(["preset", *known])
-            suggestion = did_you_mean(key, known)
-            raise ValueError(f"a fusion setting must be one of {names}; got {key!r}{suggestion}")
-        default = getattr(FusionConfig, key)
-        if isinstance(changes[key], bool) and not isinstance(default, bool):
-            raise ValueError(f"{key} must be like {default!r}; got {changes[key]}")
-    rule = changes.get("rule")
-    if isinstance(rule, dict):
-        cases = [field.name for field in fields(MergeWeights)]
-        if sorted(rule) != sorted(cases):
-            raise ValueError(
-                f"rule must give weights for {', '.join(cases)}; got {', '.join(map(str, rule))}"
-            )
-        changes["rule"] = MergeWeights(**rule)
-    if preset is None:
-        return FusionConfig(**changes)
-    require_choice("preset", preset, list(PRESETS))
-    return PRESETS[preset](**changes)
 
 
 def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:

@@ -11,7 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rkif.continual.config import RunConfig, dump_config, fusion_config
+from rkif.continual.config import RunConfig, dump_config
+from rkif.continual.config_fusion import fusion_config
 from rkif.continual.display.progress import RunProgress, format_number
 from rkif.continual.run import run
 from rkif.files import write_text

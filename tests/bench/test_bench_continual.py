@@ -22,7 +22,8 @@ from bench.forgetting import tables as continual_tables
 from bench.forgetting.continual import MAIN, SUITES, Job, compare
 from bench.forgetting.instrument import CONFIGS, seconds_by_part
 from rkif.config import FusionConfig, merge_weights
-from rkif.continual.config import RunConfig, fusion_config, load_config
+from rkif.continual.config import RunConfig, load_config
+from rkif.continual.config_fusion import fusion_config
 from rkif.continual.methods import METHODS
 
 VARIANTS = yaml.safe_load((CONFIGS / "variants.yaml").read_text())

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import rkif.continual.tune
 from rkif.cli import app
-from rkif.continual.config import RunConfig, fusion_config, load_config
+from rkif.continual.config import RunConfig, load_config
+from rkif.continual.config_fusion import fusion_config
 from rkif.continual.display.progress import RunProgress
 from rkif.continual.tune import tune
 

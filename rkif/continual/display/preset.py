@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from rkif.continual.config import PRESETS, RKIF_DISTILLATION, RunConfig, fusion_config
+from rkif.continual.config import RunConfig
+from rkif.continual.config_fusion import PRESETS, RKIF_DISTILLATION, fusion_config
 
 
 def preset_changes(config: RunConfig) -> str:

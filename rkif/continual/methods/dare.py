@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rkif.continual.config import RunConfig, fusion_config
+from rkif.continual.config import RunConfig
+from rkif.continual.config_fusion import fusion_config
 from rkif.continual.methods.merging import Merging
 
 

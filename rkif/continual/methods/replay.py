@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rkif.continual.config import fusion_config
+from rkif.continual.config_fusion import fusion_config
 from rkif.continual.methods.sequential import Context, Sequential
 from rkif.continual.tasks.records import Item
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rkif.continual.config import RunConfig, fusion_config
+from rkif.continual.config import RunConfig
+from rkif.continual.config_fusion import fusion_config
 from rkif.continual.methods.replay import Replay
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from rkif.continual.config import fusion_config
+from rkif.continual.config_fusion import fusion_config
 from rkif.continual.methods.sequential import Context, Sequential
 from rkif.continual.tasks.records import Item
 from rkif.fuser.state_names import flatten, section
