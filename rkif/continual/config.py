@@ -15,14 +15,13 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticKnownError
 
 from rkif.config import stored_settings
 from rkif.continual.config_base import Settings
 from rkif.continual.config_errors import settings_problems
 from rkif.continual.config_evaluation import GATE_METRICS, EvaluationSettings, GateSettings, require_function
 from rkif.continual.config_file import locate_model, read_settings
-from rkif.continual.config_fusion import PRESETS, RKIF_DISTILLATION, fusion_config
+from rkif.continual.config_fusion import RKIF_DISTILLATION, fusion_config
 from rkif.continual.spelling import did_you_mean
 from rkif.continual.tasks.records import require_task_name
 from rkif.continual.tasks.text import TextFormat
@@ -223,10 +222,10 @@ class RunConfig(Settings):
     bfloat16; trained parameters stay float32. ``threads``: PyTorch's threads on a CPU. Their number affects
     the order of sums and so the last bits; set it to repeat a run exactly. ``metrics``: each is a
     ``module:function``; the module is importable or a file beside the config, see
-    :mod:`rkif.continual.user_metrics`. ``method``: a name in :data:`rkif.continual.methods.METHODS`.
-    ``fusion``: see :mod:`rkif.continual.config_fusion`; with ``preset: rkif``, the method recurrent_kif
-    distils, too. ``gate``: for the method recurrent_kif only. ``tracking``: an experiment tracker, see
-    :mod:`rkif.continual.tracking`.
+    :mod:`rkif.continual.user_metrics`. ``method``: a name in :data:`rkif.continual.methods.METHODS`; it is
+    checked when the run starts. ``fusion``: see :mod:`rkif.continual.config_fusion`; with ``preset: rkif``,
+    the method recurrent_kif also distils. ``gate``: for the method recurrent_kif only. ``tracking``: an
+    experiment tracker, see :mod:`rkif.continual.tracking`.
     """
 
     model: str
@@ -258,18 +257,6 @@ class RunConfig(Settings):
     checkpoint_every: int = Field(50, ge=1)
     threads: int | None = Field(None, ge=1)
     seed: int = Field(42, ge=0)
-
-    @field_validator("method")
-    @classmethod
-    def _known_method(cls, value: str) -> str:
-        from rkif.continual.methods import METHODS  # here, because every method imports this module
-
-        if value not in METHODS:
-            if value in PRESETS:
-                raise ValueError(f"{value!r} is a preset of recurrent_kif; set fusion.preset={value}")
-            *names, last = map(repr, METHODS)
-            raise PydanticKnownError("literal_error", {"expected": f"{', '.join(names)} or {last}"})
-        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,7 @@ from rkif.continual.config import RunConfig
 from rkif.continual.config_file import require_model
 from rkif.continual.display.progress import RunProgress
 from rkif.continual.evaluation.harness import Harness, load_harness
-from rkif.continual.methods import METHODS
+from rkif.continual.methods import method_of
 from rkif.continual.models.device import run_device
 from rkif.continual.models.load import load_model
 from rkif.continual.rundir.folder import RunFolder, RunReader
@@ -91,12 +91,7 @@ def open_run(
     """
     _prepare_torch(config)
     require_model(config.model)
-    method = METHODS[config.method]
-    method.require(config)
-    if config.distillation.used and (method.task_aware or method.needs_all_tasks):
-        raise ValueError(f"distillation: method {config.method} has no model that learns task after task")
-    if config.distillation.memory and not method.replays:
-        raise ValueError(f"distillation.memory: method {config.method} does not train on memory records")
+    method = method_of(config)
     if config.tracking is not None:
         require_tracker(config.tracking)
     metrics = {metric_name(spec): load_metric(spec) for spec in config.metrics}
