@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from rkif_kernels.selection.bracket import half_width
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
@@ -123,23 +125,23 @@ class Bracketing:
         Args:
             run: number of neighbours in a run of the first sample.
         """
-        margin = self._deviations(fraction, sampled, run)
-        margin += 2 * self.margin(fraction, numel) * sampled / self._counted(numel) + 1
+        margin = self._half_width(fraction, sampled, run)
+        margin += 2 * self.margin(fraction, numel) * sampled / self._counted(numel)
         centre = fraction * (sampled - 1)
         return max(math.floor(centre - margin), -1), min(math.ceil(centre + margin), sampled)
 
     def margin(self, fraction: float, numel: int) -> float:
         """Half-width of a bracket, in scores of the second sample of ``numel``."""
-        return self._deviations(fraction, self._counted(numel), self.run) + 1
+        return self._half_width(fraction, self._counted(numel), self.run)
 
     def _counted(self, numel: int) -> int:
         """Number of scores in the second sample."""
         return -(-numel // self.stride(numel)) * self.run
 
-    def _deviations(self, fraction: float, sampled: int, run: int) -> float:
-        """``sigmas`` standard deviations of a quantile of a sample, in sampled scores."""
+    def _half_width(self, fraction: float, sampled: int, run: int) -> float:
+        """Half-width of a bracket from a sample in runs, in sampled scores."""
         effect = self.design_effect if run > 1 else 1.0
-        return self.sigmas * math.sqrt(fraction * (1 - fraction) * sampled * effect)
+        return half_width(fraction, sampled * effect, self.sigmas)
 
 
 def capped_grid(programs: int, device: torch.device) -> int:
