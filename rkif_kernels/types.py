@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
@@ -77,8 +77,17 @@ class Scores:
     def subset(self, indices: Iterable[int]) -> Scores:
         """The scores of some of the tensors, without a copy."""
         indices = list(indices)
-        uncertainty = None if self.uncertainty is None else [self.uncertainty[index] for index in indices]
-        return Scores([self.sensitivity[index] for index in indices], uncertainty, self.distance)
+        return self._of_each(lambda tensors: [tensors[index] for index in indices])
+
+    def emptied(self, indices: Collection[int]) -> Scores:
+        """The scores with empty tensors at some indices, without a copy."""
+        return self._of_each(
+            lambda tensors: [t.reshape(-1)[:0] if index in indices else t for index, t in enumerate(tensors)]
+        )
+
+    def _of_each(self, change: Callable[[Sequence[Tensor]], list[Tensor]]) -> Scores:
+        uncertainty = None if self.uncertainty is None else change(self.uncertainty)
+        return Scores(change(self.sensitivity), uncertainty, self.distance)
 
     @property
     def numel(self) -> int:

@@ -321,12 +321,8 @@ def _expected_thresholds(case: Case, scores: Scores) -> Tensor:
     if case.density in (0, 1):
         return torch.full((len(groups),), torch.inf if case.density == 0 else -torch.inf)
     filled = [index for index, size in enumerate(sizes) if size]
-    kept = Scores(
-        [scores.sensitivity[index] for index in filled],
-        [scores.uncertainty[index] for index in filled] if scores.uncertainty is not None else None,
-    )
     ks = [order_statistic_k(size, case.density) for size in groups if size]
-    thresholds = reference.score_thresholds(kept, ks=ks, per_tensor=per_tensor)
+    thresholds = reference.score_thresholds(scores.subset(filled), ks=ks, per_tensor=per_tensor)
     expected = torch.full((len(groups),), torch.inf)
     expected[[index for index, size in enumerate(groups) if size]] = thresholds
     return expected

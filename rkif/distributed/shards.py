@@ -188,16 +188,11 @@ class ShardedParameters:
         if not self.sharded:
             return score_thresholds(scores, density=density, scope=scope)
         indices = range(len(self.sizes)) if indices is None else indices
-        rows = [
-            None
-            if row is None
-            else [t if n in self.owned else t.reshape(-1)[:0] for n, t in zip(indices, row, strict=True)]
-            for row in (scores.sensitivity, scores.uncertainty)
-        ]
-        assert rows[0] is not None
-        counted = Scores(rows[0], rows[1], scores.distance)
+        others = [place for place, index in enumerate(indices) if index not in self.owned]
         sizes = [self.sizes[index] for index in indices]
-        return sharded_thresholds(counted, sizes, density=density, scope=scope, processes=self.processes)
+        return sharded_thresholds(
+            scores.emptied(others), sizes, density=density, scope=scope, processes=self.processes
+        )
 
     def require_agreement(self, *settings: Any) -> None:
         """Check that all ranks have the same settings and parameters; otherwise results differ or ranks hang.
