@@ -1,4 +1,4 @@
-"""Instrumented runs: without output, in a temporary folder, and with replaced methods of a class."""
+"""Instrumented runs: without output, in a temporary folder, with watched fusions and timed methods."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -88,21 +89,8 @@ def watched_fusions(
         rounds.append(measure(fuser, Sides(section(state, "base"), section(state, "inner"), outer), report))
         return report
 
-    with replaced(Fuser, fuse=watched):
+    with patch.object(Fuser, "fuse", watched):
         yield rounds
-
-
-@contextmanager
-def replaced(kind: type, **methods: Callable[..., Any]) -> Iterator[None]:
-    """Replace methods of a class while the block runs."""
-    originals = {name: getattr(kind, name) for name in methods}
-    for name, method in methods.items():
-        setattr(kind, name, method)
-    try:
-        yield
-    finally:
-        for name, method in originals.items():
-            setattr(kind, name, method)
 
 
 @contextmanager
@@ -120,7 +108,7 @@ def seconds_by_part(timed: Sequence[tuple[type, str, str]]) -> Iterator[dict[str
     nested: list[float] = []  # for each call in progress, the seconds of timed calls inside it
     with ExitStack() as stack:
         for kind, name, part in timed:
-            stack.enter_context(replaced(kind, **{name: _timing(getattr(kind, name), spent, part, nested)}))
+            stack.enter_context(patch.object(kind, name, _timing(getattr(kind, name), spent, part, nested)))
         yield spent
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ def _bfloat16_beside() -> Iterator[list[dict[str, float]]]:
                 in_bfloat16[fuser][learner].clear()
         return report
 
-    with instrument.replaced(Fuser, observe=watched_observe, fuse=watched_fuse):
+    with patch.multiple(Fuser, observe=watched_observe, fuse=watched_fuse):
         yield rounds
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from statistics import median
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -26,23 +29,24 @@ def main() -> None:
     """Time fusions of a sharded model, and of an unsharded one in this process alone."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    handed, windows = [0], [0]
-    total, gathered, narrow = ProcessGroup.all_reduce_sum, ProcessGroup.all_gather, CountingSearch.narrow
+    handed: list[int] = []
+    windows: list[int] = []
+    narrow = CountingSearch.narrow
 
-    def counted_total(self: ProcessGroup, tensor: Tensor) -> Tensor:
-        handed[0] += tensor.numel() * tensor.element_size()
-        return total(self, tensor)
+    def counted(collective: Callable[[ProcessGroup, Tensor], Tensor]) -> Callable[..., Tensor]:
+        def call(group: ProcessGroup, tensor: Tensor) -> Tensor:
+            handed.append(tensor.nbytes)
+            return collective(group, tensor)
 
-    def counted_gathered(self: ProcessGroup, tensor: Tensor) -> Tensor:
-        handed[0] += tensor.numel() * tensor.element_size()
-        return gathered(self, tensor)
+        return call
 
-    def counted_narrow(self: CountingSearch, counts: object) -> None:
-        windows.append(self.window.bins)
-        narrow(self, counts)  # type: ignore[arg-type]
+    def counted_narrow(search: CountingSearch, counts: Any) -> None:
+        windows.append(search.window.bins)
+        narrow(search, counts)
 
-    ProcessGroup.all_reduce_sum, ProcessGroup.all_gather = counted_total, counted_gathered  # type: ignore[method-assign]
-    CountingSearch.narrow = counted_narrow  # type: ignore[method-assign]
+    for name in ("all_reduce_sum", "all_gather"):
+        patch.object(ProcessGroup, name, counted(getattr(ProcessGroup, name))).start()
+    patch.object(CountingSearch, "narrow", counted_narrow).start()
     times: dict[str, list[float]] = {"alone": [], "together": []}
     for kind, taken in times.items():
         torch.manual_seed(0)
@@ -56,7 +60,8 @@ def main() -> None:
             _step(fuser)
             fuser.begin_outer()
             _step(fuser)
-            handed[0], windows[:] = 0, []
+            handed.clear()
+            windows.clear()
             start = time.perf_counter()
             fuser.fuse()
             taken.append(time.perf_counter() - start)
@@ -76,7 +81,7 @@ def main() -> None:
             "rounds": ROUNDS,
             "fuse_ms": 1e3 * median(times["together"]),
             "alone_ms": 1e3 * median(times["alone"]),
-            "handed_bytes": handed[0],
+            "handed_bytes": sum(handed),
             "passes": len(windows) // 2,
             "bins": sum(windows),
             "summed_bytes": SUMMED,
