@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,8 +12,7 @@ from torch import Tensor, nn
 
 from rkif.config import FusionConfig
 from rkif.distributed.shards import ShardedParameters
-from rkif.fuser.gated_step import restore, take_gated_step
-from rkif.fuser.grouped_fusion import squared_distance
+from rkif.fuser.gated_step import KeptImportance, restore, take_gated_step
 from rkif.fuser.importance import Importance
 from rkif.fuser.no_compile import uncompiled
 from rkif.fuser.observed_steps import Learner, ObservedSteps
@@ -116,8 +113,7 @@ class Fuser:
         self._snapshots = SnapshotPool(offload=self.config.offload)
         self._base = self._snapshot(self._base_dtypes, parts)
         self._inner: Snapshot | None = None  # the inner learner's result; only in the outer phase
-        # With a gate: the importance at the start of the round, unless it is zero then.
-        self._start = {name: t.clone() for name, t in self._kept_importance().items() if gate is not None}
+        self._kept = KeptImportance(self._importance, self.config, gated=gate is not None)
         # Elements with non-finite importance: of the tensors that this process counts, and of its replicas.
         self._nonfinite = torch.zeros(2, dtype=torch.int64, device=parts[0].device)
         self._counters = torch.split(self._nonfinite, 1)
@@ -317,16 +313,6 @@ class Fuser:
         """
         self.load_state_dict(read(self, folder))
 
-    def _kept_importance(self) -> dict[str, Tensor]:
-        """The importance that is kept from round to round, not copied."""
-        cleared = {"inner": self.config.clear_inner, "outer": self.config.clear_outer}
-        return {
-            f"{learner}_importance.{name}": tensor
-            for learner, importance in self._importance.items()
-            if not cleared[learner]
-            for name, tensor in importance.tensors().items()
-        }
-
     def _snapshot(self, dtypes: Sequence[torch.dtype], values: Sequence[Tensor] | None = None) -> Snapshot:
         return self._snapshots.take(self._shards.parts(), dtypes, values)
 
@@ -337,40 +323,32 @@ class Fuser:
             fused = self._snapshot(self._base_dtypes)
         with self._snapshots.put_back_on_failure(fused):
             report = fuse_round(self, fused)
-            if self._gatekeeper is not None:
-                return self._apply_gate(self._gatekeeper, fused, report)
-            restore(self._shards, fused)
-        self._base = self._snapshots.exchange(self._base, fused)
+            if self._gatekeeper is None:
+                restore(self._shards, fused)
+            else:
+                report = self._apply_gate(self._gatekeeper, fused, report)
+        if report.applied:
+            self._base = self._snapshots.exchange(self._base, fused)
+        else:
+            self._snapshots.put_back(fused)
+            self._kept.restore()
         return report
 
     def _apply_gate(self, gatekeeper: Gatekeeper, fused: Snapshot, report: FusionReport) -> FusionReport:
-        """Let the gate decide which fraction of the step from base to ``fused`` is taken."""
-        outer = self._snapshot(self._dtypes, [part.detach() for part in self._shards.parts()])
-        with self._snapshots.put_back_on_failure(outer):
-            verdict = take_gated_step(gatekeeper, self._shards, base=self._base, fused=fused, outer=outer)
-        self._snapshots.put_back(outer)
-        if verdict.factor == 0:
-            self._undo_importance()
-            self._snapshots.put_back(fused)
-            return replace(report, norms=report.norms | {"update": 0.0}, applied=False, gate=verdict)
-        update = squared_distance(fused, self._base, self._shards.owned)
-        norms = report.norms | {"update": math.sqrt(float(self._shards.all_reduce_sum(update)))}
-        self._base = self._snapshots.exchange(self._base, fused)
-        return replace(report, norms=norms, gate=verdict)
-
-    def _undo_importance(self) -> None:
-        """Restore the kept importance of the round's start; the end of the round clears the other."""
-        kept = self._kept_importance()
-        for name, tensor in self._start.items():
-            kept[name].copy_(tensor)
+        outer = self._snapshot(self._dtypes, self._shards.parts())
+        try:
+            return take_gated_step(
+                gatekeeper, self._shards, report, base=self._base, fused=fused, outer=outer
+            )
+        finally:
+            self._snapshots.put_back(outer)
 
     def _end_round(self) -> None:
         if self.config.clear_inner:
             self._importance["inner"].clear()
         if self.config.clear_outer:
             self._importance["outer"].clear()
-        for name, tensor in self._start.items():
-            tensor.copy_(self._kept_importance()[name])
+        self._kept.store()
         self._inner = self._snapshots.exchange(self._inner, None)
         self._nonfinite.zero_()
         self._steps.clear()

@@ -1,20 +1,71 @@
-"""The gate's part of a fusion: fractions of its step are tried until one is accepted."""
+"""The gate's part of a round: fractions of the fusion's step are tried until one is accepted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from rkif.config import FusionConfig
 from rkif.distributed.shards import ShardedParameters
+from rkif.fuser.grouped_fusion import squared_distance
+from rkif.fuser.importance import Importance
+from rkif.fuser.observed_steps import Learner
 from rkif.fuser.snapshot import Snapshot, iter_groups
-from rkif.gate import Gatekeeper, GateReport
+from rkif.fuser.state_names import flatten
+from rkif.fusion import FusionReport
+from rkif.gate import Gatekeeper
+
+
+class KeptImportance:
+    """The importance that is kept from round to round, and with a gate, its copy from the round's start.
+
+    Args:
+        importance: learner -> its importance.
+        config: the settings.
+        gated: whether a gate may undo a round.
+
+    Attributes:
+        start: the copy; empty without a gate.
+    """
+
+    def __init__(
+        self, importance: Mapping[Learner, Importance], config: FusionConfig, *, gated: bool
+    ) -> None:
+        cleared = {"inner": config.clear_inner, "outer": config.clear_outer}
+        self._copied = {
+            f"{learner}_importance": one
+            for learner, one in importance.items()
+            if gated and not cleared[learner]
+        }
+        self.start = {name: tensor.clone() for name, tensor in self._tensors().items()}
+
+    def store(self) -> None:
+        """Copy it at the start of a round."""
+        for name, tensor in self._tensors().items():
+            self.start[name].copy_(tensor)
+
+    def restore(self) -> None:
+        """Return to the start of the round."""
+        for name, tensor in self._tensors().items():
+            tensor.copy_(self.start[name])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return flatten({name: one.tensors() for name, one in self._copied.items()})
 
 
 def take_gated_step(
-    gatekeeper: Gatekeeper, shards: ShardedParameters, *, base: Snapshot, fused: Snapshot, outer: Snapshot
-) -> GateReport:
+    gatekeeper: Gatekeeper,
+    shards: ShardedParameters,
+    report: FusionReport,
+    *,
+    base: Snapshot,
+    fused: Snapshot,
+    outer: Snapshot,
+) -> FusionReport:
     """Let the gate decide which fraction of the step from ``base`` to ``fused`` is taken.
 
     If a criterion raises, the parameters and the gatekeeper are as before the call.
@@ -22,9 +73,13 @@ def take_gated_step(
     Args:
         gatekeeper: tries fractions, and measures the criteria at each.
         shards: the parameters; mutated: they end as ``base + factor * (fused - base)``, computed in float32.
+        report: the report of the fusion.
         base: the parameters at the round's start.
         fused: the fusion's result; mutated if the factor is neither 0 nor 1: it is the damped result then.
         outer: the outer learner's result.
+
+    Returns:
+        The report of the step that was taken.
     """
     parts = [part.detach() for part in shards.parts()]
 
@@ -51,10 +106,13 @@ def take_gated_step(
         restore(shards, outer)
         gatekeeper.load_tensors(state)
         raise
-    if verdict.factor not in (0, 1):
+    if verdict.factor == 0:
+        return replace(report, norms=report.norms | {"update": 0.0}, applied=False, gate=verdict)
+    if verdict.factor != 1:
         for index, value in share(verdict.factor):
             fused.copy_from([index], [value.to(fused.tensors[index].dtype)])
-    return verdict
+    update = shards.all_reduce_sum(squared_distance(fused, base, shards.owned))
+    return replace(report, norms=report.norms | {"update": math.sqrt(float(update))}, gate=verdict)
 
 
 @torch.no_grad()

@@ -152,7 +152,7 @@ def _tensors(fuser: Fuser) -> dict[str, Tensor]:
     }
     for learner, importance in fuser._importance.items():
         sections[f"{learner}_importance"] = importance.tensors()
-    return flatten(sections | {"start": fuser._start})
+    return flatten(sections | {"start": fuser._kept.start})
 
 
 def _expected(fuser: Fuser, *, in_outer: bool, packed: bool) -> dict[str, torch.dtype]:
@@ -170,7 +170,7 @@ def _expected(fuser: Fuser, *, in_outer: bool, packed: bool) -> dict[str, torch.
         for kind, dtypes in kinds.items()
         for name, dtype in zip(fuser.parameters, dtypes, strict=True)
     }
-    return expected | flatten({"start": {name: tensor.dtype for name, tensor in fuser._start.items()}})
+    return expected | flatten({"start": {name: tensor.dtype for name, tensor in fuser._kept.start.items()}})
 
 
 def _parameter_of(fuser: Fuser, name: str) -> Tensor:
