@@ -34,6 +34,7 @@ class Importance:
     def __init__(self, tensors: Mapping[str, Tensor], config: FusionConfig) -> None:
         self._config = config
         self._smoothing = Smoothing(config.beta1, config.beta2, config.order)
+        self._parts = ["sensitivity", *(["uncertainty"] if config.uses_uncertainty else [])]
         self._names = list(tensors)
         self._shapes = [tensor.shape for tensor in tensors.values()]
         self._device = next(iter(tensors.values())).device
@@ -97,7 +98,7 @@ class Importance:
             for views in self._views.values():
                 views.flat.zero_()
             return
-        for part in ("sensitivity", "uncertainty") if self._config.uses_uncertainty else ("sensitivity",):
+        for part in self._parts:
             self._views[part] = arena(self._shapes, self._config.state_dtype, self._device)
 
     @property
@@ -149,6 +150,12 @@ class Importance:
             for part, views in self._views.items()
             for name, view in zip(self._names, views, strict=True)
         }
+
+    def dtypes(self, *, packed: bool) -> dict[str, torch.dtype]:
+        """Key -> dtype of the tensors that :meth:`load_tensors` needs."""
+        if packed:
+            return {f"mask.{name}": torch.uint8 for name in self._names}
+        return {f"{part}.{name}": self._config.state_dtype for part in self._parts for name in self._names}
 
     def load_tensors(self, tensors: Mapping[str, Tensor], thresholds: Tensor | None = None) -> None:
         """Load what :meth:`tensors` returned: a packed mask if ``thresholds`` are given, else the scores."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rkif.fuser.fuser import Fuser
 
 # Prefixes of parameters' names in a state, see _tensors.
-_KIND = re.compile(r"^(base|inner|(start\.)?(inner|outer)_importance\.(sensitivity|uncertainty|mask))\.")
+_KIND = re.compile(r"^(base|inner|(start\.)?(inner|outer)_importance\.[a-z]+)\.")
 
 
 def synchronize(fuser: Fuser) -> None:
@@ -157,20 +157,12 @@ def _tensors(fuser: Fuser) -> dict[str, Tensor]:
 
 def _expected(fuser: Fuser, *, in_outer: bool, packed: bool) -> dict[str, torch.dtype]:
     """Name -> dtype of the tensors that a state has in a phase."""
-    kinds = {"base": fuser._base_dtypes} | ({"inner": fuser._dtypes} if in_outer else {})
-    scores = ["sensitivity", "uncertainty"] if fuser.config.uses_uncertainty else ["sensitivity"]
-    state_dtypes = [fuser.config.state_dtype] * len(fuser._dtypes)
-    for learner in fuser._importance:
-        mask = packed and learner == "inner"
-        for part in ["mask"] if mask else scores:
-            dtypes = [torch.uint8] * len(fuser._dtypes) if mask else state_dtypes
-            kinds[f"{learner}_importance.{part}"] = dtypes
-    expected = {
-        f"{kind}.{name}": dtype
-        for kind, dtypes in kinds.items()
-        for name, dtype in zip(fuser.parameters, dtypes, strict=True)
-    }
-    return expected | flatten({"start": {name: tensor.dtype for name, tensor in fuser._kept.start.items()}})
+    snapshots = {"base": fuser._base_dtypes} | ({"inner": fuser._dtypes} if in_outer else {})
+    sections = {kind: dict(zip(fuser.parameters, dtypes, strict=True)) for kind, dtypes in snapshots.items()}
+    for learner, importance in fuser._importance.items():
+        sections[f"{learner}_importance"] = importance.dtypes(packed=packed and learner == "inner")
+    sections["start"] = {name: tensor.dtype for name, tensor in fuser._kept.start.items()}
+    return flatten(sections)
 
 
 def _parameter_of(fuser: Fuser, name: str) -> Tensor:

@@ -80,11 +80,12 @@ class RecurrentKIF(Rounds):
         """The ledger record of the round with these inner steps."""
         after = {name: parameter.detach() for name, parameter in self.inner.parameters.items()}
         moved, rounds = movement(base, after), self.history.tensors()
+        counts, importance = section(rounds, "counts"), section(rounds, "importance")
         modules = {
             name: {
                 "numel": base[name].numel(),
-                "counts": rounds[f"counts.{name}"][-1].tolist(),
-                "importance": rounds[f"importance.{name}"][-1].tolist(),
+                "counts": counts[name][-1].tolist(),
+                "importance": importance[name][-1].tolist(),
                 "moved": moved[name],
             }
             for name in base

@@ -28,6 +28,7 @@ from rkif.continual.display.report.figure import (
     task_starts,
 )
 from rkif.fuser.parameters import short_name
+from rkif.fuser.state_names import section
 
 RoundStatistics = Mapping[str, Mapping[str, Tensor]]
 """Task -> statistics of its rounds, see rkif.continual.evaluation.history; only tasks with rounds."""
@@ -125,15 +126,10 @@ def _task_curves(
 
 def importance_maps(rounds: RoundStatistics) -> str:
     """A map per learner: parameters from top to bottom, rounds from left to right."""
-    names = [
-        key.removeprefix("importance.")
-        for key in next(iter(rounds.values()))
-        if key.startswith("importance.")
-    ]
-    names.sort(key=_natural)
-    values = torch.cat(
-        [torch.stack([parts[f"importance.{name}"] for name in names]) for parts in rounds.values()], dim=1
-    )  # [tensors, rounds, 2]
+    means = [section(statistics, "importance") for statistics in rounds.values()]
+    names = sorted(means[0], key=_natural)
+    values = torch.cat([torch.stack([task[name] for name in names]) for task in means], dim=1)
+    # [tensors, rounds, 2]
     return "".join(
         _map(
             values[:, :, side].double(),
@@ -157,7 +153,8 @@ def movement_map(rounds: Sequence[Mapping[str, Any]]) -> str:
 
 def mask_overlap(rounds: RoundStatistics) -> str:
     """Bands: the shares selected by the inner learner alone, by both, and by the outer learner alone."""
-    counts = torch.cat([_total(parts, "counts.") for parts in rounds.values()]).double()  # [rounds, 4]
+    by_tensor = [list(section(statistics, "counts").values()) for statistics in rounds.values()]
+    counts = torch.cat([torch.stack(task).sum(0) for task in by_tensor]).double()  # [rounds, 4]
     shares = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).T.tolist()
     inner_only, outer_only, both = shares[:3]
     with figure(3.2) as drawing:
@@ -178,7 +175,7 @@ def mask_overlap(rounds: RoundStatistics) -> str:
 
 def movement(rounds: RoundStatistics) -> str:
     """L2 norms of the task vectors and of the update."""
-    norms = torch.cat([parts["norms"] for parts in rounds.values()])  # [rounds, 3]
+    norms = torch.cat([statistics["norms"] for statistics in rounds.values()])  # [rounds, 3]
     tasks = _tasks(rounds)
     with figure(3.2) as drawing:
         (panel,) = round_panels(drawing, 1)
@@ -266,13 +263,9 @@ def _over_rounds(drawing: Any, panel: Any, tasks: Sequence[str], *, columns: int
     return svg(drawing)
 
 
-def _total(parts: Mapping[str, Tensor], prefix: str) -> Tensor:
-    return torch.stack([tensor for name, tensor in parts.items() if name.startswith(prefix)]).sum(0)
-
-
 def _tasks(rounds: RoundStatistics) -> list[str]:
     """The task of every round."""
-    return [task for task, parts in rounds.items() for _ in parts["norms"]]
+    return [task for task, statistics in rounds.items() for _ in statistics["norms"]]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
