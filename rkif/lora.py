@@ -132,16 +132,16 @@ def fuse_delta(
     squared_norms = torch.zeros(3, dtype=torch.float64, device=device)
     params: dict[str, Tensor] = {}
     truncation: dict[str, float] = {}
-    for number, (module, (start, middle, end)) in enumerate(zip(modules, triples, strict=True)):
+    for index, (module, (start, middle, end)) in enumerate(zip(modules, triples, strict=True)):
         out = torch.empty_like(start)
-        own = [side if scope == "global" else side[number : number + 1] for side in thresholds]
+        limits = [side if scope == "global" else side[index : index + 1] for side in thresholds]
         stats = rkif_kernels.fuse_(
             [out],
             [start],
             [middle],
             [end],
             *triples.scores(start, middle, end),
-            thresholds=(own[0], own[1]),
+            thresholds=(limits[0], limits[1]),
             weights=weights,
             outer_from=outer_from,
             names=[module.name],
@@ -178,7 +178,7 @@ def lora_scaling(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, f
     """
     if config.get("use_dora"):
         raise ValueError(_NO_DORA)
-    found = {}
+    scaling = {}
     for match in filter(None, map(_A.match, names)):
         module = match["module"]
         inside = module.removeprefix("base_model.model.")  # the name that peft matches patterns with
@@ -186,8 +186,8 @@ def lora_scaling(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, f
         rank = _of_pattern(config.get("rank_pattern"), inside, config.get("r"))
         require_number(f"config: lora_alpha of {module!r}", alpha)
         require_whole_number(f"config: r of {module!r}", rank, minimum=1)
-        found[module] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    return found
+        scaling[module] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return scaling
 
 
 _NO_DORA = (
@@ -285,16 +285,16 @@ class _Triples:
 def _thresholds(triples: _Triples, *, density: float, scope: Scope, device: torch.device) -> list[Tensor]:
     """The thresholds of both learners: each float32 [1], or one for each module under scope="tensor"."""
     if scope == "tensor" or density in (0, 1):
-        found: list[list[Tensor]] = [[], []]
+        thresholds: list[list[Tensor]] = [[], []]
         for size, triple in zip(triples.sizes, triples, strict=True):
-            for side, scores in zip(found, triples.scores(*triple), strict=True):
+            for side, scores in zip(thresholds, triples.scores(*triple), strict=True):
                 side.append(
                     rkif_kernels.score_thresholds(scores, density=density)
                     if size
                     else torch.full((1,), torch.inf, device=device)
                 )
         # Under scope="global" all thresholds are equal, but for the infinite ones of empty modules.
-        return [torch.cat(side) if scope == "tensor" else min(side) for side in found]
+        return [torch.cat(side) if scope == "tensor" else min(side) for side in thresholds]
     k = order_statistic_k(sum(triples.sizes), density)
     searches = CountingSearches(CountingSearch(k) for _ in range(2))
     while not searches.done:

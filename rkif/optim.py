@@ -13,7 +13,7 @@ from torch import Tensor
 from rkif.distributed.shards import to_local, to_local_like
 from rkif.fuser import Fuser
 from rkif.fuser.importance import Importance
-from rkif.fuser.no_compile import uncompiled
+from rkif.fuser.outside_graph import outside_graph
 from rkif_kernels import PARAMETER_DTYPES, STATE_DTYPES, adamw_, adamw_constants
 
 # The other keys of torch.optim.AdamW's groups, so that each optimizer loads the other's state.
@@ -95,8 +95,8 @@ class AdamW(torch.optim.Optimizer):
         if fuser is not None:
             if not isinstance(fuser, Fuser):
                 raise TypeError(f"fuser must be a Fuser; got {type(fuser).__name__}")
-            own = {id(parameter) for group in self.param_groups for parameter in group["params"]}
-            if own.isdisjoint(map(id, fuser.parameters.values())):
+            ids = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+            if ids.isdisjoint(map(id, fuser.parameters.values())):
                 raise ValueError("fuser has none of this optimizer's parameters")
         self._fuser = fuser
 
@@ -119,7 +119,7 @@ class AdamW(torch.optim.Optimizer):
                 )
         super().add_param_group({**param_group, "params": given})
 
-    @uncompiled
+    @outside_graph
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step; with a fuser, update the importance as well.
 

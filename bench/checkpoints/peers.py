@@ -132,7 +132,9 @@ def compare(
             costs[name].append(_run(command, folder))
             console.print(f"round {number + 1}: {name} {costs[name][-1].cpu_s:.1f} s of CPU")
     parameters = _parameters(folder / "base")
-    fresh = [_row(name, found, peers, device) | {"parameters": parameters} for name, found in costs.items()]
+    fresh = [
+        _row(name, measured, peers, device) | {"parameters": parameters} for name, measured in costs.items()
+    ]
     replaced = {_key(row) for row in fresh}
     write_all(ROWS, [*(row for row in read(ROWS) if _key(row) not in replaced), *fresh])
     console.print(markdown(), markup=False)
@@ -161,11 +163,11 @@ def _parameters(folder: Path) -> int:
     return count
 
 
-def _table(found: Sequence[Row]) -> str:
-    rows = {row["name"]: row for row in found}
+def _table(group: Sequence[Row]) -> str:
+    rows = {row["name"]: row for row in group}
     ours = rows["rkif recurrent_kif"]
     versions_ = ", ".join(f"{name} {version}" for name, version in ours["versions"].items())
-    peers = "".join(f"; {peer}" for peer in sorted({row["peer"] for row in found if row["peer"]}))
+    peers = "".join(f"; {peer}" for peer in sorted({row["peer"] for row in group if row["peer"]}))
     rounds = "one round" if ours["rounds"] == 1 else f"medians of {ours['rounds']} alternating rounds"
     lines = [
         f"{ours['device']}; commit {ours['commit']}; {versions_}{peers}. {ours['parameters']:,} parameters, "
@@ -278,8 +280,8 @@ def _row(name: str, costs: Sequence[Cost], peers: Path | None, device: torch.dev
     peer = ""
     if package in ("mergekit", "peft") and peers is not None:
         code = f"import importlib.metadata as m; print(m.version({package!r}))"
-        found = subprocess.run([str(peers), "-c", code], capture_output=True, text=True, check=True)
-        peer = f"{package} {found.stdout.strip()}"
+        done = subprocess.run([str(peers), "-c", code], capture_output=True, text=True, check=True)
+        peer = f"{package} {done.stdout.strip()}"
     return {
         "name": name,
         "peer": peer,

@@ -76,13 +76,13 @@ def row(
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of the packages that affect the figures."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    installed = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "rkif"):
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def read(path: Path) -> list[Row]:

@@ -37,10 +37,10 @@ SHOWN = tuple(name for name in MAIN if name != "recurrent_kif_release")  # the s
 
 def summary() -> str:
     """The README's table: a line for each method, OP and BWT on both suites."""
-    found = {config: group for (config, *_), group in _groups().items() if config in SUITES}
-    if not found:
+    by_suite = {config: group for (config, *_), group in _groups().items() if config in SUITES}
+    if not by_suite:
         return ""
-    groups = [found[suite] for suite in SUITES if suite in found]
+    groups = [by_suite[suite] for suite in SUITES if suite in by_suite]
     settings, headings = [], ["method"]
     for group in groups:
         every = [row for runs in group.values() for row in runs.values()]

@@ -132,9 +132,9 @@ def _layers(device: torch.device, dtypes: Dtypes, layers: int) -> Part:
     name = f"{stack.name}, all parameters" if whole else shapes.name
     part = Part(f"{name}, thresholds by layer", shapes.numel, len(shapes.shapes), dtypes)
     groups = [stack.layer] * layers + [(shape,) for shape in (stack.rest if whole else ())]
-    for number, group in enumerate(groups):
+    for index, group in enumerate(groups):
         tensors = _Group(ShapeSet(stack.name, group), dtypes, device)
-        if number == 0 or device.type == "cuda":
+        if index == 0 or device.type == "cuda":
             tensors.observe()  # compiles, uploads addresses, touches memory for the first time
             tensors.fuse()
         _profile(part, tensors, several=False)

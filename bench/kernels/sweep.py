@@ -89,19 +89,19 @@ def sweep(
     backends = backends or available(device)
     largest = INTERPRETED if interpreting() and "triton" in backends else LARGEST[device.type]
     start, done = time.monotonic(), 0
-    for number in itertools.count(seed):
+    for case_seed in itertools.count(seed):
         if done == cases or time.monotonic() - start >= limit_s:
             break
-        case = make_case(number, largest)
+        case = make_case(case_seed, largest)
         # Triton's interpreter reads bfloat16 denormals as zero.
         excluded = {"triton"} if interpreting() and _has_bfloat16_denormals(case) else set()
         for backend in sorted(set(backends) - excluded):
             try:
-                with _bracketing(number) if backend == "triton" else nullcontext():
+                with _bracketing(case_seed) if backend == "triton" else nullcontext():
                     for _ in range(2):  # an error that depends on timing may not occur at once
                         (check_replay if graphs else check)(case, device, cast(Backend, backend))
             except (AssertionError, RuntimeError) as error:
-                return done, f"seed {number}, {backend}, {case.text}: {error}"
+                return done, f"seed {case_seed}, {backend}, {case.text}: {error}"
         done += not excluded
     return done, ""
 

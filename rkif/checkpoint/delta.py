@@ -104,43 +104,43 @@ def fuse_updates(method: Method, space: UpdateSpace, checkpoints: Mapping[str, C
         InvalidInputError: a tensor, or a fused update, is not finite.
     """
     sets = [_load(argument, checkpoint) for argument, checkpoint in checkpoints.items()]
-    chunks = [(Piece(number, 0, tensor.target.numel),) for number, tensor in enumerate(space.tensors)]
+    chunks = [(Piece(index, 0, tensor.target.numel),) for index, tensor in enumerate(space.tensors)]
     scan = make_scan(method, space.tensors, chunks, range(len(chunks)), ALONE, guess=None)
 
-    def parts(number: int, out: Tensor | None, largest: int) -> Iterator[Tile]:
-        rows = [[space.modules[number].update(tensors).flatten()] for tensors in sets]
+    def parts(index: int, out: Tensor | None, largest: int) -> Iterator[Tile]:
+        rows = [[space.modules[index].update(tensors).flatten()] for tensors in sets]
         targets = None if out is None else [out.flatten()]
         names = [tensor.name for tensor in space.tensors]
-        return tiles(chunks[number], rows, targets, largest, names, method.models)
+        return tiles(chunks[index], rows, targets, largest, names, method.models)
 
     while (indices := scan.next_pass()) is not None:
-        for number in indices:
-            whole = max(space.tensors[number].target.numel, 1)
-            for tile in parts(number, None, whole):
+        for index in indices:
+            whole = max(space.tensors[index].target.numel, 1)
+            for tile in parts(index, None, whole):
                 scan.observe(tile, scores_of(method, tile))
         scan.end_pass()
     result = scan.result()
-    found = FusedUpdates({}, {}, {}, result.thresholds, {})
-    for number, (module, tensor) in enumerate(zip(space.modules, space.tensors, strict=True)):
+    fused = FusedUpdates({}, {}, {}, result.thresholds, {})
+    for index, (module, tensor) in enumerate(zip(space.modules, space.tensors, strict=True)):
         out = torch.empty(tensor.target.shape, dtype=DTYPES[tensor.target.dtype])
         stats = [
             method.fuse(tile, scores_of(method, tile), result)
-            for tile in parts(number, out, max(out.numel(), 1) if method.streams else TILE)
+            for tile in parts(index, out, max(out.numel(), 1) if method.streams else TILE)
         ]
         if not bool(out.isfinite().all()):
             raise InvalidInputError(f"the fused update of {module.name!r} overflows; nothing was published")
-        found.counts[module.a] = sum(one.counts.cpu() for one in stats).tolist()  # type: ignore[union-attr]
+        fused.counts[module.a] = sum(one.counts.cpu() for one in stats).tolist()  # type: ignore[union-attr]
         norms = sum(one.squared_norms.cpu() for one in stats)
-        found.squared_norms[module.a] = norms.tolist()  # type: ignore[union-attr]
+        fused.squared_norms[module.a] = norms.tolist()  # type: ignore[union-attr]
         if module.b is None:
-            found.params[module.a] = out.flatten()
+            fused.params[module.a] = out.flatten()
             continue
         basis = torch.cat([tensors[module.b].float() for tensors in sets], dim=1)
         rank = sets[0][module.a].shape[0]
-        b, a, found.truncation[module.name] = factorised(out, basis, rank, module.scaling)
+        b, a, fused.truncation[module.name] = factorised(out, basis, rank, module.scaling)
         for name, factor in ((module.a, a), (module.b, b)):
-            found.params[name] = factor.to(sets[0][name].dtype).flatten()
-    return found
+            fused.params[name] = factor.to(sets[0][name].dtype).flatten()
+    return fused
 
 
 def _load(argument: str, checkpoint: Checkpoint) -> dict[str, Tensor]:

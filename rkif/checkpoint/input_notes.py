@@ -35,8 +35,8 @@ def same_contents(inputs: Mapping[str, Mapping[str, str]], method: Method) -> li
 
 def out_of_order(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
     """A note if the numbers at the ends of the checkpoints' names ("checkpoint-500") do not increase."""
-    found = [(argument, _NUMBER.search(checkpoint.name)) for argument, checkpoint in checkpoints.items()]
-    for (first, one), (second, other) in itertools.pairwise(found):
+    matches = [(argument, _NUMBER.search(checkpoint.name)) for argument, checkpoint in checkpoints.items()]
+    for (first, one), (second, other) in itertools.pairwise(matches):
         if one and other and int(one[0]) > int(other[0]):
             names = f"{checkpoints[first].name} and {checkpoints[second].name}"
             return [f"{first} and {second} are {names}: wsm takes the oldest checkpoint first"]

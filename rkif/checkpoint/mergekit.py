@@ -73,21 +73,21 @@ class Merge:
             given["seed"] = seed
         count = len(self.models)
         first = next(iter(by_tensor.values()))
-        if all(found == first for found in by_tensor.values()) and len(set(first.density)) == 1:
+        if all(settings == first for settings in by_tensor.values()) and len(set(first.density)) == 1:
             density = {"density": first.density[0]} if "density" in SETTINGS[self.method] else {}
             return make_method(self.method, {**given, **density, "weight": first.weight}, count)
         plain = make_method(self.method, given, count)
         common = {name: value for name, value in settings_of(plain).items() if name not in _BY_TENSOR}
-        described = {"models": [{**self.shared, **own} for own in self.by_model], **common}
+        described = {"models": [{**self.shared, **model} for model in self.by_model], **common}
         return varying_method(plain, by_tensor, described)
 
     def _require_dtype(self, base: Checkpoint) -> None:
         others = {entry.dtype for entry in base.tensors.values() if entry.dtype in FUSED}
         if self.dtype is not None and others - {_DTYPES[self.dtype]}:
             names = {value: key for key, value in _DTYPES.items()}
-            found = ", ".join(sorted(names[dtype] for dtype in others))
+            dtypes = ", ".join(sorted(names[dtype] for dtype in others))
             raise ValueError(
-                f"{self.file}: the output would be {self.dtype}, but {self.base} is {found}; dtypes are not "
+                f"{self.file}: the output would be {self.dtype}, but {self.base} is {dtypes}; dtypes are not "
                 "converted: leave dtype and out_dtype out, or set out_dtype to that of the checkpoint"
             )
 
@@ -259,14 +259,14 @@ def _evaluate(setting: Any, tensor: str, position: float) -> float | None:
 
 def _positions(names: Iterable[str]) -> dict[str, float]:
     """Tensor name -> position of its layer in the list of layers, from 0 to 1; 0 outside, as in mergekit."""
-    found = {name: _LAYER.search(name) for name in names}
+    matches = {name: _LAYER.search(name) for name in names}
     counts: dict[str, int] = {}
-    for name, match in found.items():
+    for name, match in matches.items():
         if match:
             before = name[: match.start(1)]
             counts[before] = max(counts.get(before, 0), int(match[1]) + 1)
     positions = {}
-    for name, match in found.items():
+    for name, match in matches.items():
         last = counts[name[: match.start(1)]] - 1 if match else 0
         positions[name] = 0.0 if match is None else int(match[1]) / last if last else 1.0
     return positions

@@ -69,10 +69,10 @@ class Request:
     def checkpoints(self) -> tuple[str, ...]:
         """Names of the base and the models in messages and metadata."""
         if self.method.name == "wsm":
-            return tuple(f"CHECKPOINT {number + 1}" for number in range(len(self.models) + 1))
+            return tuple(f"CHECKPOINT {index + 1}" for index in range(len(self.models) + 1))
         if len(self.models) == 2:
             return ("BASE", "INNER", "OUTER")
-        return ("BASE", *(f"MODEL {number + 1}" for number in range(len(self.models))))
+        return ("BASE", *(f"MODEL {index + 1}" for index in range(len(self.models))))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -199,8 +199,8 @@ class TensorThresholds:
             self._searches.narrow()
             if not self._searches.done:
                 return
-            found = torch.tensor(self._searches.values, dtype=torch.float32)
-            self._thresholds[:, self._cut_tensor] = _limited(found, self._ks(self._cut_tensor))
+            thresholds = torch.tensor(self._searches.values, dtype=torch.float32)
+            self._thresholds[:, self._cut_tensor] = _limited(thresholds, self._ks(self._cut_tensor))
         self._start(self._run + 1)
 
     def state(self) -> dict[str, Tensor]:

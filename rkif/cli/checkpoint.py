@@ -163,10 +163,14 @@ def fuse_command(
     }
     settings = {name: value for name, value in given.items() if value is not None}
     if mergekit is not None:
-        own: dict[str, object] = {name: value for name, value in settings.items() if name != "seed"}
-        own |= {"method": method, "inner_importance": inner_importance, "outer_importance": outer_importance}
-        own["space"] = space if space != "factor" else None
-        _require_no_others(checkpoints, own)
+        options: dict[str, object] = {name: value for name, value in settings.items() if name != "seed"}
+        options |= {
+            "method": method,
+            "inner_importance": inner_importance,
+            "outer_importance": outer_importance,
+        }
+        options["space"] = space if space != "factor" else None
+        _require_no_others(checkpoints, options)
         merge = read_merge(mergekit)
         base, models, chosen = merge.base, merge.models, merge.load(seed)
     elif checkpoints:

@@ -63,12 +63,12 @@ def plan_command(
     if target_modules is not None and lora_r is None:
         raise ValueError("--target-modules is for adapters: give their rank with --lora-r")
     targets = None if target_modules is None else [one.strip() for one in target_modules.split(",")]
-    found = count_parameters(model, rank=lora_r, targets=targets)
+    counts = count_parameters(model, rank=lora_r, targets=targets)
     width = 4 if dtype == "float32" else 2
     training = Training(
-        found.trainable,
-        found.frozen,
-        found.largest,
+        counts.trainable,
+        counts.frozen,
+        counts.largest,
         trainable_bytes=width if lora_r is None else 4,  # peft trains adapters in float32
         frozen_bytes=width,
         optimizer=cast(Optimizer, optimizer),
@@ -82,7 +82,7 @@ def plan_command(
         console = Console()
         of = f" on {ranks} devices" if ranks > 1 else ""
         console.print(
-            f"{found.name}: {found.trainable:,} parameters are trained{of}, {found.frozen:,} are not\n",
+            f"{counts.name}: {counts.trainable:,} parameters are trained{of}, {counts.frozen:,} are not\n",
             highlight=False,
         )
         console.print(bytes_table(training, (chosen or budgets[-1]).option))

@@ -66,19 +66,19 @@ class ProcessGroup:
         lengths = self.all_reduce_sum(sizes).tolist()
         padded = torch.zeros(max(lengths), dtype=tensor.dtype, device=self._device)
         padded[: tensor.numel()] = tensor
-        found = [torch.empty_like(padded) for _ in lengths]
-        self._complete(lambda: dist.all_gather(found, padded, group=self.group, async_op=True))
-        parts = [part[:length] for part, length in zip(found, lengths, strict=True)]
+        gathered = [torch.empty_like(padded) for _ in lengths]
+        self._complete(lambda: dist.all_gather(gathered, padded, group=self.group, async_op=True))
+        parts = [part[:length] for part, length in zip(gathered, lengths, strict=True)]
         return torch.cat(parts).to(tensor.device)
 
     def mean(self, figures: Sequence[float]) -> list[float]:
         """The mean of each number over all ranks; the same on every rank."""
         if self.size == 1:
             return list(figures)
-        found: list[float] = (
+        means: list[float] = (
             self.all_reduce_sum(torch.tensor(figures, dtype=torch.float64)) / self.size
         ).tolist()
-        return found
+        return means
 
     @contextmanager
     def raise_on_any_failure(self) -> Iterator[None]:
@@ -96,13 +96,13 @@ class ProcessGroup:
         if causes := self._causes(None):
             raise RankFailedError("; ".join(causes))
 
-    def _causes(self, own: str | None) -> list[str]:
-        """The failures by rank; every rank contributes its own or None."""
+    def _causes(self, failure: str | None) -> list[str]:
+        """The failures by rank; every rank contributes its failure or None."""
         if self.size == 1:
             return []
-        if not int(self.all_reduce_sum(torch.tensor(int(own is not None)))):
+        if not int(self.all_reduce_sum(torch.tensor(int(failure is not None)))):
             return []
-        text = torch.tensor(list((own or "").encode()), dtype=torch.uint8)
+        text = torch.tensor(list((failure or "").encode()), dtype=torch.uint8)
         length = torch.zeros(self.size, dtype=torch.int64)
         length[self.rank] = text.numel()
         lengths, content = self.all_reduce_sum(length).tolist(), bytes(self.all_gather(text).tolist())

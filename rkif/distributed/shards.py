@@ -39,8 +39,8 @@ def fsdp_units(source: Any) -> list[FSDPModule]:
     if module is None or not dist.is_initialized():
         return []
     inside = source.modules() if isinstance(source, nn.Module) else gc.get_objects()
-    found: list[Any] = [one for one in inside if issubclass(type(one), module.FSDPModule)]
-    return found
+    units: list[Any] = [one for one in inside if issubclass(type(one), module.FSDPModule)]
+    return units
 
 
 def reshard(units: Iterable[FSDPModule]) -> None:

@@ -42,8 +42,8 @@ def sharded_thresholds(
     groups = len(sizes) if scope == "tensor" else 1
     if density in (0, 1):
         return torch.full((groups,), -math.inf if density == 1 else math.inf, device=device)
-    found = _of_tensors if scope == "tensor" else _global
-    return torch.tensor(found(scores, sizes, density, processes), dtype=torch.float32, device=device)
+    search = _of_tensors if scope == "tensor" else _global
+    return torch.tensor(search(scores, sizes, density, processes), dtype=torch.float32, device=device)
 
 
 def _global(scores: Scores, sizes: Sequence[int], density: float, processes: ProcessGroup) -> list[float]:

@@ -31,8 +31,8 @@ def _packed(scores: Scores, index: int, limit: float) -> Tensor:
             mask = torch.ones_like(mask)
         whole = torch.zeros(-(-mask.numel() // 8) * 8, dtype=torch.uint8, device=s.device)
         whole[: mask.numel()] = mask
-        found = (whole.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
-        packed[start // 8 : start // 8 + found.numel()] = found
+        block = (whole.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+        packed[start // 8 : start // 8 + block.numel()] = block
     return packed
 
 

@@ -14,8 +14,8 @@ from rkif.config import FusionConfig
 from rkif.distributed.shards import ShardedParameters
 from rkif.fuser.gated_step import KeptImportance, restore, take_gated_step
 from rkif.fuser.importance import Importance
-from rkif.fuser.no_compile import uncompiled
 from rkif.fuser.observed_steps import Learner, ObservedSteps
+from rkif.fuser.outside_graph import outside_graph
 from rkif.fuser.parameters import trainable_parameters, unwrapped
 from rkif.fuser.round_fusion import (
     fuse_round,
@@ -140,7 +140,7 @@ class Fuser:
         self._steps.add_replayed()
         return self._steps.counts["outer"]
 
-    @uncompiled
+    @outside_graph
     def observe(self) -> None:
         """Update the importance of every parameter from ``parameter.grad``, before the optimizer's step.
 
@@ -183,7 +183,7 @@ class Fuser:
         self._observer = id(observer)
         self._steps.add(self.phase, self.parameters, gradients)
 
-    @uncompiled
+    @outside_graph
     def begin_outer(self) -> None:
         """End the inner phase: the parameters are now the inner learner's result.
 
@@ -203,7 +203,7 @@ class Fuser:
         self._observer = None
         self.phase = "outer"
 
-    @uncompiled
+    @outside_graph
     @recorded
     def fuse(self) -> FusionReport:
         """End the round: replace the parameters by the fusion, which is the next round's ``base``.
@@ -237,7 +237,7 @@ class Fuser:
             yield self
         self.fuse()
 
-    @uncompiled
+    @outside_graph
     @recorded
     def rollback(self) -> None:
         """Abandon the round: the parameters return to ``base``, bit for bit, and a new round begins.
@@ -328,7 +328,8 @@ class Fuser:
             else:
                 report = self._apply_gate(self._gatekeeper, fused, report)
         if report.applied:
-            self._base = self._snapshots.exchange(self._base, fused)
+            self._snapshots.put_back(self._base)
+            self._base = fused
         else:
             self._snapshots.put_back(fused)
             self._kept.restore()
@@ -349,7 +350,8 @@ class Fuser:
         if self.config.clear_outer:
             self._importance["outer"].clear()
         self._kept.store()
-        self._inner = self._snapshots.exchange(self._inner, None)
+        self._snapshots.put_back(self._inner)
+        self._inner = None
         self._nonfinite.zero_()
         self._steps.clear()
         self._observer = None

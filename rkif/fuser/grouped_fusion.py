@@ -65,9 +65,10 @@ def grouped_fusion(
             ]
             if not places:
                 continue
-            own = [indices[place] for place in places]
+            together = [indices[place] for place in places]
             sides = [
-                side.selection(threshold, own) for side, threshold in zip(importance, thresholds, strict=True)
+                side.selection(threshold, together)
+                for side, threshold in zip(importance, thresholds, strict=True)
             ]
             rows = [[row[place] for place in places] for row in (out, starts, middles, ends)]
             stats = rkif_kernels.fuse_(
@@ -79,7 +80,7 @@ def grouped_fusion(
                 sides[1][0],
                 thresholds=(sides[0][1], sides[1][1]),
                 weights=weights,
-                names=[names[index] for index in own],
+                names=[names[index] for index in together],
             )
             if counted:
                 counts += stats.counts

@@ -125,8 +125,8 @@ class Importance:
         if self.packed:
             masks = [unpacked(self._packed[index], self._shapes[index]) for index in indices]
             return Scores(masks), torch.full_like(thresholds[:1], 0.5)
-        own = thresholds if thresholds.numel() == 1 else thresholds[list(indices)]
-        return self.of(indices), own
+        limits = thresholds if thresholds.numel() == 1 else thresholds[list(indices)]
+        return self.of(indices), limits
 
     def of(self, indices: Sequence[int]) -> Scores:
         """The scores of some tensors, without a copy."""

@@ -159,9 +159,9 @@ def learner_thresholds(fuser: Fuser, learner: Learner, missing: Collection[int] 
     if not missing:
         return fuser._shards.thresholds(scores, **settings)
     present = [index for index in range(len(fuser.parameters)) if index not in missing]
-    found = fuser._shards.thresholds(scores, indices=present, **settings)
+    thresholds = fuser._shards.thresholds(scores, indices=present, **settings)
     if fuser.config.scope == "global":
-        return found
-    every = torch.full((len(fuser.parameters),), math.inf, device=found.device)
-    every[present] = found
+        return thresholds
+    every = torch.full((len(fuser.parameters),), math.inf, device=thresholds.device)
+    every[present] = thresholds
     return every

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from rkif_kernels import Views
 GROUP_NUMEL = 1 << 24
 # A snapshot of at most so many bytes keeps its memory while it is not in use: that of an adapter is smaller.
 KEPT_BYTES = 1 << 27
-
-Held = TypeVar("Held", bound="Snapshot | None")
 
 
 def groups(sizes: Sequence[int]) -> list[range]:
@@ -83,8 +81,8 @@ class Snapshot:
 
     def scratch(self, indices: Iterable[int]) -> list[Tensor]:
         """Memory on the tensors' device for values of :meth:`copy_from`: the copies, or new if offloaded."""
-        own = [self.tensors[index] for index in indices]
-        return [torch.empty_like(t, device=self.device) for t in own] if self.offloaded else own
+        copies = [self.tensors[index] for index in indices]
+        return [torch.empty_like(t, device=self.device) for t in copies] if self.offloaded else copies
 
     @torch.no_grad()
     def copy_from(self, indices: Iterable[int], values: Sequence[Tensor]) -> None:
@@ -151,16 +149,11 @@ class SnapshotPool:
             self.put_back(snapshot)
             raise
 
-    def put_back(self, snapshot: Snapshot) -> None:
-        """Free a snapshot for the next :meth:`take`. Its tensors must not be used any more."""
-        snapshot.free()
-        self._free.append(snapshot)
-
-    def exchange(self, old: Snapshot | None, new: Held) -> Held:
-        """Put ``old`` back, if there is one; returns ``new``."""
-        if old is not None:
-            self.put_back(old)
-        return new
+    def put_back(self, snapshot: Snapshot | None) -> None:
+        """Free a snapshot, if there is one, for the next :meth:`take`. Its tensors must not be used then."""
+        if snapshot is not None:
+            snapshot.free()
+            self._free.append(snapshot)
 
 
 def iter_groups(snapshots: Sequence[Snapshot]) -> Iterator[tuple[range, list[list[Tensor]]]]:
@@ -179,22 +172,22 @@ def iter_groups(snapshots: Sequence[Snapshot]) -> Iterator[tuple[range, list[lis
 
     def fetch(group: range) -> tuple[range, list[list[Tensor]], Any]:
         with torch.cuda.stream(stream):
-            found = [snapshot.on_device(group) for snapshot in snapshots]
+            fetched = [snapshot.on_device(group) for snapshot in snapshots]
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
-        return group, found, event
+        return group, fetched, event
 
     ahead = fetch(indices[0])
     for following in (*indices[1:], None):
-        group, found, event = ahead
+        group, fetched, event = ahead
         if following is not None:
             ahead = fetch(following)
         current = torch.cuda.current_stream(device)
         current.wait_event(event)
-        for snapshot, tensors in zip(snapshots, found, strict=True):
+        for snapshot, tensors in zip(snapshots, fetched, strict=True):
             for tensor in tensors if snapshot.offloaded else ():
                 tensor.record_stream(current)
-        yield group, found
+        yield group, fetched
 
 
 def _arenas(
@@ -211,11 +204,11 @@ def _arenas(
     views: list[Tensor] = [like[0]] * len(like)
     for indices in [range(len(sizes))] if keeps_memory(total) else groups(sizes):
         for dtype in dict.fromkeys(dtypes[index] for index in indices):
-            own = [index for index in indices if dtypes[index] == dtype]
-            starts, size = aligned_starts([sizes[index] for index in own], dtype)
+            of_dtype = [index for index in indices if dtypes[index] == dtype]
+            starts, size = aligned_starts([sizes[index] for index in of_dtype], dtype)
             flat = torch.empty(size, dtype=dtype, device=device, pin_memory=pin_memory)
             arenas.append(flat)
-            for index, start in zip(own, starts, strict=True):
+            for index, start in zip(of_dtype, starts, strict=True):
                 views[index] = flat.as_strided(like[index].shape, _dense_strides(like[index]), start)
     return arenas, Views.of(arenas[0], views) if len(arenas) == 1 else views
 

@@ -99,10 +99,11 @@ def load_state(fuser: Fuser, state: Mapping[str, Tensor]) -> None:
     if fuser._gatekeeper is not None:
         fuser._gatekeeper.load_tensors(section(state, "gate"))
     for learner, importance in fuser._importance.items():
-        own = section(parts, f"{learner}_importance")
-        importance.load_tensors(own, thresholds if learner == "inner" else None)
+        of_learner = section(parts, f"{learner}_importance")
+        importance.load_tensors(of_learner, thresholds if learner == "inner" else None)
     inner = fuser._snapshot(fuser._dtypes) if in_outer else None
-    fuser._inner = fuser._snapshots.exchange(fuser._inner, inner)
+    fuser._snapshots.put_back(fuser._inner)
+    fuser._inner = inner
     synchronize(fuser)
     for name, tensor in _tensors(fuser).items():
         if not name.startswith(("inner_importance.", "outer_importance.")):

@@ -263,11 +263,11 @@ def _by_name(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> di
     """
     after = kind.__mro__[kind.__mro__.index(RKIFMixin) + 1 :]
     parameters = next(
-        found
+        signature
         for base in after
         if "__init__" in vars(base)
-        and (found := list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:])
-        and found[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        and (signature := list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:])
+        and signature[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     )
     names = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     if len(args) > len(names):

@@ -51,10 +51,10 @@ def resolve_backend(device: torch.device, requested: str) -> str:
     """
     if requested not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {requested!r}")
-    found = available(device)
+    backends = available(device)
     if requested == "auto":
-        return found[0]
-    if requested not in found:
+        return backends[0]
+    if requested not in backends:
         raise RuntimeError(f"backend={requested!r} was requested, but {_obstacle(requested, device)}")
     return requested
 

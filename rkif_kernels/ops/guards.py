@@ -44,9 +44,9 @@ def describe(tensors: Sequence[Tensor | None]) -> Description:
     """
     mode = torch.is_inference_mode_enabled()
     if _compiled is not None and _EXCHANGE_API is not None:
-        found = _compiled.describe(tensors, _EXCHANGE_API, _TYPES)
-        if found is not None:
-            return Description(found[0], (mode, found[1]))
+        described = _compiled.describe(tensors, _EXCHANGE_API, _TYPES)
+        if described is not None:
+            return Description(described[0], (mode, described[1]))
     present: Any = [tensor for tensor in tensors if tensor is not None]
     try:
         addresses = array("q", [0 if tensor is None else tensor.data_ptr() for tensor in tensors])

@@ -150,8 +150,8 @@ def score_thresholds(
     _require_scores(scores, names)
     require_fraction("density", density)
     require_choice("scope", scope, get_args(Scope))
-    (found,) = thresholds_of([scores], density, scope, backend)
-    return found
+    (threshold,) = thresholds_of([scores], density, scope, backend)
+    return threshold
 
 
 def thresholds_of(sides: Sequence[Scores], density: float, scope: Scope, backend: Backend) -> list[Tensor]:
@@ -172,12 +172,12 @@ def thresholds_of(sides: Sequence[Scores], density: float, scope: Scope, backend
         order_statistic_k(numel, density)
         for numel in ([sizes[index] for index in filled] if per_tensor else [sum(sizes)])
     ]
-    found = _kth_scores([scores.subset(filled) for scores in sides], ks, scope, None, backend)
+    kth = _kth_scores([scores.subset(filled) for scores in sides], ks, scope, None, backend)
     if per_tensor and len(filled) < len(sizes):
         # Indexing would upload an index tensor, which a capture of a CUDA graph forbids.
-        rests = [iter(torch.split(limits, 1)) for limits in found]
+        rests = [iter(torch.split(limits, 1)) for limits in kth]
         return [torch.cat([next(rest) if size else thresholds[:1] for size in sizes]) for rest in rests]
-    return found
+    return kth
 
 
 def kth_scores(
@@ -201,8 +201,8 @@ def kth_scores(
         TypeError, ValueError: for tensors that do not fit together, or a ``k`` that is out of range.
     """
     require_choice("scope", scope, get_args(Scope))
-    (found,) = _kth_scores([scores], ks, scope, names, backend)
-    return found
+    (kth,) = _kth_scores([scores], ks, scope, names, backend)
+    return kth
 
 
 def _kth_scores(
@@ -223,10 +223,10 @@ def _kth_scores(
     with torch.no_grad(), on_device(device), profiled("rkif.threshold", device):
         module = implementation(device, backend)
         if len(sides) == 2 and hasattr(module, "both_thresholds"):
-            found: list[Tensor] = module.both_thresholds(*sides, ks=ks, per_tensor=per_tensor)
+            kth: list[Tensor] = module.both_thresholds(*sides, ks=ks, per_tensor=per_tensor)
         else:
-            found = [module.score_thresholds(scores, ks=ks, per_tensor=per_tensor) for scores in sides]
-    return found
+            kth = [module.score_thresholds(scores, ks=ks, per_tensor=per_tensor) for scores in sides]
+    return kth
 
 
 def _require_scores(scores: Scores, names: Sequence[str] | None) -> torch.device:

@@ -84,7 +84,7 @@ def drawn(tile: Tile, part: int, densities: Sequence[float], seed: int) -> list[
     models have the same draws as in a merge of two; each further pair has another random stream.
     """
     name, start, numel = tile.names[part], tile.starts[part], tile.base[part].numel()
-    found = []
+    masks = []
     for side, density in enumerate(densities):
         pair, inside = divmod(side, 2)
         stream = f"{name}\0{pair}" if pair else name
@@ -93,8 +93,8 @@ def drawn(tile: Tile, part: int, densities: Sequence[float], seed: int) -> list[
             if density == 1
             else Draws(density, seed, [stream], [start]).keeps(inside, 0, 0, numel)
         )
-        found.append(mask.to(tile.base[part].device))
-    return found
+        masks.append(mask.to(tile.base[part].device))
+    return masks
 
 
 class _Weighted:

@@ -35,15 +35,15 @@ class VaryingTaskArithmetic(TaskArithmetic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for found in self.by_tensor.values():
-            require_weights(found.weight)
-            for density in found.density:
+        for settings in self.by_tensor.values():
+            require_weights(settings.weight)
+            for density in settings.density:
                 require_fraction("density", density)
 
     @property
     def needs_threshold(self) -> bool:
         return self.sparsification == "magnitude" and any(
-            density < 1 for found in self.by_tensor.values() for density in found.density
+            density < 1 for settings in self.by_tensor.values() for density in settings.density
         )
 
     def threshold_ks(self, tensor: str, numel: int) -> list[int]:
@@ -69,9 +69,9 @@ class VaryingLinear(Linear):
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, found in self.by_tensor.items():
-            require_weights(found.weight)
-            if self.normalize and sum(found.weight) == 0:
+        for name, settings in self.by_tensor.items():
+            require_weights(settings.weight)
+            if self.normalize and sum(settings.weight) == 0:
                 raise ValueError(f"the weights of {name!r} must not sum to zero if they are normalized")
 
     def _weights(self, tensor: str) -> Sequence[float]:

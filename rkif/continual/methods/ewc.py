@@ -40,10 +40,10 @@ class Ewc(Sequential):
         if self.context.index + 1 == len(self.context.tasks):
             return  # there is no later task
         squares = {name: torch.zeros_like(p) for name, p in self.inner.parameters.items()}
-        for number in range(RECORDS):
-            items = self.records(number, number + 1)
+        for index in range(RECORDS):
+            items = self.records(index, index + 1)
             self.samples += len(items)
-            self.inner.gradient(items, seed=self.seed("fisher", number))
+            self.inner.gradient(items, seed=self.seed("fisher", index))
             for name, parameter in self.inner.parameters.items():
                 if parameter.grad is not None:
                     squares[name] += parameter.grad.square()

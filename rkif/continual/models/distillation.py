@@ -106,8 +106,8 @@ class DistillingObjective:
         return self._objective.term_items(batch)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        own = (WEIGHTS, KEPT, KEPT_LOGITS, KEPT_CHOICES)
-        inputs = {name: tensor for name, tensor in batch.items() if name not in own}
+        added = (WEIGHTS, KEPT, KEPT_LOGITS, KEPT_CHOICES)
+        inputs = {name: tensor for name, tensor in batch.items() if name not in added}
         now = self._objective.answers(model, inputs)
         terms, temperature = self.term_items(inputs), self._settings.temperature
         distilled, trained = batch[WEIGHTS][:, terms]
@@ -137,8 +137,8 @@ class DistillingObjective:
             if record.task in self._names:
                 continue
             drawn = derive_seed("question", record.task, record.id)
-            for number in range(len(tasks) if most is None else min(most, len(tasks))):
-                task = tasks[(drawn + number) % len(tasks)]
+            for index in range(len(tasks) if most is None else min(most, len(tasks))):
+                task = tasks[(drawn + index) % len(tasks)]
                 label = task.labels[drawn // len(tasks) % len(task.labels)]
                 questions.append((task.instruction, replace(record, task=task.name, output=label)))
         return questions

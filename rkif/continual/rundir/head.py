@@ -37,8 +37,8 @@ def require_head(records: Sequence[LedgerRecord], head: LedgerHead, ledger: Path
         raise LedgerError(
             f"{ledger}: record {len(records)} is missing: {noted} has a head of {head.records} records"
         )
-    found = records[head.records - 1]["hash"]
-    if found != head.hash:
+    hash_ = records[head.records - 1]["hash"]
+    if hash_ != head.hash:
         raise LedgerError(
-            f"{ledger}: record {head.records - 1} was rewritten: its hash is {found}; {noted} has {head.hash}"
+            f"{ledger}: record {head.records - 1} was rewritten: its hash is {hash_}; {noted} has {head.hash}"
         )

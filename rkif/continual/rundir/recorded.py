@@ -30,7 +30,7 @@ def recorded_files(run: Path, records: Sequence[LedgerRecord]) -> dict[Path, tup
             f"continues runs of format {FORMAT}: use the version that wrote it"
         )
     learned: list[Path] = []
-    found: dict[Path, tuple[int, str]] = {}
+    files: dict[Path, tuple[int, str]] = {}
     for record in records:
         folder, event = run, record["event"]
         if event == "task":
@@ -40,14 +40,14 @@ def recorded_files(run: Path, records: Sequence[LedgerRecord]) -> dict[Path, tup
             undone = learned[record["finished"] :]
             del learned[record["finished"] :]
             late = RoundStates(run).path(record["to"])
-            found = {
+            files = {
                 path: value
-                for path, value in found.items()
+                for path, value in files.items()
                 if not set(path.parents) & set(undone) and not (path.parent == late.parent and path > late)
             }
         for name, sha256 in (record.get("files") or {}).items():
-            found[folder / name] = (record["seq"], sha256)
-    return found
+            files[folder / name] = (record["seq"], sha256)
+    return files
 
 
 def _possible_digests(run: Path, records: Sequence[LedgerRecord]) -> dict[Path, tuple[int, set[str]]]:

@@ -57,5 +57,5 @@ class NativeReader:
             capacity,
             counts.ctypes.data,
         )
-        above, reached, found = counts.tolist()
-        return order_statistics.Split(above, reached, between[:found] if found <= capacity else None)
+        above, reached, inside = counts.tolist()
+        return order_statistics.Split(above, reached, between[:inside] if inside <= capacity else None)

@@ -60,8 +60,8 @@ def absolute_sums(
 def _blocks(*roles: Sequence[Tensor]) -> Iterator[tuple[int, int, list[Tensor]]]:
     """Yield (tensor index, first element of the block, the block of every role)."""
     last, start = -1, 0
-    for index, found in blocks(*roles):
-        block = [part for part in found if part is not None]
+    for index, parts in blocks(*roles):
+        block = [part for part in parts if part is not None]
         start = start if index == last else 0
         yield index, start, block
         last, start = index, start + block[0].numel()

@@ -234,24 +234,24 @@ def _planned(
     first_row = 0
     for table in parts:
         firsts.append(done[table[0].group])
-        found = []
+        table_work = []
         for part in table:
             group = groups[part.group]
             if not any(group.programs):
                 group.first_row = first_row
             first_row += part.chunks
             if per_tensor and part.numel <= sizes.whole:
-                own = Work(part.numel, 0, 0, 0)
+                part_work = Work(part.numel, 0, 0, 0)
             else:
                 sampled = _quotient(part.numel, group.first_stride) * run
                 counted = _quotient(part.numel, group.stride) * bracketing.run
-                own = Work(0, sampled, counted, part.chunks)
-            _, sampling, counting, narrowing = map(_quotient, own, sizes)
+                part_work = Work(0, sampled, counted, part.chunks)
+            _, sampling, counting, narrowing = map(_quotient, part_work, sizes)
             programs = (sampling, counting, part.chunks, part.chunks, narrowing, narrowing)
             group.programs = tuple(map(add, group.programs, programs))
-            done[part.group] = Work(*map(add, done[part.group], own))
-            found.append(own)
-        work.append(list(zip(*found, strict=True)))
+            done[part.group] = Work(*map(add, done[part.group], part_work))
+            table_work.append(part_work)
+        work.append(list(zip(*table_work, strict=True)))
     room = 0
     for group, numel, (whole, sampled, _, _) in zip(groups, numels, done, strict=True):
         group.list_start = room

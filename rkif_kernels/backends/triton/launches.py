@@ -99,9 +99,9 @@ class Row:
         return *named, -float("inf") if self.numel_up_to is None else -self.numel_up_to
 
 
-def choose(found: Iterable[Row], call: Call) -> Row:
+def choose(rows: Iterable[Row], call: Call) -> Row:
     """The most specific row that fits; at least one row fits any call."""
-    return max((row for row in found if row.fits(call)), key=lambda row: row.specificity)
+    return max((row for row in rows if row.fits(call)), key=lambda row: row.specificity)
 
 
 def read(file: Path) -> list[Row]:

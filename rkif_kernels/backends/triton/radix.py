@@ -121,7 +121,7 @@ def radix_threshold(scores: Scores, k: int, config: LaunchConfig | None = None) 
     keep_for_graph(start, [[grouped[0].pointers]])
     remaining = start.clone()
     prefix = torch.zeros(1, dtype=torch.int32, device=device)
-    found = torch.empty(1, dtype=torch.float32, device=device)
+    threshold = torch.empty(1, dtype=torch.float32, device=device)
     sizes = [1 << bits for _, bits in DIGITS]
     memory = torch.zeros(sum(sizes), dtype=torch.int64, device=device).split(sizes)
     for (shift, bits), histogram in zip(DIGITS, memory, strict=True):
@@ -144,9 +144,9 @@ def radix_threshold(scores: Scores, k: int, config: LaunchConfig | None = None) 
             histogram_ptr=histogram,
             remaining_ptr=remaining,
             prefix_ptr=prefix,
-            found_ptr=found,
+            found_ptr=threshold,
             BITS=bits,
             LAST=shift == 0,
             **config.options,
         )
-    return found
+    return threshold

@@ -360,8 +360,8 @@ class BracketedFusion:
         brackets, samples = find_brackets(grouped, groups, kind, bracketing, selection)
         self._samples = 2 * samples
         passes, finish = [], []
-        for index, (table, own) in enumerate(zip(grouped, groups.arguments, strict=True)):
-            arguments = own | table.arguments | merge_arguments(table, rule, config)
+        for index, (table, group_arguments) in enumerate(zip(grouped, groups.arguments, strict=True)):
+            arguments = group_arguments | table.arguments | merge_arguments(table, rule, config)
             arguments["first_row"] = rows[index]
             passes.append(
                 PreparedLaunch(

@@ -155,7 +155,7 @@ def tables(rows: Rows, chunk: int) -> tuple[Table, ...]:
     Empty tensors are left out.
     """
     first = [tensor for tensor in rows[0] if tensor is not None]
-    found, order = _tables(
+    made, order = _tables(
         first[0].device if first else torch.device("cpu"),
         tuple(tuple(0 if tensor is None else tensor.data_ptr() for tensor in row) for row in rows),
         tuple(tuple(None if tensor is None else tensor.dtype for tensor in row) for row in rows),
@@ -163,8 +163,8 @@ def tables(rows: Rows, chunk: int) -> tuple[Table, ...]:
         chunk,
     )
     order.enter()
-    keep_for_graph(found, rows)
-    return found
+    keep_for_graph(made, rows)
+    return made
 
 
 def build_tables(
@@ -232,9 +232,9 @@ def _host(values: Sequence[object]) -> Tensor:
 
 def constant(device: torch.device, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """A small read-only tensor on the device, from a cache; see :func:`layout_of`."""
-    found, order = _constant(device, values, dtype)
+    tensor, order = _constant(device, values, dtype)
     order.enter()
-    return found
+    return tensor
 
 
 @functools.lru_cache(maxsize=64)

@@ -166,8 +166,8 @@ def score_thresholds(
     whole: LaunchConfig | None = None,
 ) -> Tensor:
     """See :func:`rkif_kernels.ops.score_thresholds`; one ``k`` for each group, from 0."""
-    (found,) = _thresholds([scores], ks, per_tensor, config, bracketing, whole)
-    return found
+    (thresholds,) = _thresholds([scores], ks, per_tensor, config, bracketing, whole)
+    return thresholds
 
 
 def both_thresholds(
@@ -182,8 +182,8 @@ def both_thresholds(
 ) -> list[Tensor]:
     """:func:`score_thresholds` of both learners, in the same launches if both scores have the same form."""
     together = [[inner, outer]] if inner.distance == outer.distance else [[inner], [outer]]
-    found = (_thresholds(sides, ks, per_tensor, config, bracketing, whole) for sides in together)
-    return list(chain.from_iterable(found))
+    thresholds = (_thresholds(sides, ks, per_tensor, config, bracketing, whole) for sides in together)
+    return list(chain.from_iterable(thresholds))
 
 
 def _thresholds(
@@ -213,7 +213,7 @@ def _thresholds(
     launches = whole_tensors(grouped, groups, kind, whole)
     samplings, samples = find_brackets(grouped, groups, kind, bracketing, config)
     launches += samplings
-    for table, own, first_row, pieces in zip(
+    for table, group_arguments, first_row, pieces in zip(
         grouped, groups.arguments, groups.rows, groups.pieces, strict=False
     ):
         arguments = {
@@ -225,7 +225,7 @@ def _thresholds(
             "BLOCK": config.block,
             "TILES": config.tiles,
         }
-        arguments |= table.arguments | own | kind
+        arguments |= table.arguments | group_arguments | kind
         if pieces.programs:
             launches.append(
                 PreparedLaunch(_bracketed_scores_kernel, table.programs, arguments, config.options)

@@ -362,12 +362,12 @@ def list_and_search(
     """
     lists = []
     narrows: list[tuple[int, dict[str, object]]] = []
-    for table, own, first_row, pieces in zip(
+    for table, group_arguments, first_row, pieces in zip(
         grouped, groups.arguments, groups.rows, groups.pieces, strict=False
     ):
         if not pieces.programs:
             continue
-        arguments = table.arguments | own | scores
+        arguments = table.arguments | group_arguments | scores
         arguments |= {
             # Scalars
             "first_row": first_row,

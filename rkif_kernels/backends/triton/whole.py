@@ -86,8 +86,8 @@ def whole_tensors(
         scores: the kernel's constants ROLE, SIDES and DISTANCE, which say where a table has the scores.
     """
     launches = []
-    for table, own, layout in zip(grouped, groups.arguments, groups.wholes, strict=True):
-        arguments = table.arguments | own | scores
+    for table, group_arguments, layout in zip(grouped, groups.arguments, groups.wholes, strict=True):
+        arguments = table.arguments | group_arguments | scores
         arguments |= {"firsts_ptr": table.firsts, "tensors_ptr": layout.chunk_tensors}
         arguments |= {"DTYPES": table.dtypes, "BLOCK": config.block}
         if layout.programs:

@@ -103,7 +103,7 @@ def mark_tasks(panel: Any, tasks: Sequence[str]) -> None:
         )
     # Rounds are numbered from 1; about ten labels fit.
     step = max(1, -(-len(tasks) // 10))
-    panel.set_xticks(range(0, len(tasks), step), [str(number + 1) for number in range(0, len(tasks), step)])
+    panel.set_xticks(range(0, len(tasks), step), [str(index + 1) for index in range(0, len(tasks), step)])
     panel.set_xlim(-0.5, len(tasks) - 0.5)
 
 

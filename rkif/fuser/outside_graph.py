@@ -12,7 +12,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def uncompiled(method: Callable[P, R]) -> Callable[P, R]:
+def outside_graph(method: Callable[P, R]) -> Callable[P, R]:
     """Decorate a method that torch.compile must not trace: a call breaks the graph.
 
     ``torch.compiler.disable`` does the same, but its use in a module would import the compiler.
@@ -21,8 +21,8 @@ def uncompiled(method: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
-            found: R = torch.compiler.disable(method)(*args, **kwargs)  # type: ignore[no-untyped-call]
-            return found
+            result: R = torch.compiler.disable(method)(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return result
         return method(*args, **kwargs)
 
     return call
