@@ -93,11 +93,14 @@ def fuse_delta(
 ) -> DeltaResult:
     """Fuse adapters in delta-weight space: fuse ``scaling * B @ A`` element by element, then factorise it.
 
-    Elements are selected by the magnitude of the updates' task vectors, above exact thresholds over all
-    modules (or each). A fused update has full rank. It is reduced to the adapter's rank by a subspace
-    iteration that starts from the span of the three B, with QR at each step (Halko, Martinsson and Tropp,
-    2011, algorithm 4.4), and by a singular value decomposition in the final subspace. Both factors get the
-    square roots of the singular values. Tensors without factors (modules_to_save) are fused as they are.
+    A task vector is the difference of two updates. A learner selects the elements where its magnitude is
+    above an exact threshold, over all modules or in each. Tensors without factors (modules_to_save) are fused
+    as they are.
+
+    A fused update has full rank, so it is approximated with the adapter's rank. A subspace iteration with QR
+    at each step (Halko, Martinsson and Tropp, 2011, algorithm 4.4) starts from the span of the three B. In
+    the subspace that it finds, a singular value decomposition gives B and A; each gets the square roots of
+    the singular values.
 
     Memory: the four updates of one module at a time. The last bits of the factors depend on the linear
     algebra library.

@@ -64,8 +64,7 @@ class TrainingSettings(Settings):
     """The inner learner: its length in ``steps`` or in ``epochs`` per task, and its AdamW.
 
     ``schedule`` of the learning rate: "linear" rises over ``warmup_steps`` and then falls to the end of each
-    task. "constant" rises in the first task only, and then stays constant, because each further warm-up
-    would cause forgetting.
+    task. "constant" rises in the first task only, and then stays constant.
     """
 
     steps: int | None = Field(None, ge=1)

@@ -1,14 +1,19 @@
 """Exact order statistics of the scores of many tensors, in constant memory.
 
-A sample gives a narrow bracket around the k-th score. One pass counts the scores on each side of the bracket
-and collects those inside. The counts prove whether the bracket contains the k-th score. If so, the result is
-an order statistic of the few collected scores. If not, the search continues on the side that the counts show,
-in the worst case by bisection of the bit pattern. So a bad sample costs a pass, and the result stays exact.
+To find the k-th smallest score:
 
-:mod:`rkif_kernels.selection.counting` finds the same value, also for scores that are never in memory
-together. With the same bracket it takes 2.2 times as long for 2^26 scores, 2.4 times for 2^24 and 5 times for
-the 6.6 million of an adapter (medians of nine alternating calls, native backend, AMD EPYC, two threads),
-because it counts the scores that this search copies, and sums half a million bins.
+1. A sample gives a bracket: two scores, between which the k-th very probably lies.
+2. A pass over all scores counts those on each side of the bracket, and collects those inside.
+3. If the counts show that the k-th score is inside, it is selected from the collected ones. Otherwise they
+   show its side, and the search continues there, with a new bracket or at last by bisection of the bit
+   patterns.
+
+So a bad sample costs a pass, and the result stays exact.
+
+:mod:`rkif_kernels.selection.counting` finds the same value, also if the scores are never in memory together.
+But it is slower, because it sums half a million bins, and counts in them the scores that this search copies:
+2.2 times as long for 2^26 scores, 2.4 times for 2^24 and 5 times for the 6.6 million of an adapter (same
+bracket, medians of nine alternating calls, native backend, AMD EPYC, two threads).
 """
 
 from __future__ import annotations

@@ -12,11 +12,12 @@ from rkif.ledger.records import selection
 
 
 class RoundHistory:
-    """One row per round, in tensors that a checkpoint can store.
+    """Tensors with one row per round, which a checkpoint can store.
 
-    After R rounds :meth:`tensors` has ``norms``, float64 [R, 3] (L2 norms of the inner and outer task vectors
-    and of the update), and for each parameter ``importance.NAME``, float32 [R, 2] (mean inner and outer
-    score), and ``counts.NAME``, int64 [R, 4] (elements selected by inner only, outer only, both, neither).
+    - ``norms``: float64 [rounds, 3], L2 norms of the inner task vector, the outer one and the update.
+    - ``importance.NAME``, for each parameter: float32 [rounds, 2], its mean inner and outer score.
+    - ``counts.NAME``, for each parameter: int64 [rounds, 4], its elements by the learners that selected them:
+      inner only, outer only, both, neither.
     """
 
     def __init__(self) -> None:

@@ -174,9 +174,10 @@ class ReplayMemory:
 def _epoch_order(sizes: tuple[int, ...], epoch: int, seed: int) -> tuple[int, ...]:
     """The order of one epoch over tasks of the given sizes, as indices of the memory's items.
 
-    Positions p count from 1. Item j (from 0) of a task with m of the N items is available if p * m / N > j,
-    and its deadline is p = ceil((j + 1) * N / m). At each position, the available item with the earliest
-    deadline is chosen. By Tijdeman's theorem (The chairman assignment problem, 1980), all deadlines are met.
+    Each task's items are shuffled. Of the first p items of the epoch, p * m / N should be from a task with m
+    of the N items. So item j (from 0) of the task has an earliest position p, the first with p * m / N > j,
+    and a deadline p = ceil((j + 1) * N / m). Each position takes, among the items that may be there, the one
+    with the earliest deadline. This meets all deadlines (Tijdeman, The chairman assignment problem, 1980).
     """
     rng = random.Random(derive_seed(seed, "replay", epoch))
     total, start = sum(sizes), 0
