@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
@@ -79,10 +79,11 @@ class Scores:
         indices = list(indices)
         return self._of_each(lambda tensors: [tensors[index] for index in indices])
 
-    def emptied(self, indices: Collection[int]) -> Scores:
+    def emptied(self, indices: Iterable[int]) -> Scores:
         """The scores with empty tensors at some indices, without a copy."""
+        emptied = frozenset(indices)
         return self._of_each(
-            lambda tensors: [t.reshape(-1)[:0] if index in indices else t for index, t in enumerate(tensors)]
+            lambda tensors: [t.reshape(-1)[:0] if index in emptied else t for index, t in enumerate(tensors)]
         )
 
     def _of_each(self, change: Callable[[Sequence[Tensor]], list[Tensor]]) -> Scores:

@@ -294,7 +294,7 @@ def forward_passes(row: Row) -> float:
     after the first task. With ``distillation.inputs`` these are batches with new records. With
     ``distillation.memory`` they are batches with memory records, unless their answers are kept. With
     ``inputs``, every new record is also a question of earlier tasks. If the prompts have no instruction, an
-    encoder embeds all as one text. This is an upper bound if tasks share labels, because some are not asked then.
+    encoder embeds all as one text. If tasks share labels, some are not asked, and this is an upper bound.
     """
     settings, tasks = row["settings"], len(row["tasks"])
     distillation, training = settings.get("distillation", {}), settings["training"]

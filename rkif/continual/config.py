@@ -269,12 +269,6 @@ class RunConfig(Settings):
         return values
 
     @model_validator(mode="after")
-    def _gated(self) -> RunConfig:
-        if self.gate is not None and self.method != "recurrent_kif":
-            raise ValueError(f"gate: only the fusions of recurrent_kif can be gated, not {self.method}")
-        return self
-
-    @model_validator(mode="after")
     def _criteria_of_harness(self) -> RunConfig:
         harness = self.evaluation.harness
         names = [*GATE_METRICS, *([] if harness is None else harness.tasks)]
@@ -372,14 +366,11 @@ def load_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
     return config.model_copy(update=changed)
 
 
-def dump_config(config: RunConfig, *, width: float = 80) -> str:
-    """The config as YAML with all defaults, also those of the fusion, for ``RUN/config.yaml``.
-
-    Longer lines are wrapped at spaces.
-    """
+def dump_config(config: RunConfig) -> str:
+    """The config as YAML with all defaults, also those of the fusion, for ``RUN/config.yaml``."""
     content = config.model_dump(mode="json")
     fusion = stored_settings(fusion_config(config.fusion))
     if isinstance(fusion["rule"], dict):
         fusion["rule"] = {case: list(pair) for case, pair in fusion["rule"].items()}
     content["fusion"] = fusion | {"state_dtype": str(fusion["state_dtype"]).removeprefix("torch.")}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=width)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from rkif.continual.config import load_config
 from rkif.continual.display.progress import RunProgress
+from rkif.continual.methods import method_of
 from rkif.continual.run import open_run
 from rkif.continual.rundir.folder import RunReader
 from rkif.continual.rundir.recorded import read_recorded_state
@@ -57,6 +58,10 @@ def reproduce(run: Path, number: int, progress: RunProgress) -> Reproduction:
     index = ledger[0]["tasks"].index(recorded["task"])
     start, state = _nearest(run, ledger, number, index)
     config = load_config(run / "config.yaml")
+    try:
+        method_of(config)
+    except ValueError as error:
+        raise ValueError(f"{run / 'config.yaml'}: {error}") from None
     with open_run(config, run, index, progress) as sequence:
         sequence.set_parameters(state.parameters)
         new_records: list[Mapping[str, Any]] = []

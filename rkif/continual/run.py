@@ -49,6 +49,7 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
         ValueError, OSError, ImportError: settings, tasks, model or folder are invalid; one line of text.
         RuntimeError: another process uses the folder.
     """
+    method_of(config)  # raises before a folder is made
     with _locked_folder(out):
         if resume and (out / "config.yaml").is_file():
             finish_rollback(out)
@@ -114,7 +115,7 @@ def open_run(
         progress.stage("loading the model")
         model, objective = load_model(config, tasks, slices=len(tasks) if method.slices else 1)
         harness = Harness(harness_tasks, model, objective.tokenizer, config)
-        yield TaskSequence(config, folder, tasks, model, objective, metrics, harness, progress)
+        yield TaskSequence(config, folder, method, tasks, model, objective, metrics, harness, progress)
 
 
 def _require_scorable(tasks: Sequence[Task], config: RunConfig) -> None:

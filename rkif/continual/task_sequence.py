@@ -14,7 +14,7 @@ from rkif.continual.evaluation.accuracy_table import AccuracyTable, measure
 from rkif.continual.evaluation.criteria import hold_out
 from rkif.continual.evaluation.evaluate import evaluate
 from rkif.continual.evaluation.harness import Harness
-from rkif.continual.methods import METHODS, Context, Sequential
+from rkif.continual.methods import Context, Sequential
 from rkif.continual.models.kept_answers import KeptAnswers
 from rkif.continual.models.objective import Objective
 from rkif.continual.models.weight_average import WeightAverage
@@ -38,6 +38,7 @@ class TaskSequence:
     Args:
         config: the run's settings.
         folder: the run's folder.
+        method: the class of the config's method.
         tasks: the tasks in the order of learning.
         model: the untrained model; it is trained in place.
         objective: computes the model's loss and answers.
@@ -54,6 +55,7 @@ class TaskSequence:
         self,
         config: RunConfig,
         folder: RunFolder,
+        method: type[Sequential],
         tasks: Sequence[Task],
         model: nn.Module,
         objective: Objective,
@@ -63,6 +65,7 @@ class TaskSequence:
     ) -> None:
         self._config = config
         self._folder = folder
+        self._method = method
         split = [hold_out(task, config) for task in tasks]
         self._tasks = [task for task, _ in split]
         self._held_out = [records for _, records in split]
@@ -214,7 +217,7 @@ class TaskSequence:
 
     def method(self, context: Context, start: RunState) -> Sequential:
         """The method in the state ``start``. The parameters are not set: see :meth:`set_parameters`."""
-        method = METHODS[self._config.method](context)
+        method = self._method(context)
         if start.step:
             method.load_tensors(start.method)
             method.samples = start.samples
@@ -236,18 +239,17 @@ class TaskSequence:
 
     def _add_column(self, index: int, writer: RunWriter) -> None:
         """Evaluate all tasks after task ``index``, and write ``metrics.json``."""
-        method = METHODS[self._config.method]
         column, harness = self._measure_all(f"after {self._tasks[index].name}")
         summaries = [self._folder.read_task(i, self._tasks[i].name) for i in range(index + 1)]
         self._table.add(
             column,
             harness,
-            task_aware=method.task_aware,
+            task_aware=self._method.task_aware,
             steps=sum(summary["steps"] for summary in summaries),
             samples=sum(summary["samples"] for summary in summaries),
         )
         if index + 1 == len(self._tasks):
-            self._table.summarise(sequential=method.sequential)
+            self._table.summarise(sequential=self._method.sequential)
         writer.write_metrics(self._table.content)
         self._progress.measured(index, self._table.content)
         content = self._table.content
@@ -280,7 +282,7 @@ class TaskSequence:
 
     def _warn_of_small_memories(self) -> None:
         """Warn if the memory has fewer records than labels of a task; that of the last task is not used."""
-        if not METHODS[self._config.method].replays:
+        if not self._method.replays:
             return
         fraction, cap = self._config.memory.fraction, self._config.memory.cap
         sizes = [(task, memory_size(len(task.train), fraction, cap)) for task in self._tasks[:-1]]

@@ -14,6 +14,7 @@ from rich.table import Table
 from rkif.continual.config import RunConfig, dump_config
 from rkif.continual.config_fusion import fusion_config
 from rkif.continual.display.progress import RunProgress, format_number
+from rkif.continual.methods import method_of
 from rkif.continual.run import run
 from rkif.files import write_text
 from rkif.seeding import derive_seed
@@ -62,6 +63,7 @@ def tune(config: RunConfig, out: Path, *, trials: int, resume: bool, console: Co
         raise ImportError(
             'the search needs optuna: pip install ".[tune]" in the source folder of rkif'
         ) from error
+    method_of(config)
     if config.method != "recurrent_kif":
         raise ValueError(f"tune searches settings of method recurrent_kif; the config has {config.method}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -36,7 +36,7 @@ class KeptImportance:
         self, importance: Mapping[Learner, Importance], config: FusionConfig, *, gated: bool
     ) -> None:
         cleared = {"inner": config.clear_inner, "outer": config.clear_outer}
-        self._copied = {
+        self._kept = {
             f"{learner}_importance": one
             for learner, one in importance.items()
             if gated and not cleared[learner]
@@ -44,17 +44,17 @@ class KeptImportance:
         self.start = {name: tensor.clone() for name, tensor in self._tensors().items()}
 
     def store(self) -> None:
-        """Copy it at the start of a round."""
+        """Copy the importance, at the start of a round."""
         for name, tensor in self._tensors().items():
             self.start[name].copy_(tensor)
 
     def restore(self) -> None:
-        """Return to the start of the round."""
+        """Return the importance to that of the start of the round."""
         for name, tensor in self._tensors().items():
             tensor.copy_(self.start[name])
 
     def _tensors(self) -> dict[str, Tensor]:
-        return flatten({name: one.tensors() for name, one in self._copied.items()})
+        return flatten({name: one.tensors() for name, one in self._kept.items()})
 
 
 def take_gated_step(

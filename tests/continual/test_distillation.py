@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from rkif.continual.config import DistillationSettings, RunConfig
 from rkif.continual.methods import METHODS, Replay
-from rkif.continual.models.distillation import WEIGHTS, DistillingObjective, divergence
+from rkif.continual.models.distillation import WEIGHTS, DistillingObjective, divergence, tasks_to_ask
 from rkif.continual.models.load import load_model
 from rkif.continual.tasks.load import load_tasks
 from rkif.continual.tasks.records import Item
@@ -141,7 +141,7 @@ def test_before_the_first_step_the_gradient_is_that_of_the_cross_entropy(
 def test_questions_are_new_inputs_of_earlier_tasks(config: Config, inputs: Path) -> None:
     tasks = load_tasks(inputs / "tasks", TASKS)
     _, objective = load_model(config(), tasks)
-    distilling = DistillingObjective(objective, DistillationSettings(inputs=0.5), {}, tasks[:2], tasks[2])
+    distilling = DistillingObjective(objective, DistillationSettings(inputs=0.5), {}, tasks[:2], tasks[:2])
     new: list[Item] = [(tasks[2].instruction, record) for record in tasks[2].train]
     old: list[Item] = [(tasks[0].instruction, record) for record in tasks[0].train[:4]]
     questions = distilling._questions([*old, *new])
@@ -162,7 +162,7 @@ def test_an_input_is_a_question_of_as_many_earlier_tasks_as_there_are(config: Co
     item = (tasks[2].instruction, tasks[2].train[0])
     for asked, earlier, expected in ((1, 2, 1), (2, 2, 2), (9, 2, 2), (9, 1, 1), (None, 2, 2)):
         settings = DistillationSettings.model_validate({"inputs": 0.5, "questions": asked})
-        distilling = DistillingObjective(objective, settings, {}, tasks[:earlier], tasks[2])
+        distilling = DistillingObjective(objective, settings, {}, tasks[:earlier], tasks[:earlier])
         questions = [record for _, record in distilling._questions([item])]
         assert len({record.task for record in questions}) == len(questions) == expected
         assert all(record.output in tasks[TASKS.index(record.task)].labels for record in questions)
@@ -172,23 +172,32 @@ def test_an_input_is_a_question_of_as_many_earlier_tasks_as_there_are(config: Co
 
 
 @pytest.mark.parametrize(
-    ("labels", "asked"),
-    [(("good", "bad"), []), (("bad", "so so", "good"), []), (("bad", "so so"), [TASKS[0]]), ((), [TASKS[0]])],
+    ("labels", "instruction", "prompt", "asked"),
+    [
+        (("good", "bad"), "Judge.", "{input}", False),
+        (("bad", "so so", "good"), "Judge.", "{input}", False),
+        (("bad", "so so"), "Judge.", "{input}", True),
+        ((), "Judge.", "{input}", True),
+        # With the instruction in the prompt, the questions differ, unless the instructions are the same.
+        (("good", "bad"), "Judge.", "{instruction}{input}", True),
+        (("good", "bad"), None, "{instruction}{input}", False),
+        (("bad", "so so"), None, "{instruction}{input}", True),
+    ],
 )
-def test_earlier_tasks_with_two_labels_of_the_new_task_are_not_asked(
-    config: Config, inputs: Path, labels: tuple[str, ...], asked: list[str]
+def test_the_same_question_with_two_of_the_same_labels_is_not_asked(
+    inputs: Path, labels: tuple[str, ...], instruction: str | None, prompt: str, asked: bool
 ) -> None:
-    review, new = load_tasks(inputs / "tasks", [TASKS[0], TASKS[2]])
+    review, other, task = load_tasks(inputs / "tasks", TASKS)
     assert review.labels == ("good", "bad")
+    new = replace(task, labels=labels, instruction=instruction or review.instruction)
+    assert tasks_to_ask([review, replace(other, labels=())], new, prompt) == [review] * asked
+
+
+def test_a_record_is_no_question_if_no_earlier_task_is_asked(config: Config, inputs: Path) -> None:
+    review, new = load_tasks(inputs / "tasks", [TASKS[0], TASKS[2]])
     _, objective = load_model(config(), [review, new])
-    settings = DistillationSettings(inputs=0.5)
-    distilling = DistillingObjective(objective, settings, {}, [review], replace(new, labels=labels))
-    item = (new.instruction, new.train[0])
-    assert [record.task for _, record in distilling._questions([item])] == asked
-    assert distilling.collate([item])[WEIGHTS].tolist() == [
-        [0.0] + [0.5] * len(asked),
-        [1.0] + [0.0] * len(asked),
-    ]
+    distilling = DistillingObjective(objective, DistillationSettings(inputs=0.5), {}, [review], [])
+    assert distilling.collate([(new.instruction, new.train[0])])[WEIGHTS].tolist() == [[0.0], [1.0]]
 
 
 def test_the_preset_rkif_distils_unless_the_config_says_otherwise(config: Config) -> None:

@@ -141,10 +141,10 @@ def test_all_answers_kept_give_the_loss_of_the_model_that_gave_them(
             DistillationSettings.model_validate(settings),
             parameters,
             earlier,
-            context.task,
+            earlier,
         )
         stored = DistillationSettings.model_validate(settings | {"answers": "kept"})
-        remembering = DistillingObjective(context.objective, stored, parameters, earlier, context.task, kept)
+        remembering = DistillingObjective(context.objective, stored, parameters, earlier, earlier, kept)
         assert bool(remembering.before) == bool(inputs_weight)
         set_values(parameters, learned)
         items = method.batch(5)
@@ -188,7 +188,7 @@ def test_the_earlier_model_does_not_answer_what_is_kept(
     settings = DistillationSettings.model_validate(KEPT | {"inputs": 1.0})
     parameters = trainable_parameters(context.model)
     earlier = context.tasks[:1]
-    objective = DistillingObjective(context.objective, settings, parameters, earlier, context.task, kept)
+    objective = DistillingObjective(context.objective, settings, parameters, earlier, earlier, kept)
     passes: list[int] = []
     answers = context.objective.answers
     monkeypatch.setattr(

@@ -18,9 +18,9 @@ import yaml
 from disk_states import disk_states
 from run_inputs import TASKS, assert_same_files, files, go
 
-from rkif.continual.config import RunConfig
+from rkif.continual.config import RunConfig, dump_config
 from rkif.continual.display.progress import RunProgress
-from rkif.continual.rundir.settings import require_same_settings
+from rkif.continual.rundir.settings import require_same_settings, shown_value
 from rkif.continual.rundir.verify import verify
 from rkif.continual.rundir.writer import RunWriter
 from rkif.ledger.chain import LedgerError
@@ -268,3 +268,37 @@ def test_a_run_that_was_moved_with_its_model_and_tasks_resumes_to_the_same_bytes
     dev.write_text(dev.read_text().replace("Answer:", "answer:"))
     with pytest.raises(ValueError, match="the dev records of task 'review' have changed"):
         go(moved, tmp_path / "run", resume=True)
+
+
+def test_a_section_that_was_added_or_removed_is_null_on_one_side(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    recorded = tmp_path / "config.yaml"
+    adapted, full = config(adapter={"r": 2}), config(adapter=None)
+    recorded.write_text(dump_config(adapted))
+    with pytest.raises(ValueError, match=r"has `adapter\.r: 2`, but the config now has `adapter: null`"):
+        require_same_settings(recorded, full)
+    recorded.write_text(dump_config(full))
+    with pytest.raises(ValueError, match=r"has `adapter: null`, but the config now has `adapter\.r: 2`"):
+        require_same_settings(recorded, adapted)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (7, "7"),
+        ("7", "'7'"),
+        ("", "''"),
+        (0.002, "0.002"),
+        ("mean", "mean"),
+        (["query", None], "[query, null]"),
+        ({"metric": "accuracy", "higher": True}, "{metric: accuracy, higher: true}"),
+        ("{instruction}\n{input}", '"{instruction}\\n{input}"'),
+        ("é " * 60, f"'{'é ' * 60}'"),
+    ],
+)
+def test_the_value_of_a_setting_is_one_line_of_yaml(value: object, shown: str) -> None:
+    assert shown_value(value) == shown
+    assert yaml.safe_load(shown) == value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from rkif.continual.config import RunConfig
+from rkif.continual.config import DistillationSettings, RunConfig
 from rkif.continual.config_fusion import PRESETS, RKIF_DISTILLATION, fusion_config
 
 
@@ -19,9 +19,7 @@ def preset_changes(config: RunConfig) -> str:
     given, preset = asdict(fusion_config(config.fusion)), asdict(PRESETS[name]())
     pairs = {f"fusion.{key}": (given[key], value) for key, value in preset.items()}
     if name == "rkif" and config.method == "recurrent_kif":
-        distillation = config.distillation.model_dump()
-        pairs |= {
-            f"distillation.{key}": (distillation[key], value) for key, value in RKIF_DISTILLATION.items()
-        }
+        distillation, defaults = config.distillation, DistillationSettings.model_validate(RKIF_DISTILLATION)
+        pairs |= {f"distillation.{key}": (getattr(distillation, key), value) for key, value in defaults}
     changes = [f"{key} {new} (preset: {old})" for key, (new, old) in pairs.items() if new != old]
     return f"Preset {name}, changed: {', '.join(changes)}" if changes else ""

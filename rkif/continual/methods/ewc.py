@@ -40,10 +40,10 @@ class Ewc(Sequential):
         if self.context.index + 1 == len(self.context.tasks):
             return  # there is no later task
         squares = {name: torch.zeros_like(p) for name, p in self.inner.parameters.items()}
-        for index in range(RECORDS):
-            items = self.records(index, index + 1)
+        for record in range(RECORDS):
+            items = self.records(record, record + 1)
             self.samples += len(items)
-            self.inner.gradient(items, seed=self.seed("fisher", index))
+            self.inner.gradient(items, seed=self.seed("fisher", record))
             for name, parameter in self.inner.parameters.items():
                 if parameter.grad is not None:
                     squares[name] += parameter.grad.square()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rkif.continual.config import RunConfig
 from rkif.continual.evaluation.harness import Harness
 from rkif.continual.models.checkpoint_merge import CheckpointMerge
-from rkif.continual.models.distillation import DistillingObjective
+from rkif.continual.models.distillation import DistillingObjective, tasks_to_ask
 from rkif.continual.models.kept_answers import KeptAnswers
 from rkif.continual.models.learner import BatchLearner
 from rkif.continual.models.objective import Objective
@@ -31,8 +31,9 @@ def _distilling(context: Context) -> DistillingObjective | None:
         return None
     parameters = trainable_parameters(context.model)
     earlier = context.tasks[: context.index]
+    asked = tasks_to_ask(earlier, context.task, context.config.text.prompt)
     kept = KeptAnswers(context.kept_answers, context.memory) if settings.keeps_answers else None
-    return DistillingObjective(context.objective, settings, parameters, earlier, context.task, kept)
+    return DistillingObjective(context.objective, settings, parameters, earlier, asked, kept)
 
 
 def _discard(content: Mapping[str, Any]) -> None:

@@ -40,22 +40,20 @@ class DistillingObjective:
     ``KL_memory`` is KL(before || now) on records of earlier tasks, over the answers of their task. For
     ``KL_inputs``, every record of the new task is also posed as a question of earlier tasks, which depend on
     its id: as many as ``settings.questions``, or all. It is the sum of the divergences of these questions,
-    each over the answers of its task. Earlier tasks that share two labels with the new task are not asked:
-    the record's own answer decides between these labels, and the divergence would preserve the earlier
-    decision. Language models compare distributions of tokens, at the positions of the right answer of a
-    memory record, or of a label drawn for the question.
+    each over the answers of its task. Language models compare distributions of tokens, at the positions of
+    the right answer of a memory record, or of a label drawn for the question.
 
     Args:
         objective: computes the logits.
         settings: the weights of both terms, and the temperature.
         parameters: name -> trainable parameter before the task; they are copied.
         earlier: the tasks learned before; at least one.
-        new: the task that is learned.
+        asked: those of which new records are questions, see :func:`tasks_to_ask`.
         kept: the answers to memory records; None to compute them with the model before the task.
 
     Attributes:
         tokenizer: that of ``objective``.
-        before: name -> trainable parameter before the task; empty if that model is not used.
+        before: name -> trainable parameter before the task; empty if all answers are kept.
     """
 
     def __init__(
@@ -64,14 +62,14 @@ class DistillingObjective:
         settings: DistillationSettings,
         parameters: Mapping[str, Tensor],
         earlier: Sequence[Task],
-        new: Task,
+        asked: Sequence[Task],
         kept: KeptAnswers | None = None,
     ) -> None:
         self.tokenizer = objective.tokenizer
         self._objective = objective
         self._settings = settings
         self._names = {task.name for task in earlier}
-        self._asked = [task for task in earlier if task.labels and not _compete(task, new)]
+        self._asked = asked
         self._kept = kept
         self.before = parameter_copies(parameters if settings.inputs or kept is None else {})
 
@@ -144,6 +142,26 @@ class DistillingObjective:
         return questions
 
 
+def tasks_to_ask(earlier: Sequence[Task], new: Task, prompt: str) -> list[Task]:
+    """The earlier tasks of which records of the new task are posed as questions: those with labels.
+
+    A task is left out if its question would be the same text as the new task's, and two labels are the same.
+    Then the record's own answer decides between these labels, and a divergence would preserve the earlier
+    decision.
+
+    Args:
+        earlier: the tasks learned before.
+        new: the task that is learned.
+        prompt: the template of a question, with {input} and perhaps {instruction}.
+    """
+
+    def conflicts(task: Task) -> bool:
+        same_text = "{instruction}" not in prompt or task.instruction == new.instruction
+        return same_text and len(set(task.labels) & set(new.labels)) >= 2
+
+    return [task for task in earlier if task.labels and not conflicts(task)]
+
+
 def divergence(before: Tensor, now: Tensor, temperature: float) -> Tensor:
     """KL(softmax(before / T) || softmax(now / T)) * T^2 of each row (Hinton et al., 2015, section 2).
 
@@ -157,11 +175,6 @@ def divergence(before: Tensor, now: Tensor, temperature: float) -> Tensor:
     old = torch.log_softmax(before.float() / temperature, -1)
     new = torch.log_softmax(now.float() / temperature, -1)
     return torch.where(old > -torch.inf, old.exp() * (old - new), 0.0).sum(-1) * temperature**2
-
-
-def _compete(earlier: Task, new: Task) -> bool:
-    """Whether the answers to the new task also decide between labels of the earlier task."""
-    return len(set(earlier.labels) & set(new.labels)) >= 2
 
 
 def _call(model: nn.Module, parameters: Mapping[str, Tensor], **inputs: Tensor) -> Any:

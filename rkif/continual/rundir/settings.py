@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,15 @@ def without_places(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         name: _named(value) if name in ("model", "metrics", "gate.criteria") else value
         for name, value in settings.items()
-        if name not in folders
+        if name not in folders or value is None
     }
 
 
 def shown_value(value: Any) -> str:
-    """The value of a setting in messages and tables, as in YAML."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    """The value of a setting on one line, as in YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False)
+    line = text.removesuffix("...\n").removesuffix("\n")
+    return json.dumps(value, ensure_ascii=False) if "\n" in line else line
 
 
 def _with_defaults(text: str) -> str:
@@ -82,10 +85,18 @@ def _with_defaults(text: str) -> str:
 
 
 def _differences(began: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str]]:
-    """The settings that differ, as "`name: value`" at the start of the run and now."""
+    """The settings that differ, as "`name: value`" at the start of the run and now.
+
+    A section that only one of them has is null in the other.
+    """
 
     def shown(settings: dict[str, Any], name: str) -> str:
-        return f"`{name}: {shown_value(settings[name])}`" if name in settings else f"no `{name}`"
+        parts = name.split(".")
+        sections = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+        if (shown_name := next((one for one in sections if one in settings), None)) is not None:
+            return f"`{shown_name}: {shown_value(settings[shown_name])}`"
+        inner = next((one for one in settings if one.startswith(f"{name}.")), None)
+        return f"no `{name}`" if inner is None else f"`{inner}: {shown_value(settings[inner])}`"
 
     names = dict.fromkeys([*began, *now])
     return [

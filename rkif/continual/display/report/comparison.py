@@ -104,9 +104,9 @@ def _scores(runs: Sequence[RunFacts]) -> str:
 
 
 def _settings(runs: Sequence[RunFacts]) -> str:
-    """A row per setting that is not the same in all runs, a column per run."""
+    """A row per setting that is not the same in all runs, a column per run. The scores show the model."""
     rows, settings = [], [without_places(flat_settings(run.config)) for run in runs]
-    for name in dict.fromkeys(name for of_run in settings for name in of_run):
+    for name in dict.fromkeys(name for of_run in settings for name in of_run if name != "model"):
         values = [shown_value(of_run.get(name)) for of_run in settings]
         if len(set(values)) > 1:
             cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
