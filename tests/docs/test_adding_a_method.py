@@ -14,7 +14,7 @@ from run_inputs import assert_same_files, files, go
 
 from rkif.continual.config import RunConfig
 from rkif.continual.display.progress import RunProgress
-from rkif.continual.methods import METHODS
+from rkif.continual.methods import METHODS, Context, Sequential
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
 CODE = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -76,11 +76,10 @@ def test_the_merge_of_the_page_takes_the_larger_change() -> None:
 
 def test_the_page_lists_every_hook_and_attribute() -> None:
     """The page has exactly the hooks and class attributes of the base class, and the inputs of a context."""
-    from rkif.continual.methods.sequential import Context, Sequential
-
     text = PAGE.read_text(encoding="utf-8")
     hooks = set(re.findall(r"`(\w+)\(\w*\)`", text.split("| hook |")[1].split("\n\n")[0]))
-    attributes = set(re.findall(r"`(\w+)`", text.split("Class attributes")[1].split("\n\n")[0])) - {"r"}
+    listed = text.split("Class attributes")[1].split("\n## ")[0]
+    attributes = set(re.findall(r"^- `(\w+)`", listed, flags=re.MULTILINE))
     public = {name for name in vars(Sequential) if not name.startswith("_")}
     helpers = {"learner", "records", "lr_fraction", "seed"}
     assert hooks | attributes == public - helpers
