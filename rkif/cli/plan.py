@@ -88,10 +88,14 @@ def plan_command(
         console.print(bytes_table(training, (chosen or budgets[-1]).option))
         console.print(options_table(budgets, chosen, memory))
         if chosen is not None and chosen.option.changes:
-            console.print(f"In a config:\n\n{settings(chosen.option)}\n", highlight=False)
+            where = "With a Fuser or a Trainer" if chosen.option.pack_inner else "In a config"
+            console.print(f"{where}:\n\n{settings(chosen.option)}\n", highlight=False)
+            if chosen.option.pack_inner:
+                console.print("rkif run refuses pack_inner, because its report needs all scores.\n")
     if chosen is None:
         least = min(one.bytes for one in budgets)
         raise ValueError(
-            f"nothing fits in {memory / 2**30:.4g} GiB per device; the minimum is {least / 2**30:.2f} GiB; "
-            "use more --ranks, another --optimizer, or adapters (--lora-r)"
+            f"nothing fits in {memory / 2**30:.4g} GiB per device; the minimum is {least / 2**30:.2f} GiB, "
+            f"of which --reserve is {reserved / 2**30:.4g} GiB; use more --ranks, another --optimizer, or "
+            "adapters (--lora-r)"
         )
