@@ -59,10 +59,10 @@ def reproduce(run: Path, number: int, progress: RunProgress) -> Reproduction:
     start, state = _nearest(run, ledger, number, index)
     config = load_config(run / "config.yaml")
     try:
-        method_of(config)
+        method_class = method_of(config)
     except ValueError as error:
         raise ValueError(f"{run / 'config.yaml'}: {error}") from None
-    with open_run(config, run, index, progress) as sequence:
+    with open_run(config, method_class, run, index, progress) as sequence:
         sequence.set_parameters(state.parameters)
         new_records: list[Mapping[str, Any]] = []
         context = sequence.context(index, new_records.append)

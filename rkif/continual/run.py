@@ -14,7 +14,7 @@ from rkif.continual.config import RunConfig
 from rkif.continual.config_file import require_model
 from rkif.continual.display.progress import RunProgress
 from rkif.continual.evaluation.harness import Harness, load_harness
-from rkif.continual.methods import method_of
+from rkif.continual.methods import Sequential, method_of
 from rkif.continual.models.device import run_device
 from rkif.continual.models.load import load_model
 from rkif.continual.rundir.folder import RunFolder, RunReader
@@ -49,14 +49,14 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, progress: RunProg
         ValueError, OSError, ImportError: settings, tasks, model or folder are invalid; one line of text.
         RuntimeError: another process uses the folder.
     """
-    method_of(config)  # raises before a folder is made
+    method = method_of(config)  # raises before a folder is made
     with _locked_folder(out):
         if resume and (out / "config.yaml").is_file():
             finish_rollback(out)
             reader = RunReader(out)
             require_whole(reader, reader.records(torn=True))
         start = (read_checkpoint(out) if resume else None) or RunState(0, 0, 0, 0, {}, {})
-        with open_run(config, out, start.task, progress, resume=resume) as sequence:
+        with open_run(config, method, out, start.task, progress, resume=resume) as sequence:
             return sequence.run(start)
 
 
@@ -76,12 +76,19 @@ def _locked_folder(out: Path) -> Iterator[None]:
 
 @contextmanager
 def open_run(
-    config: RunConfig, out: Path, finished: int, progress: RunProgress, *, resume: bool = True
+    config: RunConfig,
+    method: type[Sequential],
+    out: Path,
+    finished: int,
+    progress: RunProgress,
+    *,
+    resume: bool = True,
 ) -> Iterator[TaskSequence]:
     """Context manager of a run with its tasks and its untrained model; progress is shown in the block.
 
     Args:
         config: the settings.
+        method: the class of the config's method.
         out: the run's folder.
         finished: number of learned tasks; their training records are not read.
         progress: shows the progress.
@@ -92,7 +99,6 @@ def open_run(
     """
     _prepare_torch(config)
     require_model(config.model)
-    method = method_of(config)
     if config.tracking is not None:
         require_tracker(config.tracking)
     metrics = {metric_name(spec): load_metric(spec) for spec in config.metrics}

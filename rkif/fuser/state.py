@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rkif.fuser.fuser import Fuser
 
 # Prefixes of parameters' names in a state, see _tensors.
-_KIND = re.compile(r"^(base|inner|(start\.)?(inner|outer)_importance\.[a-z]+)\.")
+_KIND = re.compile(r"^(base|inner|(start\.)?(inner|outer)_importance\.(sensitivity|uncertainty|mask))\.")
 
 
 def synchronize(fuser: Fuser) -> None:

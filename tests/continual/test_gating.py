@@ -317,9 +317,7 @@ def test_accuracy_may_fall_by_two_records_by_default(inputs: Path, records: int,
 
 
 def test_only_recurrent_kif_accepts_a_gate(inputs: Path) -> None:
-    with pytest.raises(
-        ValueError, match="only the fusions of recurrent_kif can be gated, not those of replay"
-    ):
+    with pytest.raises(ValueError, match="only the fusions of recurrent_kif can be gated, not replay"):
         method_of(make_config(inputs, method="replay", gate=GATE))
 
 

@@ -50,12 +50,13 @@ def method_of(config: RunConfig) -> type[Sequential]:
     if name in PRESETS:
         raise ValueError(f"method: {name!r} is a preset of recurrent_kif; set fusion.preset={name}")
     if name not in METHODS:
+        *others, last = map(repr, METHODS)
         hint = did_you_mean(name, METHODS)
-        raise ValueError(f"method: must be one of {', '.join(METHODS)}; got {name!r}{hint}")
+        raise ValueError(f"method: must be {', '.join(others)} or {last}; got {name!r}{hint}")
     method = METHODS[name]
     method.require(config)
     if config.gate is not None and name != "recurrent_kif":
-        raise ValueError(f"gate: only the fusions of recurrent_kif can be gated, not those of {name}")
+        raise ValueError(f"gate: only the fusions of recurrent_kif can be gated, not {name}")
     if config.distillation.used and (method.task_aware or method.needs_all_tasks):
         raise ValueError(f"distillation: method {name} has no model that learns task after task")
     if config.distillation.memory and not method.replays:

@@ -91,12 +91,11 @@ def _differences(began: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, 
     """
 
     def shown(settings: dict[str, Any], name: str) -> str:
-        parts = name.split(".")
-        sections = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-        if (shown_name := next((one for one in sections if one in settings), None)) is not None:
-            return f"`{shown_name}: {shown_value(settings[shown_name])}`"
-        inner = next((one for one in settings if one.startswith(f"{name}.")), None)
-        return f"no `{name}`" if inner is None else f"`{inner}: {shown_value(settings[inner])}`"
+        # The setting itself, the section that has it, or the first setting in the section.
+        for other, value in settings.items():
+            if f"{name}.".startswith(f"{other}.") or other.startswith(f"{name}."):
+                return f"`{other}: {shown_value(value)}`"
+        return f"no `{name}`"
 
     names = dict.fromkeys([*began, *now])
     return [

@@ -83,7 +83,7 @@ def test_a_changed_preset_is_said(settings: dict[str, Any], changes: dict[str, A
         ("training.epochs", 3, "training: give either steps or epochs; got steps 2 and epochs 3.0\n"),
         ("training", {"batch_size": 2}, "training: give either steps or epochs; got neither\n"),
         ("training.steps", 0, "training.steps: must be greater than or equal to 1; got 0\n"),
-        ("method", "magic", "method: must be one of sequential, replay, replay_equal_steps, "),
+        ("method", "magic", "method: must be 'sequential', 'replay', 'replay_equal_steps', "),
         (
             "method",
             "rkif",
